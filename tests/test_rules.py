@@ -1,0 +1,166 @@
+"""Every rule between settings refuses what it should, and says which settings, their values and the way out."""
+
+import dataclasses
+from operator import attrgetter
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+from fastppo.cli import parse
+from fastppo.config import ActorConfig, Config, ConfigError, DataConfig, RewardConfig
+from fastppo.rules import RANGES, validate
+
+GOOD = Config(
+    actor=ActorConfig(model="a"), data=DataConfig(path="d.jsonl"), rewards=(RewardConfig(function="module:function"),)
+)
+
+
+def changed(**settings: Any) -> Config:
+    """GOOD with settings given as ppo__batch_size=8."""
+    config = GOOD
+    for name, value in settings.items():
+        group, _, field = name.rpartition("__")
+        part = dataclasses.replace(getattr(config, group), **{field: value}) if group else value
+        config = dataclasses.replace(config, **{group or field: part})
+    return config
+
+
+def test_the_defaults_and_the_quickstart_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    validate(GOOD)
+    for ranks in (1, 2, 16):
+        validate(parse(["--config", "quickstart"]), ranks)
+        validate(parse(["--config", "quickstart", "--steps", "2"]), ranks)
+        validate(parse(["--config", "quickstart", "--steps", "0"]), ranks)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(output=""), ["output", "empty"]),
+        (dict(actor__model=""), ["actor.model", "--config quickstart"]),
+        (dict(actor__train=0), ["actor.train is 0", "1 or more"]),
+        (dict(actor__train=""), ["actor.train is ''"]),
+        (dict(critic__train=-1), ["critic.train is -1"]),
+        (dict(critic__kind="shared", critic__model="m"), ["critic.model is m", "shared", "separate"]),
+        (dict(critic__kind="shared", critic__gguf_file="g"), ["critic.gguf_file is g", "shared"]),
+        (dict(critic__kind="shared", critic__train=4), ["critic.train is 4", "shared"]),
+        (dict(critic__gguf_file="g"), ["critic.gguf_file is g", "critic.model is not set"]),
+        (dict(reference__gguf_file="g"), ["reference.gguf_file is g", "reference.model is not set"]),
+        (dict(rewards=()), ["rewards is empty", "--rewards"]),
+        (dict(rewards=(RewardConfig(),)), ["rewards[0]", "exactly one of function and model", "neither"]),
+        (dict(rewards=(RewardConfig(function="a:b", model="m"),)), ["exactly one", "a:b", "m"]),
+        (dict(rewards=(RewardConfig(model="m"), RewardConfig(function="ab"))), ["rewards[1].function is ab", "module"]),
+        (dict(rewards=(RewardConfig(function="a:"),)), ["a:", "module:function"]),
+        (dict(rewards=(RewardConfig(model="m", weight=float("inf")),)), ["rewards[0].weight is inf"]),
+        (dict(ppo__bootstrap_truncated=True), ["V = score + V", "fixed point", "truncation_penalty"]),
+        (dict(data__path=""), ["data.path is not set"]),
+        (dict(data__first_tokens=9, data__chat="always"), ["first_tokens is 9", "data.chat is always", "template"]),
+        (dict(data__first_tokens=513), ["first_tokens is 513", "max_prompt_tokens 512"]),
+        (dict(eval__prompts=0, eval__every=5), ["eval.every is 5", "eval.prompts is 0"]),
+        (dict(eval__prompts=0, data__eval_path="e"), ["data.eval_path is e", "eval.prompts is 0"]),
+        (dict(data__eval_split="test"), ["data.eval_split is test", "data.eval_path to d.jsonl"]),
+        (dict(data__limit=64), ["data.limit is 64", "eval.prompts 64"]),
+        (dict(sampling__min_new_tokens=129), ["min_new_tokens is 129", "max_new_tokens 128"]),
+        (dict(sampling__stop_tokens=("",)), ["stop_tokens", "empty"]),
+        (dict(sampling__stop_tokens=("x",), sampling__ignore_eos=True), ["stop_tokens is ['x']", "ignore_eos"]),
+        (dict(ppo__microbatch_tokens=639), ["microbatch_tokens is 639", "640", "512", "128"]),
+        (dict(sampling__samples_per_prompt=3), ["batch_size is 512", "samples_per_prompt 3", "510 or 513"]),
+        (dict(ppo__batch_size=33, ppo__minibatches=2), ["batch_size is 33", "minibatches 2", "32 or 34"]),
+        (dict(ppo__kl_in="loss"), ["kl_kind is k1", "kl_in is loss", "expectation", "exact"]),
+        (dict(ppo__kl_target=0.1, ppo__kl_coef=0.0), ["kl_target is 0.1", "kl_coef 0", "stay 0"]),
+        (dict(ppo__kl_target=0.1, ppo__kl_horizon=102.4), ["kl_horizon is 102.4", "batch_size 512", "positive"]),
+        (dict(critic__warmup_steps=101), ["critic.warmup_steps is 101", "steps 100"]),
+        (dict(optim__warmup_steps=401), ["optim.warmup_steps is 401", "400 updates"]),
+        (dict(track__profile_steps=(1, 101)), ["profile_steps", "101", "1 to 100"]),
+        (dict(track__profile_steps=(0,)), ["profile_steps", "step 0"]),
+        (dict(optim__betas=(0.9, 1.0)), ["optim.betas is [0.9, 1.0]", "less than 1"]),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_with_a_reason(settings: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        validate(changed(**settings))
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(ppo__kl_in="loss", ppo__kl_kind="exact", ppo__kl_target=6.0),
+        dict(ppo__kl_target=0.1, ppo__kl_horizon=103.0),
+        dict(sampling__samples_per_prompt=8, ppo__minibatches=4),
+        dict(ppo__microbatch_tokens=640),
+        dict(data__limit=65),
+        dict(data__limit=64, data__eval_path="e"),
+        dict(data__eval_split="test", data__eval_path="e"),
+        dict(eval__prompts=0),
+        dict(critic__kind="shared", critic__lr=1e-3, critic__warmup_steps=100),
+        dict(critic__gguf_file="g", critic__model="m"),
+        dict(actor__train="*.mlp.*,*.norm.*"),
+        dict(rewards=(RewardConfig(model="m", weight=-0.5), RewardConfig(function="dir/file.py:f"))),
+        dict(ppo__value_clip=None, ppo__dual_clip=3.0, ppo__score_clip=5.0),
+        dict(track__profile_steps=(1, 100)),
+        dict(optim__warmup_steps=400),
+        dict(sampling__ignore_eos=True),
+        dict(steps=0),
+    ],
+)
+def test_settings_at_the_edge_of_a_rule_are_allowed(settings: dict[str, Any]) -> None:
+    validate(changed(**settings))
+
+
+def test_each_minibatch_needs_a_response_for_each_rank() -> None:
+    config = changed(ppo__batch_size=8, ppo__minibatches=2)
+    validate(config, ranks=4)
+    with pytest.raises(ConfigError, match=r"minibatch of 4 cannot be spread over 5 ranks.* at least 10"):
+        validate(config, ranks=5)
+
+
+def numbers(kind: Any, prefix: str = "") -> list[str]:
+    """Dotted names of all settings that are a number, of one dataclass and those in it."""
+    names = []
+    for name, hint in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            names += numbers(hint, f"{prefix}{name}.")
+        elif {int, float} & {hint, *get_args(hint)} and str not in get_args(hint) and "tuple" not in str(hint):
+            names.append(prefix + name)
+    return names
+
+
+def test_every_number_has_a_range() -> None:
+    ranged = [name for _, _, names in RANGES for name in names.split()]
+    chosen_from_a_list = ["zero.stage"]
+    assert len(numbers(Config)) > 40
+    assert sorted(ranged + chosen_from_a_list) == sorted({*numbers(Config), *chosen_from_a_list})
+
+
+@pytest.mark.parametrize("name", numbers(Config))
+def test_a_number_out_of_its_range_is_named_with_its_value(name: str) -> None:
+    for value in (-1, float("nan")):
+        with pytest.raises(ConfigError, match=rf"{name} is {value}; it must be "):
+            validate(changed(**{name.replace(".", "__"): value}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sampling.temperature", 0.0),
+        ("sampling.temperature", float("inf")),
+        ("sampling.top_p", 0.0),
+        ("sampling.top_p", 1.01),
+        ("ppo.gamma", 1.01),
+        ("ppo.lam", 1.01),
+        ("ppo.clip_low", 0.0),
+        ("ppo.clip_low", 1.0),
+        ("ppo.clip_high", 0.0),
+        ("ppo.dual_clip", 1.0),
+        ("ppo.kl_target", 0.0),
+        ("ppo.batch_size", 0),
+        ("actor.lr", float("inf")),
+    ],
+)
+def test_the_ends_of_a_range_are_where_they_should_be(name: str, value: float) -> None:
+    assert attrgetter(name)(GOOD) != value
+    with pytest.raises(ConfigError, match=rf"{name} is {value}; it must be "):
+        validate(changed(**{name.replace(".", "__"): value}))
