@@ -1,0 +1,327 @@
+"""fastppo.track: what a run writes and shows, and that it shows it in the right place."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from rich.console import Console
+from rich.text import Text
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fastppo.config import TrackConfig
+from fastppo.track import (
+    THIRD_PARTY,
+    RunFolderError,
+    Sample,
+    Stages,
+    Tracker,
+    fresh_folder,
+    read_metrics,
+    samples_table,
+    setup_logging,
+    show_samples,
+    write_samples,
+)
+
+STEP = {"score": 0.5, "kl": 1.25, "tokens_per_second": 1234.6, "time/step": 2.0}
+LINES = TrackConfig(tensorboard=False, progress="never")
+
+
+def be_a_terminal(monkeypatch: pytest.MonkeyPatch, *, stdout: bool = True) -> None:
+    """80 columns. For a test's body, since pytest replaces its captured streams after the fixtures."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: stdout)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+
+
+@pytest.fixture
+def restored_loggers() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in ("fastppo", *THIRD_PARTY)]
+    state = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, (handlers, level, propagate) in zip(loggers, state, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
+# Files
+
+
+def test_metrics_come_back_as_they_were_logged(tmp_path: Path) -> None:
+    with Tracker(fresh_folder(tmp_path / "run"), LINES, steps=2, rank=0) as tracker:
+        tracker.log_evaluation(0, {"score": 0.1})
+        tracker.log(1, STEP)
+        tracker.log(2, {"score": torch.tensor(0.75)})
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl") == [
+        {"step": 0, "eval/score": 0.1},
+        {"step": 1, **STEP},
+        {"step": 2, "score": 0.75},
+    ]
+
+
+def test_metrics_are_on_disk_as_soon_as_they_are_logged(tmp_path: Path) -> None:
+    with Tracker(tmp_path, LINES, steps=2, rank=0) as tracker:
+        tracker.log(1, STEP)
+        assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, **STEP}]
+
+
+def test_numbers_that_are_not_finite_are_null_in_strict_json(tmp_path: Path) -> None:
+    with Tracker(tmp_path, LINES, steps=2, rank=0) as tracker:
+        tracker.log(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1})
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert line == {"step": 1, "a": None, "b": None, "c": None, "d": 1.0}
+
+
+def test_a_last_line_that_was_cut_is_left_out_and_any_other_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "sco')
+    assert read_metrics(path) == [{"step": 1}]
+    path.write_text('{"step": 1}\n{"step": 2, "sco\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        read_metrics(path)
+
+
+def test_tensorboard_holds_every_metric(tmp_path: Path) -> None:
+    with Tracker(tmp_path, TrackConfig(progress="never"), steps=2, rank=0) as tracker:
+        tracker.log(1, STEP)
+        tracker.log(2, STEP | {"score": 0.75})
+        tracker.log_evaluation(2, {"score": 0.9})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) == {*STEP, "eval/score"}
+    assert [(e.step, e.value) for e in events.Scalars("score")] == [(1, 0.5), (2, 0.75)]
+
+
+def test_other_ranks_write_and_print_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with (
+        Tracker(tmp_path, TrackConfig(progress="never"), steps=1, rank=0) as first,
+        Tracker(tmp_path / "none", TrackConfig(progress="always"), steps=1, rank=1) as second,
+    ):
+        for tracker in (first, second):
+            tracker.log_evaluation(0, {"score": 0.0})
+            with tracker.profile(1):
+                tracker.log(1, STEP)
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+    assert not (tmp_path / "none").exists()
+    assert len(capfd.readouterr().out.splitlines()) == 2
+
+
+# The run's folder
+
+
+def test_an_earlier_run_is_moved_aside_as_often_as_needed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    output = tmp_path / "runs" / "a"
+    for number in range(3):
+        with caplog.at_level(logging.INFO, "fastppo"):
+            assert fresh_folder(output) == output
+        (output / "number").write_text(str(number))
+    numbers = [(tmp_path / "runs" / name / "number").read_text() for name in ("a.1", "a.2", "a")]
+    assert numbers == ["0", "1", "2"]
+    assert [record.getMessage().rpartition(" ")[2] for record in caplog.records] == ["a.1", "a.2"]
+
+
+def test_an_empty_folder_is_taken_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    fresh_folder(tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_is_not_a_run_is_never_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter").touch()
+    (tmp_path / "file").touch()
+    fresh_folder(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    for output in (tmp_path / "thesis", tmp_path / "file", tmp_path / "file" / "run", Path()):
+        with pytest.raises(RunFolderError, match=r"^output = .* Give another --output\.$"):
+            fresh_folder(output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "here", "thesis"]
+
+
+# The display
+
+
+def test_without_a_terminal_a_step_is_one_plain_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as in CI; a bar would fill the log with control characters
+    with Tracker(tmp_path, TrackConfig(tensorboard=False), steps=3, rank=0) as tracker:
+        tracker.log_evaluation(0, {"score": 0.125, "score_error": 0.05, "kl": 0.0, "other": 7.0})
+        for step in (1, 2, 3):
+            tracker.log(step, STEP)
+    out, err = capfd.readouterr()
+    lines = out.splitlines()
+    assert lines[0] == "step 0/3  held-out score 0.125  +/- 0.050  KL 0.000"
+    assert lines[1] == "step 1/3  score 0.500  KL 1.250  1,235 tokens/s"
+    assert lines[2].startswith(lines[1].replace("1/3", "2/3") + "  0:00:0")
+    assert lines[2].endswith(" left")
+    assert lines[3] == lines[1].replace("1/3", "3/3")
+    assert (out.isascii(), "\x1b" in out, "\r" in out, err) == (True, False, False, "")
+
+
+def test_on_a_terminal_a_bar_shows_step_score_kl_speed_and_time_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    be_a_terminal(monkeypatch)
+    with Tracker(tmp_path, TrackConfig(tensorboard=False), steps=1000, rank=0) as tracker:
+        tracker.log(997, STEP)
+        tracker.log(998, STEP)
+        tracker.log_evaluation(998, {"score": 0.25})
+    out = capsys.readouterr().out
+    assert "\x1b[" in out
+    last = Text.from_ansi(out).plain.splitlines()[-1]
+    for part in ("step 998/1000 ", "score 0.500", "KL 1.250", "1,235 tokens/s", "0:00:00 left"):
+        assert part in last  # nothing is cut off at 80 columns
+    assert out.count("held-out score 0.250") == 1
+
+
+def test_log_lines_appear_above_the_bar(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, restored_loggers: None
+) -> None:
+    be_a_terminal(monkeypatch)
+    setup_logging(rank=0)
+    with Tracker(tmp_path, TrackConfig(tensorboard=False), steps=3, rank=0) as tracker:
+        tracker.log(1, STEP)
+        capsys.readouterr()
+        logging.getLogger("fastppo").info("a word")
+        added = capsys.readouterr().out
+    assert added.index("\x1b[2K") < added.index("INFO a word") < added.index("step 1/3")
+
+
+@pytest.mark.parametrize(("progress", "bar"), [("always", True), ("never", False)])
+def test_progress_always_and_never_do_not_ask_the_output(
+    progress: Literal["always", "never"],
+    bar: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    be_a_terminal(monkeypatch, stdout=not bar)
+    with Tracker(tmp_path, TrackConfig(tensorboard=False, progress=progress), steps=3, rank=0) as tracker:
+        tracker.log(1, STEP)
+    out = capsys.readouterr().out
+    assert ("\x1b[" in out) == bar
+    assert "score 0.500" in out
+
+
+# Stages and profiles
+
+
+def test_stages_add_up_until_they_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 5.0, 7.0, 10.0, 14.0])
+    monkeypatch.setattr("fastppo.track.time.perf_counter", lambda: next(clock))
+    stages = Stages()
+    for name in ("sampling", "learning", "sampling"):
+        with stages(name):
+            pass
+    assert stages.take() == {"time/sampling": 5.0, "time/learning": 2.0}
+    assert stages.take() == {}
+
+
+def test_time_left_follows_the_mean_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([100.0, 130.0, 140.0])
+    monkeypatch.setattr("fastppo.track.time.perf_counter", lambda: next(clock))
+    with Tracker(tmp_path, LINES, steps=102, rank=0) as tracker:
+        for step in (1, 2, 3):
+            tracker.log(step, {"score": 0.0})
+    assert [line[10:].strip() for line in capsys.readouterr().out.splitlines()] == [
+        "score 0.000",
+        "score 0.000  0:50:00 left",  # 100 steps of 30 s
+        "score 0.000  0:33:00 left",  # 99 steps of 20 s
+    ]
+
+
+def test_a_profile_of_the_chosen_step_names_its_stages_on_every_rank(tmp_path: Path) -> None:
+    stages = Stages()
+    for rank in (0, 1):
+        config = TrackConfig(tensorboard=False, progress="never", profile_steps=(2,))
+        with Tracker(tmp_path, config, steps=3, rank=rank) as tracker:
+            for step in (1, 2, 3):
+                with tracker.profile(step), stages("sampling"):
+                    torch.ones(4, 4) @ torch.ones(4, 4)
+    traces = sorted((tmp_path / "profile").iterdir())
+    assert [path.name for path in traces] == ["step-2-rank-0.json", "step-2-rank-1.json"]
+    for trace in traces:
+        names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+        assert {"sampling", "aten::mm"} <= names
+
+
+# Samples
+
+
+HOSTILE = "[/b] [red]\nx\x1b[2J\u202e [link=a]" + "長い" * 400
+
+
+def test_the_table_shows_hostile_text_as_it_is_and_fits(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    be_a_terminal(monkeypatch)
+    show_samples([Sample(HOSTILE, "", -0.25, HOSTILE, math.nan), Sample("a film", "is bad", -1.0, "is good", 1.0)])
+    out = capsys.readouterr().out
+    lines = [Text.from_ansi(line) for line in out.splitlines()]
+    text = "\n".join(line.plain for line in lines)
+    for part in ("[/b] [red] x", "[link=a]", "[2J", "…", "prompt", "is bad", "is good", "-0.25", "nan", "1.00"):
+        assert part in text
+    for part in ("\x1b[2J", "\u202e"):
+        assert part not in out
+    assert len(lines) < 30
+    assert max(line.cell_len for line in lines) <= 80
+
+
+def test_an_empty_table_can_be_shown() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(samples_table([]))
+    assert "prompt" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_samples_on_disk_are_whole(tmp_path: Path) -> None:
+    rows = [Sample(HOSTILE, "\ud800", 0.5, "line\u2028separator", math.nan), Sample("p", "b", 1.0, "a", 2.0)]
+    write_samples(tmp_path / "samples.jsonl", rows)
+    with open(tmp_path / "samples.jsonl", encoding="utf-8") as lines:
+        first, second = (json.loads(line) for line in lines)
+    assert second == rows[1]._asdict()
+    assert first == rows[0]._asdict() | {"score_after": None}
+
+
+# Logging
+
+
+@pytest.mark.parametrize(
+    ("rank", "expected"),
+    [
+        (0, ["INFO a word", "WARNING a warning", "WARNING theirs", "ERROR broken"]),
+        (1, ["WARNING rank 1: a warning", "ERROR rank 1: broken"]),
+    ],
+)
+def test_log_lines_of_each_rank(
+    rank: int, expected: list[str], capsys: pytest.CaptureFixture[str], restored_loggers: None
+) -> None:
+    setup_logging(rank)
+    setup_logging(rank)  # a second call does not double the lines
+    log, transformers = logging.getLogger("fastppo"), logging.getLogger("transformers.models")
+    log.debug("a detail")
+    log.info("a word")
+    log.warning("a warning")
+    logging.getLogger("DeepSpeed").info("a configuration")
+    transformers.warning("theirs")
+    transformers.warning("Token indices sequence length is longer than the specified maximum")
+    logging.getLogger("httpx").info("HTTP Request: GET")
+    transformers.error("broken")
+    out, err = capsys.readouterr()
+    assert [line.partition(" ")[2] for line in err.splitlines()] == expected
+    assert out == ""
