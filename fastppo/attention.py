@@ -1,0 +1,195 @@
+"""Attention over packed rows and over the sampler's cache, as one function in transformers' attention registry.
+
+A model whose attention is set to `ATTENTION` is called with one of two keywords, which transformers hands down to
+every layer untouched:
+
+- `packed=Spans`: the row holds whole sequences end to end, and each attends to itself alone;
+- `cache=Cache`: as above in prefill, and one new position for each row in decode, at that row's own length.
+
+No model code is patched. What a model asks of its attention beyond causality is honoured (`sliding_window`,
+`softcap`) or refused: silently leaving it out would train another model than the one that was loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+
+import fastppo._C  # noqa: F401  (registers torch.ops.fastppo.attend_cached)
+from fastppo.errors import FastPPOError
+
+ATTENTION = "fastppo_packed"
+
+# Keywords that models pass to every attention function and that carry nothing which packing would lose.
+_HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "is_causal", "dropout"}
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Where the sequences of a packed row lie. Neighbours of equal length are attended to in one call."""
+
+    runs: tuple[tuple[int, int, int], ...]  # (first row, number of sequences, their length)
+
+    @staticmethod
+    def of(lengths: list[int]) -> Spans:
+        runs, start = [], 0
+        for length, group in groupby(lengths):
+            count = len(list(group))
+            runs.append((start, count, length))
+            start += count * length
+        return Spans(tuple(runs))
+
+
+class Cache:
+    """Keys and values of R rows, each with a length of its own. The buffers never move or grow.
+
+    Prefill writes a packed row of prompts, `cache.rows[i]` being the row of the i-th prompt; decode appends one
+    position to every active row. The model runs with `use_cache=False`: transformers' cache classes take no part.
+    """
+
+    def __init__(self, config: PreTrainedConfig, rows: int, length: int, dtype: torch.dtype, device: torch.device):
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (config.num_hidden_layers, rows, heads, length, width)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # positions that each row holds
+        self.rows = torch.arange(rows, device=device)  # (active,) int64, the rows in the batch
+        self.spans: Spans | None = None  # the prompts' layout while they are prefilled, None in decode
+        self.longest = 0  # of the active rows, the new position included; kept here to spare a sync
+
+    def begin_prefill(self, lengths: list[int]) -> None:
+        self.spans = Spans.of(lengths)
+        self.rows = torch.arange(len(lengths), device=self.lengths.device)
+        self.lengths[: len(lengths)] = torch.tensor(lengths, device=self.lengths.device)
+        self.longest = max(lengths)
+
+    def begin_decode(self) -> None:
+        self.spans = None
+
+    def begin_step(self) -> None:
+        self.longest += 1
+
+    def end_step(self) -> None:
+        self.lengths[self.rows] += 1
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    packed: Spans | None = None,
+    cache: Cache | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **unknown: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention, the function that models call. query (batch, heads, length, width), fewer heads in key and
+    value where the model groups them. Returns (batch, length, heads, width). Packed rows have batch 1, a decode step
+    has length 1.
+    """
+    refused = sorted(name for name, given in unknown.items() if given is not None and name not in _HARMLESS)
+    if refused:
+        raise FastPPOError(
+            f"{type(module).__name__} asks its attention for {', '.join(refused)}, which packed attention does not"
+            " implement; leaving it out would compute another model. Use a model with plain causal attention,"
+            " a sliding window or a soft cap."
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    spans = packed if cache is None else cache.spans
+    layer = getattr(module, "layer_idx", None)
+    if spans is None:
+        if cache is None:
+            raise ValueError("packed attention needs the keyword packed=Spans or cache=Cache in the model's call")
+        return _attend_cached(query, key, value, cache, layer, scale, sliding_window or 0, softcap or 0.0), None
+    if cache is not None:
+        _fill(cache, layer, key, value)
+    return _attend_packed(query, key, value, spans, scale, sliding_window, softcap), None
+
+
+def _attend_packed(
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    outputs = []
+    for start, count, length in spans.runs:
+        q, k, v = (_sequences(x, start, count, length) for x in (query, key, value))
+        if softcap or (window and length > window):
+            out = _attend_plainly(q, k, v, scale, window, softcap)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        outputs.append(out.transpose(1, 2).reshape(1, count * length, *out.shape[1::2]))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _sequences(x: Tensor, start: int, count: int, length: int) -> Tensor:
+    """(1, heads, N, width) -> (count, heads, length, width)"""
+    rows = x[0, :, start : start + count * length]
+    return rows.unflatten(1, (count, length)).transpose(0, 1)
+
+
+def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
+    """Softmax attention written out, for what PyTorch's fused kernels do not know."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = (q @ k.transpose(-1, -2)).float() * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    distance = torch.arange(q.shape[-2], device=q.device)[:, None] - torch.arange(k.shape[-2], device=q.device)
+    visible = distance >= 0 if not window else (distance >= 0) & (distance < window)
+    return scores.masked_fill(~visible, float("-inf")).softmax(-1).to(v.dtype) @ v
+
+
+def _fill(cache: Cache, layer: int | None, key: Tensor, value: Tensor) -> None:
+    row = 0
+    assert cache.spans is not None
+    for start, count, length in cache.spans.runs:
+        for buffer, new in ((cache.keys, key), (cache.values, value)):
+            buffer[layer, row : row + count, :, :length] = _sequences(new, start, count, length)
+        row += count
+
+
+def _attend_cached(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: Cache,
+    layer: int | None,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """Append one position to each active row and attend to all that the row holds."""
+    keys, values = cache.keys[layer], cache.values[layer]
+    q, k, v = query[:, :, 0], key[:, :, 0], value[:, :, 0]
+    if q.device.type == "cpu":
+        out = torch.ops.fastppo.attend_cached(q, k, v, keys, values, cache.lengths, cache.rows, scale, window, softcap)
+        return out.unsqueeze(1)
+    at = cache.lengths[cache.rows]
+    keys[cache.rows, :, at], values[cache.rows, :, at] = k, v
+    positions = torch.arange(cache.longest, device=q.device)
+    visible = positions <= at[:, None]
+    if window:
+        visible &= positions > at[:, None] - window
+    group = q.shape[1] // k.shape[1]
+    grouped = q.unflatten(1, (k.shape[1], group))  # (R, kv heads, queries of this head, width)
+    scores = (grouped @ keys[cache.rows, :, : cache.longest].transpose(-1, -2)).float() * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~visible[:, None, None], float("-inf")).softmax(-1).to(v.dtype)
+    return (weights @ values[cache.rows, :, : cache.longest]).flatten(1, 2).unsqueeze(1)
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """The layout says all that a mask would; building an (N, N) one would cost more than the attention."""
+
+
+AttentionInterface.register(ATTENTION, attend)
+AttentionMaskInterface.register(ATTENTION, _no_mask)

@@ -1,0 +1,169 @@
+"""The types that travel from stage to stage, all in one layout: packed, without padding.
+
+B sequences (prompt and response) are one row of N tokens. Their responses alone are a second, shorter packing
+of M tokens: everything that PPO knows of a token (logprobs, KL, rewards, values, advantages, returns) is `(M,)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """B sequences, each a prompt followed by its response, end to end. Every response has at least one token."""
+
+    tokens: Tensor  # (N,) int64
+    cu_seqlens: Tensor  # (B+1,) int32, where each sequence starts in `tokens`; the last entry is N
+    response_cu_seqlens: Tensor  # (B+1,) int32, where each response starts in an (M,) tensor; the last entry is M
+
+    def __len__(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    @cached_property
+    def lengths(self) -> Tensor:  # (B,) int64
+        return self.cu_seqlens.diff().long()
+
+    @cached_property
+    def response_lengths(self) -> Tensor:  # (B,) int64
+        return self.response_cu_seqlens.diff().long()
+
+    @cached_property
+    def positions(self) -> Tensor:  # (N,) int64, from 0 in every sequence
+        return segment_offsets(self.lengths)
+
+    @cached_property
+    def last_rows(self) -> Tensor:  # (B,) int64, the row of each sequence's last token
+        return self.cu_seqlens[1:].long() - 1
+
+    @cached_property
+    def predictors(self) -> Tensor:  # (M,) int64, the row whose hidden state predicts each response token
+        first = self.last_rows - self.response_lengths  # the last prompt token predicts the first response token
+        return first.repeat_interleave(self.response_lengths) + segment_offsets(self.response_lengths)
+
+    @cached_property
+    def responses(self) -> Tensor:  # (M,) int64, the response tokens
+        return self.tokens[self.predictors + 1]
+
+    @cached_property
+    def last_response_tokens(self) -> Tensor:  # (B,) int64, where each response ends in an (M,) tensor
+        return self.response_cu_seqlens[1:].long() - 1
+
+    def to(self, device: torch.device) -> Packed:
+        return Packed(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+    def select(self, sequences: Tensor) -> Packed:
+        """The given sequences (an int64 tensor of indices), in the given order."""
+        rows = segment_rows(self.cu_seqlens, sequences)
+        return Packed(
+            self.tokens[rows], cumulative(self.lengths[sequences]), cumulative(self.response_lengths[sequences])
+        )
+
+    def select_tokens(self, values: Tensor, sequences: Tensor) -> Tensor:
+        """The part of an (M,) tensor that belongs to the given sequences."""
+        return values[segment_rows(self.response_cu_seqlens, sequences)]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts to be answered. A prompt that is to be answered n times stands here n times."""
+
+    tokens: tuple[tuple[int, ...], ...]  # B prompts
+    streams: Tensor  # (B,) int64, prompt index * n + sample index: what a response's random numbers depend on
+    sources: Tensor  # (B,) int64, the row of each prompt in its prompt set, for its text and columns
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @staticmethod
+    def of(tokens: Sequence[Sequence[int]], rows: Sequence[int], *, first: int = 0, samples: int = 1) -> Prompts:
+        """The given rows of a prompt set, each to be answered `samples` times; the first has the index `first`."""
+        repeated = [row for row in rows for _ in range(samples)]
+        streams = torch.arange(len(repeated)) + first * samples
+        return Prompts(tuple(tuple(tokens[row]) for row in repeated), streams, torch.tensor(repeated, dtype=torch.int64))
+
+    def of_rank(self, rank: int, ranks: int) -> Prompts:
+        """This rank's part, the next rank's following it."""
+        return self.select(torch.arange(len(self)).tensor_split(ranks)[rank].tolist())
+
+    def select(self, indices: Sequence[int]) -> Prompts:
+        chosen = torch.as_tensor(list(indices), dtype=torch.int64)
+        return Prompts(tuple(self.tokens[i] for i in indices), self.streams[chosen], self.sources[chosen])
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What sampling returns."""
+
+    packed: Packed
+    logprobs: Tensor  # (M,) fp32, of the distribution that each token was drawn from
+    ended: Tensor  # (B,) bool, False where the response was cut at its maximum length
+    sources: Tensor  # (B,) int64, the row of each prompt in its prompt set
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A rollout and one number for each whole response."""
+
+    rollout: Rollout
+    scores: Tensor  # (B,) fp32
+
+
+@dataclass(frozen=True)
+class Experience:
+    """All that learning needs, for the global batch and the same on every rank."""
+
+    packed: Packed
+    scores: Tensor  # (B,) fp32
+    ended: Tensor  # (B,) bool
+    sampler_logprobs: Tensor  # (M,) fp32
+    old_logprobs: Tensor  # (M,) fp32, of the trainer's own forward pass before the first update
+    ref_logprobs: Tensor  # (M,) fp32
+    entropy: Tensor  # (M,) fp32, of the policy that sampled
+    kl: Tensor  # (M,) fp32, to the reference, of the configured kind
+    rewards: Tensor  # (M,) fp32, score on the last token and KL penalty on each
+    values: Tensor  # (M,) fp32
+    advantages: Tensor  # (M,) fp32, whitened if so configured
+    returns: Tensor  # (M,) fp32, before whitening
+
+
+def concatenate(parts: Sequence[Scored]) -> Scored:
+    """Scored rollouts of several ranks, end to end."""
+    rollouts = [part.rollout for part in parts]
+    packed = Packed(
+        torch.cat([r.packed.tokens for r in rollouts]),
+        cumulative(torch.cat([r.packed.lengths for r in rollouts])),
+        cumulative(torch.cat([r.packed.response_lengths for r in rollouts])),
+    )
+    per_row = (torch.cat([getattr(r, name) for r in rollouts]) for name in ("logprobs", "ended", "sources"))
+    return Scored(Rollout(packed, *per_row), torch.cat([part.scores for part in parts]))
+
+
+def cumulative(lengths: Tensor) -> Tensor:
+    """(B,) lengths -> (B+1,) int32 starts, from 0 to the total."""
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def segment_offsets(lengths: Tensor) -> Tensor:
+    """(B,) lengths -> (sum,) int64: 0, 1, ... within each segment."""
+    starts = lengths.cumsum(0) - lengths
+    return torch.arange(int(lengths.sum()), device=lengths.device) - starts.repeat_interleave(lengths)
+
+
+def segment_rows(cu_seqlens: Tensor, segments: Tensor) -> Tensor:
+    """The rows of the given segments of a packed tensor, in the given order; int64."""
+    starts = cu_seqlens[:-1].long()[segments]
+    lengths = cu_seqlens.diff().long()[segments]
+    return starts.repeat_interleave(lengths) + segment_offsets(lengths)
+
+
+def pack(sequences: Sequence[Sequence[int]], response_lengths: Sequence[int]) -> Packed:
+    """Lists of tokens (prompt and response) -> `Packed`, on the CPU."""
+    lengths = torch.tensor([len(s) for s in sequences], dtype=torch.int64)
+    tokens = torch.tensor([t for s in sequences for t in s], dtype=torch.int64)
+    return Packed(tokens, cumulative(lengths), cumulative(torch.tensor(response_lengths, dtype=torch.int64)))

@@ -1,0 +1,170 @@
+"""The checks of arguments that `fastppo.ops` makes before anything runs.
+
+Each raises a TypeError for a wrong dtype and a ValueError for a wrong shape, device or value, and names the argument,
+what it is and what it must be. Values of tensors are looked at on the CPU only, where no device has to be waited for
+(`cu_seqlens`: everywhere).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def check_kl_kind(kl_kind: str, kl_coef: float, has_head: bool, has_logprobs: bool) -> None:
+    if kl_kind == "k1":
+        raise ValueError(
+            "kl_kind is 'k1', whose expected gradient is zero; use 'exact', 'k2' or 'k3', or k1 in the reward"
+        )
+    if kl_kind not in ("exact", "k2", "k3"):
+        raise ValueError(f"kl_kind is {kl_kind!r}; it must be 'exact', 'k2' or 'k3'")
+    needs, has = ("ref_hidden and ref_weight", has_head) if kl_kind == "exact" else ("ref_logprobs", has_logprobs)
+    if kl_coef != 0.0 and not has:
+        raise ValueError(f"kl_coef is {kl_coef} and kl_kind {kl_kind!r}, which needs {needs}")
+
+
+def check_reference(
+    hidden: Tensor, weight: Tensor, ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None
+) -> None:
+    """A reference's head: all of it or nothing."""
+    if ref_hidden is None and ref_weight is None and ref_bias is None:
+        return
+    if ref_hidden is None or ref_weight is None:
+        missing = "ref_hidden" if ref_hidden is None else "ref_weight"
+        raise ValueError(f"{missing} is None; a reference needs both ref_hidden and ref_weight")
+    check_head(ref_hidden, ref_weight, ref_bias, "ref_")
+    check_shape("ref_hidden", ref_hidden, (len(hidden), ref_weight.shape[1]), "a row for each row of hidden")
+    check_shape("ref_weight", ref_weight, (len(weight), ref_weight.shape[1]), "a row for each row of weight")
+    check_device("ref_hidden", ref_hidden, hidden, "hidden")
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str) -> None:
+    """A vocabulary projection, hidden (M, H), weight (V, H) and bias (V,); `prefix` is that of the arguments' names."""
+    like = f"{prefix}hidden"
+    for name, tensor, letter, least in ((like, hidden, "M", 0), (f"{prefix}weight", weight, "V", 1)):
+        check_floating(name, tensor)
+        if tensor.ndim != 2 or len(tensor) < least:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected two dimensions, ({letter}, H)")
+    check_shape(f"{prefix}weight", weight, (len(weight), hidden.shape[1]), f"(V, H) with the H of {like}")
+    if bias is not None:
+        check_shape(f"{prefix}bias", bias, (len(weight),), f"one number for each row of {prefix}weight")
+    for name, part in ((f"{prefix}weight", weight), (f"{prefix}bias", bias)):
+        if part is None:
+            continue
+        if part.dtype != hidden.dtype:
+            raise TypeError(f"{name} has dtype {part.dtype} and {like} {hidden.dtype}; they must be the same")
+        check_device(name, part, hidden, like)
+
+
+def check_logits(name: str, logits: Tensor) -> None:
+    check_floating(name, logits)
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise ValueError(f"{name} has shape {tuple(logits.shape)}; expected two dimensions, (rows, V) with V >= 1")
+
+
+def check_targets(targets: Tensor, rows: int, vocabulary: int, like: Tensor, like_name: str) -> None:
+    check_int64("targets", targets)
+    check_shape("targets", targets, (rows,), f"one token for each row of {like_name}")
+    check_device("targets", targets, like, like_name)
+    if targets.device.type == "cpu" and rows:
+        low, high = int(targets.min()), int(targets.max())
+        if low < 0 or high >= vocabulary:
+            allowed = f"a vocabulary of {vocabulary} allows [0, {vocabulary - 1}]"
+            raise ValueError(f"targets, shape ({rows},), lie in [{low}, {high}]; {allowed}")
+
+
+def check_tokens(name: str, tensor: Tensor, like: Tensor, like_name: str = "") -> None:
+    check_floating(name, tensor)
+    if tensor.ndim != 1:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected one dimension, (M,)")
+    check_shape(name, tensor, (len(like),), f"one number for each row of {like_name}")
+    check_device(name, tensor, like, like_name)
+
+
+def check_mask(mask: Tensor | None, like: Tensor, like_name: str) -> None:
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask has dtype {mask.dtype}; expected torch.bool, True where a token counts")
+    check_shape("mask", mask, (len(like),), f"one entry for each row of {like_name}")
+    check_device("mask", mask, like, like_name)
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, rewards: Tensor) -> None:
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}; expected torch.int32 or torch.int64")
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
+        raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected (B+1,)")
+    check_device("cu_seqlens", cu_seqlens, rewards, "rewards")
+    starts, tokens = cu_seqlens.tolist(), len(rewards)
+    if starts[0] != 0 or starts[-1] != tokens:
+        raise ValueError(
+            f"cu_seqlens runs from {starts[0]} to {starts[-1]}; expected 0 to {tokens}, the length of rewards"
+        )
+    falls = next((i for i in range(1, len(starts)) if starts[i] < starts[i - 1]), None)
+    if falls is not None:
+        raise ValueError(
+            f"cu_seqlens falls from {starts[falls - 1]} to {starts[falls]} at index {falls}; it must never fall"
+        )
+
+
+def check_policy_options(
+    clip_low: float, clip_high: float, dual_clip: float | None, entropy_coef: float, kl_coef: float
+) -> None:
+    check_range("clip_low", clip_low, 0.0, 1.0)
+    check_range("clip_high", clip_high, 0.0, math.inf)
+    if dual_clip is not None and not 1.0 < dual_clip < math.inf:
+        raise ValueError(f"dual_clip is {dual_clip}; it must be finite and above 1, or None")
+    for name, coef in (("entropy_coef", entropy_coef), ("kl_coef", kl_coef)):
+        if not math.isfinite(coef):
+            raise ValueError(f"{name} is {coef}; it must be finite")
+
+
+def check_normalizer(normalizer: Tensor, like: Tensor, like_name: str) -> None:
+    if not isinstance(normalizer, Tensor) or normalizer.dtype not in (torch.float32, torch.float64):
+        found = normalizer.dtype if isinstance(normalizer, Tensor) else type(normalizer).__name__
+        raise TypeError(f"normalizer is {found}; expected a tensor of torch.float32 without dimensions")
+    check_shape("normalizer", normalizer, (), "the token count that the loss is divided by")
+    check_device("normalizer", normalizer, like, like_name)
+    if normalizer.device.type == "cpu":
+        check_positive("normalizer", normalizer.item())
+
+
+def check_scale(temperature: float, softcap: float | None) -> None:
+    check_positive("temperature", temperature)
+    if softcap is not None:
+        check_positive("softcap", softcap)
+
+
+def check_positive(name: str, value: float) -> None:
+    if not 0.0 < value < math.inf:
+        raise ValueError(f"{name} is {value}; it must be finite and above 0")
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high or math.isinf(value):
+        raise ValueError(f"{name} is {value}; it must be in [{low:g}, {high:g}]" + (" and finite" * math.isinf(high)))
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} has dtype {tensor.dtype} and shape {tuple(tensor.shape)}; expected a floating dtype")
+
+
+def check_int64(name: str, tensor: Tensor) -> None:
+    if tensor.dtype != torch.int64:
+        raise TypeError(f"{name} has dtype {tensor.dtype} and shape {tuple(tensor.shape)}; expected torch.int64")
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}: {meaning}")
+
+
+def check_device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name} is on {tensor.device} and {like_name} on {like.device}; they must be on the same device"
+        )

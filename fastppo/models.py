@@ -1,0 +1,227 @@
+"""The four roles: how each is loaded, checked and called.
+
+Every role runs its backbone on packed rows (`fastppo.attention`). A policy's vocabulary head is a module that owns
+its weight and runs an op on it, so that logits exist only inside the op and DeepSpeed's hooks see the weight used.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from fnmatch import fnmatch
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fastppo.attention import ATTENTION, Cache, Spans
+from fastppo.batch import Packed, pack
+from fastppo.errors import FastPPOError
+
+T = TypeVar("T")
+
+
+class ModelError(FastPPOError):
+    """A model that cannot be loaded or used. The message names the setting and the way out."""
+
+
+class FusedHead(nn.Module):
+    """The vocabulary projection. `head(hidden)` gives logits; `head(hidden, op, ...)` gives what the op makes of them."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, softcap: float | None):
+        super().__init__()
+        self.weight = weight  # (V, H), the embedding's own parameter where the two are tied
+        self.bias = bias  # (V,)
+        self.softcap = softcap
+
+    def forward(self, hidden: Tensor, op: Callable[..., T] | None = None, *args: Any, **kwargs: Any) -> T | Tensor:
+        """hidden (M, H). With an op: `op(hidden, weight, *args, bias=..., softcap=..., **kwargs)`. Else logits (M, V)."""
+        if op is not None:
+            return op(hidden, self.weight, *args, bias=self.bias, softcap=self.softcap, **kwargs)
+        logits = F.linear(hidden, self.weight, self.bias)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+    def as_reference(self, hidden: Tensor) -> dict[str, Tensor | None]:
+        """The keywords by which an op takes this head as the reference; hidden (M, H), without gradient."""
+        return {"ref_hidden": hidden, "ref_weight": self.weight, "ref_bias": self.bias}
+
+
+class ValueHead(nn.Module):
+    """V(s) of each hidden state, computed in fp32 since bf16 would round values to three digits. Starts at zero."""
+
+    def __init__(self, width: int, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, width, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.zeros(1, dtype=dtype, device=device))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(M, H) -> (M,) fp32"""
+        return F.linear(hidden.float(), self.weight.float(), self.bias.float()).squeeze(-1)
+
+
+class Backbone(nn.Module):
+    """What all roles have in common: a transformers model that reads packed rows.
+
+    A role is called with an objective, a function of the role and of the (M, H) hidden states that predict each
+    response token. So the heads run inside the module's own forward pass, where DeepSpeed has their weights at hand,
+    and what is made of them is written in the stage that wants it.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+        self.model.set_attn_implementation(ATTENTION)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def hidden(self, packed: Packed) -> Tensor:
+        """The last hidden state of every token, (N, H)."""
+        output = self.model.base_model(
+            input_ids=packed.tokens[None],
+            position_ids=packed.positions[None],
+            packed=Spans.of(packed.lengths.tolist()),
+            use_cache=False,
+        )
+        return cast(Tensor, output.last_hidden_state[0])
+
+    def forward(self, packed: Packed, objective: Callable[[Any, Tensor], T]) -> T:
+        return objective(self, self.hidden(packed)[packed.predictors])
+
+
+class Policy(Backbone):
+    """A causal language model; with `value_head`, the shared critic too."""
+
+    def __init__(self, model: PreTrainedModel, value_head: ValueHead | None = None):
+        super().__init__(model)
+        self.value_head = value_head
+
+    @property
+    def head(self) -> FusedHead:
+        return cast(FusedHead, self.model.get_output_embeddings())
+
+    def prefill(self, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """Packed prompts (N,) into the cache; returns their hidden states (N, H)."""
+        return self._decode(tokens[None], positions[None], cache)[0]
+
+    def step(self, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """One token (R,) for each active row of the cache; returns hidden states (R, H)."""
+        return self._decode(tokens[:, None], positions[:, None], cache)[:, 0]
+
+    def _decode(self, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        output = self.model.base_model(input_ids=tokens, position_ids=positions, cache=cache, use_cache=False)
+        return cast(Tensor, output.last_hidden_state)
+
+
+class Critic(Backbone):
+    """A separate value model."""
+
+    def __init__(self, model: PreTrainedModel, value_head: ValueHead):
+        super().__init__(model)
+        self.value_head = value_head
+
+
+class RewardModel(Backbone):
+    """One score for each sequence: the classifier's own head on the last token's hidden state."""
+
+    def score(self, packed: Packed) -> Tensor:
+        """(B,) fp32"""
+        return cast(Tensor, self.model.score(self.hidden(packed)[packed.last_rows]).float().squeeze(-1))
+
+
+def fuse_head(model: PreTrainedModel) -> PreTrainedModel:
+    """Put a `FusedHead` in the place of a causal model's vocabulary projection, on the same parameters."""
+    linear = model.get_output_embeddings()
+    if not isinstance(linear, nn.Linear):
+        raise ModelError(f"{type(model).__name__} has no linear vocabulary head, so its logprobs cannot be fused")
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    model.set_output_embeddings(FusedHead(linear.weight, linear.bias, softcap))
+    return model
+
+
+def check_packing(model: PreTrainedModel) -> None:
+    """Compare packed sequences with the model's own forward pass on one at a time, in logits or hidden states.
+
+    A model that needs more than causal attention over its own sequence (ALiBi, logit scaling, an attention of its
+    own outside transformers' registry) would train wrongly without a word; it is refused here.
+    """
+    own = model.config._attn_implementation
+    if not model._supports_attention_backend:
+        raise ModelError(
+            f"{type(model).__name__} does not take its attention from transformers' AttentionInterface, so it cannot"
+            " read packed rows. Llama, Qwen, Mistral, Gemma-2, Phi-3, GPT-2, OPT and GPT-NeoX do, among others."
+        )
+    causal = hasattr(model, "lm_head") or model.get_output_embeddings() is not None
+    vocabulary = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    sequences = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (7, 3, 3, 12)]
+    packed = pack(sequences, [1] * len(sequences)).to(model.device)
+
+    def outputs(states: Any) -> Tensor:
+        return states.logits[0].float().log_softmax(-1) if causal else states.last_hidden_state[0].float()
+
+    network = model if causal else model.base_model
+    with torch.no_grad():
+        alone = torch.cat([outputs(network(torch.tensor([s], device=model.device), use_cache=False)) for s in sequences])
+        if causal:
+            fuse_head(model)
+        hidden = Backbone(model).hidden(packed)
+        together = model.get_output_embeddings()(hidden).float().log_softmax(-1) if causal else hidden.float()
+    error = float((together - alone).abs().mean() / alone.std())
+    tolerance = 1e-3 if model.dtype == torch.float32 else 1e-1
+    if not error <= tolerance:
+        raise ModelError(
+            f"{type(model).__name__} computes something else on packed sequences than on one sequence at a time"
+            f" (mean difference {error:.2g} of the outputs' spread, tolerance {tolerance:g}, own attention {own!r}), so it cannot be"
+            " trained without padding. Models with plain causal, sliding-window or soft-capped attention through"
+            " transformers' AttentionInterface work, such as Llama, Qwen, Mistral, Gemma-2, GPT-2, OPT and GPT-NeoX."
+        )
+
+
+def copy_backbone(model: PreTrainedModel) -> PreTrainedModel:
+    """A second copy of a causal model's backbone, without its vocabulary head."""
+    return copy.deepcopy(cast(PreTrainedModel, model.base_model))
+
+
+def set_trainable(role: Backbone, train: str | int) -> None:
+    """Freeze all but the chosen parameters of the model: `all`, the upper k layers, or comma-separated name patterns."""
+    named = dict(role.model.named_parameters())
+    if train == "all":
+        chosen = set(named)
+    elif isinstance(train, int):
+        chosen = _upper_layers(role.model, train)
+    else:
+        patterns = [p.strip() for p in train.split(",")]
+        chosen = {name for name in named if any(fnmatch(name, p) for p in patterns)}
+        unmatched = [p for p in patterns if not any(fnmatch(name, p) for name in named)]
+        if unmatched:
+            raise ModelError(
+                f"train: no parameter of {type(role.model).__name__} matches {', '.join(unmatched)};"
+                f" its names look like {', '.join(list(named)[1:4])}"
+            )
+    for name, parameter in named.items():
+        parameter.requires_grad_(name in chosen)
+
+
+def _upper_layers(model: PreTrainedModel, count: int) -> set[str]:
+    """Names of the parameters of the upper `count` layers and of what follows them, a final norm for example.
+
+    The vocabulary head stays frozen: tied to the embedding, it would train the lowest layer of all.
+    """
+    depth = model.config.get_text_config().num_hidden_layers
+    if not 0 < count <= depth:
+        raise ModelError(f"train = {count}: {type(model).__name__} has {depth} layers; choose 1 to {depth}, or `all`")
+    for path, layers in model.base_model.named_modules():
+        if isinstance(layers, nn.ModuleList) and len(layers) == depth:
+            break
+    else:
+        raise ModelError(f"train = {count}: {type(model).__name__} has no list of {depth} layers; use name patterns")
+    upper = {id(p) for layer in layers[depth - count :] for p in layer.parameters()}
+    final = path.rpartition(".")[0]
+    parent = model.base_model.get_submodule(final) if final else model.base_model
+    norms = {id(p) for name, child in parent.named_children() if "norm" in name or "ln_f" in name for p in child.parameters()}
+    return {name for name, p in model.named_parameters() if id(p) in upper | norms}

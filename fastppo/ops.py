@@ -1,0 +1,297 @@
+"""The ops of PPO, and the only door to what computes them.
+
+A function here checks its arguments, before anything runs, and then calls: `fastppo.eager` where speed matters today,
+`fastppo.reference` elsewhere. Both hold the mathematics; shapes, types and ranges are said here.
+
+M tokens, vocabulary V, hidden size H, B sequences, R rows. Floating inputs are fp32, bf16 or fp16 (fp64 for tests of
+gradients); statistics, losses and sums are fp32, fp64 for fp64 inputs. All tensors of a call are on one device. A wrong
+dtype is a TypeError, a wrong shape, device or value a ValueError, which names the argument. M may be 0.
+Values are looked at where that costs nothing: on the CPU (`cu_seqlens`: everywhere).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastppo import eager, reference
+from fastppo.checks import (
+    check_cu_seqlens,
+    check_device,
+    check_floating,
+    check_head,
+    check_int64,
+    check_kl_kind,
+    check_logits,
+    check_mask,
+    check_normalizer,
+    check_policy_options,
+    check_positive,
+    check_range,
+    check_reference,
+    check_scale,
+    check_shape,
+    check_targets,
+    check_tokens,
+)
+from fastppo.eager import Head
+from fastppo.stats import PolicyStats, TokenStats, ValueStats
+from fastppo.vocabulary import Scale
+
+WORKSPACE_BYTES = 256 << 20  # for the logits of a chunk of rows; `linear_*` take no more, whatever M
+
+KlKind = Literal["exact", "k2", "k3"]
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    bootstrap: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of packed sequences (Schulman et al. 2016, eq. 11 and 16).
+
+    rewards, values: (M,) floating; cu_seqlens: (B+1,) int32 or int64, from 0 to M, never falling; gamma, lam in [0, 1];
+    bootstrap: (B,) the value after each sequence's last token, 0 when left out; mask: (M,) bool, False for a token that
+    is passed over: its reward and value are ignored, its outputs are 0, and the next token's value and advantage reach
+    the one before it. Returns (advantages, returns), (M,) each, not differentiable.
+    """
+    check_tokens("rewards", rewards, rewards)
+    check_tokens("values", values, rewards, "rewards")
+    check_mask(mask, rewards, "rewards")
+    check_cu_seqlens(cu_seqlens, rewards)
+    check_range("gamma", gamma, 0.0, 1.0)
+    check_range("lam", lam, 0.0, 1.0)
+    if bootstrap is not None:
+        check_floating("bootstrap", bootstrap)
+        check_shape("bootstrap", bootstrap, (len(cu_seqlens) - 1,), "one value for each sequence of cu_seqlens")
+        check_device("bootstrap", bootstrap, rewards, "rewards")
+    return reference.gae(rewards, values, cu_seqlens, gamma=gamma, lam=lam, bootstrap=bootstrap, mask=mask)
+
+
+def token_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ref_logits: Tensor | None = None,
+) -> TokenStats:
+    """Log probability of the targets, entropy and, with a reference, its log probability and the exact KL.
+
+    logits: (M, V) floating, -inf allowed; targets: (M,) int64 in [0, V); ref_logits: (M, V), never receives gradients.
+    Logits of both become z = softcap tanh(logits / softcap) / temperature; temperature > 0, softcap > 0 or None.
+    An entry of probability 0 adds nothing to entropy, KL and gradients; KL is +inf where p > 0 = q, and such a row
+    passes no gradient to KL. Gradients reach logits from `logprobs`, `entropy`, `lse` and `kl`.
+    """
+    check_logits("logits", logits)
+    check_targets(targets, logits.shape[0], logits.shape[1], logits, "logits")
+    check_scale(temperature, softcap)
+    if ref_logits is not None:
+        check_logits("ref_logits", ref_logits)
+        check_shape("ref_logits", ref_logits, tuple(logits.shape), "the shape of logits")
+        check_device("ref_logits", ref_logits, logits, "logits")
+    return eager.token_logprobs(logits, targets, Scale(temperature, softcap), ref_logits)
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+) -> TokenStats:
+    """`token_logprobs` of logits = hidden weight^T + bias, which never exist for more than a chunk of rows.
+
+    hidden: (M, H); weight: (V, H), bias: (V,) of the same dtype; targets: (M,) int64 in [0, V). The reference's head
+    comes as ref_hidden (M, H'), ref_weight (V, H') and perhaps ref_bias (V,), under the same softcap and
+    temperature; it never receives gradients, also where ref_weight is weight.
+    """
+    check_head(hidden, weight, bias, "")
+    check_targets(targets, hidden.shape[0], weight.shape[0], hidden, "hidden")
+    check_scale(temperature, softcap)
+    check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
+    head, ref_head = Head(hidden, weight, bias), eager.as_head(ref_hidden, ref_weight, ref_bias)
+    return eager.linear_logprobs(head, targets, Scale(temperature, softcap), ref_head, workspace=WORKSPACE_BYTES)
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    kl: Tensor | None = None,
+    kl_coef: float = 0.0,
+    normalizer: Tensor,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, PolicyStats]:
+    """PPO's clipped loss (Schulman et al. 2017, eq. 7), with dual clip (Ye et al. 2020, eq. 5), entropy and KL terms.
+
+    logprobs, old_logprobs, advantages, entropy, kl: (M,) floating. The ratio's logarithm is clamped to +-20, the ratio
+    clipped to [1 - clip_low, 1 + clip_high], clip_low in [0, 1], clip_high >= 0; dual_clip > 1 bounds the loss of a
+    token with negative advantage at dual_clip |advantage|. `kl` is a KL per token that has an expected gradient
+    (exact, k2 or k3; not k1).
+    normalizer: () fp32, > 0, the token count that the sum is divided by; mask: (M,) bool, False leaves a token out.
+
+    Returns the loss, (), which passes gradients to logprobs, entropy and kl, and sums over the unmasked tokens: the
+    clipped objective's loss alone, entropy, kl, k3 of the old policy to the new ((ratio - 1) - log ratio), tokens
+    where the clip and where the dual clip holds the loss, ratio, tokens. `ratio_max` is 0 without tokens.
+    """
+    check_tokens("logprobs", logprobs, logprobs)
+    tokens = {"old_logprobs": old_logprobs, "advantages": advantages, "entropy": entropy, "kl": kl}
+    for name, tensor in tokens.items():
+        if tensor is not None:
+            check_tokens(name, tensor, logprobs, "logprobs")
+    check_policy_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef)
+    check_normalizer(normalizer, logprobs, "logprobs")
+    check_mask(mask, logprobs, "logprobs")
+    for name, coef, tensor in (("entropy", entropy_coef, entropy), ("kl", kl_coef, kl)):
+        if coef != 0.0 and tensor is None:
+            raise ValueError(f"{name}_coef is {coef} and {name} is None; give {name} or set {name}_coef to 0")
+    return reference.policy_loss(
+        logprobs,
+        old_logprobs,
+        advantages,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        entropy=entropy,
+        entropy_coef=entropy_coef,
+        kl=kl,
+        kl_coef=kl_coef,
+        normalizer=normalizer,
+        mask=mask,
+    )
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    temperature: float,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+    entropy_coef: float = 0.0,
+    kl_coef: float = 0.0,
+    kl_kind: KlKind = "exact",
+    ref_logprobs: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    normalizer: Tensor,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, PolicyStats]:
+    """`linear_logprobs` and `policy_loss` in one, with the gradients made while a chunk's logits exist.
+
+    Arguments as in those two. The KL term is of `kl_kind`: exact needs ref_hidden and ref_weight, k2 and k3 need
+    ref_logprobs, (M,) floating; k1 is refused, as its expected gradient is zero. With kl_coef 0 the KL is a metric
+    only, and 0 without a reference. Entropy is always a metric. Gradients reach hidden, weight and bias; a frozen one
+    of them costs nothing.
+    """
+    check_head(hidden, weight, bias, "")
+    check_targets(targets, hidden.shape[0], weight.shape[0], hidden, "hidden")
+    check_scale(temperature, softcap)
+    for name, tensor in {"old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs}.items():
+        if tensor is not None:
+            check_tokens(name, tensor, hidden, "hidden")
+    check_policy_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef)
+    check_normalizer(normalizer, hidden, "hidden")
+    check_mask(mask, hidden, "hidden")
+    check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
+    ref_head = eager.as_head(ref_hidden, ref_weight, ref_bias)
+    check_kl_kind(kl_kind, kl_coef, ref_head is not None, ref_logprobs is not None)
+
+    loss_of = partial(
+        reference.policy_loss,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        entropy_coef=entropy_coef,
+        kl_coef=kl_coef,
+        normalizer=normalizer,
+    )
+
+    def token_loss(
+        rows: slice, logprobs: Tensor, entropy: Tensor, exact_kl: Tensor | None
+    ) -> tuple[Tensor, PolicyStats]:
+        old, advantage, ref = old_logprobs[rows], advantages[rows], None if ref_logprobs is None else ref_logprobs[rows]
+        kl = exact_kl if kl_kind == "exact" else reference.kl_estimate(logprobs, ref, kl_kind)
+        return loss_of(logprobs, old, advantage, entropy=entropy, kl=kl, mask=None if mask is None else mask[rows])
+
+    head, scale = Head(hidden, weight, bias), Scale(temperature, softcap)
+    ref_head = ref_head if kl_kind == "exact" else None
+    return eager.linear_policy_loss(head, targets, scale, ref_head, token_loss, workspace=WORKSPACE_BYTES)
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    *,
+    clip: float | None = None,
+    normalizer: Tensor,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, ValueStats]:
+    """The critic's loss, 0.5 max((V - R)^2, (V_clip - R)^2), V_clip = old + clamp(V - old, -clip, clip).
+
+    values, old_values, returns: (M,) floating; clip > 0, or None for (V - R)^2 / 2; normalizer and mask as in
+    `policy_loss`. Returns the loss, (), with gradients to values alone, and sums over the unmasked tokens: loss, tokens
+    where the clipped error is the larger, V, V^2, R, R^2, (R - V)^2.
+    """
+    check_tokens("values", values, values)
+    check_tokens("old_values", old_values, values, "values")
+    check_tokens("returns", returns, values, "values")
+    check_normalizer(normalizer, values, "values")
+    check_mask(mask, values, "values")
+    if clip is not None:
+        check_positive("clip", clip)
+    return reference.value_loss(values, old_values, returns, clip=clip, normalizer=normalizer, mask=mask)
+
+
+def sample_tokens(
+    logits: Tensor, *, temperature: float = 1.0, seed: int, stream: Tensor, offset: Tensor | int
+) -> tuple[Tensor, Tensor]:
+    """Draw one token a row from softmax(logits / temperature).
+
+    logits: (R, V) floating, each row with a finite entry, -inf for tokens that may not be drawn; seed: taken modulo
+    2^64; stream: (R,) int64, prompt index * n + sample index; offset: (R,) int64, or one int for all rows: the
+    token's position. A row's result depends on its own logits and (seed, stream, offset) alone, bit for bit. The random
+    number is Philox4x32-10's with key (seed) and counter (offset, stream): see `fastppo.philox.uniform`.
+    Returns tokens, (R,) int64, and their log probabilities, (R,) fp32.
+    """
+    check_logits("logits", logits)
+    check_scale(temperature, None)
+    if isinstance(offset, int):
+        offset = torch.full_like(stream, offset)
+    for name, tensor in (("stream", stream), ("offset", offset)):
+        check_int64(name, tensor)
+        check_shape(name, tensor, (len(logits),), "one number for each row of logits")
+        check_device(name, tensor, logits, "logits")
+    tokens, logprobs = eager.sample_tokens(logits, temperature=temperature, seed=seed, stream=stream, offset=offset)
+    if logits.device.type == "cpu" and not bool(logprobs.isfinite().all()):
+        row = int((~logprobs.isfinite()).nonzero()[0])
+        raise ValueError(f"row {row} of logits holds NaN or +inf, or no finite entry: nothing can be drawn from it")
+    return tokens, logprobs

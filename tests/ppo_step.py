@@ -1,0 +1,83 @@
+"""One PPO step of a tiny model, in this process or on several ranks; shared by the tests of learning.
+
+As a script: `python ppo_step.py OUT [--setting value ...]` on the ranks that the environment names; rank 0 saves the
+updated parameters and the updates to OUT.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastppo.batch import Experience, Prompts, Rollout, Scored
+from fastppo.cli import parse
+from fastppo.config import Config
+from fastppo.engine import World, start_world, stop_world
+from fastppo.estimate import estimate
+from fastppo.learn import Update, learn
+from fastppo.microbatch import Minibatch, plan_epochs
+from fastppo.roles import Roles, assemble
+from fastppo.rollout import sample
+
+PROMPTS = [tuple(range(5, 5 + n)) for n in (3, 9, 4, 7, 3, 5, 12, 6)]
+
+
+@dataclasses.dataclass
+class Step:
+    parameters: dict[str, torch.Tensor]
+    updates: list[Update]
+    experience: Experience
+
+
+def config_of(model: str, *arguments: str) -> Config:
+    fixed = ["--actor.model", model, "--rewards", '[{"function": "none:none"}]', "--data.path", "none", "--steps", "1"]
+    small = ["--ppo.batch_size", "8", "--ppo.microbatch_tokens", "1000", "--optim.dtype", "fp32", "--actor.lr", "1e-2"]
+    short = ["--sampling.max_new_tokens", "10", "--data.max_prompt_tokens", "16", "--critic.lr", "1e-2"]
+    return parse([*fixed, *small, *short, "--ppo.epochs", "1", "--eval.prompts", "0", *arguments])
+
+
+def responses(roles: Roles) -> Scored:
+    """Responses of many lengths and a made-up score for each."""
+    config = config_of("none").sampling
+    prompts = Prompts.of(PROMPTS, range(len(PROMPTS)))
+    rollout: Rollout = sample(roles.policy, prompts, config, stop_ids=range(0, 257, 9), seed=7, temperature=1.0)
+    return Scored(rollout, torch.linspace(-1, 1, len(PROMPTS)))
+
+
+def plan_of(scored: Scored, config: Config, world: World) -> list[list[Minibatch]]:
+    return plan_epochs(
+        scored.rollout.packed.lengths,
+        epochs=config.ppo.epochs,
+        minibatches=config.ppo.minibatches,
+        budget=config.ppo.microbatch_tokens,
+        ranks=world.ranks,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def step(config: Config, world: World, *, train_actor: bool = True, plan: Any = None) -> Step:
+    roles = assemble(config, world)
+    scored = responses(roles)
+    plan = plan or plan_of(scored, config, world)
+    experience = estimate(scored, roles, plan[0], config, config.ppo.kl_coef, world)
+    rates = [(config.actor.lr, config.critic.lr)] * sum(map(len, plan))
+    updates = learn(
+        experience, roles, plan, config, beta=config.ppo.kl_coef, rates=rates, train_actor=train_actor, world=world
+    )
+    parameters = {f"actor.{n}": p.detach().clone() for n, p in roles.policy.named_parameters()}
+    if roles.critic is not None:
+        parameters |= {f"critic.{n}": p.detach().clone() for n, p in roles.critic.module.named_parameters()}
+    return Step(parameters, updates, experience)
+
+
+if __name__ == "__main__":
+    out, model, *settings = sys.argv[1:]
+    here = start_world(1)
+    done = step(config_of(model, *settings), here)
+    if here.rank == 0:
+        torch.save((done.parameters, [dataclasses.asdict(u) for u in done.updates]), Path(out))
+    stop_world()

@@ -1,0 +1,183 @@
+import dataclasses
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from ppo_step import config_of, plan_of, responses, step
+
+from fastppo.engine import start_world
+from fastppo.learn import check_first_ratio
+from fastppo.microbatch import Minibatch
+from fastppo.roles import assemble
+
+
+@pytest.fixture(scope="module")
+def world():
+    return start_world(1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.saved(tmp_path_factory.mktemp("model"), tiny.causal())
+
+
+def difference(one, other):
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def change(after, model, world):
+    before = step(config_of(model, "--actor.lr", "0", "--critic.lr", "0"), world).parameters
+    return {name: float((after[name] - before[name]).abs().max()) for name in before if name in after}
+
+
+@pytest.mark.parametrize("budget", [25, 40, 70])
+def test_the_update_does_not_depend_on_the_microbatch_size(model, world, budget):
+    whole = step(config_of(model), world)
+    cut = step(config_of(model, "--ppo.microbatch_tokens", str(budget), "--data.max_prompt_tokens", "15"), world)
+    assert difference(whole.parameters, cut.parameters) < 2e-5
+    assert whole.updates[0].policy_loss == pytest.approx(cut.updates[0].policy_loss, abs=1e-6)
+    assert whole.updates[0].actor_grad_norm == pytest.approx(cut.updates[0].actor_grad_norm, rel=1e-4)
+
+
+def test_the_update_does_not_depend_on_order_or_packing(model, world):
+    config = config_of(model)
+    whole = step(config, world)
+    shuffled = [[Minibatch((torch.tensor([7, 2]), torch.tensor([0, 5, 4]), torch.tensor([6, 1, 3])))]]
+    assert difference(whole.parameters, step(config, world, plan=shuffled).parameters) < 2e-5
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+@pytest.mark.parametrize("stage", ["0", "1", "2"])
+def test_the_update_is_the_same_on_one_and_two_ranks(model, world, tmp_path, critic, stage):
+    settings = ["--critic.kind", critic, "--ppo.minibatches", "2", "--ppo.epochs", "2", "--zero.stage", stage]
+    alone = step(config_of(model, *settings), world)
+    parameters, updates = on_two_ranks(tmp_path / "out.pt", model, settings)
+    assert difference(alone.parameters, parameters) < 5e-5
+    for one, two in zip(alone.updates, updates, strict=True):
+        assert two == pytest.approx(dataclasses.asdict(one), rel=1e-3, abs=1e-5)
+
+
+def on_two_ranks(out, model, settings):
+    port = str(20_000 + os.getpid() % 20_000)
+    script = str(Path(__file__).with_name("ppo_step.py"))
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, script, str(out), model, *settings],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in range(2)
+    ]
+    errors = [rank.communicate(timeout=240)[1].decode()[-3000:] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+    return torch.load(out)
+
+
+def test_on_the_first_update_the_ratio_is_one_and_the_approximate_kl_zero(model, world):
+    first = step(config_of(model, "--ppo.minibatches", "2"), world).updates[0]
+    assert abs(first.ratio_mean - 1) <= 1e-4 and first.ratio_max - 1 <= 1e-4 and first.approx_kl <= 1e-6
+
+
+def test_the_first_ratio_is_one_in_bf16_too(model, world):
+    settings = ["--optim.dtype", "bf16", "--ppo.microbatch_tokens", "40", "--data.max_prompt_tokens", "15"]
+    first = step(config_of(model, *settings), world).updates[0]
+    assert abs(first.ratio_mean - 1) <= 1e-3 and first.ratio_max - 1 <= 1e-3
+
+
+def test_a_first_ratio_that_is_not_one_is_said_in_the_log(model, world, caplog):
+    update = step(config_of(model), world).updates[0]
+    with caplog.at_level(logging.WARNING, logger="fastppo"):
+        check_first_ratio(update, "fp32")
+        assert not caplog.records
+        check_first_ratio(dataclasses.replace(update, ratio_max=1.4), "fp32")
+    assert "largest 1.4" in caplog.text
+
+
+def test_later_epochs_move_the_ratio(model, world):
+    updates = step(config_of(model, "--ppo.epochs", "3", "--actor.lr", "1e-3"), world).updates
+    assert [u.epoch for u in updates] == [0, 1, 2]
+    assert updates[0].approx_kl < 1e-6 < updates[1].approx_kl < updates[2].approx_kl
+
+
+def test_a_separate_critics_warm_up_leaves_the_actor_alone(model, world):
+    warm = step(config_of(model), world, train_actor=False)
+    moved = change(warm.parameters, model, world)
+    assert max(v for n, v in moved.items() if n.startswith("actor.")) == 0.0
+    assert max(v for n, v in moved.items() if n.startswith("critic.")) > 0.0
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_shared_critics_warm_up_trains_the_value_head_alone(model, world, dtype):
+    settings = ["--critic.kind", "shared", "--optim.dtype", dtype]
+    warm = step(config_of(model, *settings), world, train_actor=False)
+    still = step(config_of(model, *settings, "--actor.lr", "0", "--critic.lr", "0"), world)
+    moved = {n for n in warm.parameters if not torch.equal(warm.parameters[n], still.parameters[n])}
+    assert moved == {"actor.value_head.weight", "actor.value_head.bias"}
+
+
+def test_actor_and_critic_learn_at_rates_of_their_own(model, world):
+    settings = ["--critic.kind", "shared"]
+    still = step(config_of(model, *settings, "--actor.lr", "0", "--critic.lr", "0"), world).parameters
+    head_only = step(config_of(model, *settings, "--actor.lr", "0"), world).parameters
+    assert {n for n in still if not torch.equal(still[n], head_only[n])} == {
+        "actor.value_head.weight",
+        "actor.value_head.bias",
+    }
+
+
+def test_frozen_parameters_stay(model, world):
+    moved = change(step(config_of(model, "--actor.train", "1"), world).parameters, model, world)
+    for name, by in moved.items():
+        if name.startswith("actor."):
+            assert (by > 0) == (".layers.2." in name or name.endswith("model.norm.weight")), name
+
+
+@pytest.mark.parametrize("kind", ["k2", "k3", "exact"])
+def test_a_kl_penalty_in_the_loss_pulls_towards_the_reference(model, world, tmp_path, kind):
+    other = tiny.saved(tmp_path / "reference", tiny.causal(seed=5))
+    settings = ["--ppo.kl_in", "loss", "--ppo.kl_kind", kind, "--reference.model", other, "--ppo.epochs", "6"]
+    updates = step(config_of(model, *settings, "--ppo.kl_coef", "10", "--actor.lr", "1e-3"), world).updates
+    assert updates[-1].kl_loss < updates[0].kl_loss
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3", "exact"])
+def test_a_kl_penalty_in_the_reward_is_zero_against_oneself(model, world, kind):
+    experience = step(config_of(model, "--ppo.kl_kind", kind), world).experience
+    assert float(experience.kl.abs().max()) < 1e-5
+    assert float(experience.rewards.sum()) == pytest.approx(0.0, abs=1e-5)  # the scores add up to 0
+
+
+def test_the_exact_kl_is_the_mean_of_k1(model, world, tmp_path):
+    other = tiny.saved(tmp_path / "reference", tiny.causal(seed=5))
+    settings = ["--reference.model", other, "--ppo.kl_kind", "exact"]
+    experience = step(config_of(model, *settings), world).experience
+    k1 = experience.old_logprobs - experience.ref_logprobs
+    assert float(experience.kl.min()) > 0
+    assert float((k1 - experience.kl).mean().abs()) < 3 * float(k1.std()) / len(k1) ** 0.5
+
+
+def test_old_logprobs_are_those_of_the_sampler(model, world):
+    experience = step(config_of(model), world).experience
+    torch.testing.assert_close(experience.old_logprobs, experience.sampler_logprobs, rtol=1e-4, atol=1e-4)
+
+
+def test_the_gradient_is_clipped_to_its_norm(model, world):
+    """Under plain Adam any gradient scale gives the same first step, so clipping shows in the second moment alone."""
+    free = step(config_of(model, "--optim.max_grad_norm", "0"), world).updates[0].actor_grad_norm
+    tight = step(config_of(model, "--optim.max_grad_norm", "1e-6", "--optim.eps", "1"), world)
+    assert tight.updates[0].actor_grad_norm == pytest.approx(free, rel=1e-5)
+    assert max(v for n, v in change(tight.parameters, model, world).items() if n.startswith("actor.")) < 1e-7
+
+
+def test_the_plan_covers_each_epoch_and_old_logprobs_come_from_the_first(model, world):
+    config = config_of(model, "--ppo.epochs", "2")
+    scored = responses(assemble(config, world))
+    plan = plan_of(scored, config, world)
+    assert len(plan) == 2 and sum(len(m.microbatches) for m in plan[0]) >= 1

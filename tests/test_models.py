@@ -1,0 +1,127 @@
+import pytest
+import tiny
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fastppo import ops
+from fastppo.batch import pack
+from fastppo.errors import FastPPOError
+from fastppo.models import Critic, ModelError, Policy, ValueHead, check_packing, copy_backbone, fuse_head, set_trainable
+
+SEQUENCES = [(5, 6, 7, 8, 9, 10, 11, 12), (9, 10), (11, 12, 13), (1, 2, 3)]
+PACKED = pack(SEQUENCES, [3, 1, 2, 1])
+
+
+def objective(policy, hidden):
+    return policy.head(hidden, ops.linear_logprobs, PACKED.responses).logprobs
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_packed_logprobs_are_those_of_one_sequence_at_a_time(family):
+    model = tiny.causal(family)
+    expected = []
+    with torch.no_grad():
+        for sequence, responses in zip(SEQUENCES, PACKED.response_lengths.tolist(), strict=True):
+            tokens = torch.tensor([sequence])
+            logprobs = model(tokens, use_cache=False).logits[0].log_softmax(-1)
+            rows = range(len(sequence) - responses - 1, len(sequence) - 1)
+            expected += [logprobs[row, sequence[row + 1]] for row in rows]
+        found = Policy(fuse_head(model))(PACKED, objective)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_check_at_load_accepts_what_packing_computes_rightly(family):
+    check_packing(tiny.causal(family))
+
+
+def test_a_model_with_other_attention_is_refused_by_name():
+    config = AutoConfig.for_model("bloom", hidden_size=32, n_head=4, n_layer=2, vocab_size=101)
+    with pytest.raises(ModelError, match=r"BloomForCausalLM .* AttentionInterface"):
+        check_packing(AutoModelForCausalLM.from_config(config))
+
+
+def test_a_model_that_scales_its_logits_is_refused():
+    config = AutoConfig.for_model("granite", hidden_size=32, num_attention_heads=4, num_hidden_layers=2, vocab_size=101,
+                                  intermediate_size=64, logits_scaling=8.0)  # fmt: skip
+    with pytest.raises(ModelError, match="computes something else on packed sequences"):
+        check_packing(AutoModelForCausalLM.from_config(config).eval())
+
+
+def test_an_unknown_keyword_of_attention_is_refused_by_name():
+    model = tiny.causal("llama")
+    policy = Policy(fuse_head(model))
+    with pytest.raises(FastPPOError, match="s_aux"):
+        policy.model.base_model(input_ids=PACKED.tokens[None], packed=None, s_aux=torch.ones(4), use_cache=False)
+
+
+def test_dropout_is_off_in_every_config(tmp_path):
+    from fastppo.load import load_causal
+
+    path = tiny.saved(tmp_path / "opt", tiny.causal("opt"))
+    model = load_causal("actor.model", path, None, None, torch.float32, torch.device("cpu"))
+    assert model.config.dropout == 0.0
+    policy = Policy(model).train()
+    assert torch.equal(policy(PACKED, objective), policy(PACKED, objective))
+
+
+def test_tied_embeddings_stay_one_parameter():
+    model = fuse_head(tiny.causal("llama", tie_word_embeddings=True))
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    policy = Policy(model)
+    policy(PACKED, objective).sum().backward()
+    untied = fuse_head(tiny.causal("llama"))
+    assert "lm_head.weight" in dict(untied.named_parameters())
+    assert model.get_input_embeddings().weight.grad is not None
+
+
+def test_a_fresh_value_head_says_zero_and_learns():
+    policy = Policy(fuse_head(tiny.causal()), ValueHead(tiny.WIDTH, torch.float32, torch.device("cpu")))
+    values = policy(PACKED, lambda p, hidden: p.value_head(hidden))
+    assert values.tolist() == [0.0] * 7
+    values.sum().backward()
+    assert float(policy.value_head.weight.grad.abs().sum()) > 0
+
+
+def test_a_separate_critic_shares_no_parameter_with_the_actor():
+    model = fuse_head(tiny.causal())
+    critic = Critic(copy_backbone(model), ValueHead(tiny.WIDTH, torch.float32, torch.device("cpu")))
+    assert not {id(p) for p in critic.parameters()} & {id(p) for p in model.parameters()}
+
+
+def trained(train):
+    policy = Policy(fuse_head(tiny.causal()))
+    set_trainable(policy, train)
+    return {name for name, p in policy.model.named_parameters() if p.requires_grad}
+
+
+def test_all_parameters_train_by_default():
+    assert len(trained("all")) == len(list(tiny.causal().parameters()))
+
+
+def test_the_upper_layers_train_with_the_final_norm_and_without_the_head():
+    names = trained(2)
+    assert {name.split(".")[2] for name in names if ".layers." in name} == {"1", "2"}
+    assert "model.norm.weight" in names and "lm_head.weight" not in names
+
+
+def test_name_patterns_choose_parameters():
+    assert {name.rsplit(".", 2)[-2] for name in trained("*.q_proj.weight, *.v_proj.weight")} == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize(("train", "words"), [("*.nothing", "matches .*nothing"), (9, "has 3 layers")])
+def test_a_choice_of_nothing_is_an_error(train, words):
+    with pytest.raises(ModelError, match=words):
+        trained(train)
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    def gradients(checkpointing):
+        model = fuse_head(tiny.causal())
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        Policy(model).train()(PACKED, objective).sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    for plain, recomputed in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(plain, recomputed)

@@ -1,0 +1,401 @@
+"""The ops behind their door: as good as the reference on the shared cases, and strict about their arguments."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import LINEAR_CASES, VOCABULARY_CASES, LinearCase, VocabularyCase, assert_as_good, gradients, in_fp64
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastppo import ops, philox, reference
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+Op = Callable[..., Any]
+
+
+@pytest.fixture(params=[None, 1], ids=["one chunk", "a chunk a row"])
+def workspace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int | None:
+    if request.param is not None:
+        monkeypatch.setattr(ops, "WORKSPACE_BYTES", request.param)
+    return request.param
+
+
+def names(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# Against the reference
+
+
+def token_stats(op: Op, arguments: dict[str, Any], inputs: list[str], upstream: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All outputs, and the gradients of the inputs."""
+    arguments = dict(arguments)
+    leaves = {name: arguments[name].detach().requires_grad_() for name in inputs}
+    stats = op(**(arguments | leaves))
+    outputs = {name: x for name, x in stats._asdict().items() if x is not None}
+    upstream = {name: g for name, g in upstream.items() if name in outputs}
+    return {name: x.detach() for name, x in outputs.items()} | gradients(outputs, upstream, leaves)
+
+
+DIFFERENTIABLE = ["logprobs", "entropy", "lse", "kl"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("case", VOCABULARY_CASES, ids=str)
+def test_token_logprobs(case: VocabularyCase, dtype: torch.dtype) -> None:
+    arguments, upstream = case.build(dtype), case.upstream(DIFFERENTIABLE)
+    tested = token_stats(ops.token_logprobs, arguments, ["logits"], upstream)
+    same_dtype = token_stats(reference.token_logprobs, arguments, ["logits"], upstream)
+    truth = token_stats(reference.token_logprobs, in_fp64(arguments), ["logits"], upstream)
+    assert_as_good(tested, same_dtype, truth, dtype)
+    assert tested["d_logits"].dtype == dtype
+    assert tested["logprobs"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("wanted", [[name] for name in DIFFERENTIABLE] + [["entropy", "kl"]], ids="+".join)
+def test_gradients_of_outputs_that_are_not_used_are_zero(wanted: list[str]) -> None:
+    case = VocabularyCase("upstream", 7, 127, reference=True, temperature=0.6, softcap=20.0)
+    arguments = case.build(torch.float64)
+    for stride0 in (False, True):
+        upstream = case.upstream(wanted, stride0)
+        tested = token_stats(ops.token_logprobs, arguments, ["logits"], upstream)
+        truth = token_stats(reference.token_logprobs, arguments, ["logits"], upstream)
+        torch.testing.assert_close(tested, truth)
+
+
+def test_non_contiguous_logits_and_an_infinite_kl() -> None:
+    logits, ref_logits = torch.randn(2, 127, 7, dtype=torch.float64).mT
+    ref_logits[2, 5] = -torch.inf
+    arguments = {"logits": logits, "ref_logits": ref_logits, "targets": torch.arange(7)}
+    upstream = VocabularyCase("upstream", 7, 127).upstream(DIFFERENTIABLE)
+    tested = token_stats(ops.token_logprobs, arguments, ["logits"], upstream)
+    truth = token_stats(reference.token_logprobs, arguments, ["logits"], upstream)
+    assert truth["kl"][2] == math.inf and truth["d_logits"].isfinite().all()
+    torch.testing.assert_close(tested, truth)
+
+
+@pytest.mark.usefixtures("workspace")
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
+def test_linear_logprobs(case: LinearCase, dtype: torch.dtype) -> None:
+    arguments = case.build(dtype)
+    upstream = VocabularyCase("upstream", case.rows, 1).upstream(DIFFERENTIABLE)
+    inputs = ["hidden", "weight"] + ["bias"] * case.bias
+    tested = token_stats(ops.linear_logprobs, arguments, inputs, upstream)
+    same_dtype = token_stats(reference.linear_logprobs, arguments, inputs, upstream)
+    truth = token_stats(reference.linear_logprobs, in_fp64(arguments), inputs, upstream)
+    assert_as_good(tested, same_dtype, truth, dtype)
+
+
+def policy_update(op: Op, arguments: dict[str, Any], inputs: list[str]) -> dict[str, Tensor]:
+    leaves = {name: arguments[name].detach().requires_grad_() for name in inputs}
+    loss, stats = op(**(arguments | leaves))
+    assert not stats.sums.requires_grad and not stats.ratio_max.requires_grad
+    # An upstream gradient other than 1, as loss scaling makes.
+    made = gradients({"loss": loss}, {"loss": torch.tensor(3.0)}, leaves)
+    return made | {"loss": loss.detach(), "sums": stats.sums, "ratio_max": stats.ratio_max}
+
+
+@pytest.mark.usefixtures("workspace")
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
+def test_linear_policy_loss(case: LinearCase, dtype: torch.dtype) -> None:
+    logprobs = reference.linear_logprobs(**in_fp64(case.build(dtype))).logprobs
+    arguments = case.build_loss(dtype, logprobs)
+    inputs = ["hidden", "weight"] + ["bias"] * case.bias
+    tested = policy_update(ops.linear_policy_loss, arguments, inputs)
+    same_dtype = policy_update(reference.linear_policy_loss, arguments, inputs)
+    truth = policy_update(reference.linear_policy_loss, in_fp64(arguments), inputs)
+    assert_as_good(tested, same_dtype, truth, dtype)
+
+
+def test_the_first_update_has_ratio_one_bit_for_bit(workspace: int | None) -> None:
+    case = LinearCase("first update", 63, 127, 16, temperature=0.7, reference="own")
+    arguments = case.build(torch.bfloat16)
+    with torch.no_grad():
+        old = ops.linear_logprobs(**arguments).logprobs
+    arguments = case.build_loss(torch.bfloat16, old) | {"old_logprobs": old}
+    arguments["hidden"].requires_grad_()
+    _, stats = ops.linear_policy_loss(**arguments)
+    assert stats.ratio_max == 1 and stats.sums[3] == 0 and stats.sums[6] == stats.sums[7] == 63
+
+
+def test_the_sum_over_parts_of_a_batch_is_the_whole() -> None:
+    case = LinearCase("parts", 63, 127, 16, mask="some", loss=(("entropy_coef", 0.1),))
+    arguments = case.build_loss(torch.float64, reference.linear_logprobs(**case.build(torch.float64)).logprobs)
+    whole = policy_update(ops.linear_policy_loss, arguments, ["weight"])
+    parts = []
+    for rows in (slice(0, 20), slice(20, 63)):
+        per_token = {n: x[rows] for n, x in arguments.items() if isinstance(x, Tensor) and x.shape[:1] == (63,)}
+        parts.append(policy_update(ops.linear_policy_loss, arguments | per_token, ["weight"]))
+    for name in ("loss", "sums", "d_weight"):
+        torch.testing.assert_close(parts[0][name] + parts[1][name], whole[name])
+
+
+def test_gradients_flow_only_where_they_are_wanted() -> None:
+    case = LinearCase("wanted", 7, 127, 16, reference="shared", loss=(("kl_coef", 0.2),))
+    arguments = case.build_loss(torch.float32, torch.zeros(7) - 5)
+    for frozen, trained in (("weight", "hidden"), ("hidden", "weight")):
+        leaves = {trained: arguments[trained].clone().requires_grad_(), frozen: arguments[frozen].clone()}
+        ref_hidden = arguments["ref_hidden"].clone().requires_grad_()
+        loss, _ = ops.linear_policy_loss(**(arguments | leaves | {"ref_hidden": ref_hidden}))
+        loss.backward()
+        assert leaves[trained].grad is not None and leaves[trained].grad.any()
+        assert leaves[frozen].grad is None and ref_hidden.grad is None
+    with torch.no_grad():
+        loss, _ = ops.linear_policy_loss(**(arguments | {"hidden": arguments["hidden"].clone().requires_grad_()}))
+    assert not loss.requires_grad
+
+
+def test_backward_can_run_twice_over_a_kept_graph() -> None:
+    case = LinearCase("twice", 7, 127, 16)
+    arguments = case.build_loss(torch.float32, torch.zeros(7) - 5)
+    hidden = arguments["hidden"].requires_grad_()
+    loss, _ = ops.linear_policy_loss(**arguments)
+    (first,) = torch.autograd.grad(2 * loss, hidden, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, hidden)
+    torch.testing.assert_close(first, 2 * second)
+
+
+def test_no_tensor_of_all_tokens_by_the_vocabulary_is_made() -> None:
+    tokens, vocabulary = 1000, 20_000
+    hidden = torch.randn(tokens, 2, dtype=torch.bfloat16).requires_grad_()
+    weight = torch.randn(vocabulary, 2, dtype=torch.bfloat16).requires_grad_()
+    sizes: list[int] = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in (made if isinstance(made, (tuple, list)) else [made]) if torch.is_tensor(x))
+            return made
+
+    with pytest.MonkeyPatch.context() as patch, Recorder():
+        patch.setattr(ops, "WORKSPACE_BYTES", 8 << 20)
+        loss, _ = ops.linear_policy_loss(
+            hidden,
+            weight,
+            torch.zeros(tokens, dtype=torch.int64),
+            torch.zeros(tokens),
+            torch.ones(tokens),
+            temperature=1.0,
+            clip_low=0.2,
+            clip_high=0.2,
+            normalizer=torch.tensor(1.0),
+        )
+        loss.backward()
+    assert max(sizes) * 2 <= 8 << 20
+
+
+# Sampling
+
+
+def draw(logits: Tensor, seed: int = 0, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    rows = torch.arange(len(logits))
+    return ops.sample_tokens(logits, temperature=temperature, seed=seed, stream=rows, offset=3)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_draws_follow_the_softmax(temperature: float) -> None:
+    draws, vocabulary = 200_000, 300
+    logits = torch.linspace(-3, 3, vocabulary)[torch.randperm(vocabulary)].index_fill(
+        0, torch.tensor([0, 150]), -math.inf
+    )
+    tokens, _ = draw(logits.expand(draws, -1), temperature=temperature)
+    expected = (logits / temperature).softmax(-1) * draws
+    counts = tokens.bincount(minlength=vocabulary)
+    possible = expected > 0
+    chi2 = float(((counts - expected)[possible].square() / expected[possible]).sum())
+    freedom = int(possible.sum()) - 1
+    assert abs(chi2 - freedom) < 5 * math.sqrt(2 * freedom)
+    assert not counts[~possible].any()
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 600), st.integers(0, 999), st.sampled_from(DTYPES), st.floats(0.3, 2))
+def test_the_token_is_the_oracle_s_away_from_rounding(
+    vocabulary: int, seed: int, dtype: torch.dtype, temperature: float
+) -> None:
+    logits = (3 * torch.randn(16, vocabulary, generator=torch.Generator().manual_seed(seed))).to(dtype)
+    tokens, logprobs = draw(logits, seed, temperature)
+    assert tokens.dtype == torch.int64 and logprobs.dtype == torch.float32
+    p = (logits.double() / temperature).softmax(-1)
+    cumulative = p.cumsum(-1)
+    u = philox.uniform(seed, torch.arange(16), torch.full((16,), 3))
+    below = cumulative.gather(1, tokens[:, None])[:, 0] - p.gather(1, tokens[:, None])[:, 0]
+    assert (below <= u + 1e-6).all() and (u <= cumulative.gather(1, tokens[:, None])[:, 0] + 1e-6).all()
+    torch.testing.assert_close(logprobs.double(), p.log().gather(1, tokens[:, None])[:, 0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=names)
+@pytest.mark.parametrize("vocabulary", [127, 50257])
+def test_a_row_s_draw_does_not_depend_on_its_neighbours(vocabulary: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    rows = 17
+    logits = (3 * torch.randn(rows, vocabulary)).to(dtype)
+    stream, offset = torch.arange(rows) + 2**40, torch.arange(rows) * 5
+    tokens, logprobs = ops.sample_tokens(logits, temperature=0.9, seed=-1, stream=stream, offset=offset)
+    for chosen in (torch.arange(rows).flip(0), torch.tensor([4]), torch.tensor([9, 2, 16])):
+        again = ops.sample_tokens(
+            logits[chosen], temperature=0.9, seed=-1, stream=stream[chosen], offset=offset[chosen]
+        )
+        assert torch.equal(again[0], tokens[chosen]) and torch.equal(again[1], logprobs[chosen])
+
+
+@pytest.mark.parametrize("u", [0.5 / 2**23, 1 - 0.5 / 2**23, 0.5])
+def test_a_token_of_probability_zero_is_never_drawn(u: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    for sampler in ("fastppo.eager.uniform", "fastppo.reference.uniform"):
+        monkeypatch.setattr(sampler, lambda seed, stream, offset: torch.full(stream.shape, u, dtype=torch.float64))
+    rows = torch.zeros(200, dtype=torch.int64)
+    for vocabulary in (1, 2, 127, 128, 129, 1000):
+        logits = torch.randn(200, vocabulary, generator=torch.Generator().manual_seed(vocabulary))
+        keep = (
+            torch.rand(200, vocabulary, generator=torch.Generator().manual_seed(1)) < torch.linspace(0, 1, 200)[:, None]
+        )
+        keep[:, vocabulary // 2] = True
+        logits = logits.masked_fill(~keep, -math.inf)
+        for sample in (ops.sample_tokens, reference.sample_tokens):
+            tokens, logprobs = sample(logits, seed=0, stream=rows, offset=rows)
+            assert keep.gather(1, tokens[:, None]).all() and logprobs.isfinite().all()
+
+
+def test_sampling_from_no_rows() -> None:
+    tokens, logprobs = draw(torch.empty(0, 5))
+    assert tokens.shape == logprobs.shape == (0,)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_row_that_cannot_be_drawn_from_is_an_error(bad: float) -> None:
+    logits = torch.zeros(3, 5)
+    logits[1, 2] = bad
+    with pytest.raises(ValueError, match="row 1 of logits"):
+        draw(logits)
+    with pytest.raises(ValueError, match="row 0 of logits"):
+        draw(torch.full((1, 5), -math.inf))
+
+
+# Arguments
+
+TOKENS = torch.zeros(4)
+HIDDEN, WEIGHT, TARGETS = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.int64)
+ONE = torch.tensor(1.0)
+GOOD: dict[str, dict[str, Any]] = {
+    "gae": {"rewards": TOKENS, "values": TOKENS, "cu_seqlens": torch.tensor([0, 1, 4]), "gamma": 1.0, "lam": 0.9},
+    "token_logprobs": {"logits": torch.zeros(4, 5), "targets": TARGETS},
+    "linear_logprobs": {"hidden": HIDDEN, "weight": WEIGHT, "targets": TARGETS},
+    "policy_loss": {"logprobs": TOKENS, "old_logprobs": TOKENS, "advantages": TOKENS}
+    | {"clip_low": 0.2, "clip_high": 0.2, "normalizer": ONE},
+    "linear_policy_loss": {"hidden": HIDDEN, "weight": WEIGHT, "targets": TARGETS, "old_logprobs": TOKENS}
+    | {"advantages": TOKENS, "temperature": 1.0, "clip_low": 0.2, "clip_high": 0.2, "normalizer": ONE},
+    "value_loss": {"values": TOKENS, "old_values": TOKENS, "returns": TOKENS, "normalizer": ONE},
+    "sample_tokens": {"logits": torch.zeros(4, 5), "seed": 1, "stream": TARGETS, "offset": TARGETS},
+}
+WRONG_TARGETS = [
+    ("targets", TARGETS + 5, ValueError, r"targets, shape \(4,\), lie in \[5, 5\]; a vocabulary of 5"),
+    ("targets", TARGETS - 1, ValueError, r"targets, shape \(4,\), lie in \[-1, -1\]"),
+    ("targets", TARGETS[1:], ValueError, r"targets has shape \(3,\); expected \(4,\)"),
+    ("targets", TARGETS.int(), TypeError, "targets has dtype torch.int32"),
+    ("targets", TARGETS.to("meta"), ValueError, "targets is on meta"),
+    ("temperature", 0.0, ValueError, "temperature is 0.0"),
+    ("temperature", math.nan, ValueError, "temperature is nan"),
+    ("softcap", -1.0, ValueError, "softcap is -1.0"),
+]
+WRONG_HEAD = [
+    ("hidden", torch.zeros(4, 2), ValueError, r"weight has shape \(5, 3\); expected \(5, 2\)"),
+    ("hidden", torch.zeros(4), ValueError, r"hidden has shape \(4,\); expected two dimensions"),
+    ("weight", torch.zeros(0, 3), ValueError, r"weight has shape \(0, 3\)"),
+    ("weight", WEIGHT.bfloat16(), TypeError, "weight has dtype torch.bfloat16 and hidden torch.float32"),
+    ("weight", WEIGHT.to("meta"), ValueError, "weight is on meta and hidden on cpu"),
+    ("bias", torch.zeros(4), ValueError, r"bias has shape \(4,\); expected \(5,\)"),
+    ("ref_hidden", HIDDEN, ValueError, "ref_weight is None"),
+    ("ref_weight", WEIGHT, ValueError, "ref_hidden is None"),
+]
+WRONG_LOSS = [
+    ("advantages", TOKENS.long(), TypeError, "advantages has dtype torch.int64"),
+    ("advantages", TOKENS[1:], ValueError, r"advantages has shape \(3,\)"),
+    ("old_logprobs", TOKENS[:, None], ValueError, r"old_logprobs has shape \(4, 1\); expected one dimension"),
+    ("mask", TOKENS, TypeError, "mask has dtype torch.float32; expected torch.bool"),
+    ("mask", TOKENS[1:].bool(), ValueError, r"mask has shape \(3,\)"),
+    ("normalizer", 4.0, TypeError, "normalizer is float"),
+    ("normalizer", torch.tensor(4), TypeError, "normalizer is torch.int64"),
+    ("normalizer", torch.ones(1), ValueError, r"normalizer has shape \(1,\)"),
+    ("normalizer", torch.tensor(0.0), ValueError, "normalizer is 0.0"),
+    ("clip_low", 1.5, ValueError, r"clip_low is 1.5; it must be in \[0, 1\]"),
+    ("clip_high", -0.1, ValueError, "clip_high is -0.1"),
+    ("dual_clip", 1.0, ValueError, "dual_clip is 1.0"),
+    ("entropy_coef", math.inf, ValueError, "entropy_coef is inf"),
+]
+WRONG: dict[str, list[tuple[str, Any, type[Exception], str]]] = {
+    "gae": [
+        ("rewards", TOKENS[:, None], ValueError, r"rewards has shape \(4, 1\)"),
+        ("values", TOKENS[1:], ValueError, r"values has shape \(3,\)"),
+        ("values", TOKENS.long(), TypeError, "values has dtype torch.int64"),
+        ("cu_seqlens", torch.tensor([1, 4]), ValueError, "cu_seqlens runs from 1 to 4; expected 0 to 4"),
+        ("cu_seqlens", torch.tensor([0, 3]), ValueError, "cu_seqlens runs from 0 to 3"),
+        ("cu_seqlens", torch.tensor([0, 3, 2, 4]), ValueError, "cu_seqlens falls from 3 to 2 at index 2"),
+        ("cu_seqlens", torch.tensor([0.0, 4.0]), TypeError, "cu_seqlens has dtype torch.float32"),
+        ("cu_seqlens", torch.empty(0).long(), ValueError, r"cu_seqlens has shape \(0,\)"),
+        ("cu_seqlens", torch.tensor([0, 4], device="meta"), ValueError, "cu_seqlens is on meta"),
+        ("gamma", 1.1, ValueError, "gamma is 1.1"),
+        ("lam", -0.1, ValueError, "lam is -0.1"),
+        ("lam", math.nan, ValueError, "lam is nan"),
+        ("bootstrap", TOKENS, ValueError, r"bootstrap has shape \(4,\); expected \(2,\)"),
+        ("mask", TOKENS, TypeError, "mask has dtype"),
+    ],
+    "token_logprobs": [
+        *WRONG_TARGETS,
+        ("logits", torch.zeros(4, 0), ValueError, r"logits has shape \(4, 0\)"),
+        ("logits", torch.zeros(4, 5).long(), TypeError, "logits has dtype torch.int64"),
+        ("ref_logits", torch.zeros(4, 6), ValueError, r"ref_logits has shape \(4, 6\)"),
+    ],
+    "linear_logprobs": WRONG_TARGETS + WRONG_HEAD,
+    "policy_loss": [
+        *WRONG_LOSS,
+        ("entropy", TOKENS[1:], ValueError, r"entropy has shape \(3,\)"),
+        ("entropy_coef", 0.1, ValueError, "entropy_coef is 0.1 and entropy is None"),
+        ("kl_coef", 0.1, ValueError, "kl_coef is 0.1 and kl is None"),
+    ],
+    "linear_policy_loss": [
+        *WRONG_TARGETS,
+        *WRONG_HEAD,
+        *WRONG_LOSS,
+        ("ref_logprobs", TOKENS[1:], ValueError, r"ref_logprobs has shape \(3,\)"),
+        ("kl_coef", 0.1, ValueError, "kl_coef is 0.1 and kl_kind 'exact', which needs ref_hidden and ref_weight"),
+        ("kl_kind", "k1", ValueError, "kl_kind is 'k1', whose expected gradient is zero"),
+        ("kl_kind", "k4", ValueError, "kl_kind is 'k4'; it must be"),
+    ],
+    "value_loss": [
+        ("returns", TOKENS[1:], ValueError, r"returns has shape \(3,\)"),
+        ("clip", 0.0, ValueError, "clip is 0.0"),
+        ("normalizer", torch.tensor(math.nan), ValueError, "normalizer is nan"),
+        ("mask", TOKENS, TypeError, "mask has dtype"),
+    ],
+    "sample_tokens": [
+        ("logits", torch.zeros(5), ValueError, r"logits has shape \(5,\)"),
+        ("temperature", -1.0, ValueError, "temperature is -1.0"),
+        ("stream", TARGETS.int(), TypeError, "stream has dtype torch.int32"),
+        ("stream", TARGETS[1:], ValueError, r"stream has shape \(3,\)"),
+        ("offset", TARGETS[1:], ValueError, r"offset has shape \(3,\)"),
+    ],
+}
+
+
+@pytest.mark.parametrize("op", GOOD)
+def test_good_arguments_are_taken(op: str) -> None:
+    getattr(ops, op)(**GOOD[op])
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "value", "error", "message"), [(op, *case) for op, cases in WRONG.items() for case in cases]
+)
+def test_a_wrong_argument_is_named(op: str, name: str, value: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        getattr(ops, op)(**(GOOD[op] | {name: value}))
+
+
+def test_a_sampled_kl_needs_the_reference_s_log_probabilities() -> None:
+    with pytest.raises(ValueError, match="kl_kind 'k3', which needs ref_logprobs"):
+        ops.linear_policy_loss(**GOOD["linear_policy_loss"], kl_coef=0.1, kl_kind="k3")

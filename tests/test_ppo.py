@@ -1,0 +1,102 @@
+import math
+
+import pytest
+import torch
+
+from fastppo.config import ActorConfig, Config, CriticConfig, OptimConfig, PPOConfig
+from fastppo.ppo import (
+    KLController,
+    advantages_and_returns,
+    explained_variance,
+    kl_estimate,
+    learning_rate,
+    step_rates,
+    token_rewards,
+    whitened,
+)
+
+
+def test_the_score_lands_on_each_responses_last_token_and_the_penalty_on_every_token():
+    kl = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5])
+    rewards = token_rewards(kl, torch.tensor([1.0, -2.0]), torch.tensor([1, 4]), beta=0.5)
+    torch.testing.assert_close(rewards, torch.tensor([-0.05, 0.9, -0.15, -0.2, -2.25]))
+
+
+def test_kl_estimators_agree_with_the_exact_kl_in_the_mean():
+    torch.manual_seed(0)
+    p, q = (torch.randn(50, dtype=torch.float64).log_softmax(0) for _ in range(2))
+    weights = p.exp()
+    exact = (weights * (p - q)).sum()
+    for kind in ("k1", "k3"):  # unbiased: the mean over p of the estimate is the KL itself
+        torch.testing.assert_close((weights * kl_estimate(p, q, kind)).sum(), exact)
+    assert (kl_estimate(p, q, "k2") >= 0).all() and (kl_estimate(p, q, "k3") >= 0).all()
+
+
+def test_exact_kl_is_no_estimate_from_samples():
+    with pytest.raises(ValueError, match="exact"):
+        kl_estimate(torch.zeros(1), torch.zeros(1), "exact")
+
+
+def test_whitening_survives_a_large_mean():
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)) + 1e6
+    white = whitened(x)
+    assert abs(float(white.mean())) < 1e-5
+    assert float(white.var(correction=0)) == pytest.approx(1.0, rel=1e-3)
+
+
+def test_advantages_are_whitened_and_returns_are_not():
+    rewards, values = torch.tensor([0.0, 0.0, 5.0]), torch.tensor([1.0, 2.0, 3.0])
+    cu_seqlens = torch.tensor([0, 3], dtype=torch.int32)
+    plain, returns = advantages_and_returns(rewards, values, cu_seqlens, gamma=1, lam=0, whiten=False)
+    white, same_returns = advantages_and_returns(rewards, values, cu_seqlens, gamma=1, lam=0, whiten=True)
+    assert plain.tolist() == [1, 1, 2] and returns.tolist() == same_returns.tolist() == [2, 3, 5]
+    torch.testing.assert_close(white, (plain - plain.mean()) / plain.std(correction=0))
+
+
+def test_a_response_that_was_cut_is_terminal_by_default():
+    rewards, values = torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5])
+    cu_seqlens = torch.tensor([0, 2], dtype=torch.int32)
+    _, returns = advantages_and_returns(rewards, values, cu_seqlens, gamma=1, lam=1, whiten=False)
+    assert returns.tolist() == [1, 1]
+
+
+def test_adaptive_kl_known_answer():
+    controller = KLController(0.2, target=0.1, horizon=100)
+    controller.update(0.2, 10)
+    assert controller.value == pytest.approx(0.204)
+
+
+def test_adaptive_kl_falls_below_its_target_and_its_error_is_clipped():
+    controller = KLController(0.2, target=10.0, horizon=100)
+    controller.update(0.0, 10)
+    assert controller.value == pytest.approx(0.2 * (1 - 0.2 * 0.1))
+
+
+def test_a_fixed_coefficient_stays():
+    controller = KLController(0.2)
+    controller.update(100.0, 1000)
+    assert controller.value == 0.2
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    rates = [learning_rate(1.0, u, total=10, warmup=2, schedule="linear") for u in range(11)]
+    assert rates[:3] == [0.5, 1.0, 1.0] and rates[6] == 0.5 and rates[10] == 0.0
+    assert learning_rate(1.0, 9, total=10, warmup=2, schedule="constant") == 1.0
+
+
+def test_actor_and_critic_have_learning_rates_of_their_own():
+    config = Config(
+        steps=2,
+        actor=ActorConfig(lr=1e-3),
+        critic=CriticConfig(lr=1e-2),
+        ppo=PPOConfig(epochs=2, minibatches=1),
+        optim=OptimConfig(warmup_steps=0),
+    )
+    assert step_rates(config, 1) == [(5e-4, 5e-3), (2.5e-4, 2.5e-3)]
+
+
+def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_a_constant_one():
+    returns = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    assert explained_variance(returns, returns) == 1.0
+    assert explained_variance(torch.full((100,), 3.0), returns) == pytest.approx(0.0)
+    assert math.isnan(explained_variance(returns, torch.ones(100)))
