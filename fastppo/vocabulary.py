@@ -64,7 +64,7 @@ class Pass:
         self.x, self.e, *rest = self.buffers[:, : len(logits)]
         peak = self._centre(logits, self.x)
         x_target = at_targets(self.x, targets)
-        self.x  # e^-1000 = 0 in every dtype, and 0 * -1000 is 0 where 0 * -inf is not
+        self.x.clamp_(min=-1000.0)  # e^-1000 = 0 in every dtype, and 0 * -1000 is 0 where 0 * -inf is not
         torch.exp(self.x, out=self.e)
         self.total = self.e.sum(-1)
         self.mean = torch.linalg.vecdot(self.e, self.x) / self.total
