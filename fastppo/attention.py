@@ -125,7 +125,9 @@ def _attend_packed(
         if softcap or (window and length > window):
             out = _attend_plainly(q, k, v, scale, window, softcap)
         else:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+            out = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
         outputs.append(out.transpose(1, 2).reshape(1, count * length, *out.shape[1::2]))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
@@ -144,7 +146,9 @@ def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int |
         scores = softcap * torch.tanh(scores / softcap)
     distance = torch.arange(q.shape[-2], device=q.device)[:, None] - torch.arange(k.shape[-2], device=q.device)
     visible = distance >= 0 if not window else (distance >= 0) & (distance < window)
-    return scores.masked_fill(~visible, float("-inf")).softmax(-1).to(v.dtype) @ v
+    weights: Tensor = scores.masked_fill(~visible, float("-inf")).softmax(-1).to(v.dtype)
+    out: Tensor = weights @ v
+    return out
 
 
 def _fill(cache: Cache, layer: int | None, key: Tensor, value: Tensor) -> None:
@@ -170,7 +174,9 @@ def _attend_cached(
     keys, values = cache.keys[layer], cache.values[layer]
     q, k, v = query[:, :, 0], key[:, :, 0], value[:, :, 0]
     if q.device.type == "cpu":
-        out = torch.ops.fastppo.attend_cached(q, k, v, keys, values, cache.lengths, cache.rows, scale, window, softcap)
+        out: Tensor = torch.ops.fastppo.attend_cached(
+            q, k, v, keys, values, cache.lengths, cache.rows, scale, window, softcap
+        )
         return out.unsqueeze(1)
     at = cache.lengths[cache.rows]
     keys[cache.rows, :, at], values[cache.rows, :, at] = k, v
@@ -184,7 +190,8 @@ def _attend_cached(
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     weights = scores.masked_fill(~visible[:, None, None], float("-inf")).softmax(-1).to(v.dtype)
-    return (weights @ values[cache.rows, :, : cache.longest]).flatten(1, 2).unsqueeze(1)
+    out = weights @ values[cache.rows, :, : cache.longest]
+    return out.flatten(1, 2).unsqueeze(1)
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

@@ -85,7 +85,9 @@ class Prompts:
         """The given rows of a prompt set, each to be answered `samples` times; the first has the index `first`."""
         repeated = [row for row in rows for _ in range(samples)]
         streams = torch.arange(len(repeated)) + first * samples
-        return Prompts(tuple(tuple(tokens[row]) for row in repeated), streams, torch.tensor(repeated, dtype=torch.int64))
+        return Prompts(
+            tuple(tuple(tokens[row]) for row in repeated), streams, torch.tensor(repeated, dtype=torch.int64)
+        )
 
     def of_rank(self, rank: int, ranks: int) -> Prompts:
         """This rank's part, the next rank's following it."""

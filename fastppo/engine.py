@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
-import deepspeed
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says at each import that it found nothing faster
+# What DeepSpeed compiles at first use belongs to one environment. In the user's cache, where it goes otherwise, two
+# environments on a machine undo each other's, at a minute a time.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+
+import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
@@ -66,7 +75,9 @@ def all_gather(part: T, world: World) -> list[T]:
 class Engine:
     """A trained role: DeepSpeed holds its parameters and optimizer; gradients accumulate until `step`."""
 
-    def __init__(self, module: nn.Module, groups: Sequence[Sequence[nn.Parameter]], optim: OptimConfig, zero: ZeroConfig):
+    def __init__(
+        self, module: nn.Module, groups: Sequence[Sequence[nn.Parameter]], optim: OptimConfig, zero: ZeroConfig
+    ):
         """groups: parameters that share a learning rate; empty groups and frozen parameters are left out."""
         trained = [[p for p in group if p.requires_grad] for group in groups]
         self._kept = [i for i, group in enumerate(trained) if group]

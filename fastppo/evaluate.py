@@ -19,6 +19,7 @@ from fastppo.microbatch import pack_even
 from fastppo.models import Policy
 from fastppo.roles import Roles
 from fastppo.rollout import sample
+from fastppo.stats import TokenStats
 from fastppo.track import Sample
 
 
@@ -32,7 +33,12 @@ class Evaluation:
 
 
 def evaluate(
-    roles: Roles, heldout: PromptSet, sources: Sequence[tuple[Source, float]], stop_ids: list[int], config: Config, world: World
+    roles: Roles,
+    heldout: PromptSet,
+    sources: Sequence[tuple[Source, float]],
+    stop_ids: list[int],
+    config: Config,
+    world: World,
 ) -> Evaluation:
     """One response to each held-out prompt, its score, and how far the actor has moved from the reference."""
     prompts = Prompts.of(heldout.tokens, range(len(heldout))).of_rank(world.rank, world.ranks)
@@ -86,9 +92,9 @@ def _log_ratios(scored: Scored, roles: Roles, config: Config) -> Tensor:
     return sums
 
 
-def _stats(policy: Policy, packed: Packed, temperature: float) -> ops.TokenStats:
+def _stats(policy: Policy, packed: Packed, temperature: float) -> TokenStats:
     hidden = policy.hidden(packed)[packed.predictors]
-    stats: ops.TokenStats = policy.head(hidden, ops.linear_logprobs, packed.responses, temperature=temperature)
+    stats: TokenStats = policy.head(hidden, ops.linear_logprobs, packed.responses, temperature=temperature)
     return stats
 
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -50,7 +50,9 @@ def load_functions(rewards: Sequence[RewardConfig]) -> dict[str, Source]:
     return {r.function: _function_source(r.function) for r in rewards if r.function is not None}
 
 
-def load_sources(config: Config, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> list[tuple[Source, float]]:
+def load_sources(
+    config: Config, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> list[tuple[Source, float]]:
     """Every source of the config with its weight, in order."""
     functions = load_functions(config.rewards)
     sources: list[tuple[Source, float]] = []
@@ -156,11 +158,11 @@ def _import_function(name: str) -> Callable[..., Any]:
         raise RewardError(
             f"rewards.function = {name}: {module_name} could not be imported ({type(error).__name__}: {error})"
         ) from error
-    function = getattr(module, attribute, None)
+    function: Any = getattr(module, attribute, None)
     if not callable(function):
         found = ", ".join(n for n in vars(module) if not n.startswith("_") and callable(vars(module)[n])) or "none"
         raise RewardError(f"rewards.function = {name}: {module_name} has no function {attribute}; it has: {found}")
-    return function
+    return cast("Callable[..., Any]", function)
 
 
 def _import_file(path: Path) -> Any:

@@ -69,12 +69,10 @@ class Targets:
 
     packed: Packed
     old_logprobs: Tensor  # (m,) fp32, as all below
-    ref_logprobs: Tensor
     advantages: Tensor
     old_values: Tensor
     returns: Tensor
     normalizer: Tensor  # () fp32
-    beta: float
     against: dict[str, Tensor | None]  # the reference as the loss wants it; empty where the penalty is in the reward
 
 
@@ -202,8 +200,10 @@ def _targets(
     device: torch.device,
 ) -> Targets:
     packed = experience.packed.select(sequences).to(device)
-    names = ("old_logprobs", "ref_logprobs", "advantages", "values", "returns")
-    rows = [experience.packed.select_tokens(getattr(experience, name), sequences).to(device) for name in names]
+
+    def rows(values: Tensor) -> Tensor:
+        return experience.packed.select_tokens(values, sequences).to(device)
+
     against: dict[str, Any] = {}
     if config.ppo.kl_in == "loss":
         against = {"kl_coef": beta, "kl_kind": config.ppo.kl_kind}
@@ -211,13 +211,19 @@ def _targets(
             with torch.no_grad():
                 against |= reference.head.as_reference(reference.hidden(packed)[packed.predictors])
         else:
-            against |= {"ref_logprobs": rows[1]}
-    return Targets(packed, *rows, normalizer, beta, against)
+            against |= {"ref_logprobs": rows(experience.ref_logprobs)}
+    return Targets(
+        packed=packed,
+        old_logprobs=rows(experience.old_logprobs),
+        advantages=rows(experience.advantages),
+        old_values=rows(experience.values),
+        returns=rows(experience.returns),
+        normalizer=normalizer,
+        against=against,
+    )
 
 
-def _summarise(
-    epoch: int, sums: Sums, tokens: int, actor_norm: float, critic_norm: float, world: World
-) -> Update:
+def _summarise(epoch: int, sums: Sums, tokens: int, actor_norm: float, critic_norm: float, world: World) -> Update:
     policy, value = all_sum(sums.policy.double(), world), all_sum(sums.value.double(), world)
     count = policy[7]  # 0 while the critic warms up, and 0/0 is NaN
     loss, entropy, kl, approx_kl, clipped, dual_clipped, ratio = (policy[:7] / count).tolist()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -36,7 +37,9 @@ log = logging.getLogger("fastppo")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def load_policies(config: Config, device: torch.device) -> tuple[Policy, Critic | None, Policy, PreTrainedTokenizerBase]:
+def load_policies(
+    config: Config, device: torch.device
+) -> tuple[Policy, Critic | None, Policy, PreTrainedTokenizerBase]:
     """Actor, separate critic (None where it shares the actor's backbone), reference, and the tokenizer of all three.
 
     Where two start from the same weights, they are read once and copied.
@@ -55,7 +58,9 @@ def load_policies(config: Config, device: torch.device) -> tuple[Policy, Critic 
     return policy, value_model, reference, tokenizer
 
 
-def load_reward(config: RewardConfig, dtype: torch.dtype, device: torch.device) -> tuple[RewardModel, PreTrainedTokenizerBase]:
+def load_reward(
+    config: RewardConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[RewardModel, PreTrainedTokenizerBase]:
     """A sequence classifier with one label, and the tokenizer it was trained with."""
     assert config.model is not None
     model = _load("rewards.model", AutoModelForSequenceClassification, config.model, None, None, dtype, device)
@@ -107,14 +112,16 @@ def _load_critic(config: Config, actor: PreTrainedModel, dtype: torch.dtype, dev
         if architecture.endswith("ForSequenceClassification"):  # start from a reward model: V(s) begins as its score
             model = _load("critic.model", AutoModelForSequenceClassification, critic.model, None, None, dtype, device)
             if model.config.num_labels != 1:
-                raise ModelError(f"critic.model = {critic.model} has {model.config.num_labels} labels; a critic needs one")
+                raise ModelError(
+                    f"critic.model = {critic.model} has {model.config.num_labels} labels; a critic needs one"
+                )
             check_packing(model)
             head = ValueHead(_width(model), dtype, device)
-            head.weight.data.copy_(model.score.weight.data)
+            head.weight.data.copy_(cast(nn.Linear, model.score).weight.data)
         else:
             model = load_causal("critic.model", critic.model, critic.gguf_file, None, dtype, device)
             head = ValueHead(_width(model), dtype, device)
-        backbone = model.base_model
+        backbone = cast(PreTrainedModel, model.base_model)
     role = Critic(backbone, head)
     set_trainable(role, critic.train)
     return role
@@ -147,7 +154,7 @@ def _config(setting: str, name: str, gguf_file: str | None, revision: str | None
     functionally in it. A policy that drops at random is another policy at every call, and ratios mean nothing.
     """
     try:
-        config = AutoConfig.from_pretrained(str(locate(name)), gguf_file=gguf_file, revision=revision)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(str(locate(name)), gguf_file=gguf_file, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{setting} = {name}: no model could be loaded from there ({_first_line(error)})."

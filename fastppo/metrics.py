@@ -17,7 +17,7 @@ def mean_kl(experience: Experience) -> float:
 
 
 def step_metrics(experience: Experience, updates: Sequence[Update]) -> dict[str, float]:
-    """Means over the global batch. Per response: score, reward, KL, length; per token: entropy and what learning saw."""
+    """Means over the global batch: per response score, reward, KL and length; per token what learning saw."""
     responses, tokens = len(experience.packed), len(experience.kl)
     metrics = {
         "score": float(experience.scores.mean()),

@@ -46,8 +46,8 @@ def pack_even(sequences: Tensor, lengths: Tensor, budget: int, ranks: int) -> tu
             f"a sequence of {max(sizes)} tokens does not fit into ppo.microbatch_tokens = {budget}; raise it, or lower"
             " data.max_prompt_tokens or sampling.max_new_tokens"
         )
-    if len(sizes) < ranks:
-        raise ValueError(f"a minibatch of {len(sizes)} responses cannot be spread over {ranks} ranks")
+    if len(sizes) % ranks:
+        raise ValueError(f"a minibatch of {len(sizes)} responses cannot be spread evenly over {ranks} ranks")
     count = max(-(-sum(sizes) // (budget * ranks)), 1) * ranks
     while (bins := _fill_bins(sizes, count, budget)) is None:
         count += ranks

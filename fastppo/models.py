@@ -28,7 +28,7 @@ class ModelError(FastPPOError):
 
 
 class FusedHead(nn.Module):
-    """The vocabulary projection. `head(hidden)` gives logits; `head(hidden, op, ...)` gives what the op makes of them."""
+    """The vocabulary projection. `head(hidden)` gives logits, `head(hidden, op, ...)` what the op makes of them."""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, softcap: float | None):
         super().__init__()
@@ -37,12 +37,11 @@ class FusedHead(nn.Module):
         self.softcap = softcap
 
     def forward(self, hidden: Tensor, op: Callable[..., T] | None = None, *args: Any, **kwargs: Any) -> T | Tensor:
-        """hidden (M, H). With an op: `op(hidden, weight, *args, bias=..., softcap=..., **kwargs)`. Else logits (M, V)."""
+        """hidden (M, H) -> `op(hidden, weight, *args, bias=, softcap=, **kwargs)`; without an op, logits (M, V)."""
         if op is not None:
             return op(hidden, self.weight, *args, bias=self.bias, softcap=self.softcap, **kwargs)
         logits = F.linear(hidden, self.weight, self.bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
 
     def as_reference(self, hidden: Tensor) -> dict[str, Tensor | None]:
         """The keywords by which an op takes this head as the reference; hidden (M, H), without gradient."""
@@ -130,7 +129,9 @@ class RewardModel(Backbone):
 
     def score(self, packed: Packed) -> Tensor:
         """(B,) fp32"""
-        return cast(Tensor, self.model.score(self.hidden(packed)[packed.last_rows]).float().squeeze(-1))
+        head = cast(nn.Module, self.model.score)
+        scores: Tensor = head(self.hidden(packed)[packed.last_rows])
+        return scores.float().squeeze(-1)
 
 
 def fuse_head(model: PreTrainedModel) -> PreTrainedModel:
@@ -139,7 +140,8 @@ def fuse_head(model: PreTrainedModel) -> PreTrainedModel:
     if not isinstance(linear, nn.Linear):
         raise ModelError(f"{type(model).__name__} has no linear vocabulary head, so its logprobs cannot be fused")
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    model.set_output_embeddings(FusedHead(linear.weight, linear.bias, softcap))
+    bias = cast("nn.Parameter | None", linear.bias)
+    model.set_output_embeddings(FusedHead(cast(nn.Parameter, linear.weight), bias, softcap))
     return model
 
 
@@ -166,7 +168,9 @@ def check_packing(model: PreTrainedModel) -> None:
 
     network = model if causal else model.base_model
     with torch.no_grad():
-        alone = torch.cat([outputs(network(torch.tensor([s], device=model.device), use_cache=False)) for s in sequences])
+        alone = torch.cat(
+            [outputs(network(torch.tensor([s], device=model.device), use_cache=False)) for s in sequences]
+        )
         if causal:
             fuse_head(model)
         hidden = Backbone(model).hidden(packed)
@@ -176,8 +180,8 @@ def check_packing(model: PreTrainedModel) -> None:
     if not error <= tolerance:
         raise ModelError(
             f"{type(model).__name__} computes something else on packed sequences than on one sequence at a time"
-            f" (mean difference {error:.2g} of the outputs' spread, tolerance {tolerance:g}, own attention {own!r}), so it cannot be"
-            " trained without padding. Models with plain causal, sliding-window or soft-capped attention through"
+            f" (mean difference {error:.2g} of the outputs' spread, tolerance {tolerance:g}, own attention {own!r}),"
+            " so it cannot be trained without padding. Models with plain causal, sliding-window or soft-capped attention through"
             " transformers' AttentionInterface work, such as Llama, Qwen, Mistral, Gemma-2, GPT-2, OPT and GPT-NeoX."
         )
 
@@ -188,7 +192,7 @@ def copy_backbone(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def set_trainable(role: Backbone, train: str | int) -> None:
-    """Freeze all but the chosen parameters of the model: `all`, the upper k layers, or comma-separated name patterns."""
+    """Freeze all parameters of the model but those chosen: `all`, the upper k layers, or comma-separated patterns."""
     named = dict(role.model.named_parameters())
     if train == "all":
         chosen = set(named)
@@ -215,13 +219,15 @@ def _upper_layers(model: PreTrainedModel, count: int) -> set[str]:
     depth = model.config.get_text_config().num_hidden_layers
     if not 0 < count <= depth:
         raise ModelError(f"train = {count}: {type(model).__name__} has {depth} layers; choose 1 to {depth}, or `all`")
-    for path, layers in model.base_model.named_modules():
-        if isinstance(layers, nn.ModuleList) and len(layers) == depth:
-            break
-    else:
+    found = [
+        (parent, layers)
+        for parent in model.base_model.modules()
+        for layers in parent.children()
+        if isinstance(layers, nn.ModuleList) and len(layers) == depth
+    ]
+    if not found:
         raise ModelError(f"train = {count}: {type(model).__name__} has no list of {depth} layers; use name patterns")
-    upper = {id(p) for layer in layers[depth - count :] for p in layer.parameters()}
-    final = path.rpartition(".")[0]
-    parent = model.base_model.get_submodule(final) if final else model.base_model
-    norms = {id(p) for name, child in parent.named_children() if "norm" in name or "ln_f" in name for p in child.parameters()}
-    return {name for name, p in model.named_parameters() if id(p) in upper | norms}
+    parent, layers = found[0]
+    final = [child for name, child in parent.named_children() if "norm" in name or name == "ln_f"]
+    chosen = {id(p) for module in [*layers[depth - count :], *final] for p in module.parameters()}
+    return {name for name, p in model.named_parameters() if id(p) in chosen}

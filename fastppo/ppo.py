@@ -52,7 +52,7 @@ def advantages_and_returns(
     whiten: bool,
     bootstrap: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """GAE, then advantages of mean 0 and variance 1 over all tokens of the global batch. Returns are left as they are."""
+    """GAE, then advantages of mean 0 and variance 1 over the global batch. Returns are left as they are."""
     advantages, returns = ops.gae(rewards, values, cu_seqlens, gamma=gamma, lam=lam, bootstrap=bootstrap)
     return (whitened(advantages) if whiten else advantages), returns
 
@@ -83,7 +83,7 @@ class KLController:
 
 
 def learning_rate(peak: float, update: int, total: int, warmup: int, schedule: Literal["linear", "constant"]) -> float:
-    """The rate of update 0 <= update < total: rises from peak/warmup over `warmup` updates, then falls to 0 or stays."""
+    """The rate of update 0 <= update < total: rises to the peak over `warmup` updates, then falls to 0 or stays."""
     if update < warmup:
         return peak * (update + 1) / warmup
     if schedule == "constant":

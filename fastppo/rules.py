@@ -185,11 +185,16 @@ def _check_batch(config: Config, ranks: int) -> None:
                 f"ppo.batch_size is {size} and {name} {parts}: {reason} {unit}, and {size} is not a multiple of"
                 f" {parts}. Take a batch_size of {near}, or another {name.split('.')[1]}."
             )
-    if size // minibatches < ranks:
+    if size // minibatches % ranks:
         raise ConfigError(
-            f"ppo.batch_size is {size} and ppo.minibatches {minibatches}: a minibatch of {size // minibatches} cannot"
-            f" be spread over {ranks} ranks, as each needs at least one response. Raise batch_size to at least"
+            f"ppo.batch_size is {size} and ppo.minibatches {minibatches}: a minibatch of {size // minibatches}"
+            f" responses cannot be spread over {ranks} ranks, as each takes as many. Make batch_size a multiple of"
             f" {ranks * minibatches}, or use fewer minibatches or ranks."
+        )
+    if config.zero.stage == 0 and config.optim.dtype == "bf16":
+        raise ConfigError(
+            "zero.stage is 0 and optim.dtype bf16: at stage 0 DeepSpeed would add up gradients in bf16, which rounds"
+            " small ones away. Set zero.stage to 1 (on one rank it costs nothing), or optim.dtype to fp32."
         )
 
 

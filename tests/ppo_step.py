@@ -1,12 +1,13 @@
 """One PPO step of a tiny model, in this process or on several ranks; shared by the tests of learning.
 
-As a script: `python ppo_step.py OUT [--setting value ...]` on the ranks that the environment names; rank 0 saves the
-updated parameters and the updates to OUT.
+As a script: `python ppo_step.py OUT MODEL CASES` on the ranks that the environment names, CASES being a JSON list of
+lists of settings; rank 0 saves the updated parameters and the updates of each case to OUT.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,9 @@ def step(config: Config, world: World, *, train_actor: bool = True, plan: Any = 
 
 
 if __name__ == "__main__":
-    out, model, *settings = sys.argv[1:]
+    out, model, cases = sys.argv[1:]
     here = start_world(1)
-    done = step(config_of(model, *settings), here)
+    done = [step(config_of(model, *case), here) for case in json.loads(cases)]
     if here.rank == 0:
-        torch.save((done.parameters, [dataclasses.asdict(u) for u in done.updates]), Path(out))
+        torch.save([(d.parameters, [dataclasses.asdict(u) for u in d.updates]) for d in done], Path(out))
     stop_world()

@@ -124,6 +124,15 @@ def test_the_first_update_has_ratio_one_bit_for_bit(workspace: int | None) -> No
     assert stats.ratio_max == 1 and stats.sums[3] == 0 and stats.sums[6] == stats.sums[7] == 63
 
 
+def test_the_reference_may_have_a_dtype_and_a_width_of_its_own() -> None:
+    arguments = LinearCase("reference of its own", 7, 127, 16).build(torch.bfloat16)
+    ref = LinearCase("wide reference", 7, 127, 24).build(torch.float32)
+    arguments |= {"ref_hidden": ref["hidden"], "ref_weight": ref["weight"]}
+    tested, expected = ops.linear_logprobs(**arguments), reference.linear_logprobs(**arguments)
+    torch.testing.assert_close(tested.ref_logprobs, expected.ref_logprobs)
+    torch.testing.assert_close(tested.kl, expected.kl)
+
+
 def test_the_sum_over_parts_of_a_batch_is_the_whole() -> None:
     case = LinearCase("parts", 63, 127, 16, mask="some", loss=(("entropy_coef", 0.1),))
     arguments = case.build_loss(torch.float64, reference.linear_logprobs(**case.build(torch.float64)).logprobs)

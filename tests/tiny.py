@@ -17,7 +17,10 @@ from transformers import (
 )
 
 WIDTH, LAYERS = 32, 3
-CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2},
@@ -47,7 +50,9 @@ def tokenizer(extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", chat_template=CHAT)
 
 
-def causal(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any) -> PreTrainedModel:
+def causal(
+    family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any
+) -> PreTrainedModel:
     """A random model whose logits spread enough for sampled tokens to differ."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **_settings(family, settings))

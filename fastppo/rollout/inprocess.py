@@ -27,7 +27,7 @@ BUCKETS = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 
 def stop_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig) -> list[int]:
-    """The tokens that end a response: every EOS id of the model's generation config and tokenizer, and `stop_tokens`."""
+    """The tokens that end a response: all EOS ids of the generation config and the tokenizer, and `stop_tokens`."""
     if config.ignore_eos:
         return []
     own = getattr(policy.model.generation_config, "eos_token_id", None)
@@ -137,7 +137,7 @@ class _Decoding:
         running = ~self.ended[self.active]
         count = int(running.sum())
         size = _bucket(count)
-        if 0 < count and size < len(self.active):
+        if count > 0 and size < len(self.active):
             order = torch.argsort(~running, stable=True)  # the running rows first, then fillers
             self.active = self.active[order[:size]].sort().values
         return count > 0
