@@ -19,6 +19,8 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import argparse
 import contextlib
+import itertools
+import itertools
 import json
 import platform
 import statistics
@@ -121,7 +123,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):  # TRL prints its metrics
         build_trainer(options.dtype, options.steps, folder, clock).train()
     seconds, cpu_seconds = (
-        [round(end - start, 3) for start, end in zip(ends, ends[1:], strict=False)] for ends in (clock.wall, clock.cpu)
+        [round(end - start, 3) for start, end in itertools.pairwise(ends)] for ends in (clock.wall, clock.cpu)
     )
     median = round(statistics.median(seconds), 3)
     if not options.json:

@@ -123,7 +123,7 @@ def _attend_packed(
     for start, count, length in spans.runs:
         q, k, v = (_sequences(x, start, count, length) for x in (query, key, value))
         if softcap or (window and length > window):
-            out = _attend_plainly(q, k, v, scale, window, softcap)
+            out: Tensor = _attend_plainly(q, k, v, scale, window, softcap)
         else:
             out = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]

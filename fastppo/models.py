@@ -130,8 +130,7 @@ class RewardModel(Backbone):
     def score(self, packed: Packed) -> Tensor:
         """(B,) fp32"""
         head = cast(nn.Module, self.model.score)
-        scores: Tensor = head(self.hidden(packed)[packed.last_rows])
-        return scores.float().squeeze(-1)
+        return cast(Tensor, head(self.hidden(packed)[packed.last_rows])).float().squeeze(-1)
 
 
 def fuse_head(model: PreTrainedModel) -> PreTrainedModel:
@@ -181,8 +180,8 @@ def check_packing(model: PreTrainedModel) -> None:
         raise ModelError(
             f"{type(model).__name__} computes something else on packed sequences than on one sequence at a time"
             f" (mean difference {error:.2g} of the outputs' spread, tolerance {tolerance:g}, own attention {own!r}),"
-            " so it cannot be trained without padding. Models with plain causal, sliding-window or soft-capped attention through"
-            " transformers' AttentionInterface work, such as Llama, Qwen, Mistral, Gemma-2, GPT-2, OPT and GPT-NeoX."
+            " so it cannot be trained without padding. Models with plain causal, sliding-window or soft-capped attention"
+            " through transformers' AttentionInterface work, such as Llama, Qwen, Mistral, Gemma-2, GPT-2, OPT and GPT-NeoX."
         )
 
 

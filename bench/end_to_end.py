@@ -1,0 +1,108 @@
+"""Whole PPO steps of fastppo, with the time of each stage, and paired with TRL's PPOTrainer where that is installed.
+
+    python bench/end_to_end.py --dtype bf16 --steps 5
+    python bench/end_to_end.py --dtype bf16 --steps 5 --trl OTHER_ENVIRONMENT/bin/python
+
+A step: 64 prompts of 32 random tokens, 64 new tokens each with no stop token, 4 epochs of one minibatch. Policy,
+reference, critic and reward model are random 4-layer Llamas (hidden 256, intermediate 512, 4 heads, vocabulary 4,096).
+With `--trl`, an interpreter that has trl==0.29.1, runs of the two alternate and each pair gives a ratio.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+VOCABULARY, PROMPTS, PROMPT_TOKENS, RESPONSE_TOKENS = 4_096, 64, 32, 64
+
+
+def make_inputs(folder: Path) -> None:
+    """Random models and prompts as files, so that the bench runs what a user runs."""
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        LlamaConfig,
+        PreTrainedTokenizerFast,
+    )
+
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, bos_token_id=None, eos_token_id=None, pad_token_id=None, num_labels=1,
+    )  # fmt: skip
+    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    from tokenizers.pre_tokenizers import Whitespace
+
+    backend.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    for name, kind in (("actor", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)):
+        kind.from_config(shape).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    tokens = torch.randint(VOCABULARY, (PROMPTS * 4, PROMPT_TOKENS)).tolist()
+    lines = [json.dumps({"prompt": " ".join(f"w{t}" for t in row)}) for row in tokens]
+    (folder / "prompts.jsonl").write_text("\n".join(lines))
+
+
+def run_fastppo(folder: Path, dtype: str, steps: int) -> list[dict[str, float]]:
+    """The metrics of each step but the first."""
+    settings = {
+        "output": str(folder / "run"), "steps": steps, "threads": 2, "actor.model": str(folder / "actor"),
+        "rewards": json.dumps([{"model": str(folder / "reward")}]), "data.path": str(folder / "prompts.jsonl"),
+        "data.max_prompt_tokens": PROMPT_TOKENS, "sampling.max_new_tokens": RESPONSE_TOKENS,
+        "sampling.ignore_eos": "true", "sampling.rows": PROMPTS, "ppo.batch_size": PROMPTS, "ppo.epochs": 4,
+        "ppo.minibatches": 1, "optim.dtype": dtype, "eval.prompts": 0, "track.tensorboard": "false",
+    }  # fmt: skip
+    arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    subprocess.run([sys.executable, "-m", "fastppo.train", *arguments], check=True, stdout=sys.stderr)
+    return [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()][1:]
+
+
+def run_trl(python: str, dtype: str, steps: int) -> list[float]:
+    """Seconds of each step but the first."""
+    command = [python, str(HERE / "trl_ppo.py"), "--dtype", dtype, "--steps", str(steps), "--json"]
+    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return list(json.loads(found.strip().splitlines()[-1])["seconds"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Seconds of a PPO step on the CPU, stage by stage.")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16")
+    parser.add_argument("--steps", type=int, default=5, help="steps of a run; the first is not counted (at least 2)")
+    parser.add_argument("--rounds", type=int, default=1, help="runs, alternating with TRL's")
+    parser.add_argument("--trl", help="a Python interpreter that has trl==0.29.1")
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+    steps: list[dict[str, float]] = []
+    theirs: list[float] = []
+    ratios: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        make_inputs(Path(folder))
+        for _ in range(options.rounds):
+            mine = run_fastppo(Path(folder), options.dtype, options.steps)
+            steps += mine
+            if options.trl:
+                seconds = run_trl(options.trl, options.dtype, options.steps)
+                theirs += seconds
+                ratios.append(statistics.median(seconds) / statistics.median(s["time/step"] for s in mine))
+    names = [name for name in steps[0] if name.startswith("time/")]
+    result: dict[str, Any] = {"dtype": options.dtype, "device": "CPU"}
+    result |= {name: round(statistics.median(s[name] for s in steps), 3) for name in names}
+    for name in names:
+        print(f"{name:<20} {result[name]:8.3f} s")
+    if options.trl:
+        result |= {"trl": round(statistics.median(theirs), 3), "times_faster": round(statistics.median(ratios), 2)}
+        print(f"{'TRL 0.29.1':<20} {result['trl']:8.3f} s, {result['times_faster']:.2f} times as long (paired median)")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
