@@ -26,6 +26,10 @@ from fastppo.errors import FastPPOError
 
 ATTENTION = "fastppo_packed"
 
+# On the CPU, PyTorch's fused attention is slower than the plain products up to about this length: forward and backward
+# over 16 sequences of 128 tokens and 9 heads take 60 ms against 20 in bf16, and over 8 of 512 tokens 166 against 230.
+SHORT = 128
+
 # Keywords that models pass to every attention function and that carry nothing which packing would lose.
 _HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "is_causal", "dropout"}
 
@@ -122,7 +126,7 @@ def _attend_packed(
     outputs = []
     for start, count, length in spans.runs:
         q, k, v = (_sequences(x, start, count, length) for x in (query, key, value))
-        if softcap or (window and length > window):
+        if softcap or (window and length > window) or (q.device.type == "cpu" and length <= SHORT):
             out: Tensor = _attend_plainly(q, k, v, scale, window, softcap)
         else:
             out = F.scaled_dot_product_attention(
@@ -139,16 +143,20 @@ def _sequences(x: Tensor, start: int, count: int, length: int) -> Tensor:
 
 
 def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
-    """Softmax attention written out, for what PyTorch's fused kernels do not know."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scores = (q @ k.transpose(-1, -2)).float() * scale
+    """Softmax attention as three products; (B, heads, L, width), fewer heads in k and v where the model groups them.
+
+    The queries of a group stand under one another, so that keys and values are read once and never repeated.
+    """
+    heads, length = k.shape[1], k.shape[2]
+    grouped = q.unflatten(1, (heads, -1)).flatten(2, 3)  # (B, kv heads, group * L, width)
+    scores = (grouped * scale) @ k.transpose(-1, -2)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    distance = torch.arange(q.shape[-2], device=q.device)[:, None] - torch.arange(k.shape[-2], device=q.device)
-    visible = distance >= 0 if not window else (distance >= 0) & (distance < window)
-    weights: Tensor = scores.masked_fill(~visible, float("-inf")).softmax(-1).to(v.dtype)
-    out: Tensor = weights @ v
-    return out
+    distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
+    hidden = (distance < 0) | (distance >= (window or length))
+    weights = scores.unflatten(2, (-1, length)).masked_fill_(hidden, float("-inf")).softmax(-1)
+    out: Tensor = weights.flatten(2, 3) @ v
+    return out.unflatten(2, (-1, length)).flatten(1, 2)
 
 
 def _fill(cache: Cache, layer: int | None, key: Tensor, value: Tensor) -> None:
