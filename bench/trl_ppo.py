@@ -20,7 +20,6 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 import argparse
 import contextlib
 import itertools
-import itertools
 import json
 import platform
 import statistics

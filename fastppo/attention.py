@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
-import fastppo._C  # noqa: F401  (registers torch.ops.fastppo.attend_cached)
+from fastppo import ops
 from fastppo.errors import FastPPOError
 
 ATTENTION = "fastppo_packed"
@@ -66,19 +66,14 @@ class Cache:
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # positions that each row holds
         self.rows = torch.arange(rows, device=device)  # (active,) int64, the rows in the batch
         self.spans: Spans | None = None  # the prompts' layout while they are prefilled, None in decode
-        self.longest = 0  # of the active rows, the new position included; kept here to spare a sync
 
     def begin_prefill(self, lengths: list[int]) -> None:
         self.spans = Spans.of(lengths)
         self.rows = torch.arange(len(lengths), device=self.lengths.device)
         self.lengths[: len(lengths)] = torch.tensor(lengths, device=self.lengths.device)
-        self.longest = max(lengths)
 
     def begin_decode(self) -> None:
         self.spans = None
-
-    def begin_step(self) -> None:
-        self.longest += 1
 
     def end_step(self) -> None:
         self.lengths[self.rows] += 1
@@ -114,7 +109,19 @@ def attend(
     if spans is None:
         if cache is None:
             raise ValueError("packed attention needs the keyword packed=Spans or cache=Cache in the model's call")
-        return _attend_cached(query, key, value, cache, layer, scale, sliding_window or 0, softcap or 0.0), None
+        out = ops.attend_cached(
+            query[:, :, 0],
+            key[:, :, 0],
+            value[:, :, 0],
+            cache.keys[layer],
+            cache.values[layer],
+            cache.lengths,
+            cache.rows,
+            scale=scale,
+            window=sliding_window or 0,
+            softcap=softcap or 0.0,
+        )
+        return out.unsqueeze(1), None
     if cache is not None:
         _fill(cache, layer, key, value)
     return _attend_packed(query, key, value, spans, scale, sliding_window, softcap), None
@@ -138,8 +145,8 @@ def _attend_packed(
 
 def _sequences(x: Tensor, start: int, count: int, length: int) -> Tensor:
     """(1, heads, N, width) -> (count, heads, length, width)"""
-    rows = x[0, :, start : start + count * length]
-    return rows.unflatten(1, (count, length)).transpose(0, 1)
+    rows: Tensor = x[0, :, start : start + count * length].unflatten(1, (count, length))
+    return rows.transpose(0, 1)
 
 
 def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
@@ -155,8 +162,8 @@ def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int |
     distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
     hidden = (distance < 0) | (distance >= (window or length))
     weights = scores.unflatten(2, (-1, length)).masked_fill_(hidden, float("-inf")).softmax(-1)
-    out: Tensor = weights.flatten(2, 3) @ v
-    return out.unflatten(2, (-1, length)).flatten(1, 2)
+    out: Tensor = (weights.flatten(2, 3) @ v).reshape(q.shape)
+    return out
 
 
 def _fill(cache: Cache, layer: int | None, key: Tensor, value: Tensor) -> None:
@@ -166,40 +173,6 @@ def _fill(cache: Cache, layer: int | None, key: Tensor, value: Tensor) -> None:
         for buffer, new in ((cache.keys, key), (cache.values, value)):
             buffer[layer, row : row + count, :, :length] = _sequences(new, start, count, length)
         row += count
-
-
-def _attend_cached(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cache: Cache,
-    layer: int | None,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> Tensor:
-    """Append one position to each active row and attend to all that the row holds."""
-    keys, values = cache.keys[layer], cache.values[layer]
-    q, k, v = query[:, :, 0], key[:, :, 0], value[:, :, 0]
-    if q.device.type == "cpu":
-        out: Tensor = torch.ops.fastppo.attend_cached(
-            q, k, v, keys, values, cache.lengths, cache.rows, scale, window, softcap
-        )
-        return out.unsqueeze(1)
-    at = cache.lengths[cache.rows]
-    keys[cache.rows, :, at], values[cache.rows, :, at] = k, v
-    positions = torch.arange(cache.longest, device=q.device)
-    visible = positions <= at[:, None]
-    if window:
-        visible &= positions > at[:, None] - window
-    group = q.shape[1] // k.shape[1]
-    grouped = q.unflatten(1, (k.shape[1], group))  # (R, kv heads, queries of this head, width)
-    scores = (grouped @ keys[cache.rows, :, : cache.longest].transpose(-1, -2)).float() * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill(~visible[:, None, None], float("-inf")).softmax(-1).to(v.dtype)
-    out = weights @ values[cache.rows, :, : cache.longest]
-    return out.flatten(1, 2).unsqueeze(1)
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import math
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,9 @@ def _function_source(name: str) -> Source:
         try:
             answer = function(prompts=responses.prompts, responses=responses.texts, **responses.columns)
         except Exception as error:
-            raise RewardError(f"rewards.function = {name} raised {type(error).__name__}: {error}") from error
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(frame.filename).name}:{frame.lineno}"
+            raise RewardError(f"rewards.function = {name} raised {type(error).__name__}: {error} ({where})") from error
         return _checked(name, answer, responses)
 
     return source

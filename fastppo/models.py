@@ -130,7 +130,8 @@ class RewardModel(Backbone):
     def score(self, packed: Packed) -> Tensor:
         """(B,) fp32"""
         head = cast(nn.Module, self.model.score)
-        return cast(Tensor, head(self.hidden(packed)[packed.last_rows])).float().squeeze(-1)
+        scores = cast(Tensor, head(self.hidden(packed)[packed.last_rows]))
+        return scores.float().squeeze(-1)
 
 
 def fuse_head(model: PreTrainedModel) -> PreTrainedModel:
@@ -163,7 +164,8 @@ def check_packing(model: PreTrainedModel) -> None:
     packed = pack(sequences, [1] * len(sequences)).to(model.device)
 
     def outputs(states: Any) -> Tensor:
-        return states.logits[0].float().log_softmax(-1) if causal else states.last_hidden_state[0].float()
+        rows: Tensor = states.logits[0].float().log_softmax(-1) if causal else states.last_hidden_state[0].float()
+        return rows
 
     network = model if causal else model.base_model
     with torch.no_grad():
@@ -178,10 +180,10 @@ def check_packing(model: PreTrainedModel) -> None:
     tolerance = 1e-3 if model.dtype == torch.float32 else 1e-1
     if not error <= tolerance:
         raise ModelError(
-            f"{type(model).__name__} computes something else on packed sequences than on one sequence at a time"
-            f" (mean difference {error:.2g} of the outputs' spread, tolerance {tolerance:g}, own attention {own!r}),"
-            " so it cannot be trained without padding. Models with plain causal, sliding-window or soft-capped attention"
-            " through transformers' AttentionInterface work, such as Llama, Qwen, Mistral, Gemma-2, GPT-2, OPT and GPT-NeoX."
+            f"{type(model).__name__} computes something else on packed sequences than on one at a time: its outputs"
+            f" differ by {error:.2g} of their spread in the mean (tolerance {tolerance:g}, own attention {own!r}). It"
+            " cannot be trained without padding. Models with plain causal, sliding-window or soft-capped attention"
+            " through transformers' AttentionInterface can: Llama, Qwen, Mistral, Gemma-2, GPT-2, OPT, GPT-NeoX, ..."
         )
 
 

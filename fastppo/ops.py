@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+import fastppo._C  # noqa: F401  (registers torch.ops.fastppo.*)
 from fastppo import eager, reference
 from fastppo.checks import (
     check_cu_seqlens,
@@ -295,3 +296,33 @@ def sample_tokens(
         row = int((~logprobs.isfinite()).nonzero()[0])
         raise ValueError(f"row {row} of logits holds NaN or +inf, or no finite entry: nothing can be drawn from it")
     return tokens, logprobs
+
+
+def attend_cached(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    lengths: Tensor,
+    rows: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Append one position to each active row of a key/value cache, and attend to all positions of that row.
+
+    query: (R, heads, D) fp32 or bf16; key, value: (R, kv heads, D), heads being a multiple of kv heads; key_cache,
+    value_cache: (rows, kv heads, T, D), written at each row's own length; lengths: (rows,) int64, positions held, below
+    T and left as they are; rows: (R,) int64, each active row's place in the cache; window: newest positions seen, 0 for
+    all; softcap: s -> softcap tanh(s / softcap) on scores, 0 for none. Returns (R, heads, D), not differentiable. On
+    the CPU a row's result does not depend on the other rows, bit for bit. Bad arguments raise ValueError there.
+    """
+    if query.device.type == "cpu":
+        kernel = torch.ops.fastppo.attend_cached
+        out: Tensor = kernel(query, key, value, key_cache, value_cache, lengths, rows, scale, window, softcap)
+        return out
+    return reference.attend_cached(
+        query, key, value, key_cache, value_cache, lengths, rows, scale=scale, window=window, softcap=softcap
+    )

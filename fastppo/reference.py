@@ -269,6 +269,38 @@ def sample_tokens(
     return tokens, at_targets(log_p, tokens).float()
 
 
+def attend_cached(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    lengths: Tensor,
+    rows: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Causal attention of one new position a row over all that the row holds (Vaswani et al. 2017, eq. 1).
+
+    All rows look at the whole buffer and a mask hides what is not theirs, so the host waits for no length.
+    """
+    newest = lengths[rows]
+    key_cache[rows, :, newest], value_cache[rows, :, newest] = key, value
+    positions = torch.arange(key_cache.shape[2], device=query.device)
+    visible = positions <= newest[:, None]
+    if window:
+        visible &= positions > newest[:, None] - window
+    grouped = query.unflatten(1, (key.shape[1], -1))  # (R, kv heads, queries of that head, width)
+    scores = (grouped @ key_cache[rows].transpose(-1, -2)).to(statistics_dtype(query)) * scale
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
+    weights = scores.masked_fill(~visible[:, None, None], float("-inf")).softmax(-1).to(value.dtype)
+    out: Tensor = weights @ value_cache[rows]
+    return out.flatten(1, 2)
+
+
 def scaled(logits: Tensor, temperature: float, softcap: float | None) -> Tensor:
     """(M, V) logits -> z = softcap tanh(logits / softcap) / temperature in the dtype of statistics."""
     z = logits.to(statistics_dtype(logits))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastppo import _C
+from fastppo import _C, reference
 
 LEVELS = _C.built()["simd"]
 BEST = _C.built()["simd_used"]
@@ -81,6 +81,13 @@ def truth(case: Case) -> Tensor:
                 scores = case.softcap * torch.tanh(scores / case.softcap)
             out[r, h] = torch.softmax(scores, 0) @ values.double()
     return out
+
+
+def test_the_reference_that_runs_off_the_cpu_equals_the_loop() -> None:
+    for options in ({}, {"window": 7}, {"softcap": 2.0}):
+        case = make(**options)
+        expected = truth(case)
+        torch.testing.assert_close(reference.attend_cached(**vars(case)).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def error(case: Case) -> float:

