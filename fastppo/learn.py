@@ -17,6 +17,7 @@ from fastppo.config import Config
 from fastppo.engine import Engine, World, all_max, all_sum
 from fastppo.microbatch import Minibatch
 from fastppo.models import Policy
+from fastppo.ppo import step_rates
 from fastppo.roles import Roles
 
 log = logging.getLogger("fastppo")
@@ -85,16 +86,17 @@ def learn(
     plan: list[list[Minibatch]],
     config: Config,
     *,
+    step: int,
     beta: float,
-    rates: list[tuple[float, float]],
-    train_actor: bool,
     world: World,
 ) -> list[Update]:
     """One update for each minibatch of the plan.
 
-    rates: learning rates (actor's, critic's) of each update; train_actor: False while the critic warms up alone.
+    step: which PPO step of the run this is, counted from 0, for the learning rates and the critic's warm-up;
+    beta: coefficient of a KL penalty in the loss.
     """
     updates: list[Update] = []
+    rates, train_actor = step_rates(config, step), step >= config.critic.warmup_steps
     for epoch, minibatches in enumerate(plan):
         for minibatch in minibatches:
             actor_rate, critic_rate = rates[len(updates)]

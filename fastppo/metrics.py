@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from fastppo.batch import Experience
@@ -16,8 +15,11 @@ def mean_kl(experience: Experience) -> float:
     return float((experience.old_logprobs - experience.ref_logprobs).sum()) / len(experience.packed)
 
 
-def step_metrics(experience: Experience, updates: Sequence[Update]) -> dict[str, float]:
-    """Means over the global batch: per response score, reward, KL and length; per token what learning saw."""
+def step_metrics(experience: Experience, updates: Sequence[Update], seconds: Mapping[str, float]) -> dict[str, float]:
+    """Means over the global batch: per response score, reward, KL and length; per token what learning saw.
+
+    seconds: `time/STAGE` of the step's four stages.
+    """
     responses, tokens = len(experience.packed), len(experience.kl)
     metrics = {
         "score": float(experience.scores.mean()),
@@ -42,15 +44,13 @@ def step_metrics(experience: Experience, updates: Sequence[Update]) -> dict[str,
         for name in ("approx_kl", "clip_fraction", "ratio_mean"):
             metrics[f"epoch{epoch + 1}/{name}"] = fmean(getattr(u, name) for u in of_epoch)
         metrics[f"epoch{epoch + 1}/ratio_max"] = max(u.ratio_max for u in of_epoch)
-    return metrics
+    return metrics | dict(seconds) | _speeds(seconds, experience, 1 + max(u.epoch for u in updates))
 
 
-def speeds(seconds: dict[str, float], response_tokens: int, tokens: int, epochs: int) -> dict[str, float]:
-    """Tokens a second of each stage, from its seconds (`time/STAGE`).
-
-    Sampling counts what it wrote; the other stages the tokens they read, learning once for every epoch.
-    """
-    work = {"sampling": response_tokens, "feedback": tokens, "experience": tokens, "learning": tokens * epochs}
-    rates = {f"tokens_per_second/{s}": n / seconds[f"time/{s}"] for s, n in work.items() if seconds.get(f"time/{s}")}
+def _speeds(seconds: Mapping[str, float], experience: Experience, epochs: int) -> dict[str, float]:
+    """Tokens a second of each stage: sampling counts what it wrote, the others what they read, in every epoch."""
+    written, read = len(experience.kl), len(experience.packed.tokens)
+    work = {"sampling": written, "feedback": read, "experience": read, "learning": read * epochs}
+    speeds = {f"tokens_per_second/{stage}": n / seconds[f"time/{stage}"] for stage, n in work.items()}
     total = sum(seconds.values())
-    return rates | {"time/step": total, "tokens_per_second": response_tokens / total if total else math.nan}
+    return speeds | {"time/step": total, "tokens_per_second": written / total}

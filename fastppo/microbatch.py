@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastppo.config import Config
+
 
 @dataclass(frozen=True)
 class Minibatch:
@@ -32,6 +34,18 @@ def plan_epochs(
         order = torch.randperm(len(lengths), generator=generator)
         plan.append([Minibatch(pack_even(part, lengths, budget, ranks)) for part in order.chunk(minibatches)])
     return plan
+
+
+def plan_step(lengths: Tensor, config: Config, step: int, ranks: int) -> list[list[Minibatch]]:
+    """The plan of PPO step `step`, counted from 0: a function of the run's seed, the step and the B lengths."""
+    return plan_epochs(
+        lengths,
+        epochs=config.ppo.epochs,
+        minibatches=config.ppo.minibatches,
+        budget=config.ppo.microbatch_tokens,
+        ranks=ranks,
+        generator=torch.Generator().manual_seed(config.seed * 1_000_003 + step),
+    )
 
 
 def pack_even(sequences: Tensor, lengths: Tensor, budget: int, ranks: int) -> tuple[Tensor, ...]:

@@ -12,8 +12,6 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: Python would look for modules in the folder fastppo/ first
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import torch
-
 from fastppo.batch import Prompts
 from fastppo.checkpoint import export
 from fastppo.cli import dump, parse
@@ -25,8 +23,8 @@ from fastppo.estimate import estimate
 from fastppo.evaluate import evaluate, samples
 from fastppo.feedback import gather_scored, load_functions, load_sources, score
 from fastppo.learn import learn
-from fastppo.metrics import mean_kl, speeds, step_metrics
-from fastppo.microbatch import plan_epochs
+from fastppo.metrics import mean_kl, step_metrics
+from fastppo.microbatch import plan_step
 from fastppo.ppo import KLController, step_rates
 from fastppo.roles import assemble
 from fastppo.rollout import sample, stop_ids
@@ -35,8 +33,11 @@ from fastppo.track import Stages, Tracker, fresh_folder, setup_logging, show_sam
 
 def train(config: Config, world: World) -> None:
     """A whole run: evaluate, repeat the three stages, evaluate again, and leave the actor behind."""
-    ppo, output = config.ppo, Path(config.output)
+    ppo, n, output = config.ppo, config.sampling.samples_per_prompt, Path(config.output)
     load_functions(config.rewards)  # a typo in a function's name should not cost the minutes of loading models
+    if world.rank == 0:
+        fresh_folder(output)
+        (output / "config.yaml").write_text(dump(config), encoding="utf-8")
     roles = assemble(config, world)
     sources = load_sources(config, roles.tokenizer, world.device)
     data, heldout = load_prompts(
@@ -47,76 +48,44 @@ def train(config: Config, world: World) -> None:
         reserve=config.sampling.max_new_tokens,
     )
     stops = stop_ids(roles.policy, roles.tokenizer, config.sampling)
-    each, n = ppo.batch_size // config.sampling.samples_per_prompt, config.sampling.samples_per_prompt
-    order = batches(data, size=each, seed=config.seed, shuffle=config.data.shuffle)
-    beta = KLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
-    stages = Stages()
-    if world.rank == 0:
-        fresh_folder(output)
-        (output / "config.yaml").write_text(dump(config))
+    order = batches(data, size=ppo.batch_size // n, seed=config.seed, shuffle=config.data.shuffle)
+    beta, stages = KLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon), Stages()
 
     with Tracker(output, config.track, steps=config.steps, rank=world.rank) as tracker:
-        before = after = evaluate(roles, heldout, sources, stops, config, world) if config.eval.prompts else None
-        if before:
-            tracker.log_evaluation(0, before.metrics)
-        for step in range(config.steps):
-            with tracker.profile(step + 1):
-                prompts = Prompts.of(data.tokens, next(order), first=step * each, samples=n)
-                mine = prompts.of_rank(world.rank, world.ranks)
+        evaluations = []
 
+        def evaluate_after(steps: int) -> None:
+            if config.eval.prompts:
+                evaluations.append(evaluate(roles, heldout, sources, stops, config, world))
+                tracker.log_evaluation(steps, evaluations[-1].metrics)
+
+        evaluate_after(0)
+        for step in range(config.steps):
+            rows = next(order)
+            prompts = Prompts.of(data.tokens, rows, first=step * len(rows), samples=n)
+            with tracker.profile(step + 1):
                 with stages("sampling"):
-                    rollout = sample(
-                        roles.policy,
-                        mine,
-                        config.sampling,
-                        stop_ids=stops,
-                        seed=config.seed,
-                        temperature=config.sampling.temperature,
-                    )
+                    mine = prompts.of_rank(world.rank, world.ranks)
+                    rollout = sample(roles.policy, mine, config.sampling, stop_ids=stops, seed=config.seed)
                 with stages("feedback"):
-                    scored = score(rollout, data, sources, roles.tokenizer, ppo)
-                    scored = gather_scored(scored, world)
+                    scored = gather_scored(score(rollout, data, sources, roles.tokenizer, ppo), world)
                 with stages("experience"):
-                    plan = plan_epochs(
-                        scored.rollout.packed.lengths,
-                        epochs=ppo.epochs,
-                        minibatches=ppo.minibatches,
-                        budget=ppo.microbatch_tokens,
-                        ranks=world.ranks,
-                        generator=torch.Generator().manual_seed(config.seed * 1_000_003 + step),
-                    )
+                    plan = plan_step(scored.rollout.packed.lengths, config, step, world.ranks)
                     experience = estimate(scored, roles, plan[0], config, beta.value, world)
                 with stages("learning"):
-                    updates = learn(
-                        experience,
-                        roles,
-                        plan,
-                        config,
-                        beta=beta.value,
-                        rates=step_rates(config, step),
-                        train_actor=step >= config.critic.warmup_steps,
-                        world=world,
-                    )
-            used = beta.value
+                    updates = learn(experience, roles, plan, config, step=step, beta=beta.value, world=world)
+            metrics = step_metrics(experience, updates, stages.take())
+            rates = dict(zip(("actor_lr", "critic_lr"), step_rates(config, step)[-1], strict=True))
+            tracker.log(step + 1, metrics | rates | {"kl_coef": beta.value})
             beta.update(mean_kl(experience), ppo.batch_size)
-
-            packed, seconds = experience.packed, stages.take()
-            metrics = step_metrics(experience, updates) | {"kl_coef": used} | seconds
-            metrics |= dict(zip(("actor_lr", "critic_lr"), step_rates(config, step)[-1], strict=True))
-            metrics |= speeds(seconds, len(packed.responses), len(packed.tokens), ppo.epochs)
-            tracker.log(step + 1, metrics)
-            if config.eval.every and (step + 1) % config.eval.every == 0 and step + 1 < config.steps:
-                tracker.log_evaluation(step + 1, evaluate(roles, heldout, sources, stops, config, world).metrics)
-
-        if config.eval.prompts and config.steps:
-            after = evaluate(roles, heldout, sources, stops, config, world)
-            tracker.log_evaluation(config.steps, after.metrics)
+            if step + 1 == config.steps or (config.eval.every and (step + 1) % config.eval.every == 0):
+                evaluate_after(step + 1)
 
     if world.rank == 0:
-        if before and after:
-            rows = samples(heldout, before, after)
-            write_samples(output / "samples.jsonl", rows)
-            show_samples(rows[: config.eval.show])
+        if len(evaluations) > 1:
+            shown = samples(heldout, evaluations[0], evaluations[-1])
+            write_samples(output / "samples.jsonl", shown)
+            show_samples(shown[: config.eval.show])
         export(roles.policy, roles.tokenizer, output / "actor")
 
 

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,7 +19,7 @@ from fastppo.config import Config
 from fastppo.engine import World, start_world, stop_world
 from fastppo.estimate import estimate
 from fastppo.learn import Update, learn
-from fastppo.microbatch import Minibatch, plan_epochs
+from fastppo.microbatch import Minibatch, plan_step
 from fastppo.roles import Roles, assemble
 from fastppo.rollout import sample
 
@@ -38,37 +37,24 @@ def config_of(model: str, *arguments: str) -> Config:
     fixed = ["--actor.model", model, "--rewards", '[{"function": "none:none"}]', "--data.path", "none", "--steps", "1"]
     small = ["--ppo.batch_size", "8", "--ppo.microbatch_tokens", "1000", "--optim.dtype", "fp32", "--actor.lr", "1e-2"]
     short = ["--sampling.max_new_tokens", "10", "--data.max_prompt_tokens", "16", "--critic.lr", "1e-2"]
-    return parse([*fixed, *small, *short, "--ppo.epochs", "1", "--eval.prompts", "0", *arguments])
+    once = ["--ppo.epochs", "1", "--eval.prompts", "0", "--optim.schedule", "constant"]
+    return parse([*fixed, *small, *short, *once, *arguments])
 
 
 def responses(roles: Roles) -> Scored:
     """Responses of many lengths and a made-up score for each."""
     config = config_of("none").sampling
     prompts = Prompts.of(PROMPTS, range(len(PROMPTS)))
-    rollout: Rollout = sample(roles.policy, prompts, config, stop_ids=range(0, 257, 9), seed=7, temperature=1.0)
+    rollout: Rollout = sample(roles.policy, prompts, config, stop_ids=range(0, 257, 9), seed=7)
     return Scored(rollout, torch.linspace(-1, 1, len(PROMPTS)))
 
 
-def plan_of(scored: Scored, config: Config, world: World) -> list[list[Minibatch]]:
-    return plan_epochs(
-        scored.rollout.packed.lengths,
-        epochs=config.ppo.epochs,
-        minibatches=config.ppo.minibatches,
-        budget=config.ppo.microbatch_tokens,
-        ranks=world.ranks,
-        generator=torch.Generator().manual_seed(0),
-    )
-
-
-def step(config: Config, world: World, *, train_actor: bool = True, plan: Any = None) -> Step:
+def step(config: Config, world: World, *, plan: list[list[Minibatch]] | None = None) -> Step:
     roles = assemble(config, world)
     scored = responses(roles)
-    plan = plan or plan_of(scored, config, world)
+    plan = plan or plan_step(scored.rollout.packed.lengths, config, 0, world.ranks)
     experience = estimate(scored, roles, plan[0], config, config.ppo.kl_coef, world)
-    rates = [(config.actor.lr, config.critic.lr)] * sum(map(len, plan))
-    updates = learn(
-        experience, roles, plan, config, beta=config.ppo.kl_coef, rates=rates, train_actor=train_actor, world=world
-    )
+    updates = learn(experience, roles, plan, config, step=0, beta=config.ppo.kl_coef, world=world)
     parameters = {f"actor.{n}": p.detach().clone() for n, p in roles.policy.named_parameters()}
     if roles.critic is not None:
         parameters |= {f"critic.{n}": p.detach().clone() for n, p in roles.critic.module.named_parameters()}

@@ -18,8 +18,8 @@ def policy(family="llama", **settings):
 
 def rollout(actor, chosen=range(5), *, seed=3, stops=(), temperature=1.0, samples=1, first=0, **settings):
     prompts = Prompts.of(PROMPTS, list(chosen), first=first, samples=samples)
-    config = SamplingConfig(**{"max_new_tokens": 12, "min_new_tokens": 1} | settings)
-    return sample(actor, prompts, config, stop_ids=stops, seed=seed, temperature=temperature)
+    config = SamplingConfig(**{"max_new_tokens": 12, "min_new_tokens": 1, "temperature": temperature} | settings)
+    return sample(actor, prompts, config, stop_ids=stops, seed=seed)
 
 
 def responses(found):

@@ -40,9 +40,7 @@ def stop_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase, config: Samplin
     return sorted(ids)
 
 
-def sample(
-    policy: Policy, prompts: Prompts, config: SamplingConfig, *, stop_ids: Sequence[int], seed: int, temperature: float
-) -> Rollout:
+def sample(policy: Policy, prompts: Prompts, config: SamplingConfig, *, stop_ids: Sequence[int], seed: int) -> Rollout:
     """One response of 1 to `max_new_tokens` tokens to each prompt, the stop token included; on the CPU."""
     was_training = policy.training
     policy.eval()
@@ -50,7 +48,7 @@ def sample(
     with torch.no_grad():
         for start in range(0, len(prompts), config.rows):
             group = prompts.select(range(start, min(start + config.rows, len(prompts))))
-            responses += _Decoding(policy, group, config, stop_ids, seed, temperature).run()
+            responses += _Decoding(policy, group, config, stop_ids, seed).run()
     policy.train(was_training)
     packed = pack([(*p, *r[0]) for p, r in zip(prompts.tokens, responses, strict=True)], [len(r[0]) for r in responses])
     logprobs = torch.tensor([x for r in responses for x in r[1]], dtype=torch.float32)
@@ -67,9 +65,8 @@ class _Decoding:
         config: SamplingConfig,
         stop_ids: Sequence[int],
         seed: int,
-        temperature: float,
     ):
-        self.policy, self.group, self.config, self.seed, self.temperature = policy, group, config, seed, temperature
+        self.policy, self.group, self.config, self.seed = policy, group, config, seed
         device = policy.device
         self.rows = _bucket(len(group))
         filled = [min(i, len(group) - 1) for i in range(self.rows)]
@@ -114,11 +111,11 @@ class _Decoding:
         """logits (active, V) -> tokens (rows,), those of rows at rest being old; notes which rows have ended."""
         if position < self.config.min_new_tokens - 1 and len(self.stop_ids):
             logits = logits.index_fill(1, self.stop_ids, float("-inf"))
-        logits = restrict(logits, self.temperature, self.config.top_k, self.config.top_p)
+        logits = restrict(logits, self.config.temperature, self.config.top_k, self.config.top_p)
         stream = self.streams[self.active]
         tokens, logprobs = ops.sample_tokens(
             logits,
-            temperature=self.temperature,
+            temperature=self.config.temperature,
             seed=self.seed,
             stream=stream,
             offset=torch.full_like(stream, position),
