@@ -14,8 +14,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says at each import that it found nothing faster
-# What DeepSpeed compiles at first use belongs to this environment, and so does the ninja that compiles it. In the user's
-# cache, or by another ninja, two environments on a machine undo each other's work, at a minute a time.
+# What DeepSpeed compiles at first use belongs to this environment, and so does the ninja that compiles it. In the
+# user's cache, or by another ninja, two environments on a machine undo each other's work, at a minute a time.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
