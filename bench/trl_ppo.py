@@ -6,9 +6,9 @@ torch 2.13.0 and transformers 4.57.6 and 5.23.0).
     python bench/trl_ppo.py --dtype bf16 --steps 5 --json
 
 A step: 64 prompts of 32 random tokens, 64 new tokens each with no stop token, scores, values and reference logprobs,
-4 epochs of one minibatch of 64. Policy, reference, critic and reward model are random 4-layer Llamas. Settings that made
-TRL faster are kept: one microbatch, no gradient checkpointing, no cache where nothing is generated, fused AdamW, and with
-bf16 the two frozen models held in bf16, since TRL's autocast covers the four epochs alone.
+4 epochs of one minibatch of 64. Policy, reference, critic and reward model are random 4-layer Llamas. Settings that
+made TRL faster are kept: one microbatch, no gradient checkpointing, no cache where nothing is generated, fused AdamW,
+and with bf16 the two frozen models held in bf16, since TRL's autocast covers the four epochs alone.
 """
 
 import os

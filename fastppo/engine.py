@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import socket
 import sys
@@ -56,7 +58,8 @@ def start_world(threads: int | None) -> World:
         accelerator.set_device(local_rank)
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else accelerator.communication_backend_name()
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        with _quiet():
+            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -91,9 +94,10 @@ class Engine:
             fused=True,
         )
         self._parameters = [p for i in self._kept for p in trained[i]]
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=_deepspeed_config(optim, zero), dist_init_required=False
-        )
+        with _quiet():
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=_deepspeed_config(optim, zero), dist_init_required=False
+            )
 
     def __call__(self, *args: Any) -> Any:
         return self._engine(*args)
@@ -147,6 +151,11 @@ def all_max(x: Tensor, world: World) -> Tensor:
     x = x.to(world.device)
     dist.all_reduce(x, op=dist.ReduceOp.MAX)
     return x
+
+
+def _quiet() -> contextlib.AbstractContextManager[object]:
+    """DeepSpeed prints tables of memory while it starts; they would push a run's own lines off the screen."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def _free_port() -> int:
