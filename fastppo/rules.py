@@ -229,7 +229,7 @@ def _check_schedule(config: Config) -> None:
             f"critic.warmup_steps is {critic_steps} and steps {steps}: the critic alone would train in the whole run."
             " Lower critic.warmup_steps or raise steps."
         )
-    if warmup > updates:
+    if 0 < updates < warmup:  # a run of no steps only evaluates
         raise ConfigError(
             f"optim.warmup_steps is {warmup}, but the run has {updates} updates (steps {steps} x ppo.epochs"
             f" {config.ppo.epochs} x ppo.minibatches {config.ppo.minibatches}): the learning rate would never reach"
