@@ -6,9 +6,10 @@ of M tokens: everything that PPO knows of a token (logprobs, KL, rewards, values
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,7 +119,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Experience:
-    """All that learning needs, for the global batch and the same on every rank."""
+    """All that learning needs, for the global batch and, but for `trunk`, the same on every rank."""
 
     packed: Packed
     scores: Tensor  # (B,) fp32
@@ -132,6 +133,7 @@ class Experience:
     values: Tensor  # (M,) fp32
     advantages: Tensor  # (M,) fp32, whitened if so configured
     returns: Tensor  # (M,) fp32, before whitening
+    trunk: Callable[[Any, Packed, Tensor], Tensor | None]  # the batch's `trunk.TrunkStates`, of this rank alone
 
 
 def concatenate(parts: Sequence[Scored]) -> Scored:

@@ -19,6 +19,7 @@ from fastppo.microbatch import Minibatch
 from fastppo.models import Policy
 from fastppo.ppo import advantages_and_returns, kl_estimate, token_rewards
 from fastppo.roles import Roles
+from fastppo.trunk import TrunkStates
 
 TokenRows = dict[str, Tensor]  # name -> (m,) fp32, on the response tokens of a microbatch
 
@@ -39,10 +40,10 @@ def estimate(
     the same packing not at all, so on the first update the ratio is 1.
     """
     packed = scored.rollout.packed
-    parts = []
+    parts, trunk = [], TrunkStates()
     for minibatch in first_epoch:
         for sequences in minibatch.of_rank(world.rank, world.ranks):
-            rows = _measure(packed.select(sequences).to(world.device), roles, config)
+            rows = _measure(packed.select(sequences).to(world.device), sequences, roles, trunk, config)
             parts.append((sequences, {name: x.float().cpu() for name, x in rows.items()}))
     measured = _assemble(packed, [part for rank in all_gather(parts, world) for part in rank])
     if config.ppo.kl_kind != "exact":
@@ -66,14 +67,16 @@ def estimate(
         rewards=rewards,
         advantages=advantages,
         returns=returns,
+        trunk=trunk,
         **measured,
     )
 
 
-def _measure(packed: Packed, roles: Roles, config: Config) -> TokenRows:
+def _measure(packed: Packed, sequences: Tensor, roles: Roles, trunk: TrunkStates, config: Config) -> TokenRows:
     temperature, exact = config.sampling.temperature, config.ppo.kl_kind == "exact"
-    reference = roles.reference
-    ref_hidden = reference.hidden(packed)[packed.predictors]
+    reference, actor = roles.reference, roles.policy
+    below = trunk(actor, packed, sequences)
+    ref_hidden = reference.hidden(packed, trunk(reference, packed, sequences))[packed.predictors]
     against = reference.head.as_reference(ref_hidden) if exact else {}
 
     def act(policy: Policy, hidden: Tensor) -> TokenRows:
@@ -85,12 +88,13 @@ def _measure(packed: Packed, roles: Roles, config: Config) -> TokenRows:
             rows["values"] = policy.value_head(hidden)
         return rows
 
-    rows: TokenRows = roles.actor(packed, act)
+    rows: TokenRows = roles.actor(packed, act, below)
     if not exact:
         refer = partial(ops.linear_logprobs, temperature=temperature)
         rows["ref_logprobs"] = reference.head(ref_hidden, refer, packed.responses).logprobs
     if roles.critic is not None:
-        rows["values"] = roles.critic(packed, lambda critic, hidden: critic.value_head(hidden))
+        below = trunk(roles.critic.module, packed, sequences)
+        rows["values"] = roles.critic(packed, lambda critic, hidden: critic.value_head(hidden), below)
     return rows
 
 

@@ -21,6 +21,7 @@ from fastppo.roles import Roles
 from fastppo.rollout import sample
 from fastppo.stats import TokenStats
 from fastppo.track import Sample
+from fastppo.trunk import TrunkStates
 
 
 @dataclass(frozen=True)
@@ -74,20 +75,23 @@ def distinct(sequences: list[list[int]], n: int) -> float:
 def _log_ratios(scored: Scored, roles: Roles, config: Config) -> Tensor:
     """(3,) fp64 sums over this rank's response tokens: log p - log p_ref, -log p_ref, entropy of p."""
     packed = scored.rollout.packed
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums, trunk = torch.zeros(3, dtype=torch.float64), TrunkStates()
     if not len(packed):
         return sums
     budget = max(config.ppo.microbatch_tokens, int(packed.lengths.max()))
     for part in pack_even(torch.arange(len(packed)), packed.lengths, budget, ranks=1):
         piece = packed.select(part).to(roles.policy.device)
-        policy, reference = (_stats(role, piece, config.eval.temperature) for role in (roles.policy, roles.reference))
+        policy, reference = (
+            _stats(role, piece, trunk(role, piece, part), config.eval.temperature)
+            for role in (roles.policy, roles.reference)
+        )
         rows = (policy.logprobs - reference.logprobs, -reference.logprobs, policy.entropy)
         sums += torch.stack([x.double().sum() for x in rows]).cpu()
     return sums
 
 
-def _stats(policy: Policy, packed: Packed, temperature: float) -> TokenStats:
-    hidden = policy.hidden(packed)[packed.predictors]
+def _stats(policy: Policy, packed: Packed, below: Tensor | None, temperature: float) -> TokenStats:
+    hidden = policy.hidden(packed, below)[packed.predictors]
     stats: TokenStats = policy.head(hidden, ops.linear_logprobs, packed.responses, temperature=temperature)
     return stats
 

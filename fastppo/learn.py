@@ -178,7 +178,8 @@ def _accumulate(
     for i, sequences in enumerate(mine):
         targets = _targets(experience, sequences, normalizer, roles.reference, config, beta, world.device)
         for engine, terms, _ in jobs:
-            loss, stats = engine(targets.packed, partial(_add_terms, terms, targets, config))
+            below = experience.trunk(engine.module, targets.packed, sequences)
+            loss, stats = engine(targets.packed, partial(_add_terms, terms, targets, config), below)
             engine.backward(loss, last=i + 1 == len(mine))
             sums += stats
     return sums
@@ -210,8 +211,9 @@ def _targets(
     if config.ppo.kl_in == "loss":
         against = {"kl_coef": beta, "kl_kind": config.ppo.kl_kind}
         if config.ppo.kl_kind == "exact":
+            below = experience.trunk(reference, packed, sequences)
             with torch.no_grad():
-                against |= reference.head.as_reference(reference.hidden(packed)[packed.predictors])
+                against |= reference.head.as_reference(reference.hidden(packed, below)[packed.predictors])
         else:
             against |= {"ref_logprobs": rows(experience.ref_logprobs)}
     return Targets(

@@ -29,6 +29,7 @@ from fastppo.models import (
     ValueHead,
     check_packing,
     copy_backbone,
+    keep_trunk,
     set_trainable,
 )
 
@@ -52,6 +53,9 @@ def load_policies(
     value_model = None if critic.kind == "shared" else _load_critic(config, base, dtype, device)
     policy = Policy(base, ValueHead(_width(base), dtype, device) if critic.kind == "shared" else None)
     set_trainable(policy, actor.train)
+    keep_trunk(policy, reference if config.reference.model is None else None)
+    if value_model is not None:
+        keep_trunk(value_model)
     if config.optim.activation_checkpointing:
         for role in filter(None, (policy, value_model)):
             role.model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -7,6 +7,7 @@ its weight and runs an op on it, so that logits exist only inside the op and Dee
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from fnmatch import fnmatch
 from typing import Any, TypeVar, cast
@@ -19,6 +20,9 @@ from transformers import PreTrainedModel
 from fastppo.attention import ATTENTION, Cache, Spans
 from fastppo.batch import Packed, pack
 from fastppo.errors import FastPPOError
+from fastppo.trunk import after_layers, layers_of, passing, trunk_depth
+
+log = logging.getLogger("fastppo")
 
 T = TypeVar("T")
 
@@ -73,13 +77,27 @@ class Backbone(nn.Module):
         super().__init__()
         self.model = model
         self.model.set_attn_implementation(ATTENTION)
+        self.trunk_depth = 0  # lowest layers whose states may be kept, see `keep_trunk`
+        self.trunk_owner = id(model)  # roles of one owner have the same trunk
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
-    def hidden(self, packed: Packed) -> Tensor:
-        """The last hidden state of every token, (N, H)."""
+    def hidden(self, packed: Packed, below: Tensor | None = None) -> Tensor:
+        """The last hidden state of every token, (N, H); `below`: what the trunk hands up, if it was kept."""
+        if below is None:
+            return self._run(packed)
+        with passing(self.model, range(self.trunk_depth), below[None]):
+            return self._run(packed)
+
+    def trunk(self, packed: Packed) -> Tensor:
+        """What the lowest `trunk_depth` layers hand up, (N, H)."""
+        with passing(self.model, range(self.trunk_depth, self.model.config.get_text_config().num_hidden_layers)) as top:
+            self._run(packed)
+        return cast(Tensor, top.got)[0]
+
+    def _run(self, packed: Packed) -> Tensor:
         output = self.model.base_model(
             input_ids=packed.tokens[None],
             position_ids=packed.positions[None],
@@ -88,8 +106,8 @@ class Backbone(nn.Module):
         )
         return cast(Tensor, output.last_hidden_state[0])
 
-    def forward(self, packed: Packed, objective: Callable[[Any, Tensor], T]) -> T:
-        return objective(self, self.hidden(packed)[packed.predictors])
+    def forward(self, packed: Packed, objective: Callable[[Any, Tensor], T], below: Tensor | None = None) -> T:
+        return objective(self, self.hidden(packed, below)[packed.predictors])
 
 
 class Policy(Backbone):
@@ -220,15 +238,33 @@ def _upper_layers(model: PreTrainedModel, count: int) -> set[str]:
     depth = model.config.get_text_config().num_hidden_layers
     if not 0 < count <= depth:
         raise ModelError(f"train = {count}: {type(model).__name__} has {depth} layers; choose 1 to {depth}, or `all`")
-    found = [
-        (parent, layers)
-        for parent in model.base_model.modules()
-        for layers in parent.children()
-        if isinstance(layers, nn.ModuleList) and len(layers) == depth
-    ]
-    if not found:
+    found = layers_of(model)
+    if found is None:
         raise ModelError(f"train = {count}: {type(model).__name__} has no list of {depth} layers; use name patterns")
-    parent, layers = found[0]
-    final = [child for name, child in parent.named_children() if "norm" in name or name == "ln_f"]
-    chosen = {id(p) for module in [*layers[depth - count :], *final] for p in module.parameters()}
+    parent, name = found
+    upper = list(getattr(parent, name))[depth - count :]
+    chosen = {id(p) for module in [*upper, *after_layers(parent)] for p in module.parameters()}
     return {name for name, p in model.named_parameters() if id(p) in chosen}
+
+
+def keep_trunk(role: Backbone, reference: Backbone | None = None) -> None:
+    """Let what the role's frozen lower layers hand up be computed once a batch (`fastppo.trunk`).
+
+    reference: a model whose lower layers are the same. Where passing layers over would change a model's outputs, in
+    the last bit even, its trunk is not kept, and the log says so.
+    """
+    depth = trunk_depth(role.model)
+    packed = pack([(1, 2, 3, 4, 5), (3, 1, 2)], [1, 1]).to(role.device)
+    for model in (role,) if reference is None else (role, reference):
+        if not depth:
+            return
+        model.trunk_depth, model.trunk_owner = depth, role.trunk_owner
+        with torch.no_grad():
+            try:
+                same = torch.equal(model.hidden(packed, role.trunk(packed)), model.hidden(packed))
+            except (IndexError, RuntimeError, TypeError, ValueError):  # layers that hand up more than one tensor
+                same = False
+        if not same:
+            role.trunk_depth = model.trunk_depth = 0
+            log.info("%s: its %d frozen layers are computed in every pass", type(role.model).__name__, depth)
+            return
