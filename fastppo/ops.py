@@ -1,24 +1,25 @@
 """The ops of PPO, and the only door to what computes them.
 
-A function here checks its arguments, before anything runs, and then calls: `fastppo.eager` where speed matters today,
-`fastppo.reference` elsewhere. Both hold the mathematics; shapes, types and ranges are said here.
+A function here checks its arguments, before anything runs, and then calls a kernel: C++ (csrc/) on the CPU, Triton
+(kernels/) on CUDA, each a `torch.library` op with a fake kernel and gradients (`fastppo.library`). fp64, for tests of
+gradients, runs `fastppo.reference`. The log says once which of them an op took.
 
-M tokens, vocabulary V, hidden size H, B sequences, R rows. Floating inputs are fp32, bf16 or fp16 (fp64 for tests of
-gradients); statistics, losses and sums are fp32, fp64 for fp64 inputs. All tensors of a call are on one device. A wrong
-dtype is a TypeError, a wrong shape, device or value a ValueError, which names the argument. M may be 0.
-Values are looked at where that costs nothing: on the CPU (`cu_seqlens`: everywhere).
+M tokens, vocabulary V, hidden size H, B sequences, R rows. Floating inputs are fp32, bf16 or fp16 (or fp64); statistics,
+losses and sums are fp32, fp64 for fp64 inputs. All tensors of a call are on one device. A wrong dtype is a TypeError, a
+wrong shape, device or value a ValueError, which names the argument. M may be 0.
+Values of tensors are looked at where that costs nothing: on the CPU, by the kernels (`cu_seqlens`: everywhere).
 """
 
 from __future__ import annotations
 
-from functools import partial
+import logging
+from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-import fastppo._C  # noqa: F401  (registers torch.ops.fastppo.*)
-from fastppo import eager, reference
+from fastppo import library, reference
 from fastppo.checks import (
     check_cu_seqlens,
     check_device,
@@ -38,9 +39,9 @@ from fastppo.checks import (
     check_targets,
     check_tokens,
 )
-from fastppo.eager import Head
 from fastppo.stats import PolicyStats, TokenStats, ValueStats
-from fastppo.vocabulary import Scale
+
+log = logging.getLogger("fastppo")
 
 WORKSPACE_BYTES = 256 << 20  # for the logits of a chunk of rows; `linear_*` take no more, whatever M
 
@@ -99,7 +100,11 @@ def token_logprobs(
         check_logits("ref_logits", ref_logits)
         check_shape("ref_logits", ref_logits, tuple(logits.shape), "the shape of logits")
         check_device("ref_logits", ref_logits, logits, "logits")
-    return eager.token_logprobs(logits, targets, Scale(temperature, softcap), ref_logits)
+    scale = {"temperature": temperature, "softcap": softcap}
+    if _by_reference("token_logprobs", logits):
+        return reference.token_logprobs(logits, targets, ref_logits=ref_logits, **scale)
+    (ref_logits,) = _detached(ref_logits)
+    return _token_stats(torch.ops.fastppo.vocabulary_forward(logits, targets, ref_logits=ref_logits, **scale))
 
 
 def linear_logprobs(
@@ -124,8 +129,13 @@ def linear_logprobs(
     check_targets(targets, hidden.shape[0], weight.shape[0], hidden, "hidden")
     check_scale(temperature, softcap)
     check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
-    head, ref_head = Head(hidden, weight, bias), eager.as_head(ref_hidden, ref_weight, ref_bias)
-    return eager.linear_logprobs(head, targets, Scale(temperature, softcap), ref_head, workspace=WORKSPACE_BYTES)
+    ref_hidden, ref_weight, ref_bias = _detached(ref_hidden, ref_weight, ref_bias)
+    head = {"hidden": hidden, "weight": weight, "bias": bias, "targets": targets}
+    head |= {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
+    scale = {"temperature": temperature, "softcap": softcap}
+    if _by_reference("linear_logprobs", hidden):
+        return reference.linear_logprobs(**head, **scale)
+    return _token_stats(torch.ops.fastppo.linear_logprobs(**head, **scale, workspace=WORKSPACE_BYTES))
 
 
 def policy_loss(
@@ -156,7 +166,8 @@ def policy_loss(
     where the clip and where the dual clip holds the loss, ratio, tokens. `ratio_max` is 0 without tokens.
     """
     check_tokens("logprobs", logprobs, logprobs)
-    tokens = {"old_logprobs": old_logprobs, "advantages": advantages, "entropy": entropy, "kl": kl}
+    tokens: dict[str, Tensor | None] = {"old_logprobs": old_logprobs, "advantages": advantages}
+    tokens |= {"entropy": entropy, "kl": kl}
     for name, tensor in tokens.items():
         if tensor is not None:
             check_tokens(name, tensor, logprobs, "logprobs")
@@ -166,20 +177,14 @@ def policy_loss(
     for name, coef, tensor in (("entropy", entropy_coef, entropy), ("kl", kl_coef, kl)):
         if coef != 0.0 and tensor is None:
             raise ValueError(f"{name}_coef is {coef} and {name} is None; give {name} or set {name}_coef to 0")
-    return reference.policy_loss(
-        logprobs,
-        old_logprobs,
-        advantages,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        entropy=entropy,
-        entropy_coef=entropy_coef,
-        kl=kl,
-        kl_coef=kl_coef,
-        normalizer=normalizer,
-        mask=mask,
-    )
+    old_logprobs, advantages = old_logprobs.detach(), advantages.detach()
+    tokens |= {"logprobs": logprobs, "old_logprobs": old_logprobs, "advantages": advantages, "mask": mask}
+    options = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip, "entropy_coef": entropy_coef}
+    options |= {"kl_coef": kl_coef, "normalizer": normalizer}
+    if _by_reference("policy_loss", logprobs):
+        return reference.policy_loss(**tokens, **options)
+    loss, sums, ratio_max, _ = torch.ops.fastppo.policy_loss(**tokens, **options)
+    return loss, PolicyStats(sums.detach(), ratio_max.detach())
 
 
 def linear_policy_loss(
@@ -222,29 +227,27 @@ def linear_policy_loss(
     check_normalizer(normalizer, hidden, "hidden")
     check_mask(mask, hidden, "hidden")
     check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
-    ref_head = eager.as_head(ref_hidden, ref_weight, ref_bias)
-    check_kl_kind(kl_kind, kl_coef, ref_head is not None, ref_logprobs is not None)
-
-    loss_of = partial(
-        reference.policy_loss,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        entropy_coef=entropy_coef,
-        kl_coef=kl_coef,
-        normalizer=normalizer,
+    check_kl_kind(kl_kind, kl_coef, ref_hidden is not None, ref_logprobs is not None)
+    if kl_kind == "exact":
+        ref_logprobs = None
+        ref_hidden, ref_weight, ref_bias = _detached(ref_hidden, ref_weight, ref_bias)
+    else:
+        ref_hidden = ref_weight = ref_bias = None
+    statistics = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    head = {"hidden": hidden, "weight": weight, "bias": bias, "targets": targets}
+    head |= {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
+    tokens = {"old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs}
+    tokens = {name: None if x is None else x.detach().to(statistics) for name, x in tokens.items()}
+    options = {"temperature": temperature, "softcap": softcap, "clip_low": clip_low, "clip_high": clip_high}
+    options |= {"dual_clip": dual_clip, "entropy_coef": entropy_coef, "kl_coef": kl_coef, "kl_kind": kl_kind}
+    arguments = head | tokens | options | {"normalizer": normalizer, "mask": mask}
+    if _by_reference("linear_policy_loss", hidden):
+        return reference.linear_policy_loss(**arguments)
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    loss, sums, ratio_max, *_ = torch.ops.fastppo.linear_policy_loss(
+        **arguments, workspace=WORKSPACE_BYTES, wanted=wanted
     )
-
-    def token_loss(
-        rows: slice, logprobs: Tensor, entropy: Tensor, exact_kl: Tensor | None
-    ) -> tuple[Tensor, PolicyStats]:
-        old, advantage, ref = old_logprobs[rows], advantages[rows], None if ref_logprobs is None else ref_logprobs[rows]
-        kl = exact_kl if kl_kind == "exact" else reference.kl_estimate(logprobs, ref, kl_kind)
-        return loss_of(logprobs, old, advantage, entropy=entropy, kl=kl, mask=None if mask is None else mask[rows])
-
-    head, scale = Head(hidden, weight, bias), Scale(temperature, softcap)
-    ref_head = ref_head if kl_kind == "exact" else None
-    return eager.linear_policy_loss(head, targets, scale, ref_head, token_loss, workspace=WORKSPACE_BYTES)
+    return loss, PolicyStats(sums.detach(), ratio_max.detach())
 
 
 def value_loss(
@@ -269,7 +272,13 @@ def value_loss(
     check_mask(mask, values, "values")
     if clip is not None:
         check_positive("clip", clip)
-    return reference.value_loss(values, old_values, returns, clip=clip, normalizer=normalizer, mask=mask)
+    old_values, returns = old_values.detach(), returns.detach()
+    arguments = {"values": values, "old_values": old_values, "returns": returns, "mask": mask}
+    arguments |= {"normalizer": normalizer, "clip": clip}
+    if _by_reference("value_loss", values):
+        return reference.value_loss(**arguments)
+    loss, sums, _ = torch.ops.fastppo.value_loss(**arguments)
+    return loss, ValueStats(sums.detach())
 
 
 def sample_tokens(
@@ -291,8 +300,13 @@ def sample_tokens(
         check_int64(name, tensor)
         check_shape(name, tensor, (len(logits),), "one number for each row of logits")
         check_device(name, tensor, logits, "logits")
-    tokens, logprobs = eager.sample_tokens(logits, temperature=temperature, seed=seed, stream=stream, offset=offset)
-    if logits.device.type == "cpu" and not bool(logprobs.isfinite().all()):
+    arguments = {"logits": logits, "stream": stream, "offset": offset, "temperature": temperature}
+    if _by_reference("sample_tokens", logits):
+        tokens, logprobs = reference.sample_tokens(**arguments, seed=seed)
+    else:
+        seed = (seed + 2**63) % 2**64 - 2**63  # as an int64
+        tokens, logprobs = torch.ops.fastppo.sample_tokens(**arguments, seed=seed)
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(logprobs.isfinite().all()):
         row = int((~logprobs.isfinite()).nonzero()[0])
         raise ValueError(f"row {row} of logits holds NaN or +inf, or no finite entry: nothing can be drawn from it")
     return tokens, logprobs
@@ -326,3 +340,29 @@ def attend_cached(
     return reference.attend_cached(
         query, key, value, key_cache, value_cache, lengths, rows, scale=scale, window=window, softcap=softcap
     )
+
+
+def _token_stats(stats: Tensor) -> TokenStats:
+    """What `vocabulary_forward` returns, by its names."""
+    logprobs, entropy, lse, _, _, *against = stats
+    if not against:
+        return TokenStats(logprobs, entropy, lse, None, None, None)
+    ref_logprobs, kl, ref_lse, _, _ = against
+    return TokenStats(logprobs, entropy, lse, ref_logprobs.detach(), ref_lse.detach(), kl)
+
+
+def _detached(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if x is None else x.detach() for x in tensors)
+
+
+def _by_reference(op: str, like: Tensor) -> bool:
+    """Whether the oracle itself computes: for fp64, which no kernel takes. Says once what an op runs on."""
+    if not torch.compiler.is_compiling():
+        _say_backend(op, like.device, like.dtype)
+    return like.dtype == torch.float64
+
+
+@cache
+def _say_backend(op: str, device: torch.device, dtype: torch.dtype) -> None:
+    found = "reference PyTorch, as no kernel takes fp64" if dtype == torch.float64 else library.backend(device)
+    log.debug("%s on %s in %s: %s", op, device, str(dtype).removeprefix("torch."), found)
