@@ -1,29 +1,19 @@
 // fastppo::attend_cached: one decode step of attention over a key/value cache, on the CPU.
+#include "checks.h"
 #include "simd.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <new>
-#include <sstream>
-#include <stdexcept>
 #include <vector>
-#if FASTPPO_X86
-#include <immintrin.h>
-#endif
 
 namespace fastppo {
 namespace {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int64_t kTile = 16;  // positions widened to fp32 at a time; a multiple of every level's lanes
 
@@ -47,51 +37,8 @@ struct Call {
   float scale, softcap;
 };
 
-namespace baseline {
-#define LANES 4
-#include "attend_cached.inc"
-#undef LANES
-}  // namespace baseline
-
-#if FASTPPO_X86
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#define LANES 8
-#include "attend_cached.inc"
-#undef LANES
-}  // namespace avx2
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
-namespace avx512 {
-#define LANES 16
-#include "attend_cached.inc"
-#undef LANES
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
-
-template <typename... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  message << "attend_cached: ";
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
-}
-
-// The message is built only if the condition does not hold: this op runs once a layer and token.
-#define REQUIRE(condition, ...) \
-  if (!(condition)) fail(__VA_ARGS__)
-
-std::string shape(const Tensor& tensor) {
-  std::ostringstream text;
-  text << '(';
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
-  text << ')';
-  return text.str();
-}
+#define BODY "attend_cached.inc"
+#include "levels.inc"
 
 void require_heads(const Tensor& x, const char* name, const Tensor& query, int64_t heads) {
   REQUIRE(x.dim() == 3 && x.size(0) == query.size(0) && x.size(1) == heads && x.size(2) == query.size(2), name,
@@ -166,13 +113,7 @@ void run(const Tensor& query, const Tensor& key, const Tensor& value, const Tens
                      scores,
                      static_cast<float>(scale),
                      static_cast<float>(softcap)};
-  const auto attend = [&] {
-#if FASTPPO_X86
-    if (simd() == Simd::avx512) return &avx512::attend<T>;
-    if (simd() == Simd::avx2) return &avx2::attend<T>;
-#endif
-    return &baseline::attend<T>;
-  }();
+  const auto attend = AT_LEVEL(attend<T>);
   const int64_t items = static_cast<int64_t>(spans.size()) * kv_heads;
   const int64_t floats = (2 * group + kTile) * padded + group * scores + group;
   // A thread is worth waking for about 10 us of work: some 100,000 products.

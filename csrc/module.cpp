@@ -30,7 +30,7 @@ const std::vector<std::pair<std::string, Simd>> kLevels = {
 
 bool machine_has(Simd level) {
 #if FASTPPO_X86
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (level == Simd::avx2) return avx2;
   if (level == Simd::avx512) {
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -1,0 +1,125 @@
+// fastppo::sample_tokens: one token a row, drawn by the inverse distribution function, on the CPU.
+#include "philox.h"
+#include "vocabulary_rows.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <limits>
+#include <tuple>
+
+namespace fastppo {
+namespace {
+
+struct Draw {
+  int64_t token;
+  float logprob;
+};
+
+struct Sampler {
+  Rows logits;
+  int64_t size, tiles, blocks;
+  float inverse_temperature;
+  SamplerKernels kernels;
+  std::vector<float> peaks;  // (rows, tiles)
+  std::vector<float> sums;   // (rows, blocks) of e^x, relative to the peak of the block's tile
+};
+
+// The token within `block` that the distribution function, which is `before` at the block's start, passes `threshold`
+// at. A token of probability 0 passes nothing; if rounding leaves all below, it is the last that has some.
+int64_t token_in_block(const Sampler& s, int64_t row, int64_t block, float peak, double before, double threshold) {
+  const int64_t first = block * kBlock, count = std::min(kBlock, s.size - first);
+  float e[kBlock];
+  s.kernels.exponentials(s.logits.at(row, first), count, s.inverse_temperature, peak, e);
+  int64_t last = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (e[i] == 0.0f) continue;
+    last = i;
+    before += e[i];
+    if (before > threshold) break;
+  }
+  return first + last;
+}
+
+Draw draw(const Sampler& s, int64_t row, double u) {
+  constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+  const float* const peaks = &s.peaks[row * s.tiles];
+  const float* const sums = &s.sums[row * s.blocks];
+  const float peak = *std::max_element(peaks, peaks + s.tiles);
+  std::vector<double> weights(s.tiles);  // from a tile's peak to the row's
+  for (int64_t t = 0; t < s.tiles; ++t) {
+    weights[t] = std::exp((static_cast<double>(peaks[t]) - peak) * s.inverse_temperature);
+  }
+  double total = 0.0;
+  for (int64_t b = 0; b < s.blocks; ++b) total += weights[b * kBlock / kTile] * sums[b];
+  if (!(total > 0.0 && std::isfinite(total))) return {0, kNan};
+
+  const double threshold = u * total;
+  double before = 0.0;
+  int64_t block = 0;
+  for (;; ++block) {
+    const double next = before + weights[block * kBlock / kTile] * sums[block];
+    if (next > threshold) break;  // comes before the end, since u < 1
+    before = next;
+  }
+  const int64_t token = token_in_block(s, row, block, peak, before, threshold);
+  const double x = (static_cast<double>(s.kernels.widen(s.logits.at(row, token))) - peak) * s.inverse_temperature;
+  return {token, static_cast<float>(x - std::log(total))};
+}
+
+std::tuple<Tensor, Tensor> sample_tokens(const Tensor& logits, const Tensor& stream, const Tensor& offset,
+                                         double temperature, int64_t seed) {
+  REQUIRE(temperature > 0 && std::isfinite(temperature), "temperature is ", temperature,
+          ", expected a positive number");
+  Rows readable = readable_rows(logits, "logits");
+  const int64_t rows = logits.size(0), size = logits.size(1);
+  require_dtype(stream, "stream", ScalarType::Long);
+  require_dtype(offset, "offset", ScalarType::Long);
+  require_shape(stream, "stream", {rows});
+  require_shape(offset, "offset", {rows});
+  const int64_t tiles = (size + kTile - 1) / kTile, blocks = (size + kBlock - 1) / kBlock;
+  Sampler sampler{std::move(readable),
+                  size,
+                  tiles,
+                  blocks,
+                  static_cast<float>(1.0 / temperature),
+                  sampler_kernels(logits.scalar_type()),
+                  std::vector<float>(rows * tiles),
+                  std::vector<float>(rows * blocks)};
+  for_each_tile(rows, size, [&](int64_t row, int64_t tile) {
+    const int64_t token = tile * kTile;
+    sampler.peaks[row * tiles + tile] =
+        sampler.kernels.sum_blocks(sampler.logits.at(row, token), std::min(kTile, size - token),
+                                   sampler.inverse_temperature, &sampler.sums[row * blocks + token / kBlock]);
+  });
+
+  Tensor tokens = torch::stable::new_empty(logits, {rows}, ScalarType::Long);
+  Tensor logprobs = torch::stable::new_empty(logits, {rows}, ScalarType::Float);
+  int64_t* const out = tokens.mutable_data_ptr<int64_t>();
+  float* const logprob = logprobs.mutable_data_ptr<float>();
+  const int64_t *const streams = stream.const_data_ptr<int64_t>(), *const offsets = offset.const_data_ptr<int64_t>();
+  const int64_t stream_stride = stream.stride(0), offset_stride = offset.stride(0);
+  for (int64_t row = 0; row < rows; ++row) {
+    const double u = uniform(seed, streams[row * stream_stride], offsets[row * offset_stride]);
+    const Draw drawn = draw(sampler, row, u);
+    out[row] = drawn.token;
+    logprob[row] = drawn.logprob;
+  }
+  return {tokens, logprobs};
+}
+
+}  // namespace
+}  // namespace fastppo
+
+// logits (R, V) fp32, bf16 or fp16 of any strides; stream, offset (R,) int64: with the seed, modulo 2^64, the name of
+// a row's random number u in (0, 1). The token is the first v with p_0 + ... + p_v > u, p = softmax(logits /
+// temperature); one whose p is 0, or whose e^x underflows, is never drawn. Returns tokens (R,) int64 and their log
+// probabilities (R,) fp32, a NaN in a row with a NaN, +inf or no finite logit. A row's result depends on that row and
+// its u alone, bit for bit.
+STABLE_TORCH_LIBRARY_FRAGMENT(fastppo, m) {
+  m.def(
+      "sample_tokens(Tensor logits, Tensor stream, Tensor offset, float temperature, int seed)"
+      " -> (Tensor tokens, Tensor logprobs)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastppo, CPU, m) { m.impl("sample_tokens", TORCH_BOX(&fastppo::sample_tokens)); }
