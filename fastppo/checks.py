@@ -2,7 +2,7 @@
 
 Each raises a TypeError for a wrong dtype and a ValueError for a wrong shape, device or value, and names the argument,
 what it is and what it must be. Values of tensors are looked at on the CPU only, where no device has to be waited for
-(`cu_seqlens`: everywhere).
+(`cu_seqlens`: everywhere), and not while torch.compile traces, when there are none.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def check_targets(targets: Tensor, rows: int, vocabulary: int, like: Tensor, lik
     check_int64("targets", targets)
     check_shape("targets", targets, (rows,), f"one token for each row of {like_name}")
     check_device("targets", targets, like, like_name)
-    if targets.device.type == "cpu" and rows:
+    if rows and _may_be_read(targets):
         low, high = int(targets.min()), int(targets.max())
         if low < 0 or high >= vocabulary:
             allowed = f"a vocabulary of {vocabulary} allows [0, {vocabulary - 1}]"
@@ -128,7 +128,7 @@ def check_normalizer(normalizer: Tensor, like: Tensor, like_name: str) -> None:
         raise TypeError(f"normalizer is {found}; expected a tensor of torch.float32 without dimensions")
     check_shape("normalizer", normalizer, (), "the token count that the loss is divided by")
     check_device("normalizer", normalizer, like, like_name)
-    if normalizer.device.type == "cpu":
+    if _may_be_read(normalizer):
         check_positive("normalizer", normalizer.item())
 
 
@@ -168,3 +168,7 @@ def check_device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> Non
         raise ValueError(
             f"{name} is on {tensor.device} and {like_name} on {like.device}; they must be on the same device"
         )
+
+
+def _may_be_read(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

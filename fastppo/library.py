@@ -159,8 +159,8 @@ def _save_linear_policy_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Te
 
 def _linear_policy_loss_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     made = zip(ctx.saved_tensors, ctx.wanted, strict=True)
-    # On the CPU a look at a number costs less than a pass over the weight's gradient.
-    once = upstream.device.type == "cpu" and not torch.compiler.is_compiling() and upstream.item() == 1.0
+    # On the CPU a look at a number costs less than a pass over the weight's gradient. A compiler's tensors have none.
+    once = type(upstream) is Tensor and upstream.device.type == "cpu" and upstream.item() == 1.0
     return *((g if once else (g * upstream).to(g.dtype)) if want else None for g, want in made), *(None,) * 19
 
 

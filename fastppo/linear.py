@@ -89,9 +89,8 @@ class Products:
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients in the dtype of their inputs; an empty tensor for one that is not wanted."""
-        none = self.hidden.new_empty(0)
         found = (self.d_hidden, self.d_weight, self.d_bias)
-        hidden, weight, bias = (none if d is None else d.to(self.hidden.dtype) for d in found)
+        hidden, weight, bias = (self.hidden.new_empty(0) if d is None else d.to(self.hidden.dtype) for d in found)
         return hidden, weight, bias
 
 

@@ -43,7 +43,11 @@ class FusedHead(nn.Module):
     def forward(self, hidden: Tensor, op: Callable[..., T] | None = None, *args: Any, **kwargs: Any) -> T | Tensor:
         """hidden (M, H) -> `op(hidden, weight, *args, bias=, softcap=, **kwargs)`; without an op, logits (M, V)."""
         if op is not None:
-            return op(hidden, self.weight, *args, bias=self.bias, softcap=self.softcap, **kwargs)
+            weight, bias = cast(Tensor, self.weight), cast("Tensor | None", self.bias)
+            if torch.is_autocast_enabled(hidden.device.type):  # as it does for a linear layer
+                dtype = torch.get_autocast_dtype(hidden.device.type)
+                hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+            return op(hidden, weight, *args, bias=bias, softcap=self.softcap, **kwargs)
         logits = F.linear(hidden, self.weight, self.bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 

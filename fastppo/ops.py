@@ -4,7 +4,7 @@ A function here checks its arguments, before anything runs, and then calls a ker
 (kernels/) on CUDA, each a `torch.library` op with a fake kernel and gradients (`fastppo.library`). fp64, for tests of
 gradients, runs `fastppo.reference`. The log says once which of them an op took.
 
-M tokens, vocabulary V, hidden size H, B sequences, R rows. Floating inputs are fp32, bf16 or fp16 (or fp64); statistics,
+M tokens, vocabulary V, hidden size H, B sequences, R rows. Floating inputs are fp32, bf16, fp16 or fp64; statistics,
 losses and sums are fp32, fp64 for fp64 inputs. All tensors of a call are on one device. A wrong dtype is a TypeError, a
 wrong shape, device or value a ValueError, which names the argument. M may be 0.
 Values of tensors are looked at where that costs nothing: on the CPU, by the kernels (`cu_seqlens`: everywhere).
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ def token_logprobs(
         check_logits("ref_logits", ref_logits)
         check_shape("ref_logits", ref_logits, tuple(logits.shape), "the shape of logits")
         check_device("ref_logits", ref_logits, logits, "logits")
-    scale = {"temperature": temperature, "softcap": softcap}
+    scale: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
     if _by_reference("token_logprobs", logits):
         return reference.token_logprobs(logits, targets, ref_logits=ref_logits, **scale)
     (ref_logits,) = _detached(ref_logits)
@@ -130,9 +130,9 @@ def linear_logprobs(
     check_scale(temperature, softcap)
     check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
     ref_hidden, ref_weight, ref_bias = _detached(ref_hidden, ref_weight, ref_bias)
-    head = {"hidden": hidden, "weight": weight, "bias": bias, "targets": targets}
+    head: dict[str, Any] = {"hidden": hidden, "weight": weight, "bias": bias, "targets": targets}
     head |= {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
-    scale = {"temperature": temperature, "softcap": softcap}
+    scale: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
     if _by_reference("linear_logprobs", hidden):
         return reference.linear_logprobs(**head, **scale)
     return _token_stats(torch.ops.fastppo.linear_logprobs(**head, **scale, workspace=WORKSPACE_BYTES))
@@ -166,7 +166,7 @@ def policy_loss(
     where the clip and where the dual clip holds the loss, ratio, tokens. `ratio_max` is 0 without tokens.
     """
     check_tokens("logprobs", logprobs, logprobs)
-    tokens: dict[str, Tensor | None] = {"old_logprobs": old_logprobs, "advantages": advantages}
+    tokens: dict[str, Any] = {"old_logprobs": old_logprobs, "advantages": advantages}
     tokens |= {"entropy": entropy, "kl": kl}
     for name, tensor in tokens.items():
         if tensor is not None:
@@ -179,7 +179,12 @@ def policy_loss(
             raise ValueError(f"{name}_coef is {coef} and {name} is None; give {name} or set {name}_coef to 0")
     old_logprobs, advantages = old_logprobs.detach(), advantages.detach()
     tokens |= {"logprobs": logprobs, "old_logprobs": old_logprobs, "advantages": advantages, "mask": mask}
-    options = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip, "entropy_coef": entropy_coef}
+    options: dict[str, Any] = {
+        "clip_low": clip_low,
+        "clip_high": clip_high,
+        "dual_clip": dual_clip,
+        "entropy_coef": entropy_coef,
+    }
     options |= {"kl_coef": kl_coef, "normalizer": normalizer}
     if _by_reference("policy_loss", logprobs):
         return reference.policy_loss(**tokens, **options)
@@ -234,11 +239,16 @@ def linear_policy_loss(
     else:
         ref_hidden = ref_weight = ref_bias = None
     statistics = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    head = {"hidden": hidden, "weight": weight, "bias": bias, "targets": targets}
+    head: dict[str, Any] = {"hidden": hidden, "weight": weight, "bias": bias, "targets": targets}
     head |= {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
-    tokens = {"old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs}
+    tokens: dict[str, Any] = {"old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs}
     tokens = {name: None if x is None else x.detach().to(statistics) for name, x in tokens.items()}
-    options = {"temperature": temperature, "softcap": softcap, "clip_low": clip_low, "clip_high": clip_high}
+    options: dict[str, Any] = {
+        "temperature": temperature,
+        "softcap": softcap,
+        "clip_low": clip_low,
+        "clip_high": clip_high,
+    }
     options |= {"dual_clip": dual_clip, "entropy_coef": entropy_coef, "kl_coef": kl_coef, "kl_kind": kl_kind}
     arguments = head | tokens | options | {"normalizer": normalizer, "mask": mask}
     if _by_reference("linear_policy_loss", hidden):
@@ -273,7 +283,7 @@ def value_loss(
     if clip is not None:
         check_positive("clip", clip)
     old_values, returns = old_values.detach(), returns.detach()
-    arguments = {"values": values, "old_values": old_values, "returns": returns, "mask": mask}
+    arguments: dict[str, Any] = {"values": values, "old_values": old_values, "returns": returns, "mask": mask}
     arguments |= {"normalizer": normalizer, "clip": clip}
     if _by_reference("value_loss", values):
         return reference.value_loss(**arguments)
@@ -300,7 +310,7 @@ def sample_tokens(
         check_int64(name, tensor)
         check_shape(name, tensor, (len(logits),), "one number for each row of logits")
         check_device(name, tensor, logits, "logits")
-    arguments = {"logits": logits, "stream": stream, "offset": offset, "temperature": temperature}
+    arguments: dict[str, Any] = {"logits": logits, "stream": stream, "offset": offset, "temperature": temperature}
     if _by_reference("sample_tokens", logits):
         tokens, logprobs = reference.sample_tokens(**arguments, seed=seed)
     else:

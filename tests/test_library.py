@@ -1,0 +1,192 @@
+"""Every op as torch.library knows it: opcheck, torch.compile without a graph break, and the head that runs them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import LinearCase, VocabularyCase
+from torch import Tensor, nn
+
+from fastppo import ops
+from fastppo.models import FusedHead
+
+M, V, H = 6, 33, 8
+ONE = torch.tensor(4.0)
+TOKENS = torch.linspace(-1.5, -0.5, M)
+CASE = VocabularyCase("library", M, V, reference=True, softcap=5.0)
+SCALE = (0.7, 5.0)
+
+
+def logits(dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
+    return CASE.build(dtype)["logits"].requires_grad_(grad)
+
+
+def head(dtype: torch.dtype = torch.float32, grad: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden, weight, bias, targets"""
+    made = LinearCase("library", M, V, H, bias=True).build(dtype)
+    hidden, weight, bias = (made[name].requires_grad_(grad) for name in ("hidden", "weight", "bias"))
+    return hidden, weight, bias, made["targets"]
+
+
+def stats_of(logits: Tensor, targets: Tensor) -> Tensor:
+    return torch.ops.fastppo.vocabulary_forward(logits, targets, *SCALE, None).detach()
+
+
+def arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
+    made = CASE.build(dtype)
+    targets, ref = made["targets"], made["ref_logits"]
+    hidden, weight, bias, head_targets = head(dtype, grad=True)
+    plain = logits(dtype)
+    loss_options = (0.2, 0.2, 1.5, 0.1, 0.2)
+    mask = torch.arange(M) != 2
+    tokens = (TOKENS, TOKENS.flip(0), TOKENS)
+    grown = TOKENS.clone().requires_grad_()
+    linear_stats = torch.ops.fastppo.linear_logprobs(*head(dtype), None, None, None, *SCALE, 1 << 20)
+    no_reference = (None, None, None)
+    return {
+        "vocabulary_forward": (logits(dtype, grad=True), targets, *SCALE, None),
+        "vocabulary_forward, reference": (logits(dtype, grad=True), targets, *SCALE, ref),
+        "vocabulary_backward": (
+            plain,
+            targets,
+            stats_of(plain, targets),
+            torch.ones(4, M),
+            *SCALE,
+            None,
+            plain.clone(),
+        ),
+        "policy_loss_in_chunk": (
+            plain,
+            targets,
+            *tokens[1:],
+            ONE,
+            *SCALE,
+            *loss_options,
+            "k3",
+            TOKENS,
+            None,
+            mask,
+            True,
+            torch.zeros(8, M),
+        ),
+        "policy_loss": (
+            grown,
+            TOKENS,
+            TOKENS.flip(0),
+            TOKENS.clone().requires_grad_(),
+            None,
+            mask,
+            ONE,
+            0.2,
+            0.2,
+            1.5,
+            0.1,
+            0.0,
+        ),
+        "sum_tokens": (torch.rand(8, M), 0.1, 0.2, ONE),
+        "value_loss": (grown, TOKENS.flip(0), TOKENS + 1, mask, ONE, 0.2),
+        "sample_tokens": (plain, torch.arange(M), torch.arange(M), 0.7, 11),
+        "accumulate": (torch.zeros(V, H), weight.detach()),
+        "linear_logprobs": (hidden, weight, bias, head_targets, *no_reference, *SCALE, 1 << 20),
+        "linear_logprobs_backward": (
+            *head(dtype),
+            *no_reference,
+            linear_stats,
+            torch.ones(4, M),
+            *SCALE,
+            1 << 20,
+            [True, True, False],
+        ),
+        "linear_policy_loss": (
+            hidden,
+            weight,
+            bias,
+            head_targets,
+            *tokens[1:],
+            ONE,
+            mask,
+            TOKENS,
+            *no_reference,
+            *SCALE,
+            *loss_options,
+            "k2",
+            1 << 20,
+            [True, True, True],
+        ),
+        "attend_cached": (
+            *(torch.randn(2, 4, 16).to(dtype) for _ in range(3)),
+            *(torch.randn(3, 4, 9, 16).to(dtype) for _ in range(2)),
+            torch.tensor([0, 4, 2]),
+            torch.tensor([2, 1]),
+            0.25,
+        ),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", arguments(torch.float32))
+def test_opcheck(op: str, dtype: torch.dtype) -> None:
+    torch.library.opcheck(getattr(torch.ops.fastppo, op.partition(",")[0]).default, arguments(dtype)[op])
+
+
+def loss_of(head: FusedHead, hidden: Tensor, targets: Tensor) -> Tensor:
+    """A policy update and, so that both are compiled, log probabilities and a value loss."""
+    stats = head(hidden, ops.linear_logprobs, targets, temperature=0.7)
+    options = {"temperature": 0.7, "clip_low": 0.2, "clip_high": 0.2, "normalizer": ONE, "entropy_coef": 0.1}
+    loss, sums = head(hidden, ops.linear_policy_loss, targets, TOKENS, TOKENS.flip(0), **options)
+    token_options = {"clip_low": 0.2, "clip_high": 0.2, "normalizer": ONE}
+    token_loss, _ = ops.policy_loss(stats.logprobs, TOKENS, TOKENS, **token_options)
+    value_loss, _ = ops.value_loss(stats.entropy, TOKENS, TOKENS, clip=0.2, normalizer=ONE)
+    return loss + token_loss + value_loss + 0 * sums.sums.sum()
+
+
+def head_module(dtype: torch.dtype = torch.float32) -> tuple[FusedHead, Tensor, Tensor]:
+    hidden, weight, bias, targets = head(dtype)
+    return FusedHead(nn.Parameter(weight), nn.Parameter(bias), softcap=5.0), hidden.requires_grad_(), targets
+
+
+def gradients(run: Callable[..., Tensor]) -> list[Tensor]:
+    module, hidden, targets = head_module()
+    loss = run(module, hidden, targets)
+    return [loss.detach(), *torch.autograd.grad(loss, [hidden, module.weight, module.bias])]
+
+
+def test_the_head_compiles_without_a_graph_break() -> None:
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(gradients(compiled), gradients(loss_of))
+
+
+def test_sampling_compiles_without_a_graph_break() -> None:
+    def draw(x: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.sample_tokens(x, seed=1, stream=torch.arange(M), offset=3)
+
+    torch.testing.assert_close(torch.compile(draw, fullgraph=True, backend="aot_eager")(logits()), draw(logits()))
+
+
+def test_the_head_under_activation_checkpointing_has_the_same_gradients() -> None:
+    def checkpointed(*inputs: Any) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(loss_of, *inputs, use_reentrant=False)
+
+    torch.testing.assert_close(gradients(checkpointed), gradients(loss_of))
+
+
+def test_the_head_under_autocast_computes_in_its_dtype_and_gives_gradients_in_the_weight_s() -> None:
+    module, hidden, targets = head_module()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(module, hidden, targets)
+    found = torch.autograd.grad(loss, [hidden, module.weight, module.bias])
+    assert all(g.dtype == torch.float32 for g in found)
+    half, hidden_half, _ = head_module(torch.bfloat16)
+    expected = torch.autograd.grad(loss_of(half, hidden_half, targets), [hidden_half, half.weight, half.bias])
+    torch.testing.assert_close(found, [g.float() for g in expected], rtol=2e-2, atol=2e-3)  # hidden sums in fp32
+
+
+def test_a_tied_weight_gets_the_gradients_of_both_its_uses() -> None:
+    embedding = nn.Embedding(V, H)
+    module = FusedHead(embedding.weight, None, softcap=None)
+    targets = torch.arange(M)
+    loss_of(module, embedding(targets), targets).backward()
+    hidden = embedding(targets).detach().requires_grad_()
+    d_hidden, d_weight = torch.autograd.grad(loss_of(module, hidden, targets), [hidden, module.weight])
+    torch.testing.assert_close(embedding.weight.grad, d_weight.index_add(0, targets, d_hidden))
