@@ -1,0 +1,221 @@
+"""PPO's loss on a chunk of logits: statistics, loss and coefficients of a row, then its gradient over its logits."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastppo.kernels.policy_loss import LOG_RATIO_MAX, clamp, clipped_objective
+from fastppo.kernels.row import (
+    LOG2_E,
+    capped,
+    check_logits,
+    check_tokens,
+    columns_adjacent,
+    gradient_slopes,
+    read_row,
+    row_stride,
+    tile_columns,
+    tiling,
+    write_row,
+)
+
+
+def policy_loss_in_chunk(
+    logits: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    normalizer: Tensor,
+    temperature: float,
+    softcap: float | None,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    entropy_coef: float,
+    kl_coef: float,
+    kl_kind: str,
+    ref_logprobs: Tensor | None,
+    ref_logits: Tensor | None,
+    mask: Tensor | None,
+    gradient: bool,
+    token_stats: Tensor,
+) -> None:
+    """`vocabulary_forward`, `policy_loss` and, with `gradient`, d loss / d logits written over the logits.
+
+    logits: (m, V) fp32, bf16 or fp16, any row stride; targets: (m,) int64; old_logprobs, advantages, ref_logprobs: (m,)
+    fp32; normalizer: () fp32, read on the device; mask: (m,) bool; token_stats: (8, m) fp32, any strides, receives
+    for each token what `sum_tokens` adds up, 0 for a dropped one, whose gradient is 0 too. The KL is exact with
+    kl_kind "exact" and ref_logits, (m, V); k2 or k3 with ref_logprobs; else 0.
+
+    Traffic: 3 m V b bytes, 1 without gradient; a reference's logits are read once, twice where their KL is in the loss.
+    """
+    check_logits("logits", logits, logits)
+    rows, vocabulary = logits.shape
+    tokens = {"targets": targets, "old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs}
+    check_tokens(rows, **tokens, mask=mask)
+    if kl_kind not in ("exact", "k2", "k3"):
+        raise ValueError(f"kl_kind is {kl_kind!r}; expected 'exact', 'k2' or 'k3'")
+    if token_stats.shape != (8, rows) or token_stats.dtype != torch.float32:
+        raise ValueError(f"token_stats is {token_stats.dtype} {tuple(token_stats.shape)}; expected fp32 (8, {rows})")
+    ref_logits = ref_logits if kl_kind == "exact" else None
+    ref_logprobs = None if kl_kind == "exact" else ref_logprobs
+    if ref_logits is not None:
+        check_logits("ref_logits", ref_logits, logits)
+
+    written = columns_adjacent(logits)
+    stride, unit = row_stride(written)
+    ref_stride, ref_unit = 0, 1
+    if ref_logits is not None:
+        ref_logits = columns_adjacent(ref_logits)
+        ref_stride, ref_unit = row_stride(ref_logits)
+    if rows == 0:
+        return
+
+    block, width, num_warps = tiling(vocabulary, logits.dtype)
+    with torch.cuda.device_of(logits):
+        policy_loss_in_chunk_kernel[(rows,)](
+            written,
+            targets.contiguous(),
+            old_logprobs.contiguous(),
+            advantages.contiguous(),
+            None if ref_logprobs is None else ref_logprobs.contiguous(),
+            ref_logits,
+            None if mask is None else mask.contiguous(),
+            normalizer,
+            token_stats,
+            stride,
+            ref_stride,
+            token_stats.stride(0),
+            token_stats.stride(1),
+            vocabulary,
+            float(temperature),
+            softcap,
+            float(clip_low),
+            float(clip_high),
+            dual_clip,
+            float(entropy_coef),
+            float(kl_coef),
+            KL_KIND=kl_kind,
+            GRADIENT=gradient,
+            REF_GRADIENT=kl_coef != 0.0,
+            UNIT=unit,
+            REF_UNIT=ref_unit,
+            BLOCK=block,
+            WIDTH=width,
+            num_warps=num_warps,
+        )
+    if written is not logits and gradient:
+        logits.copy_(written)
+
+
+@triton.jit
+def policy_loss_in_chunk_kernel(
+    logits,
+    targets,
+    old_logprobs,
+    advantages,
+    ref_logprobs,
+    ref_logits,
+    mask,
+    normalizer,
+    token_stats,
+    stride,
+    ref_stride,
+    stats_stride,
+    stats_token_stride,
+    V,
+    temperature,
+    softcap,
+    clip_low,
+    clip_high,
+    dual_clip,
+    entropy_coef,
+    kl_coef,
+    KL_KIND: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    REF_GRADIENT: tl.constexpr,
+    UNIT: tl.constexpr,
+    REF_UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    m = tl.program_id(0).to(tl.int64)  # offsets pass 2^31
+    logits += m * stride * UNIT
+    if ref_logits is not None:
+        ref_logits += m * ref_stride * REF_UNIT
+    token_stats += m * stats_token_stride
+    keep = True
+    if mask is not None:
+        keep = tl.load(mask + m) != 0
+    if keep:
+        target = tl.load(targets + m)
+        u_target = capped(tl.load(logits + target).to(tl.float32), softcap)
+        rate = LOG2_E / temperature
+        over_temperature = 1.0 / temperature
+        peak, log_total, mean, ref_peak, ref_log_total, ref_mean = read_row(
+            logits, ref_logits, V, softcap, rate, BLOCK, WIDTH
+        )
+        logprob = (u_target - peak) * over_temperature - log_total
+        objective, slope, ratio, log_ratio, clipped, dual_clipped = clipped_objective(
+            logprob, tl.load(old_logprobs + m), tl.load(advantages + m), clip_low, clip_high, dual_clip
+        )
+        kl, kl_slope = 0.0, 0.0
+        if ref_logits is not None:
+            kl = (mean * over_temperature - log_total) - (ref_mean * over_temperature - ref_log_total)
+        if ref_logprobs is not None:
+            kl, kl_slope = kl_estimate(logprob - tl.load(ref_logprobs + m), KL_KIND)
+        tl.store(token_stats, -objective)
+        tl.store(token_stats + stats_stride, log_total - mean * over_temperature)
+        tl.store(token_stats + stats_stride * 2, kl)
+        tl.store(token_stats + stats_stride * 3, ratio - 1.0 - log_ratio)
+        tl.store(token_stats + stats_stride * 4, clipped.to(tl.float32))
+        tl.store(token_stats + stats_stride * 5, dual_clipped.to(tl.float32))
+        tl.store(token_stats + stats_stride * 6, ratio)
+        tl.store(token_stats + stats_stride * 7, 1.0)
+        if GRADIENT:
+            share = 1.0 / tl.load(normalizer)
+            g_logprob = (kl_coef * kl_slope - slope) * share
+            g_kl = 0.0
+            if ref_logits is not None:
+                g_kl = kl_coef * share
+            slopes = gradient_slopes(
+                g_logprob, -entropy_coef * share, 0.0, g_kl, log_total, mean, ref_mean, temperature
+            )
+            tl.debug_barrier()  # all threads have read the row before one of them writes to it
+            if REF_GRADIENT:
+                write_row(logits, ref_logits, logits, target, V, softcap, rate, peak, ref_peak, slopes, BLOCK, WIDTH)
+            else:
+                write_row(logits, None, logits, target, V, softcap, rate, peak, ref_peak, slopes, BLOCK, WIDTH)
+    else:
+        for i in tl.static_range(8):
+            tl.store(token_stats + stats_stride * i, 0.0)
+        if GRADIENT:
+            clear_row(logits, V, BLOCK, WIDTH)
+
+
+@triton.jit
+def kl_estimate(d, KL_KIND: tl.constexpr):
+    """k2 or k3 of d = logprob - ref_logprob, and its derivative (Schulman 2020; `fastppo.reference.kl_estimate`)."""
+    if KL_KIND == "k2":
+        kl = d * d * 0.5
+        slope = d
+    else:
+        clamped = clamp(d, -LOG_RATIO_MAX, LOG_RATIO_MAX)
+        ratio = tl.exp(-clamped)
+        kl = ratio - 1.0 + clamped
+        slope = tl.where(tl.abs(d) > LOG_RATIO_MAX, 0.0, 1.0 - ratio)
+    return kl, slope
+
+
+@triton.jit
+def clear_row(row, V, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    columns = tile_columns(BLOCK, WIDTH)
+    zero = tl.zeros((BLOCK // WIDTH, WIDTH), row.dtype.element_ty)
+    whole = V // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        tl.store(row + start + columns, zero)
+    if whole < V:
+        tl.store(row + whole + columns, zero, mask=whole + columns < V)

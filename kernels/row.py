@@ -1,0 +1,257 @@
+"""What the vocabulary kernels share: how a row of logits is cut into tiles, read once, and overwritten by its gradient.
+
+A program owns a row. A tile is BLOCK columns as (BLOCK // WIDTH, WIDTH): a thread's WIDTH columns are adjacent and fill
+16 bytes, one load. Each group of WIDTH columns keeps its own running peak and sums, so that no thread waits for
+another before the end of the row, and the cost of moving a peak is shared by WIDTH columns.
+
+Logits stay in their own unit, that of the capped logits u = softcap tanh(logits / softcap), until the end:
+z = u / temperature, e^(z - max z) = 2^((u - max u) rate) with rate = log2(e) / temperature.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+MINUS_2_LOG2_E = tl.constexpr(-2.8853900817779268)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # the smallest fp32: a peak before anything was read
+FAR = tl.constexpr(-1e30)  # stands for -inf in differences: 2^(FAR rate) = 0, and 0 FAR is 0 where 0 (-inf) is NaN
+
+
+class Tiling(NamedTuple):
+    """How rows are cut: by vocabulary and dtype alone, so that every kernel forms the same sums, bit for bit."""
+
+    block: int  # columns a program takes at once
+    width: int  # columns in a load of 16 bytes
+    num_warps: int
+
+
+def tiling(vocabulary: int, dtype: torch.dtype) -> Tiling:
+    """Two loads of 16 bytes a thread and tile; as many warps, up to 8, as leave a row at least 4 tiles."""
+    width = 16 // dtype.itemsize
+    warp_columns = 2 * width * 32
+    num_warps = min(8, triton.next_power_of_2(max(1, vocabulary // (4 * warp_columns)) + 1) // 2)
+    return Tiling(num_warps * warp_columns, width, num_warps)
+
+
+def row_stride(rows: Tensor) -> tuple[int, int]:
+    """(stride, unit): rows start stride * unit elements apart. Unit is 16 bytes in elements where the rows are aligned
+    to that, which tells the compiler; else it is 1, and each element a load of its own."""
+    width = 16 // rows.element_size()
+    if rows.stride(0) % width == 0 and rows.data_ptr() % 16 == 0:
+        return rows.stride(0) // width, width
+    log_once(
+        f"rows of {rows.shape[1]} logits in {rows.dtype}, {rows.stride(0)} elements apart, do not all start at "
+        f"multiples of 16 bytes ({width} elements): they are read and written one element at a time"
+    )
+    return rows.stride(0), 1
+
+
+@functools.cache
+def log_once(message: str) -> None:
+    logging.getLogger("fastppo").warning(message)
+
+
+def columns_adjacent(logits: Tensor) -> Tensor:
+    """Logits whose columns lie next to each other: themselves, or a copy."""
+    if logits.stride(1) == 1 or logits.shape[1] == 1:
+        return logits
+    log_once(f"columns of logits are {logits.stride(1)} elements apart: their rows are copied first")
+    return logits.contiguous()
+
+
+def check_logits(name: str, logits: Tensor, like: Tensor) -> None:
+    if logits.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {logits.dtype}; these kernels take fp32, bf16 and fp16")
+    if logits.shape != like.shape or logits.device != like.device or logits.ndim != 2:
+        raise ValueError(
+            f"{name} has shape {tuple(logits.shape)} on {logits.device}; expected {tuple(like.shape)} on {like.device}"
+        )
+
+
+def check_tokens(rows: int, **tokens: Tensor | None) -> None:
+    """Each given tensor has one number for each of the rows."""
+    for name, tensor in tokens.items():
+        if tensor is not None and tensor.shape != (rows,):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected ({rows},)")
+
+
+@triton.jit
+def tile_columns(BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    return tl.arange(0, BLOCK // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def load_tile(row, columns, V, TAIL: tl.constexpr):
+    """fp32 logits of a tile. Only a row's last tile is masked: a mask splits loads of 16 bytes."""
+    logits = tl.load(row + columns, mask=columns < V, other=float("-inf")) if TAIL else tl.load(row + columns)
+    return logits.to(tl.float32)
+
+
+@triton.jit
+def capped(logits, softcap):
+    """u = softcap tanh(logits / softcap), by t = e^(-2 |v|), or by its series where 1 - t would lose digits."""
+    if softcap is not None:
+        v = logits * (1.0 / softcap)
+        t = tl.exp2(tl.abs(v) * MINUS_2_LOG2_E)
+        far = (1.0 - t) / (1.0 + t)
+        far = tl.where(v < 0, -far, far)
+        w = v * v
+        near = v + v * w * (-1.0 / 3 + w * (2.0 / 15 + w * (-17.0 / 315 + w * (62.0 / 2835))))
+        logits = softcap * tl.where(w < 0.1, near, far)
+    return logits
+
+
+@triton.jit
+def cap_slope(logits, softcap):
+    """du / d logits = 1 - tanh^2 = 4 t / (1 + t)^2."""
+    t = tl.exp2(tl.abs(logits * (1.0 / softcap)) * MINUS_2_LOG2_E)
+    return 4.0 * t / ((1.0 + t) * (1.0 + t))
+
+
+@triton.jit
+def capped_tile(row, columns, V, softcap, TAIL: tl.constexpr):
+    """u of a tile, -inf past the row's end."""
+    u = capped(load_tile(row, columns, V, TAIL), softcap)
+    if TAIL:
+        u = tl.where(columns < V, u, float("-inf"))
+    return u
+
+
+@triton.jit
+def below(u, peak):
+    """u - peak, at least FAR. NaN stays NaN, so that a row which holds one shows it."""
+    return tl.maximum(u - peak, FAR, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def add_tile(u, peak, total, weighted, rate):
+    """Take a tile u, (G, WIDTH), into each group's peak, total = sum e and weighted = sum e (u - peak), (G,).
+
+    e = 2^((u - peak) rate). Returns the three, e, how far the peak moved, and by what that shrinks the sums.
+    """
+    new_peak = tl.maximum(peak, tl.max(u, axis=1))
+    moved = below(peak, new_peak)
+    shrink = tl.exp2(moved * rate)
+    x = below(u, new_peak[:, None])
+    e = tl.exp2(x * rate)
+    weighted = (weighted + moved * total) * shrink + tl.sum(e * x, axis=1)
+    total = total * shrink + tl.sum(e, axis=1)
+    return new_peak, total, weighted, e, shrink
+
+
+@triton.jit
+def read_tile(row, ref_row, columns, V, softcap, rate, peak, total, weighted, ref, TAIL: tl.constexpr):
+    """One tile of `read_row`: its running values after the tile's columns."""
+    u = capped_tile(row, columns, V, softcap, TAIL)
+    old_total = total
+    peak, total, weighted, e, shrink = add_tile(u, peak, total, weighted, rate)
+    if ref_row is not None:
+        ref_peak, ref_total, ref_weighted, hole = ref
+        r = capped_tile(ref_row, columns, V, softcap, TAIL)
+        new_ref_peak = tl.maximum(ref_peak, tl.max(r, axis=1))
+        moved = below(ref_peak, new_ref_peak)
+        y = below(r, new_ref_peak[:, None])
+        ref_total = ref_total * tl.exp2(moved * rate) + tl.sum(tl.exp2(y * rate), axis=1)
+        ref_weighted = (ref_weighted + moved * old_total) * shrink + tl.sum(e * y, axis=1)
+        hole = tl.maximum(hole, tl.max(tl.where(r == float("-inf"), u, float("-inf")), axis=1))
+        ref = (new_ref_peak, ref_total, ref_weighted, hole)
+    return peak, total, weighted, ref
+
+
+@triton.jit
+def read_row(row, ref_row, V, softcap, rate, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """One read of a row and, unless ref_row is None, of its reference's.
+
+    Returns (peak, log_total, mean, ref_peak, ref_log_total, ref_mean), fp32 scalars: max u, log s = log sum
+    e^(z - max z) and E[u - max u]; of the reference max r, its log s, and E[r - max r] under the policy: -inf where the
+    reference is -inf at a column with p > 0. The last three are 0 without a reference.
+    """
+    columns = tile_columns(BLOCK, WIDTH)
+    zero = tl.zeros((BLOCK // WIDTH,), tl.float32)
+    peak, total, weighted = zero + LOWEST, zero, zero
+    ref = (peak, zero, zero, zero + float("-inf"))
+    whole = V // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        peak, total, weighted, ref = read_tile(
+            row, ref_row, start + columns, V, softcap, rate, peak, total, weighted, ref, False
+        )
+    if whole < V:
+        peak, total, weighted, ref = read_tile(
+            row, ref_row, whole + columns, V, softcap, rate, peak, total, weighted, ref, True
+        )
+
+    row_peak = tl.max(peak, axis=0)
+    moved = below(peak, row_peak)
+    shrink = tl.exp2(moved * rate)
+    row_total = tl.sum(total * shrink, axis=0)
+    mean = tl.sum((weighted + moved * total) * shrink, axis=0) / row_total
+    row_ref_peak, ref_log_total, ref_mean = 0.0, 0.0, 0.0
+    if ref_row is not None:
+        ref_peak, ref_total, ref_weighted, hole = ref
+        row_ref_peak = tl.max(ref_peak, axis=0)
+        moved = below(ref_peak, row_ref_peak)
+        ref_log_total = tl.log(tl.sum(ref_total * tl.exp2(moved * rate), axis=0))
+        ref_mean = tl.sum((ref_weighted + moved * total) * shrink, axis=0) / row_total
+        infinite = tl.exp2(below(tl.max(hole, axis=0), row_peak) * rate) > 0
+        ref_mean = tl.where(infinite, float("-inf"), ref_mean)
+    return row_peak, tl.log(row_total), mean, row_ref_peak, ref_log_total, ref_mean
+
+
+@triton.jit
+def gradient_slopes(g_logprob, g_entropy, g_lse, g_kl, log_total, mean, ref_mean, temperature):
+    """The coefficients of a row's gradient: d logits = (base + slope x - kl_slope y) e + target_slope at the target.
+
+    x = u - max u, y = r - max r, e = e^(x / temperature); mean = E[x], ref_mean = E[y]. From
+    dz = g_logprob (1_target - p) + g_lse p + (g_kl - g_entropy) p (x - E[x]) - g_kl p (y - E[y]), x and y over the
+    temperature, p = e / s. An infinite KL, where ref_mean is -inf, passes no gradient.
+    """
+    infinite = ref_mean == float("-inf")
+    g_kl = tl.where(infinite, 0.0, g_kl)
+    ref_mean = tl.where(infinite, 0.0, ref_mean)
+    over_temperature = 1.0 / temperature
+    slope = (g_kl - g_entropy) * over_temperature
+    kl_slope = g_kl * over_temperature
+    base = g_lse - g_logprob - slope * mean + kl_slope * ref_mean
+    scale = tl.exp2(log_total * -LOG2_E) * over_temperature
+    return base * scale, slope * scale, kl_slope * scale, g_logprob * over_temperature
+
+
+@triton.jit
+def write_tile(row, ref_row, out, columns, target, V, softcap, rate, peak, ref_peak, slopes, TAIL: tl.constexpr):
+    """One tile of `write_row`."""
+    base, slope, kl_slope, target_slope = slopes
+    logits = load_tile(row, columns, V, TAIL)
+    x = below(capped(logits, softcap), peak)
+    d = base + slope * x
+    if ref_row is not None:
+        d -= kl_slope * below(capped(load_tile(ref_row, columns, V, TAIL), softcap), ref_peak)
+    d = d * tl.exp2(x * rate) + tl.where(columns == target, target_slope, 0.0)
+    if softcap is not None:
+        d *= cap_slope(logits, softcap)
+    if TAIL:
+        tl.store(out + columns, d.to(out.dtype.element_ty), mask=columns < V)
+    else:
+        tl.store(out + columns, d.to(out.dtype.element_ty))
+
+
+@triton.jit
+def write_row(
+    row, ref_row, out, target, V, softcap, rate, peak, ref_peak, slopes, BLOCK: tl.constexpr, WIDTH: tl.constexpr
+):
+    """One read of a row (and its reference's unless ref_row is None), one write of its gradient; out may be row."""
+    columns = tile_columns(BLOCK, WIDTH)
+    whole = V // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        write_tile(row, ref_row, out, start + columns, target, V, softcap, rate, peak, ref_peak, slopes, False)
+    if whole < V:
+        write_tile(row, ref_row, out, whole + columns, target, V, softcap, rate, peak, ref_peak, slopes, True)

@@ -1,0 +1,155 @@
+"""One token a row from softmax(logits / temperature), by the inverse distribution function over parts of the row."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastppo.kernels.row import (
+    LOG2_E,
+    LOWEST,
+    below,
+    capped_tile,
+    check_logits,
+    check_tokens,
+    columns_adjacent,
+    row_stride,
+    tile_columns,
+    tiling,
+)
+
+PART = 256  # columns whose probability is summed; those of the chosen part are read again
+
+
+def sample_tokens(
+    logits: Tensor, stream: Tensor, offset: Tensor, temperature: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """`fastppo.reference.sample_tokens` (Devroye 1986, ch. III.2), with the u of `fastppo.philox.uniform`.
+
+    logits: (R, V) fp32, bf16 or fp16, any row stride; stream, offset: (R,) int64; seed: modulo 2^64. Returns tokens,
+    (R,) int64, and their log probabilities, (R,) fp32: NaN for a row with NaN, +inf or no finite entry. A token whose
+    e^(z - max z) is 0 in fp32 is never drawn. A row's result depends on its own logits and (seed, stream, offset)
+    alone, bit for bit, for rows that are aligned alike. Traffic: R (V + PART) b bytes.
+    """
+    check_logits("logits", logits, logits)
+    rows, vocabulary = logits.shape
+    check_tokens(rows, stream=stream, offset=offset)
+    logits = columns_adjacent(logits)
+    stride, unit = row_stride(logits)
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    if rows == 0:
+        return tokens, logprobs
+
+    block, width, num_warps = tiling(vocabulary, logits.dtype)
+    with torch.cuda.device_of(logits):
+        sample_tokens_kernel[(rows,)](
+            logits,
+            stream.contiguous(),
+            offset.contiguous(),
+            tokens,
+            logprobs,
+            stride,
+            vocabulary,
+            float(temperature),
+            (seed + 2**63) % 2**64 - 2**63,
+            UNIT=unit,
+            BLOCK=block,
+            WIDTH=width,
+            PART=PART,
+            TILES=triton.next_power_of_2(triton.cdiv(vocabulary, block)),
+            num_warps=num_warps,
+        )
+    return tokens, logprobs
+
+
+@triton.jit(do_not_specialize=["seed"])
+def sample_tokens_kernel(
+    logits,
+    stream,
+    offset,
+    tokens,
+    logprobs,
+    stride,
+    V,
+    temperature,
+    seed,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PART: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    m = tl.program_id(0).to(tl.int64)  # offsets pass 2^31
+    logits += m * stride * UNIT
+    rate = LOG2_E / temperature
+    columns = tile_columns(BLOCK, WIDTH)
+    peaks = tl.full((TILES, BLOCK // PART), LOWEST, tl.float32)  # of each part, in the vocabulary's order
+    totals = tl.zeros((TILES, BLOCK // PART), tl.float32)  # sums of e^(z - the part's peak)
+    tile = tl.arange(0, TILES)[:, None]
+    whole = V // BLOCK
+    for t in range(0, whole):
+        peak, total = sum_parts(capped_tile(logits, t * BLOCK + columns, V, None, False), rate, PART)
+        peaks = tl.where(tile == t, peak[None, :], peaks)
+        totals = tl.where(tile == t, total[None, :], totals)
+    if whole * BLOCK < V:
+        peak, total = sum_parts(capped_tile(logits, whole * BLOCK + columns, V, None, True), rate, PART)
+        peaks = tl.where(tile == whole, peak[None, :], peaks)
+        totals = tl.where(tile == whole, total[None, :], totals)
+
+    row_peak = tl.max(tl.max(peaks, axis=1), axis=0)
+    mass = (totals * tl.exp2(below(peaks, row_peak) * rate)).to(tl.float64)
+    mass = tl.reshape(mass, (TILES * (BLOCK // PART),))
+    row_total = tl.sum(mass, axis=0)
+    threshold = uniform(seed, tl.load(stream + m), tl.load(offset + m)).to(tl.float64) * row_total
+    part = first_above(mass, threshold)
+    index = tl.arange(0, TILES * (BLOCK // PART))
+    threshold -= tl.sum(tl.where(index < part, mass, 0.0), axis=0)
+
+    within = tl.arange(0, PART)
+    column = part * PART + within
+    u = tl.load(logits + column, mask=column < V, other=float("-inf")).to(tl.float32)
+    chosen = first_above(tl.exp2(below(u, row_peak) * rate).to(tl.float64), threshold)
+    u_token = tl.sum(tl.where(within == chosen, u, 0.0), axis=0)
+    tl.store(tokens + m, (part * PART + chosen).to(tl.int64))
+    tl.store(logprobs + m, (u_token - row_peak) * (1.0 / temperature) - tl.log(row_total.to(tl.float32)))
+
+
+@triton.jit
+def sum_parts(u, rate, PART: tl.constexpr):
+    """Peak and sum of 2^((u - peak) rate) of each PART columns of a tile (G, WIDTH): (G WIDTH / PART,) each."""
+    GROUPS: tl.constexpr = u.shape[0]
+    WIDTH: tl.constexpr = u.shape[1]
+    group_peak = tl.maximum(tl.max(u, axis=1), LOWEST)
+    group_total = tl.sum(tl.exp2(below(u, group_peak[:, None]) * rate), axis=1)
+    PARTS: tl.constexpr = GROUPS * WIDTH // PART
+    group_peak = tl.reshape(group_peak, (PARTS, GROUPS // PARTS))
+    group_total = tl.reshape(group_total, (PARTS, GROUPS // PARTS))
+    peak = tl.max(group_peak, axis=1)
+    return peak, tl.sum(group_total * tl.exp2(below(group_peak, peak[:, None]) * rate), axis=1)
+
+
+@triton.jit
+def first_above(mass, threshold):
+    """The first index with mass > 0 whose cumulative sum exceeds the threshold; failing that, by rounding, the last
+    with mass > 0; 0 where there is none. The scan need not be monotonic to the last bit, hence both conditions."""
+    index = tl.arange(0, mass.shape[0])
+    above = (tl.cumsum(mass, axis=0) > threshold) & (mass > 0)
+    first = tl.min(tl.where(above, index, mass.shape[0]), axis=0)
+    last = tl.max(tl.where(mass > 0, index, 0), axis=0)
+    return tl.where(first < mass.shape[0], first, last)
+
+
+@triton.jit
+def uniform(seed, stream, offset):
+    """u in (0, 1), fp32, from Philox4x32-10 with key (seed) and counter (offset, stream), low words first."""
+    word, _, _, _ = tl.philox(
+        seed,
+        offset.to(tl.uint32),
+        (offset >> 32).to(tl.uint32),
+        stream.to(tl.uint32),
+        (stream >> 32).to(tl.uint32),
+    )
+    return ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23; fits fp32 exactly

@@ -1,0 +1,136 @@
+"""The gradient of `vocabulary_forward`: one more read of each row of logits, and one write."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastppo.kernels.row import (
+    LOG2_E,
+    check_logits,
+    check_tokens,
+    columns_adjacent,
+    gradient_slopes,
+    row_stride,
+    tiling,
+    write_row,
+)
+
+
+def vocabulary_backward(
+    logits: Tensor,
+    targets: Tensor,
+    stats: Tensor,
+    grad: Tensor,
+    temperature: float,
+    softcap: float | None,
+    ref_logits: Tensor | None,
+    out: Tensor,
+) -> None:
+    """d logits, given the upstream gradients of a `vocabulary_forward` with the same arguments, into `out`.
+
+    stats: what that returned, (5 or 10, M) fp32; grad: (4, M) fp32, any strides, of logprobs, entropy, lse and kl, the
+    last ignored without a reference; out: (M, V) of logits' dtype, any row stride, perhaps logits itself. A KL of +inf
+    passes no gradient, and an entry of probability 0 receives none. Traffic: 2 M V b bytes, 3 with a reference.
+    """
+    check_logits("logits", logits, logits)
+    check_logits("out", out, logits)
+    check_tokens(logits.shape[0], targets=targets)
+    rows, vocabulary = logits.shape
+    if out.dtype != logits.dtype or grad.shape != (4, rows) or grad.dtype != torch.float32:
+        raise ValueError(
+            f"out is {out.dtype}, grad {grad.dtype} {tuple(grad.shape)}; expected {logits.dtype}, fp32 (4, {rows})"
+        )
+    if stats.shape[0] < (5 if ref_logits is None else 10) or stats.shape[1] != rows:
+        raise ValueError(f"stats has shape {tuple(stats.shape)}; expected ({5 if ref_logits is None else 10}, {rows})")
+    if ref_logits is not None:
+        check_logits("ref_logits", ref_logits, logits)
+
+    targets, stats = targets.contiguous(), stats.contiguous()
+    written = columns_adjacent(out)
+    logits = written if out is logits else columns_adjacent(logits)
+    stride, unit = row_stride(logits)
+    out_stride, out_unit = row_stride(written)
+    ref_stride, ref_unit = 0, 1
+    if ref_logits is not None:
+        ref_logits = columns_adjacent(ref_logits)
+        ref_stride, ref_unit = row_stride(ref_logits)
+    if rows == 0:
+        return
+
+    block, width, num_warps = tiling(vocabulary, logits.dtype)
+    with torch.cuda.device_of(logits):
+        vocabulary_backward_kernel[(rows,)](
+            logits,
+            targets,
+            ref_logits,
+            stats,
+            grad,
+            written,
+            stride,
+            ref_stride,
+            out_stride,
+            grad.stride(0),
+            grad.stride(1),
+            rows,
+            vocabulary,
+            float(temperature),
+            softcap,
+            UNIT=unit,
+            REF_UNIT=ref_unit,
+            OUT_UNIT=out_unit,
+            BLOCK=block,
+            WIDTH=width,
+            num_warps=num_warps,
+        )
+    if written is not out:
+        out.copy_(written)
+
+
+@triton.jit
+def vocabulary_backward_kernel(
+    logits,
+    targets,
+    ref_logits,
+    stats,
+    grad,
+    out,
+    stride,
+    ref_stride,
+    out_stride,
+    grad_stride,
+    grad_token_stride,
+    M,
+    V,
+    temperature,
+    softcap,
+    UNIT: tl.constexpr,
+    REF_UNIT: tl.constexpr,
+    OUT_UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    m = tl.program_id(0).to(tl.int64)  # offsets pass 2^31
+    logits += m * stride * UNIT
+    out += m * out_stride * OUT_UNIT
+    target = tl.load(targets + m)
+    grad += m * grad_token_stride
+    g_logprob = tl.load(grad)
+    g_entropy = tl.load(grad + grad_stride)
+    g_lse = tl.load(grad + grad_stride * 2)
+    stats += m
+    entropy = tl.load(stats + M)
+    peak = tl.load(stats + M * 3) * temperature
+    log_total = tl.load(stats + M * 4)
+    mean = (log_total - entropy) * temperature
+    g_kl, ref_peak, ref_mean = 0.0, 0.0, 0.0
+    if ref_logits is not None:
+        ref_logits += m * ref_stride * REF_UNIT
+        g_kl = tl.load(grad + grad_stride * 3)
+        kl = tl.load(stats + M * 6)
+        ref_peak = tl.load(stats + M * 8) * temperature
+        ref_mean = (tl.load(stats + M * 9) - entropy - kl) * temperature
+    slopes = gradient_slopes(g_logprob, g_entropy, g_lse, g_kl, log_total, mean, ref_mean, temperature)
+    write_row(logits, ref_logits, out, target, V, softcap, LOG2_E / temperature, peak, ref_peak, slopes, BLOCK, WIDTH)

@@ -1,0 +1,111 @@
+"""Statistics of rows of logits: log probability, entropy and, with a reference, exact KL, from one read of each row."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastppo.kernels.row import (
+    LOG2_E,
+    capped,
+    check_logits,
+    check_tokens,
+    columns_adjacent,
+    read_row,
+    row_stride,
+    tiling,
+)
+
+
+def vocabulary_forward(
+    logits: Tensor, targets: Tensor, temperature: float, softcap: float | None, ref_logits: Tensor | None
+) -> Tensor:
+    """Statistics of z = softcap tanh(logits / softcap) / temperature at each row.
+
+    logits: (M, V) fp32, bf16 or fp16, any row stride; targets: (M,) int64 in [0, V); ref_logits: (M, V) or None, its
+    dtype its own. Returns (5, M) fp32: logprobs, entropy, lse, max z and log sum e^(z - max z); with a reference
+    (10, M): then also its logprobs, KL(policy || reference), its lse, max and log sum. Rows of PPO's vocabulary pass,
+    see `fastppo.vocabulary`. Traffic: M V b bytes, b those of an element, and as much for the reference.
+    """
+    check_logits("logits", logits, logits)
+    check_tokens(logits.shape[0], targets=targets)
+    if ref_logits is not None:
+        check_logits("ref_logits", ref_logits, logits)
+
+    rows, vocabulary = logits.shape
+    logits, targets = columns_adjacent(logits), targets.contiguous()
+    stats = torch.empty(5 if ref_logits is None else 10, rows, dtype=torch.float32, device=logits.device)
+    stride, unit = row_stride(logits)
+    ref_stride, ref_unit = 0, 1
+    if ref_logits is not None:
+        ref_logits = columns_adjacent(ref_logits)
+        ref_stride, ref_unit = row_stride(ref_logits)
+    if rows == 0:
+        return stats
+
+    block, width, num_warps = tiling(vocabulary, logits.dtype)
+    with torch.cuda.device_of(logits):
+        vocabulary_forward_kernel[(rows,)](
+            logits,
+            targets,
+            ref_logits,
+            stats,
+            stride,
+            ref_stride,
+            rows,
+            vocabulary,
+            float(temperature),
+            softcap,
+            UNIT=unit,
+            REF_UNIT=ref_unit,
+            BLOCK=block,
+            WIDTH=width,
+            num_warps=num_warps,
+        )
+    return stats
+
+
+@triton.jit
+def vocabulary_forward_kernel(
+    logits,
+    targets,
+    ref_logits,
+    stats,
+    stride,
+    ref_stride,
+    M,
+    V,
+    temperature,
+    softcap,
+    UNIT: tl.constexpr,
+    REF_UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    m = tl.program_id(0).to(tl.int64)  # offsets pass 2^31
+    logits += m * stride * UNIT
+    if ref_logits is not None:
+        ref_logits += m * ref_stride * REF_UNIT
+    target = tl.load(targets + m)
+    u_target = capped(tl.load(logits + target).to(tl.float32), softcap)
+    peak, log_total, mean, ref_peak, ref_log_total, ref_mean = read_row(
+        logits, ref_logits, V, softcap, LOG2_E / temperature, BLOCK, WIDTH
+    )
+    over_temperature = 1.0 / temperature
+    mean *= over_temperature
+    stats += m
+    tl.store(stats, (u_target - peak) * over_temperature - log_total)
+    tl.store(stats + M, log_total - mean)
+    tl.store(stats + M * 2, peak * over_temperature + log_total)
+    tl.store(stats + M * 3, peak * over_temperature)
+    tl.store(stats + M * 4, log_total)
+    if ref_logits is not None:
+        r_target = capped(tl.load(ref_logits + target).to(tl.float32), softcap)
+        ref_mean *= over_temperature
+        tl.store(stats + M * 5, (r_target - ref_peak) * over_temperature - ref_log_total)
+        tl.store(stats + M * 6, (mean - log_total) - (ref_mean - ref_log_total))
+        tl.store(stats + M * 7, ref_peak * over_temperature + ref_log_total)
+        tl.store(stats + M * 8, ref_peak * over_temperature)
+        tl.store(stats + M * 9, ref_log_total)
