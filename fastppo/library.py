@@ -16,24 +16,24 @@ from torch import Tensor
 import fastppo._C  # registers torch.ops.fastppo.*
 from fastppo import linear
 
-# The file in kernels/ that holds each op's launcher, of the op's name. Triton is imported when CUDA first needs it.
-TRITON = {
-    "vocabulary_forward": "vocabulary_forward",
-    "vocabulary_backward": "vocabulary_backward",
-    "policy_loss_in_chunk": "policy_loss_in_chunk",
-    "policy_loss": "policy_loss",
-    "sum_tokens": "policy_loss",
-    "value_loss": "value_loss",
-    "sample_tokens": "sample_tokens",
-}
+# Ops with a Triton kernel, each in the file of its name in kernels/.
+TRITON = (
+    "vocabulary_forward",
+    "vocabulary_backward",
+    "policy_loss_in_chunk",
+    "policy_loss",
+    "sum_tokens",
+    "value_loss",
+    "sample_tokens",
+)
 
 # Rows of vocabulary_forward's stats, as far as they have gradients, in the order of vocabulary_backward's upstream.
 LOGPROBS, ENTROPY, LSE, KL = 0, 1, 2, 6
 
 
 def launcher(op: str) -> Any:
-    """The Triton launcher of an op."""
-    return getattr(import_module(f"fastppo.kernels.{TRITON[op]}"), op)
+    """The Triton launcher of an op. Triton is imported when CUDA first needs it."""
+    return getattr(import_module(f"fastppo.kernels.{op}"), op)
 
 
 for _op in TRITON:

@@ -7,6 +7,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 from hypothesis import settings
 
@@ -16,3 +19,22 @@ if not torch.cuda.is_available():
 
 settings.register_profile("fastppo", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("fastppo")
+
+
+@pytest.fixture
+def triton_on_cpu() -> Iterator[None]:
+    """CPU tensors take the Triton kernels, under the interpreter, through the same door as everything else."""
+    from fastppo import library
+
+    with torch.library._scoped_library("fastppo", "IMPL") as overriding:
+        for op in library.TRITON:
+            overriding.impl(op, library.launcher(op), "CPU", allow_override=True)
+        yield
+
+
+@pytest.fixture(params=["C++", pytest.param("Triton", marks=pytest.mark.skipif("torch.cuda.is_available()"))])
+def backend(request: pytest.FixtureRequest) -> str:
+    """What runs the ops on CPU tensors. Where there is a GPU, Triton is compiled for it and not interpreted."""
+    if request.param == "Triton":
+        request.getfixturevalue("triton_on_cpu")
+    return str(request.param)

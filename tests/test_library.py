@@ -126,6 +126,7 @@ def arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", arguments(torch.float32))
+@pytest.mark.usefixtures("backend")
 def test_opcheck(op: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(getattr(torch.ops.fastppo, op.partition(",")[0]).default, arguments(dtype)[op])
 

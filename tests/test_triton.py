@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from cases import LINEAR_CASES, VOCABULARY_CASES, LinearCase, VocabularyCase, assert_as_good, gradients, in_fp64
+from test_ops import DIFFERENTIABLE, names, policy_update, token_stats
 from torch import Tensor
 
-from fastppo import philox, reference
+from fastppo import ops, philox, reference
 from fastppo.kernels import row
 from fastppo.kernels.policy_loss import policy_loss
 from fastppo.kernels.policy_loss_in_chunk import policy_loss_in_chunk
@@ -31,12 +32,7 @@ STATISTICS = [
     *("logprobs", "entropy", "lse", "peak", "log_total"),
     *("ref_logprobs", "kl", "ref_lse", "ref_peak", "ref_log_total"),
 ]
-DIFFERENTIABLE = ["logprobs", "entropy", "lse", "kl"]
 OPTIONS = {"softcap": None, "ref_logits": None}
-
-
-def names(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def few(case: Any) -> Any:
@@ -245,6 +241,34 @@ def test_policy_loss_in_chunk(case: LinearCase, dtype: torch.dtype) -> None:
     arguments = loss_arguments(few(case), dtype)
     tested, truth = loss_in_chunk(arguments), reference_loss(in_fp64(arguments))
     assert_as_good(tested, reference_loss(arguments), truth, dtype)
+
+
+@pytest.mark.usefixtures(*["triton_on_cpu"] * INTERPRETED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=names)
+@pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
+def test_the_chunked_heads(case: LinearCase, dtype: torch.dtype) -> None:
+    """Through the public door, with all gradients."""
+    case = few(case)
+    inputs = ["hidden", "weight"] + ["bias"] * case.bias
+    upstream = on_device(VocabularyCase("upstream", case.rows, 1).upstream(DIFFERENTIABLE))
+    arguments = on_device(case.build(dtype))
+    logprobs = reference.linear_logprobs(**in_fp64(arguments)).logprobs
+    stats = [
+        token_stats(op, given, inputs, upstream)
+        for op, given in both_oracles(ops.linear_logprobs, reference.linear_logprobs, arguments)
+    ]
+    assert_as_good(*stats, dtype)
+    update = on_device(case.build_loss(dtype, logprobs.cpu()))
+    losses = [
+        policy_update(op, given, inputs)
+        for op, given in both_oracles(ops.linear_policy_loss, reference.linear_policy_loss, update)
+    ]
+    assert_as_good(*losses, dtype)
+
+
+def both_oracles(op: Any, oracle: Any, arguments: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """The op, its oracle in the same dtype, and the truth, with their arguments."""
+    return [(op, arguments), (oracle, arguments), (oracle, in_fp64(arguments))]
 
 
 def test_without_a_gradient_the_logits_stay() -> None:
