@@ -32,9 +32,12 @@ def triton_on_cpu() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["C++", pytest.param("Triton", marks=pytest.mark.skipif("torch.cuda.is_available()"))])
+COMPILED = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's tests run Triton compiled")
+
+
+@pytest.fixture(params=["C++", pytest.param("Triton", marks=COMPILED)])
 def backend(request: pytest.FixtureRequest) -> str:
-    """What runs the ops on CPU tensors. Where there is a GPU, Triton is compiled for it and not interpreted."""
+    """What runs the ops on CPU tensors: their own kernels, or Triton's under the interpreter."""
     if request.param == "Triton":
         request.getfixturevalue("triton_on_cpu")
     return str(request.param)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import LINEAR_CASES, VOCABULARY_CASES, LinearCase, VocabularyCase, assert_as_good, gradients, in_fp64
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -78,6 +78,36 @@ def test_non_contiguous_logits_and_an_infinite_kl() -> None:
     truth = token_stats(reference.token_logprobs, arguments, ["logits"], upstream)
     assert truth["kl"][2] == math.inf and truth["d_logits"].isfinite().all()
     torch.testing.assert_close(tested, truth)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.integers(0, 5),
+    vocabulary=st.integers(1, 300),
+    spread=st.sampled_from([0.0, 1.0, 30.0, 1e4]),
+    temperature=st.floats(0.3, 2),
+    seed=st.integers(0, 999),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_what_holds_for_any_distribution(
+    backend: str, rows: int, vocabulary: int, spread: float, temperature: float, seed: int, dtype: torch.dtype
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    logits, ref_logits = (spread * torch.randn(2, rows, vocabulary, generator=random)).to(dtype)
+    targets = torch.randint(vocabulary, (rows,), generator=random)
+    stats = ops.token_logprobs(logits, targets, temperature=temperature, ref_logits=ref_logits)
+    rounding = 1e-5 * math.log(vocabulary + 1) + 1e-6
+    assert (stats.logprobs <= 0).all()
+    assert (stats.entropy >= -rounding).all() and (stats.entropy <= math.log(vocabulary) + rounding).all()
+    assert stats.kl is not None and (stats.kl >= -1e-6 * (1 + spread / temperature)).all()
+    same = ops.token_logprobs(logits, targets, temperature=temperature, ref_logits=logits)
+    assert same.kl is not None and not same.kl.any() and torch.equal(same.ref_logprobs, same.logprobs)
+    # Powers of two shift a row of small numbers without a rounding.
+    whole = (logits.float() / max(1.0, spread)).round()
+    shifted = ops.token_logprobs(whole + 64.0, targets, temperature=temperature)
+    still = ops.token_logprobs(whole, targets, temperature=temperature)
+    torch.testing.assert_close(shifted[:2], still[:2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(shifted.lse, still.lse + 64.0 / temperature, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("workspace")

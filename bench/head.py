@@ -1,0 +1,108 @@
+"""`linear_policy_loss` forward and backward: peak memory, and time against the same products with a compiled pass.
+
+    python bench/head.py --rounds 5
+
+M = 2,048 tokens, H = 576, V = 49,152, bf16, two threads. Memory is the process's peak over what inputs, gradients (that
+of the weight in fp32) and the workspace take; its ceiling is 1.1. Time is paired with the same chunks' three products,
+the weight's gradient summed in fp32, and one `torch.compile`d pass from logits to their gradient; its ceiling is 1.1.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # read by torch when it is imported
+
+import torch
+from torch import Tensor
+
+from fastppo import linear, ops
+
+M, H, V = 2_048, 576, 49_152
+OPTIONS = {"temperature": 1.0, "clip_low": 0.2, "clip_high": 0.2, "entropy_coef": 0.01}
+
+
+def inputs(tokens: int) -> tuple[Tensor, ...]:
+    """hidden, weight, targets, old logprobs, advantages"""
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, H, dtype=torch.bfloat16).requires_grad_()
+    weight = (torch.randn(V, H, dtype=torch.bfloat16) / H**0.5).requires_grad_()
+    return hidden, weight, torch.randint(V, (tokens,)), torch.full((tokens,), -11.0), torch.randn(tokens)
+
+
+def update(hidden: Tensor, weight: Tensor, *tokens: Tensor) -> None:
+    """fastppo's."""
+    normalizer = torch.tensor(float(len(hidden)))
+    loss, _ = ops.linear_policy_loss(hidden, weight, *tokens, **OPTIONS, normalizer=normalizer)
+    torch.autograd.grad(loss, [hidden, weight])
+
+
+@torch.compile(dynamic=False)
+def compiled_pass(logits: Tensor, targets: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+    """The gradient of the clipped loss with entropy bonus by the logits: the kernel's work, as a compiler does it."""
+    log_p = logits.float().log_softmax(-1)
+    p = log_p.exp()
+    entropy = -(p * log_p).sum(-1, keepdim=True)
+    ratio = (log_p.gather(-1, targets[:, None])[:, 0] - old).exp()
+    inside = torch.where(advantages > 0, ratio < 1 + OPTIONS["clip_high"], ratio > 1 - OPTIONS["clip_low"])
+    slope = torch.where(inside, -advantages * ratio, 0.0)[:, None]
+    d = -slope * p + OPTIONS["entropy_coef"] * p * (log_p + entropy)
+    columns = torch.arange(V)
+    return ((d + torch.where(columns == targets[:, None], slope, 0.0)) / M).to(logits.dtype)
+
+
+@torch.no_grad()
+def products(hidden: Tensor, weight: Tensor, *tokens: Tensor) -> None:
+    """The same chunks, by torch alone."""
+    d_hidden, total = torch.empty_like(hidden), None
+    head, none = linear.Head(hidden, weight, None), linear.Head(None, None, None)
+    for rows, logits, _ in linear.chunks(head, none, ops.WORKSPACE_BYTES):
+        dz = compiled_pass(logits, *(x[rows] for x in tokens))
+        torch.mm(dz, weight, out=d_hidden[rows])
+        part = dz.t() @ hidden[rows]
+        total = part.float() if total is None else total.add_(part)
+
+
+def resident(kind: str) -> int:
+    """Bytes of this process in memory: VmRSS now, VmHWM at the most since the mark was set."""
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[kind].split()[0]) * 1024
+
+
+def memory(tokens: tuple[Tensor, ...]) -> float:
+    """Peak of an update over inputs, gradients and workspace; a small update before it warms up."""
+    update(*inputs(64))
+    size = sum(x.numel() * x.element_size() for x in tokens)
+    before = resident("VmRSS")  # with the inputs
+    Path("/proc/self/clear_refs").write_text("5")  # sets the mark
+    update(*tokens)
+    gradients = tokens[0].numel() * 2 + tokens[1].numel() * 4
+    return (resident("VmHWM") - before + size) / (size + gradients + ops.WORKSPACE_BYTES)
+
+
+def seconds(run: Callable[..., None], tokens: tuple[Tensor, ...]) -> float:
+    start = time.perf_counter()
+    run(*tokens)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Memory and time of linear_policy_loss, on the CPU.")
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    tokens = inputs(M)
+    used = memory(tokens)
+    pairs = [(seconds(update, tokens), seconds(products, tokens)) for _ in range(rounds + 1)][1:]
+    mine, theirs = (statistics.median(pair[i] for pair in pairs) for i in (0, 1))
+    ratio = statistics.median(m / t for m, t in pairs)
+    print(f"peak memory, of inputs + gradients + workspace: {used:.2f}")
+    print(f"fastppo {mine:.3f} s, products and a compiled pass {theirs:.3f} s, ratio {ratio:.2f} (paired median)")
+    print(json.dumps({"memory": round(used, 3), "seconds": round(mine, 4), "ratio": round(ratio, 3), "device": "CPU"}))
+
+
+if __name__ == "__main__":
+    main()
