@@ -1,0 +1,60 @@
+"""What a device could do at most, so that a benchmark can name its ceiling."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+# Datasheets: bytes/s of memory and dense bf16 FLOP/s, by what torch calls the card.
+CARDS = {
+    "H200": (4.8e12, 989e12),
+    "H100 PCIe": (2.0e12, 756e12),
+    "H100": (3.35e12, 989e12),
+    "A100-SXM4-80GB": (2.04e12, 312e12),
+    "A100": (1.56e12, 312e12),
+    "B200": (8.0e12, 2250e12),
+}
+
+
+class Ceilings(NamedTuple):
+    device: str
+    bandwidth: float  # bytes/s
+    flops: float  # FLOP/s in bf16 products
+    source: str
+
+    def share(self, seconds: float, *, moved: int = 0, flops: int = 0) -> float:
+        """Of the speed that the tighter of the two ceilings allows, 0 to 1."""
+        return max(moved / self.bandwidth, flops / self.flops) / seconds
+
+
+def ceilings(device: torch.device) -> Ceilings:
+    """From the datasheet of a known card, else measured: torch.add over 400 MB, and a product of 2,048 squared."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for card, (bandwidth, flops) in CARDS.items():
+            if card in name:
+                return Ceilings(name, bandwidth, flops, "datasheet")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    a, b, c = (torch.ones(1 << 25, device=device) for _ in range(3))
+    x = torch.ones(2048, 2048, dtype=torch.bfloat16, device=device)
+    bandwidth = 3 * a.numel() * 4 / median_seconds(lambda: torch.add(a, b, out=c), device)
+    return Ceilings(name, bandwidth, 2 * 2048**3 / median_seconds(lambda: x @ x, device), "measured")
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """One call, until the device has finished it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def median_seconds(call: Callable[[], object], device: torch.device, rounds: int = 7) -> float:
+    return statistics.median([seconds(call, device) for _ in range(rounds + 1)][1:])
