@@ -101,7 +101,7 @@ def token_logprobs(
         check_shape("ref_logits", ref_logits, tuple(logits.shape), "the shape of logits")
         check_device("ref_logits", ref_logits, logits, "logits")
     scale: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
-    if _by_reference("token_logprobs", logits):
+    if _by_reference(logits):
         return reference.token_logprobs(logits, targets, ref_logits=ref_logits, **scale)
     (ref_logits,) = _detached(ref_logits)
     return _token_stats(torch.ops.fastppo.vocabulary_forward(logits, targets, ref_logits=ref_logits, **scale))
@@ -133,7 +133,7 @@ def linear_logprobs(
     head: dict[str, Any] = {"hidden": hidden, "weight": weight, "bias": bias, "targets": targets}
     head |= {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
     scale: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
-    if _by_reference("linear_logprobs", hidden):
+    if _by_reference(hidden):
         return reference.linear_logprobs(**head, **scale)
     return _token_stats(torch.ops.fastppo.linear_logprobs(**head, **scale, workspace=WORKSPACE_BYTES))
 
@@ -186,7 +186,7 @@ def policy_loss(
         "entropy_coef": entropy_coef,
     }
     options |= {"kl_coef": kl_coef, "normalizer": normalizer}
-    if _by_reference("policy_loss", logprobs):
+    if _by_reference(logprobs):
         return reference.policy_loss(**tokens, **options)
     loss, sums, ratio_max, _ = torch.ops.fastppo.policy_loss(**tokens, **options)
     return loss, PolicyStats(sums.detach(), ratio_max.detach())
@@ -251,7 +251,7 @@ def linear_policy_loss(
     }
     options |= {"dual_clip": dual_clip, "entropy_coef": entropy_coef, "kl_coef": kl_coef, "kl_kind": kl_kind}
     arguments = head | tokens | options | {"normalizer": normalizer, "mask": mask}
-    if _by_reference("linear_policy_loss", hidden):
+    if _by_reference(hidden):
         return reference.linear_policy_loss(**arguments)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     loss, sums, ratio_max, *_ = torch.ops.fastppo.linear_policy_loss(
@@ -285,7 +285,7 @@ def value_loss(
     old_values, returns = old_values.detach(), returns.detach()
     arguments: dict[str, Any] = {"values": values, "old_values": old_values, "returns": returns, "mask": mask}
     arguments |= {"normalizer": normalizer, "clip": clip}
-    if _by_reference("value_loss", values):
+    if _by_reference(values):
         return reference.value_loss(**arguments)
     loss, sums, _ = torch.ops.fastppo.value_loss(**arguments)
     return loss, ValueStats(sums.detach())
@@ -311,7 +311,7 @@ def sample_tokens(
         check_shape(name, tensor, (len(logits),), "one number for each row of logits")
         check_device(name, tensor, logits, "logits")
     arguments: dict[str, Any] = {"logits": logits, "stream": stream, "offset": offset, "temperature": temperature}
-    if _by_reference("sample_tokens", logits):
+    if _by_reference(logits):
         tokens, logprobs = reference.sample_tokens(**arguments, seed=seed)
     else:
         seed = (seed + 2**63) % 2**64 - 2**63  # as an int64
@@ -347,6 +347,7 @@ def attend_cached(
         kernel = torch.ops.fastppo.attend_cached
         out: Tensor = kernel(query, key, value, key_cache, value_cache, lengths, rows, scale, window, softcap)
         return out
+    _log_once(f"attend_cached on {query.device}: reference PyTorch, as its kernel is the CPU's")
     return reference.attend_cached(
         query, key, value, key_cache, value_cache, lengths, rows, scale=scale, window=window, softcap=softcap
     )
@@ -365,14 +366,15 @@ def _detached(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if x is None else x.detach() for x in tensors)
 
 
-def _by_reference(op: str, like: Tensor) -> bool:
-    """Whether the oracle itself computes: for fp64, which no kernel takes. Says once what an op runs on."""
+def _by_reference(like: Tensor) -> bool:
+    """Whether the oracle itself computes: for fp64, which no kernel takes. Says once what the ops run on."""
+    by_reference = like.dtype == torch.float64
     if not torch.compiler.is_compiling():
-        _say_backend(op, like.device, like.dtype)
-    return like.dtype == torch.float64
+        found = "reference PyTorch, as no kernel takes fp64" if by_reference else library.backend(like.device)
+        _log_once(f"ops on {like.device} in {str(like.dtype).removeprefix('torch.')}: {found}")
+    return by_reference
 
 
 @cache
-def _say_backend(op: str, device: torch.device, dtype: torch.dtype) -> None:
-    found = "reference PyTorch, as no kernel takes fp64" if dtype == torch.float64 else library.backend(device)
-    log.debug("%s on %s in %s: %s", op, device, str(dtype).removeprefix("torch."), found)
+def _log_once(message: str) -> None:
+    log.info(message)

@@ -1,5 +1,6 @@
 """Every op as torch.library knows it: opcheck, torch.compile without a graph break, and the head that runs them."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -191,3 +192,37 @@ def test_a_tied_weight_gets_the_gradients_of_both_its_uses() -> None:
     hidden = embedding(targets).detach().requires_grad_()
     d_hidden, d_weight = torch.autograd.grad(loss_of(module, hidden, targets), [hidden, module.weight])
     torch.testing.assert_close(embedding.weight.grad, d_weight.index_add(0, targets, d_hidden))
+
+
+class Tied(nn.Module):
+    """An embedding and the head on its weight, called as the trainer calls them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(V, H)
+        self.head = FusedHead(self.embedding.weight, None, softcap=None)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return loss_of(self.head, self.embedding(tokens), tokens)
+
+
+def test_deepspeed_s_hooks_gather_the_head_s_weight_and_reduce_its_gradient() -> None:
+    """Under ZeRO-3 a weight is there in its module's own passes alone. One SGD step equals torch's."""
+    import deepspeed
+
+    from fastppo.engine import start_world
+
+    start_world(1)
+    torch.manual_seed(0)
+    tokens, plain = torch.arange(M), Tied()
+    sharded = copy.deepcopy(plain)
+    plain(tokens).backward()
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "gradient_clipping": 0.0}
+    settings |= {"zero_allow_untested_optimizer": True}
+    optimizer = torch.optim.SGD(sharded.parameters(), lr=0.1)
+    engine, *_ = deepspeed.initialize(model=sharded, optimizer=optimizer, config=settings, dist_init_required=False)
+    engine.backward(engine(tokens))
+    engine.step()
+    with deepspeed.zero.GatheredParameters(list(sharded.parameters())):
+        torch.testing.assert_close(sharded.embedding.weight, plain.embedding.weight)

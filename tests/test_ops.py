@@ -298,6 +298,15 @@ def test_a_row_that_cannot_be_drawn_from_is_an_error(bad: float) -> None:
         draw(torch.full((1, 5), -math.inf))
 
 
+def test_the_log_says_once_what_the_ops_run_on(caplog: pytest.LogCaptureFixture) -> None:
+    ops._log_once.cache_clear()
+    with caplog.at_level("INFO", logger="fastppo"):
+        for dtype in (torch.float32, torch.float64, torch.float32):
+            ops.token_logprobs(torch.zeros(1, 2, dtype=dtype), torch.tensor([0]))
+    kernel, oracle = caplog.messages
+    assert kernel.startswith("ops on cpu in float32: C++") and "no kernel takes fp64" in oracle
+
+
 # Arguments
 
 TOKENS = torch.zeros(4)
