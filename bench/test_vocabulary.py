@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastppo._C  # noqa: F401  (registers torch.ops.fastppo.*)
+import fastppo._C
 from fastppo import eager
 
 M, V, ROWS = 256, 49_152, 32
