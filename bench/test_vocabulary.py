@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastppo._C
+import fastppo._C  # registers torch.ops.fastppo.*
 from fastppo import eager
 
 M, V, ROWS = 256, 49_152, 32
