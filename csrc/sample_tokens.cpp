@@ -86,25 +86,23 @@ std::tuple<Tensor, Tensor> sample_tokens(const Tensor& logits, const Tensor& str
                   sampler_kernels(logits.scalar_type()),
                   std::vector<float>(rows * tiles),
                   std::vector<float>(rows * blocks)};
-  for_each_tile(rows, size, [&](int64_t row, int64_t tile) {
-    const int64_t token = tile * kTile;
-    sampler.peaks[row * tiles + tile] =
-        sampler.kernels.sum_blocks(sampler.logits.at(row, token), std::min(kTile, size - token),
-                                   sampler.inverse_temperature, &sampler.sums[row * blocks + token / kBlock]);
-  });
-
   Tensor tokens = torch::stable::new_empty(logits, {rows}, ScalarType::Long);
   Tensor logprobs = torch::stable::new_empty(logits, {rows}, ScalarType::Float);
   int64_t* const out = tokens.mutable_data_ptr<int64_t>();
   float* const logprob = logprobs.mutable_data_ptr<float>();
   const int64_t *const streams = stream.const_data_ptr<int64_t>(), *const offsets = offset.const_data_ptr<int64_t>();
   const int64_t stream_stride = stream.stride(0), offset_stride = offset.stride(0);
-  for (int64_t row = 0; row < rows; ++row) {
-    const double u = uniform(seed, streams[row * stream_stride], offsets[row * offset_stride]);
-    const Draw drawn = draw(sampler, row, u);
+  const auto read = [&](int64_t row, int64_t tile) {
+    const int64_t token = tile * kTile;
+    sampler.peaks[row * tiles + tile] =
+        sampler.kernels.sum_blocks(sampler.logits.at(row, token), std::min(kTile, size - token),
+                                   sampler.inverse_temperature, &sampler.sums[row * blocks + token / kBlock]);
+  };
+  for_each_tile(rows, size, read, [&](int64_t row) {
+    const Draw drawn = draw(sampler, row, uniform(seed, streams[row * stream_stride], offsets[row * offset_stride]));
     out[row] = drawn.token;
     logprob[row] = drawn.logprob;
-  }
+  });
   return {tokens, logprobs};
 }
 

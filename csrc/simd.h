@@ -15,6 +15,9 @@
 #define FASTPPO_X86 0
 #endif
 
+// For the steps of a loop, which GCC takes for too large to be copied into both of its unrolled halves.
+#define INLINE inline __attribute__((always_inline))
+
 // The address of a function that levels.inc compiled, at the level in use.
 #if FASTPPO_X86
 #define AT_LEVEL(...)                                                  \

@@ -13,15 +13,12 @@ Tensor vocabulary_forward(const Tensor& logits, const Tensor& targets, double te
   Tensor out = torch::stable::new_empty(logits, {kinds, rows}, ScalarType::Float);
 
   std::vector<TileStats> partial(rows * tiles);
-  for_each_tile(rows, vocabulary.size,
-                [&](int64_t row, int64_t tile) { partial[row * tiles + tile] = read_tile(vocabulary, row, tile); });
   float* const stats = out.mutable_data_ptr<float>();
-  torch::stable::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const RowStats all = row_stats(vocabulary, row, &partial[row * tiles]);
-      const float* const values = &all.logprob;
-      for (int64_t kind = 0; kind < kinds; ++kind) stats[kind * rows + row] = values[kind];
-    }
+  const auto read = [&](int64_t row, int64_t tile) { partial[row * tiles + tile] = read_tile(vocabulary, row, tile); };
+  for_each_tile(rows, vocabulary.size, read, [&](int64_t row) {
+    const RowStats all = row_stats(vocabulary, row, &partial[row * tiles]);
+    const float* const values = &all.logprob;
+    for (int64_t kind = 0; kind < kinds; ++kind) stats[kind * rows + row] = values[kind];
   });
   return out;
 }
@@ -59,8 +56,8 @@ void vocabulary_backward(const Tensor& logits, const Tensor& targets, const Tens
                              {upstream.at(0, row), upstream.at(1, row), upstream.at(2, row), upstream.at(3, row)});
   }
   const Rows gradient(out);
-  for_each_tile(rows, vocabulary.size,
-                [&](int64_t row, int64_t tile) { write_tile(vocabulary, row, tile, slopes[row], gradient); });
+  const auto write = [&](int64_t row, int64_t tile) { write_tile(vocabulary, row, tile, slopes[row], gradient); };
+  for_each_tile(rows, vocabulary.size, write, [](int64_t) {});
 }
 
 }  // namespace

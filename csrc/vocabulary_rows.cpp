@@ -19,12 +19,14 @@ struct Total {
   }
 };
 
+// A tile of -inf alone: it adds nothing, and has no weight if the whole row is like that.
+bool is_empty(float peak, float sum) { return peak == -std::numeric_limits<float>::infinity() && !std::isnan(sum); }
+
 Total total_of(const TileStats* tiles, int64_t count, float TileStats::* peak, float TileStats::* sum, double inverse) {
   Total total{-std::numeric_limits<float>::infinity(), 0.0, inverse};
   for (int64_t t = 0; t < count; ++t) total.peak = std::max(total.peak, tiles[t].*peak);
   for (int64_t t = 0; t < count; ++t) {
-    // A tile of -inf alone adds nothing, and has no weight if the whole row is like that.
-    if (tiles[t].*sum != 0.0f) total.sum += total.weight(tiles[t].*peak) * (tiles[t].*sum);
+    if (!is_empty(tiles[t].*peak, tiles[t].*sum)) total.sum += total.weight(tiles[t].*peak) * (tiles[t].*sum);
   }
   return total;
 }
@@ -46,7 +48,7 @@ Means means_of(const TileStats* tiles, int64_t count, const Total& total, const 
   for (int64_t t = 0; t < count; ++t) {
     const TileStats& tile = tiles[t];
     hole = std::max(hole, tile.hole);
-    if (tile.sum == 0.0f) continue;
+    if (is_empty(tile.peak, tile.sum)) continue;
     const double weight = total.weight(tile.peak), below = static_cast<double>(tile.peak) - total.peak;
     means.x += weight * (tile.dot + below * tile.sum);
     const double ref_below = std::isinf(tile.ref_peak) ? 0.0 : static_cast<double>(tile.ref_peak) - ref.peak;
@@ -54,7 +56,7 @@ Means means_of(const TileStats* tiles, int64_t count, const Total& total, const 
   }
   means.x *= total.inverse_temperature / total.sum;
   means.gap *= total.inverse_temperature / total.sum;
-  means.infinite = (static_cast<double>(hole) - total.peak) * total.inverse_temperature >= kSmallestExponent;
+  means.infinite = (static_cast<double>(hole) - total.peak) * total.inverse_temperature > kSmallestExponent;
   return means;
 }
 

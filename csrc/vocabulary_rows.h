@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
 #include <vector>
 
@@ -69,14 +70,20 @@ Slopes row_slopes(const Vocabulary& vocabulary, const RowStats& stats, const Row
 // `out` may be the logits.
 void write_tile(const Vocabulary& vocabulary, int64_t row, int64_t tile, const Slopes& slopes, const Rows& out);
 
-// f(row, tile) for all tiles of all rows, shared out among threads.
-template <typename F>
-void for_each_tile(int64_t rows, int64_t vocabulary, const F& f) {
+// f(row, tile) for all tiles of all rows, shared out among threads; finish(row) on the thread that ends a row's last.
+template <typename F, typename G>
+void for_each_tile(int64_t rows, int64_t vocabulary, const F& f, const G& finish) {
   const int64_t tiles = (vocabulary + kTile - 1) / kTile;
+  std::vector<std::atomic<int64_t>> left(rows);
+  for (auto& count : left) count.store(tiles, std::memory_order_relaxed);
   // A thread is worth waking for about 10 us of work: some 30,000 tokens.
   const int64_t grain = std::max<int64_t>(1, 30'000 / std::min(vocabulary, kTile));
   torch::stable::parallel_for(0, rows * tiles, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i / tiles, i % tiles);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / tiles;
+      f(row, i % tiles);
+      if (left[row].fetch_sub(1, std::memory_order_acq_rel) == 1) finish(row);
+    }
   });
 }
 

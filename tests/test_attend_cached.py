@@ -1,6 +1,5 @@
 """fastppo::attend_cached, one decode step over a key/value cache, against a loop in fp64."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +10,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastppo import _C, reference
-
-LEVELS = _C.built()["simd"]
-BEST = _C.built()["simd_used"]
 
 
 @dataclass(frozen=True)
@@ -93,16 +89,6 @@ def test_the_reference_that_runs_off_the_cpu_equals_the_loop() -> None:
 def error(case: Case) -> float:
     """Largest error, over the rounding of the output's dtype: 1 is one unit in the last place of a number near 1."""
     return float((case.run().double() - truth(case)).abs().max()) / torch.finfo(case.query.dtype).eps
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    try:
-        _C.set_simd(request.param)
-    except ValueError:
-        pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    _C.set_simd(BEST)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
