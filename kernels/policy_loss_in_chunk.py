@@ -22,6 +22,8 @@ from fastppo.kernels.row import (
     write_row,
 )
 
+SOFTCAP_REGISTERS = 96  # a thread's, with a reference too: fewer spill, and the compiler would take fewer
+
 
 def policy_loss_in_chunk(
     logits: Tensor,
@@ -74,7 +76,7 @@ def policy_loss_in_chunk(
     if rows == 0:
         return
 
-    block, width, num_warps = tiling(vocabulary, logits.dtype)
+    block, width, num_warps = tiling(vocabulary, logits.dtype, softcap, unit > 1)
     with torch.cuda.device_of(logits):
         policy_loss_in_chunk_kernel[(rows,)](
             written,
@@ -106,6 +108,7 @@ def policy_loss_in_chunk(
             BLOCK=block,
             WIDTH=width,
             num_warps=num_warps,
+            maxnreg=None if softcap is None or ref_logits is None else SOFTCAP_REGISTERS,
         )
     if written is not logits and gradient:
         logits.copy_(written)
@@ -147,16 +150,17 @@ def policy_loss_in_chunk_kernel(
     if ref_logits is not None:
         ref_logits += m * ref_stride * REF_UNIT
     token_stats += m * stats_token_stride
+    columns = tile_columns(BLOCK, WIDTH, UNIT)
     keep = True
     if mask is not None:
         keep = tl.load(mask + m) != 0
     if keep:
         target = tl.load(targets + m)
-        u_target = capped(tl.load(logits + target).to(tl.float32), softcap)
+        u_target, _ = capped(tl.load(logits + target).to(tl.float32), softcap)
         rate = LOG2_E / temperature
         over_temperature = 1.0 / temperature
         peak, log_total, mean, ref_peak, ref_log_total, ref_mean = read_row(
-            logits, ref_logits, V, softcap, rate, BLOCK, WIDTH
+            logits, ref_logits, columns, V, softcap, rate
         )
         logprob = (u_target - peak) * over_temperature - log_total
         objective, slope, ratio, log_ratio, clipped, dual_clipped = clipped_objective(
@@ -186,14 +190,14 @@ def policy_loss_in_chunk_kernel(
             )
             tl.debug_barrier()  # all threads have read the row before one of them writes to it
             if REF_GRADIENT:
-                write_row(logits, ref_logits, logits, target, V, softcap, rate, peak, ref_peak, slopes, BLOCK, WIDTH)
+                write_row(logits, ref_logits, logits, columns, target, V, softcap, rate, peak, ref_peak, slopes)
             else:
-                write_row(logits, None, logits, target, V, softcap, rate, peak, ref_peak, slopes, BLOCK, WIDTH)
+                write_row(logits, None, logits, columns, target, V, softcap, rate, peak, ref_peak, slopes)
     else:
         for i in tl.static_range(8):
             tl.store(token_stats + stats_stride * i, 0.0)
         if GRADIENT:
-            clear_row(logits, V, BLOCK, WIDTH)
+            clear_row(logits, columns, V)
 
 
 @triton.jit
@@ -211,9 +215,9 @@ def kl_estimate(d, KL_KIND: tl.constexpr):
 
 
 @triton.jit
-def clear_row(row, V, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    columns = tile_columns(BLOCK, WIDTH)
-    zero = tl.zeros((BLOCK // WIDTH, WIDTH), row.dtype.element_ty)
+def clear_row(row, columns, V):
+    BLOCK: tl.constexpr = columns.shape[0] * columns.shape[1]
+    zero = tl.zeros(columns.shape, row.dtype.element_ty)
     whole = V // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
         tl.store(row + start + columns, zero)

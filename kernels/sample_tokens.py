@@ -43,7 +43,7 @@ def sample_tokens(
     if rows == 0:
         return tokens, logprobs
 
-    block, width, num_warps = tiling(vocabulary, logits.dtype)
+    block, width, num_warps = tiling(vocabulary, logits.dtype, None, True)  # whole parts, aligned or not
     with torch.cuda.device_of(logits):
         sample_tokens_kernel[(rows,)](
             logits,
@@ -85,7 +85,7 @@ def sample_tokens_kernel(
     m = tl.program_id(0).to(tl.int64)  # offsets pass 2^31
     logits += m * stride * UNIT
     rate = LOG2_E / temperature
-    columns = tile_columns(BLOCK, WIDTH)
+    columns = tile_columns(BLOCK, WIDTH, WIDTH)
     peaks = tl.full((TILES, BLOCK // PART), LOWEST, tl.float32)  # of each part, in the vocabulary's order
     totals = tl.zeros((TILES, BLOCK // PART), tl.float32)  # sums of e^(z - the part's peak)
     tile = tl.arange(0, TILES)[:, None]

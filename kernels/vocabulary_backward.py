@@ -14,6 +14,7 @@ from fastppo.kernels.row import (
     columns_adjacent,
     gradient_slopes,
     row_stride,
+    tile_columns,
     tiling,
     write_row,
 )
@@ -60,7 +61,7 @@ def vocabulary_backward(
     if rows == 0:
         return
 
-    block, width, num_warps = tiling(vocabulary, logits.dtype)
+    block, width, num_warps = tiling(vocabulary, logits.dtype, softcap, unit > 1)
     with torch.cuda.device_of(logits):
         vocabulary_backward_kernel[(rows,)](
             logits,
@@ -133,4 +134,5 @@ def vocabulary_backward_kernel(
         ref_peak = tl.load(stats + M * 8) * temperature
         ref_mean = (tl.load(stats + M * 9) - entropy - kl) * temperature
     slopes = gradient_slopes(g_logprob, g_entropy, g_lse, g_kl, log_total, mean, ref_mean, temperature)
-    write_row(logits, ref_logits, out, target, V, softcap, LOG2_E / temperature, peak, ref_peak, slopes, BLOCK, WIDTH)
+    columns = tile_columns(BLOCK, WIDTH, UNIT)
+    write_row(logits, ref_logits, out, columns, target, V, softcap, LOG2_E / temperature, peak, ref_peak, slopes)

@@ -15,6 +15,7 @@ from fastppo.kernels.row import (
     columns_adjacent,
     read_row,
     row_stride,
+    tile_columns,
     tiling,
 )
 
@@ -45,7 +46,7 @@ def vocabulary_forward(
     if rows == 0:
         return stats
 
-    block, width, num_warps = tiling(vocabulary, logits.dtype)
+    block, width, num_warps = tiling(vocabulary, logits.dtype, softcap, unit > 1)
     with torch.cuda.device_of(logits):
         vocabulary_forward_kernel[(rows,)](
             logits,
@@ -89,9 +90,9 @@ def vocabulary_forward_kernel(
     if ref_logits is not None:
         ref_logits += m * ref_stride * REF_UNIT
     target = tl.load(targets + m)
-    u_target = capped(tl.load(logits + target).to(tl.float32), softcap)
+    u_target, _ = capped(tl.load(logits + target).to(tl.float32), softcap)
     peak, log_total, mean, ref_peak, ref_log_total, ref_mean = read_row(
-        logits, ref_logits, V, softcap, LOG2_E / temperature, BLOCK, WIDTH
+        logits, ref_logits, tile_columns(BLOCK, WIDTH, UNIT), V, softcap, LOG2_E / temperature
     )
     over_temperature = 1.0 / temperature
     mean *= over_temperature
@@ -102,7 +103,7 @@ def vocabulary_forward_kernel(
     tl.store(stats + M * 3, peak * over_temperature)
     tl.store(stats + M * 4, log_total)
     if ref_logits is not None:
-        r_target = capped(tl.load(ref_logits + target).to(tl.float32), softcap)
+        r_target, _ = capped(tl.load(ref_logits + target).to(tl.float32), softcap)
         ref_mean *= over_temperature
         tl.store(stats + M * 5, (r_target - ref_peak) * over_temperature - ref_log_total)
         tl.store(stats + M * 6, (mean - log_total) - (ref_mean - ref_log_total))
