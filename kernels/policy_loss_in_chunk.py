@@ -114,7 +114,7 @@ def policy_loss_in_chunk(
         logits.copy_(written)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stats_stride", "stats_token_stride"])
 def policy_loss_in_chunk_kernel(
     logits,
     targets,

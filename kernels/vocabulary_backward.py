@@ -90,7 +90,7 @@ def vocabulary_backward(
         out.copy_(written)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "grad_stride", "grad_token_stride"])
 def vocabulary_backward_kernel(
     logits,
     targets,

@@ -68,7 +68,7 @@ def vocabulary_forward(
     return stats
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def vocabulary_forward_kernel(
     logits,
     targets,
