@@ -45,30 +45,34 @@ def tiling(vocabulary: int, dtype: torch.dtype, softcap: float | None, aligned: 
     return Tiling(num_warps * warp_columns, width, num_warps)
 
 
-def row_stride(rows: Tensor) -> tuple[int, int]:
-    """(stride, unit): rows start stride * unit elements apart. Unit is 16 bytes in elements where the rows are aligned
-    to that, which tells the compiler; else it is 1, and each element a load of its own."""
-    width = 16 // rows.element_size()
-    if rows.stride(0) % width == 0 and rows.data_ptr() % 16 == 0:
-        return rows.stride(0) // width, width
+class Rows(NamedTuple):
+    """A tensor whose columns lie next to each other and whose rows start stride * unit elements apart."""
+
+    tensor: Tensor | None
+    stride: int
+    unit: int  # 16 bytes in elements where all rows are aligned to that, which tells the compiler; else 1
+
+
+def as_rows(logits: Tensor | None) -> Rows:
+    """Logits as the kernels take them: themselves, or a copy where their columns lie apart."""
+    if logits is None:
+        return Rows(None, 0, 1)
+    if logits.stride(1) != 1 and logits.shape[1] != 1:
+        log_once(f"columns of logits are {logits.stride(1)} elements apart: their rows are copied first")
+        logits = logits.contiguous()
+    width = 16 // logits.element_size()
+    if logits.stride(0) % width == 0 and logits.data_ptr() % 16 == 0:
+        return Rows(logits, logits.stride(0) // width, width)
     log_once(
-        f"rows of {rows.shape[1]} logits in {rows.dtype}, {rows.stride(0)} elements apart, do not all start at "
+        f"rows of {logits.shape[1]} logits in {logits.dtype}, {logits.stride(0)} elements apart, do not all start at "
         f"multiples of 16 bytes ({width} elements): they are read and written one element at a time"
     )
-    return rows.stride(0), 1
+    return Rows(logits, logits.stride(0), 1)
 
 
 @functools.cache
 def log_once(message: str) -> None:
     logging.getLogger("fastppo").warning(message)
-
-
-def columns_adjacent(logits: Tensor) -> Tensor:
-    """Logits whose columns lie next to each other: themselves, or a copy."""
-    if logits.stride(1) == 1 or logits.shape[1] == 1:
-        return logits
-    log_once(f"columns of logits are {logits.stride(1)} elements apart: their rows are copied first")
-    return logits.contiguous()
 
 
 def check_logits(name: str, logits: Tensor, like: Tensor) -> None:

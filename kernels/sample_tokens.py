@@ -10,12 +10,11 @@ from torch import Tensor
 from fastppo.kernels.row import (
     LOG2_E,
     LOWEST,
+    as_rows,
     below,
     capped_tile,
     check_logits,
     check_tokens,
-    columns_adjacent,
-    row_stride,
     tile_columns,
     tiling,
 )
@@ -36,26 +35,25 @@ def sample_tokens(
     check_logits("logits", logits, logits)
     rows, vocabulary = logits.shape
     check_tokens(rows, stream=stream, offset=offset)
-    logits = columns_adjacent(logits)
-    stride, unit = row_stride(logits)
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows == 0:
         return tokens, logprobs
 
+    policy = as_rows(logits)
     block, width, num_warps = tiling(vocabulary, logits.dtype, None, True)  # whole parts, aligned or not
     with torch.cuda.device_of(logits):
         sample_tokens_kernel[(rows,)](
-            logits,
+            policy.tensor,
             stream.contiguous(),
             offset.contiguous(),
             tokens,
             logprobs,
-            stride,
+            policy.stride,
             vocabulary,
             float(temperature),
             (seed + 2**63) % 2**64 - 2**63,
-            UNIT=unit,
+            UNIT=policy.unit,
             BLOCK=block,
             WIDTH=width,
             PART=PART,

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from fastppo.kernels.row import (
     LOG2_E,
+    as_rows,
     capped,
     check_logits,
     check_tokens,
-    columns_adjacent,
     read_row,
-    row_stride,
     tile_columns,
     tiling,
 )
@@ -36,31 +35,26 @@ def vocabulary_forward(
         check_logits("ref_logits", ref_logits, logits)
 
     rows, vocabulary = logits.shape
-    logits, targets = columns_adjacent(logits), targets.contiguous()
     stats = torch.empty(5 if ref_logits is None else 10, rows, dtype=torch.float32, device=logits.device)
-    stride, unit = row_stride(logits)
-    ref_stride, ref_unit = 0, 1
-    if ref_logits is not None:
-        ref_logits = columns_adjacent(ref_logits)
-        ref_stride, ref_unit = row_stride(ref_logits)
     if rows == 0:
         return stats
 
-    block, width, num_warps = tiling(vocabulary, logits.dtype, softcap, unit > 1)
+    policy, ref = as_rows(logits), as_rows(ref_logits)
+    block, width, num_warps = tiling(vocabulary, logits.dtype, softcap, policy.unit > 1)
     with torch.cuda.device_of(logits):
         vocabulary_forward_kernel[(rows,)](
-            logits,
-            targets,
-            ref_logits,
+            policy.tensor,
+            targets.contiguous(),
+            ref.tensor,
             stats,
-            stride,
-            ref_stride,
+            policy.stride,
+            ref.stride,
             rows,
             vocabulary,
             float(temperature),
             softcap,
-            UNIT=unit,
-            REF_UNIT=ref_unit,
+            UNIT=policy.unit,
+            REF_UNIT=ref.unit,
             BLOCK=block,
             WIDTH=width,
             num_warps=num_warps,
