@@ -145,7 +145,8 @@ def below(u, peak):
 def add_tile(u, peak, total, weighted, rate):
     """Take a tile u, (G, WIDTH), into each group's peak, total = sum e and weighted = sum e (u - peak), (G,).
 
-    e = 2^((u - peak) rate). Returns the three, e, how far the peak moved, and by what that shrinks the sums.
+    e = 2^((u - peak) rate). Returns the three, e, and by what the peak's move has shrunk the sums. All terms of
+    `weighted` are at most 0, also that of a move, so that nothing cancels.
     """
     new_peak = tl.maximum(peak, tl.max(u, axis=1))
     moved = below(peak, new_peak)

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from cases import LINEAR_CASES, VOCABULARY_CASES, LinearCase, VocabularyCase, assert_as_good, gradients, in_fp64
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from fastppo import philox, reference
 from fastppo.kernels import row
 from fastppo.kernels.policy_loss import policy_loss
 from fastppo.kernels.policy_loss_in_chunk import policy_loss_in_chunk
-from fastppo.kernels.sample_tokens import sample_tokens
+from fastppo.kernels.sample_tokens import sample_tokens, uniform
 from fastppo.kernels.sum_tokens import sum_tokens
 from fastppo.kernels.value_loss import value_loss
 from fastppo.kernels.vocabulary_backward import vocabulary_backward
@@ -33,6 +35,8 @@ STATISTICS = [
 ]
 DIFFERENTIABLE = ["logprobs", "entropy", "lse", "kl"]
 OPTIONS = {"softcap": None, "ref_logits": None}
+# NaN and infinities are among what is tested, and NumPy, which interprets, warns of them.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
 def names(dtype: torch.dtype) -> str:
@@ -319,6 +323,21 @@ def test_a_term_with_coefficient_0_may_be_infinite() -> None:
 
 
 # Sampling
+
+
+@triton.jit(do_not_specialize=["seed"])
+def uniform_kernel(stream, offset, out, seed):
+    i = tl.program_id(0)
+    tl.store(out + i, uniform(seed, tl.load(stream + i), tl.load(offset + i)))
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**31, -(2**31) - 5, 2**62 + 12345])
+def test_the_random_numbers_are_philox_s_bit_for_bit(seed: int) -> None:
+    stream = torch.tensor([0, 1, 2**32 - 1, 2**32, 2**63 - 1, -1], device=DEVICE)
+    offset = torch.tensor([0, -7, 3, 2**40 + 9, 2**31, 2**63 - 1], device=DEVICE)
+    out = torch.empty(6, device=DEVICE)
+    uniform_kernel[(6,)](stream, offset, out, seed)
+    assert torch.equal(out.double(), philox.uniform(seed, stream, offset))
 
 
 def positions(rows: int) -> tuple[Tensor, Tensor]:
