@@ -53,7 +53,7 @@ def policy_loss(
                 float(clip_high),
                 dual_clip,
                 BLOCK=TOKEN_BLOCK,
-                num_warps=4,
+                num_warps=8,
             )
     return *finish(partials, 8, normalizer, entropy_coef, kl_coef), d_logprobs
 

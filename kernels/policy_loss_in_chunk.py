@@ -10,17 +10,18 @@ from torch import Tensor
 from fastppo.kernels.policy_loss import LOG_RATIO_MAX, clamp, clipped_objective
 from fastppo.kernels.row import (
     LOG2_E,
+    as_rows,
     capped,
     check_logits,
     check_tokens,
-    columns_adjacent,
     gradient_slopes,
     read_row,
-    row_stride,
     tile_columns,
     tiling,
     write_row,
 )
+
+SOFTCAP_REGISTERS = 96  # a thread's, with a reference too: fewer spill, and the compiler would take fewer
 
 
 def policy_loss_in_chunk(
@@ -52,42 +53,28 @@ def policy_loss_in_chunk(
 
     Traffic: 3 m V b bytes, 1 without gradient; a reference's logits are read once, twice where their KL is in the loss.
     """
-    check_logits("logits", logits, logits)
-    rows, vocabulary = logits.shape
     tokens = {"targets": targets, "old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs}
-    check_tokens(rows, **tokens, mask=mask)
-    if kl_kind not in ("exact", "k2", "k3"):
-        raise ValueError(f"kl_kind is {kl_kind!r}; expected 'exact', 'k2' or 'k3'")
-    if token_stats.shape != (8, rows) or token_stats.dtype != torch.float32:
-        raise ValueError(f"token_stats is {token_stats.dtype} {tuple(token_stats.shape)}; expected fp32 (8, {rows})")
-    ref_logits = ref_logits if kl_kind == "exact" else None
-    ref_logprobs = None if kl_kind == "exact" else ref_logprobs
-    if ref_logits is not None:
-        check_logits("ref_logits", ref_logits, logits)
-
-    written = columns_adjacent(logits)
-    stride, unit = row_stride(written)
-    ref_stride, ref_unit = 0, 1
-    if ref_logits is not None:
-        ref_logits = columns_adjacent(ref_logits)
-        ref_stride, ref_unit = row_stride(ref_logits)
+    check_chunk(logits, ref_logits, token_stats, kl_kind, **tokens, mask=mask)
+    rows, vocabulary = logits.shape
     if rows == 0:
         return
 
-    block, width, num_warps = tiling(vocabulary, logits.dtype)
+    exact = kl_kind == "exact"
+    policy, ref = as_rows(logits), as_rows(ref_logits if exact else None)
+    block, width, num_warps = tiling(vocabulary, logits.dtype, softcap, policy.unit > 1)
     with torch.cuda.device_of(logits):
         policy_loss_in_chunk_kernel[(rows,)](
-            written,
+            policy.tensor,
             targets.contiguous(),
             old_logprobs.contiguous(),
             advantages.contiguous(),
-            None if ref_logprobs is None else ref_logprobs.contiguous(),
-            ref_logits,
+            None if exact or ref_logprobs is None else ref_logprobs.contiguous(),
+            ref.tensor,
             None if mask is None else mask.contiguous(),
             normalizer,
             token_stats,
-            stride,
-            ref_stride,
+            policy.stride,
+            ref.stride,
             token_stats.stride(0),
             token_stats.stride(1),
             vocabulary,
@@ -101,17 +88,32 @@ def policy_loss_in_chunk(
             KL_KIND=kl_kind,
             GRADIENT=gradient,
             REF_GRADIENT=kl_coef != 0.0,
-            UNIT=unit,
-            REF_UNIT=ref_unit,
+            UNIT=policy.unit,
+            REF_UNIT=ref.unit,
             BLOCK=block,
             WIDTH=width,
             num_warps=num_warps,
+            maxnreg=None if softcap is None or ref.tensor is None else SOFTCAP_REGISTERS,
         )
-    if written is not logits and gradient:
-        logits.copy_(written)
+    if gradient and policy.tensor is not logits and policy.tensor is not None:
+        logits.copy_(policy.tensor)
 
 
-@triton.jit
+def check_chunk(
+    logits: Tensor, ref_logits: Tensor | None, token_stats: Tensor, kl_kind: str, **tokens: Tensor | None
+) -> None:
+    check_logits("logits", logits, logits)
+    if ref_logits is not None:
+        check_logits("ref_logits", ref_logits, logits)
+    rows = len(logits)
+    check_tokens(rows, **tokens)
+    if token_stats.shape != (8, rows) or token_stats.dtype != torch.float32:
+        raise ValueError(f"token_stats is {token_stats.dtype} {tuple(token_stats.shape)}; expected fp32 (8, {rows})")
+    if kl_kind not in ("exact", "k2", "k3"):
+        raise ValueError(f"kl_kind is {kl_kind!r}; expected 'exact', 'k2' or 'k3'")
+
+
+@triton.jit(do_not_specialize=["stats_stride", "stats_token_stride"])
 def policy_loss_in_chunk_kernel(
     logits,
     targets,
@@ -147,16 +149,17 @@ def policy_loss_in_chunk_kernel(
     if ref_logits is not None:
         ref_logits += m * ref_stride * REF_UNIT
     token_stats += m * stats_token_stride
+    columns = tile_columns(BLOCK, WIDTH, UNIT)
     keep = True
     if mask is not None:
         keep = tl.load(mask + m) != 0
     if keep:
         target = tl.load(targets + m)
-        u_target = capped(tl.load(logits + target).to(tl.float32), softcap)
+        u_target, _ = capped(tl.load(logits + target).to(tl.float32), softcap)
         rate = LOG2_E / temperature
         over_temperature = 1.0 / temperature
         peak, log_total, mean, ref_peak, ref_log_total, ref_mean = read_row(
-            logits, ref_logits, V, softcap, rate, BLOCK, WIDTH
+            logits, ref_logits, columns, V, softcap, rate
         )
         logprob = (u_target - peak) * over_temperature - log_total
         objective, slope, ratio, log_ratio, clipped, dual_clipped = clipped_objective(
@@ -167,14 +170,10 @@ def policy_loss_in_chunk_kernel(
             kl = (mean * over_temperature - log_total) - (ref_mean * over_temperature - ref_log_total)
         if ref_logprobs is not None:
             kl, kl_slope = kl_estimate(logprob - tl.load(ref_logprobs + m), KL_KIND)
-        tl.store(token_stats, -objective)
-        tl.store(token_stats + stats_stride, log_total - mean * over_temperature)
-        tl.store(token_stats + stats_stride * 2, kl)
-        tl.store(token_stats + stats_stride * 3, ratio - 1.0 - log_ratio)
-        tl.store(token_stats + stats_stride * 4, clipped.to(tl.float32))
-        tl.store(token_stats + stats_stride * 5, dual_clipped.to(tl.float32))
-        tl.store(token_stats + stats_stride * 6, ratio)
-        tl.store(token_stats + stats_stride * 7, 1.0)
+        entropy, k3 = log_total - mean * over_temperature, ratio - 1.0 - log_ratio
+        stats = (-objective, entropy, kl, k3, clipped.to(tl.float32), dual_clipped.to(tl.float32), ratio, 1.0)
+        for i in tl.static_range(8):
+            tl.store(token_stats + stats_stride * i, stats[i])
         if GRADIENT:
             share = 1.0 / tl.load(normalizer)
             g_logprob = (kl_coef * kl_slope - slope) * share
@@ -186,14 +185,14 @@ def policy_loss_in_chunk_kernel(
             )
             tl.debug_barrier()  # all threads have read the row before one of them writes to it
             if REF_GRADIENT:
-                write_row(logits, ref_logits, logits, target, V, softcap, rate, peak, ref_peak, slopes, BLOCK, WIDTH)
+                write_row(logits, ref_logits, logits, columns, target, V, softcap, rate, peak, ref_peak, slopes)
             else:
-                write_row(logits, None, logits, target, V, softcap, rate, peak, ref_peak, slopes, BLOCK, WIDTH)
+                write_row(logits, None, logits, columns, target, V, softcap, rate, peak, ref_peak, slopes)
     else:
         for i in tl.static_range(8):
             tl.store(token_stats + stats_stride * i, 0.0)
         if GRADIENT:
-            clear_row(logits, V, BLOCK, WIDTH)
+            clear_row(logits, columns, V)
 
 
 @triton.jit
@@ -211,9 +210,9 @@ def kl_estimate(d, KL_KIND: tl.constexpr):
 
 
 @triton.jit
-def clear_row(row, V, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    columns = tile_columns(BLOCK, WIDTH)
-    zero = tl.zeros((BLOCK // WIDTH, WIDTH), row.dtype.element_ty)
+def clear_row(row, columns, V):
+    BLOCK: tl.constexpr = columns.shape[0] * columns.shape[1]
+    zero = tl.zeros(columns.shape, row.dtype.element_ty)
     whole = V // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
         tl.store(row + start + columns, zero)

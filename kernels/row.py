@@ -28,45 +28,51 @@ FAR = tl.constexpr(-1e30)  # stands for -inf in differences: 2^(FAR rate) = 0, a
 
 
 class Tiling(NamedTuple):
-    """How rows are cut: by vocabulary and dtype alone, so that every kernel forms the same sums, bit for bit."""
+    """How a kernel cuts rows into tiles."""
 
-    block: int  # columns a program takes at once
-    width: int  # columns in a load of 16 bytes
+    block: int  # columns of a tile
+    width: int  # columns that fill 16 bytes
     num_warps: int
 
 
-def tiling(vocabulary: int, dtype: torch.dtype) -> Tiling:
-    """Two loads of 16 bytes a thread and tile; as many warps, up to 8, as leave a row at least 4 tiles."""
+def tiling(vocabulary: int, dtype: torch.dtype, softcap: float | None, aligned: bool) -> Tiling:
+    """Two loads of 16 bytes a thread and tile; one where a softcap, or rows that are not aligned, take the registers of
+    the other. As many warps, up to 8, as leave a row at least 4 tiles. Nothing here tells one kernel from another, so
+    that all form the same sums, bit for bit."""
     width = 16 // dtype.itemsize
-    warp_columns = 2 * width * 32
+    warp_columns = (2 if softcap is None and aligned else 1) * width * 32
     num_warps = min(8, triton.next_power_of_2(max(1, vocabulary // (4 * warp_columns)) + 1) // 2)
     return Tiling(num_warps * warp_columns, width, num_warps)
 
 
-def row_stride(rows: Tensor) -> tuple[int, int]:
-    """(stride, unit): rows start stride * unit elements apart. Unit is 16 bytes in elements where the rows are aligned
-    to that, which tells the compiler; else it is 1, and each element a load of its own."""
-    width = 16 // rows.element_size()
-    if rows.stride(0) % width == 0 and rows.data_ptr() % 16 == 0:
-        return rows.stride(0) // width, width
+class Rows(NamedTuple):
+    """A tensor whose columns lie next to each other and whose rows start stride * unit elements apart."""
+
+    tensor: Tensor | None
+    stride: int
+    unit: int  # 16 bytes in elements where all rows are aligned to that, which tells the compiler; else 1
+
+
+def as_rows(logits: Tensor | None) -> Rows:
+    """Logits as the kernels take them: themselves, or a copy where their columns lie apart."""
+    if logits is None:
+        return Rows(None, 0, 1)
+    if logits.stride(1) != 1 and logits.shape[1] != 1:
+        log_once(f"columns of logits are {logits.stride(1)} elements apart: their rows are copied first")
+        logits = logits.contiguous()
+    width = 16 // logits.element_size()
+    if logits.stride(0) % width == 0 and logits.data_ptr() % 16 == 0:
+        return Rows(logits, logits.stride(0) // width, width)
     log_once(
-        f"rows of {rows.shape[1]} logits in {rows.dtype}, {rows.stride(0)} elements apart, do not all start at "
+        f"rows of {logits.shape[1]} logits in {logits.dtype}, {logits.stride(0)} elements apart, do not all start at "
         f"multiples of 16 bytes ({width} elements): they are read and written one element at a time"
     )
-    return rows.stride(0), 1
+    return Rows(logits, logits.stride(0), 1)
 
 
 @functools.cache
 def log_once(message: str) -> None:
     logging.getLogger("fastppo").warning(message)
-
-
-def columns_adjacent(logits: Tensor) -> Tensor:
-    """Logits whose columns lie next to each other: themselves, or a copy."""
-    if logits.stride(1) == 1 or logits.shape[1] == 1:
-        return logits
-    log_once(f"columns of logits are {logits.stride(1)} elements apart: their rows are copied first")
-    return logits.contiguous()
 
 
 def check_logits(name: str, logits: Tensor, like: Tensor) -> None:
@@ -86,8 +92,11 @@ def check_tokens(rows: int, **tokens: Tensor | None) -> None:
 
 
 @triton.jit
-def tile_columns(BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    return tl.arange(0, BLOCK // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+def tile_columns(BLOCK: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr):
+    """(BLOCK // WIDTH, WIDTH) columns of a tile. A thread holds whole groups of WIDTH: adjacent columns, which are one
+    load; in rows that are not aligned, UNIT = 1, it is adjacent threads that load adjacent columns."""
+    group, member = tl.arange(0, BLOCK // WIDTH)[:, None], tl.arange(0, WIDTH)[None, :]
+    return group + member * (BLOCK // WIDTH) if UNIT == 1 else group * WIDTH + member
 
 
 @triton.jit
@@ -99,29 +108,28 @@ def load_tile(row, columns, V, TAIL: tl.constexpr):
 
 @triton.jit
 def capped(logits, softcap):
-    """u = softcap tanh(logits / softcap), by t = e^(-2 |v|), or by its series where 1 - t would lose digits."""
+    """u = softcap tanh(logits / softcap), and du / d logits = 1 - tanh^2.
+
+    By t = e^(-2 |v|), tanh = (1 - t) / (1 + t), or by its series where 1 - t would lose digits.
+    """
+    u, slope = logits, 1.0
     if softcap is not None:
         v = logits * (1.0 / softcap)
         t = tl.exp2(tl.abs(v) * MINUS_2_LOG2_E)
-        far = (1.0 - t) / (1.0 + t)
+        over = 1.0 / (1.0 + t)
+        far = (1.0 - t) * over
         far = tl.where(v < 0, -far, far)
         w = v * v
         near = v + v * w * (-1.0 / 3 + w * (2.0 / 15 + w * (-17.0 / 315 + w * (62.0 / 2835))))
-        logits = softcap * tl.where(w < 0.1, near, far)
-    return logits
-
-
-@triton.jit
-def cap_slope(logits, softcap):
-    """du / d logits = 1 - tanh^2 = 4 t / (1 + t)^2."""
-    t = tl.exp2(tl.abs(logits * (1.0 / softcap)) * MINUS_2_LOG2_E)
-    return 4.0 * t / ((1.0 + t) * (1.0 + t))
+        u = softcap * tl.where(w < 0.1, near, far)
+        slope = 4.0 * t * over * over
+    return u, slope
 
 
 @triton.jit
 def capped_tile(row, columns, V, softcap, TAIL: tl.constexpr):
     """u of a tile, -inf past the row's end."""
-    u = capped(load_tile(row, columns, V, TAIL), softcap)
+    u, _ = capped(load_tile(row, columns, V, TAIL), softcap)
     if TAIL:
         u = tl.where(columns < V, u, float("-inf"))
     return u
@@ -137,7 +145,8 @@ def below(u, peak):
 def add_tile(u, peak, total, weighted, rate):
     """Take a tile u, (G, WIDTH), into each group's peak, total = sum e and weighted = sum e (u - peak), (G,).
 
-    e = 2^((u - peak) rate). Returns the three, e, how far the peak moved, and by what that shrinks the sums.
+    e = 2^((u - peak) rate). Returns the three, e, and by what the peak's move has shrunk the sums. All terms of
+    `weighted` are at most 0, also that of a move, so that nothing cancels.
     """
     new_peak = tl.maximum(peak, tl.max(u, axis=1))
     moved = below(peak, new_peak)
@@ -153,31 +162,33 @@ def add_tile(u, peak, total, weighted, rate):
 def read_tile(row, ref_row, columns, V, softcap, rate, peak, total, weighted, ref, TAIL: tl.constexpr):
     """One tile of `read_row`: its running values after the tile's columns."""
     u = capped_tile(row, columns, V, softcap, TAIL)
-    old_total = total
-    peak, total, weighted, e, shrink = add_tile(u, peak, total, weighted, rate)
-    if ref_row is not None:
+    if ref_row is None:
+        peak, total, weighted, _, _ = add_tile(u, peak, total, weighted, rate)
+    else:
         ref_peak, ref_total, ref_weighted, hole = ref
         r = capped_tile(ref_row, columns, V, softcap, TAIL)
+        hole = tl.maximum(hole, tl.max(tl.where(r == float("-inf"), u, float("-inf")), axis=1))
+        old_total = total
+        peak, total, weighted, e, shrink = add_tile(u, peak, total, weighted, rate)
         new_ref_peak = tl.maximum(ref_peak, tl.max(r, axis=1))
         moved = below(ref_peak, new_ref_peak)
         y = below(r, new_ref_peak[:, None])
         ref_total = ref_total * tl.exp2(moved * rate) + tl.sum(tl.exp2(y * rate), axis=1)
         ref_weighted = (ref_weighted + moved * old_total) * shrink + tl.sum(e * y, axis=1)
-        hole = tl.maximum(hole, tl.max(tl.where(r == float("-inf"), u, float("-inf")), axis=1))
         ref = (new_ref_peak, ref_total, ref_weighted, hole)
     return peak, total, weighted, ref
 
 
 @triton.jit
-def read_row(row, ref_row, V, softcap, rate, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """One read of a row and, unless ref_row is None, of its reference's.
+def read_row(row, ref_row, columns, V, softcap, rate):
+    """One read of a row and, unless ref_row is None, of its reference's, in tiles of `columns`, (G, WIDTH).
 
     Returns (peak, log_total, mean, ref_peak, ref_log_total, ref_mean), fp32 scalars: max u, log s = log sum
     e^(z - max z) and E[u - max u]; of the reference max r, its log s, and E[r - max r] under the policy: -inf where the
     reference is -inf at a column with p > 0. The last three are 0 without a reference.
     """
-    columns = tile_columns(BLOCK, WIDTH)
-    zero = tl.zeros((BLOCK // WIDTH,), tl.float32)
+    BLOCK: tl.constexpr = columns.shape[0] * columns.shape[1]
+    zero = tl.zeros((columns.shape[0],), tl.float32)
     peak, total, weighted = zero + LOWEST, zero, zero
     ref = (peak, zero, zero, zero + float("-inf"))
     whole = V // BLOCK * BLOCK
@@ -230,14 +241,15 @@ def gradient_slopes(g_logprob, g_entropy, g_lse, g_kl, log_total, mean, ref_mean
 def write_tile(row, ref_row, out, columns, target, V, softcap, rate, peak, ref_peak, slopes, TAIL: tl.constexpr):
     """One tile of `write_row`."""
     base, slope, kl_slope, target_slope = slopes
-    logits = load_tile(row, columns, V, TAIL)
-    x = below(capped(logits, softcap), peak)
+    u, cap_slope = capped(load_tile(row, columns, V, TAIL), softcap)
+    x = below(u, peak)
     d = base + slope * x
     if ref_row is not None:
-        d -= kl_slope * below(capped(load_tile(ref_row, columns, V, TAIL), softcap), ref_peak)
+        r, _ = capped(load_tile(ref_row, columns, V, TAIL), softcap)
+        d -= kl_slope * below(r, ref_peak)
     d = d * tl.exp2(x * rate) + tl.where(columns == target, target_slope, 0.0)
     if softcap is not None:
-        d *= cap_slope(logits, softcap)
+        d *= cap_slope
     if TAIL:
         tl.store(out + columns, d.to(out.dtype.element_ty), mask=columns < V)
     else:
@@ -245,11 +257,9 @@ def write_tile(row, ref_row, out, columns, target, V, softcap, rate, peak, ref_p
 
 
 @triton.jit
-def write_row(
-    row, ref_row, out, target, V, softcap, rate, peak, ref_peak, slopes, BLOCK: tl.constexpr, WIDTH: tl.constexpr
-):
+def write_row(row, ref_row, out, columns, target, V, softcap, rate, peak, ref_peak, slopes):
     """One read of a row (and its reference's unless ref_row is None), one write of its gradient; out may be row."""
-    columns = tile_columns(BLOCK, WIDTH)
+    BLOCK: tl.constexpr = columns.shape[0] * columns.shape[1]
     whole = V // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
         write_tile(row, ref_row, out, start + columns, target, V, softcap, rate, peak, ref_peak, slopes, False)

@@ -10,12 +10,11 @@ from torch import Tensor
 from fastppo.kernels.row import (
     LOG2_E,
     LOWEST,
+    as_rows,
     below,
     capped_tile,
     check_logits,
     check_tokens,
-    columns_adjacent,
-    row_stride,
     tile_columns,
     tiling,
 )
@@ -36,26 +35,25 @@ def sample_tokens(
     check_logits("logits", logits, logits)
     rows, vocabulary = logits.shape
     check_tokens(rows, stream=stream, offset=offset)
-    logits = columns_adjacent(logits)
-    stride, unit = row_stride(logits)
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows == 0:
         return tokens, logprobs
 
-    block, width, num_warps = tiling(vocabulary, logits.dtype)
+    policy = as_rows(logits)
+    block, width, num_warps = tiling(vocabulary, logits.dtype, None, True)  # whole parts, aligned or not
     with torch.cuda.device_of(logits):
         sample_tokens_kernel[(rows,)](
-            logits,
+            policy.tensor,
             stream.contiguous(),
             offset.contiguous(),
             tokens,
             logprobs,
-            stride,
+            policy.stride,
             vocabulary,
             float(temperature),
             (seed + 2**63) % 2**64 - 2**63,
-            UNIT=unit,
+            UNIT=policy.unit,
             BLOCK=block,
             WIDTH=width,
             PART=PART,
@@ -85,7 +83,7 @@ def sample_tokens_kernel(
     m = tl.program_id(0).to(tl.int64)  # offsets pass 2^31
     logits += m * stride * UNIT
     rate = LOG2_E / temperature
-    columns = tile_columns(BLOCK, WIDTH)
+    columns = tile_columns(BLOCK, WIDTH, WIDTH)
     peaks = tl.full((TILES, BLOCK // PART), LOWEST, tl.float32)  # of each part, in the vocabulary's order
     totals = tl.zeros((TILES, BLOCK // PART), tl.float32)  # sums of e^(z - the part's peak)
     tile = tl.arange(0, TILES)[:, None]

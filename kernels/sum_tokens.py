@@ -33,12 +33,12 @@ def sum_tokens(
                 token_stats.stride(1),
                 tokens,
                 BLOCK=TOKEN_BLOCK,
-                num_warps=4,
+                num_warps=8,
             )
     return finish(partials, 8, normalizer, entropy_coef, kl_coef)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["stride", "M"])
 def sum_tokens_kernel(token_stats, partials, stride, token_stride, M, BLOCK: tl.constexpr):
     block, blocks = tl.program_id(0), tl.num_programs(0)
     i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

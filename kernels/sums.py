@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TOKEN_BLOCK = 1024  # tokens of a partial sum; 4 warps, 8 tokens a thread
+TOKEN_BLOCK = 1024  # tokens of a partial sum, of 8 warps
 
 
 def finish(

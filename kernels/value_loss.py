@@ -35,7 +35,7 @@ def value_loss(
     if blocks:
         with torch.cuda.device_of(values):
             value_loss_kernel[(blocks,)](
-                *inputs, normalizer, partials, d_values, tokens, clip, BLOCK=TOKEN_BLOCK, num_warps=4
+                *inputs, normalizer, partials, d_values, tokens, clip, BLOCK=TOKEN_BLOCK, num_warps=8
             )
     loss, sums, _ = finish(partials, 7, normalizer, 0.0, 0.0)
     return loss, sums, d_values

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from fastppo.kernels.row import (
     LOG2_E,
+    as_rows,
     check_logits,
     check_tokens,
-    columns_adjacent,
     gradient_slopes,
-    row_stride,
+    tile_columns,
     tiling,
     write_row,
 )
@@ -48,48 +48,40 @@ def vocabulary_backward(
     if ref_logits is not None:
         check_logits("ref_logits", ref_logits, logits)
 
-    targets, stats = targets.contiguous(), stats.contiguous()
-    written = columns_adjacent(out)
-    logits = written if out is logits else columns_adjacent(logits)
-    stride, unit = row_stride(logits)
-    out_stride, out_unit = row_stride(written)
-    ref_stride, ref_unit = 0, 1
-    if ref_logits is not None:
-        ref_logits = columns_adjacent(ref_logits)
-        ref_stride, ref_unit = row_stride(ref_logits)
     if rows == 0:
         return
 
-    block, width, num_warps = tiling(vocabulary, logits.dtype)
+    policy, ref, gradient = as_rows(logits), as_rows(ref_logits), as_rows(out)
+    block, width, num_warps = tiling(vocabulary, logits.dtype, softcap, policy.unit > 1)
     with torch.cuda.device_of(logits):
         vocabulary_backward_kernel[(rows,)](
-            logits,
-            targets,
-            ref_logits,
-            stats,
+            policy.tensor,
+            targets.contiguous(),
+            ref.tensor,
+            stats.contiguous(),
             grad,
-            written,
-            stride,
-            ref_stride,
-            out_stride,
+            gradient.tensor,
+            policy.stride,
+            ref.stride,
+            gradient.stride,
             grad.stride(0),
             grad.stride(1),
             rows,
             vocabulary,
             float(temperature),
             softcap,
-            UNIT=unit,
-            REF_UNIT=ref_unit,
-            OUT_UNIT=out_unit,
+            UNIT=policy.unit,
+            REF_UNIT=ref.unit,
+            OUT_UNIT=gradient.unit,
             BLOCK=block,
             WIDTH=width,
             num_warps=num_warps,
         )
-    if written is not out:
-        out.copy_(written)
+    if gradient.tensor is not out and gradient.tensor is not None:
+        out.copy_(gradient.tensor)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "grad_stride", "grad_token_stride"])
 def vocabulary_backward_kernel(
     logits,
     targets,
@@ -133,4 +125,5 @@ def vocabulary_backward_kernel(
         ref_peak = tl.load(stats + M * 8) * temperature
         ref_mean = (tl.load(stats + M * 9) - entropy - kl) * temperature
     slopes = gradient_slopes(g_logprob, g_entropy, g_lse, g_kl, log_total, mean, ref_mean, temperature)
-    write_row(logits, ref_logits, out, target, V, softcap, LOG2_E / temperature, peak, ref_peak, slopes, BLOCK, WIDTH)
+    columns = tile_columns(BLOCK, WIDTH, UNIT)
+    write_row(logits, ref_logits, out, columns, target, V, softcap, LOG2_E / temperature, peak, ref_peak, slopes)

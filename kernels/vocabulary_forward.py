@@ -9,12 +9,12 @@ from torch import Tensor
 
 from fastppo.kernels.row import (
     LOG2_E,
+    as_rows,
     capped,
     check_logits,
     check_tokens,
-    columns_adjacent,
     read_row,
-    row_stride,
+    tile_columns,
     tiling,
 )
 
@@ -35,31 +35,26 @@ def vocabulary_forward(
         check_logits("ref_logits", ref_logits, logits)
 
     rows, vocabulary = logits.shape
-    logits, targets = columns_adjacent(logits), targets.contiguous()
     stats = torch.empty(5 if ref_logits is None else 10, rows, dtype=torch.float32, device=logits.device)
-    stride, unit = row_stride(logits)
-    ref_stride, ref_unit = 0, 1
-    if ref_logits is not None:
-        ref_logits = columns_adjacent(ref_logits)
-        ref_stride, ref_unit = row_stride(ref_logits)
     if rows == 0:
         return stats
 
-    block, width, num_warps = tiling(vocabulary, logits.dtype)
+    policy, ref = as_rows(logits), as_rows(ref_logits)
+    block, width, num_warps = tiling(vocabulary, logits.dtype, softcap, policy.unit > 1)
     with torch.cuda.device_of(logits):
         vocabulary_forward_kernel[(rows,)](
-            logits,
-            targets,
-            ref_logits,
+            policy.tensor,
+            targets.contiguous(),
+            ref.tensor,
             stats,
-            stride,
-            ref_stride,
+            policy.stride,
+            ref.stride,
             rows,
             vocabulary,
             float(temperature),
             softcap,
-            UNIT=unit,
-            REF_UNIT=ref_unit,
+            UNIT=policy.unit,
+            REF_UNIT=ref.unit,
             BLOCK=block,
             WIDTH=width,
             num_warps=num_warps,
@@ -67,7 +62,7 @@ def vocabulary_forward(
     return stats
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def vocabulary_forward_kernel(
     logits,
     targets,
@@ -89,9 +84,9 @@ def vocabulary_forward_kernel(
     if ref_logits is not None:
         ref_logits += m * ref_stride * REF_UNIT
     target = tl.load(targets + m)
-    u_target = capped(tl.load(logits + target).to(tl.float32), softcap)
+    u_target, _ = capped(tl.load(logits + target).to(tl.float32), softcap)
     peak, log_total, mean, ref_peak, ref_log_total, ref_mean = read_row(
-        logits, ref_logits, V, softcap, LOG2_E / temperature, BLOCK, WIDTH
+        logits, ref_logits, tile_columns(BLOCK, WIDTH, UNIT), V, softcap, LOG2_E / temperature
     )
     over_temperature = 1.0 / temperature
     mean *= over_temperature
@@ -102,7 +97,7 @@ def vocabulary_forward_kernel(
     tl.store(stats + M * 3, peak * over_temperature)
     tl.store(stats + M * 4, log_total)
     if ref_logits is not None:
-        r_target = capped(tl.load(ref_logits + target).to(tl.float32), softcap)
+        r_target, _ = capped(tl.load(ref_logits + target).to(tl.float32), softcap)
         ref_mean *= over_temperature
         tl.store(stats + M * 5, (r_target - ref_peak) * over_temperature - ref_log_total)
         tl.store(stats + M * 6, (mean - log_total) - (ref_mean - ref_log_total))

@@ -1,0 +1,281 @@
+"""Audits of the Triton kernels that need no GPU: `python bench/audit.py`, or with `bytes` or `code` for one of the two.
+
+bytes: every load and store of Triton's interpreter is counted, and its sum set against the least possible traffic.
+code: each kernel is compiled for sm_80, sm_90 and sm_100 with its arguments specialised as its launcher passes them,
+and the machine code read: registers, spills, shared memory, occupancy, and the main loops' instructions and loads.
+
+Rows of GPT-2's 50,257 tokens, padded to start at multiples of 16 bytes. The last line of each audit is JSON.
+What no GPU is there to tell: time, bandwidth reached, cache hits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import interpreter
+from triton.runtime.jit import JITFunction
+
+from fastppo.kernels.policy_loss import policy_loss
+from fastppo.kernels.policy_loss_in_chunk import policy_loss_in_chunk
+from fastppo.kernels.sample_tokens import sample_tokens
+from fastppo.kernels.sum_tokens import sum_tokens
+from fastppo.kernels.value_loss import value_loss
+from fastppo.kernels.vocabulary_backward import vocabulary_backward
+from fastppo.kernels.vocabulary_forward import vocabulary_forward
+
+ROWS, VOCABULARY, TOKENS = 2, 50_257, 8192
+ARCHITECTURES = (80, 90, 100)
+WARPS, BLOCKS, REGISTERS = 64, 32, 65_536  # of a multiprocessor, on all three
+SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
+
+
+class Call(NamedTuple):
+    """A launch to audit."""
+
+    name: str
+    launch: Callable[[], Any]
+    least: int  # bytes
+
+
+def padded_logits(dtype: torch.dtype) -> Tensor:
+    width = 16 // dtype.itemsize
+    return torch.randn(ROWS, -(-VOCABULARY // width) * width).to(dtype)[:, :VOCABULARY]
+
+
+def row_calls(dtype: torch.dtype, softcap: float | None = None) -> list[Call]:
+    """The kernels over rows of logits; least is what reads and writes of whole rows take."""
+    logits, ref_logits = padded_logits(dtype), padded_logits(dtype)
+    targets, numbers, normalizer = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS), torch.ones(())
+    row_bytes = ROWS * VOCABULARY * dtype.itemsize
+
+    def forward(ref: Tensor | None) -> Tensor:
+        return vocabulary_forward(logits, targets, 0.7, softcap, ref)
+
+    def backward(ref: Tensor | None) -> None:
+        stats = torch.zeros(10, ROWS)
+        vocabulary_backward(logits, targets, stats, torch.ones(4, ROWS), 0.7, softcap, ref, logits)
+
+    def in_chunk(ref: Tensor | None) -> None:
+        scale, clips = (0.7, softcap), (0.2, 0.2, 1.5)
+        kl = ("k3", numbers, None) if ref is None else ("exact", None, ref)
+        arguments = (logits, targets, numbers, numbers, normalizer, *scale, *clips, 0.1, 0.1, *kl)
+        policy_loss_in_chunk(*arguments, numbers == 0, True, torch.empty(8, ROWS))
+
+    return [
+        Call("forward", lambda: forward(None), row_bytes),
+        Call("forward, reference", lambda: forward(ref_logits), 2 * row_bytes),
+        Call("backward", lambda: backward(None), 2 * row_bytes),
+        Call("backward, reference", lambda: backward(ref_logits), 3 * row_bytes),
+        Call("loss in chunk", lambda: in_chunk(None), 3 * row_bytes),
+        Call("loss in chunk, exact KL", lambda: in_chunk(ref_logits), 5 * row_bytes),
+        Call("sample", lambda: sample_tokens(logits, targets, targets, 0.7, 1), row_bytes),
+    ]
+
+
+def token_calls() -> list[Call]:
+    """The kernels over tokens; least is what one read of each input and one write of each output take."""
+    x, mask, normalizer = torch.zeros(TOKENS), torch.ones(TOKENS, dtype=torch.bool), torch.ones(())
+    clips, coefs = (0.2, 0.2, 1.5), (0.1, 0.1)
+    token_stats = torch.zeros(8, TOKENS)
+    return [
+        Call("policy_loss", lambda: policy_loss(x, x, x, x, x, mask, normalizer, *clips, *coefs), 25 * TOKENS),
+        Call("value_loss", lambda: value_loss(x, x, x, mask, normalizer, 0.2), 17 * TOKENS),
+        Call("sum_tokens", lambda: sum_tokens(token_stats, *coefs, normalizer), 32 * TOKENS),
+    ]
+
+
+# Bytes
+
+
+class Traffic:
+    """Counts what interpreted kernels load and store while it is entered: elements that no mask hides."""
+
+    def __enter__(self) -> Traffic:
+        self.bytes = 0
+        self.builder = interpreter.InterpreterBuilder
+        self.load, self.store = self.builder.create_masked_load, self.builder.create_masked_store
+
+        def load(builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+            self.bytes += size(pointers, mask)
+            return self.load(builder, pointers, mask, *rest)
+
+        def store(builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+            self.bytes += size(pointers, mask)
+            return self.store(builder, pointers, value, mask, *rest)
+
+        def size(pointers: Any, mask: Any) -> int:
+            shown = int(mask.data.sum()) * pointers.data.size // mask.data.size
+            return shown * max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+
+        # Loads and stores without a mask go through the same two.
+        self.builder.create_masked_load, self.builder.create_masked_store = load, store
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.builder.create_masked_load, self.builder.create_masked_store = self.load, self.store
+
+
+def bytes_moved() -> list[dict[str, Any]]:
+    """One entry a call: bytes moved, least possible, and their ratio. Needs TRITON_INTERPRET=1."""
+    made = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for call in row_calls(dtype) + (token_calls() if dtype == torch.float32 else []):
+            with Traffic() as traffic:
+                call.launch()
+            ratio = round(traffic.bytes / call.least, 4)
+            entry = {"op": call.name, "dtype": str(dtype).removeprefix("torch.")}
+            made.append(entry | {"bytes": traffic.bytes, "least": call.least, "ratio": ratio})
+    return made
+
+
+# Machine code
+
+
+class NoGPU:
+    """Stands where Triton looks for its driver, and names an architecture to compile for."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        return self.architecture  # kernels are cached by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compiled(call: Call, architecture: int) -> list[tuple[str, Any]]:
+    """The kernels that a call launches, compiled and not run: `triton.compile` of what the launcher passes."""
+    kernels = []
+    run = JITFunction.run
+
+    def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernels.append((kernel.__name__, run(kernel, *arguments, grid=grid, warmup=True, **options)))
+
+    triton.runtime.driver.set_active(NoGPU(architecture))
+    JITFunction.run = compile_only
+    try:
+        call.launch()
+    finally:
+        JITFunction.run = run
+    return kernels
+
+
+def cuobjdump() -> Path:
+    """The disassembler that Triton carries."""
+    path = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not path.exists():
+        raise SystemExit(f"no cuobjdump at {path}: the machine code cannot be read")
+    return path
+
+
+def loops(sass: str) -> list[list[str]]:
+    """The instructions of each innermost loop: from a branch's target, when that lies above it, to the branch."""
+    lines = re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?([^;]+);", sass)
+    program = [(int(address, 16), text) for address, text in lines]
+    spans = []
+    for address, text in program:
+        target = re.search(r"^BRA\b.*\b0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < address:
+            spans.append((int(target[1], 16), address))
+    inner = [s for s in spans if not any(s != o and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
+    return [[text for address, text in program if first <= address <= last] for first, last in inner]
+
+
+def occupancy(architecture: int, registers: int, shared: int, warps: int) -> float:
+    """Warps that a multiprocessor holds over those it could."""
+    warp_registers = -(-registers * 32 // 256) * 256
+    by_registers = (
+        REGISTERS // 4 // warp_registers * 4 // warps
+    )  # a quarter of the registers for a quarter of the warps
+    by_shared = SHARED[architecture] // (shared + 1024)
+    return min(by_registers, by_shared, WARPS // warps, BLOCKS) * warps / WARPS
+
+
+def inspect(kernel: Any, architecture: int) -> dict[str, Any]:
+    """What the machine code of a kernel says."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        dump = [str(cuobjdump()), "--dump-resource-usage", "-sass", file.name]
+        sass = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
+    registers, shared, warps = int(re.search(r"REG:(\d+)", sass)[1]), kernel.metadata.shared, kernel.metadata.num_warps
+    bodies = [body for body in loops(sass) if any(re.match(r"(LDG|STG)", text) for text in body)]
+    memory = [[text.split()[0] for text in body if re.match(r"LDG|STG", text)] for body in bodies]
+    return {
+        "registers": registers,
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "shared": shared,
+        "warps": warps,
+        "occupancy": occupancy(architecture, registers, shared, warps),
+        "loops": [{"instructions": len(b), "memory": m} for b, m in zip(bodies, memory, strict=True)],
+    }
+
+
+def machine_code() -> list[dict[str, Any]]:
+    """One entry a kernel, dtype and architecture. Needs a process without TRITON_INTERPRET."""
+    made = []
+    for architecture in ARCHITECTURES:
+        groups = [("bfloat16", row_calls(torch.bfloat16)), ("float32", row_calls(torch.float32))]
+        groups += [("bfloat16, softcap", row_calls(torch.bfloat16, 30.0)[:-1]), ("float32", token_calls())]
+        for dtype, calls in groups:
+            for call in calls:
+                for name, kernel in compiled(call, architecture):
+                    if name != "finish_kernel" or call.name == "policy_loss":  # the same in all three
+                        entry = {"op": call.name, "kernel": name, "dtype": dtype, "sm": architecture}
+                        made.append(entry | inspect(kernel, architecture))
+    return made
+
+
+def print_code(entry: dict[str, Any]) -> None:
+    memory = "; ".join(
+        f"{loop['instructions']}: " + " ".join(f"{loop['memory'].count(m)} {m}" for m in dict.fromkeys(loop["memory"]))
+        for loop in entry["loops"]
+    )
+    name = "finish" if entry["kernel"] == "finish_kernel" else entry["op"]
+    print(
+        f"sm_{entry['sm']:<4} {name:24} {entry['dtype']:18} {entry['registers']:>9} {entry['spills']:>6} "
+        f"{entry['shared']:>6} {entry['warps']:>5} {entry['occupancy']:>9.0%}  {memory}"
+    )
+
+
+def main() -> None:
+    if sys.argv[1:] == ["bytes"]:
+        print(f"{'op':24} {'dtype':9} {'bytes':>11} {'least':>11} {'ratio':>7}")
+        made = bytes_moved()
+        for e in made:
+            print(f"{e['op']:24} {e['dtype']:9} {e['bytes']:>11,} {e['least']:>11,} {e['ratio']:>7.4f}")
+        print(json.dumps(made))
+    elif sys.argv[1:] == ["code"]:
+        print(
+            f"{'':7} {'op':24} {'dtype':18} registers spills shared warps occupancy  instructions of each loop: memory"
+        )
+        made = machine_code()
+        for entry in made:
+            print_code(entry)
+        print(json.dumps(made))
+    else:  # the interpreter is chosen when triton is imported
+        for audit in ("bytes", "code"):
+            environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+            environment |= {"TRITON_INTERPRET": "1"} if audit == "bytes" else {}
+            if code := subprocess.run([sys.executable, __file__, audit], env=environment).returncode:
+                raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()
