@@ -30,6 +30,8 @@ from fastppo.kernels.vocabulary_forward import vocabulary_forward
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INTERPRETED = DEVICE.type == "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# The interpreter cuts fp32 to bf16 instead of rounding it; a product of such numbers is off by more than one rounding.
+HALF = torch.float16 if INTERPRETED else torch.bfloat16
 STATISTICS = [
     *("logprobs", "entropy", "lse", "peak", "log_total"),
     *("ref_logprobs", "kl", "ref_lse", "ref_peak", "ref_log_total"),
@@ -246,7 +248,7 @@ def test_policy_loss_in_chunk(case: LinearCase, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures(*["triton_on_cpu"] * INTERPRETED)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=names)
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=names)
 @pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
 def test_the_chunked_heads(case: LinearCase, dtype: torch.dtype) -> None:
     """Through the public door, with all gradients."""
