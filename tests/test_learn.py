@@ -52,6 +52,10 @@ def test_the_update_does_not_depend_on_order_or_packing(model, world):
     assert difference(whole.parameters, step(config, world, plan=shuffled).parameters) < 2e-5
 
 
+def test_no_shared_memory_stays_behind(world):
+    assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{os.environ['MASTER_PORT']}_*"))
+
+
 RANK_CASES = {
     "shared, stage 0": ("shared", "0"),
     "shared, stage 1": ("shared", "1"),
