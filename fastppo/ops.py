@@ -6,19 +6,20 @@ A function here checks its arguments, before anything runs, and then calls: `fas
 M tokens, vocabulary V, hidden size H, B sequences, R rows. Floating inputs are fp32, bf16 or fp16 (fp64 for tests of
 gradients); statistics, losses and sums are fp32, fp64 for fp64 inputs. All tensors of a call are on one device. A wrong
 dtype is a TypeError, a wrong shape, device or value a ValueError, which names the argument. M may be 0.
-Values are looked at where that costs nothing: on the CPU (`cu_seqlens`: everywhere).
+Values are looked at where that costs nothing: on the CPU. On CUDA a kernel that finds `cu_seqlens` wrong stops with an
+assertion that says so.
 """
 
 from __future__ import annotations
 
-from functools import partial
+import logging
+from functools import cache, partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-import fastppo._C  # noqa: F401  (registers torch.ops.fastppo.*)
-from fastppo import eager, reference
+from fastppo import _C, eager, reference
 from fastppo.checks import (
     check_cu_seqlens,
     check_device,
@@ -35,6 +36,7 @@ from fastppo.checks import (
     check_reference,
     check_scale,
     check_shape,
+    check_starts,
     check_targets,
     check_tokens,
 )
@@ -43,6 +45,10 @@ from fastppo.stats import PolicyStats, TokenStats, ValueStats
 from fastppo.vocabulary import Scale
 
 WORKSPACE_BYTES = 256 << 20  # for the logits of a chunk of rows; `linear_*` take no more, whatever M
+
+log = logging.getLogger("fastppo")
+
+GAE_DEVICES = ("cpu", "meta", "cuda") if _C.built()["cuda_archs"] else ("cpu", "meta")
 
 KlKind = Literal["exact", "k2", "k3"]
 
@@ -74,7 +80,60 @@ def gae(
         check_floating("bootstrap", bootstrap)
         check_shape("bootstrap", bootstrap, (len(cu_seqlens) - 1,), "one value for each sequence of cu_seqlens")
         check_device("bootstrap", bootstrap, rewards, "rewards")
+    if rewards.device.type not in GAE_DEVICES or torch.float64 in (rewards.dtype, values.dtype):
+        return gae_in_python(rewards, values, cu_seqlens, gamma=gamma, lam=lam, bootstrap=bootstrap, mask=mask)
+    dtype = torch.bfloat16 if rewards.dtype == values.dtype == torch.bfloat16 else torch.float32
+    out: Tensor = torch.ops.fastppo.gae.default(
+        dense(rewards, dtype),
+        dense(values, dtype),
+        dense(cu_seqlens, cu_seqlens.dtype),
+        gamma,
+        lam,
+        None if bootstrap is None else dense(bootstrap, torch.float32),
+        None if mask is None else dense(mask, torch.bool),
+    )
+    advantages, returns = out.unbind()
+    return advantages, returns
+
+
+@torch.library.register_fake("fastppo::gae")  # type: ignore[untyped-decorator]
+def gae_fake(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    gamma: float,
+    lam: float,
+    bootstrap: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    return rewards.new_empty((2, rewards.shape[0]), dtype=torch.float32)
+
+
+def gae_in_python(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    bootstrap: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    check_starts(cu_seqlens, len(rewards))
+    say_once(f"gae runs in Python: fastppo._C has no kernel for {rewards.dtype} on {rewards.device.type}")
     return reference.gae(rewards, values, cu_seqlens, gamma=gamma, lam=lam, bootstrap=bootstrap, mask=mask)
+
+
+@cache
+def say_once(message: str) -> None:
+    log.warning(message)
+
+
+def dense(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` for a kernel that is not differentiable."""
+    if x.dtype == dtype and x.is_contiguous() and not x.requires_grad:
+        return x  # the three calls below take longer than GAE of a thousand tokens
+    return x.detach().to(dtype).contiguous()
 
 
 def token_logprobs(
