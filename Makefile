@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 pip   := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ready := .venv/ready-$(shell cat constraints.txt pyproject.toml setup.py csrc/* | sha256sum | cut -c1-16)
 
-.PHONY: demo test setup lint types format build bench clean
+.PHONY: demo test setup lint types format build bench cuda clean
 
 # PPO on film reviews; `make demo STEPS=2` for a short one.
 demo: setup
@@ -36,7 +36,7 @@ $(ready): | .venv
 lint: setup
 	ruff format --check .
 	ruff check .
-	clang-format --dry-run --Werror csrc/*
+	clang-format --dry-run --Werror csrc/* tests/simt/*
 	lint-imports
 
 types: setup
@@ -45,7 +45,7 @@ types: setup
 format: setup
 	ruff format .
 	ruff check --fix .
-	clang-format -i csrc/*
+	clang-format -i csrc/* tests/simt/*
 
 # An sdist, and a wheel from it, both in environments of their own.
 build: setup
@@ -54,6 +54,10 @@ build: setup
 
 bench: setup
 	pytest bench --benchmark-only
+
+# The CUDA sources: compiled by nvcc for every architecture and checked, then run on simulated threads. Needs no GPU.
+cuda: setup
+	pytest tests/test_gae_machine_code.py tests/test_gae_kernels.py
 
 clean:
 	rm -rf .venv build dist runs *.egg-info .*_cache fastppo/_C*.so

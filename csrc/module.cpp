@@ -15,6 +15,10 @@
 #define FASTPPO_COMPILER "g++ "
 #endif
 
+#ifndef FASTPPO_CUDA_ARCHS  // 80, 90, ... where setup.py links the CUDA sources
+#define FASTPPO_CUDA_ARCHS
+#endif
+
 namespace py = pybind11;
 
 namespace fastppo {
@@ -60,6 +64,12 @@ std::vector<std::string> simd_compiled() {
   return names;
 }
 
+std::vector<std::string> cuda_archs() {
+  std::vector<std::string> names;
+  for (const int arch : std::vector<int>{FASTPPO_CUDA_ARCHS}) names.push_back("sm_" + std::to_string(arch));
+  return names;
+}
+
 void set_simd(const std::string& name) {
   for (const auto& [known, level] : kLevels) {
     if (known != name) continue;
@@ -73,14 +83,14 @@ void set_simd(const std::string& name) {
 }  // namespace fastppo
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled CPU kernels of fastppo; importing it (after torch) registers torch.ops.fastppo.*";
+  m.doc() = "Compiled kernels of fastppo; importing it (after torch) registers torch.ops.fastppo.*";
   m.def(
       "built",
       [] {
         py::dict info;
         info["torch"] = TORCH_VERSION;
         info["compiler"] = FASTPPO_COMPILER __VERSION__;
-        info["cuda_archs"] = py::tuple();
+        info["cuda_archs"] = py::tuple(py::cast(fastppo::cuda_archs()));
         info["simd"] = py::tuple(py::cast(fastppo::simd_compiled()));
         info["simd_used"] = fastppo::simd_name();
         return info;

@@ -1,8 +1,8 @@
 """The checks of arguments that `fastppo.ops` makes before anything runs.
 
 Each raises a TypeError for a wrong dtype and a ValueError for a wrong shape, device or value, and names the argument,
-what it is and what it must be. Values of tensors are looked at on the CPU only, where no device has to be waited for
-(`cu_seqlens`: everywhere), and not while torch.compile traces, when there are none.
+what it is and what it must be. Values of tensors are looked at on the CPU only, where no device has to be waited for,
+and not while torch.compile traces, when there are none.
 """
 
 from __future__ import annotations
@@ -98,7 +98,11 @@ def check_cu_seqlens(cu_seqlens: Tensor, rewards: Tensor) -> None:
     if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
         raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected (B+1,)")
     check_device("cu_seqlens", cu_seqlens, rewards, "rewards")
-    starts, tokens = cu_seqlens.tolist(), len(rewards)
+
+
+def check_starts(cu_seqlens: Tensor, tokens: int) -> None:
+    """The values of `cu_seqlens`, for where no kernel looks at them."""
+    starts = cu_seqlens.tolist()
     if starts[0] != 0 or starts[-1] != tokens:
         raise ValueError(
             f"cu_seqlens runs from {starts[0]} to {starts[-1]}; expected 0 to {tokens}, the length of rewards"
@@ -144,7 +148,7 @@ def check_positive(name: str, value: float) -> None:
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high or math.isinf(value):
+    if not low <= value <= high or value == math.inf:  # not isinf: torch.compile cannot trace it
         raise ValueError(f"{name} is {value}; it must be in [{low:g}, {high:g}]" + (" and finite" * math.isinf(high)))
 
 

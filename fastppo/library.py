@@ -27,6 +27,9 @@ TRITON = (
     "sample_tokens",
 )
 
+# GAE's CUDA kernels are linked where torch is a CUDA build and nvcc was found.
+GAE_DEVICES = ("cpu", "meta", "cuda") if fastppo._C.built()["cuda_archs"] else ("cpu", "meta")
+
 # Rows of vocabulary_forward's stats, as far as they have gradients, in the order of vocabulary_backward's upstream.
 LOGPROBS, ENTROPY, LSE, KL = 0, 1, 2, 6
 
@@ -80,6 +83,11 @@ def _(values: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 @torch.library.register_fake("fastppo::sample_tokens")
 def _(logits: Tensor, stream: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(stream), stream.new_empty(len(stream), dtype=torch.float32)
+
+
+@torch.library.register_fake("fastppo::gae")
+def _(rewards: Tensor, *arguments: Any) -> Tensor:
+    return rewards.new_empty(2, len(rewards), dtype=torch.float32)
 
 
 @torch.library.register_fake("fastppo::attend_cached")

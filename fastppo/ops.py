@@ -1,13 +1,14 @@
 """The ops of PPO, and the only door to what computes them.
 
 A function here checks its arguments, before anything runs, and then calls a kernel: C++ (csrc/) on the CPU, Triton
-(kernels/) on CUDA, each a `torch.library` op with a fake kernel and gradients (`fastppo.library`). fp64, for tests of
-gradients, runs `fastppo.reference`. The log says once which of them an op took.
+(kernels/) or, for GAE, CUDA (csrc/) on a GPU, each a `torch.library` op with a fake kernel and gradients
+(`fastppo.library`). fp64, for tests of gradients, runs `fastppo.reference`. The log says once what the ops run on.
 
 M tokens, vocabulary V, hidden size H, B sequences, R rows. Floating inputs are fp32, bf16, fp16 or fp64; statistics,
 losses and sums are fp32, fp64 for fp64 inputs. All tensors of a call are on one device. A wrong dtype is a TypeError, a
 wrong shape, device or value a ValueError, which names the argument. M may be 0.
-Values of tensors are looked at where that costs nothing: on the CPU, by the kernels (`cu_seqlens`: everywhere).
+Values of tensors are looked at where that costs nothing: on the CPU. On CUDA a kernel that finds `cu_seqlens` wrong
+stops with an assertion that says so.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from fastppo.checks import (
     check_reference,
     check_scale,
     check_shape,
+    check_starts,
     check_targets,
     check_tokens,
 )
@@ -75,7 +77,21 @@ def gae(
         check_floating("bootstrap", bootstrap)
         check_shape("bootstrap", bootstrap, (len(cu_seqlens) - 1,), "one value for each sequence of cu_seqlens")
         check_device("bootstrap", bootstrap, rewards, "rewards")
-    return reference.gae(rewards, values, cu_seqlens, gamma=gamma, lam=lam, bootstrap=bootstrap, mask=mask)
+    if _by_reference(rewards) or values.dtype == torch.float64 or rewards.device.type not in library.GAE_DEVICES:
+        check_starts(cu_seqlens, len(rewards))
+        _log_once(f"gae on {rewards.device} in {rewards.dtype}: reference Python, as fastppo._C has no kernel for that")
+        return reference.gae(rewards, values, cu_seqlens, gamma=gamma, lam=lam, bootstrap=bootstrap, mask=mask)
+    dtype = torch.bfloat16 if rewards.dtype == values.dtype == torch.bfloat16 else torch.float32
+    advantages, returns = torch.ops.fastppo.gae(
+        _dense(rewards, dtype),
+        _dense(values, dtype),
+        _dense(cu_seqlens, cu_seqlens.dtype),
+        gamma,
+        lam,
+        None if bootstrap is None else _dense(bootstrap, torch.float32),
+        None if mask is None else _dense(mask, torch.bool),
+    )
+    return advantages, returns
 
 
 def token_logprobs(
@@ -360,6 +376,13 @@ def _token_stats(stats: Tensor) -> TokenStats:
         return TokenStats(logprobs, entropy, lse, None, None, None)
     ref_logprobs, kl, ref_lse, _, _ = against
     return TokenStats(logprobs, entropy, lse, ref_logprobs.detach(), ref_lse.detach(), kl)
+
+
+def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` for a kernel that is not differentiable."""
+    if x.dtype == dtype and x.is_contiguous() and not x.requires_grad:
+        return x  # the three calls below take longer than GAE of a thousand tokens
+    return x.detach().to(dtype).contiguous()
 
 
 def _detached(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

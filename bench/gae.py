@@ -1,0 +1,87 @@
+"""GAE on the CPU against its targets: `python bench/gae.py [ROUNDS]`. Medians of paired rounds; the last line is JSON.
+
+512 sequences of 1 to 2,000 tokens, and one of 4,000,000 against 4,000 of 1,000. The ceiling is memory, 16 bytes a token
+at the bandwidth of torch.add(a, b, out=c).
+"""
+
+import json
+import os
+import statistics
+import sys
+import time
+
+os.environ.setdefault("OMP_PROC_BIND", "true")  # two threads that share a core would be measured, not GAE
+
+import gae_baselines as baselines
+import torch
+
+from fastppo import ops
+
+GAMMA, LAM = 0.99, 0.95
+# What is compared, the number of threads, repetitions in a round, and the ratio asked for.
+TARGETS = [
+    ("padded PyTorch loop / fastppo, 2 threads", "padded loop", "fastppo, 2 threads", 25.0),
+    ("plain -O3 loop / fastppo, 1 thread", "plain loop", "fastppo, 1 thread", 3.0),
+    ("bandwidth / torch.add's, 2 threads", "torch.add, 2 threads", "fastppo, 2 threads", 0.6),
+    ("4,000 sequences / one, of 4,000,000 tokens", "4,000 sequences", "one sequence", 1 / 1.5),
+]
+
+
+def cases():
+    """name -> (threads, repetitions in a round, call)"""
+    torch.manual_seed(0)
+    lengths = torch.randint(1, 2001, (512,)).tolist()
+    rewards, values, starts = baselines.packed(lengths)
+    tokens = len(rewards)
+    wide = [baselines.padded(x, starts) for x in (rewards, values)]
+    outputs = torch.empty(tokens), torch.empty(tokens)
+    a, b, c = (torch.randn(tokens * 16 // 12) for _ in range(3))
+    long_rewards, long_values, many = baselines.packed([1000] * 4000)
+    one = torch.tensor([0, len(long_rewards)])
+    plain = baselines.plain_loop()
+
+    def gae(*packed):
+        return lambda: ops.gae(*packed, gamma=GAMMA, lam=LAM)
+
+    return tokens, {
+        "fastppo, 2 threads": (2, 20, gae(rewards, values, starts)),
+        "torch.add, 2 threads": (2, 20, lambda: torch.add(a, b, out=c)),
+        "padded loop": (2, 1, lambda: baselines.padded_loop(*wide, GAMMA, LAM)),
+        "fastppo, 1 thread": (1, 20, gae(rewards, values, starts)),
+        "plain loop": (1, 5, lambda: plain(rewards, values, starts, GAMMA, LAM, *outputs)),
+        "one sequence": (2, 3, gae(long_rewards, long_values, one)),
+        "4,000 sequences": (2, 3, gae(long_rewards, long_values, many)),
+    }
+
+
+def seconds(threads, repetitions, call):
+    """The median of some calls in a row: one that the machine interrupted does not count."""
+    torch.set_num_threads(threads)
+    call()
+    taken = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def main(rounds: int) -> None:
+    tokens, measured = cases()
+    times = {name: [] for name in measured}
+    for _ in range(rounds):
+        for name, case in measured.items():
+            times[name].append(seconds(*case))
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    for name, median in medians.items():
+        print(f"{name:24} {1e3 * median:9.3f} ms")
+    ratios = {}
+    for title, base, ours, target in TARGETS:
+        ratios[title] = statistics.median(x / y for x, y in zip(times[base], times[ours], strict=True))
+        print(f"{title:46} {ratios[title]:8.2f}  (target {target:.2f})")
+    bandwidth = 16 * tokens / medians["fastppo, 2 threads"] / 1e9
+    print(json.dumps({"tokens": tokens, "GB/s": bandwidth, "seconds": medians, "ratios": ratios}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 15)

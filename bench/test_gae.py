@@ -1,0 +1,36 @@
+"""GAE over packed sequences against what it replaces: `pytest bench/test_gae.py --benchmark-only`."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import gae_baselines
+import pytest
+import torch
+
+from fastppo import ops, reference
+
+GAE = {
+    "fastppo": lambda packed, wide, tall: ops.gae(*packed, gamma=0.99, lam=0.95),
+    "padded loop": lambda packed, wide, tall: gae_baselines.padded_loop(*wide, 0.99, 0.95),
+    "compiled loop": lambda packed, wide, tall: gae_baselines.compiled_loop(*tall, 0.99, 0.95),
+    "associative scan": lambda packed, wide, tall: gae_baselines.associative_scan(*packed, 0.99, 0.95),
+    "reference": lambda packed, wide, tall: reference.gae(*packed, gamma=0.99, lam=0.95),
+}
+
+
+@pytest.mark.benchmark(group="gae, 512 sequences of 1 to 2,000 tokens, fp32")
+@pytest.mark.parametrize("way", GAE)
+def test_gae(benchmark, way):
+    torch.manual_seed(0)
+    packed = gae_baselines.packed(torch.randint(1, 2001, (512,)).tolist())
+    wide = [gae_baselines.padded(rows, packed[2]) for rows in packed[:2]]
+    tall = [rows.t().contiguous() for rows in wide]
+    benchmark.pedantic(GAE[way], args=(packed, wide, tall), rounds=5, warmup_rounds=1)
+
+
+@pytest.mark.benchmark(group="gae, 4,000,000 tokens, fp32")
+@pytest.mark.parametrize("sequences", [1, 4000])
+def test_gae_of_many_tokens(benchmark, sequences):
+    packed = gae_baselines.packed([4_000_000 // sequences] * sequences)
+    benchmark.pedantic(ops.gae, args=packed, kwargs={"gamma": 0.99, "lam": 0.95}, rounds=5, warmup_rounds=1)

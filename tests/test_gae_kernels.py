@@ -1,0 +1,247 @@
+"""GAE's CUDA kernels, run thread for thread on the CPU by tests/simt: numbers, bits, traffic, races, bounds."""
+
+import ctypes
+import faulthandler
+import math
+import os
+import re
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from gae_cases import EACH_LENGTH, GAE_CASES, GaeCase, assert_alone_as_together, assert_right
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from native import ROOT, SIMT, simt_kernel
+from torch import Tensor
+
+DTYPES = [torch.float32, torch.bfloat16]
+POINTERS = ("rewards", "values", "cu_seqlens", "bootstrap", "mask", "advantages", "returns")
+
+
+class Request(ctypes.Structure):
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in POINTERS]
+        + [(name, ctypes.c_int64) for name in ("tokens", "sequences")]
+        + [(name, ctypes.c_double) for name in ("gamma", "lam")]
+        + [(name, ctypes.c_int32) for name in ("bf16", "wide", "backwards")]
+    )
+
+
+class Traffic(ctypes.Structure):
+    _fields_ = [("read", ctypes.c_int64), ("written", ctypes.c_int64)]  # bytes
+
+
+class Kernels:
+    """Takes what `ops.gae` takes, and keeps the bytes that the last call moved."""
+
+    def __init__(self, library: Path) -> None:
+        self.run = ctypes.CDLL(str(library)).gae
+        self.run.restype = Traffic
+        self.traffic = Traffic()
+
+    def __call__(
+        self,
+        rewards: Tensor,
+        values: Tensor,
+        cu_seqlens: Tensor,
+        *,
+        gamma: float,
+        lam: float,
+        bootstrap: Tensor | None = None,
+        mask: Tensor | None = None,
+        backwards: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        tokens, sequences = len(rewards), len(cu_seqlens) - 1
+        out = torch.full((2, tokens), math.nan)
+        if sequences == 0:  # nothing is launched then
+            return out[0], out[1]
+        tensors = (rewards, values, cu_seqlens, bootstrap, mask, out[0], out[1])
+        pointers = [None if x is None else x.data_ptr() for x in tensors]
+        kinds = (rewards.dtype == torch.bfloat16, cu_seqlens.dtype == torch.int64, backwards)
+        self.traffic = self.run(ctypes.byref(Request(*pointers, tokens, sequences, gamma, lam, *kinds)))
+        return out[0], out[1]
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    return Kernels(simt_kernel(SIMT / "gae.cpp", tmp_path_factory.mktemp("simt") / "gae.so", "-O2"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", GAE_CASES, ids=str)
+def test_every_case_is_as_good_as_the_oracle(kernels: Kernels, case: GaeCase, dtype: torch.dtype) -> None:
+    assert_right(kernels, case.build(dtype))
+
+
+@settings(max_examples=30)
+@given(
+    lengths=st.lists(st.one_of(st.integers(0, 300), st.integers(1000, 1100), st.integers(8150, 12_400)), max_size=5),
+    gamma=st.floats(0, 1),
+    lam=st.floats(0, 1),
+    seed=st.integers(0, 2**31),
+    kept=st.floats(0, 1),
+    bf16=st.booleans(),
+)
+def test_any_lengths_and_masks_are_as_good_as_the_oracle(
+    kernels: Kernels, lengths: list[int], gamma: float, lam: float, seed: int, kept: float, bf16: bool
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    arguments = GaeCase(str(seed), tuple(lengths), gamma, lam, bootstrap=True).build(DTYPES[bf16])
+    arguments["mask"] = torch.rand(sum(lengths), generator=random) < kept
+    assert_right(kernels, arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", ["", "some", "ends", "runs"])
+def test_a_sequence_does_not_depend_on_its_neighbours_or_its_alignment(
+    kernels: Kernels, mask: str, dtype: torch.dtype
+) -> None:
+    case = GaeCase("alone", (*EACH_LENGTH, 40_000, 7, 12_288, 4096), mask=mask, bootstrap=True)
+    assert_alone_as_together(kernels, case.build(dtype))
+
+
+def test_blocks_may_run_in_any_order(kernels: Kernels) -> None:
+    arguments = GaeCase("order", (*EACH_LENGTH, 40_000), mask="some", bootstrap=True).build(torch.float32)
+    forwards, backwards = (torch.stack(kernels(**arguments, backwards=b)) for b in (False, True))
+    assert torch.equal(forwards, backwards)
+
+
+def test_arrays_may_start_anywhere(kernels: Kernels) -> None:
+    """A view's memory need not be aligned to the 16 bytes of a wide access."""
+    arguments = GaeCase("views", (5, 1500, 9000), mask="some").build(torch.bfloat16)
+    expected = torch.stack(kernels(**arguments))
+    for rewards, values, mask in ((1, 0, 0), (0, 3, 5), (7, 2, 1)):
+        shifts = {"rewards": rewards, "values": values, "mask": mask}
+        views = {name: torch.cat([arguments[name][:by], arguments[name]])[by:] for name, by in shifts.items()}
+        assert torch.equal(torch.stack(kernels(**(arguments | views))), expected)
+
+
+def test_nan_reaches_earlier_tokens_of_its_own_sequence_alone(kernels: Kernels) -> None:
+    lengths = (5, 40, 7000, 20_000, 33)
+    arguments = GaeCase("nan", lengths).build(torch.float32)
+    clean = torch.stack(kernels(**arguments))
+    for sequence in range(len(lengths)):
+        begin, end = sum(lengths[:sequence]), sum(lengths[: sequence + 1])
+        at = begin + (end - begin) * 2 // 3
+        rewards = arguments["rewards"].clone()
+        rewards[at] = math.nan
+        out = torch.stack(kernels(**(arguments | {"rewards": rewards})))
+        own = torch.zeros(len(rewards), dtype=torch.bool)
+        own[begin : at + 1] = True
+        assert out[:, own].isnan().all() and torch.equal(out[:, ~own], clean[:, ~own])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "most"),
+    [
+        ((1000,) * 50, 17),
+        ((1001,) * 50, 17),
+        ((8191,) * 3, 17),
+        ((1500, 3001, 8192), 17),
+        ((8193,), 25),
+        ((131_072,), 25),
+        ((40_001, 20_003), 25),
+    ],
+)
+def test_bytes_moved_per_token_are_near_the_least_possible(
+    kernels: Kernels, lengths: tuple[int, ...], most: float
+) -> None:
+    """8 read and 8 written, and 8 read once more by what summarizes the chunks of a long sequence."""
+    arguments = GaeCase("traffic", lengths, bootstrap=True).build(torch.float32)
+    kernels(**arguments)
+    tokens, traffic = sum(lengths), kernels.traffic
+    assert (traffic.read + traffic.written) / tokens <= most
+    assert traffic.written / tokens < 8.02  # each output once
+
+
+# What goes wrong on purpose
+
+
+@pytest.fixture(scope="session")
+def races(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernels under ThreadSanitizer, each barrier numbered and left out on demand."""
+    folder = tmp_path_factory.mktemp("races")
+    shutil.copy(ROOT / "csrc/gae_kernels.cuh", folder)
+    pieces = re.split(r"(?=group_sync<kThreads>\(\);)", (ROOT / "csrc/gae_tile.cuh").read_text(encoding="utf-8"))
+    numbered = pieces[0] + "".join(f"if (left_out != {n}) {piece}" for n, piece in enumerate(pieces[1:], 1))
+    (folder / "gae_tile.cuh").write_text("extern int left_out;\n" + numbered, encoding="utf-8")
+    options = ("-O1", "-g", "-fsanitize=thread", "-I", SIMT)
+    return simt_kernel(SIMT / "gae_races.cpp", folder / "races", *options, kernels=folder)
+
+
+def reported_races(races: Path, left_out: int) -> int:
+    ran = subprocess.run([races, str(left_out)], capture_output=True, text=True)
+    found = ran.stderr.count("WARNING: ThreadSanitizer: data race")
+    assert (ran.returncode == 0) == (found == 0), ran.stderr
+    return found
+
+
+def test_no_thread_reads_what_another_may_still_write(races: Path) -> None:
+    assert reported_races(races, left_out=0) == 0
+
+
+@pytest.mark.parametrize("left_out", [1, 2, 3, 4, 5])
+def test_a_missing_barrier_is_found(races: Path, left_out: int) -> None:
+    assert reported_races(races, left_out) > 0
+
+
+def test_every_barrier_has_been_left_out_once() -> None:
+    assert (ROOT / "csrc/gae_tile.cuh").read_text(encoding="utf-8").count("group_sync<kThreads>();") == 5
+
+
+@pytest.mark.parametrize(
+    ("starts", "message"),
+    [
+        ([0, 3, 2, 4], "cu_seqlens must never fall"),
+        ([1, 4], "cu_seqlens must start at 0"),
+        ([0, 3], "cu_seqlens must end at the length of rewards"),
+        ([0, 5], "cu_seqlens must run from 0 to the length of rewards"),
+        ([0, -1, 4], "cu_seqlens must"),
+        ([0, 2**40, 4], "cu_seqlens must"),
+    ],
+)
+def test_a_wrong_cu_seqlens_stops_the_kernel_before_it_reads(kernels: Kernels, starts: list[int], message: str) -> None:
+    """An assertion on the device: there the host learns of it at its next call."""
+    dead, errors = in_a_fork(lambda: kernels(torch.zeros(4), torch.zeros(4), torch.tensor(starts), gamma=1.0, lam=1.0))
+    assert dead and message in errors
+
+
+def in_a_fork(call: Callable[[], object]) -> tuple[bool, str]:
+    """Whether a call killed its process, and what it wrote to stderr."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        os.dup2(write, 2)
+        faulthandler.disable()
+        call()
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, encoding="utf-8") as pipe:
+        errors = pipe.read()
+    return os.waitpid(child, 0)[1] != 0, errors
+
+
+@pytest.fixture(scope="session")
+def mistakes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return simt_kernel(SIMT / "mistakes.cpp", tmp_path_factory.mktemp("mistakes") / "mistakes")
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("bounds", "accesses memory out of bounds"),
+        ("alignment", "accesses memory that is not aligned"),
+        ("shuffle", "waits for threads that do not come"),
+        ("barrier", "waits for threads that do not come"),
+        ("none", ""),
+    ],
+)
+def test_the_simulation_stops_at_a_planted_mistake(mistakes: Path, mistake: str, message: str) -> None:
+    ran = subprocess.run([mistakes, mistake], capture_output=True, text=True)
+    assert (ran.returncode == 0) == (mistake == "none") and message in ran.stderr
