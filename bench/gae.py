@@ -6,6 +6,7 @@ at the bandwidth of torch.add(a, b, out=c).
 
 import json
 import os
+import resource
 import statistics
 import sys
 import time
@@ -54,16 +55,21 @@ def cases():
     }
 
 
+def interruptions():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
 def seconds(threads, repetitions, call):
-    """The median of some calls in a row: one that the machine interrupted does not count."""
+    """The median of some calls in a row, without those in which another program was seen to take a core."""
     torch.set_num_threads(threads)
     call()
-    taken = []
-    for _ in range(repetitions):
-        start = time.perf_counter()
+    quiet, others = [], []
+    while len(quiet) < repetitions and len(others) < 3 * repetitions:
+        before, start = interruptions(), time.perf_counter()
         call()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+        taken = time.perf_counter() - start
+        (quiet if interruptions() == before else others).append(taken)
+    return statistics.median(quiet or others)
 
 
 def main(rounds: int) -> None:

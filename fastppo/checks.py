@@ -79,6 +79,8 @@ def check_tokens(name: str, tensor: Tensor, like: Tensor, like_name: str = "") -
     check_floating(name, tensor)
     if tensor.ndim != 1:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected one dimension, (M,)")
+    if tensor is like:
+        return
     check_shape(name, tensor, (len(like),), f"one number for each row of {like_name}")
     check_device(name, tensor, like, like_name)
 
