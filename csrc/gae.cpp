@@ -5,8 +5,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
 
 #include <algorithm>
 #include <atomic>
@@ -14,15 +12,10 @@
 #include <cstdint>
 #include <optional>
 #include <vector>
-#if FASTPPO_X86
-#include <immintrin.h>
-#endif
 
 namespace fastppo {
 namespace {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // A sequence is cut at multiples of kBlock tokens from its own start: where the cuts are, and hence the rounding,
@@ -65,31 +58,8 @@ Carry across(const Discount& d, const Summary& block, Carry next) {
   return {block.sum + std::pow(d.decay, block.count - 1) * last, block.first_value};
 }
 
-namespace baseline {
-#define LANES 4
-#include "gae.inc"
-#undef LANES
-}  // namespace baseline
-
-#if FASTPPO_X86
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#define LANES 8
-#include "gae.inc"
-#undef LANES
-}  // namespace avx2
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
-namespace avx512 {
-#define LANES 16
-#include "gae.inc"
-#undef LANES
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
+#define BODY "gae.inc"
+#include "levels.inc"
 
 template <typename T>
 struct Level {
@@ -99,11 +69,7 @@ struct Level {
 
 template <typename T>
 Level<T> level() {
-#if FASTPPO_X86
-  if (simd() == Simd::avx512) return {avx512::summarize<T>, avx512::finish<T>};
-  if (simd() == Simd::avx2) return {avx2::summarize<T>, avx2::finish<T>};
-#endif
-  return {baseline::summarize<T>, baseline::finish<T>};
+  return {AT_LEVEL(summarize<T>), AT_LEVEL(finish<T>)};
 }
 
 Discount discount_of(double gamma, double lam) {
@@ -238,11 +204,11 @@ template <typename Int>
 std::vector<int64_t> checked_starts(const Tensor& cu_seqlens, int64_t tokens) {
   const Int* data = static_cast<const Int*>(cu_seqlens.data_ptr());
   const std::vector<int64_t> starts(data, data + cu_seqlens.size(0));
-  GAE_REQUIRE(starts.front() == 0 && starts.back() == tokens, "cu_seqlens runs from ", starts.front(), " to ",
-              starts.back(), "; expected 0 to ", tokens, ", the length of rewards");
+  REQUIRE(starts.front() == 0 && starts.back() == tokens, "cu_seqlens runs from ", starts.front(), " to ",
+          starts.back(), "; expected 0 to ", tokens, ", the length of rewards");
   for (size_t i = 1; i < starts.size(); ++i) {
-    GAE_REQUIRE(starts[i] >= starts[i - 1], "cu_seqlens falls from ", starts[i - 1], " to ", starts[i], " at index ", i,
-                "; it must never fall");
+    REQUIRE(starts[i] >= starts[i - 1], "cu_seqlens falls from ", starts[i - 1], " to ", starts[i], " at index ", i,
+            "; it must never fall");
   }
   return starts;
 }

@@ -1,39 +1,11 @@
 // What the kernels of fastppo::gae are called with, checked without looking at the numbers.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
+#include "checks.h"
 
-#include <cstdint>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
-#include <string>
 
 namespace fastppo::gae {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-template <typename... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  message << "gae: ";
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
-}
-
-// The message is built only if the condition does not hold.
-#define GAE_REQUIRE(condition, ...) \
-  if (!(condition)) ::fastppo::gae::fail(__VA_ARGS__)
-
-inline std::string shape(const Tensor& tensor) {
-  std::ostringstream text;
-  text << '(';
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
-  text << (tensor.dim() == 1 ? ",)" : ")");
-  return text.str();
-}
 
 struct Arguments {
   const Tensor &rewards, &values, &cu_seqlens;
@@ -45,14 +17,14 @@ struct Arguments {
 
   void check() const {
     const ScalarType dtype = rewards.scalar_type();
-    GAE_REQUIRE(rewards.dim() == 1, "rewards has shape ", shape(rewards), "; expected one dimension, (M,)");
-    GAE_REQUIRE(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "rewards must be float32 or bfloat16");
-    GAE_REQUIRE(gamma >= 0.0 && gamma <= 1.0, "gamma is ", gamma, "; it must be in [0, 1]");
-    GAE_REQUIRE(lam >= 0.0 && lam <= 1.0, "lam is ", lam, "; it must be in [0, 1]");
+    REQUIRE(rewards.dim() == 1, "rewards has shape ", shape(rewards), "; expected one dimension, (M,)");
+    REQUIRE(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "rewards must be float32 or bfloat16");
+    REQUIRE(gamma >= 0.0 && gamma <= 1.0, "gamma is ", gamma, "; it must be in [0, 1]");
+    REQUIRE(lam >= 0.0 && lam <= 1.0, "lam is ", lam, "; it must be in [0, 1]");
     check_row(rewards, "rewards", tokens(), dtype, "(M,)");
     check_row(values, "values", tokens(), dtype, "one number for each row of rewards, in the dtype of rewards");
-    GAE_REQUIRE(cu_seqlens.dim() == 1 && cu_seqlens.size(0) > 0, "cu_seqlens has shape ", shape(cu_seqlens),
-                "; expected (B+1,)");
+    REQUIRE(cu_seqlens.dim() == 1 && cu_seqlens.size(0) > 0, "cu_seqlens has shape ", shape(cu_seqlens),
+            "; expected (B+1,)");
     const ScalarType starts = cu_seqlens.scalar_type() == ScalarType::Int ? ScalarType::Int : ScalarType::Long;
     check_row(cu_seqlens, "cu_seqlens", sequences() + 1, starts, "int32 or int64");
     if (bootstrap.has_value()) {
@@ -63,11 +35,11 @@ struct Arguments {
 
  private:
   void check_row(const Tensor& x, const char* name, int64_t length, ScalarType dtype, const char* meaning) const {
-    GAE_REQUIRE(x.device() == rewards.device(), name, " is not on the device of rewards");
-    GAE_REQUIRE(x.dim() == 1 && x.size(0) == length, name, " has shape ", shape(x), "; expected (", length,
-                ",): ", meaning);
-    GAE_REQUIRE(x.scalar_type() == dtype, name, " has a wrong dtype; expected ", meaning);
-    GAE_REQUIRE(x.is_contiguous(), name, " must be contiguous");
+    REQUIRE(x.device() == rewards.device(), name, " is not on the device of rewards");
+    REQUIRE(x.dim() == 1 && x.size(0) == length, name, " has shape ", shape(x), "; expected (", length,
+            ",): ", meaning);
+    REQUIRE(x.scalar_type() == dtype, name, " has a wrong dtype; expected ", meaning);
+    REQUIRE(x.is_contiguous(), name, " must be contiguous");
   }
 };
 
