@@ -81,7 +81,7 @@ def check_tokens(name: str, tensor: Tensor, like: Tensor, like_name: str = "") -
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected one dimension, (M,)")
     if tensor is like:
         return
-    check_shape(name, tensor, (len(like),), f"one number for each row of {like_name}")
+    check_shape(name, tensor, (like.shape[0],), f"one number for each row of {like_name}")
     check_device(name, tensor, like, like_name)
 
 
@@ -97,7 +97,7 @@ def check_mask(mask: Tensor | None, like: Tensor, like_name: str) -> None:
 def check_cu_seqlens(cu_seqlens: Tensor, rewards: Tensor) -> None:
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}; expected torch.int32 or torch.int64")
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected (B+1,)")
     check_device("cu_seqlens", cu_seqlens, rewards, "rewards")
 

@@ -77,12 +77,13 @@ def gae(
         check_floating("bootstrap", bootstrap)
         check_shape("bootstrap", bootstrap, (len(cu_seqlens) - 1,), "one value for each sequence of cu_seqlens")
         check_device("bootstrap", bootstrap, rewards, "rewards")
-    if _by_reference(rewards) or values.dtype == torch.float64 or rewards.device.type not in library.GAE_DEVICES:
+    fp64 = _by_reference(rewards) or values.dtype == torch.float64
+    if fp64 or rewards.device.type not in library.GAE_DEVICES:
         check_starts(cu_seqlens, len(rewards))
         _log_once(f"gae on {rewards.device} in {rewards.dtype}: reference Python, as fastppo._C has no kernel for that")
         return reference.gae(rewards, values, cu_seqlens, gamma=gamma, lam=lam, bootstrap=bootstrap, mask=mask)
     dtype = torch.bfloat16 if rewards.dtype == values.dtype == torch.bfloat16 else torch.float32
-    advantages, returns = torch.ops.fastppo.gae(
+    out: Tensor = torch.ops.fastppo.gae(
         _dense(rewards, dtype),
         _dense(values, dtype),
         _dense(cu_seqlens, cu_seqlens.dtype),
@@ -91,6 +92,7 @@ def gae(
         None if bootstrap is None else _dense(bootstrap, torch.float32),
         None if mask is None else _dense(mask, torch.bool),
     )
+    advantages, returns = out.unbind()
     return advantages, returns
 
 
@@ -391,11 +393,15 @@ def _detached(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def _by_reference(like: Tensor) -> bool:
     """Whether the oracle itself computes: for fp64, which no kernel takes. Says once what the ops run on."""
-    by_reference = like.dtype == torch.float64
     if not torch.compiler.is_compiling():
-        found = "reference PyTorch, as no kernel takes fp64" if by_reference else library.backend(like.device)
-        _log_once(f"ops on {like.device} in {str(like.dtype).removeprefix('torch.')}: {found}")
-    return by_reference
+        _say_backend(like.device, like.dtype)
+    return like.dtype == torch.float64
+
+
+@cache
+def _say_backend(device: torch.device, dtype: torch.dtype) -> None:
+    found = "reference PyTorch, as no kernel takes fp64" if dtype == torch.float64 else library.backend(device)
+    log.info("ops on %s in %s: %s", device, str(dtype).removeprefix("torch."), found)
 
 
 @cache
