@@ -204,6 +204,8 @@ class OptimConfig:
     """Decoupled weight decay (Loshchilov and Hutter, 2019)."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 is off."""
+    max_skipped: int = 5
+    """Updates in a row that may be passed over because their loss or gradient is not finite; then the run stops."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
 
@@ -245,17 +247,39 @@ class TrackConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """What a run saves of itself in `output`/checkpoints, to be resumed from there bit for bit."""
+
+    every: int = 50
+    """PPO steps between checkpoints; 0 saves only when the run is told to stop."""
+    keep_last: int = 2
+    """How many of the newest checkpoints stay; older ones are deleted once a newer one is whole."""
+    keep_best: int = 0
+    """How many checkpoints with the highest held-out score stay beside those; each checkpoint must be evaluated then
+    (`eval.every`)."""
+    on_error: Literal["continue", "stop"] = "continue"
+    """A checkpoint that cannot be written, on a full disk for example: `continue` logs the error and trains on, `stop`
+    ends the run."""
+
+
+@dataclass(frozen=True)
 class Config:
     """fastppo: PPO for language models."""
 
     output: str = "runs/ppo"
     """Folder of the run: config, metrics, samples, and the trained actor in `output`/actor."""
     seed: int = 1
-    """Seed of data order, sampling and minibatches."""
+    """Seed of data order, sampling and minibatches, and of the generators that a reward function may draw from."""
     steps: int = 100
     """PPO steps: one batch each of sampling, feedback and learning."""
+    resume: str | None = None
+    """`auto`: go on from the newest whole checkpoint in `output`, or begin if there is none; a path: from that
+    checkpoint of `output`; null: begin anew, an earlier run in `output` being moved aside."""
     threads: int | None = None
     """CPU threads of each rank; when left out, the machine's cores divided by the ranks on it."""
+    timeout: float = 1800.0
+    """Seconds that a rank waits for the others before it ends with an error; more than the slowest stage can differ
+    between ranks."""
     actor: ActorConfig = field(default_factory=ActorConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
@@ -268,3 +292,4 @@ class Config:
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

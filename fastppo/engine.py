@@ -7,8 +7,9 @@ import io
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +25,8 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from torch import Tensor, nn
 
 from fastppo.config import OptimConfig, ZeroConfig
@@ -41,11 +44,17 @@ class World:
     rank: int
     ranks: int
     device: torch.device
+    launcher: int | None = None  # the process that started this one; None: nobody launched it, it runs alone
+    control: Any = None  # the process group for what ranks agree on; None: the default one
 
 
-def start_world(threads: int | None) -> World:
-    """Join the run's processes: those of the `deepspeed` launcher, or this one alone (`python -m fastppo.train`)."""
-    if "RANK" not in os.environ:
+def start_world(threads: int | None, timeout: float = 1800.0) -> World:
+    """Join the run's processes: those of the `deepspeed` launcher, or this one alone (`python -m fastppo.train`).
+
+    timeout: seconds that a rank waits for the others in a collective before it ends with an error.
+    """
+    launcher = os.getppid() if "RANK" in os.environ else None
+    if launcher is None:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(_free_port()))
     accelerator = get_accelerator()
@@ -59,15 +68,31 @@ def start_world(threads: int | None) -> World:
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else accelerator.communication_backend_name()
         with _quiet():
-            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-        if device.type == "cpu":
-            _unlink_shared_buffer()
-    return World(dist.get_rank(), dist.get_world_size(), device)
+            deepspeed.init_distributed(
+                dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout)
+            )
+        _forget_shared_memory()
+    # Agreeing on a flag over gloo leaves a GPU's queue of kernels alone; over NCCL the host would wait for it.
+    control = None if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    return World(dist.get_rank(), dist.get_world_size(), device, launcher, control)
+
+
+def _forget_shared_memory() -> None:
+    """Take the name off the 66 MiB of shared memory that DeepSpeed gives each rank; what is mapped stays.
+
+    DeepSpeed never does, so that every run, killed or not, would leave them in memory, and a run on the same port could
+    begin with what a killed one has left there.
+    """
+    dist.barrier()  # by then all ranks have mapped it
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{dist.get_rank()}"
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def stop_world() -> None:
-    """Leave the run's processes in order; without it the others' last collective can fail."""
+    """Leave the run's processes in order, and together: rank 0 keeps the store that the others still use."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -76,6 +101,15 @@ def all_gather(part: T, world: World) -> list[T]:
     parts: list[Any] = [None] * world.ranks
     dist.all_gather_object(parts, part)
     return parts
+
+
+def on_any_rank(flag: bool, world: World) -> bool:
+    """Whether the flag is set on one rank or more; the answer is the same on every rank."""
+    if world.ranks == 1:
+        return flag
+    flags = torch.tensor([int(flag)])
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=world.control)
+    return bool(flags.item())
 
 
 class Engine:
@@ -87,7 +121,7 @@ class Engine:
         """groups: parameters that share a learning rate; empty groups and frozen parameters are left out."""
         trained = [[p for p in group if p.requires_grad] for group in groups]
         self._kept = [i for i, group in enumerate(trained) if group]
-        optimizer = torch.optim.AdamW(
+        self._adam: Any = torch.optim.AdamW(
             [{"params": trained[i]} for i in self._kept],
             lr=0.0,
             betas=optim.betas,
@@ -98,7 +132,7 @@ class Engine:
         self._parameters = [p for i in self._kept for p in trained[i]]
         with _quiet():
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=_deepspeed_config(optim, zero), dist_init_required=False
+                model=module, optimizer=self._adam, config=_deepspeed_config(optim, zero), dist_init_required=False
             )
 
     def __call__(self, *args: Any) -> Any:
@@ -120,12 +154,64 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, learning_rates: Sequence[float]) -> float:
-        """Clip, update, clear the gradients; returns the global gradient norm before clipping."""
+    def gradient_norm(self) -> float:
+        """The norm of the gradient that all ranks have accumulated, before clipping; not finite if a part of it is."""
+        if hasattr(self._optimizer, "scaled_global_norm"):  # ZeRO stages 1 and 2
+            norm = self._optimizer.scaled_global_norm()
+        elif hasattr(self._optimizer, "_get_norm_groups"):  # stage 3 has no public name for it
+            norm = combine_grad_norm_groups(self._optimizer._get_norm_groups())
+        else:  # no ZeRO: every rank has the whole gradient
+            norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        return float(norm)
+
+    def step(self, learning_rates: Sequence[float], *, apply: bool = True) -> None:
+        """Clip, update, clear the gradients; without `apply` the weights and the optimizer stay as they were."""
         for group, i in zip(self._optimizer.param_groups, self._kept, strict=True):
             group["lr"] = learning_rates[i]
-        self._engine.step()
-        return float(self._engine.get_global_grad_norm() or 0.0)
+        with contextlib.nullcontext() if apply else _at_rest(self._adam):
+            self._engine.step()
+
+    def save(self, folder: Path, name: str, write: Callable[[Any, Path], None]) -> None:
+        """This rank's part of weights, master weights and optimizer, in files below `folder`/`name`; all ranks call it.
+
+        `write` gets each file's content and path. It must not raise: the other ranks would wait in a collective.
+        """
+        self._engine.checkpoint_engine = _Files(write)
+        self._engine._copy_recovery_script = lambda folder: None  # written past `write`, and the same in each
+        with _quiet():
+            self._engine.save_checkpoint(str(folder), tag=name, save_latest=False)
+
+    def load(self, folder: Path, name: str) -> None:
+        """What `save` wrote on as many ranks. All ranks call it."""
+        with _quiet():
+            found, _ = self._engine.load_checkpoint(str(folder), tag=name)
+        if found is None:
+            raise FileNotFoundError(f"{folder / name} has no state that DeepSpeed knows")
+
+
+@contextlib.contextmanager
+def _at_rest(optimizer: Any) -> Iterator[None]:
+    """Within this context the optimizer's step does nothing.
+
+    DeepSpeed's own runs on around it and clears the gradients, at every ZeRO stage alike. A subclass with a switch
+    would do, but DeepSpeed warns of optimizers that it does not know.
+    """
+    optimizer.step = lambda closure=None: None
+    try:
+        yield
+    finally:
+        del optimizer.step
+
+
+class _Files(TorchCheckpointEngine):  # type: ignore[misc]
+    """DeepSpeed's reader of checkpoint files, with a writer of ours."""
+
+    def __init__(self, write: Callable[[Any, Path], None]):
+        super().__init__()
+        self._write = write
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self._write(state_dict, Path(path))
 
 
 def _deepspeed_config(optim: OptimConfig, zero: ZeroConfig) -> dict[str, Any]:
@@ -158,17 +244,6 @@ def all_max(x: Tensor, world: World) -> Tensor:
 def _quiet() -> contextlib.AbstractContextManager[object]:
     """DeepSpeed prints tables of memory while it starts; they would push a run's own lines off the screen."""
     return contextlib.redirect_stdout(io.StringIO())
-
-
-def _unlink_shared_buffer() -> None:
-    """Give up the name of this rank's buffer for DeepSpeed's reductions, now that every rank has mapped it.
-
-    DeepSpeed does so in no case, and each run would leave 69 MB a rank in /dev/shm, which is memory.
-    """
-    dist.barrier()
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{dist.get_rank()}"
-    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def _free_port() -> int:

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastppo import ops
+from fastppo import ops, stop
 from fastppo.batch import Experience, Packed, Scored, segment_rows
 from fastppo.config import Config
 from fastppo.engine import World, all_gather
@@ -43,6 +43,7 @@ def estimate(
     parts, trunk = [], TrunkStates()
     for minibatch in first_epoch:
         for sequences in minibatch.of_rank(world.rank, world.ranks):
+            stop.check(world)
             rows = _measure(packed.select(sequences).to(world.device), sequences, roles, trunk, config)
             parts.append((sequences, {name: x.float().cpu() for name, x in rows.items()}))
     measured = _assemble(packed, [part for rank in all_gather(parts, world) for part in rank])
@@ -70,6 +71,21 @@ def estimate(
         trunk=trunk,
         **measured,
     )
+
+
+@torch.no_grad()
+def recall_trunk(packed: Packed, done: list[Minibatch], roles: Roles, world: World) -> TrunkStates:
+    """The trunk states of a process that has computed these minibatches of the batch, for one that goes on from there.
+
+    In another packing they could differ in the last bit.
+    """
+    trunk = TrunkStates()
+    for minibatch in done:
+        for sequences in minibatch.of_rank(world.rank, world.ranks):
+            piece = packed.select(sequences).to(world.device)
+            for role in (roles.policy, roles.reference, *([] if roles.critic is None else [roles.critic.module])):
+                trunk(role, piece, sequences)
+    return trunk
 
 
 def _measure(packed: Packed, sequences: Tensor, roles: Roles, trunk: TrunkStates, config: Config) -> TokenRows:

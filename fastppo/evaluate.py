@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastppo import ops
+from fastppo import ops, stop
 from fastppo.batch import Packed, Prompts, Scored
 from fastppo.config import Config
 from fastppo.data import PromptSet
@@ -44,7 +44,8 @@ def evaluate(
     """One response to each held-out prompt, its score, and how far the actor has moved from the reference."""
     prompts = Prompts.of(heldout.tokens, range(len(heldout))).of_rank(world.rank, world.ranks)
     sampling = replace(config.sampling, temperature=config.eval.temperature)
-    rollout = sample(roles.policy, prompts, sampling, stop_ids=stop_ids, seed=config.eval.seed)
+    with stop.together(world):
+        rollout = sample(roles.policy, prompts, sampling, stop_ids=stop_ids, seed=config.eval.seed)
     local = score(rollout, heldout, sources, roles.tokenizer, config.ppo)
     surprise = sum(all_gather(_log_ratios(local, roles, config), world), torch.zeros(3, dtype=torch.float64))
     scored = gather_scored(local, world)

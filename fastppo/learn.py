@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastppo import ops
+from fastppo import ops, stop
 from fastppo.batch import Experience, Packed
 from fastppo.config import Config
 from fastppo.engine import Engine, World, all_max, all_sum
+from fastppo.faults import note_fault
 from fastppo.microbatch import Minibatch
 from fastppo.models import Policy
 from fastppo.ppo import step_rates
@@ -43,6 +45,7 @@ class Update:
     value_clip_fraction: float
     actor_grad_norm: float  # before clipping; of both where actor and critic share a backbone
     critic_grad_norm: float
+    skipped: int = 0  # updates in a row, this one included, that were not applied: loss or gradient was not finite
 
 
 class Sums(NamedTuple):
@@ -89,26 +92,42 @@ def learn(
     step: int,
     beta: float,
     world: World,
+    updates: list[Update] | None = None,
+    skipped: int = 0,
 ) -> list[Update]:
     """One update for each minibatch of the plan.
 
     step: which PPO step of the run this is, counted from 0, for the learning rates and the critic's warm-up;
-    beta: coefficient of a KL penalty in the loss.
+    beta: coefficient of a KL penalty in the loss; updates: those already done, to which the others are added as they
+    are done; skipped: updates in a row that were not applied at the end of the step before.
     """
-    updates: list[Update] = []
+    updates = [] if updates is None else updates
     rates, train_actor = step_rates(config, step), step >= config.critic.warmup_steps
-    for epoch, minibatches in enumerate(plan):
-        for minibatch in minibatches:
-            actor_rate, critic_rate = rates[len(updates)]
-            jobs = _jobs(roles, actor_rate, critic_rate, train_actor)
-            tokens = int(experience.packed.response_lengths[torch.cat(minibatch.microbatches)].sum())
-            sums = _accumulate(jobs, experience, minibatch, tokens, roles, config, beta, world)
-            norms = [engine.step(learning_rates) for engine, _, learning_rates in jobs]
-            actor_norm = norms[0] if train_actor else float("nan")
-            updates.append(_summarise(epoch, sums, tokens, actor_norm, norms[-1], world))
-            if len(updates) == 1 and train_actor:
-                check_first_ratio(updates[0], config.optim.dtype)
+    minibatches = [(epoch, minibatch) for epoch, part in enumerate(plan) for minibatch in part]
+    for epoch, minibatch in minibatches[len(updates) :]:
+        actor_rate, critic_rate = rates[len(updates)]
+        jobs = _jobs(roles, actor_rate, critic_rate, train_actor)
+        tokens = int(experience.packed.response_lengths[torch.cat(minibatch.microbatches)].sum())
+        sums = _accumulate(jobs, experience, minibatch, tokens, roles, config, beta, world)
+        norms = [engine.gradient_norm() for engine, _, _ in jobs]
+        update = _summarise(epoch, sums, tokens, norms[0] if train_actor else math.nan, norms[-1], world)
+        finite = _finite(update, norms, train_actor)
+        for engine, _, learning_rates in jobs:  # all or none: a critic that learned alone would no longer fit the actor
+            engine.step(learning_rates, apply=finite)
+        if not finite:
+            before = updates[-1].skipped if updates else skipped
+            update = replace(update, skipped=before + 1)
+            note_fault(experience, minibatch, asdict(update), config, step=step, number=len(updates), world=world)
+        updates.append(update)
+        if len(updates) == 1 and train_actor:
+            check_first_ratio(updates[0], config.optim.dtype)
     return updates
+
+
+def _finite(update: Update, norms: list[float], train_actor: bool) -> bool:
+    """Whether loss and gradients are numbers. Both are sums over all ranks, so the ranks agree."""
+    losses = [update.value_loss, update.policy_loss, update.kl_loss] if train_actor else [update.value_loss]
+    return all(math.isfinite(x) for x in (*losses, *norms))
 
 
 def policy_term(policy: Policy, hidden: Tensor, targets: Targets, config: Config) -> tuple[Tensor, Sums]:
@@ -176,6 +195,7 @@ def _accumulate(
     sums = Sums.zero(world.device)
     mine = minibatch.of_rank(world.rank, world.ranks)
     for i, sequences in enumerate(mine):
+        stop.check(world)
         targets = _targets(experience, sequences, normalizer, roles.reference, config, beta, world.device)
         for engine, terms, _ in jobs:
             below = experience.trunk(engine.module, targets.packed, sequences)

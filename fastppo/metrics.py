@@ -18,8 +18,11 @@ def mean_kl(experience: Experience) -> float:
 def step_metrics(experience: Experience, updates: Sequence[Update], seconds: Mapping[str, float]) -> dict[str, float]:
     """Means over the global batch: per response score, reward, KL and length; per token what learning saw.
 
-    seconds: `time/STAGE` of the step's four stages.
+    seconds: `time/STAGE` of the step's four stages. Of the updates those count that were applied.
     """
+    epochs = 1 + max(u.epoch for u in updates)
+    skipped = sum(u.skipped > 0 for u in updates)
+    updates = [u for u in updates if not u.skipped] or updates
     responses, tokens = len(experience.packed), len(experience.kl)
     metrics = {
         "score": float(experience.scores.mean()),
@@ -32,6 +35,7 @@ def step_metrics(experience: Experience, updates: Sequence[Update], seconds: Map
         "ended": float(experience.ended.float().mean()),
         "value": float(experience.values.mean()),
         "explained_variance": explained_variance(experience.values, experience.returns),
+        "skipped_updates": skipped,
         "sampler_error": float((experience.sampler_logprobs - experience.old_logprobs).abs().mean()),
     }
     for name in ("policy_loss", "kl_loss", "approx_kl", "clip_fraction", "dual_clip_fraction", "ratio_mean"):
@@ -44,7 +48,7 @@ def step_metrics(experience: Experience, updates: Sequence[Update], seconds: Map
         for name in ("approx_kl", "clip_fraction", "ratio_mean"):
             metrics[f"epoch{epoch + 1}/{name}"] = fmean(getattr(u, name) for u in of_epoch)
         metrics[f"epoch{epoch + 1}/ratio_max"] = max(u.ratio_max for u in of_epoch)
-    return metrics | dict(seconds) | _speeds(seconds, experience, 1 + max(u.epoch for u in updates))
+    return metrics | dict(seconds) | _speeds(seconds, experience, epochs)
 
 
 def _speeds(seconds: Mapping[str, float], experience: Experience, epochs: int) -> dict[str, float]:

@@ -20,19 +20,21 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda x: 0 <= x < math.inf,
         "seed steps actor.lr critic.lr critic.warmup_steps data.split_seed sampling.top_k sampling.min_new_tokens"
         " ppo.entropy_coef ppo.value_coef ppo.kl_coef ppo.truncation_penalty optim.warmup_steps optim.weight_decay"
-        " optim.max_grad_norm eval.every eval.prompts eval.seed eval.show",
+        " optim.max_grad_norm optim.max_skipped eval.every eval.prompts eval.seed eval.show checkpoint.every"
+        " checkpoint.keep_best",
     ),
     (
         "1 or more",
         lambda x: x >= 1,
         "threads data.first_tokens data.max_prompt_tokens data.limit sampling.max_new_tokens"
-        " sampling.samples_per_prompt sampling.rows ppo.batch_size ppo.epochs ppo.minibatches ppo.microbatch_tokens",
+        " sampling.samples_per_prompt sampling.rows ppo.batch_size ppo.epochs ppo.minibatches ppo.microbatch_tokens"
+        " checkpoint.keep_last",
     ),
     (
         "greater than 0",
         lambda x: 0 < x < math.inf,
         "sampling.temperature eval.temperature ppo.clip_high ppo.value_clip ppo.kl_target ppo.kl_horizon"
-        " ppo.score_clip optim.eps",
+        " ppo.score_clip optim.eps timeout",
     ),
     ("greater than 1", lambda x: 1 < x < math.inf, "ppo.dual_clip"),
     ("between 0 and 1", lambda x: 0 <= x <= 1, "ppo.gamma ppo.lam"),
@@ -51,6 +53,7 @@ def validate(config: Config, ranks: int = 1) -> None:
     _check_batch(config, ranks)
     _check_kl(config)
     _check_schedule(config)
+    _check_checkpoints(config)
 
 
 def _check_ranges(config: Config) -> None:
@@ -240,3 +243,23 @@ def _check_schedule(config: Config) -> None:
             raise ConfigError(
                 f"track.profile_steps names step {step}, but the run has steps 1 to {steps}. Name steps among them."
             )
+
+
+def _check_checkpoints(config: Config) -> None:
+    checkpoint, evaluated = config.checkpoint, config.eval.every
+    if config.resume == "":
+        raise ConfigError("resume is empty; give auto, the path of a checkpoint, or null to begin anew.")
+    if checkpoint.keep_best == 0:
+        return
+    if checkpoint.every == 0:
+        raise ConfigError(
+            f"checkpoint.keep_best is {checkpoint.keep_best} and checkpoint.every 0: no checkpoint is written that"
+            " could be the best. Set checkpoint.every above 0, or keep_best to 0."
+        )
+    if evaluated == 0 or checkpoint.every % evaluated:
+        raise ConfigError(
+            f"checkpoint.keep_best is {checkpoint.keep_best}, which compares held-out scores, but checkpoint.every is"
+            f" {checkpoint.every} and eval.every {evaluated}: a checkpoint without an evaluation at its own step has no"
+            f" score. Set checkpoint.every to a multiple of eval.every (both {checkpoint.every}, for example), or"
+            " keep_best to 0."
+        )

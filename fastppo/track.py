@@ -64,6 +64,23 @@ def fresh_folder(output: Path) -> Path:
     return output
 
 
+def continue_folder(output: Path, position: int) -> None:
+    """Bring the run folder `output` back to where its metrics had this many bytes, so that no step is in it twice.
+
+    To be called by rank 0 alone, before the other ranks touch the folder.
+    """
+    try:
+        with open(output / METRICS, "ab+") as metrics:
+            size = metrics.seek(0, 2)
+            if size < position:  # a machine that lost power may have kept the checkpoint and lost these lines
+                log.warning("%s ends before the checkpoint's step; lines are missing", output / METRICS)
+                metrics.seek(0)
+                position = metrics.read().rfind(b"\n") + 1
+            metrics.truncate(position)
+    except OSError as error:
+        raise RunFolderError(f"output = {output} cannot be continued ({error}). Make it writable.") from error
+
+
 def _move_aside(output: Path) -> None:
     if not (output / METRICS).is_file():
         raise RunFolderError(
@@ -82,9 +99,9 @@ def _move_aside(output: Path) -> None:
 class Tracker:
     """Records the steps of a run in the folder `output`, which exists (`fresh_folder`). A context manager."""
 
-    def __init__(self, output: Path, config: TrackConfig, *, steps: int, rank: int):
-        """steps: of the whole run, for the bar and the time left; rank: of this process."""
-        self._output, self._config, self._steps, self._rank = output, config, steps, rank
+    def __init__(self, output: Path, config: TrackConfig, *, steps: int, rank: int, done: int = 0):
+        """steps: of the whole run, for the bar and the time left; rank: of this process; done: steps before this."""
+        self._output, self._config, self._steps, self._rank, self._done = output, config, steps, rank, done
         self._stack = ExitStack()
         self._metrics: TextIO | None = None
         self._writer: Any = None  # a SummaryWriter
@@ -98,11 +115,13 @@ class Tracker:
         if self._config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # a second of imports that not every run wants
 
-            self._writer = SummaryWriter(str(self._output / "tensorboard"))
+            # TensorBoard then leaves out what an attempt that was cut off wrote of later steps
+            purge = {"purge_step": self._done + 1} if self._done else {}
+            self._writer = SummaryWriter(str(self._output / "tensorboard"), **purge)
             self._stack.callback(self._writer.close)
         if _wants_bar(self._config.progress):
             self._bar = self._stack.enter_context(_progress_bar())
-            self._bar.add_task("", total=self._steps)
+            self._bar.add_task("", total=self._steps, completed=self._done)
         return self
 
     def __exit__(self, *raised: object) -> None:
@@ -215,8 +234,9 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
 class Stages:
     """Seconds of each stage of a step: `with stages("sampling"): ...`. Stages follow each other, not one in another."""
 
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
+    def __init__(self, seconds: dict[str, float]):
+        """seconds: where they are kept, with those of a step that another process began."""
+        self._seconds = seconds
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -232,7 +252,7 @@ class Stages:
     def take(self) -> dict[str, float]:
         """`{"time/sampling": seconds, ...}` since the last call."""
         taken = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
-        self._seconds = {}
+        self._seconds.clear()
         return taken
 
 

@@ -7,13 +7,14 @@ rewards, values and advantages for each token) and learning (several epochs of c
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: Python would look for modules in the folder fastppo/ first
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from fastppo.batch import Prompts
-from fastppo.checkpoint import export
+from fastppo.checkpoint import Checkpoints, export, find_checkpoint
 from fastppo.cli import dump, parse
 from fastppo.config import Config
 from fastppo.data import batches, load_prompts
@@ -25,18 +26,31 @@ from fastppo.feedback import gather_scored, load_functions, load_sources, score
 from fastppo.learn import learn
 from fastppo.metrics import mean_kl, step_metrics
 from fastppo.microbatch import plan_step
-from fastppo.ppo import KLController, step_rates
+from fastppo.ppo import step_rates
 from fastppo.roles import assemble
 from fastppo.rollout import sample, stop_ids
-from fastppo.track import Stages, Tracker, fresh_folder, setup_logging, show_samples, write_samples
+from fastppo.stop import Stopped, together, watching
+from fastppo.track import (
+    Stages,
+    Tracker,
+    continue_folder,
+    fresh_folder,
+    setup_logging,
+    show_samples,
+    write_samples,
+)
 
 
 def train(config: Config, world: World) -> None:
-    """A whole run: evaluate, repeat the three stages, evaluate again, and leave the actor behind."""
+    """A whole run: evaluate, repeat the three stages, evaluate again, and leave the actor behind.
+
+    Raises Stopped where it was told to stop; what it has done is saved then.
+    """
     ppo, n, output = config.ppo, config.sampling.samples_per_prompt, Path(config.output)
     load_functions(config.rewards)  # a typo in a function's name should not cost the minutes of loading models
+    found = find_checkpoint(config, world)
     if world.rank == 0:
-        fresh_folder(output)
+        fresh_folder(output) if found is None else continue_folder(output, found.position)
         (output / "config.yaml").write_text(dump(config), encoding="utf-8")
     roles = assemble(config, world)
     sources = load_sources(config, roles.tokenizer, world.device)
@@ -48,42 +62,63 @@ def train(config: Config, world: World) -> None:
         reserve=config.sampling.max_new_tokens,
     )
     stops = stop_ids(roles.policy, roles.tokenizer, config.sampling)
-    order = batches(data, size=ppo.batch_size // n, seed=config.seed, shuffle=config.data.shuffle)
-    beta, stages = KLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon), Stages()
+    checkpoints = Checkpoints(config, roles, (data, heldout), world)
+    run = checkpoints.load(found)
+    beta, stages = run.beta, Stages(run.seconds)
+    order = batches(data, size=ppo.batch_size // n, seed=config.seed, shuffle=config.data.shuffle, start=run.step)
 
-    with Tracker(output, config.track, steps=config.steps, rank=world.rank) as tracker:
-        evaluations = []
+    with (
+        watching(world),
+        Tracker(output, config.track, steps=config.steps, rank=world.rank, done=run.step) as tracker,
+        checkpoints.saved_when_stopped(run),
+    ):
 
-        def evaluate_after(steps: int) -> None:
-            if config.eval.prompts:
-                evaluations.append(evaluate(roles, heldout, sources, stops, config, world))
-                tracker.log_evaluation(steps, evaluations[-1].metrics)
+        def evaluate_if_due() -> None:
+            due = run.step in (0, config.steps) or (config.eval.every and run.step % config.eval.every == 0)
+            if config.eval.prompts and due and run.evaluated < run.step:
+                run.add_evaluation(evaluate(roles, heldout, sources, stops, config, world))
+                tracker.log_evaluation(run.step, run.evaluations[-1].metrics)
 
-        evaluate_after(0)
-        for step in range(config.steps):
+        evaluate_if_due()
+        for step in range(run.step, config.steps):
             rows = next(order)
             prompts = Prompts.of(data.tokens, rows, first=step * len(rows), samples=n)
             with tracker.profile(step + 1):
-                with stages("sampling"):
-                    mine = prompts.of_rank(world.rank, world.ranks)
-                    rollout = sample(roles.policy, mine, config.sampling, stop_ids=stops, seed=config.seed)
-                with stages("feedback"):
-                    scored = gather_scored(score(rollout, data, sources, roles.tokenizer, ppo), world)
-                with stages("experience"):
-                    plan = plan_step(scored.rollout.packed.lengths, config, step, world.ranks)
-                    experience = estimate(scored, roles, plan[0], config, beta.value, world)
+                experience = run.experience
+                if experience is None:  # else the run was stopped while it learned from it, and goes on with that
+                    with stages("sampling"), together(world):
+                        mine = prompts.of_rank(world.rank, world.ranks)
+                        rollout = sample(roles.policy, mine, config.sampling, stop_ids=stops, seed=config.seed)
+                    with stages("feedback"):
+                        scored = gather_scored(score(rollout, data, sources, roles.tokenizer, ppo), world)
+                    with stages("experience"):
+                        first_epoch = plan_step(scored.rollout.packed.lengths, config, step, world.ranks)[0]
+                        experience = estimate(scored, roles, first_epoch, config, beta.value, world)
+                        run.add_experience(experience)
                 with stages("learning"):
-                    updates = learn(experience, roles, plan, config, step=step, beta=beta.value, world=world)
+                    plan = plan_step(experience.packed.lengths, config, step, world.ranks)
+                    updates = learn(
+                        experience,
+                        roles,
+                        plan,
+                        config,
+                        step=step,
+                        beta=beta.value,
+                        world=world,
+                        updates=run.updates,
+                        skipped=run.skipped,
+                    )
             metrics = step_metrics(experience, updates, stages.take())
             rates = dict(zip(("actor_lr", "critic_lr"), step_rates(config, step)[-1], strict=True))
             tracker.log(step + 1, metrics | rates | {"kl_coef": beta.value})
             beta.update(mean_kl(experience), ppo.batch_size)
-            if step + 1 == config.steps or (config.eval.every and (step + 1) % config.eval.every == 0):
-                evaluate_after(step + 1)
+            run.end_step()
+            evaluate_if_due()
+            checkpoints.save_if_due(run)
 
     if world.rank == 0:
-        if len(evaluations) > 1:
-            shown = samples(heldout, evaluations[0], evaluations[-1])
+        if len(run.evaluations) > 1:
+            shown = samples(heldout, run.evaluations[0], run.evaluations[-1])
             write_samples(output / "samples.jsonl", shown)
             show_samples(shown[: config.eval.show])
         export(roles.policy, roles.tokenizer, output / "actor")
@@ -91,9 +126,9 @@ def train(config: Config, world: World) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(argv)
-    world = start_world(config.threads)
+    world = start_world(config.threads, config.timeout)
     setup_logging(world.rank)
-    with exit_with_message(world.rank):
+    with exit_with_message(world.rank), suppress(Stopped):  # a run that was told to stop has done as it was told
         train(config, world)
     stop_world()
 

@@ -24,6 +24,7 @@ from fastppo.track import (
     Sample,
     Stages,
     Tracker,
+    continue_folder,
     fresh_folder,
     read_metrics,
     samples_table,
@@ -103,6 +104,30 @@ def test_tensorboard_holds_every_metric(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert set(events.Tags()["scalars"]) == {*STEP, "eval/score"}
     assert [(e.step, e.value) for e in events.Scalars("score")] == [(1, 0.5), (2, 0.75)]
+
+
+def test_a_run_that_is_continued_has_no_step_twice(tmp_path: Path) -> None:
+    config, metrics = TrackConfig(progress="never"), tmp_path / "metrics.jsonl"
+    with Tracker(tmp_path, config, steps=4, rank=0) as tracker:
+        tracker.log(1, STEP)
+        position = metrics.stat().st_size
+        tracker.log(2, STEP)
+        tracker.log(3, STEP)
+    continue_folder(tmp_path, position)
+    with Tracker(tmp_path, config, steps=4, rank=0, done=1) as tracker:
+        tracker.log(2, STEP | {"score": 0.75})
+    assert [r["step"] for r in read_metrics(metrics)] == [1, 2]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("score")] == [(1, 0.5), (2, 0.75)]
+
+
+def test_metrics_that_end_before_the_checkpoint_keep_their_whole_lines(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    continue_folder(tmp_path, 1000)
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
+    assert "lines are missing" in caplog.text
 
 
 def test_other_ranks_write_and_print_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -223,7 +248,7 @@ def test_progress_always_and_never_do_not_ask_the_output(
 def test_stages_add_up_until_they_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 5.0, 7.0, 10.0, 14.0])
     monkeypatch.setattr("fastppo.track.time.perf_counter", lambda: next(clock))
-    stages = Stages()
+    stages = Stages({})
     for name in ("sampling", "learning", "sampling"):
         with stages(name):
             pass
@@ -247,7 +272,7 @@ def test_time_left_follows_the_mean_step(
 
 
 def test_a_profile_of_the_chosen_step_names_its_stages_on_every_rank(tmp_path: Path) -> None:
-    stages = Stages()
+    stages = Stages({})
     for rank in (0, 1):
         config = TrackConfig(tensorboard=False, progress="never", profile_steps=(2,))
         with Tracker(tmp_path, config, steps=3, rank=rank) as tracker:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fastppo import ops
+from fastppo import ops, stop
 from fastppo.attention import Cache
 from fastppo.batch import Prompts, Rollout, pack, segment_offsets
 from fastppo.config import SamplingConfig
@@ -41,7 +41,10 @@ def stop_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase, config: Samplin
 
 
 def sample(policy: Policy, prompts: Prompts, config: SamplingConfig, *, stop_ids: Sequence[int], seed: int) -> Rollout:
-    """One response of 1 to `max_new_tokens` tokens to each prompt, the stop token included; on the CPU."""
+    """One response of 1 to `max_new_tokens` tokens to each prompt, the stop token included; on the CPU.
+
+    To be called within `stop.together`: ranks do not wait for each other in here, and one may leave alone.
+    """
     was_training = policy.training
     policy.eval()
     responses: list[Response] = []
@@ -84,6 +87,7 @@ class _Decoding:
     def run(self) -> list[Response]:
         hidden = self._prefill()
         for position in range(self.config.max_new_tokens):
+            stop.check_alone()
             newest = self._draw(self.policy.head(hidden), position)
             if position + 1 == self.config.max_new_tokens or not self._shrink():
                 break

@@ -1,0 +1,92 @@
+"""A run on two ranks that is killed at random moments, against one that is not; a soak of minutes.
+
+    python bench/kill_resume.py --kills 20
+
+Both runs use the `deepspeed` command. One is ended by SIGKILL, launcher and ranks at once, at twenty moments that lie
+anywhere: while models load, in a stage, in the middle of writing a checkpoint. Each time `--resume auto` goes on. At
+the end weights, optimizer states, random states and metrics must be equal bit for bit. Exits with 1 if they are not.
+"""
+
+import argparse
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+import runs
+
+
+def command(folder: Path, output: Path, steps: int, settings: list[str]) -> list[str]:
+    changes = {"steps": steps, "optim__dtype": "bf16", "zero__stage": 2, "resume": "auto"}
+    fixed = runs.settings(folder, output, **changes)
+    with socket.socket() as s:  # DeepSpeed's own port may belong to another run
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    return ["deepspeed", "--num_accelerators", "2", "--master_port", port, "fastppo/train.py", *fixed, *settings]
+
+
+def start(argv: list[str], log: Path) -> subprocess.Popen[bytes]:
+    with open(log, "ab") as file:
+        return subprocess.Popen(argv, stdout=file, stderr=file, start_new_session=True)
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """`deepspeed`, its `launch` and the ranks are one session but several process groups: go through /proc."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if os.getsid(int(entry.name)) == process.pid:
+                    os.kill(int(entry.name), signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+    process.wait()
+
+
+def progress(output: Path) -> int:
+    metrics = output / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Kill and resume a run at random moments.")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=Path("runs/kill_resume"))
+    options, settings = parser.parse_known_args()
+    options.output.mkdir(parents=True)
+    folder, moments = runs.prepare(options.output.resolve()), random.Random(options.seed)
+    steps = max(2 * options.kills, 4)
+    straight, killed, log = folder / "straight", folder / "killed", folder / "log"
+    began = time.monotonic()
+    subprocess.run(command(folder, straight, steps, settings), check=True, stdout=sys.stderr)
+    whole = time.monotonic() - began
+    for kill in range(options.kills):
+        process, before = start(command(folder, killed, steps, settings), log), progress(killed)
+        if kill % 5:  # every fifth falls into start-up, wherever that is
+            while process.poll() is None and progress(killed) in (0, before):
+                time.sleep(0.01)
+            time.sleep(moments.uniform(0, 1.5))
+        else:
+            time.sleep(moments.uniform(0, 20))
+        ended = process.poll()
+        kill_all(process)
+        names = runs.checkpoints(killed) if (killed / "checkpoints").exists() else []
+        print(f"kill {kill + 1}: {progress(killed)} lines, {', '.join(names) or 'no checkpoint'}", flush=True)
+        if ended is not None:
+            sys.exit(f"the run ended by itself with {ended} before it was killed; see {log}")
+    subprocess.run(command(folder, killed, steps, settings), check=True, stdout=sys.stderr)
+    equal = runs.records(straight) == runs.records(killed) and runs.same(runs.state(straight), runs.state(killed))
+    print(
+        f"{steps} steps, {options.kills} kills: {'equal bit for bit' if equal else 'NOT equal'}; {whole:.0f} s unkilled"
+    )
+    sys.exit(0 if equal else 1)
+
+
+if __name__ == "__main__":
+    main()

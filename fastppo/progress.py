@@ -1,0 +1,115 @@
+"""Where a run is: all that its future depends on beside the models and their optimizers."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import numpy
+import torch
+
+from fastppo.batch import Experience, Packed
+from fastppo.config import Config
+from fastppo.evaluate import Evaluation
+from fastppo.learn import Update
+from fastppo.ppo import KLController
+
+State = dict[str, Any]
+
+
+def random_state() -> State:
+    """The state of every generator of this process that a reward function could use; the run's own depend on step and
+    seed alone."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {
+        "python": random.getstate(),
+        "numpy": numpy.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+    }
+
+
+def seed_random(seed: int, rank: int) -> None:
+    """Begin each of those generators at a place of its own for every rank."""
+    random.seed(f"{seed}/{rank}")
+    number = random.getrandbits(32)
+    numpy.random.seed(number)
+    torch.manual_seed(number)
+
+
+def set_random_state(state: State) -> None:
+    random.setstate(state["python"])
+    numpy.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+@dataclass
+class Progress:
+    """A run after `step` PPO steps, and as far as it has learned from the batch of the next one.
+
+    Data order, sampling and the plan of microbatches are functions of seed and step, so they need no state. Stages
+    before learning leave nothing behind that counts: a run that was stopped in one of them repeats it.
+    """
+
+    beta: KLController
+    step: int = 0  # done
+    skipped: int = 0  # updates in a row that were not applied
+    evaluated: int = -1  # after which step the last evaluation was; -1 before the first
+    evaluations: list[Evaluation] = field(default_factory=list)  # the first and the last
+    experience: Experience | None = None  # of the next step, once it can be learned from
+    updates: list[Update] = field(default_factory=list)  # done on it
+    seconds: dict[str, float] = field(default_factory=dict)  # of the next step's stages
+    random: State = field(default_factory=random_state)  # as it was where the run would go on
+
+    @staticmethod
+    def begin(config: Config, rank: int) -> Progress:
+        seed_random(config.seed, rank)
+        return Progress(KLController(config.ppo.kl_coef, config.ppo.kl_target, config.ppo.kl_horizon))
+
+    @property
+    def name(self) -> str:
+        """Names sort as runs proceed."""
+        return f"step-{self.step:08d}" + ("" if self.experience is None else f"-update-{len(self.updates):04d}")
+
+    def add_evaluation(self, evaluation: Evaluation) -> None:
+        self.evaluations = [*self.evaluations[:1], evaluation]
+        self.evaluated, self.random = self.step, random_state()
+
+    def add_experience(self, experience: Experience) -> None:
+        self.experience, self.random = experience, random_state()
+
+    def end_step(self) -> None:
+        self.step += 1
+        self.skipped = self.updates[-1].skipped
+        self.experience, self.updates, self.random = None, [], random_state()
+
+    def state(self) -> State:
+        """Plain values and tensors, the same on every rank; `random` is each rank's own."""
+        same = ("step", "skipped", "evaluated", "seconds")
+        experience = None
+        if self.experience is not None:
+            experience = {f.name: getattr(self.experience, f.name) for f in fields(Experience) if f.name != "trunk"}
+            experience["packed"] = {f.name: getattr(self.experience.packed, f.name) for f in fields(Packed)}
+        return {name: getattr(self, name) for name in same} | {
+            "beta": self.beta.value,
+            "evaluations": [asdict(e) for e in self.evaluations],
+            "updates": [asdict(u) for u in self.updates],
+            "experience": experience,
+        }
+
+    def restore(self, state: State, own: State) -> None:
+        """What `state` gave; own: this rank's `random`. The experience lacks its trunk (`estimate.recall_trunk`)."""
+        self.step, self.skipped, self.evaluated = state["step"], state["skipped"], state["evaluated"]
+        self.beta.value, self.random = state["beta"], own
+        self.seconds.update(state["seconds"])
+        self.evaluations = [Evaluation(**e) for e in state["evaluations"]]
+        self.updates = [Update(**u) for u in state["updates"]]
+        if (kept := state["experience"]) is not None:
+            self.experience = Experience(**kept | {"packed": Packed(**kept["packed"]), "trunk": _no_trunk})
+
+
+def _no_trunk(role: Any, packed: Packed, sequences: torch.Tensor) -> None:
+    return None

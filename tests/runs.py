@@ -1,0 +1,93 @@
+"""Settings of small runs and what they leave behind, for the tests of checkpoints and faults."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+
+REWARD = """
+import random
+
+def letters(prompts, responses, **columns):
+    # random numbers of Python's own: a resumed run must go on in their row
+    return [sum("a" <= c <= "z" for c in response) / 8 + random.random() / 10 for response in responses]
+"""
+
+
+def prepare(folder: Path) -> Path:
+    """A model, prompts and a reward function."""
+    tiny.saved(folder / "model", tiny.causal())
+    lines = [json.dumps({"prompt": f"prompt {i}"}) for i in range(40)]
+    (folder / "prompts.jsonl").write_text("\n".join(lines))
+    (folder / "reward.py").write_text(REWARD)
+    return folder
+
+
+def settings(folder: Path, output: Path, **changes: Any) -> list[str]:
+    """Changes are given as ppo__epochs=1."""
+    fixed = {
+        "output": output,
+        "steps": 4,
+        "threads": 1,
+        "actor.model": folder / "model",
+        "rewards": json.dumps([{"function": f"{folder}/reward.py:letters"}]),
+        "data.path": folder / "prompts.jsonl",
+        "data.max_prompt_tokens": 16,
+        "sampling.max_new_tokens": 6,
+        "ppo.batch_size": 8,
+        "ppo.epochs": 2,
+        "ppo.minibatches": 2,
+        "ppo.microbatch_tokens": 40,
+        "ppo.kl_target": 1.0,
+        "ppo.kl_horizon": 100,
+        "actor.lr": 1e-3,
+        "actor.train": 2,
+        "eval.prompts": 4,
+        "eval.every": 2,
+        "checkpoint.every": 1,
+        "track.tensorboard": "false",
+    }
+    changed = fixed | {name.replace("__", "."): value for name, value in changes.items()}
+    return [part for name, value in changed.items() for part in (f"--{name}", str(value))]
+
+
+def records(output: Path) -> list[dict[str, Any]]:
+    """The metrics but for those that measure time."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(("time/", "tokens_per_second"))} for line in lines]
+
+
+def checkpoints(output: Path) -> list[str]:
+    return sorted(p.name for p in (output / "checkpoints").iterdir())
+
+
+def state(output: Path) -> dict[str, Any]:
+    """All that the newest checkpoint holds, by file."""
+    folder = max((output / "checkpoints").glob("step-*"))
+    files = sorted(path for path in folder.rglob("*.pt"))
+    return {path.relative_to(folder).as_posix(): torch.load(path, weights_only=False) for path in files}
+
+
+def same(one: Any, other: Any, where: str = "") -> bool:
+    """Equal bit for bit; prints where not."""
+    if isinstance(one, torch.Tensor):
+        equal = one.dtype == other.dtype and one.shape == other.shape and one.equal(other)
+    elif isinstance(one, dict):
+        equal = one.keys() == other.keys() and all(same(one[k], other[k], f"{where}/{k}") for k in one)
+    elif isinstance(one, list | tuple):
+        equal = len(one) == len(other) and all(
+            same(a, b, f"{where}/{i}") for i, (a, b) in enumerate(zip(one, other, strict=True))
+        )
+    elif hasattr(one, "tolist"):  # numpy's
+        equal = one.tolist() == other.tolist()
+    elif hasattr(one, "__dict__"):  # DeepSpeed's own
+        equal = type(one) is type(other) and same(vars(one), vars(other), where)
+    else:
+        equal = one == other or (one != one and other != other)
+    if not equal:
+        print(f"{where}: {one!r} and {other!r}"[:500])
+    return bool(equal)

@@ -1,0 +1,301 @@
+"""A run that is cut off and resumed ends where the run ends that never was; what cannot be resumed is refused."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from forks import Forks, Run
+
+import runs
+
+ROLES = {
+    "separate critic, fp32, stage 1": {"optim__dtype": "fp32", "zero__stage": 1},
+    "shared critic, fp32, stage 0": {"critic__kind": "shared", "optim__dtype": "fp32", "zero__stage": 0},
+    "separate critic, bf16, stage 2": {"optim__dtype": "bf16", "zero__stage": 2},
+}
+
+# Tells the last rank to stop at the nth place of a kind: `check`, where ranks agree, or `check_alone`, in sampling.
+STOP_AT = """
+import os
+from fastppo import stop
+
+real, count = stop.{kind}, iter(range(1, 1_000_000))
+
+def place(*world):
+    if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1 and next(count) >= {n}:
+        stop._watch.asked.set()
+    real(*world)
+
+stop.{kind} = place
+"""
+PLACES = (("check_alone", 3), ("check", 8), ("check", 9), ("check_alone", 8))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return runs.prepare(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    with Forks(tmp_path_factory.mktemp("logs")) as forks:
+        yield forks
+
+
+@pytest.fixture(scope="module")
+def straight(folder, forks):
+    """Outputs of runs that nothing happened to, made when first asked for."""
+    made = {}
+
+    def output(ranks: int, roles: str) -> Path:
+        if (ranks, roles) not in made:
+            made[ranks, roles] = folder / f"straight-{len(made)}"
+            forks.run(runs.settings(folder, made[ranks, roles], **ROLES[roles]), ranks)
+        return made[ranks, roles]
+
+    return output
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert runs.records(one) == runs.records(other)
+    states = [runs.state(output) for output in (one, other)]
+    for state in states:  # a run that stopped in an evaluation saved itself before it, and does not save twice
+        del state["progress.pt"]["evaluations"], state["progress.pt"]["evaluated"]
+    assert runs.same(*states)
+    assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
+
+
+def wait_for(what, run: Run, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, run.text()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "roles"),
+    [(1, "separate critic, fp32, stage 1"), (2, "shared critic, fp32, stage 0"), (2, "separate critic, bf16, stage 2")],
+)
+def test_a_run_that_stops_anywhere_and_goes_on_equals_the_one_that_did_not(folder, forks, straight, ranks, roles):
+    """Stops lie in sampling, evaluation, experience and learning, several of them inside one step."""
+    output = folder / f"stopped-{ranks}-{roles.replace(' ', '')}"
+    argv = runs.settings(folder, output, resume="auto", **ROLES[roles])
+    stops = []
+    for kind, n in PLACES:
+        forks.run(argv, ranks, STOP_AT.format(kind=kind, n=n))
+        stops.append(runs.checkpoints(output)[-1])
+    assert stops[0] == "step-00000000" and any("-update-" in name for name in stops), stops
+    forks.run(argv, ranks)
+    assert_same_run(straight(ranks, roles), output)
+
+
+def test_a_run_killed_at_random_moments_and_resumed_equals_the_one_that_was_not(folder, forks, straight):
+    roles, output = "separate critic, bf16, stage 2", folder / "killed"
+    argv = runs.settings(folder, output, resume="auto", **ROLES[roles])
+    moments, metrics = random.Random(7), output / "metrics.jsonl"
+    for kill in range(3):
+        run = forks.start(argv, 2)
+        wait_for(lambda kill=kill: metrics.exists() and metrics.read_bytes().count(b"\n") > 2 * kill, run)
+        time.sleep(moments.uniform(0, 0.5))
+        for pid in moments.sample(run.ranks, 2):
+            os.kill(pid, signal.SIGKILL)
+        codes = forks.wait(run)
+        assert codes == [-9, -9], (kill, codes)
+    forks.run(argv, 2)
+    assert_same_run(straight(2, roles), output)
+
+
+def test_sigterm_to_one_rank_saves_and_ends_all_with_status_0(folder, forks, straight):
+    """DeepSpeed's `launch` signals one process and waits for it before it signals the next."""
+    roles, output = "shared critic, fp32, stage 0", folder / "terminated"
+    argv = runs.settings(folder, output, resume="auto", checkpoint__every=0, **ROLES[roles])
+    run = forks.start(argv, 2)
+    wait_for(lambda: output.exists() and len(runs.records(output)) > 1, run)
+    os.kill(run.ranks[1], signal.SIGTERM)
+    start = time.monotonic()
+    assert forks.wait(run, 25) == [0, 0], run.text()
+    assert time.monotonic() - start < 25 and len(runs.checkpoints(output)) == 1
+    forks.run([*argv, "--checkpoint.every", "1"], 2)
+    assert_same_run(straight(2, roles), output)
+
+
+def test_ranks_whose_launcher_has_vanished_save_and_end(folder, forks):
+    output = folder / "orphaned"
+    run = forks.start(runs.settings(folder, output, checkpoint__every=0, steps=1000), 2)
+    wait_for(lambda: output.exists() and len(runs.records(output)) > 1, run)
+    os.kill(run.launcher, signal.SIGKILL)
+    assert forks.wait(run, 25) == [0, 0], run.text()
+    assert len(runs.checkpoints(output)) == 1
+
+
+# Checkpoints of one finished run, changed in each test
+
+
+@pytest.fixture
+def finished(straight, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(straight(1, "separate critic, fp32, stage 1"), output)
+    return output
+
+
+def resumed(forks, folder, output, ranks=1, code=1, **changes) -> str:
+    """What the resumed run says."""
+    changes = {"resume": "auto"} | ROLES["separate critic, fp32, stage 1"] | changes
+    run = forks.start(runs.settings(folder, output, **changes), ranks)
+    assert forks.wait(run) == [code] * ranks, run.text()
+    assert "Traceback" not in run.text()
+    return run.text()
+
+
+def test_a_finished_run_that_is_resumed_leaves_the_same_again(forks, folder, finished):
+    before = runs.records(finished), (finished / "samples.jsonl").read_text()
+    shutil.rmtree(finished / "actor")
+    resumed(forks, folder, finished, code=0)
+    assert (runs.records(finished), (finished / "samples.jsonl").read_text()) == before
+    assert (finished / "actor/model.safetensors").is_file()
+
+
+def cut(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "words"),
+    [
+        ("actor/mp_rank_00_model_states.pt", cut, "bytes and not"),
+        ("critic/zero_pp_rank_0_mp_rank_00_optim_states.pt", flip, "is damaged"),
+        ("manifest.json", cut, "manifest.json is damaged"),
+        ("rank-00000.pt", Path.unlink, "cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_costs_no_more_than_the_steps_since_the_one_before(
+    forks, folder, straight, finished, file, damage, words
+):
+    damage(finished / "checkpoints/step-00000004" / file)
+    said = resumed(forks, folder, finished, code=0)
+    assert words in said and "going on from" in said and "step-00000003" in said
+    assert_same_run(straight(1, "separate critic, fp32, stage 1"), finished)
+    assert "aside-step-00000004.1" in runs.checkpoints(finished)
+
+
+def test_what_cannot_be_resumed_is_refused_and_left_as_it_was(forks, folder, finished):
+    before = runs.records(finished), runs.checkpoints(finished)
+    chosen = finished / "checkpoints/step-00000003"
+    for changes, words in [
+        ({"ppo__lam": 0.9}, "ppo.lam is 0.9, but"),
+        ({"steps": 6}, "steps is 6"),
+        ({"seed": 2}, "--seed 1"),
+        ({"resume": finished / "checkpoints/step-7"}, f"there is no such folder. Give auto, or one of {chosen}"),
+        ({"resume": folder}, "which is no checkpoint of output"),
+    ]:
+        assert words in resumed(forks, folder, finished, **changes)
+    assert "written by 1 rank(s), and this run has 2" in resumed(forks, folder, finished, ranks=2)
+    for path in (finished / "checkpoints").glob("step-*"):
+        cut(path / "manifest.json")
+    said = resumed(forks, folder, finished)
+    assert "no checkpoint is whole" in said and "--resume null" in said
+    assert (runs.records(finished), runs.checkpoints(finished)) == before
+
+
+def test_other_prompts_are_refused(forks, folder, finished, tmp_path):
+    other = tmp_path / "prompts.jsonl"
+    other.write_text((folder / "prompts.jsonl").read_text().replace("prompt 7", "another"))
+    about = finished / "checkpoints/step-00000004/about.json"
+    about.write_text(about.read_text().replace(str(folder / "prompts.jsonl"), str(other)))
+    manifest = about.with_name("manifest.json")
+    files = json.loads(manifest.read_text())
+    for file in files["files"]:
+        if file["name"] == "about.json":
+            file |= {"bytes": about.stat().st_size, "sha256": hashlib.sha256(about.read_bytes()).hexdigest()}
+    manifest.write_text(json.dumps(files))
+    assert "was made with other prompts" in resumed(forks, folder, finished, data__path=other)
+
+
+def test_settings_that_change_nothing_may_change(forks, folder, straight, finished):
+    changes = {"track__tensorboard": "true", "checkpoint__keep_last": 1, "eval__show": 0}
+    chosen = finished / "checkpoints/step-00000003"
+    resumed(forks, folder, finished, code=0, resume=chosen, **changes)
+    assert_same_run(straight(1, "separate critic, fp32, stage 1"), finished)
+    assert [name for name in runs.checkpoints(finished) if name.startswith("step")] == ["step-00000004"]
+
+
+def test_auto_begins_where_there_is_nothing_to_resume_and_says_so(forks, folder, tmp_path):
+    output = tmp_path / "new"
+    said = resumed(forks, folder, output, code=0, steps=1, checkpoint__every=0)
+    assert "has no checkpoint: the run begins at step 0" in said
+    assert not (output / "checkpoints").exists()
+
+
+def test_the_newest_and_the_best_stay(forks, folder, tmp_path):
+    output = tmp_path / "kept"
+    changes = {"steps": 5, "eval__every": 1, "checkpoint__keep_last": 1, "checkpoint__keep_best": 1}
+    forks.run(runs.settings(folder, output, **ROLES["separate critic, fp32, stage 1"], **changes))
+    scores = {r["step"]: r["eval/score"] for r in runs.records(output) if "eval/score" in r and r["step"]}
+    best = max(scores, key=lambda step: (scores[step], step))
+    assert runs.checkpoints(output) == sorted({f"step-{best:08d}", "step-00000005"})
+
+
+# A disk that does not take what is written. As root no folder is read-only, so writes fail where they are made.
+
+FAILING = """
+import errno, os
+from fastppo import durable
+
+class Full:
+    def __init__(self, raw, left): self._raw, self._left = raw, left
+    def write(self, content):
+        self._left -= memoryview(content).nbytes
+        if self._left < 0: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self._raw.write(content)
+    def __getattr__(self, name): return getattr(self._raw, name)
+
+hashed, begin, saves = durable._Hashed, durable.begin, []
+def full(raw):
+    on = len(saves) == {save} and "{file}" in raw.name and os.environ["RANK"] == "{rank}"
+    return hashed(Full(raw, {left}) if on else raw)
+def beginning(folder):
+    saves.append(folder)
+    if "{file}" == "folder" and len(saves) == {save}: raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    return begin(folder)
+durable._Hashed, durable.begin = full, beginning
+"""
+
+
+@pytest.mark.parametrize(
+    ("file", "left", "words"),
+    [
+        ("optim_states", 1000, "No space left on device"),
+        ("manifest", 10, "No space left on device"),
+        ("folder", 0, "Read-only file system"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_written_costs_nothing_else(forks, folder, straight, tmp_path, file, left, words):
+    roles, output = "separate critic, bf16, stage 2", tmp_path / "full"
+    argv = runs.settings(folder, output, **ROLES[roles])
+    run = forks.start(argv, 2, FAILING.format(save=3, file=file, rank=0, left=left))
+    assert forks.wait(run) == [0, 0], run.text()
+    assert words in run.text() and "The run goes on; " in run.text() and "step-00000002 stays" in run.text()
+    assert_same_run(straight(2, roles), output)
+    assert runs.checkpoints(output) == ["step-00000002", "step-00000004"]
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_where_so_asked(forks, folder, tmp_path):
+    output = tmp_path / "full"
+    argv = runs.settings(folder, output, checkpoint__on_error="stop", **ROLES["separate critic, bf16, stage 2"])
+    run = forks.start(argv, 2, FAILING.format(save=2, file="rank-", rank=0, left=0))
+    assert forks.wait(run) == [1, 1], run.text()
+    assert "checkpoint.on_error is stop" in run.text()
+    assert runs.checkpoints(output) == ["step-00000001"]
