@@ -19,12 +19,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-import runs
+import whole_runs
 
 
 def command(folder: Path, output: Path, steps: int, settings: list[str]) -> list[str]:
     changes = {"steps": steps, "optim__dtype": "bf16", "zero__stage": 2, "resume": "auto"}
-    fixed = runs.settings(folder, output, **changes)
+    fixed = whole_runs.settings(folder, output, **changes)
     with socket.socket() as s:  # DeepSpeed's own port may belong to another run
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/kill_resume"))
     options, settings = parser.parse_known_args()
     options.output.mkdir(parents=True)
-    folder, moments = runs.prepare(options.output.resolve()), random.Random(options.seed)
+    folder, moments = whole_runs.prepare(options.output.resolve()), random.Random(options.seed)
     steps = max(2 * options.kills, 4)
     straight, killed, log = folder / "straight", folder / "killed", folder / "log"
     began = time.monotonic()
@@ -76,12 +76,14 @@ def main() -> None:
             time.sleep(moments.uniform(0, 20))
         ended = process.poll()
         kill_all(process)
-        names = runs.checkpoints(killed) if (killed / "checkpoints").exists() else []
+        names = whole_runs.checkpoints(killed) if (killed / "checkpoints").exists() else []
         print(f"kill {kill + 1}: {progress(killed)} lines, {', '.join(names) or 'no checkpoint'}", flush=True)
         if ended is not None:
             sys.exit(f"the run ended by itself with {ended} before it was killed; see {log}")
     subprocess.run(command(folder, killed, steps, settings), check=True, stdout=sys.stderr)
-    equal = runs.records(straight) == runs.records(killed) and runs.same(runs.state(straight), runs.state(killed))
+    equal = whole_runs.records(straight) == whole_runs.records(killed) and whole_runs.same(
+        whole_runs.state(straight), whole_runs.state(killed)
+    )
     print(
         f"{steps} steps, {options.kills} kills: {'equal bit for bit' if equal else 'NOT equal'}; {whole:.0f} s unkilled"
     )

@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+import whole_runs
 from forks import Forks, Run
-
-import runs
 
 ROLES = {
     "separate critic, fp32, stage 1": {"optim__dtype": "fp32", "zero__stage": 1},
@@ -39,7 +38,7 @@ PLACES = (("check_alone", 3), ("check", 8), ("check", 9), ("check_alone", 8))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return runs.prepare(tmp_path_factory.mktemp("runs"))
+    return whole_runs.prepare(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +55,18 @@ def straight(folder, forks):
     def output(ranks: int, roles: str) -> Path:
         if (ranks, roles) not in made:
             made[ranks, roles] = folder / f"straight-{len(made)}"
-            forks.run(runs.settings(folder, made[ranks, roles], **ROLES[roles]), ranks)
+            forks.run(whole_runs.settings(folder, made[ranks, roles], **ROLES[roles]), ranks)
         return made[ranks, roles]
 
     return output
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    assert runs.records(one) == runs.records(other)
-    states = [runs.state(output) for output in (one, other)]
+    assert whole_runs.records(one) == whole_runs.records(other)
+    states = [whole_runs.state(output) for output in (one, other)]
     for state in states:  # a run that stopped in an evaluation saved itself before it, and does not save twice
         del state["progress.pt"]["evaluations"], state["progress.pt"]["evaluated"]
-    assert runs.same(*states)
+    assert whole_runs.same(*states)
     assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
 
 
@@ -85,11 +84,11 @@ def wait_for(what, run: Run, seconds: float = 60.0) -> None:
 def test_a_run_that_stops_anywhere_and_goes_on_equals_the_one_that_did_not(folder, forks, straight, ranks, roles):
     """Stops lie in sampling, evaluation, experience and learning, several of them inside one step."""
     output = folder / f"stopped-{ranks}-{roles.replace(' ', '')}"
-    argv = runs.settings(folder, output, resume="auto", **ROLES[roles])
+    argv = whole_runs.settings(folder, output, resume="auto", **ROLES[roles])
     stops = []
     for kind, n in PLACES:
         forks.run(argv, ranks, STOP_AT.format(kind=kind, n=n))
-        stops.append(runs.checkpoints(output)[-1])
+        stops.append(whole_runs.checkpoints(output)[-1])
     assert stops[0] == "step-00000000" and any("-update-" in name for name in stops), stops
     forks.run(argv, ranks)
     assert_same_run(straight(ranks, roles), output)
@@ -97,7 +96,7 @@ def test_a_run_that_stops_anywhere_and_goes_on_equals_the_one_that_did_not(folde
 
 def test_a_run_killed_at_random_moments_and_resumed_equals_the_one_that_was_not(folder, forks, straight):
     roles, output = "separate critic, bf16, stage 2", folder / "killed"
-    argv = runs.settings(folder, output, resume="auto", **ROLES[roles])
+    argv = whole_runs.settings(folder, output, resume="auto", **ROLES[roles])
     moments, metrics = random.Random(7), output / "metrics.jsonl"
     for kill in range(3):
         run = forks.start(argv, 2)
@@ -114,24 +113,24 @@ def test_a_run_killed_at_random_moments_and_resumed_equals_the_one_that_was_not(
 def test_sigterm_to_one_rank_saves_and_ends_all_with_status_0(folder, forks, straight):
     """DeepSpeed's `launch` signals one process and waits for it before it signals the next."""
     roles, output = "shared critic, fp32, stage 0", folder / "terminated"
-    argv = runs.settings(folder, output, resume="auto", checkpoint__every=0, **ROLES[roles])
+    argv = whole_runs.settings(folder, output, resume="auto", checkpoint__every=0, **ROLES[roles])
     run = forks.start(argv, 2)
-    wait_for(lambda: output.exists() and len(runs.records(output)) > 1, run)
+    wait_for(lambda: output.exists() and len(whole_runs.records(output)) > 1, run)
     os.kill(run.ranks[1], signal.SIGTERM)
     start = time.monotonic()
     assert forks.wait(run, 25) == [0, 0], run.text()
-    assert time.monotonic() - start < 25 and len(runs.checkpoints(output)) == 1
+    assert time.monotonic() - start < 25 and len(whole_runs.checkpoints(output)) == 1
     forks.run([*argv, "--checkpoint.every", "1"], 2)
     assert_same_run(straight(2, roles), output)
 
 
 def test_ranks_whose_launcher_has_vanished_save_and_end(folder, forks):
     output = folder / "orphaned"
-    run = forks.start(runs.settings(folder, output, checkpoint__every=0, steps=1000), 2)
-    wait_for(lambda: output.exists() and len(runs.records(output)) > 1, run)
+    run = forks.start(whole_runs.settings(folder, output, checkpoint__every=0, steps=1000), 2)
+    wait_for(lambda: output.exists() and len(whole_runs.records(output)) > 1, run)
     os.kill(run.launcher, signal.SIGKILL)
     assert forks.wait(run, 25) == [0, 0], run.text()
-    assert len(runs.checkpoints(output)) == 1
+    assert len(whole_runs.checkpoints(output)) == 1
 
 
 # Checkpoints of one finished run, changed in each test
@@ -147,17 +146,17 @@ def finished(straight, tmp_path):
 def resumed(forks, folder, output, ranks=1, code=1, **changes) -> str:
     """What the resumed run says."""
     changes = {"resume": "auto"} | ROLES["separate critic, fp32, stage 1"] | changes
-    run = forks.start(runs.settings(folder, output, **changes), ranks)
+    run = forks.start(whole_runs.settings(folder, output, **changes), ranks)
     assert forks.wait(run) == [code] * ranks, run.text()
     assert "Traceback" not in run.text()
     return run.text()
 
 
 def test_a_finished_run_that_is_resumed_leaves_the_same_again(forks, folder, finished):
-    before = runs.records(finished), (finished / "samples.jsonl").read_text()
+    before = whole_runs.records(finished), (finished / "samples.jsonl").read_text()
     shutil.rmtree(finished / "actor")
     resumed(forks, folder, finished, code=0)
-    assert (runs.records(finished), (finished / "samples.jsonl").read_text()) == before
+    assert (whole_runs.records(finished), (finished / "samples.jsonl").read_text()) == before
     assert (finished / "actor/model.safetensors").is_file()
 
 
@@ -188,11 +187,11 @@ def test_a_damaged_checkpoint_costs_no_more_than_the_steps_since_the_one_before(
     said = resumed(forks, folder, finished, code=0)
     assert words in said and "going on from" in said and "step-00000003" in said
     assert_same_run(straight(1, "separate critic, fp32, stage 1"), finished)
-    assert "aside-step-00000004.1" in runs.checkpoints(finished)
+    assert "aside-step-00000004.1" in whole_runs.checkpoints(finished)
 
 
 def test_what_cannot_be_resumed_is_refused_and_left_as_it_was(forks, folder, finished):
-    before = runs.records(finished), runs.checkpoints(finished)
+    before = whole_runs.records(finished), whole_runs.checkpoints(finished)
     chosen = finished / "checkpoints/step-00000003"
     for changes, words in [
         ({"ppo__lam": 0.9}, "ppo.lam is 0.9, but"),
@@ -207,7 +206,7 @@ def test_what_cannot_be_resumed_is_refused_and_left_as_it_was(forks, folder, fin
         cut(path / "manifest.json")
     said = resumed(forks, folder, finished)
     assert "no checkpoint is whole" in said and "--resume null" in said
-    assert (runs.records(finished), runs.checkpoints(finished)) == before
+    assert (whole_runs.records(finished), whole_runs.checkpoints(finished)) == before
 
 
 def test_other_prompts_are_refused(forks, folder, finished, tmp_path):
@@ -229,7 +228,7 @@ def test_settings_that_change_nothing_may_change(forks, folder, straight, finish
     chosen = finished / "checkpoints/step-00000003"
     resumed(forks, folder, finished, code=0, resume=chosen, **changes)
     assert_same_run(straight(1, "separate critic, fp32, stage 1"), finished)
-    assert [name for name in runs.checkpoints(finished) if name.startswith("step")] == ["step-00000004"]
+    assert [name for name in whole_runs.checkpoints(finished) if name.startswith("step")] == ["step-00000004"]
 
 
 def test_auto_begins_where_there_is_nothing_to_resume_and_says_so(forks, folder, tmp_path):
@@ -242,10 +241,10 @@ def test_auto_begins_where_there_is_nothing_to_resume_and_says_so(forks, folder,
 def test_the_newest_and_the_best_stay(forks, folder, tmp_path):
     output = tmp_path / "kept"
     changes = {"steps": 5, "eval__every": 1, "checkpoint__keep_last": 1, "checkpoint__keep_best": 1}
-    forks.run(runs.settings(folder, output, **ROLES["separate critic, fp32, stage 1"], **changes))
-    scores = {r["step"]: r["eval/score"] for r in runs.records(output) if "eval/score" in r and r["step"]}
+    forks.run(whole_runs.settings(folder, output, **ROLES["separate critic, fp32, stage 1"], **changes))
+    scores = {r["step"]: r["eval/score"] for r in whole_runs.records(output) if "eval/score" in r and r["step"]}
     best = max(scores, key=lambda step: (scores[step], step))
-    assert runs.checkpoints(output) == sorted({f"step-{best:08d}", "step-00000005"})
+    assert whole_runs.checkpoints(output) == sorted({f"step-{best:08d}", "step-00000005"})
 
 
 # A disk that does not take what is written. As root no folder is read-only, so writes fail where they are made.
@@ -284,18 +283,18 @@ durable._Hashed, durable.begin = full, beginning
 )
 def test_a_checkpoint_that_cannot_be_written_costs_nothing_else(forks, folder, straight, tmp_path, file, left, words):
     roles, output = "separate critic, bf16, stage 2", tmp_path / "full"
-    argv = runs.settings(folder, output, **ROLES[roles])
+    argv = whole_runs.settings(folder, output, **ROLES[roles])
     run = forks.start(argv, 2, FAILING.format(save=3, file=file, rank=0, left=left))
     assert forks.wait(run) == [0, 0], run.text()
     assert words in run.text() and "The run goes on; " in run.text() and "step-00000002 stays" in run.text()
     assert_same_run(straight(2, roles), output)
-    assert runs.checkpoints(output) == ["step-00000002", "step-00000004"]
+    assert whole_runs.checkpoints(output) == ["step-00000002", "step-00000004"]
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_where_so_asked(forks, folder, tmp_path):
     output = tmp_path / "full"
-    argv = runs.settings(folder, output, checkpoint__on_error="stop", **ROLES["separate critic, bf16, stage 2"])
+    argv = whole_runs.settings(folder, output, checkpoint__on_error="stop", **ROLES["separate critic, bf16, stage 2"])
     run = forks.start(argv, 2, FAILING.format(save=2, file="rank-", rank=0, left=0))
     assert forks.wait(run) == [1, 1], run.text()
     assert "checkpoint.on_error is stop" in run.text()
-    assert runs.checkpoints(output) == ["step-00000001"]
+    assert whole_runs.checkpoints(output) == ["step-00000001"]

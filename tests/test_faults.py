@@ -8,10 +8,10 @@ import time
 import pytest
 import tiny
 import torch
+import whole_runs
 from forks import Forks
 from ppo_step import config_of, step
 
-import runs
 from fastppo.engine import Engine, start_world
 from fastppo.faults import TrainingFault
 from fastppo.rules import validate
@@ -31,7 +31,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return runs.prepare(tmp_path_factory.mktemp("runs"))
+    return whole_runs.prepare(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
@@ -107,16 +107,16 @@ def broken(self, loss, *, last):
 Engine.backward = broken
 """
     output = folder / "skipped"
-    forks.run(runs.settings(folder, output, steps=2, optim__dtype="fp32"), 2, before)
-    first, second = (r for r in runs.records(output) if "score" in r)
+    forks.run(whole_runs.settings(folder, output, steps=2, optim__dtype="fp32"), 2, before)
+    first, second = (r for r in whole_runs.records(output) if "score" in r)
     assert first["skipped_updates"] == 1 and second["skipped_updates"] == 0
     assert first["policy_loss"] is not None and (output / "faults/step-1.pt").is_file()
 
 
 def test_a_rank_that_is_killed_ends_the_other_and_not_a_hang(forks, folder):
     output = folder / "killed"
-    run = forks.start(runs.settings(folder, output, steps=1000, checkpoint__every=0), 2)
-    while not (output / "metrics.jsonl").exists() or len(runs.records(output)) < 2:
+    run = forks.start(whole_runs.settings(folder, output, steps=1000, checkpoint__every=0), 2)
+    while not (output / "metrics.jsonl").exists() or len(whole_runs.records(output)) < 2:
         time.sleep(0.02)
     os.kill(run.ranks[1], signal.SIGKILL)
     start = time.monotonic()
@@ -136,7 +136,7 @@ def failing(*args, **kwargs):
     return learn(*args, **kwargs)
 train.learn = failing
 """
-    run = forks.start(runs.settings(folder, folder / "failed"), 2, before)
+    run = forks.start(whole_runs.settings(folder, folder / "failed"), 2, before)
     assert forks.wait(run, 60) == [1, 1], run.text()
     first, second = (log.read_text() for log in run.logs)
     assert "LookupError: the cause" in second
@@ -150,7 +150,7 @@ from fastppo import train
 if os.environ["RANK"] == "1":
     train.learn = lambda *args, **kwargs: time.sleep(600)
 """
-    run = forks.start(runs.settings(folder, folder / "slow", timeout=5), 2, before)
+    run = forks.start(whole_runs.settings(folder, folder / "slow", timeout=5), 2, before)
     while not run.logs[0].exists() or "does not answer" not in run.logs[0].read_text():
         time.sleep(0.1)
     os.kill(run.ranks[1], signal.SIGKILL)
