@@ -49,7 +49,7 @@ void launch(const gae::Arguments& arguments, float* advantages, cudaStream_t str
 
   cuda::launch_all(call, [&](auto kernel, int64_t blocks, int threads) {
     REQUIRE(blocks <= std::numeric_limits<int>::max(), "rewards and cu_seqlens ask for ", blocks,
-                " blocks; a CUDA grid has at most 2147483647");
+            " blocks; a CUDA grid has at most 2147483647");
     kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(call);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
@@ -60,7 +60,7 @@ Tensor run_gae(const Tensor& rewards, const Tensor& values, const Tensor& cu_seq
   const gae::Arguments arguments{rewards, values, cu_seqlens, gamma, lam, bootstrap, mask};
   arguments.check();
   REQUIRE(arguments.sequences() > 0 || arguments.tokens() == 0, "cu_seqlens has no sequence, and rewards ",
-              arguments.tokens(), " tokens");
+          arguments.tokens(), " tokens");
   const torch::stable::accelerator::DeviceGuard guard(rewards.get_device_index());
   Tensor out = torch::stable::new_empty(rewards, {2, arguments.tokens()}, ScalarType::Float);
   if (arguments.sequences() == 0) return out;
