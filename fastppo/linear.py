@@ -58,12 +58,13 @@ class Products:
 
     def __init__(self, head: Head, wanted: Sequence[bool], several: bool) -> None:
         assert head.hidden is not None and head.weight is not None
-        self.hidden, self.weight, self.bias = head.hidden, head.weight, head.bias
+        self.hidden, self.weight, self.several = head.hidden, head.weight, several
         self.d_hidden = torch.empty_like(self.hidden) if wanted[0] else None
         self.d_weight: Tensor | None = None
         if wanted[1]:  # one chunk's product rounds once and needs no sum
             dtype = torch.float32 if several else self.weight.dtype
-            self.d_weight = torch.zeros_like(self.weight, dtype=dtype, memory_format=torch.contiguous_format)
+            make = torch.zeros_like if several or not len(self.hidden) else torch.empty_like
+            self.d_weight = make(self.weight, dtype=dtype, memory_format=torch.contiguous_format)
         self.d_bias = torch.zeros(len(self.weight), device=self.hidden.device) if wanted[2] else None
 
     def add(self, rows: slice, dz: Tensor) -> None:
@@ -76,7 +77,7 @@ class Products:
             self.d_bias += dz.sum(0, dtype=torch.float32)
 
     def _add_to_weight(self, total: Tensor, dz: Tensor, hidden: Tensor) -> None:
-        if total.dtype == hidden.dtype and total.dtype != torch.float32:
+        if not self.several:
             torch.mm(dz, hidden, out=total)
         elif total.dtype == hidden.dtype:
             torch.addmm(total, dz, hidden, out=total)

@@ -2,7 +2,7 @@
 
 What a trunk hands up is the same in every pass over a batch, so it is computed once: for old logprobs, for the
 reference (which starts from the same weights) and for all epochs. In the quickstart, where 22 of 30 layers are
-frozen, that is more than half of what experience and learning would compute.
+frozen, that is two fifths of the layers' passes in experience and learning.
 """
 
 from __future__ import annotations
