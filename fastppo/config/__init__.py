@@ -1,0 +1,69 @@
+"""The settings of a run, as frozen dataclasses.
+
+Each field is documented by the string below it; `--help` shows that string. A field that holds a quantity
+names its unit. `fastppo.rules.validate` refuses settings that cannot work together, before a model loads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fastppo.config.data import DataConfig, SamplingConfig
+from fastppo.config.feedback import RewardConfig
+from fastppo.config.learning import OptimConfig, PPOConfig, ZeroConfig
+from fastppo.config.models import ActorConfig, CriticConfig, ReferenceConfig
+from fastppo.config.run import CheckpointConfig, EvalConfig, TrackConfig
+
+__all__ = [
+    "ActorConfig",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "CriticConfig",
+    "DataConfig",
+    "EvalConfig",
+    "OptimConfig",
+    "PPOConfig",
+    "ReferenceConfig",
+    "RewardConfig",
+    "SamplingConfig",
+    "TrackConfig",
+    "ZeroConfig",
+]
+
+
+class ConfigError(ValueError):
+    """A setting, or two settings together, that cannot work. The message says which, why and what to do."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """fastppo: PPO for language models."""
+
+    output: str = "runs/ppo"
+    """Folder of the run: config, metrics, samples, and the trained actor in `output`/actor."""
+    seed: int = 1
+    """Seed of data order, sampling and minibatches, and of the generators that a reward function may draw from."""
+    steps: int = 100
+    """PPO steps: one batch each of sampling, feedback and learning."""
+    resume: str | None = None
+    """`auto`: go on from the newest whole checkpoint in `output`, or begin if there is none; a path: from that
+    checkpoint of `output`; null: begin anew, an earlier run in `output` being moved aside."""
+    threads: int | None = None
+    """CPU threads of each rank; when left out, the machine's cores divided by the ranks on it."""
+    timeout: float = 1800.0
+    """Seconds that a rank waits for the others before it ends with an error; more than the slowest stage can differ
+    between ranks."""
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    rewards: tuple[RewardConfig, ...] = ()
+    """Sources of reward; their weighted sum is the score. Required."""
+    data: DataConfig = field(default_factory=DataConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

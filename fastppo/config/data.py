@@ -1,0 +1,67 @@
+"""Prompts, and how they are answered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prompts for training and for evaluation."""
+
+    path: str = ""
+    """Hub dataset name, a directory of `datasets.save_to_disk`, a .jsonl, .parquet or .csv file, or
+    `package:NAME/FILE` (`package:NAME==VERSION/FILE`) inside an installed package. Required."""
+    name: str | None = None
+    """Configuration of a hub dataset that has several."""
+    split: str = "train"
+    """Split of a hub dataset or of a saved DatasetDict."""
+    column: str = "prompt"
+    """Column with the prompt: text, or a list of chat messages ({role, content})."""
+    chat: Literal["auto", "always", "never"] = "auto"
+    """`auto`: lists of messages go through the tokenizer's chat template and text stays plain; `always`: text becomes
+    one user message; `never`: messages are an error."""
+    first_tokens: int | None = None
+    """Keep only this many tokens from the start of each plain-text prompt (rows that are shorter are left out); the
+    quickstart's way to make prompts out of texts."""
+    max_prompt_tokens: int = 512
+    """Longest prompt, in tokens."""
+    too_long: Literal["drop", "error"] = "drop"
+    """A prompt longer than `max_prompt_tokens`: `drop` leaves it out and reports how many, `error` stops."""
+    shuffle: bool = True
+    """Shuffle with the run's seed, anew in every pass over the data."""
+    eval_path: str | None = None
+    """Held-out prompts for evaluation in the same forms as `path`, `path` itself included; when left out, the
+    `eval.prompts` prompts that `split_seed` picks are held out of `path`."""
+    eval_split: str = "train"
+    """Split of `eval_path`."""
+    split_seed: int = 0
+    """Seed of the held-out choice, apart from `seed` so that runs with other seeds are evaluated on the same
+    prompts."""
+    limit: int | None = None
+    """Use at most this many rows of `path`, held-out ones included, taken after a shuffle by `split_seed`."""
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the actor writes its responses. The learner uses the same temperature."""
+
+    temperature: float = 1.0
+    """Divides the logits, in sampling and in learning; > 0."""
+    top_p: float = 1.0
+    """Nucleus sampling: smallest set of tokens with at least this probability, in (0, 1]; 1 is off."""
+    top_k: int = 0
+    """Only the k most likely tokens; 0 is off."""
+    max_new_tokens: int = 128
+    """Longest response, in tokens, the EOS included."""
+    min_new_tokens: int = 1
+    """No stop token may be drawn before this many tokens."""
+    samples_per_prompt: int = 1
+    """Responses to each prompt; `ppo.batch_size` counts responses."""
+    stop_tokens: tuple[str, ...] = ()
+    """Further tokens that end a response, beside all EOS ids of the model's generation config."""
+    ignore_eos: bool = False
+    """Write `max_new_tokens` tokens whatever is drawn (for benchmarks)."""
+    rows: int = 64
+    """Rows decoded together on each rank; bounds the key/value cache."""

@@ -1,0 +1,89 @@
+"""The algorithm, the optimizer, and how the models are spread over the ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """The algorithm (Schulman et al., 2017; Stiennon et al., 2020). Counts are global, over all ranks."""
+
+    batch_size: int = 512
+    """Responses in each PPO step."""
+    epochs: int = 4
+    """Passes over each batch."""
+    minibatches: int = 1
+    """Updates in each epoch."""
+    microbatch_tokens: int = 8192
+    """Token budget (prompt and response) of one forward and backward pass on one rank; the update does not depend on
+    it."""
+    gamma: float = 1.0
+    """Discount, in [0, 1]."""
+    lam: float = 0.95
+    """GAE's lambda, in [0, 1] (Schulman et al., 2016)."""
+    whiten_advantages: bool = True
+    """Bring the advantages of the global batch to mean 0 and variance 1."""
+    clip_low: float = 0.2
+    """The ratio is clipped at 1 - clip_low."""
+    clip_high: float = 0.2
+    """The ratio is clipped at 1 + clip_high."""
+    dual_clip: float | None = None
+    """Bound c > 1 on the loss of tokens with negative advantage (Ye et al., 2020), off when left out."""
+    entropy_coef: float = 0.0
+    """Entropy bonus in the loss, per token."""
+    value_coef: float = 0.1
+    """Factor of the value loss; matters where actor and critic share a backbone."""
+    value_clip: float | None = 0.2
+    """The new value may move this far from the old one before its gradient stops; off when null."""
+    kl_coef: float = 0.05
+    """Coefficient beta of the KL penalty to the reference, the starting value if adaptive."""
+    kl_kind: Literal["k1", "k2", "k3", "exact"] = "k1"
+    """Estimator per token: k1, k2, k3 (Schulman, 2020) or the exact sum over the vocabulary."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Where the penalty acts: in each token's reward, or as a term of the loss."""
+    kl_target: float | None = None
+    """KL (k1, summed over a response, in nats) that an adaptive beta steers to (Ziegler et al., 2019); beta is fixed
+    when left out."""
+    kl_horizon: float = 10_000.0
+    """Responses over which the adaptive beta reacts."""
+    truncation_penalty: float = 0.0
+    """Subtracted from the score of a response that was cut at `max_new_tokens`."""
+    bootstrap_truncated: bool = False
+    """Add V after the last token of a response that was cut, for dense rewards; refused with a score on the last
+    token."""
+    score_clip: float | None = None
+    """Clip scores to [-score_clip, score_clip], off when left out."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, and what surrounds it. Learning rates stand with actor and critic."""
+
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """Type of weights and activations; with bf16 the optimizer keeps fp32 master weights."""
+    warmup_steps: int = 0
+    """Updates over which the learning rate rises from 0."""
+    schedule: Literal["linear", "constant"] = "linear"
+    """`linear` falls to 0 at the end of the run."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's decay rates of the first and second moments."""
+    eps: float = 1e-5
+    """Adam's epsilon, added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (Loshchilov and Hutter, 2019)."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 is off."""
+    max_skipped: int = 5
+    """Updates in a row that may be passed over because their loss or gradient is not finite; then the run stops."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    """DeepSpeed ZeRO."""
+
+    stage: Literal[0, 1, 2] = 1
+    """What the ranks share out. 0: nothing, for fp32 alone; 1: optimizer states; 2: gradients too."""

@@ -1,0 +1,50 @@
+"""What a run evaluates, records and saves of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on held-out prompts, with a seed of its own, before training and at the end."""
+
+    every: int = 0
+    """PPO steps between evaluations; 0 evaluates before and after training only."""
+    prompts: int = 64
+    """Held-out prompts; 0 turns evaluation off."""
+    seed: int = 1234
+    """Seed of the samples, the same in every evaluation and for every `seed`."""
+    temperature: float = 1.0
+    """Temperature of the samples."""
+    show: int = 4
+    """Responses shown before and after, side by side, at the end of the run."""
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    """What a run records beside `metrics.jsonl`."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events to `output`/tensorboard."""
+    progress: Literal["auto", "always", "never"] = "auto"
+    """`auto`: a progress bar if the output is a terminal, else one line a step."""
+    profile_steps: tuple[int, ...] = ()
+    """PPO steps, counted from 1, to record with torch's profiler, each stage named; traces go to `output`/profile."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What a run saves of itself in `output`/checkpoints, to be resumed from there bit for bit."""
+
+    every: int = 50
+    """PPO steps between checkpoints; 0 saves only when the run is told to stop."""
+    keep_last: int = 2
+    """How many of the newest checkpoints stay; older ones are deleted once a newer one is whole."""
+    keep_best: int = 0
+    """How many checkpoints with the highest held-out score stay beside those; each checkpoint must be evaluated then
+    (`eval.every`)."""
+    on_error: Literal["continue", "stop"] = "continue"
+    """A checkpoint that cannot be written, on a full disk for example: `continue` logs the error and trains on, `stop`
+    ends the run."""

@@ -1,0 +1,76 @@
+"""Every rule between settings that can be checked before a model loads.
+
+`validate` is called once, by `fastppo.cli.parse`. Each message names the settings, their values, the reason and
+the way out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from operator import attrgetter
+
+from fastppo.config import Config, ConfigError
+from fastppo.rules.data import check_data, check_sampling
+from fastppo.rules.feedback import check_rewards
+from fastppo.rules.learning import check_batch, check_kl, check_schedule
+from fastppo.rules.models import check_models
+from fastppo.rules.run import check_checkpoints
+
+# What a number must be, the test for it, and the settings it holds for. A setting that is null is off.
+# NaN fails every comparison, and so every test.
+RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "0 or more",
+        lambda x: 0 <= x < math.inf,
+        "seed steps actor.lr critic.lr critic.warmup_steps data.split_seed sampling.top_k sampling.min_new_tokens"
+        " ppo.entropy_coef ppo.value_coef ppo.kl_coef ppo.truncation_penalty optim.warmup_steps optim.weight_decay"
+        " optim.max_grad_norm optim.max_skipped eval.every eval.prompts eval.seed eval.show checkpoint.every"
+        " checkpoint.keep_best",
+    ),
+    (
+        "1 or more",
+        lambda x: x >= 1,
+        "threads data.first_tokens data.max_prompt_tokens data.limit sampling.max_new_tokens"
+        " sampling.samples_per_prompt sampling.rows ppo.batch_size ppo.epochs ppo.minibatches ppo.microbatch_tokens"
+        " checkpoint.keep_last",
+    ),
+    (
+        "greater than 0",
+        lambda x: 0 < x < math.inf,
+        "sampling.temperature eval.temperature ppo.clip_high ppo.value_clip ppo.kl_target ppo.kl_horizon"
+        " ppo.score_clip optim.eps timeout",
+    ),
+    ("greater than 1", lambda x: 1 < x < math.inf, "ppo.dual_clip"),
+    ("between 0 and 1", lambda x: 0 <= x <= 1, "ppo.gamma ppo.lam"),
+    ("greater than 0 and less than 1", lambda x: 0 < x < 1, "ppo.clip_low"),
+    ("greater than 0 and at most 1", lambda x: 0 < x <= 1, "sampling.top_p"),
+)
+
+
+def validate(config: Config, ranks: int = 1) -> None:
+    """Raises `ConfigError` for the first rule that the settings break on this many ranks (processes)."""
+    _check_ranges(config)
+    check_models(config)
+    check_rewards(config)
+    check_data(config)
+    check_sampling(config)
+    check_batch(config, ranks)
+    check_kl(config)
+    check_schedule(config)
+    check_checkpoints(config)
+
+
+def _check_ranges(config: Config) -> None:
+    for meaning, holds, names in RANGES:
+        for name in names.split():
+            value = attrgetter(name)(config)
+            if value is not None and not holds(value):
+                raise ConfigError(f"{name} is {value}; it must be {meaning}.")
+    for beta in config.optim.betas:
+        if not 0 <= beta < 1:
+            raise ConfigError(f"optim.betas is {list(config.optim.betas)}; each must be at least 0 and less than 1.")
+    for name in ("actor.train", "critic.train"):
+        train = attrgetter(name)(config)
+        if train == "" or (isinstance(train, int) and train < 1):
+            raise ConfigError(f"{name} is {train!r}; give all, a number of upper layers (1 or more) or name patterns.")

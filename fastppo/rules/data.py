@@ -1,0 +1,59 @@
+"""Rules between the settings of prompts and sampling."""
+
+from __future__ import annotations
+
+from fastppo.config import Config, ConfigError
+
+
+def check_data(config: Config) -> None:
+    data, prompts = config.data, config.eval.prompts
+    if not data.path:
+        raise ConfigError("data.path is not set: give a dataset on the hub, a directory or a file with prompts.")
+    if data.first_tokens is not None:
+        if data.chat == "always":
+            raise ConfigError(
+                f"data.first_tokens is {data.first_tokens} and data.chat is always: first_tokens cuts plain text, and"
+                " a chat prompt cut in the middle has lost the end of its template. Set data.chat to auto or never,"
+                " or leave out data.first_tokens."
+            )
+        if data.first_tokens > data.max_prompt_tokens:
+            raise ConfigError(
+                f"data.first_tokens is {data.first_tokens} and data.max_prompt_tokens {data.max_prompt_tokens}:"
+                " every prompt would be too long. Raise max_prompt_tokens or lower first_tokens."
+            )
+    if prompts == 0 and (config.eval.every or data.eval_path is not None):
+        setting = f"eval.every is {config.eval.every}" if config.eval.every else f"data.eval_path is {data.eval_path}"
+        raise ConfigError(f"{setting} but eval.prompts is 0, which turns evaluation off. Set eval.prompts above 0.")
+    if data.eval_path is None and data.eval_split != "train":
+        raise ConfigError(
+            f"data.eval_split is {data.eval_split} but data.eval_path is not set, and held-out prompts come from"
+            f" data.path. Set data.eval_path to {data.path} to evaluate on another split of it."
+        )
+    if data.eval_path is None and data.limit is not None and data.limit <= prompts:
+        raise ConfigError(
+            f"data.limit is {data.limit} and eval.prompts {prompts}: holding those out leaves no prompt to train on."
+            " Raise data.limit, lower eval.prompts, or give data.eval_path."
+        )
+
+
+def check_sampling(config: Config) -> None:
+    sampling, ppo, longest = config.sampling, config.ppo, config.data.max_prompt_tokens
+    if sampling.min_new_tokens > sampling.max_new_tokens:
+        raise ConfigError(
+            f"sampling.min_new_tokens is {sampling.min_new_tokens} and sampling.max_new_tokens"
+            f" {sampling.max_new_tokens}: the shortest response may not be longer than the longest."
+        )
+    if "" in sampling.stop_tokens:
+        raise ConfigError("sampling.stop_tokens holds an empty text; each must be a token of the tokenizer.")
+    if sampling.ignore_eos and sampling.stop_tokens:
+        raise ConfigError(
+            f"sampling.stop_tokens is {list(sampling.stop_tokens)} and sampling.ignore_eos is true: with ignore_eos"
+            " nothing ends a response before max_new_tokens. Leave out one of the two."
+        )
+    if longest + sampling.max_new_tokens > ppo.microbatch_tokens:
+        raise ConfigError(
+            f"ppo.microbatch_tokens is {ppo.microbatch_tokens}, but one sequence can have"
+            f" {longest + sampling.max_new_tokens} tokens (data.max_prompt_tokens {longest} +"
+            f" sampling.max_new_tokens {sampling.max_new_tokens}) and must fit into one microbatch. Raise"
+            " microbatch_tokens, or lower one of the other two."
+        )

@@ -1,0 +1,73 @@
+"""Rules between the settings of the algorithm, the optimizer and the ranks."""
+
+from __future__ import annotations
+
+from fastppo.config import Config, ConfigError
+
+
+def check_batch(config: Config, ranks: int) -> None:
+    size, samples, minibatches = config.ppo.batch_size, config.sampling.samples_per_prompt, config.ppo.minibatches
+    for name, parts in (("sampling.samples_per_prompt", samples), ("ppo.minibatches", minibatches)):
+        if size % parts:
+            near = " or ".join(str(n) for n in (size - size % parts, size - size % parts + parts) if n)
+            reason = "each prompt is answered" if parts is samples else "each update of an epoch takes"
+            unit = "that many times" if parts is samples else "an equal part of the batch"
+            raise ConfigError(
+                f"ppo.batch_size is {size} and {name} {parts}: {reason} {unit}, and {size} is not a multiple of"
+                f" {parts}. Take a batch_size of {near}, or another {name.split('.')[1]}."
+            )
+    if size // minibatches % ranks:
+        raise ConfigError(
+            f"ppo.batch_size is {size} and ppo.minibatches {minibatches}: a minibatch of {size // minibatches}"
+            f" responses cannot be spread over {ranks} ranks, as each takes as many. Make batch_size a multiple of"
+            f" {ranks * minibatches}, or use fewer minibatches or ranks."
+        )
+    if config.zero.stage == 0 and config.optim.dtype == "bf16":
+        raise ConfigError(
+            "zero.stage is 0 and optim.dtype bf16: at stage 0 DeepSpeed would add up gradients in bf16, which rounds"
+            " small ones away. Set zero.stage to 1 (on one rank it costs nothing), or optim.dtype to fp32."
+        )
+
+
+def check_kl(config: Config) -> None:
+    ppo = config.ppo
+    if ppo.kl_in == "loss" and ppo.kl_kind == "k1":
+        raise ConfigError(
+            "ppo.kl_kind is k1 and ppo.kl_in is loss: as a term of the loss, the gradient of k1 is zero in"
+            " expectation, so it adds noise and no penalty. Set kl_kind to exact, k2 or k3, or kl_in to reward."
+        )
+    if ppo.kl_target is None:
+        return
+    if ppo.kl_coef == 0:
+        raise ConfigError(
+            f"ppo.kl_target is {ppo.kl_target} and ppo.kl_coef 0: the adaptive coefficient is multiplied at every"
+            " step and would stay 0. Give kl_coef a positive starting value, or leave out kl_target."
+        )
+    # beta *= 1 + clip(error, -0.2, 0.2) * batch / horizon must stay positive
+    if ppo.kl_horizon <= 0.2 * ppo.batch_size:
+        raise ConfigError(
+            f"ppo.kl_horizon is {ppo.kl_horizon} and ppo.batch_size {ppo.batch_size}: one step could multiply the KL"
+            f" coefficient by {1 - 0.2 * ppo.batch_size / ppo.kl_horizon:.3g}, and it must stay positive. Raise"
+            f" kl_horizon above {0.2 * ppo.batch_size:g}; 10 or more batches are usual."
+        )
+
+
+def check_schedule(config: Config) -> None:
+    steps, critic_steps, warmup = config.steps, config.critic.warmup_steps, config.optim.warmup_steps
+    updates = steps * config.ppo.epochs * config.ppo.minibatches
+    if critic_steps > steps:
+        raise ConfigError(
+            f"critic.warmup_steps is {critic_steps} and steps {steps}: the critic alone would train in the whole run."
+            " Lower critic.warmup_steps or raise steps."
+        )
+    if 0 < updates < warmup:  # a run of no steps only evaluates
+        raise ConfigError(
+            f"optim.warmup_steps is {warmup}, but the run has {updates} updates (steps {steps} x ppo.epochs"
+            f" {config.ppo.epochs} x ppo.minibatches {config.ppo.minibatches}): the learning rate would never reach"
+            " its peak. Lower warmup_steps or raise steps."
+        )
+    for step in config.track.profile_steps:
+        if not 1 <= step <= steps:
+            raise ConfigError(
+                f"track.profile_steps names step {step}, but the run has steps 1 to {steps}. Name steps among them."
+            )

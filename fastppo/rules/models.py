@@ -1,0 +1,34 @@
+"""Rules between the settings of the roles."""
+
+from __future__ import annotations
+
+from fastppo.config import Config, ConfigError
+
+
+def check_models(config: Config) -> None:
+    actor, critic, reference = config.actor, config.critic, config.reference
+    if not config.output:
+        raise ConfigError("output is empty; name a folder for the run, as in --output runs/ppo.")
+    if not actor.model:
+        raise ConfigError(
+            "actor.model is not set: there is nothing to train. Give a hub name or a directory,"
+            " or start from a preset with --config quickstart."
+        )
+    if critic.kind == "shared":
+        for field, value, default in (
+            ("model", critic.model, None),
+            ("gguf_file", critic.gguf_file, None),
+            ("train", critic.train, "all"),
+        ):
+            if value != default:
+                raise ConfigError(
+                    f"critic.{field} is {value} but critic.kind is shared: a shared critic is a value head on the"
+                    f" actor's backbone and has no weights of its own. Leave out critic.{field}, or set"
+                    " critic.kind to separate."
+                )
+    for name, role in (("critic", critic), ("reference", reference)):
+        if role.gguf_file is not None and role.model is None:
+            raise ConfigError(
+                f"{name}.gguf_file is {role.gguf_file} but {name}.model is not set: the file is looked for inside"
+                f" {name}.model. Set {name}.model too, or neither (the actor's weights are used then)."
+            )

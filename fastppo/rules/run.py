@@ -1,0 +1,25 @@
+"""Rules between the settings of checkpoints."""
+
+from __future__ import annotations
+
+from fastppo.config import Config, ConfigError
+
+
+def check_checkpoints(config: Config) -> None:
+    checkpoint, evaluated = config.checkpoint, config.eval.every
+    if config.resume == "":
+        raise ConfigError("resume is empty; give auto, the path of a checkpoint, or null to begin anew.")
+    if checkpoint.keep_best == 0:
+        return
+    if checkpoint.every == 0:
+        raise ConfigError(
+            f"checkpoint.keep_best is {checkpoint.keep_best} and checkpoint.every 0: no checkpoint is written that"
+            " could be the best. Set checkpoint.every above 0, or keep_best to 0."
+        )
+    if evaluated == 0 or checkpoint.every % evaluated:
+        raise ConfigError(
+            f"checkpoint.keep_best is {checkpoint.keep_best}, which compares held-out scores, but checkpoint.every is"
+            f" {checkpoint.every} and eval.every {evaluated}: a checkpoint without an evaluation at its own step has no"
+            f" score. Set checkpoint.every to a multiple of eval.every (both {checkpoint.every}, for example), or"
+            " keep_best to 0."
+        )
