@@ -30,6 +30,7 @@ from fastppo.data import PromptSet
 from fastppo.engine import World, all_gather
 from fastppo.errors import FastPPOError
 from fastppo.estimate import recall_trunk
+from fastppo.feedback import RewardError
 from fastppo.microbatch import plan_step
 from fastppo.models import Policy
 from fastppo.progress import Progress, set_random_state
@@ -43,6 +44,7 @@ NAME = re.compile(r"step-\d{8}(-update-\d{4})?")
 
 # Settings that may differ on resuming, since the run that comes out does not depend on them ...
 FREE = ("output", "resume", "timeout", "checkpoint.", "track.", "eval.every", "eval.show", "optim.max_skipped")
+OF_URL = ("timeout", "retries", "request_size", "concurrency")
 # ... or only in how it is rounded.
 ROUNDING = ("threads", "ppo.microbatch_tokens", "sampling.rows", "optim.activation_checkpointing")
 
@@ -127,7 +129,7 @@ def _check_fit(folder: Path, about: Mapping[str, Any], config: Config, world: Wo
     then, now, fresh = dict(about["config"]), settings(config), settings(Config())
     for name in sorted({*then, *now}):
         old, new = then.get(name, fresh.get(name)), now.get(name, fresh.get(name))
-        if old == new or name.startswith(FREE):
+        if old == new or name.startswith(FREE) or (name == "rewards" and _said_alike(old) == _said_alike(new)):
             continue
         if name in ROUNDING:
             log.warning("%s was %s and is %s: the run goes on, but not bit for bit as it would have", name, old, new)
@@ -143,6 +145,11 @@ def _check_fit(folder: Path, about: Mapping[str, Any], config: Config, world: Wo
     for library, old in about["versions"].items():
         if old != (new := _versions()[library]):
             log.warning("%s was %s and is %s: bits may differ", library, old, new)
+
+
+def _said_alike(rewards: Any) -> list[dict[str, Any]]:
+    """The sources without where a service is and how it is asked: it may have moved, and says what it said."""
+    return [{k: v is not None if k == "url" else v for k, v in r.items() if k not in OF_URL} for r in rewards]
 
 
 def settings(config: Config) -> dict[str, Any]:
@@ -237,11 +244,17 @@ class Checkpoints:
 
     @contextmanager
     def saved_when_stopped(self, run: Progress) -> Iterator[None]:
-        """On `Stopped` the run is saved as it stands, and `Stopped` goes on. Raises CheckpointError if that fails."""
+        """When told to stop or failed by a source of reward, save the run as it stands; the exception goes on.
+
+        Raises CheckpointError if that fails. A source that fails in the first step has cost nothing yet.
+        """
         try:
             yield
-        except Stopped:
-            log.info("told to stop at step %d; saving", run.step)
+        except (Stopped, RewardError) as reason:
+            if isinstance(reason, RewardError) and run.step == 0:
+                raise
+            why = "told to stop" if isinstance(reason, Stopped) else "a source of reward failed"
+            log.info("%s at step %d; saving", why, run.step)
             error = self._save(run)
             if error is not None:
                 newest = self._newest()

@@ -51,7 +51,7 @@ def estimate(
         measured["kl"] = kl_estimate(measured["old_logprobs"], measured["ref_logprobs"], config.ppo.kl_kind)
 
     shaping = beta if config.ppo.kl_in == "reward" else 0.0
-    rewards = token_rewards(measured["kl"], scored.scores, packed.last_response_tokens, shaping)
+    rewards = token_rewards(measured["kl"], scored.shaped, packed.last_response_tokens, shaping)
     advantages, returns = advantages_and_returns(
         rewards,
         measured["values"],
@@ -63,6 +63,7 @@ def estimate(
     return Experience(
         packed=packed,
         scores=scored.scores,
+        by_source=scored.by_source,
         ended=scored.rollout.ended,
         sampler_logprobs=scored.rollout.logprobs,
         rewards=rewards,

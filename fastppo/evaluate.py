@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fastppo import ops, stop
-from fastppo.batch import Packed, Prompts, Scored
+from fastppo.batch import Moments, Packed, Prompts
 from fastppo.config import Config
 from fastppo.data import PromptSet
 from fastppo.engine import World, all_gather
-from fastppo.feedback import Source, gather_scored, score
+from fastppo.feedback import Source, score
 from fastppo.microbatch import pack_even
 from fastppo.models import Policy
 from fastppo.roles import Roles
@@ -46,9 +46,8 @@ def evaluate(
     sampling = replace(config.sampling, temperature=config.eval.temperature)
     with stop.together(world):
         rollout = sample(roles.policy, prompts, sampling, stop_ids=stop_ids, seed=config.eval.seed)
-    local = score(rollout, heldout, sources, roles.tokenizer, config.ppo)
-    surprise = sum(all_gather(_log_ratios(local, roles, config), world), torch.zeros(3, dtype=torch.float64))
-    scored = gather_scored(local, world)
+    surprise = sum(all_gather(_log_ratios(rollout.packed, roles, config), world), torch.zeros(3, dtype=torch.float64))
+    scored = score(rollout, heldout, sources, roles.tokenizer, config.ppo, Moments(), world)
     packed, scores = scored.rollout.packed, scored.scores.double()
     count, tokens = len(packed), int(packed.response_cu_seqlens[-1])
     responses = packed.responses.split(packed.response_lengths.tolist())
@@ -73,9 +72,8 @@ def distinct(sequences: list[list[int]], n: int) -> float:
 
 
 @torch.no_grad()
-def _log_ratios(scored: Scored, roles: Roles, config: Config) -> Tensor:
+def _log_ratios(packed: Packed, roles: Roles, config: Config) -> Tensor:
     """(3,) fp64 sums over this rank's response tokens: log p - log p_ref, -log p_ref, entropy of p."""
-    packed = scored.rollout.packed
     sums, trunk = torch.zeros(3, dtype=torch.float64), TrunkStates()
     if not len(packed):
         return sums

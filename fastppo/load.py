@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils.quantization_config import GgufConfig
 
-from fastppo.config import Config, RewardConfig
+from fastppo.config import Config
 from fastppo.locate import locate
 from fastppo.models import (
     Critic,
@@ -62,25 +62,22 @@ def load_policies(
     return policy, value_model, reference, tokenizer
 
 
-def load_reward(
-    config: RewardConfig, dtype: torch.dtype, device: torch.device
-) -> tuple[RewardModel, PreTrainedTokenizerBase]:
+def load_reward(name: str, dtype: torch.dtype, device: torch.device) -> tuple[RewardModel, PreTrainedTokenizerBase]:
     """A sequence classifier with one label, and the tokenizer it was trained with."""
-    assert config.model is not None
-    model = _load("rewards.model", AutoModelForSequenceClassification, config.model, None, None, dtype, device)
+    model = _load("rewards.model", AutoModelForSequenceClassification, name, None, None, dtype, device)
     labels = model.config.num_labels
     if labels != 1:
         raise ModelError(
-            f"rewards.model = {config.model} has {labels} labels; a reward model has one, the score. Train one with"
+            f"rewards.model = {name} has {labels} labels; a reward model has one, the score. Train one with"
             " num_labels=1, or wrap this classifier in a reward function that picks a label's logit."
         )
     if not hasattr(model, "score"):
         raise ModelError(
-            f"rewards.model = {config.model} ({type(model).__name__}) has no `score` head on a causal backbone;"
+            f"rewards.model = {name} ({type(model).__name__}) has no `score` head on a causal backbone;"
             " wrap it in a reward function (rewards.function) instead."
         )
     check_packing(model)
-    return RewardModel(model).requires_grad_(False).eval(), load_tokenizer("rewards.model", config.model)
+    return RewardModel(model).requires_grad_(False).eval(), load_tokenizer("rewards.model", name)
 
 
 def _load_reference(

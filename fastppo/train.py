@@ -22,7 +22,7 @@ from fastppo.engine import World, start_world, stop_world
 from fastppo.errors import exit_with_message
 from fastppo.estimate import estimate
 from fastppo.evaluate import evaluate, samples
-from fastppo.feedback import gather_scored, load_functions, load_sources, score
+from fastppo.feedback import load_functions, load_sources, score
 from fastppo.learn import learn
 from fastppo.metrics import mean_kl, step_metrics
 from fastppo.microbatch import plan_step
@@ -90,11 +90,11 @@ def train(config: Config, world: World) -> None:
                         mine = prompts.of_rank(world.rank, world.ranks)
                         rollout = sample(roles.policy, mine, config.sampling, stop_ids=stops, seed=config.seed)
                     with stages("feedback"):
-                        scored = gather_scored(score(rollout, data, sources, roles.tokenizer, ppo), world)
+                        scored = score(rollout, data, sources, roles.tokenizer, ppo, run.moments, world)
                     with stages("experience"):
                         first_epoch = plan_step(scored.rollout.packed.lengths, config, step, world.ranks)[0]
                         experience = estimate(scored, roles, first_epoch, config, beta.value, world)
-                        run.add_experience(experience)
+                        run.add_experience(experience, scored.moments)
                 with stages("learning"):
                     plan = plan_step(experience.packed.lengths, config, step, world.ranks)
                     updates = learn(

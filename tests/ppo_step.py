@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from fastppo.batch import Experience, Prompts, Rollout, Scored
+from fastppo.batch import Experience, Moments, Prompts, Rollout, Scored
 from fastppo.cli import parse
 from fastppo.config import Config
 from fastppo.engine import World, start_world, stop_world
@@ -46,7 +46,8 @@ def responses(roles: Roles) -> Scored:
     config = config_of("none").sampling
     prompts = Prompts.of(PROMPTS, range(len(PROMPTS)))
     rollout: Rollout = sample(roles.policy, prompts, config, stop_ids=range(0, 257, 9), seed=7)
-    return Scored(rollout, torch.linspace(-1, 1, len(PROMPTS)))
+    scores = torch.linspace(-1, 1, len(PROMPTS))
+    return Scored(rollout, scores[:, None], scores, scores, Moments())
 
 
 def step(config: Config, world: World, *, plan: list[list[Minibatch]] | None = None) -> Step:

@@ -98,7 +98,7 @@ def test_one_rank_speaks_for_all(capsys: pytest.CaptureFixture[str], monkeypatch
         (["--data.shuffle", "3"], ["data.shuffle is 3; it must be true or false."]),
         (["--track.profile_steps", "[1, b]"], ["track.profile_steps is b; it must be a list of whole numbers."]),
         (["--optim.betas", "[1]"], ["optim.betas is [1]; it must be a list of 2 numbers."]),
-        (["--rewards", "a:b"], ["rewards is a:b; it must be a list of mappings with function, model, weight."]),
+        (["--rewards", "a:b"], ["rewards is a:b; it must be a list of mappings with function, model, "]),
         (["--rewards", '[{"weight": "w"}]'], ["rewards.weight is w; it must be a number."]),
         (["quickstart"], ["unrecognized arguments: quickstart"]),
         (["--config", "nope"], ["--config nope", "no such file", "The presets: quickstart"]),

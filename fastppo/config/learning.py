@@ -49,12 +49,18 @@ class PPOConfig:
     kl_horizon: float = 10_000.0
     """Responses over which the adaptive beta reacts."""
     truncation_penalty: float = 0.0
-    """Subtracted from the score of a response that was cut at `max_new_tokens`."""
+    """Subtracted from the score of a response that was cut at `max_new_tokens`, after normalising and clipping."""
     bootstrap_truncated: bool = False
     """Add V after the last token of a response that was cut, for dense rewards; refused with a score on the last
     token."""
+    score_normalise: bool = False
+    """Bring scores to mean 0 and standard deviation 1 over all scores of the run so far, before they are clipped."""
     score_clip: float | None = None
     """Clip scores to [-score_clip, score_clip], off when left out."""
+    length_limit: int | None = None
+    """Soft limit of a response, in tokens; what is beyond it costs `length_penalty` a token. Off when left out."""
+    length_penalty: float = 0.0
+    """Subtracted from the score for each token beyond `length_limit`."""
 
 
 @dataclass(frozen=True)

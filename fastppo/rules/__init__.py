@@ -24,14 +24,14 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "0 or more",
         lambda x: 0 <= x < math.inf,
         "seed steps actor.lr critic.lr critic.warmup_steps data.split_seed sampling.top_k sampling.min_new_tokens"
-        " ppo.entropy_coef ppo.value_coef ppo.kl_coef ppo.truncation_penalty optim.warmup_steps optim.weight_decay"
-        " optim.max_grad_norm optim.max_skipped eval.every eval.prompts eval.seed eval.show checkpoint.every"
-        " checkpoint.keep_best",
+        " ppo.entropy_coef ppo.value_coef ppo.kl_coef ppo.truncation_penalty ppo.length_penalty optim.warmup_steps"
+        " optim.weight_decay optim.max_grad_norm optim.max_skipped eval.every eval.prompts eval.seed eval.show"
+        " checkpoint.every checkpoint.keep_best",
     ),
     (
         "1 or more",
         lambda x: x >= 1,
-        "threads data.first_tokens data.max_prompt_tokens data.limit sampling.max_new_tokens"
+        "threads ppo.length_limit data.first_tokens data.max_prompt_tokens data.limit sampling.max_new_tokens"
         " sampling.samples_per_prompt sampling.rows ppo.batch_size ppo.epochs ppo.minibatches ppo.microbatch_tokens"
         " checkpoint.keep_last",
     ),
