@@ -62,12 +62,12 @@ def sizes(output: Path) -> dict[str, int]:
     return {name: path.stat().st_size if (path := output / name).exists() else 0 for name in LINES}
 
 
-def continue_folder(output: Path, sizes: Mapping[str, int]) -> None:
-    """Bring the files of lines in `output` back to the sizes that they had, so that no step is in them twice.
+def continue_folder(output: Path, then: Mapping[str, int]) -> None:
+    """Bring the files of lines in `output` back to the `sizes` they had then, so that no step is in them twice.
 
     To be called by rank 0 alone, before the other ranks touch the folder.
     """
-    for name, size in sizes.items():
+    for name, size in then.items():
         if size == 0 and not (output / name).exists():
             continue
         try:

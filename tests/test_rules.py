@@ -54,6 +54,9 @@ def test_the_defaults_and_the_quickstart_are_allowed(monkeypatch: pytest.MonkeyP
         (dict(rewards=(RewardConfig(function="a:"),)), ["a:", "module:function"]),
         (dict(rewards=(RewardConfig(model="m", weight=float("inf")),)), ["rewards[0].weight is inf"]),
         (dict(resume=""), ["resume is empty", "auto"]),
+        (dict(track__wandb=""), ["track.wandb is empty", "null"]),
+        (dict(track__responses=-1), ["track.responses is -1", "0 or more"]),
+        (dict(track__responses_every=0), ["track.responses_every is 0", "1 or more"]),
         (dict(checkpoint__keep_best=1, checkpoint__every=0), ["keep_best is 1", "checkpoint.every 0"]),
         (dict(checkpoint__keep_best=2), ["keep_best is 2", "eval.every 0", "no score"]),
         (dict(checkpoint__keep_best=1, checkpoint__every=5, eval__every=2), ["checkpoint.every is 5", "eval.every 2"]),
@@ -170,3 +173,12 @@ def test_the_ends_of_a_range_are_where_they_should_be(name: str, value: float) -
     assert attrgetter(name)(GOOD) != value
     with pytest.raises(ConfigError, match=rf"{name} is {value}; it must be "):
         validate(changed(**{name.replace(".", "__"): value}))
+
+
+def test_weights_and_biases_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = changed(track__wandb="films")
+    monkeypatch.setattr("fastppo.rules.run.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"track\.wandb is films, .*`pip install wandb`"):
+        validate(asked)
+    monkeypatch.setattr("fastppo.rules.run.find_spec", lambda name: name)
+    validate(asked)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 POINTS = 1000  # at most so many of a curve are drawn: about one for each pixel
-SMOOTHED_FROM = 50  # points; shorter curves are drawn as they are
+SMOOTHED_FROM = 50  # points; charts of shorter curves alone show them as they are
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ def thin(curve: Curve, points: int = POINTS) -> Curve:
 
 
 def smooth(curve: Curve, window: int | None = None) -> Curve:
-    """The mean of the `window` points around each, a 25th of all when left out; at the ends there are fewer."""
-    half = (window or len(curve) // 25) // 2
+    """The mean of the `window` points around each, when left out a 25th of all; at the ends there are fewer."""
+    half = (window or max(len(curve) // 25, 3)) // 2
     sums, counts = [0.0], [0]
     for y in curve.y:
         sums.append(sums[-1] + (y or 0.0))

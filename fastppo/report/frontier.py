@@ -11,6 +11,7 @@ from fastppo.report.plot import Charts, Line
 from fastppo.report.run import Run
 
 DOTS = 400  # points of a run; of one with more steps each is the mean of some
+FEWEST = 6  # for running means
 PANELS = (
     ("Proxy", "the score that is trained on", "score"),
     ("Judge", "a score that is never trained on", "health/judge"),
@@ -45,7 +46,7 @@ def turning_point(run: Run, whose: str = "") -> list[tuple[float, str]]:
     """
     steps, root, judge = _columns(run, "health/judge")
     proxy = _columns(run, "score")[2]
-    if len(judge) < 6 or len(proxy) != len(judge):
+    if len(judge) < FEWEST or len(proxy) != len(judge):
         return []
     judge_mean, proxy_mean, root_mean = _mean(judge), _mean(proxy), _mean(root)
     top = max(range(len(judge)), key=judge_mean.__getitem__)
@@ -62,7 +63,8 @@ def _lines(runs: Sequence[Run], score: str) -> list[Line]:
         steps, root, scores = _columns(run, score)
         name = f"{run.name}, " if len(runs) > 1 else ""
         lines.append(Line(f"{name}each step", Curve(root, scores), i, dots=True, steps=steps))
-        lines.append(Line(f"{name}running mean", Curve(_mean(root), _mean(scores)), i, steps=steps))
+        if len(steps) >= FEWEST:
+            lines.append(Line(f"{name}running mean", Curve(_mean(root), _mean(scores)), i, steps=steps))
     return lines
 
 

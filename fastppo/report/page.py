@@ -42,7 +42,7 @@ LEARNING = (
     ("ref_perplexity", "Perplexity", "of held-out responses, under the reference"),
     ("distinct_2", "Distinct-2", "of held-out responses"),
 )
-ELSEWHERE = ("time/", "tokens_per_second", "health/", "epoch")  # prefixes of metrics with a place of their own
+ELSEWHERE = ("time/", "health/")  # prefixes of metrics with a section of their own
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -154,25 +154,27 @@ def _grid(figures: str, kind: str = "") -> str:
 
 
 def _learning(runs: Sequence[Run], charts: Charts) -> str:
-    known = {name for name, _, _ in (*MAIN, *LEARNING)}
+    known = {name for name, _, _ in (*MAIN, *LEARNING)} | {"tokens_per_second"}
     names = dict.fromkeys(name.removeprefix("eval/") for run in runs for name in run.names)
     others = [name for name in names if name not in known and not name.startswith(ELSEWHERE)]
     others = [name for name in others if name.removesuffix("_error") not in known]  # those are drawn as bars
     main = "".join(_both(runs, charts, *metric, kind="large") for metric in MAIN)
     small = "".join(_both(runs, charts, *metric) for metric in LEARNING)
     rest = "".join(_both(runs, charts, name, name.replace("_", " ").capitalize(), "") for name in others)
-    more = f"<details><summary>More metrics</summary>{_grid(rest)}</details>" if rest else ""
-    return _grid(main, "large") + _grid(small) + more
+    first = _grid(main, "large") + _grid(small)
+    if first and rest:
+        return f"{first}<details><summary>More metrics</summary>{_grid(rest)}</details>"
+    return first or _grid(rest) or "<p>No step has been recorded yet.</p>"
 
 
 def _both(runs: Sequence[Run], charts: Charts, name: str, title: str, note: str, kind: str = "small") -> str:
     """A metric over the steps and, as dots, the evaluations' metric of the same name."""
     lines = []
     for i, run in enumerate(runs):
-        of_run = f"{run.name}, " if len(runs) > 1 else ""
-        lines.append(Line(f"{of_run}training", run.curve(name), i))
+        whose = f"{run.name}, " if len(runs) > 1 else ""
+        lines.append(Line(f"{whose}training", run.curve(name), i))
         errors = dict(run.curve(f"eval/{name}_error").points)
-        lines.append(Line(f"{of_run}held-out", run.curve(f"eval/{name}"), i, dots=True, errors=errors))
+        lines.append(Line(f"{whose}held-out", run.curve(f"eval/{name}"), i, dots=True, errors=errors))
     return charts.draw(title, note, lines, flags=health.flags(runs) if kind == "large" else (), kind=kind)
 
 

@@ -86,7 +86,8 @@ class Charts:
             "lines": [_numbers(line, curve, place) for line, curve in shown],
         }
         grid = "".join(f'<path d="M0,{place.y(y):.0f}H{SIZE}"/>' for y in y_ticks)
-        curves = "".join(_drawn(line, curve, place) for line, curve in shown)
+        smoothed = max(len(line.curve) for line in drawn) >= SMOOTHED_FROM
+        curves = "".join(_drawn(line, curve, place, smoothed) for line, curve in shown)
         label = f"{title}, {note}. {'; '.join(map(_in_words, drawn))}."
         return f"""<figure class="chart {kind}" id="{key}">
 <figcaption><b>{escape(title)}</b> <span>{escape(note)}</span></figcaption>
@@ -126,8 +127,8 @@ class _Place:
         return SIZE - self.up(y) * SIZE / 100
 
 
-def _drawn(line: Line, curve: Curve, place: _Place) -> str:
-    """The curve; a long one faintly, with its running mean over it."""
+def _drawn(line: Line, curve: Curve, place: _Place, smoothed: bool) -> str:
+    """The curve; if smoothed, faintly, with its running mean over it."""
     if line.dots:
         bars = "".join(
             f"M{place.x(x):.0f},{place.y(y - e):.0f}V{place.y(y + e):.0f}"
@@ -139,7 +140,7 @@ def _drawn(line: Line, curve: Curve, place: _Place) -> str:
             f'<path class="bars run{line.run}" d="{bars}"/><path class="halo{many}" d="{_dots(curve, place)}"/>'
             f'<path class="dots{many} run{line.run}" d="{_dots(curve, place)}"/>'
         )
-    if len(line.curve) < SMOOTHED_FROM:
+    if line.steps or not smoothed:
         return f'<path class="line run{line.run}" d="{_path(curve, place)}"/>'
     mean = thin(smooth(line.curve), 400)
     return (
