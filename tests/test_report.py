@@ -217,7 +217,7 @@ def test_two_runs_are_laid_over_each_other(hacked: Path, sound: Path) -> None:
     assert len(parsed.all("path", "run0")) > 20 and len(parsed.all("path", "run1")) > 20
     assert "hacked: 60 of 60 steps" in parsed.text and "sound: 40 of 50 steps" in parsed.text
     differences = html[html.index("Differences") : html.index("All settings")]
-    assert re.findall(r"<tr><th>([\w.]+)<td>", differences) == ["output", "seed", "steps", "every"]
+    assert re.findall(r"<tr><th>([\w.]+)<td>", differences) == ["output", "seed", "steps", "eval.every"]
 
 
 def test_two_runs_of_one_name_are_called_by_their_paths(tmp_path: Path) -> None:

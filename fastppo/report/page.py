@@ -96,7 +96,9 @@ def page(runs: Sequence[Run]) -> str:
 def _names(runs: Sequence[Run]) -> str:
     if len(runs) == 1:
         return escape(runs[0].name)
-    return " and ".join(f'<i class="swatch run{i}"></i>{escape(run.name)}' for i, run in enumerate(runs))
+    return " and ".join(
+        f'<span class="name"><i class="swatch run{i}"></i>{escape(run.name)}</span>' for i, run in enumerate(runs)
+    )
 
 
 def _state(run: Run, named: bool) -> str:
@@ -227,12 +229,14 @@ def _settings(runs: Sequence[Run]) -> str:
     different = [n for n in names if len({_yaml(run.settings.get(n)) for run in runs}) > 1]
     head = ""
     if len(runs) > 1:
-        rows = "".join(_setting(n, runs, defaults) for n in different)
+        rows = "".join(_setting(n, n, runs, defaults) for n in different)
         head = f"<h3>Differences</h3>{_table(rows, runs)}" if rows else "<p>The settings are the same.</p>"
     groups = dict.fromkeys(name.partition(".")[0] if "." in name else "" for name in names)
     tables = "".join(
         f"<div><h3>{escape(group or 'run')}</h3>"
-        + _table("".join(_setting(n, runs, defaults) for n in names if _is_of(n, group)), runs)
+        + _table(
+            "".join(_setting(n, n.partition(".")[2] or n, runs, defaults) for n in names if _is_of(n, group)), runs
+        )
         + "</div>"
         for group in groups
     )
@@ -250,13 +254,13 @@ def _table(rows: str, runs: Sequence[Run]) -> str:
     return f'<table class="settings">{f"<thead><tr><th>{head}</thead>" if len(runs) > 1 else ""}<tbody>{rows}</table>'
 
 
-def _setting(name: str, runs: Sequence[Run], defaults: dict[str, Any]) -> str:
+def _setting(name: str, called: str, runs: Sequence[Run], defaults: dict[str, Any]) -> str:
     cells = []
     for run in runs:
         value = _yaml(run.settings[name]) if name in run.settings else number(None)
         changed = name in defaults and value != _yaml(defaults[name])
         cells.append(f"<td><b>{texts.text(value)}</b>" if changed else f"<td>{texts.text(value)}")
-    return f"<tr><th>{escape(name.partition('.')[2] or name)}{''.join(cells)}"
+    return f"<tr><th>{escape(called)}{''.join(cells)}"
 
 
 def _yaml(value: Any) -> str:
