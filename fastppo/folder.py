@@ -86,9 +86,13 @@ def _cut(path: Path, size: int) -> None:
 
 
 def as_line(record: Mapping[str, Any]) -> str:
-    """One line of strict JSON, which has no NaN and no infinities: as values of `record` they become null."""
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    return json.dumps(finite, ensure_ascii=False) + "\n"
+    """One line of strict JSON, which has no NaN and no infinities: alone or in a list they become null."""
+    finite = {k: [_finite(x) for x in v] if isinstance(v, list) else _finite(v) for k, v in record.items()}
+    return json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 
 import pytest
 
-from fastppo.folder import RunFolderError, continue_folder, fresh_folder, read_lines, sizes
+from fastppo.folder import RunFolderError, as_line, continue_folder, fresh_folder, read_lines, sizes
 
 
 def test_an_earlier_run_is_moved_aside_as_often_as_needed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -48,6 +49,11 @@ def test_a_last_line_that_was_cut_is_left_out_even_within_a_character(tmp_path: 
     assert read_lines(path) == [{"step": 1}]
     path.write_bytes('{"step": 1}\n{"prompt": "長'.encode()[:-1])
     assert read_lines(path) == [{"step": 1}]
+
+
+def test_a_line_is_strict_json_in_its_lists_too() -> None:
+    line = as_line({"step": 1, "score": math.inf, "advantages": [0.5, math.nan], "prompt": "長"})
+    assert line == '{"step": 1, "score": null, "advantages": [0.5, null], "prompt": "長"}\n'
 
 
 @pytest.mark.parametrize("broken", [b'{"step": 2, "sco', b"\xff", b"", b"3", b"[1]"])

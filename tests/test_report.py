@@ -16,7 +16,7 @@ from made_up_run import HOSTILE, write_run
 
 from fastppo.folder import RunFolderError
 from fastppo.report.__main__ import main, write_report
-from fastppo.report.curves import Curve, duration, number, smooth, span, thin, ticks
+from fastppo.report.curves import Curve, duration, number, short_number, smooth, span, thin, ticks
 from fastppo.report.frontier import turning_point
 from fastppo.report.health import episodes
 from fastppo.report.page import page
@@ -345,6 +345,7 @@ def test_an_axis_holds_its_values_and_has_ticks(values: list[float]) -> None:
 def test_numbers_and_times_are_written_as_people_write_them() -> None:
     written = [number(x) for x in (0, 0.5, -0.12345, 1234.5, 2e7, 1.5e-4, math.nan, None)]
     assert written == ["0", "0.5", "\u22120.1235", "1,234", "2e7", "1.5e\u22124", "—", "—"]
+    assert [short_number(x) for x in (0, 950, 10_000, 2500)] == ["0", "950", "10k", "2.5k"]
     assert [duration(s) for s in (3.21, 235, 7384)] == ["3.21 s", "3 min 55 s", "2 h 3 min"]
 
 

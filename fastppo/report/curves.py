@@ -90,6 +90,11 @@ def number(value: float | None) -> str:
     return text.replace("-", "\N{MINUS SIGN}")
 
 
+def short_number(value: float) -> str:
+    """For an axis, where there is little room: 10k for 10,000."""
+    return f"{number(value / 1000)}k" if 1000 <= abs(value) < 1e6 else number(value)
+
+
 def duration(seconds: float) -> str:
     """235 -> 3 min 55 s."""
     whole = round(seconds)

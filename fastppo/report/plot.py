@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from fastppo.report.curves import SMOOTHED_FROM, Curve, number, smooth, span, thin, ticks
+from fastppo.report.curves import SMOOTHED_FROM, Curve, number, short_number, smooth, span, thin, ticks
 
 SIZE = 1000
 SIGNS = {"warn": "\N{BLACK UP-POINTING TRIANGLE}", "act": "\N{BLACK SQUARE}"}  # of alarms; not by colour alone
@@ -96,8 +96,8 @@ class Charts:
 aria-valuemax="{right:g}" aria-valuenow="{right:g}">
 <svg viewBox="0 0 {SIZE} {SIZE}" preserveAspectRatio="none" aria-hidden="true"><g class="grid">{grid}</g>
 {"".join(_level(level, place) for level in levels)}{"".join(_mark(x, place) for x, _ in marks)}{curves}</svg>
-{"".join(f'<span class="y" style="bottom:{place.up(y):.1f}%">{number(y)}</span>' for y in y_ticks)}
-{"".join(f'<span class="x" style="left:{place.right_of(x):.1f}%">{number(x)}</span>' for x in x_ticks)}
+{"".join(f'<span class="y" style="bottom:{place.up(y):.1f}%">{short_number(y)}</span>' for y in y_ticks)}
+{"".join(f'<span class="x" style="left:{place.right_of(x):.1f}%">{short_number(x)}</span>' for x in x_ticks)}
 {"".join(_flag(flag, place) for flag in flags)}<i class="cursor" hidden></i></div>
 <p class="axis"><span>{escape(x_title)}</span>{"".join(f"<em>{escape(text)}</em>" for _, text in marks if text)}</p>
 </figure>"""
@@ -175,8 +175,9 @@ def _mark(x: float, place: _Place) -> str:
 
 
 def _flag(flag: Flag, place: _Place) -> str:
+    left = min(max(place.right_of(flag.x), 0), 100)  # a run that was ended may lack the metrics of that step
     return (
-        f'<a class="flag {flag.level}" href="#{escape(flag.href)}" style="left:{place.right_of(flag.x):.1f}%"'
+        f'<a class="flag {flag.level}" href="#{escape(flag.href)}" style="left:{left:.1f}%"'
         f' title="{escape(flag.title)}" aria-label="{escape(flag.title)}">{SIGNS[flag.level]}</a>'
     )
 
