@@ -31,12 +31,12 @@ from fastppo.engine import World, all_gather
 from fastppo.errors import FastPPOError
 from fastppo.estimate import recall_trunk
 from fastppo.feedback import RewardError
+from fastppo.folder import LINES, sizes
 from fastppo.microbatch import plan_step
 from fastppo.models import Policy
 from fastppo.progress import Progress, set_random_state
 from fastppo.roles import Roles
 from fastppo.stop import Stopped
-from fastppo.track import METRICS
 
 log = logging.getLogger("fastppo")
 
@@ -61,9 +61,9 @@ class Found:
     about: Mapping[str, Any]
 
     @property
-    def position(self) -> int:
-        """The size of the run's metrics.jsonl at that time, in bytes."""
-        return int(self.about["metrics_bytes"])
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the run's files of lines at that time."""
+        return {name: int(self.about["bytes"][name]) for name in LINES}
 
 
 def find_checkpoint(config: Config, world: World) -> Found | None:
@@ -302,7 +302,9 @@ class Checkpoints:
         return None
 
     def _finish(self, draft: Path, folder: Path, files: list[durable.File]) -> None:
-        durable.sync(self._output / METRICS)
+        for name in LINES:
+            if (self._output / name).exists():
+                durable.sync(self._output / name)
         durable.finish(draft, folder, files)
         self._prune()
 
@@ -312,7 +314,7 @@ class Checkpoints:
             "step": run.step,
             "ranks": self._world.ranks,
             "score": run.evaluations[-1].metrics["score"] if scored else None,
-            "metrics_bytes": (self._output / METRICS).stat().st_size,
+            "bytes": sizes(self._output),
             "prompts": self._prompts,
             "versions": _versions(),
             "config": settings(self._config),

@@ -23,18 +23,18 @@ from fastppo.errors import exit_with_message
 from fastppo.estimate import estimate
 from fastppo.evaluate import evaluate, samples
 from fastppo.feedback import load_functions, load_sources, score
+from fastppo.folder import continue_folder, fresh_folder
 from fastppo.learn import learn
 from fastppo.metrics import mean_kl, step_metrics
 from fastppo.microbatch import plan_step
 from fastppo.ppo import step_rates
+from fastppo.responses import heldout_responses, training_responses
 from fastppo.roles import assemble
 from fastppo.rollout import sample, stop_ids
 from fastppo.stop import Stopped, together, watching
 from fastppo.track import (
     Stages,
     Tracker,
-    continue_folder,
-    fresh_folder,
     setup_logging,
     show_samples,
     write_samples,
@@ -50,7 +50,7 @@ def train(config: Config, world: World) -> None:
     load_functions(config.rewards)  # a typo in a function's name should not cost the minutes of loading models
     found = find_checkpoint(config, world)
     if world.rank == 0:
-        fresh_folder(output) if found is None else continue_folder(output, found.position)
+        fresh_folder(output) if found is None else continue_folder(output, found.sizes)
         (output / "config.yaml").write_text(dump(config), encoding="utf-8")
     roles = assemble(config, world)
     sources = load_sources(config, roles.tokenizer, world.device)
@@ -76,8 +76,11 @@ def train(config: Config, world: World) -> None:
         def evaluate_if_due() -> None:
             due = run.step in (0, config.steps) or (config.eval.every and run.step % config.eval.every == 0)
             if config.eval.prompts and due and run.evaluated < run.step:
-                run.add_evaluation(evaluate(roles, heldout, sources, stops, config, world))
-                tracker.log_evaluation(run.step, run.evaluations[-1].metrics)
+                found = evaluate(roles, heldout, sources, stops, config, world)
+                run.add_evaluation(found)
+                tracker.log_evaluation(run.step, found.metrics)
+                kept = heldout_responses(heldout.texts, found.responses, found.scores, count=config.track.responses)
+                tracker.log_responses(run.step, kept)
 
         evaluate_if_due()
         for step in range(run.step, config.steps):
@@ -111,6 +114,9 @@ def train(config: Config, world: World) -> None:
             metrics = step_metrics(experience, updates, stages.take())
             rates = dict(zip(("actor_lr", "critic_lr"), step_rates(config, step)[-1], strict=True))
             tracker.log(step + 1, metrics | rates | {"kl_coef": beta.value})
+            if tracker.wants_responses(step + 1):
+                kept = training_responses(experience, roles.tokenizer, count=config.track.responses)
+                tracker.log_responses(step + 1, kept)
             beta.update(mean_kl(experience), ppo.batch_size)
             run.end_step()
             evaluate_if_due()

@@ -67,7 +67,8 @@ def assert_same_run(one: Path, other: Path) -> None:
     for state in states:  # a run that stopped in an evaluation saved itself before it, and does not save twice
         del state["progress.pt"]["evaluations"], state["progress.pt"]["evaluated"]
     assert whole_runs.same(*states)
-    assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
+    for name in ("samples.jsonl", "responses.jsonl"):
+        assert (one / name).read_text() == (other / name).read_text()
 
 
 def wait_for(what, run: Run, seconds: float = 60.0) -> None:

@@ -63,6 +63,9 @@ def test_the_defaults_and_the_quickstart_are_allowed(monkeypatch: pytest.MonkeyP
         (dict(ppo__length_limit=99), ["length_limit is 99", "length_penalty 0.0"]),
         (dict(ppo__length_limit=128, ppo__length_penalty=0.1), ["length_limit is 128", "max_new_tokens 128"]),
         (dict(resume=""), ["resume is empty", "auto"]),
+        (dict(track__wandb=""), ["track.wandb is empty", "null"]),
+        (dict(track__responses=-1), ["track.responses is -1", "0 or more"]),
+        (dict(track__responses_every=0), ["track.responses_every is 0", "1 or more"]),
         (dict(checkpoint__keep_best=1, checkpoint__every=0), ["keep_best is 1", "checkpoint.every 0"]),
         (dict(checkpoint__keep_best=2), ["keep_best is 2", "eval.every 0", "no score"]),
         (dict(checkpoint__keep_best=1, checkpoint__every=5, eval__every=2), ["checkpoint.every is 5", "eval.every 2"]),
@@ -179,3 +182,12 @@ def test_the_ends_of_a_range_are_where_they_should_be(name: str, value: float) -
     assert attrgetter(name)(GOOD) != value
     with pytest.raises(ConfigError, match=rf"{name} is {value}; it must be "):
         validate(changed(**{name.replace(".", "__"): value}))
+
+
+def test_weights_and_biases_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = changed(track__wandb="films")
+    monkeypatch.setattr("fastppo.rules.run.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"track\.wandb is films, .*`pip install wandb`"):
+        validate(asked)
+    monkeypatch.setattr("fastppo.rules.run.find_spec", lambda name: name)
+    validate(asked)

@@ -100,6 +100,20 @@ def test_samples_before_and_after_are_left(folder, records):
     assert len(rows) == 4 and set(rows[0]) == {"prompt", "before", "score_before", "after", "score_after"}
 
 
+def test_responses_of_evaluations_and_of_training_are_left_with_their_steps(folder, records):
+    rows = [json.loads(line) for line in (folder / "out/responses.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["of"]) for r in rows] == [(s, o) for s, o in PHASES for _ in range(4)]
+    heldout = [r for r in rows if r["of"] == "heldout"]
+    assert [r["prompt"] for r in heldout[:4]] == [r["prompt"] for r in heldout[4:]]
+    samples = [json.loads(line) for line in (folder / "out/samples.jsonl").read_text().splitlines()]
+    assert [r["response"] for r in heldout] == [s["before"] for s in samples] + [s["after"] for s in samples]
+    for row in rows[4:8]:
+        assert row["prompt"].startswith("prompt ") and 1 <= len(row["tokens"]) == len(row["advantages"]) <= 8
+
+
+PHASES = [(0, "heldout"), (1, "training"), (3, "heldout")]
+
+
 def test_the_same_seed_makes_the_same_run(folder, records):
     again = run(folder)
     assert [r.get("score") for r in again] == [r.get("score") for r in records]

@@ -50,6 +50,7 @@ def settings(folder: Path, output: Path, **changes: Any) -> list[str]:
         "eval.every": 2,
         "checkpoint.every": 1,
         "track.tensorboard": "false",
+        "track.responses_every": 1,
     }
     changed = fixed | {name.replace("__", "."): value for name, value in changes.items()}
     return [part for name, value in changed.items() for part in (f"--{name}", str(value))]

@@ -15,7 +15,7 @@ from fastppo.rules.data import check_data, check_sampling
 from fastppo.rules.feedback import check_rewards
 from fastppo.rules.learning import check_batch, check_kl, check_schedule
 from fastppo.rules.models import check_models
-from fastppo.rules.run import check_checkpoints
+from fastppo.rules.run import check_checkpoints, check_tracking
 
 # What a number must be, the test for it, and the settings it holds for. A setting that is null is off.
 # NaN fails every comparison, and so every test.
@@ -26,14 +26,14 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "seed steps actor.lr critic.lr critic.warmup_steps data.split_seed sampling.top_k sampling.min_new_tokens"
         " ppo.entropy_coef ppo.value_coef ppo.kl_coef ppo.truncation_penalty ppo.length_penalty optim.warmup_steps"
         " optim.weight_decay optim.max_grad_norm optim.max_skipped eval.every eval.prompts eval.seed eval.show"
-        " checkpoint.every checkpoint.keep_best",
+        " track.responses checkpoint.every checkpoint.keep_best",
     ),
     (
         "1 or more",
         lambda x: x >= 1,
         "threads ppo.length_limit data.first_tokens data.max_prompt_tokens data.limit sampling.max_new_tokens"
         " sampling.samples_per_prompt sampling.rows ppo.batch_size ppo.epochs ppo.minibatches ppo.microbatch_tokens"
-        " checkpoint.keep_last",
+        " track.responses_every checkpoint.keep_last",
     ),
     (
         "greater than 0",
@@ -59,6 +59,7 @@ def validate(config: Config, ranks: int = 1) -> None:
     check_kl(config)
     check_schedule(config)
     check_checkpoints(config)
+    check_tracking(config)
 
 
 def _check_ranges(config: Config) -> None:
