@@ -45,8 +45,9 @@ def load_policies(
 ) -> tuple[Policy, Critic | None, Policy, PreTrainedTokenizerBase]:
     """Actor, separate critic (None where it shares the actor's backbone), reference, and the tokenizer of all three.
 
-    Where two start from the same weights, they are read once and copied, but for weights that LoRA leaves frozen in
-    both: those are shared. The reference is then the actor's own model with its adapters off.
+    Where two start from the same weights, they are read once and copied. Weights that LoRA leaves frozen in both are
+    shared instead: a critic has the actor's parameters below its own adapters, and the reference is the actor's very
+    model, read with adapters off; it must not be frozen or moved.
     """
     dtype = DTYPES[config.optim.dtype]
     actor, critic = config.actor, config.critic

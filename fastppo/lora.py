@@ -113,7 +113,7 @@ def save_adapters(model: PreTrainedModel, folder: Path) -> None:
     from peft import get_peft_model_state_dict
 
     folder.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(model, adapter_name=NAME)
+    state = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)  # none has an adapter
     named = {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in state.items()}
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config: Any = model.peft_config[NAME]

@@ -232,6 +232,36 @@ def test_an_update_is_the_one_of_whole_weights_that_move_along_the_adapters(worl
     assert float(found[a].grad.abs().max()) == 0.0
 
 
+def saved(roles, folder):
+    def write(state, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, path)
+
+    roles.actor.save(folder, "actor", write)
+    return torch.load(folder / "actor/mp_rank_00_model_states.pt", weights_only=False)["module"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_checkpoint_holds_what_trains_and_fits_the_same_adapters_alone(world, tmp_path, tied):
+    path = tiny.saved(tmp_path / "model", tiny.causal(tie_word_embeddings=tied))
+    roles = assemble(config_of(path, *lora_settings("--critic.kind", "shared")), world)
+    trained = {n: p.clone() for n, p in roles.policy.named_parameters() if p.requires_grad}
+    held = saved(roles, tmp_path)
+    assert held.keys() - {"model.lm_head.weight"} == trained.keys()  # a tied weight is held by its second name
+    assert ("model.lm_head.weight" in held) == tied
+    with torch.no_grad():
+        for name, parameter in roles.policy.named_parameters():
+            if name in trained:
+                parameter.add_(1)
+    roles.actor.load(tmp_path, "actor")
+    assert all(torch.equal(p, trained[n]) for n, p in roles.policy.named_parameters() if n in trained)
+    other = assemble(
+        config_of(path, *lora_settings("--critic.kind", "shared", "--actor.lora.targets", "q_proj")), world
+    )
+    with pytest.raises(KeyError, match="weights that do not fit: .*lora_A"):
+        other.actor.load(tmp_path, "actor")
+
+
 # Export
 
 
