@@ -25,13 +25,14 @@ from transformers import PreTrainedTokenizerBase
 
 from fastppo import __version__, durable
 from fastppo.attention import ATTENTION
-from fastppo.config import Config
+from fastppo.config import ActorLoraConfig, Config
 from fastppo.data import PromptSet
 from fastppo.engine import World, all_gather
 from fastppo.errors import FastPPOError
 from fastppo.estimate import recall_trunk
 from fastppo.feedback import RewardError
 from fastppo.folder import LINES, sizes
+from fastppo.lora import merged_state, save_adapters
 from fastppo.microbatch import plan_step
 from fastppo.models import Policy
 from fastppo.progress import Progress, set_random_state
@@ -43,7 +44,10 @@ log = logging.getLogger("fastppo")
 NAME = re.compile(r"step-\d{8}(-update-\d{4})?")
 
 # Settings that may differ on resuming, since the run that comes out does not depend on them ...
-FREE = ("output", "resume", "timeout", "checkpoint.", "track.", "eval.every", "eval.show", "optim.max_skipped")
+FREE = (
+    *("output", "resume", "timeout", "checkpoint.", "track.", "eval.every", "eval.show", "optim.max_skipped"),
+    "actor.lora.export",
+)
 OF_URL = ("timeout", "retries", "request_size", "concurrency")
 # ... or only in how it is rounded.
 ROUNDING = ("threads", "ppo.microbatch_tokens", "sampling.rows", "optim.activation_checkpointing")
@@ -345,16 +349,20 @@ class Checkpoints:
             return None
 
 
-def export(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def export(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, lora: ActorLoraConfig) -> None:
     """Write the actor and its tokenizer so that `AutoModelForCausalLM.from_pretrained(folder)` loads them.
 
-    A shared critic's value head is no part of a language model and stays behind.
+    Adapters are merged, or written alone: then peft, and where it is installed transformers too, loads them onto the
+    model that the actor began as. A shared critic's value head is no part of a language model and stays behind.
     """
     model = policy.model
-    model.set_attn_implementation("sdpa")  # ours is known in this process alone
-    try:
-        model.save_pretrained(folder)
-    finally:
-        model.set_attn_implementation(ATTENTION)
+    if lora.rank and lora.export == "adapters":
+        save_adapters(model, folder)
+    else:
+        model.set_attn_implementation("sdpa")  # ours is known in this process alone
+        try:
+            model.save_pretrained(folder, state_dict=merged_state(model) if lora.rank else None)
+        finally:
+            model.set_attn_implementation(ATTENTION)
     tokenizer.save_pretrained(folder)
     log.info("the trained actor is in %s", folder)

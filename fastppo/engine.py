@@ -174,19 +174,31 @@ class Engine:
     def save(self, folder: Path, name: str, write: Callable[[Any, Path], None]) -> None:
         """This rank's part of weights, master weights and optimizer, in files below `folder`/`name`; all ranks call it.
 
+        Weights that do not train stay where they were loaded from: with LoRA they are nearly all there is.
         `write` gets each file's content and path. It must not raise: the other ranks would wait in a collective.
         """
         self._engine.checkpoint_engine = _Files(write)
         self._engine._copy_recovery_script = lambda folder: None  # written past `write`, and the same in each
         with _quiet():
-            self._engine.save_checkpoint(str(folder), tag=name, save_latest=False)
+            self._engine.save_checkpoint(str(folder), tag=name, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path, name: str) -> None:
         """What `save` wrote on as many ranks. All ranks call it."""
         with _quiet():
-            found, _ = self._engine.load_checkpoint(str(folder), tag=name)
+            found, _ = self._engine.load_checkpoint(str(folder), tag=name, custom_load_fn=_load_trained)
         if found is None:
             raise FileNotFoundError(f"{folder / name} has no state that DeepSpeed knows")
+
+
+def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
+    """Load the state `src` into the module `dst`, all of what trains and nothing that the module has not.
+
+    A frozen parameter may be in it by the second of two names, as a tied embedding is.
+    """
+    absent, unknown = dst.load_state_dict(src, strict=False)
+    trained = {name for name, p in dst.named_parameters() if p.requires_grad}
+    if wrong := [*trained.intersection(absent), *unknown]:
+        raise KeyError(f"weights that do not fit: {', '.join(sorted(wrong)[:3])}")
 
 
 @contextlib.contextmanager

@@ -19,9 +19,11 @@ from transformers import (
 )
 from transformers.utils.quantization_config import GgufConfig
 
-from fastppo.config import Config
+from fastppo.config import ActorConfig, Config, CriticConfig
 from fastppo.locate import locate
+from fastppo.lora import add_adapters
 from fastppo.models import (
+    Backbone,
     Critic,
     ModelError,
     Policy,
@@ -43,7 +45,9 @@ def load_policies(
 ) -> tuple[Policy, Critic | None, Policy, PreTrainedTokenizerBase]:
     """Actor, separate critic (None where it shares the actor's backbone), reference, and the tokenizer of all three.
 
-    Where two start from the same weights, they are read once and copied.
+    Where two start from the same weights, they are read once and copied. Weights that LoRA leaves frozen in both are
+    shared instead: a critic has the actor's parameters below its own adapters, and the reference is the actor's very
+    model, read with adapters off; it must not be frozen or moved.
     """
     dtype = DTYPES[config.optim.dtype]
     actor, critic = config.actor, config.critic
@@ -52,7 +56,7 @@ def load_policies(
     reference = _load_reference(config, base, tokenizer, dtype, device)
     value_model = None if critic.kind == "shared" else _load_critic(config, base, dtype, device)
     policy = Policy(base, ValueHead(_width(base), dtype, device) if critic.kind == "shared" else None)
-    set_trainable(policy, actor.train)
+    _choose_trained(policy, "actor", actor, actor.model, actor.revision, config.seed)
     keep_trunk(policy, reference if config.reference.model is None else None)
     if value_model is not None:
         keep_trunk(value_model)
@@ -88,6 +92,10 @@ def _load_reference(
     device: torch.device,
 ) -> Policy:
     reference = config.reference
+    if reference.model is None and config.actor.lora.rank:
+        own = Policy(actor)
+        own.adapters = False
+        return own
     if reference.model is None:
         model = copy.deepcopy(actor)
     else:
@@ -106,7 +114,7 @@ def _load_critic(config: Config, actor: PreTrainedModel, dtype: torch.dtype, dev
     critic = config.critic
     head = ValueHead(_width(actor), dtype, device)
     if critic.model is None:
-        backbone = copy_backbone(actor)
+        backbone = copy_backbone(actor, same_weights=config.actor.lora.rank > 0 and critic.lora.rank > 0)
     else:
         loaded_config = _config("critic.model", critic.model, critic.gguf_file, None)
         architecture = (loaded_config.architectures or [""])[0]
@@ -124,8 +132,17 @@ def _load_critic(config: Config, actor: PreTrainedModel, dtype: torch.dtype, dev
             head = ValueHead(_width(model), dtype, device)
         backbone = cast(PreTrainedModel, model.base_model)
     role = Critic(backbone, head)
-    set_trainable(role, critic.train)
+    _choose_trained(role, "critic", critic, critic.model or config.actor.model, None, config.seed)
     return role
+
+
+def _choose_trained(
+    role: Backbone, name: str, config: ActorConfig | CriticConfig, source: str, revision: str | None, seed: int
+) -> None:
+    """Freeze what does not train; with LoRA that is all but the adapters. A value head always trains."""
+    set_trainable(role, config.train)
+    if config.lora.rank:
+        add_adapters(role.model, name, config.lora, seed=seed, source=str(locate(source)), revision=revision)
 
 
 def load_causal(

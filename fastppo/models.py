@@ -6,9 +6,10 @@ its weight and runs an op on it, so that logits exist only inside the op and Dee
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from typing import Any, TypeVar, cast
 
@@ -83,6 +84,7 @@ class Backbone(nn.Module):
         self.model.set_attn_implementation(ATTENTION)
         self.trunk_depth = 0  # lowest layers whose states may be kept, see `keep_trunk`
         self.trunk_owner = id(model)  # roles of one owner have the same trunk
+        self.adapters = True  # False: a view of another role's model as it is without its LoRA adapters
 
     @property
     def device(self) -> torch.device:
@@ -102,12 +104,13 @@ class Backbone(nn.Module):
         return cast(Tensor, top.got)[0]
 
     def _run(self, packed: Packed) -> Tensor:
-        output = self.model.base_model(
-            input_ids=packed.tokens[None],
-            position_ids=packed.positions[None],
-            packed=Spans.of(packed.lengths.tolist()),
-            use_cache=False,
-        )
+        with contextlib.nullcontext() if self.adapters else adapters_off(self.model):
+            output = self.model.base_model(
+                input_ids=packed.tokens[None],
+                position_ids=packed.positions[None],
+                packed=Spans.of(packed.lengths.tolist()),
+                use_cache=False,
+            )
         return cast(Tensor, output.last_hidden_state[0])
 
     def forward(self, packed: Packed, objective: Callable[[Any, Tensor], T], below: Tensor | None = None) -> T:
@@ -209,9 +212,32 @@ def check_packing(model: PreTrainedModel) -> None:
         )
 
 
-def copy_backbone(model: PreTrainedModel) -> PreTrainedModel:
-    """A second copy of a causal model's backbone, without its vocabulary head."""
-    return copy.deepcopy(cast(PreTrainedModel, model.base_model))
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Within this context a model with LoRA adapters (`fastppo.lora`) computes what it does without them.
+
+    For passes without gradient: what activation checkpointing recomputes later is recomputed with adapters. peft's own
+    switch turns `requires_grad` off too, and DeepSpeed should not find a parameter of its optimizer so.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def copy_backbone(model: PreTrainedModel, *, same_weights: bool = False) -> PreTrainedModel:
+    """A second copy of a causal model's backbone, without its vocabulary head.
+
+    same_weights: on the very parameters of the model, for two roles that both leave them frozen.
+    """
+    backbone = cast(PreTrainedModel, model.base_model)
+    return copy.deepcopy(backbone, {id(p): p for p in backbone.parameters()} if same_weights else None)
 
 
 def set_trainable(role: Backbone, train: str | int) -> None:

@@ -127,7 +127,7 @@ def train(config: Config, world: World) -> None:
             shown = samples(heldout, run.evaluations[0], run.evaluations[-1])
             write_samples(output / "samples.jsonl", shown)
             show_samples(shown[: config.eval.show])
-        export(roles.policy, roles.tokenizer, output / "actor")
+        export(roles.policy, roles.tokenizer, output / "actor", config.actor.lora)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -60,12 +60,13 @@ RANK_CASES = {
     "shared, stage 0": ("shared", "0"),
     "shared, stage 1": ("shared", "1"),
     "separate, stage 2": ("separate", "2"),
+    "separate, stage 1, LoRA": ("separate", "1", "--actor.lora.rank", "4", "--critic.lora.rank", "2"),
 }
 
 
 def rank_settings(case):
-    critic, stage = RANK_CASES[case]
-    return ["--critic.kind", critic, "--zero.stage", stage, "--ppo.minibatches", "2", "--ppo.epochs", "2"]
+    critic, stage, *more = RANK_CASES[case]
+    return ["--critic.kind", critic, "--zero.stage", stage, "--ppo.minibatches", "2", "--ppo.epochs", "2", *more]
 
 
 @pytest.fixture(scope="module")

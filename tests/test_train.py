@@ -140,6 +140,7 @@ def test_four_epochs_on_each_batch_do_not_diverge(folder):
         {"ppo__kl_target": 1.0, "ppo__kl_horizon": 100, "sampling__top_p": 0.9, "sampling__temperature": 0.7},
         {"optim__dtype": "bf16", "optim__activation_checkpointing": "true", "critic__warmup_steps": 1},
         {"eval__prompts": 0, "track__profile_steps": "[2]"},
+        {"actor__lora__rank": 4, "critic__lora__rank": 2, "optim__dtype": "bf16", "actor__lora__export": "adapters"},
     ],
     ids=lambda changes: ",".join(changes),
 )
@@ -147,6 +148,8 @@ def test_a_run_with_other_settings_goes_through(folder, changes):
     run(folder, steps=2, **changes)
     if "track__profile_steps" in changes:
         assert list((folder / "out/profile").iterdir())
+    if changes.get("actor__lora__export") == "adapters":
+        assert json.loads((folder / "out/actor/adapter_config.json").read_text())["r"] == 4
 
 
 @pytest.mark.parametrize(

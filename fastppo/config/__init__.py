@@ -11,17 +11,19 @@ from dataclasses import dataclass, field
 from fastppo.config.data import DataConfig, SamplingConfig
 from fastppo.config.feedback import RewardConfig
 from fastppo.config.learning import OptimConfig, PPOConfig, ZeroConfig
-from fastppo.config.models import ActorConfig, CriticConfig, ReferenceConfig
+from fastppo.config.models import ActorConfig, ActorLoraConfig, CriticConfig, LoraConfig, ReferenceConfig
 from fastppo.config.run import CheckpointConfig, EvalConfig, TrackConfig
 
 __all__ = [
     "ActorConfig",
+    "ActorLoraConfig",
     "CheckpointConfig",
     "Config",
     "ConfigError",
     "CriticConfig",
     "DataConfig",
     "EvalConfig",
+    "LoraConfig",
     "OptimConfig",
     "PPOConfig",
     "ReferenceConfig",
