@@ -105,7 +105,7 @@ class Backbone(nn.Module):
         output = self.model.base_model(
             input_ids=packed.tokens[None],
             position_ids=packed.positions[None],
-            packed=Spans.of(packed.lengths.tolist()),
+            packed=Spans.of(packed.lengths.tolist(), packed.tokens.device),
             use_cache=False,
         )
         return cast(Tensor, output.last_hidden_state[0])

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from fastppo.attention import choose_attention
 from fastppo.config import Config
 from fastppo.engine import Engine, World
-from fastppo.load import load_policies
+from fastppo.load import DTYPES, load_policies
 from fastppo.models import Policy
 
 
@@ -36,6 +37,7 @@ class Roles:
 
 def assemble(config: Config, world: World) -> Roles:
     """Load the models of a run and put an engine under each that is trained."""
+    choose_attention(config.attention, DTYPES[config.optim.dtype], world.device)
     policy, critic, reference, tokenizer = load_policies(config, world.device)
     value_head = [] if policy.value_head is None else list(policy.value_head.parameters())
     actor = Engine(policy, [list(policy.model.parameters()), value_head], config.optim, config.zero)
