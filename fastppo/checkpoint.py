@@ -210,7 +210,7 @@ class Checkpoints:
     def _recall(self, run: Progress) -> None:
         assert run.experience is not None
         packed = run.experience.packed
-        plan = plan_step(packed.lengths, self._config, run.step, self._world.ranks)
+        plan = plan_step(packed.lengths, self._config, run.step, self._world.ranks, self._roles.attention)
         done = [minibatch for epoch in plan for minibatch in epoch][: max(len(run.updates), len(plan[0]))]
         trunk = recall_trunk(packed, done, self._roles, self._world)
         run.experience = dataclasses.replace(run.experience, trunk=trunk)

@@ -135,7 +135,10 @@ def choose_flash(
     """
     obstacle = "attention is sdpa" if setting == "sdpa" else _obstacle(dtype, device)
     if setting == "flash" and obstacle is not None:
-        raise FastPPOError(f"attention is flash, but {obstacle}. Set attention to auto or sdpa to do without it.")
+        needs = "" if INSTALL in obstacle else f" It needs a GPU from Ampere on, bf16 and `{INSTALL}`."
+        raise FastPPOError(
+            f"attention is flash, but {obstacle}.{needs} Set attention to auto or sdpa to do without it."
+        )
     if obstacle is not None:
         log.info("attention on %s: PyTorch's SDPA, as %s", device, obstacle)
         return None

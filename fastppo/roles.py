@@ -10,7 +10,7 @@ from fastppo.attention import choose_attention
 from fastppo.config import Config
 from fastppo.engine import Engine, World
 from fastppo.load import DTYPES, load_policies
-from fastppo.models import Policy
+from fastppo.models import Policy, attention_ratio
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class Roles:
         """The longest sequence that the actor takes, in tokens; None if its config does not tell."""
         config = self.policy.model.config.get_text_config()
         return getattr(config, "max_position_embeddings", None)
+
+    @property
+    def attention(self) -> float:
+        """What attention costs beside the actor's weights, for an even plan (`microbatch.work`)."""
+        return attention_ratio(self.policy.model)
 
 
 def assemble(config: Config, world: World) -> Roles:

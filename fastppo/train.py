@@ -25,7 +25,7 @@ from fastppo.evaluate import evaluate, samples
 from fastppo.feedback import gather_scored, load_functions, load_sources, score
 from fastppo.learn import learn
 from fastppo.metrics import mean_kl, step_metrics
-from fastppo.microbatch import plan_step
+from fastppo.microbatch import imbalance, plan_step
 from fastppo.ppo import step_rates
 from fastppo.roles import assemble
 from fastppo.rollout import sample, stop_ids
@@ -92,11 +92,11 @@ def train(config: Config, world: World) -> None:
                     with stages("feedback"):
                         scored = gather_scored(score(rollout, data, sources, roles.tokenizer, ppo), world)
                     with stages("experience"):
-                        first_epoch = plan_step(scored.rollout.packed.lengths, config, step, world.ranks)[0]
-                        experience = estimate(scored, roles, first_epoch, config, beta.value, world)
+                        plan = plan_step(scored.rollout.packed.lengths, config, step, world.ranks, roles.attention)
+                        experience = estimate(scored, roles, plan[0], config, beta.value, world)
                         run.add_experience(experience)
                 with stages("learning"):
-                    plan = plan_step(experience.packed.lengths, config, step, world.ranks)
+                    plan = plan_step(experience.packed.lengths, config, step, world.ranks, roles.attention)
                     updates = learn(
                         experience,
                         roles,
@@ -110,7 +110,8 @@ def train(config: Config, world: World) -> None:
                     )
             metrics = step_metrics(experience, updates, stages.take())
             rates = dict(zip(("actor_lr", "critic_lr"), step_rates(config, step)[-1], strict=True))
-            tracker.log(step + 1, metrics | rates | {"kl_coef": beta.value})
+            spread = imbalance(plan, experience.packed.lengths, world.ranks, roles.attention)
+            tracker.log(step + 1, metrics | rates | {"kl_coef": beta.value, "imbalance": spread})
             beta.update(mean_kl(experience), ppo.batch_size)
             run.end_step()
             evaluate_if_due()
