@@ -8,6 +8,8 @@ every layer untouched:
 
 No model code is patched. What a model asks of its attention beyond causality is honoured (`sliding_window`,
 `softcap`) or refused: silently leaving it out would train another model than the one that was loaded.
+
+On CUDA flash-attn computes it where it can (`fastppo.flash`); elsewhere PyTorch does, and decode is an op.
 """
 
 from __future__ import annotations
