@@ -75,9 +75,8 @@ def main() -> None:
     ratios = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        settings = small(folder, options.dtype)
-        if options.config:
-            settings = ["--config", options.config, "--eval.prompts", "0"]
+        chosen = ["--config", options.config, "--eval.prompts", "0"]
+        settings = chosen if options.config else small(folder, options.dtype)
         for number in range(options.rounds):
             pair = {ranks: run(settings, folder / f"run-{number}-{ranks}", ranks, options.steps) for ranks in (1, 2)}
             for ranks, found in pair.items():
