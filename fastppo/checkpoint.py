@@ -50,7 +50,7 @@ FREE = (
 )
 OF_URL = ("timeout", "retries", "request_size", "concurrency")
 # ... or only in how it is rounded.
-ROUNDING = ("threads", "ppo.microbatch_tokens", "sampling.rows", "optim.activation_checkpointing")
+ROUNDING = ("attention", "threads", "ppo.microbatch_tokens", "sampling.rows", "optim.activation_checkpointing")
 
 
 class CheckpointError(FastPPOError):
@@ -221,7 +221,7 @@ class Checkpoints:
     def _recall(self, run: Progress) -> None:
         assert run.experience is not None
         packed = run.experience.packed
-        plan = plan_step(packed.lengths, self._config, run.step, self._world.ranks)
+        plan = plan_step(packed.lengths, self._config, run.step, self._world.ranks, self._roles.attention)
         done = [minibatch for epoch in plan for minibatch in epoch][: max(len(run.updates), len(plan[0]))]
         trunk = recall_trunk(packed, done, self._roles, self._world)
         run.experience = dataclasses.replace(run.experience, trunk=trunk)

@@ -108,7 +108,7 @@ class Backbone(nn.Module):
             output = self.model.base_model(
                 input_ids=packed.tokens[None],
                 position_ids=packed.positions[None],
-                packed=Spans.of(packed.lengths.tolist()),
+                packed=Spans.of(packed.lengths.tolist(), packed.tokens.device),
                 use_cache=False,
             )
         return cast(Tensor, output.last_hidden_state[0])
@@ -210,6 +210,20 @@ def check_packing(model: PreTrainedModel) -> None:
             " cannot be trained without padding. Models with plain causal, sliding-window or soft-capped attention"
             " through transformers' AttentionInterface can: Llama, Qwen, Mistral, Gemma-2, GPT-2, OPT, GPT-NeoX, ..."
         )
+
+
+def attention_ratio(model: PreTrainedModel) -> float:
+    """n d / P: by how much of a token's work in the weights each token before it adds in attention (`microbatch.work`).
+
+    n layers with P weights in all, d = heads x width of a head. Computed without their weights at hand, as ZeRO-3 has
+    them elsewhere. A model whose layers cannot be told apart counts all its weights.
+    """
+    config = model.config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    found = layers_of(model)
+    layers = model.base_model if found is None else getattr(*found)
+    weights = sum(getattr(p, "ds_numel", p.numel()) for p in layers.parameters())
+    return float(config.num_hidden_layers * config.num_attention_heads * width / weights)
 
 
 @contextlib.contextmanager

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from fastppo.attention import choose_attention
 from fastppo.config import Config
 from fastppo.engine import Engine, World
-from fastppo.load import load_policies
-from fastppo.models import Policy
+from fastppo.load import DTYPES, load_policies
+from fastppo.models import Policy, attention_ratio
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,15 @@ class Roles:
         config = self.policy.model.config.get_text_config()
         return getattr(config, "max_position_embeddings", None)
 
+    @property
+    def attention(self) -> float:
+        """What attention costs beside the actor's weights, for an even plan (`microbatch.work`)."""
+        return attention_ratio(self.policy.model)
+
 
 def assemble(config: Config, world: World) -> Roles:
     """Load the models of a run and put an engine under each that is trained."""
+    choose_attention(config.attention, DTYPES[config.optim.dtype], world.device)
     policy, critic, reference, tokenizer = load_policies(config, world.device)
     value_head = [] if policy.value_head is None else list(policy.value_head.parameters())
     actor = Engine(policy, [list(policy.model.parameters()), value_head], config.optim, config.zero)

@@ -26,7 +26,8 @@ from fastppo.feedback import load_functions, load_sources, score
 from fastppo.folder import continue_folder, fresh_folder
 from fastppo.learn import learn
 from fastppo.metrics import mean_kl, step_metrics
-from fastppo.microbatch import plan_step
+from fastppo.microbatch import imbalance, plan_step
+from fastppo.nodes import check_output_is_shared
 from fastppo.ppo import step_rates
 from fastppo.responses import heldout_responses, training_responses
 from fastppo.roles import assemble
@@ -52,6 +53,7 @@ def train(config: Config, world: World) -> None:
     if world.rank == 0:
         fresh_folder(output) if found is None else continue_folder(output, found.sizes)
         (output / "config.yaml").write_text(dump(config), encoding="utf-8")
+    check_output_is_shared(output, world)
     roles = assemble(config, world)
     sources = load_sources(config, roles.tokenizer, world.device)
     data, heldout = load_prompts(
@@ -95,11 +97,11 @@ def train(config: Config, world: World) -> None:
                     with stages("feedback"):
                         scored = score(rollout, data, sources, roles.tokenizer, ppo, run.moments, world)
                     with stages("experience"):
-                        first_epoch = plan_step(scored.rollout.packed.lengths, config, step, world.ranks)[0]
-                        experience = estimate(scored, roles, first_epoch, config, beta.value, world)
+                        plan = plan_step(scored.rollout.packed.lengths, config, step, world.ranks, roles.attention)
+                        experience = estimate(scored, roles, plan[0], config, beta.value, world)
                         run.add_experience(experience, scored.moments)
                 with stages("learning"):
-                    plan = plan_step(experience.packed.lengths, config, step, world.ranks)
+                    plan = plan_step(experience.packed.lengths, config, step, world.ranks, roles.attention)
                     updates = learn(
                         experience,
                         roles,
@@ -113,7 +115,8 @@ def train(config: Config, world: World) -> None:
                     )
             metrics = step_metrics(experience, updates, stages.take())
             rates = dict(zip(("actor_lr", "critic_lr"), step_rates(config, step)[-1], strict=True))
-            tracker.log(step + 1, metrics | rates | {"kl_coef": beta.value})
+            spread = imbalance(plan, experience.packed.lengths, world.ranks, roles.attention)
+            tracker.log(step + 1, metrics | rates | {"kl_coef": beta.value, "imbalance": spread})
             if tracker.wants_responses(step + 1):
                 kept = training_responses(experience, roles.tokenizer, count=config.track.responses)
                 tracker.log_responses(step + 1, kept)

@@ -53,7 +53,7 @@ def responses(roles: Roles) -> Scored:
 def step(config: Config, world: World, *, plan: list[list[Minibatch]] | None = None) -> Step:
     roles = assemble(config, world)
     scored = responses(roles)
-    plan = plan or plan_step(scored.rollout.packed.lengths, config, 0, world.ranks)
+    plan = plan or plan_step(scored.rollout.packed.lengths, config, 0, world.ranks, roles.attention)
     experience = estimate(scored, roles, plan[0], config, config.ppo.kl_coef, world)
     updates = learn(experience, roles, plan, config, step=0, beta=config.ppo.kl_coef, world=world)
     parameters = {f"actor.{n}": p.detach().clone() for n, p in roles.policy.named_parameters()}

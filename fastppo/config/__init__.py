@@ -7,6 +7,7 @@ names its unit. `fastppo.rules.validate` refuses settings that cannot work toget
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from fastppo.config.data import DataConfig, SamplingConfig
 from fastppo.config.feedback import RewardConfig
@@ -56,6 +57,9 @@ class Config:
     timeout: float = 1800.0
     """Seconds that a rank waits for the others before it ends with an error; more than the slowest stage can differ
     between ranks."""
+    attention: Literal["auto", "flash", "sdpa"] = "auto"
+    """What computes attention, in every role: `flash` flash-attn (CUDA, bf16), `sdpa` PyTorch; `auto` flash-attn where
+    it can be used and PyTorch elsewhere, which the log says."""
     actor: ActorConfig = field(default_factory=ActorConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)

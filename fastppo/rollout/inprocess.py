@@ -106,7 +106,7 @@ class _Decoding:
 
     def _step(self, newest: Tensor) -> Tensor:
         """newest (rows,) int64, the token drawn last in every row; hidden states (active, H)."""
-        self.cache.rows = self.active
+        self.cache.begin_step(self.active)
         hidden = self.policy.step(newest[self.active], self.cache.lengths[self.active], self.cache)
         self.cache.end_step()
         return hidden

@@ -14,6 +14,11 @@ def check_models(config: Config) -> None:
             "actor.model is not set: there is nothing to train. Give a hub name or a directory,"
             " or start from a preset with --config quickstart."
         )
+    if config.attention == "flash" and config.optim.dtype == "fp32":
+        raise ConfigError(
+            "attention is flash and optim.dtype fp32: flash-attn computes in bf16 or fp16. Set optim.dtype to bf16, or"
+            " attention to auto or sdpa."
+        )
     if critic.kind == "shared":
         for field, value, default in (
             ("model", critic.model, None),
