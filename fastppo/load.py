@@ -7,6 +7,7 @@ import logging
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -21,21 +22,27 @@ from transformers.utils.quantization_config import GgufConfig
 
 from fastppo.config import Config, RewardConfig
 from fastppo.locate import locate
+from fastppo.miniature import miniature
 from fastppo.models import (
     Critic,
+    FusedHead,
     ModelError,
     Policy,
     RewardModel,
     ValueHead,
     check_packing,
     copy_backbone,
+    fuse_head,
     keep_trunk,
     set_trainable,
 )
+from fastppo.stream import gathered, partition, partition_config, stream, weight_files
 
 log = logging.getLogger("fastppo")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+Partitions = dict[str, Any] | None  # of `partition_config`; None: the model is whole on every rank
 
 
 def load_policies(
@@ -43,31 +50,44 @@ def load_policies(
 ) -> tuple[Policy, Critic | None, Policy, PreTrainedTokenizerBase]:
     """Actor, separate critic (None where it shares the actor's backbone), reference, and the tokenizer of all three.
 
-    Where two start from the same weights, they are read once and copied.
+    Where two start from the same weights, they are read once and copied. At ZeRO stage 3 parameters are partitioned,
+    whole on no rank, and each role's are read from the files: until an engine gathers them no role can be called.
     """
     dtype = DTYPES[config.optim.dtype]
     actor, critic = config.actor, config.critic
     tokenizer = load_tokenizer("actor.model", actor.model, actor.gguf_file, actor.revision)
-    base = load_causal("actor.model", actor.model, actor.gguf_file, actor.revision, dtype, device)
+    base = _load_actor(config, dtype, device, trained_partitions(config))
     reference = _load_reference(config, base, tokenizer, dtype, device)
     value_model = None if critic.kind == "shared" else _load_critic(config, base, dtype, device)
     policy = Policy(base, ValueHead(_width(base), dtype, device) if critic.kind == "shared" else None)
     set_trainable(policy, actor.train)
-    keep_trunk(policy, reference if config.reference.model is None else None)
-    if value_model is not None:
-        keep_trunk(value_model)
+    if config.zero.stage < 3:
+        keep_trunk(policy, reference if config.reference.model is None else None)
+        if value_model is not None:
+            keep_trunk(value_model)
     if config.optim.activation_checkpointing:
         for role in filter(None, (policy, value_model)):
             role.model.gradient_checkpointing_enable({"use_reentrant": False})
     return policy, value_model, reference, tokenizer
 
 
+def trained_partitions(config: Config) -> Partitions:
+    """How the parameters of actor and critic are partitioned; None below ZeRO stage 3."""
+    return None if config.zero.stage < 3 else partition_config(config.optim.dtype)
+
+
+def frozen_partitions(config: Config) -> Partitions:
+    """How the parameters of reference and reward models are partitioned; None below ZeRO stage 3."""
+    return None if config.zero.stage < 3 else partition_config(config.optim.dtype)
+
+
 def load_reward(
-    config: RewardConfig, dtype: torch.dtype, device: torch.device
+    config: RewardConfig, dtype: torch.dtype, device: torch.device, partitions: Partitions = None
 ) -> tuple[RewardModel, PreTrainedTokenizerBase]:
     """A sequence classifier with one label, and the tokenizer it was trained with."""
     assert config.model is not None
-    model = _load("rewards.model", AutoModelForSequenceClassification, config.model, None, None, dtype, device)
+    classifier = AutoModelForSequenceClassification
+    model = _load("rewards.model", classifier, config.model, None, None, dtype, device, partitions)
     labels = model.config.num_labels
     if labels != 1:
         raise ModelError(
@@ -79,7 +99,6 @@ def load_reward(
             f"rewards.model = {config.model} ({type(model).__name__}) has no `score` head on a causal backbone;"
             " wrap it in a reward function (rewards.function) instead."
         )
-    check_packing(model)
     return RewardModel(model).requires_grad_(False).eval(), load_tokenizer("rewards.model", config.model)
 
 
@@ -90,9 +109,9 @@ def _load_reference(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Policy:
-    reference = config.reference
+    reference, partitions = config.reference, frozen_partitions(config)
     if reference.model is None:
-        model = copy.deepcopy(actor)
+        model = copy.deepcopy(actor) if partitions is None else _load_actor(config, dtype, device, partitions)
     else:
         theirs = load_tokenizer("reference.model", reference.model, reference.gguf_file)
         if theirs.get_vocab() != tokenizer.get_vocab():
@@ -101,29 +120,33 @@ def _load_reference(
                 f" ({len(theirs)} and {len(tokenizer)} tokens), so KL between the two means nothing."
                 " Use a reference with the actor's tokenizer; usually the SFT model that the actor starts from."
             )
-        model = load_causal("reference.model", reference.model, reference.gguf_file, None, dtype, device)
+        model = load_causal("reference.model", reference.model, reference.gguf_file, None, dtype, device, partitions)
     return Policy(model).requires_grad_(False).eval()
 
 
 def _load_critic(config: Config, actor: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> Critic:
-    critic = config.critic
+    critic, partitions = config.critic, trained_partitions(config)
     head = ValueHead(_width(actor), dtype, device)
-    if critic.model is None:
+    if critic.model is None and partitions is None:
         backbone = copy_backbone(actor)
+    elif critic.model is None:
+        backbone = cast(PreTrainedModel, _load_actor(config, dtype, device, partitions).base_model)
     else:
         loaded_config = _config("critic.model", critic.model, critic.gguf_file, None)
         architecture = (loaded_config.architectures or [""])[0]
         if architecture.endswith("ForSequenceClassification"):  # start from a reward model: V(s) begins as its score
-            model = _load("critic.model", AutoModelForSequenceClassification, critic.model, None, None, dtype, device)
+            classifier = AutoModelForSequenceClassification
+            model = _load("critic.model", classifier, critic.model, None, None, dtype, device, partitions)
             if model.config.num_labels != 1:
                 raise ModelError(
                     f"critic.model = {critic.model} has {model.config.num_labels} labels; a critic needs one"
                 )
-            check_packing(model)
             head = ValueHead(_width(model), dtype, device)
-            head.weight.data.copy_(cast(nn.Linear, model.score).weight.data)
+            score = cast(nn.Linear, model.score).weight
+            with gathered([score]):
+                head.weight.data.copy_(score.data)
         else:
-            model = load_causal("critic.model", critic.model, critic.gguf_file, None, dtype, device)
+            model = load_causal("critic.model", critic.model, critic.gguf_file, None, dtype, device, partitions)
             head = ValueHead(_width(model), dtype, device)
         backbone = cast(PreTrainedModel, model.base_model)
     role = Critic(backbone, head)
@@ -132,12 +155,25 @@ def _load_critic(config: Config, actor: PreTrainedModel, dtype: torch.dtype, dev
 
 
 def load_causal(
-    setting: str, name: str, gguf_file: str | None, revision: str | None, dtype: torch.dtype, device: torch.device
+    setting: str,
+    name: str,
+    gguf_file: str | None,
+    revision: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    partitions: Partitions = None,
 ) -> PreTrainedModel:
-    """A causal language model with a fused head, checked on packed rows, dropout off."""
-    model = _load(setting, AutoModelForCausalLM, name, gguf_file, revision, dtype, device)
-    check_packing(model)
-    return model
+    """A causal language model with a fused head, checked on packed rows, dropout off.
+
+    partitions: what `partition_config` gives, for a model that is whole on no rank.
+    """
+    model = _load(setting, AutoModelForCausalLM, name, gguf_file, revision, dtype, device, partitions)
+    return model if isinstance(model.get_output_embeddings(), FusedHead) else fuse_head(model)
+
+
+def _load_actor(config: Config, dtype: torch.dtype, device: torch.device, partitions: Partitions) -> PreTrainedModel:
+    actor = config.actor
+    return load_causal("actor.model", actor.model, actor.gguf_file, actor.revision, dtype, device, partitions)
 
 
 def load_tokenizer(
@@ -178,17 +214,61 @@ def _load(
     revision: str | None,
     dtype: torch.dtype,
     device: torch.device,
+    partitions: Partitions = None,
 ) -> PreTrainedModel:
+    """A model on `device` or in partitions, checked on packed rows: itself, or a small one of its kind."""
     config = _config(setting, name, gguf_file, revision)
+    if partitions is None:
+        model = _load_whole(setting, auto, name, gguf_file, revision, config, dtype)
+        cast(nn.Module, model).to(device)
+        check_packing(model)
+    else:
+        check_packing(miniature(auto, config, dtype, device))
+        model = _load_parts(setting, auto, name, gguf_file, revision, config, dtype, partitions)
+    size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    log.info("%s: %s, %.0f M parameters", setting, name, size / 1e6)
+    return model
+
+
+def _load_parts(
+    setting: str,
+    auto: Any,
+    name: str,
+    gguf_file: str | None,
+    revision: str | None,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    partitions: dict[str, Any],
+) -> PreTrainedModel:
+    files = None if gguf_file else weight_files(setting, str(locate(name)), revision)
+    if files is not None and getattr(config, "quantization_config", None) is None:
+        return stream(setting, auto, str(locate(name)), files, revision, config, dtype, partitions)
+    log.warning(
+        "%s = %s: these weights are not plain safetensors, so each rank holds the whole model while it loads. Save it"
+        " once with save_pretrained to have it read in parts.",
+        setting,
+        name,
+    )
+    return partition(_load_whole(setting, auto, name, gguf_file, revision, config, dtype), partitions)
+
+
+def _load_whole(
+    setting: str,
+    auto: Any,
+    name: str,
+    gguf_file: str | None,
+    revision: str | None,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+) -> PreTrainedModel:
     extra = {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)} if gguf_file else {}
     try:
         model = auto.from_pretrained(str(locate(name)), config=config, revision=revision, dtype=dtype, **extra)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ModelError(f"{setting} = {name}: its weights could not be loaded ({_first_line(error)})") from error
     if gguf_file:
         _forget_quantization(model)
-    log.info("%s: %s, %.0f M parameters", setting, name, sum(p.numel() for p in model.parameters()) / 1e6)
-    return model.to(device).eval()  # type: ignore[no-any-return]
+    return cast(PreTrainedModel, model.eval())
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
