@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -45,6 +46,24 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Partitions = dict[str, Any] | None  # of `partition_config`; None: the model is whole on every rank
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a model's weights come from."""
+
+    setting: str  # its name in the config, for errors
+    name: str  # on the hub, a directory, or package:NAME
+    gguf_file: str | None = None
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.setting} = {self.name}"
+
+    @property
+    def place(self) -> str:
+        """What transformers takes it by."""
+        return str(locate(self.name))
+
+
 def load_policies(
     config: Config, device: torch.device
 ) -> tuple[Policy, Critic | None, Policy, PreTrainedTokenizerBase]:
@@ -61,6 +80,8 @@ def load_policies(
     value_model = None if critic.kind == "shared" else _load_critic(config, base, dtype, device)
     policy = Policy(base, ValueHead(_width(base), dtype, device) if critic.kind == "shared" else None)
     set_trainable(policy, actor.train)
+    if config.zero.stage == 3 and actor.train != "all":
+        log.info("at zero.stage 3 frozen layers are computed in every pass, and not once a batch")
     if config.zero.stage < 3:
         keep_trunk(policy, reference if config.reference.model is None else None)
         if value_model is not None:
@@ -86,8 +107,8 @@ def load_reward(
 ) -> tuple[RewardModel, PreTrainedTokenizerBase]:
     """A sequence classifier with one label, and the tokenizer it was trained with."""
     assert config.model is not None
-    classifier = AutoModelForSequenceClassification
-    model = _load("rewards.model", classifier, config.model, None, None, dtype, device, partitions)
+    source = Source("rewards.model", config.model)
+    model = _load(AutoModelForSequenceClassification, source, dtype, device, partitions)
     labels = model.config.num_labels
     if labels != 1:
         raise ModelError(
@@ -120,7 +141,8 @@ def _load_reference(
                 f" ({len(theirs)} and {len(tokenizer)} tokens), so KL between the two means nothing."
                 " Use a reference with the actor's tokenizer; usually the SFT model that the actor starts from."
             )
-        model = load_causal("reference.model", reference.model, reference.gguf_file, None, dtype, device, partitions)
+        source = Source("reference.model", reference.model, reference.gguf_file)
+        model = _load_causal(source, dtype, device, partitions)
     return Policy(model).requires_grad_(False).eval()
 
 
@@ -132,11 +154,11 @@ def _load_critic(config: Config, actor: PreTrainedModel, dtype: torch.dtype, dev
     elif critic.model is None:
         backbone = cast(PreTrainedModel, _load_actor(config, dtype, device, partitions).base_model)
     else:
-        loaded_config = _config("critic.model", critic.model, critic.gguf_file, None)
+        source = Source("critic.model", critic.model, critic.gguf_file)
+        loaded_config = _config(source)
         architecture = (loaded_config.architectures or [""])[0]
         if architecture.endswith("ForSequenceClassification"):  # start from a reward model: V(s) begins as its score
-            classifier = AutoModelForSequenceClassification
-            model = _load("critic.model", classifier, critic.model, None, None, dtype, device, partitions)
+            model = _load(AutoModelForSequenceClassification, source, dtype, device, partitions)
             if model.config.num_labels != 1:
                 raise ModelError(
                     f"critic.model = {critic.model} has {model.config.num_labels} labels; a critic needs one"
@@ -146,7 +168,7 @@ def _load_critic(config: Config, actor: PreTrainedModel, dtype: torch.dtype, dev
             with gathered([score]):
                 head.weight.data.copy_(score.data)
         else:
-            model = load_causal("critic.model", critic.model, critic.gguf_file, None, dtype, device, partitions)
+            model = _load_causal(source, dtype, device, partitions)
             head = ValueHead(_width(model), dtype, device)
         backbone = cast(PreTrainedModel, model.base_model)
     role = Critic(backbone, head)
@@ -167,13 +189,18 @@ def load_causal(
 
     partitions: what `partition_config` gives, for a model that is whole on no rank.
     """
-    model = _load(setting, AutoModelForCausalLM, name, gguf_file, revision, dtype, device, partitions)
+    return _load_causal(Source(setting, name, gguf_file, revision), dtype, device, partitions)
+
+
+def _load_causal(source: Source, dtype: torch.dtype, device: torch.device, partitions: Partitions) -> PreTrainedModel:
+    model = _load(AutoModelForCausalLM, source, dtype, device, partitions)
     return model if isinstance(model.get_output_embeddings(), FusedHead) else fuse_head(model)
 
 
 def _load_actor(config: Config, dtype: torch.dtype, device: torch.device, partitions: Partitions) -> PreTrainedModel:
     actor = config.actor
-    return load_causal("actor.model", actor.model, actor.gguf_file, actor.revision, dtype, device, partitions)
+    source = Source("actor.model", actor.model, actor.gguf_file, actor.revision)
+    return _load_causal(source, dtype, device, partitions)
 
 
 def load_tokenizer(
@@ -187,17 +214,19 @@ def load_tokenizer(
     return tokenizer
 
 
-def _config(setting: str, name: str, gguf_file: str | None, revision: str | None) -> PreTrainedConfig:
+def _config(source: Source) -> PreTrainedConfig:
     """The model's config with every dropout off.
 
     Off in the config and not by eval(): activation checkpointing needs train mode, and some models (OPT) drop
     functionally in it. A policy that drops at random is another policy at every call, and ratios mean nothing.
     """
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(str(locate(name)), gguf_file=gguf_file, revision=revision)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            source.place, gguf_file=source.gguf_file, revision=source.revision
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"{setting} = {name}: no model could be loaded from there ({_first_line(error)})."
+            f"{source}: no model could be loaded from there ({_first_line(error)})."
             " Give a Hugging Face hub name, a directory made by save_pretrained, or a directory with gguf_file."
         ) from error
     for key, value in config.to_dict().items():
@@ -207,66 +236,48 @@ def _config(setting: str, name: str, gguf_file: str | None, revision: str | None
 
 
 def _load(
-    setting: str,
-    auto: Any,
-    name: str,
-    gguf_file: str | None,
-    revision: str | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    partitions: Partitions = None,
+    auto: Any, source: Source, dtype: torch.dtype, device: torch.device, partitions: Partitions
 ) -> PreTrainedModel:
     """A model on `device` or in partitions, checked on packed rows: itself, or a small one of its kind."""
-    config = _config(setting, name, gguf_file, revision)
+    config = _config(source)
     if partitions is None:
-        model = _load_whole(setting, auto, name, gguf_file, revision, config, dtype)
+        model = _load_whole(auto, source, config, dtype)
         cast(nn.Module, model).to(device)
         check_packing(model)
     else:
         check_packing(miniature(auto, config, dtype, device))
-        model = _load_parts(setting, auto, name, gguf_file, revision, config, dtype, partitions)
+        model = _load_parts(auto, source, config, dtype, partitions)
     size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    log.info("%s: %s, %.0f M parameters", setting, name, size / 1e6)
+    log.info("%s: %s, %.0f M parameters", source.setting, source.name, size / 1e6)
     return model
 
 
 def _load_parts(
-    setting: str,
-    auto: Any,
-    name: str,
-    gguf_file: str | None,
-    revision: str | None,
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
-    partitions: dict[str, Any],
+    auto: Any, source: Source, config: PreTrainedConfig, dtype: torch.dtype, partitions: dict[str, Any]
 ) -> PreTrainedModel:
-    files = None if gguf_file else weight_files(setting, str(locate(name)), revision)
-    if files is not None and getattr(config, "quantization_config", None) is None:
-        return stream(setting, auto, str(locate(name)), files, revision, config, dtype, partitions)
-    log.warning(
-        "%s = %s: these weights are not plain safetensors, so each rank holds the whole model while it loads. Save it"
-        " once with save_pretrained to have it read in parts.",
-        setting,
-        name,
-    )
-    return partition(_load_whole(setting, auto, name, gguf_file, revision, config, dtype), partitions)
-
-
-def _load_whole(
-    setting: str,
-    auto: Any,
-    name: str,
-    gguf_file: str | None,
-    revision: str | None,
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
-) -> PreTrainedModel:
-    extra = {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)} if gguf_file else {}
     try:
-        model = auto.from_pretrained(str(locate(name)), config=config, revision=revision, dtype=dtype, **extra)
+        files = None if source.gguf_file else weight_files(source.place, source.revision)
+        if files is not None and getattr(config, "quantization_config", None) is None:
+            return stream(auto, source.place, files, config, dtype, partitions, source.revision)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(f"{source}: its weights could not be loaded ({_first_line(error)})") from error
+    log.warning(
+        "%s: these weights are not plain safetensors, so each rank holds the whole model while it loads. What"
+        " save_pretrained has written once is read in parts.",
+        source,
+    )
+    return partition(_load_whole(auto, source, config, dtype), partitions)
+
+
+def _load_whole(auto: Any, source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    gguf: dict[str, Any] = {}
+    if source.gguf_file:
+        gguf = {"gguf_file": source.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+    try:
+        model = auto.from_pretrained(source.place, config=config, revision=source.revision, dtype=dtype, **gguf)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise ModelError(f"{setting} = {name}: its weights could not be loaded ({_first_line(error)})") from error
-    if gguf_file:
+        raise ModelError(f"{source}: its weights could not be loaded ({_first_line(error)})") from error
+    if gguf:
         _forget_quantization(model)
     return cast(PreTrainedModel, model.eval())
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -34,8 +34,6 @@ import fastppo.engine  # noqa: F401  first: it tells DeepSpeed which accelerator
 import deepspeed
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride
-
-from fastppo.models import ModelError
 
 log = logging.getLogger("fastppo")
 
@@ -72,69 +70,52 @@ def gathered(parameters: list[Tensor]) -> contextlib.AbstractContextManager[obje
     return deepspeed.zero.GatheredParameters(parameters)  # type: ignore[no-any-return]
 
 
-def weight_files(setting: str, name: str, revision: str | None) -> list[Path] | None:
+def weight_files(name: str, revision: str | None = None) -> list[Path] | None:
     """The safetensors files of a directory or of a model on the hub; None where there are none, `.bin` files say."""
     find = partial(cached_file, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-    try:
-        whole, index = find(SAFE_WEIGHTS_NAME), None
-        if whole is not None:
-            return [Path(whole)]
-        index = find(SAFE_WEIGHTS_INDEX_NAME)
-        if index is None:
-            return None
-        files, _ = get_checkpoint_shard_files(name, index, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{setting} = {name}: its weights could not be found ({error})") from error
+    whole = find(SAFE_WEIGHTS_NAME)
+    if whole is not None:
+        return [Path(whole)]
+    index = find(SAFE_WEIGHTS_INDEX_NAME)
+    if index is None:
+        return None
+    files, _ = get_checkpoint_shard_files(name, index, revision=revision)
     return [Path(file) for file in files]
 
 
 def stream(
-    setting: str,
     auto: Any,
     name: str,
     files: list[Path],
-    revision: str | None,
     config: PreTrainedConfig,
     dtype: torch.dtype,
     partitions: dict[str, Any],
+    revision: str | None = None,
 ) -> PreTrainedModel:
-    """The model of `files`, each rank with its own part of every parameter. All ranks call it.
+    """The model `name` of the given files, each rank with its own part of every parameter. All ranks call it.
 
     auto: AutoModelForCausalLM or another such class; partitions: what `partition_config` gives. Buffers are whole on
-    every rank. Raises ModelError, on all ranks alike, if the files lack a parameter or have one of another shape.
+    every rank. Raises ValueError, on all ranks alike, if the files lack a parameter or hold one of another shape, and
+    OSError or SafetensorError where they cannot be read.
     """
     outline = _outline(auto, config, dtype)
-    try:
-        with contextlib.ExitStack() as stack:
-            found: dict[str, Any] = {}  # tensor's name in the files -> the open file
-            for file in files:
-                reader = stack.enter_context(safe_open(file, framework="pt"))
-                found.update(dict.fromkeys(reader.keys(), reader))
-            plan = _match(outline, found)
-            _refuse(setting, name, outline, plan, found)
-            model = _born_partitioned(auto, config, dtype, partitions)
-            _tie(model, plan, found)
-            _fill(model, outline, plan, found)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{setting} = {name}: its weights could not be read ({error})") from error
+    with contextlib.ExitStack() as stack:
+        found: dict[str, Any] = {}  # tensor's name in the files -> the open file
+        for file in files:
+            reader = stack.enter_context(safe_open(file, framework="pt"))
+            found.update(dict.fromkeys(reader.keys(), reader))
+        plan = _match(outline, found)
+        _refuse(outline, plan, found)
+        model = _born_partitioned(auto, config, dtype, partitions)
+        _tie(model, plan, found)
+        _fill(model, outline, plan, found)
     if plan.unexpected:
         some = ", ".join(sorted(plan.unexpected)[:5])
-        log.info("%s = %s: %d tensors have no place in the model (%s)", setting, name, len(plan.unexpected), some)
+        log.info("%s: %d tensors have no place in the model (%s)", name, len(plan.unexpected), some)
     if model.can_generate():
         with contextlib.suppress(OSError):  # few fine-tuned models come with one; the model's config stands in for it
             model.generation_config = GenerationConfig.from_pretrained(name, revision=revision or "main")
     return cast(PreTrainedModel, model.eval())
-
-
-@dataclass
-class Plan:
-    """Which tensors of the files become which of the model."""
-
-    plain: dict[str, str] = field(default_factory=dict)  # name in the model -> name in the files
-    converted: dict[str, WeightConverter] = field(default_factory=dict)  # first name in the model -> how it is made
-    unexpected: set[str] = field(default_factory=set)
-    missing: set[str] = field(default_factory=set)
-    conversions: list[Any] = field(default_factory=list)  # those in use, for a model that is saved again
 
 
 def _outline(auto: Any, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -147,11 +128,43 @@ def _born_partitioned(
     auto: Any, config: PreTrainedConfig, dtype: torch.dtype, partitions: dict[str, Any]
 ) -> PreTrainedModel:
     # Types are left to transformers, as everywhere else: DeepSpeed would round buffers such as rotary frequencies.
-    partitioning = deepspeed.zero.Init(
-        config_dict_or_path=partitions, tensor_overrides=[DeepSpeedTensorOverride.device]
-    )
-    with no_init_weights(), no_tie_weights(), partitioning:
+    overrides = [DeepSpeedTensorOverride.device]
+    with no_init_weights(), no_tie_weights(), _Unsent(config_dict_or_path=partitions, tensor_overrides=overrides):
         return auto.from_config(config, dtype=dtype)  # type: ignore[no-any-return]
+
+
+class _Unsent(deepspeed.zero.Init):  # type: ignore[misc]
+    """zero.Init, but parameters that are made within this context are not sent from rank 0 to the others.
+
+    They hold nothing yet. Sending them would move the whole model over the network and touch all of its memory. Those
+    that are partitioned later (a value head, adapters) have values, which DeepSpeed makes the same on all ranks.
+    """
+
+    def __enter__(self) -> None:
+        self._within = True
+        super().__enter__()
+
+    def __exit__(self, *raised: Any) -> Any:
+        self._within = False
+        return super().__exit__(*raised)
+
+    def _zero_init_param(self, param: Any) -> None:
+        if self._within:
+            self._convert_to_deepspeed_param(param)
+            param.partition()
+        else:
+            super()._zero_init_param(param)
+
+
+@dataclass
+class Plan:
+    """Which tensors of the files become which of the model."""
+
+    plain: dict[str, str] = field(default_factory=dict)  # name in the model -> name in the files
+    converted: dict[str, WeightConverter] = field(default_factory=dict)  # first name in the model -> how it is made
+    unexpected: set[str] = field(default_factory=set)
+    missing: set[str] = field(default_factory=set)
+    conversions: list[Any] = field(default_factory=list)  # those in use, for a model that is saved again
 
 
 def _match(outline: PreTrainedModel, found: dict[str, Any]) -> Plan:
@@ -190,21 +203,21 @@ def _match(outline: PreTrainedModel, found: dict[str, Any]) -> Plan:
     return plan
 
 
-def _refuse(setting: str, name: str, outline: PreTrainedModel, plan: Plan, found: dict[str, Any]) -> None:
-    """Raise ModelError if the files do not hold this model."""
+def _refuse(outline: PreTrainedModel, plan: Plan, found: dict[str, Any]) -> None:
+    """Raise ValueError if the files do not hold this model."""
     if plan.missing:
         some = ", ".join(sorted(plan.missing, key=dot_natural_key)[:8])
-        raise ModelError(
-            f"{setting} = {name}: {len(plan.missing)} parameters of {type(outline).__name__} are not in its files"
-            f" ({some}{', ...' if len(plan.missing) > 8 else ''}). Give a checkpoint of this kind of model."
+        raise ValueError(
+            f"{len(plan.missing)} parameters of {type(outline).__name__} are not in its files: {some}"
+            f"{', ...' if len(plan.missing) > 8 else ''}; give a checkpoint of this kind of model"
         )
     state = outline.state_dict()
     shapes = {target: tuple(found[key].get_slice(key).get_shape()) for target, key in plan.plain.items()}
     wrong = [f"{t} has {shape}, not {tuple(state[t].shape)}" for t, shape in shapes.items() if shape != state[t].shape]
     if wrong:
-        raise ModelError(
-            f"{setting} = {name}: {len(wrong)} tensors in its files do not have the shapes that its config.json asks"
-            f" for ({'; '.join(wrong[:4])}). Weights and config.json belong to different models."
+        raise ValueError(
+            f"{len(wrong)} tensors in its files do not have the shapes that its config.json asks for:"
+            f" {'; '.join(wrong[:4])}; the two belong to different models"
         )
 
 

@@ -8,10 +8,14 @@ import tiny
 import torch
 from forks import Forks
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from fastppo.config import RewardConfig
+from fastppo.load import load_causal, load_reward
 from fastppo.models import ModelError
-from fastppo.stream import partition_config, stream, weight_files
+from fastppo.stream import partition_config
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +36,8 @@ def change(folder, edit):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def open_stream(path, auto=AutoModelForCausalLM):
-    config = AutoConfig.from_pretrained(path)
-    files = weight_files("actor.model", str(path), None)
-    return stream("actor.model", auto, str(path), files, None, config, torch.float32, partition_config("fp32"))
+def load(path):
+    return load_causal("actor.model", str(path), None, None, torch.float32, CPU, partition_config("fp32"))
 
 
 def test_every_family_is_what_transformers_loads_in_parts_that_do_not_divide_evenly(tmp_path, on_ranks):
@@ -99,33 +101,33 @@ def test_loading_adds_at_most_seven_tenths_of_the_model_to_a_rank(tmp_path, on_r
 def test_a_parameter_that_no_file_has_is_named(tmp_path):
     tiny.saved(tmp_path, tiny.causal())
     change(tmp_path, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
-    with pytest.raises(ModelError, match=r"1 parameters of LlamaForCausalLM .*\(model.layers.1.mlp.up_proj.weight\)"):
-        open_stream(tmp_path)
+    with pytest.raises(ModelError, match=r"actor.model = .*1 parameters of Llama.*: model.layers.1.mlp.up_proj.weight"):
+        load(tmp_path)
 
 
 def test_a_language_model_is_no_reward_model(tmp_path):
     tiny.saved(tmp_path, tiny.causal())
-    with pytest.raises(ModelError, match=r"not in its files \(score.weight\)"):
-        open_stream(tmp_path, AutoModelForSequenceClassification)
+    with pytest.raises(ModelError, match=r"rewards.model = .* not in its files: score.weight"):
+        load_reward(RewardConfig(model=str(tmp_path)), torch.float32, CPU, partition_config("fp32"))
 
 
 def test_a_tensor_of_another_shape_is_named(tmp_path):
     tiny.saved(tmp_path, tiny.causal())
     change(tmp_path, lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}))
     with pytest.raises(ModelError, match=r"model.norm.weight has \(31,\), not \(32,\)"):
-        open_stream(tmp_path)
+        load(tmp_path)
 
 
 def test_a_damaged_file_is_an_error_of_one_line(tmp_path):
     tiny.saved(tmp_path, tiny.causal())
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(ModelError, match=r"actor.model = .* could not be read"):
-        open_stream(tmp_path)
+    with pytest.raises(ModelError, match=r"actor.model = .* could not be loaded"):
+        load(tmp_path)
 
 
 def test_a_missing_file_of_several_is_an_error(tmp_path):
     tiny.causal().save_pretrained(tmp_path, max_shard_size="50KB")
     next(tmp_path.glob("*-00002-of-*.safetensors")).unlink()
     with pytest.raises(ModelError, match=r"actor.model = "):
-        open_stream(tmp_path)
+        load(tmp_path)
