@@ -26,7 +26,6 @@ from fastppo.locate import locate
 from fastppo.miniature import miniature
 from fastppo.models import (
     Critic,
-    FusedHead,
     ModelError,
     Policy,
     RewardModel,
@@ -120,6 +119,8 @@ def load_reward(
             f"rewards.model = {config.model} ({type(model).__name__}) has no `score` head on a causal backbone;"
             " wrap it in a reward function (rewards.function) instead."
         )
+    if partitions is None:
+        check_packing(model)
     return RewardModel(model).requires_grad_(False).eval(), load_tokenizer("rewards.model", config.model)
 
 
@@ -163,6 +164,8 @@ def _load_critic(config: Config, actor: PreTrainedModel, dtype: torch.dtype, dev
                 raise ModelError(
                     f"critic.model = {critic.model} has {model.config.num_labels} labels; a critic needs one"
                 )
+            if partitions is None:
+                check_packing(model)
             head = ValueHead(_width(model), dtype, device)
             score = cast(nn.Linear, model.score).weight
             with gathered([score]):
@@ -194,7 +197,10 @@ def load_causal(
 
 def _load_causal(source: Source, dtype: torch.dtype, device: torch.device, partitions: Partitions) -> PreTrainedModel:
     model = _load(AutoModelForCausalLM, source, dtype, device, partitions)
-    return model if isinstance(model.get_output_embeddings(), FusedHead) else fuse_head(model)
+    if partitions is not None:
+        return fuse_head(model)
+    check_packing(model)  # which fuses the head
+    return model
 
 
 def _load_actor(config: Config, dtype: torch.dtype, device: torch.device, partitions: Partitions) -> PreTrainedModel:
@@ -238,15 +244,16 @@ def _config(source: Source) -> PreTrainedConfig:
 def _load(
     auto: Any, source: Source, dtype: torch.dtype, device: torch.device, partitions: Partitions
 ) -> PreTrainedModel:
-    """A model on `device` or in partitions, checked on packed rows: itself, or a small one of its kind."""
+    """A model on `device`, not yet checked on packed rows; or one in partitions, of whose kind a small one was."""
     config = _config(source)
     if partitions is None:
         model = _load_whole(auto, source, config, dtype)
         cast(nn.Module, model).to(device)
-        check_packing(model)
     else:
         check_packing(miniature(auto, config, dtype, device))
         model = _load_parts(auto, source, config, dtype, partitions)
+        for buffer in model.buffers():  # parameters are where DeepSpeed keeps them
+            buffer.data = buffer.data.to(device)
     size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     log.info("%s: %s, %.0f M parameters", source.setting, source.name, size / 1e6)
     return model

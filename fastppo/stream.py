@@ -71,7 +71,7 @@ def gathered(parameters: list[Tensor]) -> contextlib.AbstractContextManager[obje
 
 
 def weight_files(name: str, revision: str | None = None) -> list[Path] | None:
-    """The safetensors files of a directory or of a model on the hub; None where there are none, `.bin` files say."""
+    """The safetensors files of a directory or of a model on the hub; None where there are none, but `.bin` say."""
     find = partial(cached_file, name, revision=revision, _raise_exceptions_for_missing_entries=False)
     whole = find(SAFE_WEIGHTS_NAME)
     if whole is not None:
@@ -157,7 +157,7 @@ class _Unsent(deepspeed.zero.Init):  # type: ignore[misc]
 
 
 @dataclass
-class Plan:
+class _Plan:
     """Which tensors of the files become which of the model."""
 
     plain: dict[str, str] = field(default_factory=dict)  # name in the model -> name in the files
@@ -167,9 +167,9 @@ class Plan:
     conversions: list[Any] = field(default_factory=list)  # those in use, for a model that is saved again
 
 
-def _match(outline: PreTrainedModel, found: dict[str, Any]) -> Plan:
+def _match(outline: PreTrainedModel, found: dict[str, Any]) -> _Plan:
     """Names in the files to names in the model, by all that transformers knows of old names and other layouts."""
-    plan, state = Plan(), outline.state_dict()
+    plan, state = _Plan(), outline.state_dict()
     conversions = get_model_conversion_mapping(outline)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
@@ -203,7 +203,7 @@ def _match(outline: PreTrainedModel, found: dict[str, Any]) -> Plan:
     return plan
 
 
-def _refuse(outline: PreTrainedModel, plan: Plan, found: dict[str, Any]) -> None:
+def _refuse(outline: PreTrainedModel, plan: _Plan, found: dict[str, Any]) -> None:
     """Raise ValueError if the files do not hold this model."""
     if plan.missing:
         some = ", ".join(sorted(plan.missing, key=dot_natural_key)[:8])
@@ -221,7 +221,7 @@ def _refuse(outline: PreTrainedModel, plan: Plan, found: dict[str, Any]) -> None
         )
 
 
-def _tie(model: PreTrainedModel, plan: Plan, found: dict[str, Any]) -> None:
+def _tie(model: PreTrainedModel, plan: _Plan, found: dict[str, Any]) -> None:
     """Make tied weights one parameter, before they take up room as two.
 
     Files may hold both. They are tied if they are equal there, and else left apart, as transformers does.
@@ -241,7 +241,7 @@ def _tie(model: PreTrainedModel, plan: Plan, found: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def _fill(model: PreTrainedModel, outline: PreTrainedModel, plan: Plan, found: dict[str, Any]) -> None:
+def _fill(model: PreTrainedModel, outline: PreTrainedModel, plan: _Plan, found: dict[str, Any]) -> None:
     """Every tensor of the plan into the model; what no file holds (buffers, above all) as the model begins it."""
     targets: dict[str, Tensor] = dict(model.named_buffers(remove_duplicate=False))
     targets |= dict(model.named_parameters(remove_duplicate=False))
@@ -254,13 +254,24 @@ def _fill(model: PreTrainedModel, outline: PreTrainedModel, plan: Plan, found: d
     cast(Any, model)._weight_conversions = plan.conversions
 
 
-def _tensors(outline: PreTrainedModel, plan: Plan, found: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(outline: PreTrainedModel, plan: _Plan, found: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Names in the model and their whole tensors: views of a mapped file, or one at a time made of several of them."""
     for name, key in plan.plain.items():
         yield name, found[key].get_tensor(key)
+    shapes = {name: tensor.shape for name, tensor in outline.state_dict().items()}
     for first, converter in plan.converted.items():
-        for name, made in converter.convert(first, model=outline, config=outline.config).items():
-            yield name, made[0] if isinstance(made, list) else made
+        try:
+            made = converter.convert(first, model=outline, config=outline.config)
+        except RuntimeError as error:
+            raise ValueError(f"{first} cannot be put together from the tensors in its files: {error}") from error
+        for name, tensors in made.items():
+            tensor = tensors[0] if isinstance(tensors, list) else tensors
+            if tensor.shape != shapes[name]:
+                raise ValueError(
+                    f"{name}, put together from the tensors in its files, has the shape {tuple(tensor.shape)}, and its"
+                    f" config.json asks for {tuple(shapes[name])}; some are missing, or belong to another model"
+                )
+            yield name, tensor
 
 
 def _copy_own_part(target: Tensor, whole: Tensor) -> None:
@@ -269,7 +280,9 @@ def _copy_own_part(target: Tensor, whole: Tensor) -> None:
         target.copy_(whole)
         return
     part: Any = target.ds_tensor  # type: ignore[attr-defined]  # (parameter's elements / ranks, rounded up,)
-    if part.final_location == OffloadDeviceEnum.nvme:  # on disk: DeepSpeed fetches it, rank by rank, and writes it back
+    if (
+        part.final_location == OffloadDeviceEnum.nvme
+    ):  # DeepSpeed fetches the whole of it from the disks, and writes it back
         with deepspeed.zero.GatheredParameters([target], modifier_rank=0):
             if torch.distributed.get_rank() == 0:
                 target.copy_(whole)

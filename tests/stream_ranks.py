@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny
 import torch
 from memory import Anonymous
@@ -19,7 +20,7 @@ from fastppo.cli import parse
 from fastppo.config import OptimConfig, ZeroConfig
 from fastppo.engine import Engine, World, start_world
 from fastppo.load import load_causal, load_policies, load_reward
-from fastppo.models import Policy, ValueHead
+from fastppo.models import ModelError, Policy, ValueHead
 from fastppo.stream import gathered, partition_config, stream, weight_files
 
 CPU = torch.device("cpu")
@@ -79,6 +80,12 @@ def layouts(folder: str) -> None:
                 assert one == other
         except AssertionError as error:
             raise AssertionError(path.name) from error
+
+
+def refused(path: str, words: str) -> None:
+    start()
+    with pytest.raises(ModelError, match=words):
+        load_causal("actor.model", path, None, None, torch.float32, CPU, partition_config("fp32"))
 
 
 def no_safetensors(path: str) -> None:

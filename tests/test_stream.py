@@ -36,6 +36,14 @@ def change(folder, edit):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def moe():
+    """A mixture of experts, whose files hold each expert by itself."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", vocab_size=257, **shape, **experts))
+
+
 def load(path):
     return load_causal("actor.model", str(path), None, None, torch.float32, CPU, partition_config("fp32"))
 
@@ -59,16 +67,9 @@ def test_names_layouts_and_ties_are_those_that_transformers_knows(tmp_path, on_r
     tiny.saved(tmp_path / "classifier", tiny.classifier())
     many = tiny.causal("llama")
     many.save_pretrained(tmp_path / "several_files", max_shard_size="50KB")
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
-    tiny.saved(tmp_path / "experts_one_by_one", moe(experts))
+    tiny.saved(tmp_path / "experts_one_by_one", moe())
     assert any(".experts.3.gate_proj" in key for key in load_file(tmp_path / "experts_one_by_one/model.safetensors"))
     on_ranks("layouts", tmp_path)
-
-
-def moe(settings):
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", vocab_size=257, **shape, **settings))
 
 
 def test_without_safetensors_the_ordinary_loader_is_taken_and_the_log_says_so(tmp_path, on_ranks):
@@ -116,6 +117,12 @@ def test_a_tensor_of_another_shape_is_named(tmp_path):
     change(tmp_path, lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}))
     with pytest.raises(ModelError, match=r"model.norm.weight has \(31,\), not \(32,\)"):
         load(tmp_path)
+
+
+def test_an_expert_that_no_file_has_is_an_error(tmp_path, on_ranks):
+    tiny.saved(tmp_path, moe())
+    change(tmp_path, lambda tensors: tensors.pop("model.layers.1.mlp.experts.2.down_proj.weight"))
+    on_ranks("refused", tmp_path, r"actor.model = .*layers.1.mlp.experts.down_proj.* has the shape \(3,", ranks=1)
 
 
 def test_a_damaged_file_is_an_error_of_one_line(tmp_path):
