@@ -280,9 +280,7 @@ def _copy_own_part(target: Tensor, whole: Tensor) -> None:
         target.copy_(whole)
         return
     part: Any = target.ds_tensor  # type: ignore[attr-defined]  # (parameter's elements / ranks, rounded up,)
-    if (
-        part.final_location == OffloadDeviceEnum.nvme
-    ):  # DeepSpeed fetches the whole of it from the disks, and writes it back
+    if part.final_location == OffloadDeviceEnum.nvme:  # DeepSpeed fetches it from the disks and writes it back
         with deepspeed.zero.GatheredParameters([target], modifier_rank=0):
             if torch.distributed.get_rank() == 0:
                 target.copy_(whole)
