@@ -36,7 +36,7 @@ from fastppo.models import (
     keep_trunk,
     set_trainable,
 )
-from fastppo.stream import gathered, partition, partition_config, stream, weight_files
+from fastppo.stream import copy_parts, gathered, partition, partition_config, stream, weight_files
 
 log = logging.getLogger("fastppo")
 
@@ -69,7 +69,7 @@ def load_policies(
     """Actor, separate critic (None where it shares the actor's backbone), reference, and the tokenizer of all three.
 
     Where two start from the same weights, they are read once and copied. At ZeRO stage 3 parameters are partitioned,
-    whole on no rank, and each role's are read from the files: until an engine gathers them no role can be called.
+    whole on no rank: until an engine gathers them no role can be called.
     """
     dtype = DTYPES[config.optim.dtype]
     actor, critic = config.actor, config.critic
@@ -133,7 +133,7 @@ def _load_reference(
 ) -> Policy:
     reference, partitions = config.reference, frozen_partitions(config)
     if reference.model is None:
-        model = copy.deepcopy(actor) if partitions is None else _load_actor(config, dtype, device, partitions)
+        model = copy.deepcopy(actor) if partitions is None else _second_actor(config, actor, dtype, device, partitions)
     else:
         theirs = load_tokenizer("reference.model", reference.model, reference.gguf_file)
         if theirs.get_vocab() != tokenizer.get_vocab():
@@ -153,7 +153,8 @@ def _load_critic(config: Config, actor: PreTrainedModel, dtype: torch.dtype, dev
     if critic.model is None and partitions is None:
         backbone = copy_backbone(actor)
     elif critic.model is None:
-        backbone = cast(PreTrainedModel, _load_actor(config, dtype, device, partitions).base_model)
+        second = _second_actor(config, actor, dtype, device, cast("dict[str, Any]", partitions))
+        backbone = cast(PreTrainedModel, second.base_model)
     else:
         source = Source("critic.model", critic.model, critic.gguf_file)
         loaded_config = _config(source)
@@ -207,6 +208,14 @@ def _load_actor(config: Config, dtype: torch.dtype, device: torch.device, partit
     actor = config.actor
     source = Source("actor.model", actor.model, actor.gguf_file, actor.revision)
     return _load_causal(source, dtype, device, partitions)
+
+
+def _second_actor(
+    config: Config, actor: PreTrainedModel, dtype: torch.dtype, device: torch.device, partitions: dict[str, Any]
+) -> PreTrainedModel:
+    """The actor's starting weights once more, in partitions: copied, or read again where they are on disks."""
+    second = copy_parts(AutoModelForCausalLM, actor, partitions)
+    return _load_actor(config, dtype, device, partitions) if second is None else fuse_head(second)
 
 
 def load_tokenizer(

@@ -118,6 +118,25 @@ def stream(
     return cast(PreTrainedModel, model.eval())
 
 
+@torch.no_grad()
+def copy_parts(auto: Any, model: PreTrainedModel, partitions: dict[str, Any]) -> PreTrainedModel | None:
+    """A second model of the same weights: each rank copies its own parts. None where parts are on disks."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    double = _born_partitioned(auto, copy.deepcopy(model.config), model.dtype, partitions)
+    double.all_tied_weights_keys = dict(model.all_tied_weights_keys)
+    double.tie_weights(recompute_mapping=False)
+    for name, parameter in double.named_parameters():
+        part, other = cast(Any, parameter).ds_tensor, cast(Any, own[name]).ds_tensor
+        if OffloadDeviceEnum.nvme in (part.final_location, other.final_location):
+            return None
+        part.copy_(other)
+    for buffer, other in zip(double.buffers(), model.buffers(), strict=True):
+        buffer.data = other.clone()
+    double.generation_config = copy.deepcopy(model.generation_config)
+    cast(Any, double)._weight_conversions = getattr(model, "_weight_conversions", None)
+    return cast(PreTrainedModel, double.eval())
+
+
 def _outline(auto: Any, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model without memory: its names and shapes."""
     with torch.device("meta"), meta_device_safe_creation_ops(), no_init_weights(), no_tie_weights():
