@@ -121,15 +121,15 @@ def stream(
 @torch.no_grad()
 def copy_parts(auto: Any, model: PreTrainedModel, partitions: dict[str, Any]) -> PreTrainedModel | None:
     """A second model of the same weights: each rank copies its own parts. None where parts are on disks."""
-    own = dict(model.named_parameters(remove_duplicate=False))
+    own: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    offload = partitions["zero_optimization"].get("offload_param", {}).get("device")
+    if offload == "nvme" or any(p.ds_tensor.final_location == OffloadDeviceEnum.nvme for p in own.values()):
+        return None
     double = _born_partitioned(auto, copy.deepcopy(model.config), model.dtype, partitions)
     double.all_tied_weights_keys = dict(model.all_tied_weights_keys)
     double.tie_weights(recompute_mapping=False)
     for name, parameter in double.named_parameters():
-        part, other = cast(Any, parameter).ds_tensor, cast(Any, own[name]).ds_tensor
-        if OffloadDeviceEnum.nvme in (part.final_location, other.final_location):
-            return None
-        part.copy_(other)
+        cast(Any, parameter).ds_tensor.copy_(own[name].ds_tensor)
     for buffer, other in zip(double.buffers(), model.buffers(), strict=True):
         buffer.data = other.clone()
     double.generation_config = copy.deepcopy(model.generation_config)

@@ -111,6 +111,8 @@ def roles(model: str, reward: str) -> None:
         assert_same(critic.model, expected[1].model)
         assert_same(reference.model, expected[2].model)
         assert torch.equal(critic.value_head.weight, expected[1].value_head.weight)
+        assert reference.head.weight is reference.model.get_input_embeddings().weight
+        assert not {id(p) for p in actor.parameters()} & {id(p) for p in reference.parameters()}
         assert not any(p.requires_grad for p in reference.parameters())
     source = parse([*fixed, "--rewards", json.dumps([{"model": reward}])]).rewards[0]
     parts, _ = load_reward(source, torch.float32, CPU, partition_config("fp32"))

@@ -81,7 +81,7 @@ def test_without_safetensors_the_ordinary_loader_is_taken_and_the_log_says_so(tm
 
 
 def test_the_roles_of_stage_3_are_those_of_stage_1(tmp_path, on_ranks):
-    model = tiny.saved(tmp_path / "model", tiny.causal())
+    model = tiny.saved(tmp_path / "model", tiny.causal(tie_word_embeddings=True))
     on_ranks("roles", model, tiny.saved(tmp_path / "reward", tiny.classifier()))
 
 
