@@ -91,5 +91,5 @@ class OptimConfig:
 class ZeroConfig:
     """DeepSpeed ZeRO."""
 
-    stage: Literal[0, 1, 2] = 1
-    """What the ranks share out. 0: nothing, for fp32 alone; 1: optimizer states; 2: gradients too."""
+    stage: Literal[0, 1, 2, 3] = 1
+    """What the ranks share out. 0: nothing, for fp32 alone; 1: optimizer states; 2: gradients too; 3: weights too."""
