@@ -114,9 +114,8 @@ def roles(model: str, reward: str) -> None:
         assert reference.head.weight is reference.model.get_input_embeddings().weight
         assert not {id(p) for p in actor.parameters()} & {id(p) for p in reference.parameters()}
         assert not any(p.requires_grad for p in reference.parameters())
-    source = parse([*fixed, "--rewards", json.dumps([{"model": reward}])]).rewards[0]
-    parts, _ = load_reward(source, torch.float32, CPU, partition_config("fp32"))
-    assert_same(parts.model, load_reward(source, torch.float32, CPU)[0].model)
+    parts, _ = load_reward(reward, torch.float32, CPU, partition_config("fp32"))
+    assert_same(parts.model, load_reward(reward, torch.float32, CPU)[0].model)
 
 
 def updates(folder: str) -> None:

@@ -176,7 +176,7 @@ def test_the_reference_stays_while_the_actor_learns(model, world):
     config = config_of(model, *lora_settings("--critic.lora.rank", "4", "--ppo.epochs", "2"))
     roles = assemble(config, world)
     scored = responses(roles)
-    plan = plan_step(scored.rollout.packed.lengths, config, 0, 1)
+    plan = plan_step(scored.rollout.packed.lengths, config, 0, 1, roles.attention)
     before = estimate(scored, roles, plan[0], config, 0.1, world)
     weights = {n: p.clone() for n, p in roles.policy.named_parameters()}
     updates = learn(before, roles, plan, config, step=0, beta=0.1, world=world)

@@ -10,7 +10,6 @@ from forks import Forks
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fastppo.config import RewardConfig
 from fastppo.load import load_causal, load_reward
 from fastppo.models import ModelError
 from fastppo.stream import partition_config
@@ -109,7 +108,7 @@ def test_a_parameter_that_no_file_has_is_named(tmp_path):
 def test_a_language_model_is_no_reward_model(tmp_path):
     tiny.saved(tmp_path, tiny.causal())
     with pytest.raises(ModelError, match=r"rewards.model = .* not in its files: score.weight"):
-        load_reward(RewardConfig(model=str(tmp_path)), torch.float32, CPU, partition_config("fp32"))
+        load_reward(str(tmp_path), torch.float32, CPU, partition_config("fp32"))
 
 
 def test_a_tensor_of_another_shape_is_named(tmp_path):
