@@ -189,6 +189,7 @@ class Checkpoints:
                 f" data.path = {self._config.data.path} now ({self._prompts}). Give the data as it was, or"
                 " --resume null to begin anew."
             )
+        self._roles.residency.enter("checkpoint")
         try:
             for name, engine in self._engines.items():
                 engine.load(found.folder, name)
@@ -212,6 +213,7 @@ class Checkpoints:
         packed = run.experience.packed
         plan = plan_step(packed.lengths, self._config, run.step, self._world.ranks)
         done = [minibatch for epoch in plan for minibatch in epoch][: max(len(run.updates), len(plan[0]))]
+        self._roles.residency.enter("experience")
         trunk = recall_trunk(packed, done, self._roles, self._world)
         run.experience = dataclasses.replace(run.experience, trunk=trunk)
 
@@ -257,6 +259,7 @@ class Checkpoints:
         error = self._agree(self._attempt(lambda: durable.begin(folder)))
         if error is None:
             writer = durable.Writer(durable.unfinished(folder))
+            self._roles.residency.enter("checkpoint")
             for name, engine in self._engines.items():
                 engine.save(writer.folder, name, writer.save)
             writer.save(run.random, writer.folder / f"rank-{self._world.rank:05d}.pt")

@@ -7,7 +7,7 @@ import io
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,16 +25,21 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from torch import Tensor, nn
 
+from fastppo import deepspeed_config
 from fastppo.config import OptimConfig, ZeroConfig
+from fastppo.errors import FastPPOError
 
 T = TypeVar("T")
 
-# DeepSpeed measures the gradient norm only while it clips, and the norm is a metric of every run.
-NO_CLIPPING = 1e9
+
+class EngineError(FastPPOError):
+    """Something that DeepSpeed needs and this machine does not have."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,50 @@ def on_any_rank(flag: bool, world: World) -> bool:
     return bool(flags.item())
 
 
+@contextlib.contextmanager
+def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within this context these parameters are whole; at stage 3 each rank has but a part of them otherwise.
+
+    All ranks enter it together. Whoever reads a weight outside the forward pass of its own module needs it.
+    """
+    with deepspeed.zero.GatheredParameters(list(parameters)):
+        yield
+
+
+def even_passes(parts: Sequence[Tensor], zero: ZeroConfig, world: World) -> list[Tensor]:
+    """Microbatches, each the indices of its sequences, and behind them empty ones where another rank has more.
+
+    At stage 3 every forward pass is a collective, so ranks make the same number of them. All ranks call it.
+    """
+    if zero.stage < 3:
+        return list(parts)
+    most = int(all_max(torch.tensor(len(parts)), world))
+    return [*parts, *[torch.empty(0, dtype=torch.int64)] * (most - len(parts))]
+
+
+class Frozen:
+    """A role that is only asked. At stage 3 its parameters are split among the ranks and fetched layer by layer."""
+
+    def __init__(self, module: nn.Module, optim: OptimConfig, zero: ZeroConfig):
+        self.module: Any = module
+        self._run: Any = module
+        if zero.stage == 3:
+            _check_nvme(zero.frozen_on)
+            with _quiet():
+                self._run = deepspeed.initialize(
+                    model=module, config=deepspeed_config.frozen(optim, zero), dist_init_required=False
+                )[0]
+            module.eval()
+
+    @torch.no_grad()
+    def __call__(self, *args: Any) -> Any:
+        return self._run(*args)
+
+    def states(self) -> list[Tensor]:
+        """What of it can leave the GPU between two uses: the parameters, or this rank's part of them."""
+        return [getattr(p, "ds_tensor", p) for p in self.module.parameters()]
+
+
 class Engine:
     """A trained role: DeepSpeed holds its parameters and optimizer; gradients accumulate until `step`."""
 
@@ -121,18 +170,16 @@ class Engine:
         """groups: parameters that share a learning rate; empty groups and frozen parameters are left out."""
         trained = [[p for p in group if p.requires_grad] for group in groups]
         self._kept = [i for i, group in enumerate(trained) if group]
-        self._adam: Any = torch.optim.AdamW(
-            [{"params": trained[i]} for i in self._kept],
-            lr=0.0,
-            betas=optim.betas,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            fused=True,
-        )
+        self._adam: Any = _adam([trained[i] for i in self._kept], optim, offloaded=zero.optimizer_on != "none")
         self._parameters = [p for i in self._kept for p in trained[i]]
+        for place in (zero.optimizer_on, zero.parameters_on):
+            _check_nvme(place)
         with _quiet():
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
-                model=module, optimizer=self._adam, config=_deepspeed_config(optim, zero), dist_init_required=False
+                model=module,
+                optimizer=self._adam,
+                config=deepspeed_config.trained(optim, zero),
+                dist_init_required=False,
             )
 
     def __call__(self, *args: Any) -> Any:
@@ -170,6 +217,15 @@ class Engine:
             group["lr"] = learning_rates[i]
         with contextlib.nullcontext() if apply else _at_rest(self._adam):
             self._engine.step()
+
+    def states(self) -> list[Tensor]:
+        """What learning alone uses: optimizer states, master weights, and the buffers that gradients are kept in."""
+        states = [x for state in self._adam.state.values() for x in state.values() if isinstance(x, Tensor)]
+        for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):  # stages 1 and 2; stage 3
+            states += getattr(self._optimizer, name, [])
+        if (gradients := getattr(self._optimizer, "grad_partitions_flat_buffer", None)) is not None:
+            states.append(gradients)
+        return states
 
     def save(self, folder: Path, name: str, write: Callable[[Any, Path], None]) -> None:
         """This rank's part of weights, master weights and optimizer, in files below `folder`/`name`; all ranks call it.
@@ -214,17 +270,33 @@ class _Files(TorchCheckpointEngine):  # type: ignore[misc]
         self._write(state_dict, Path(path))
 
 
-def _deepspeed_config(optim: OptimConfig, zero: ZeroConfig) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed's own counting of batches is not used
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": optim.max_grad_norm or NO_CLIPPING,
-        "bf16": {"enabled": optim.dtype == "bf16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {"stage": zero.stage},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": None,
+def _adam(groups: list[list[nn.Parameter]], optim: OptimConfig, *, offloaded: bool) -> Any:
+    """AdamW; DeepSpeed's own for the CPU where the states are kept off the GPU. The two agree within rounding."""
+    settings: dict[str, Any] = {
+        "lr": 0.0,
+        "betas": optim.betas,
+        "eps": optim.eps,
+        "weight_decay": optim.weight_decay,
     }
+    groups_of = [{"params": group} for group in groups]
+    if not offloaded:
+        return torch.optim.AdamW(groups_of, fused=True, **settings)
+    try:
+        with _quiet():
+            return DeepSpeedCPUAdam(groups_of, adamw_mode=True, **settings)
+    except RuntimeError as error:
+        raise EngineError(
+            f"zero.offload: DeepSpeed's Adam for the CPU could not be compiled ({error.__cause__ or error}). It needs a"
+            " C++ compiler (g++); or set zero.offload_optimizer to none."
+        ) from error
+
+
+def _check_nvme(place: str) -> None:
+    if place == "nvme" and not AsyncIOBuilder().is_compatible():
+        raise EngineError(
+            "zero.offload is nvme, but DeepSpeed's async_io cannot be compiled here: libaio is missing. Install it (apt"
+            " install libaio-dev, or dnf install libaio-devel), or set zero.offload to cpu."
+        )
 
 
 def all_sum(x: Tensor, world: World) -> Tensor:

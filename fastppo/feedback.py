@@ -20,11 +20,12 @@ from transformers import PreTrainedTokenizerBase
 from fastppo.batch import Packed, Rollout, Scored, concatenate, pack
 from fastppo.config import Config, PPOConfig, RewardConfig
 from fastppo.data import PromptSet
-from fastppo.engine import World, all_gather
+from fastppo.engine import Frozen, World, all_gather, even_passes
 from fastppo.errors import FastPPOError
 from fastppo.load import DTYPES, load_reward
-from fastppo.microbatch import pack_even
+from fastppo.microbatch import IDLE, pack_alone
 from fastppo.models import RewardModel
+from fastppo.residency import Residency
 
 log = logging.getLogger("fastppo")
 
@@ -52,7 +53,7 @@ def load_functions(rewards: Sequence[RewardConfig]) -> dict[str, Source]:
 
 
 def load_sources(
-    config: Config, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    config: Config, tokenizer: PreTrainedTokenizerBase, world: World, residency: Residency
 ) -> list[tuple[Source, float]]:
     """Every source of the config with its weight, in order."""
     functions = load_functions(config.rewards)
@@ -61,8 +62,10 @@ def load_sources(
         if reward.function is not None:
             sources.append((functions[reward.function], reward.weight))
         else:
-            model, theirs = load_reward(reward, DTYPES[config.optim.dtype], device)
-            sources.append((_ModelSource(model, theirs, tokenizer, config.ppo.microbatch_tokens), reward.weight))
+            model, theirs = load_reward(reward, DTYPES[config.optim.dtype], world.device)
+            source = _ModelSource(model, theirs, tokenizer, config, world)
+            residency.add("rewards", source.model)
+            sources.append((source, reward.weight))
     return sources
 
 
@@ -82,9 +85,8 @@ def score(
         packed=rollout.packed,
     )
     scores = torch.zeros(len(rows))
-    if rows:
-        for source, weight in sources:
-            scores += weight * torch.tensor(source(responses), dtype=torch.float32)
+    for source, weight in sources:
+        scores += weight * torch.tensor(source(responses), dtype=torch.float32)
     if ppo.score_clip is not None:
         scores = scores.clamp(-ppo.score_clip, ppo.score_clip)
     return Scored(rollout, scores - ppo.truncation_penalty * (~rollout.ended).float())
@@ -105,6 +107,8 @@ def _function_source(name: str) -> Source:
     function = _import_function(name)
 
     def source(responses: Responses) -> list[float]:
+        if not responses.texts:
+            return []
         try:
             answer = function(prompts=responses.prompts, responses=responses.texts, **responses.columns)
         except Exception as error:
@@ -182,24 +186,29 @@ class _ModelSource:
     """A reward model. With the actor's tokenizer it reads the very tokens; with another, the text anew."""
 
     def __init__(
-        self, model: RewardModel, tokenizer: PreTrainedTokenizerBase, actors: PreTrainedTokenizerBase, budget: int
+        self,
+        model: RewardModel,
+        tokenizer: PreTrainedTokenizerBase,
+        actors: PreTrainedTokenizerBase,
+        config: Config,
+        world: World,
     ):
-        self.model, self.tokenizer, self.budget = model, tokenizer, budget
+        self.model, self.tokenizer = Frozen(model, config.optim, config.zero), tokenizer
+        self.budget, self.zero, self.world = config.ppo.microbatch_tokens, config.zero, world
         self.same = tokenizer.get_vocab() == actors.get_vocab()
         self.context = getattr(model.model.config, "max_position_embeddings", None)
         if not self.same:
             log.info("the reward model has a tokenizer of its own: prompts and responses are tokenised anew for it")
 
-    @torch.no_grad()
     def __call__(self, responses: Responses) -> list[float]:
         packed = responses.packed if self.same else self._tokenised(responses)
-        longest = int(packed.lengths.max())
+        longest = int(packed.lengths.max()) if len(packed) else 0
         if self.context is not None and longest > self.context:
             raise RewardError(f"a prompt and response of {longest} tokens do not fit the reward model's {self.context}")
         scores = torch.zeros(len(packed))
-        everything = torch.arange(len(packed))
-        for part in pack_even(everything, packed.lengths, max(self.budget, longest), ranks=1):
-            scores[part] = self.model.score(packed.select(part).to(self.model.device)).cpu()
+        for part in even_passes(pack_alone(packed.lengths, self.budget), self.zero, self.world):
+            piece = packed.select(part) if len(part) else IDLE
+            scores[part] = self.model(piece.to(self.world.device)).cpu()[: len(part)]
         for i in (~scores.isfinite()).nonzero().flatten().tolist():
             raise RewardError(f"the reward model gave {float(scores[i])} to response {i}: {responses.texts[i][:200]!r}")
         numbers: list[float] = scores.tolist()

@@ -53,9 +53,12 @@ def load_policies(
     value_model = None if critic.kind == "shared" else _load_critic(config, base, dtype, device)
     policy = Policy(base, ValueHead(_width(base), dtype, device) if critic.kind == "shared" else None)
     set_trainable(policy, actor.train)
-    keep_trunk(policy, reference if config.reference.model is None else None)
-    if value_model is not None:
-        keep_trunk(value_model)
+    if config.zero.stage < 3:
+        keep_trunk(policy, reference if config.reference.model is None else None)
+        if value_model is not None:
+            keep_trunk(value_model)
+    else:  # DeepSpeed fetches weights ahead by the order of layers, which standing in for some of them would break
+        log.info("zero.stage is 3: frozen layers are computed in every pass")
     if config.optim.activation_checkpointing:
         for role in filter(None, (policy, value_model)):
             role.model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastppo.batch import pack
 from fastppo.config import Config
+
+# Read by a rank that has nothing left to read while others have, where each forward pass takes all ranks.
+IDLE = pack([(0, 0)], [1])
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,13 @@ def pack_even(sequences: Tensor, lengths: Tensor, budget: int, ranks: int) -> tu
     while (bins := _fill_bins(sizes, count, budget)) is None:
         count += ranks
     return tuple(sequences[torch.tensor(b)] for b in bins)
+
+
+def pack_alone(lengths: Tensor, budget: int) -> tuple[Tensor, ...]:
+    """All B sequences of one rank in microbatches; a sequence beyond the budget does not break it. None for B = 0."""
+    if not len(lengths):
+        return ()
+    return pack_even(torch.arange(len(lengths)), lengths, max(budget, int(lengths.max())), ranks=1)
 
 
 def _fill_bins(sizes: Sequence[int], count: int, budget: int) -> list[list[int]] | None:

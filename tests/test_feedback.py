@@ -9,7 +9,9 @@ import torch
 from fastppo.batch import Rollout, pack
 from fastppo.config import Config, DataConfig, PPOConfig, RewardConfig
 from fastppo.data import PromptSet
+from fastppo.engine import World
 from fastppo.feedback import RewardError, load_functions, load_sources, score
+from fastppo.residency import Residency
 
 TOKENIZER = tiny.tokenizer()
 CPU = torch.device("cpu")
@@ -18,6 +20,10 @@ PROMPTS = PromptSet(
     texts=("one", "three", "two"),
     columns={"answer": ["1", "3", "2"], "prompt": ["one", "three", "two"]},
 )
+
+
+def sources(config):
+    return load_sources(config, TOKENIZER, World(0, 1, CPU), Residency(config, CPU))
 
 
 def rollout(responses=("a", "bcd", "ef"), ended=(True, True, False)):
@@ -31,9 +37,7 @@ def scores(tmp_path, monkeypatch, body, ppo=None, weight=1.0):
     (tmp_path / "mine.py").write_text(source)
     monkeypatch.chdir(tmp_path)
     config = Config(rewards=(RewardConfig(function="mine.py:reward", weight=weight),))
-    return score(
-        rollout(), PROMPTS, load_sources(config, TOKENIZER, CPU), TOKENIZER, ppo or PPOConfig()
-    ).scores.tolist()
+    return score(rollout(), PROMPTS, sources(config), TOKENIZER, ppo or PPOConfig()).scores.tolist()
 
 
 def test_a_function_sees_prompts_responses_and_columns_in_order(tmp_path, monkeypatch):
@@ -95,7 +99,7 @@ def test_a_reward_model_scores_the_last_token_of_each_sequence(tmp_path):
     path = tiny.saved(tmp_path / "reward", model)
     config = Config(rewards=(RewardConfig(model=path),), data=DataConfig())
     config = _with_dtype(config)
-    found = score(rollout(), PROMPTS, load_sources(config, TOKENIZER, CPU), TOKENIZER, PPOConfig()).scores
+    found = score(rollout(), PROMPTS, sources(config), TOKENIZER, PPOConfig()).scores
     with torch.no_grad():
         expected = [float(model(torch.tensor([s])).logits) for s in _sequences()]
     assert found.tolist() == pytest.approx(expected, abs=1e-5)
@@ -104,7 +108,7 @@ def test_a_reward_model_scores_the_last_token_of_each_sequence(tmp_path):
 def test_a_reward_model_with_another_tokenizer_reads_the_text_anew(tmp_path):
     path = tiny.saved(tmp_path / "reward", tiny.classifier(vocabulary=258), extra=("<more>",))
     config = _with_dtype(Config(rewards=(RewardConfig(model=path),)))
-    found = score(rollout(), PROMPTS, load_sources(config, TOKENIZER, CPU), TOKENIZER, PPOConfig()).scores
+    found = score(rollout(), PROMPTS, sources(config), TOKENIZER, PPOConfig()).scores
     model, other = tiny.classifier(vocabulary=258), tiny.tokenizer(("<more>",))
     texts = [p + r for p, r in zip(PROMPTS.texts, ("a", "bcd", "ef"), strict=True)]
     with torch.no_grad():
@@ -115,7 +119,7 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text_anew(tmp_path):
 def test_a_reward_model_with_two_labels_is_an_error(tmp_path):
     path = tiny.saved(tmp_path / "reward", tiny.classifier(labels=2))
     with pytest.raises(ValueError, match="has 2 labels"):
-        load_sources(Config(rewards=(RewardConfig(model=path),)), TOKENIZER, CPU)
+        sources(Config(rewards=(RewardConfig(model=path),)))
 
 
 def _with_dtype(config):
