@@ -7,6 +7,7 @@ import io
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -36,6 +37,9 @@ from fastppo.config import OptimConfig, ZeroConfig
 from fastppo.errors import FastPPOError
 
 T = TypeVar("T")
+
+# DeepSpeed calls collectives by names that torch is about to change; nobody who trains can do anything about it.
+warnings.filterwarnings("ignore", message=r"`torch\.distributed\..* is deprecated", category=FutureWarning)
 
 
 class EngineError(FastPPOError):

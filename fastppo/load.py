@@ -32,6 +32,7 @@ from fastppo.models import (
     keep_trunk,
     set_trainable,
 )
+from fastppo.trunk import trunk_depth
 
 log = logging.getLogger("fastppo")
 
@@ -57,7 +58,7 @@ def load_policies(
         keep_trunk(policy, reference if config.reference.model is None else None)
         if value_model is not None:
             keep_trunk(value_model)
-    else:  # DeepSpeed fetches weights ahead by the order of layers, which standing in for some of them would break
+    elif trunk_depth(policy.model):  # DeepSpeed fetches weights ahead in the order of layers, all of them
         log.info("zero.stage is 3: frozen layers are computed in every pass")
     if config.optim.activation_checkpointing:
         for role in filter(None, (policy, value_model)):

@@ -17,6 +17,7 @@ ROLES = {
     "separate critic, fp32, stage 1": {"optim__dtype": "fp32", "zero__stage": 1},
     "shared critic, fp32, stage 0": {"critic__kind": "shared", "optim__dtype": "fp32", "zero__stage": 0},
     "separate critic, bf16, stage 2": {"optim__dtype": "bf16", "zero__stage": 2},
+    "separate critic, bf16, stage 3": {"optim__dtype": "bf16", "zero__stage": 3, "zero__offload": "cpu"},
 }
 
 # Tells the last rank to stop at the nth place of a kind: `check`, where ranks agree, or `check_alone`, in sampling.
@@ -79,7 +80,12 @@ def wait_for(what, run: Run, seconds: float = 60.0) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "roles"),
-    [(1, "separate critic, fp32, stage 1"), (2, "shared critic, fp32, stage 0"), (2, "separate critic, bf16, stage 2")],
+    [
+        (1, "separate critic, fp32, stage 1"),
+        (2, "shared critic, fp32, stage 0"),
+        (2, "separate critic, bf16, stage 2"),
+        (2, "separate critic, bf16, stage 3"),
+    ],
 )
 def test_a_run_that_stops_anywhere_and_goes_on_equals_the_one_that_did_not(folder, forks, straight, ranks, roles):
     """Stops lie in sampling, evaluation, experience and learning, several of them inside one step."""
