@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -176,8 +176,7 @@ class Engine:
         self._kept = [i for i, group in enumerate(trained) if group]
         self._adam: Any = _adam([trained[i] for i in self._kept], optim, offloaded=zero.optimizer_on != "none")
         self._parameters = [p for i in self._kept for p in trained[i]]
-        for place in (zero.optimizer_on, zero.parameters_on):
-            _check_nvme(place)
+        _check_nvme(zero.optimizer_on, zero.parameters_on)
         with _quiet():
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=module,
@@ -185,6 +184,8 @@ class Engine:
                 config=deepspeed_config.trained(optim, zero),
                 dist_init_required=False,
             )
+        if zero.stage == 3:
+            _clear_padding(module, self._optimizer)
 
     def __call__(self, *args: Any) -> Any:
         return self._engine(*args)
@@ -276,18 +277,13 @@ class _Files(TorchCheckpointEngine):  # type: ignore[misc]
 
 def _adam(groups: list[list[nn.Parameter]], optim: OptimConfig, *, offloaded: bool) -> Any:
     """AdamW; DeepSpeed's own for the CPU where the states are kept off the GPU. The two agree within rounding."""
-    settings: dict[str, Any] = {
-        "lr": 0.0,
-        "betas": optim.betas,
-        "eps": optim.eps,
-        "weight_decay": optim.weight_decay,
-    }
-    groups_of = [{"params": group} for group in groups]
+    settings: dict[str, Any] = {"lr": 0.0, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
+    parameters = [{"params": group} for group in groups]
     if not offloaded:
-        return torch.optim.AdamW(groups_of, fused=True, **settings)
+        return torch.optim.AdamW(parameters, fused=True, **settings)
     try:
         with _quiet():
-            return DeepSpeedCPUAdam(groups_of, adamw_mode=True, **settings)
+            return DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)
     except RuntimeError as error:
         raise EngineError(
             f"zero.offload: DeepSpeed's Adam for the CPU could not be compiled ({error.__cause__ or error}). It needs a"
@@ -295,8 +291,29 @@ def _adam(groups: list[list[nn.Parameter]], optim: OptimConfig, *, offloaded: bo
         ) from error
 
 
-def _check_nvme(place: str) -> None:
-    if place == "nvme" and not AsyncIOBuilder().is_compatible():
+def _clear_padding(module: nn.Module, optimizer: Any) -> None:
+    """Zeros where a rank's part reaches beyond the end of its weight: there is whatever the memory held before.
+
+    Nothing reads it, but it is saved, and checkpoints of equal runs should be equal.
+    """
+
+    def padding(p: Any) -> int:
+        size = int(p.ds_tensor.ds_numel)
+        return min(max((dist.get_rank() + 1) * size - int(p.ds_numel), 0), size)
+
+    with torch.no_grad():
+        for p in module.parameters():
+            part = cast(Any, p).ds_tensor
+            part.data[max(part.numel() - padding(p), 0) :].zero_()
+        for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
+            end = 0
+            for p in group:
+                end += int(p.ds_tensor.ds_numel)
+                flat.data[end - padding(p) : end].zero_()
+
+
+def _check_nvme(*places: str) -> None:
+    if "nvme" in places and not AsyncIOBuilder().is_compatible():
         raise EngineError(
             "zero.offload is nvme, but DeepSpeed's async_io cannot be compiled here: libaio is missing. Install it (apt"
             " install libaio-dev, or dnf install libaio-devel), or set zero.offload to cpu."
