@@ -121,6 +121,15 @@ def on_any_rank(flag: bool, world: World) -> bool:
     return bool(flags.item())
 
 
+def check_nvme(zero: ZeroConfig) -> None:
+    """Raises EngineError if something is to be kept on NVMe and this machine cannot. Better said before models load."""
+    if "nvme" in (zero.optimizer_on, zero.parameters_on, zero.frozen_on) and not AsyncIOBuilder().is_compatible():
+        raise EngineError(
+            "zero.offload is nvme, but DeepSpeed's async_io cannot be compiled here: libaio is missing. Install it (apt"
+            " install libaio-dev, or dnf install libaio-devel), or set zero.offload to cpu."
+        )
+
+
 @contextlib.contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Within this context these parameters are whole; at stage 3 each rank has but a part of them otherwise.
@@ -149,7 +158,6 @@ class Frozen:
         self.module: Any = module
         self._run: Any = module
         if zero.stage == 3:
-            _check_nvme(zero.frozen_on)
             with _quiet():
                 self._run = deepspeed.initialize(
                     model=module, config=deepspeed_config.frozen(optim, zero), dist_init_required=False
@@ -176,7 +184,6 @@ class Engine:
         self._kept = [i for i, group in enumerate(trained) if group]
         self._adam: Any = _adam([trained[i] for i in self._kept], optim, offloaded=zero.optimizer_on != "none")
         self._parameters = [p for i in self._kept for p in trained[i]]
-        _check_nvme(zero.optimizer_on, zero.parameters_on)
         with _quiet():
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=module,
@@ -310,14 +317,6 @@ def _clear_padding(module: nn.Module, optimizer: Any) -> None:
             for p in group:
                 end += int(p.ds_tensor.ds_numel)
                 flat.data[end - padding(p) : end].zero_()
-
-
-def _check_nvme(*places: str) -> None:
-    if "nvme" in places and not AsyncIOBuilder().is_compatible():
-        raise EngineError(
-            "zero.offload is nvme, but DeepSpeed's async_io cannot be compiled here: libaio is missing. Install it (apt"
-            " install libaio-dev, or dnf install libaio-devel), or set zero.offload to cpu."
-        )
 
 
 def all_sum(x: Tensor, world: World) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.config import Config
-from fastppo.engine import Engine, Frozen, World
+from fastppo.engine import Engine, Frozen, World, check_nvme
 from fastppo.gathered import GatheredPolicy
 from fastppo.load import load_policies
 from fastppo.models import Policy
@@ -41,6 +41,7 @@ class Roles:
 def assemble(config: Config, world: World) -> Roles:
     """Load the models of a run and put an engine under each."""
     zero, residency = config.zero, Residency(config, world.device)
+    check_nvme(zero)
     policy, critic, reference, tokenizer = load_policies(config, world.device)
     value_head = [] if policy.value_head is None else list(policy.value_head.parameters())
     gathered = GatheredPolicy(policy, zero.stage)

@@ -6,7 +6,10 @@ import pytest
 import tiny
 import whole_runs
 from forks import Forks
+from ppo_step import config_of
 from transformers import AutoModelForCausalLM
+
+from fastppo import engine
 
 SPLIT_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
@@ -36,6 +39,13 @@ def runs(tmp_path_factory):
     return folder
 
 
+def test_nvme_without_libaio_is_an_error_that_names_the_package(monkeypatch):
+    config = config_of("none", "--zero.stage", "3", "--zero.offload", "nvme", "--zero.nvme_path", "/nvme")
+    monkeypatch.setattr(engine.AsyncIOBuilder, "is_compatible", lambda self, verbose=False: False)
+    with pytest.raises(engine.EngineError, match="libaio-dev"):
+        engine.check_nvme(config.zero)
+
+
 def test_a_run_at_stage_3_is_the_run_at_stage_1_within_rounding(runs):
     one, other = (whole_runs.records(runs / name) for name in ("whole", "split"))
     assert [r["step"] for r in one] == [0, 1, 1]
@@ -46,6 +56,6 @@ def test_a_run_at_stage_3_is_the_run_at_stage_1_within_rounding(runs):
 def test_what_is_exported_at_stage_3_is_the_trained_actor(runs):
     one, other = (AutoModelForCausalLM.from_pretrained(runs / name / "actor") for name in ("whole", "split"))
     start = AutoModelForCausalLM.from_pretrained(runs / "model")
-    moved = [float((p - q).abs().max()) for p, q in zip(one.parameters(), start.parameters(), strict=True)]
-    apart = [float((p - q).abs().max()) for p, q in zip(one.parameters(), other.parameters(), strict=True)]
+    moved = [float((p - q).detach().abs().max()) for p, q in zip(one.parameters(), start.parameters(), strict=True)]
+    apart = [float((p - q).detach().abs().max()) for p, q in zip(one.parameters(), other.parameters(), strict=True)]
     assert max(moved) > 1e-3 and max(apart) < 5e-5
