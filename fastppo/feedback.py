@@ -216,5 +216,6 @@ class _ModelSource:
 
     def _tokenised(self, responses: Responses) -> Packed:
         texts = [p + r for p, r in zip(responses.prompts, responses.texts, strict=True)]
-        tokens = [ids or [self.tokenizer.eos_token_id] for ids in self.tokenizer(texts)["input_ids"]]
+        encoded = self.tokenizer(texts)["input_ids"] if texts else []  # tokenizers take no empty list
+        tokens = [ids or [self.tokenizer.eos_token_id] for ids in encoded]
         return pack(tokens, [1] * len(tokens))

@@ -116,6 +116,15 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text_anew(tmp_path):
     assert found.tolist() == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_rank_without_responses_has_no_scores(tmp_path):
+    same = tiny.saved(tmp_path / "same", tiny.classifier())
+    other = tiny.saved(tmp_path / "other", tiny.classifier(vocabulary=258), extra=("<more>",))
+    functions = (RewardConfig(function="math:fsum"),)
+    config = _with_dtype(Config(rewards=(RewardConfig(model=same), RewardConfig(model=other), *functions)))
+    nothing = Rollout(pack([], []), torch.zeros(0), torch.zeros(0, dtype=torch.bool), torch.arange(0))
+    assert score(nothing, PROMPTS, sources(config), TOKENIZER, PPOConfig()).scores.tolist() == []
+
+
 def test_a_reward_model_with_two_labels_is_an_error(tmp_path):
     path = tiny.saved(tmp_path / "reward", tiny.classifier(labels=2))
     with pytest.raises(ValueError, match="has 2 labels"):

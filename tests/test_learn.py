@@ -156,9 +156,17 @@ def test_a_separate_critics_warm_up_leaves_the_actor_alone(model, world):
     assert max(v for n, v in moved.items() if n.startswith("critic.")) > 0.0
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_shared_critics_warm_up_trains_the_value_head_alone(model, world, dtype):
-    settings = ["--critic.kind", "shared", "--optim.dtype", dtype]
+@pytest.mark.parametrize(
+    ("dtype", "zero"),
+    [
+        ("fp32", []),
+        ("bf16", []),
+        ("bf16", ["--zero.stage", "3"]),
+        ("fp32", ["--zero.stage", "3", "--zero.offload", "cpu"]),
+    ],
+)
+def test_a_shared_critics_warm_up_trains_the_value_head_alone(model, world, dtype, zero):
+    settings = ["--critic.kind", "shared", "--optim.dtype", dtype, *zero]
     warm = step(config_of(model, *settings, "--critic.warmup_steps", "1"), world)
     still = step(config_of(model, *settings, "--actor.lr", "0", "--critic.lr", "0"), world)
     moved = {n for n in warm.parameters if not torch.equal(warm.parameters[n], still.parameters[n])}
