@@ -99,6 +99,8 @@ def gather_scored(scored: Scored, world: World) -> Scored:
 
 def _decode(packed: Packed, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The responses' text, without special tokens."""
+    if not len(packed):
+        return []
     parts = packed.responses.split(packed.response_lengths.tolist())
     return list(tokenizer.batch_decode([part.tolist() for part in parts], skip_special_tokens=True))
 
