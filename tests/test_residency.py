@@ -96,10 +96,8 @@ def test_without_a_gpu_nothing_moves():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"zero__stage": 0, "optim__dtype": "fp32"},
         {"zero__stage": 1, "ppo__kl_in": "loss", "ppo__kl_kind": "exact"},
-        {"zero__stage": 3, "optim__dtype": "fp32"},
-        {"zero__stage": 3, "zero__offload_parameters": "cpu", "critic__kind": "shared"},
+        {"zero__stage": 3, "optim__dtype": "fp32", "zero__offload_parameters": "cpu", "critic__kind": "shared"},
     ],
     ids=str,
 )
