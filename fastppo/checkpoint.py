@@ -44,13 +44,14 @@ log = logging.getLogger("fastppo")
 NAME = re.compile(r"step-\d{8}(-update-\d{4})?")
 
 # Settings that may differ on resuming, since the run that comes out does not depend on them ...
-FREE = (
-    *("output", "resume", "timeout", "checkpoint.", "track.", "eval.every", "eval.show", "optim.max_skipped"),
-    "actor.lora.export",
-)
+WHERE = ("output", "timeout", "checkpoint.", "track.", "zero.nvme_path", "zero.offload_frozen", "actor.lora.export")
+FREE = (*WHERE, "resume", "eval.every", "eval.show", "optim.max_skipped")
 OF_URL = ("timeout", "retries", "request_size", "concurrency")
 # ... or only in how it is rounded.
-ROUNDING = ("attention", "threads", "ppo.microbatch_tokens", "sampling.rows", "optim.activation_checkpointing")
+ROUNDING = (
+    *("attention", "threads", "ppo.microbatch_tokens", "sampling.rows", "optim.activation_checkpointing"),
+    "zero.deepspeed",
+)
 
 
 class CheckpointError(FastPPOError):
@@ -200,6 +201,7 @@ class Checkpoints:
                 f" data.path = {self._config.data.path} now ({self._prompts}). Give the data as it was, or"
                 " --resume null to begin anew."
             )
+        self._roles.residency.enter("checkpoint")
         try:
             for name, engine in self._engines.items():
                 engine.load(found.folder, name)
@@ -223,6 +225,7 @@ class Checkpoints:
         packed = run.experience.packed
         plan = plan_step(packed.lengths, self._config, run.step, self._world.ranks, self._roles.attention)
         done = [minibatch for epoch in plan for minibatch in epoch][: max(len(run.updates), len(plan[0]))]
+        self._roles.residency.enter("experience")
         trunk = recall_trunk(packed, done, self._roles, self._world)
         run.experience = dataclasses.replace(run.experience, trunk=trunk)
 
@@ -274,6 +277,7 @@ class Checkpoints:
         error = self._agree(self._attempt(lambda: durable.begin(folder)))
         if error is None:
             writer = durable.Writer(durable.unfinished(folder))
+            self._roles.residency.enter("checkpoint")
             for name, engine in self._engines.items():
                 engine.save(writer.folder, name, writer.save)
             writer.save(run.random, writer.folder / f"rank-{self._world.rank:05d}.pt")

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils.quantization_config import GgufConfig
 
 from fastppo.config import ActorConfig, Config, CriticConfig
+from fastppo.config.learning import Place
 from fastppo.locate import locate
 from fastppo.lora import add_adapters
 from fastppo.miniature import miniature
@@ -39,6 +40,7 @@ from fastppo.models import (
     set_trainable,
 )
 from fastppo.stream import copy_parts, gathered, partition, partition_config, stream, weight_files
+from fastppo.trunk import trunk_depth
 
 log = logging.getLogger("fastppo")
 
@@ -83,12 +85,12 @@ def load_policies(
     value_model = None if critic.kind == "shared" else _load_critic(config, base, dtype, device)
     policy = Policy(base, ValueHead(_width(base), dtype, device) if critic.kind == "shared" else None)
     _choose_trained(policy, "actor", actor, actor.model, actor.revision, config.seed)
-    if config.zero.stage == 3 and actor.train != "all":
-        log.info("at zero.stage 3 frozen layers are computed in every pass, and not once a batch")
     if config.zero.stage < 3:
         keep_trunk(policy, reference if config.reference.model is None else None)
         if value_model is not None:
             keep_trunk(value_model)
+    elif trunk_depth(policy.model):  # DeepSpeed fetches weights ahead in the order of layers, all of them
+        log.info("zero.stage is 3: frozen layers are computed in every pass")
     if config.optim.activation_checkpointing:
         for role in filter(None, (policy, value_model)):
             role.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -97,12 +99,17 @@ def load_policies(
 
 def trained_partitions(config: Config) -> Partitions:
     """How the parameters of actor and critic are partitioned; None below ZeRO stage 3."""
-    return None if config.zero.stage < 3 else partition_config(config.optim.dtype)
+    return _partitions(config, config.zero.parameters_on)
 
 
 def frozen_partitions(config: Config) -> Partitions:
     """How the parameters of reference and reward models are partitioned; None below ZeRO stage 3."""
-    return None if config.zero.stage < 3 else partition_config(config.optim.dtype)
+    return _partitions(config, config.zero.frozen_on)
+
+
+def _partitions(config: Config, place: Place) -> Partitions:
+    zero = config.zero
+    return None if zero.stage < 3 else partition_config(config.optim.dtype, place, zero.nvme_path)
 
 
 def load_reward(

@@ -11,7 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastppo.batch import pack
 from fastppo.config import Config
+
+# Read by a rank that has nothing left to read while others have, where each forward pass takes all ranks.
+IDLE = pack([(0, 0)], [1])
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,13 @@ def pack_even(
     while (bins := _fill_bins(sizes, costs, count, budget)) is None:
         count += ranks
     return tuple(sequences[torch.tensor(b)] for b in _in_rounds(bins, costs, ranks))
+
+
+def pack_alone(lengths: Tensor, budget: int) -> tuple[Tensor, ...]:
+    """All B sequences of one rank in microbatches; a sequence beyond the budget does not break it. None for B = 0."""
+    if not len(lengths):
+        return ()
+    return pack_even(torch.arange(len(lengths)), lengths, max(budget, int(lengths.max())), ranks=1)
 
 
 def _fill_bins(sizes: Sequence[int], costs: Sequence[float], count: int, budget: int) -> list[list[int]] | None:

@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastppo import ops
 from fastppo.attention import ATTENTION, Cache, Spans
 from fastppo.batch import Packed, pack
 from fastppo.errors import FastPPOError
+from fastppo.stats import TokenStats
 from fastppo.trunk import after_layers, layers_of, passing, trunk_depth
 
 log = logging.getLogger("fastppo")
@@ -152,11 +154,27 @@ class Critic(Backbone):
 class RewardModel(Backbone):
     """One score for each sequence: the classifier's own head on the last token's hidden state."""
 
-    def score(self, packed: Packed) -> Tensor:
+    def forward(self, packed: Packed) -> Tensor:  # type: ignore[override]
         """(B,) fp32"""
         head = cast(nn.Module, self.model.score)
         scores = cast(Tensor, head(self.hidden(packed)[packed.last_rows]))
         return scores.float().squeeze(-1)
+
+
+def hidden_states(role: Any, hidden: Tensor) -> Tensor:
+    """The objective that is the hidden states (M, H) themselves."""
+    return hidden
+
+
+def token_stats(
+    targets: Tensor, temperature: float, policy: Policy, hidden: Tensor, **against: Tensor | None
+) -> TokenStats:
+    """With its first two arguments given, the objective that is `ops.linear_logprobs` of targets (M,) int64.
+
+    against: another head's `FusedHead.as_reference`.
+    """
+    stats: TokenStats = policy.head(hidden, ops.linear_logprobs, targets, temperature=temperature, **against)
+    return stats
 
 
 def fuse_head(model: PreTrainedModel) -> PreTrainedModel:

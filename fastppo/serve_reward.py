@@ -15,10 +15,14 @@ from typing import Any, Literal, TypeGuard
 
 import torch
 from jsonargparse import auto_cli
+from transformers import PreTrainedTokenizerBase
 
+from fastppo.config import OptimConfig, ZeroConfig
+from fastppo.engine import Frozen, World
 from fastppo.errors import FastPPOError, exit_with_message
 from fastppo.feedback.model import ModelSource
 from fastppo.load import DTYPES, load_reward
+from fastppo.models import RewardModel
 
 log = logging.getLogger("fastppo")
 
@@ -111,9 +115,16 @@ def serve(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded, tokenizer = load_reward(model, DTYPES[dtype], device)
-    with RewardServer((host, port), model, ModelSource(loaded, tokenizer, None, microbatch_tokens)) as server:
+    with RewardServer((host, port), model, alone(loaded, tokenizer, microbatch_tokens, device)) as server:
         print(f"{model} answers on http://{host}:{server.server_port}", flush=True)
         server.serve_forever()
+
+
+def alone(model: RewardModel, tokenizer: PreTrainedTokenizerBase, budget: int, device: torch.device) -> ModelSource:
+    """The model as a source of reward of this process, which knows its tokens alone."""
+    zero = ZeroConfig(stage=0)
+    frozen, world = Frozen(model, OptimConfig(), zero), World(0, 1, device)
+    return ModelSource(frozen, tokenizer, None, budget=budget, zero=zero, world=world)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -179,9 +179,10 @@ def _summary(formats: Mapping[str, str], values: Mapping[str, float]) -> str:
 class Stages:
     """Seconds of each stage of a step: `with stages("sampling"): ...`. Stages follow each other, not one in another."""
 
-    def __init__(self, seconds: dict[str, float]):
-        """seconds: where they are kept, with those of a step that another process began."""
-        self._seconds = seconds
+    def __init__(self, seconds: dict[str, float], enter: Callable[[str], None]):
+        """seconds: where they are kept, with those of a step that another process began; enter: called with the name
+        of each stage as it begins, and timed with it."""
+        self._seconds, self._enter = seconds, enter
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -189,6 +190,7 @@ class Stages:
         marked = torch.cuda.nvtx.range(name) if _on_cuda() else nullcontext()
         start = time.perf_counter()
         with record_function(name), marked:
+            self._enter(name)
             yield
             if _on_cuda():  # kernels run behind: without this the next stage would pay for them
                 torch.cuda.synchronize()

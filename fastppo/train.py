@@ -55,7 +55,7 @@ def train(config: Config, world: World) -> None:
         (output / "config.yaml").write_text(dump(config), encoding="utf-8")
     check_output_is_shared(output, world)
     roles = assemble(config, world)
-    sources = load_sources(config, roles.tokenizer, world.device)
+    sources = load_sources(config, roles.tokenizer, world, roles.residency)
     data, heldout = load_prompts(
         config.data,
         roles.tokenizer,
@@ -66,7 +66,7 @@ def train(config: Config, world: World) -> None:
     stops = stop_ids(roles.policy, roles.tokenizer, config.sampling)
     checkpoints = Checkpoints(config, roles, (data, heldout), world)
     run = checkpoints.load(found)
-    beta, stages = run.beta, Stages(run.seconds)
+    beta, stages = run.beta, Stages(run.seconds, roles.residency.enter)
     order = batches(data, size=ppo.batch_size // n, seed=config.seed, shuffle=config.data.shuffle, start=run.step)
 
     with (
@@ -93,7 +93,9 @@ def train(config: Config, world: World) -> None:
                 if experience is None:  # else the run was stopped while it learned from it, and goes on with that
                     with stages("sampling"), together(world):
                         mine = prompts.of_rank(world.rank, world.ranks)
-                        rollout = sample(roles.policy, mine, config.sampling, stop_ids=stops, seed=config.seed)
+                        rollout = sample(
+                            roles.gathered.policy(), mine, config.sampling, stop_ids=stops, seed=config.seed
+                        )
                     with stages("feedback"):
                         scored = score(rollout, data, sources, roles.tokenizer, ppo, run.moments, world)
                     with stages("experience"):
@@ -125,12 +127,14 @@ def train(config: Config, world: World) -> None:
             evaluate_if_due()
             checkpoints.save_if_due(run)
 
+    roles.residency.enter("sampling")
+    trained = roles.gathered.policy()
     if world.rank == 0:
         if len(run.evaluations) > 1:
             shown = samples(heldout, run.evaluations[0], run.evaluations[-1])
             write_samples(output / "samples.jsonl", shown)
             show_samples(shown[: config.eval.show])
-        export(roles.policy, roles.tokenizer, output / "actor", config.actor.lora)
+        export(trained, roles.tokenizer, output / "actor", config.actor.lora)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -18,6 +18,7 @@ ROLES = {
     "shared critic, fp32, stage 0": {"critic__kind": "shared", "optim__dtype": "fp32", "zero__stage": 0},
     "separate critic, bf16, stage 2": {"optim__dtype": "bf16", "zero__stage": 2},
     "LoRA, bf16, stage 1": {"actor__lora__rank": 4, "critic__lora__rank": 2, "zero__stage": 1},
+    "separate critic, bf16, stage 3": {"optim__dtype": "bf16", "zero__stage": 3, "zero__offload": "cpu"},
 }
 
 # Tells the last rank to stop at the nth place of a kind: `check`, where ranks agree, or `check_alone`, in sampling.
@@ -86,6 +87,7 @@ def wait_for(what, run: Run, seconds: float = 60.0) -> None:
         (2, "shared critic, fp32, stage 0"),
         (2, "separate critic, bf16, stage 2"),
         (1, "LoRA, bf16, stage 1"),
+        (2, "separate critic, bf16, stage 3"),
     ],
 )
 def test_a_run_that_stops_anywhere_and_goes_on_equals_the_one_that_did_not(folder, forks, straight, ranks, roles):

@@ -10,8 +10,10 @@ import torch
 from fastppo.batch import Moments, Rollout, pack
 from fastppo.config import Config, DataConfig, PPOConfig, RewardConfig
 from fastppo.data import PromptSet
-from fastppo.engine import start_world
-from fastppo.feedback import RewardError, load_functions, load_sources, score
+from fastppo.engine import World, start_world
+from fastppo.feedback import Responses, RewardError, load_functions, load_sources, score
+from fastppo.feedback.score import _decode
+from fastppo.residency import Residency
 
 TOKENIZER = tiny.tokenizer()
 CPU = torch.device("cpu")
@@ -20,6 +22,10 @@ PROMPTS = PromptSet(
     texts=("one", "three", "two"),
     columns={"answer": ["1", "3", "2"], "prompt": ["one", "three", "two"]},
 )
+
+
+def sources(config):
+    return load_sources(config, TOKENIZER, World(0, 1, CPU), Residency(config, CPU))
 
 
 def rollout(responses=("a", "bcd", "ef"), ended=(True, True, False)):
@@ -40,8 +46,7 @@ NO_SCORES = Moments()
 
 
 def scored(config, ppo=None, moments=NO_SCORES):
-    sources = load_sources(config, TOKENIZER, CPU)
-    return score(rollout(), PROMPTS, sources, TOKENIZER, ppo or PPOConfig(), moments, start_world(1))
+    return score(rollout(), PROMPTS, sources(config), TOKENIZER, ppo or PPOConfig(), moments, start_world(1))
 
 
 def test_a_function_sees_prompts_responses_and_columns_in_order(tmp_path, monkeypatch):
@@ -120,10 +125,21 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text_anew(tmp_path):
     assert found.tolist() == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_rank_without_responses_has_no_scores(tmp_path):
+    same = tiny.saved(tmp_path / "same", tiny.classifier())
+    other = tiny.saved(tmp_path / "other", tiny.classifier(vocabulary=258), extra=("<more>",))
+    functions = (RewardConfig(function="math:fsum"),)
+    config = _with_dtype(Config(rewards=(RewardConfig(model=same), RewardConfig(model=other), *functions)))
+    nothing = Rollout(pack([], []), torch.zeros(0), torch.zeros(0, dtype=torch.bool), torch.arange(0))
+    assert _decode(nothing.packed, TOKENIZER) == []
+    seen = Responses([], [], {}, nothing.packed)
+    assert [list(source(seen)) for source, _ in sources(config)] == [[], [], []]
+
+
 def test_a_reward_model_with_two_labels_is_an_error(tmp_path):
     path = tiny.saved(tmp_path / "reward", tiny.classifier(labels=2))
     with pytest.raises(ValueError, match="has 2 labels"):
-        load_sources(Config(rewards=(RewardConfig(model=path),)), TOKENIZER, CPU)
+        sources(Config(rewards=(RewardConfig(model=path),)))
 
 
 def test_an_ensemble_says_the_mean_or_the_least_of_its_members(tmp_path):
@@ -140,8 +156,8 @@ def test_an_ensemble_says_the_mean_or_the_least_of_its_members(tmp_path):
 )
 def test_a_pattern_is_looked_for_in_each_response_with_its_own_columns(pattern, expected):
     prompts = replace(PROMPTS, columns={"last": ["a", ".", "ef"]})
-    sources = load_sources(Config(rewards=(RewardConfig(pattern=pattern),)), TOKENIZER, CPU)
-    found = score(rollout(), prompts, sources, TOKENIZER, PPOConfig(), Moments(), start_world(1))
+    asked = sources(Config(rewards=(RewardConfig(pattern=pattern),)))
+    found = score(rollout(), prompts, asked, TOKENIZER, PPOConfig(), Moments(), start_world(1))
     assert found.scores.tolist() == expected
 
 

@@ -18,10 +18,9 @@ from fastppo.batch import pack
 from fastppo.config import RewardConfig
 from fastppo.feedback import Responses, RewardError
 from fastppo.feedback import remote as remote_module
-from fastppo.feedback.model import ModelSource
 from fastppo.feedback.remote import remote_source
 from fastppo.load import load_reward
-from fastppo.serve_reward import LARGEST, RewardServer
+from fastppo.serve_reward import LARGEST, RewardServer, alone
 
 TEXTS = ["abc", "a", "ab", "abcd", "abcde"]
 RESPONSES = Responses([f"p{i}" for i in range(5)], TEXTS, {"answer": [1, 2, 3, 4, 5]}, pack([[1]] * 5, [1] * 5))
@@ -175,7 +174,7 @@ def test_a_service_that_dies_costs_the_run_nothing(tmp_path, forks, ranks):
 def reward_server(tmp_path_factory):
     path = tiny.saved(tmp_path_factory.mktemp("reward") / "model", tiny.classifier())
     model, tokenizer = load_reward(path, torch.float32, torch.device("cpu"))
-    source = ModelSource(model, tokenizer, None, 100)
+    source = alone(model, tokenizer, 100, torch.device("cpu"))
     with serving(RewardServer(("127.0.0.1", 0), "tiny", source)) as url:
         yield url, source
 

@@ -18,6 +18,8 @@ def function_source(name: str) -> Source:
     function = _import_function(name)
 
     def source(responses: Responses) -> list[float]:
+        if not responses.texts:
+            return []
         try:
             answer = function(prompts=responses.prompts, responses=responses.texts, **responses.columns)
         except Exception as error:

@@ -9,9 +9,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.batch import Packed, pack
+from fastppo.config import ZeroConfig
+from fastppo.engine import Frozen, World, all_gather, even_passes
 from fastppo.feedback.responses import Responses, RewardError, Source, checked
-from fastppo.microbatch import pack_even
-from fastppo.models import RewardModel
+from fastppo.microbatch import IDLE, pack_alone
 
 log = logging.getLogger("fastppo")
 
@@ -21,15 +22,19 @@ class ModelSource:
 
     def __init__(
         self,
-        model: RewardModel,
+        model: Frozen,
         tokenizer: PreTrainedTokenizerBase,
         actors: PreTrainedTokenizerBase | None,
+        *,
         budget: int,
+        zero: ZeroConfig,
+        world: World,
     ):
-        """tokenizer: the model's own; actors: None where only text is at hand; budget: tokens of a forward pass."""
-        self.model, self.tokenizer, self.budget = model, tokenizer, budget
+        """model: of a RewardModel; tokenizer: its own; actors: None where only text is at hand; budget: tokens of a
+        forward pass."""
+        self.model, self.tokenizer, self.budget, self.zero, self.world = model, tokenizer, budget, zero, world
         self.same = actors is not None and tokenizer.get_vocab() == actors.get_vocab()
-        self.context = getattr(model.model.config, "max_position_embeddings", None)
+        self.context = getattr(model.module.model.config, "max_position_embeddings", None)
         if actors is not None and not self.same:
             log.info("the reward model has a tokenizer of its own: prompts and responses are tokenised anew for it")
 
@@ -37,22 +42,22 @@ class ModelSource:
         packed = responses.packed if self.same else self.tokenised(responses.prompts, responses.texts)
         return self.scores(packed, responses.texts)
 
-    @torch.no_grad()
     def scores(self, packed: Packed, texts: Sequence[str]) -> list[float]:
-        """One number for each sequence; texts: the responses, to name one in an error."""
-        longest = int(packed.lengths.max())
+        """One number for each sequence; texts: the responses, to name one in an error. All ranks call it."""
+        longest = max(all_gather(int(packed.lengths.max()) if len(packed) else 0, self.world))
         if self.context is not None and longest > self.context:
             raise RewardError(f"a prompt and response of {longest} tokens do not fit the reward model's {self.context}")
         scores = torch.zeros(len(packed))
-        everything = torch.arange(len(packed))
-        for part in pack_even(everything, packed.lengths, max(self.budget, longest), ranks=1):
-            scores[part] = self.model.score(packed.select(part).to(self.model.device)).cpu()
+        for part in even_passes(pack_alone(packed.lengths, self.budget), self.zero, self.world):
+            piece = packed.select(part) if len(part) else IDLE
+            scores[part] = self.model(piece.to(self.world.device)).cpu()[: len(part)]
         return checked("the reward model", scores, texts)
 
     def tokenised(self, prompts: Sequence[str], responses: Sequence[str]) -> Packed:
         """Prompts and responses, joined as text, in the model's own tokens."""
         texts = [p + r for p, r in zip(prompts, responses, strict=True)]
-        tokens = [ids or [self.tokenizer.eos_token_id] for ids in self.tokenizer(texts)["input_ids"]]
+        encoded = self.tokenizer(texts)["input_ids"] if texts else []  # tokenizers take no empty list
+        tokens = [ids or [self.tokenizer.eos_token_id] for ids in encoded]
         return pack(tokens, [1] * len(tokens))
 
 

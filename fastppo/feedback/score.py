@@ -65,7 +65,7 @@ def _ask(source: Source, responses: Responses, world: World) -> Tensor:
     """What a source says of the responses of all ranks, (B,) fp32."""
     answer: Tensor | RewardError
     try:
-        answer = torch.tensor(source(responses) if responses.texts else [], dtype=torch.float32)
+        answer = torch.tensor(source(responses), dtype=torch.float32)
     except RewardError as error:
         answer = error
     answers = all_gather(answer, world)
@@ -77,5 +77,7 @@ def _ask(source: Source, responses: Responses, world: World) -> Tensor:
 
 def _decode(packed: Packed, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The responses' text, without special tokens."""
+    if not len(packed):
+        return []
     parts = packed.responses.split(packed.response_lengths.tolist())
     return list(tokenizer.batch_decode([part.tolist() for part in parts], skip_special_tokens=True))

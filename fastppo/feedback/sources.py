@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.config import Config, RewardConfig
+from fastppo.engine import Frozen, World
 from fastppo.feedback.function import function_source
 from fastppo.feedback.model import ModelSource, ensemble
 from fastppo.feedback.pattern import pattern_source
 from fastppo.feedback.remote import remote_source
 from fastppo.feedback.responses import Source
-from fastppo.load import DTYPES, load_reward
+from fastppo.load import DTYPES, frozen_partitions, load_reward
+from fastppo.residency import Residency
 
 
 def load_functions(rewards: Sequence[RewardConfig]) -> dict[str, Source]:
@@ -22,13 +23,15 @@ def load_functions(rewards: Sequence[RewardConfig]) -> dict[str, Source]:
 
 
 def load_sources(
-    config: Config, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    config: Config, tokenizer: PreTrainedTokenizerBase, world: World, residency: Residency
 ) -> list[tuple[Source, float]]:
     """Every source of the config with its weight, in order; tokenizer: the actor's."""
-    return [(_load(reward, config, tokenizer, device), reward.weight) for reward in config.rewards]
+    return [(_load(reward, config, tokenizer, world, residency), reward.weight) for reward in config.rewards]
 
 
-def _load(reward: RewardConfig, config: Config, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Source:
+def _load(
+    reward: RewardConfig, config: Config, tokenizer: PreTrainedTokenizerBase, world: World, residency: Residency
+) -> Source:
     if reward.function is not None:
         return function_source(reward.function)
     if reward.pattern is not None:
@@ -37,8 +40,12 @@ def _load(reward: RewardConfig, config: Config, tokenizer: PreTrainedTokenizerBa
         return remote_source(reward)
 
     def model(name: str) -> Source:
-        loaded, theirs = load_reward(name, DTYPES[config.optim.dtype], device)
-        return ModelSource(loaded, theirs, tokenizer, config.ppo.microbatch_tokens)
+        loaded, theirs = load_reward(name, DTYPES[config.optim.dtype], world.device, frozen_partitions(config))
+        frozen = Frozen(loaded, config.optim, config.zero)
+        residency.add("rewards", frozen)
+        return ModelSource(
+            frozen, theirs, tokenizer, budget=config.ppo.microbatch_tokens, zero=config.zero, world=world
+        )
 
     if reward.model is not None:
         return model(reward.model)

@@ -55,7 +55,8 @@ def sample(policy: Policy, prompts: Prompts, config: SamplingConfig, *, stop_ids
     policy.train(was_training)
     packed = pack([(*p, *r[0]) for p, r in zip(prompts.tokens, responses, strict=True)], [len(r[0]) for r in responses])
     logprobs = torch.tensor([x for r in responses for x in r[1]], dtype=torch.float32)
-    return Rollout(packed, logprobs, torch.tensor([r[2] for r in responses]), prompts.sources)
+    ended = torch.tensor([r[2] for r in responses], dtype=torch.bool)
+    return Rollout(packed, logprobs, ended, prompts.sources)
 
 
 class _Decoding:

@@ -13,7 +13,7 @@ from operator import attrgetter
 from fastppo.config import Config, ConfigError
 from fastppo.rules.data import check_data, check_sampling
 from fastppo.rules.feedback import check_rewards
-from fastppo.rules.learning import check_batch, check_kl, check_schedule
+from fastppo.rules.learning import check_batch, check_kl, check_schedule, check_zero
 from fastppo.rules.models import check_models
 from fastppo.rules.run import check_checkpoints, check_tracking
 
@@ -56,6 +56,7 @@ def validate(config: Config, ranks: int = 1) -> None:
     check_data(config)
     check_sampling(config)
     check_batch(config, ranks)
+    check_zero(config)
     check_kl(config)
     check_schedule(config)
     check_checkpoints(config)
