@@ -191,6 +191,18 @@ def _load(
     return model.to(device).eval()  # type: ignore[no-any-return]
 
 
+def outline(
+    setting: str, auto: Any, name: str, gguf_file: str | None, revision: str | None, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The model on the meta device: every module and shape, no weights. Raises ModelError as loading it would."""
+    config = _config(setting, name, gguf_file, revision)
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config, dtype=dtype).eval()  # type: ignore[no-any-return]
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{setting} = {name}: its weights could not be loaded ({_first_line(error)})") from error
+
+
 def _forget_quantization(model: PreTrainedModel) -> None:
     """The weights were unpacked at load; transformers would still refuse to train or save the model."""
     for owner, attribute in ((model.config, "quantization_config"), (model, "hf_quantizer")):

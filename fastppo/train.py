@@ -26,6 +26,7 @@ from fastppo.feedback import gather_scored, load_functions, load_sources, score
 from fastppo.learn import learn
 from fastppo.metrics import mean_kl, step_metrics
 from fastppo.microbatch import plan_step
+from fastppo.plan import check_plan
 from fastppo.ppo import step_rates
 from fastppo.roles import assemble
 from fastppo.rollout import sample, stop_ids
@@ -52,6 +53,7 @@ def train(config: Config, world: World) -> None:
     if world.rank == 0:
         fresh_folder(output) if found is None else continue_folder(output, found.position)
         (output / "config.yaml").write_text(dump(config), encoding="utf-8")
+    check_plan(config, world)
     roles = assemble(config, world)
     sources = load_sources(config, roles.tokenizer, world.device)
     data, heldout = load_prompts(

@@ -7,21 +7,24 @@ names its unit. `fastppo.rules.validate` refuses settings that cannot work toget
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from fastppo.config.data import DataConfig, SamplingConfig
 from fastppo.config.feedback import RewardConfig
 from fastppo.config.learning import OptimConfig, PPOConfig, ZeroConfig
-from fastppo.config.models import ActorConfig, CriticConfig, ReferenceConfig
+from fastppo.config.models import ActorConfig, ActorLoraConfig, CriticConfig, LoraConfig, ReferenceConfig
 from fastppo.config.run import CheckpointConfig, EvalConfig, TrackConfig
 
 __all__ = [
     "ActorConfig",
+    "ActorLoraConfig",
     "CheckpointConfig",
     "Config",
     "ConfigError",
     "CriticConfig",
     "DataConfig",
     "EvalConfig",
+    "LoraConfig",
     "OptimConfig",
     "PPOConfig",
     "ReferenceConfig",
@@ -54,6 +57,9 @@ class Config:
     timeout: float = 1800.0
     """Seconds that a rank waits for the others before it ends with an error; more than the slowest stage can differ
     between ranks."""
+    plan: Literal["check", "warn", "off"] = "check"
+    """Before models load, the memory that each role needs in each stage is computed and shown. `check` refuses a run
+    that does not fit, `warn` says so and goes on, `off` leaves the computation out."""
     actor: ActorConfig = field(default_factory=ActorConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)

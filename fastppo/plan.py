@@ -1,0 +1,388 @@
+"""The memory of a run before anything is loaded: `python -m fastppo.plan --config PRESET|FILE [--gpus 8 ...]`.
+
+Models are built on the meta device, from their configs alone. The table says what each role holds in each stage, on
+each GPU, in the host's memory and on NVMe, whether that fits, and if not, the smallest change that would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from fastppo.cli import parse
+from fastppo.config import Config, ConfigError, LoraConfig
+from fastppo.engine import World
+from fastppo.errors import FastPPOError
+from fastppo.footprint import Footprint, add_adapters
+from fastppo.load import DTYPES, outline
+from fastppo.memory import STAGES, Member, Places, Share, by_stage, shares
+from fastppo.models import Backbone, Critic, Policy, RewardModel, ValueHead, fuse_head, set_trainable
+from fastppo.rules import validate
+
+# What a process takes before it holds a tensor: Python and the libraries, on a GPU the CUDA context and NCCL.
+PROCESS_HOST, PROCESS_GPU = 1 << 30, 1 << 30
+# The part of a GPU that PyTorch's allocator can fill; the rest is lost between blocks of different sizes.
+FILLED = 0.95
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+class PlanError(FastPPOError):
+    """A run that does not fit. The message names the smallest change that would."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run is to fit. Bytes."""
+
+    gpus: int  # ranks on each node
+    nodes: int
+    gpu: int | None  # memory of each GPU; None: the ranks run on the CPU, in the host's memory
+    host: int  # memory of each node
+    nvme: int | None = None  # room for what is offloaded to NVMe on each node; None: not known
+
+    @property
+    def ranks(self) -> int:
+        return self.gpus * self.nodes
+
+
+@dataclass(frozen=True)
+class Plan:
+    config: Config
+    machine: Machine
+    shares: list[Share]
+
+    @property
+    def peak(self) -> tuple[str, Places]:
+        """The stage in which a rank's GPU holds most (on the CPU: the rank), and what it holds then."""
+        return max(by_stage(self.shares), key=lambda item: item[1].gpu.total + self._on_cpu(item[1]))
+
+    def _on_cpu(self, places: Places) -> int:
+        return places.host.total if self.machine.gpu is None else 0
+
+    @property
+    def needs(self) -> dict[str, tuple[int, int]]:
+        """Bytes needed and bytes there are: of a GPU, of a node's memory, of a node's NVMe."""
+        machine, most = self.machine, list(by_stage(self.shares))
+        gpu = max(places.gpu.total for _, places in most)
+        host = max(places.host.total + (places.gpu.total if machine.gpu is None else 0) for _, places in most)
+        nvme = max(places.nvme.total for _, places in most)
+        found = {"host": (machine.gpus * (host + PROCESS_HOST), machine.host)}
+        if machine.gpu is not None:
+            found = {"GPU": (gpu, int(FILLED * (machine.gpu - PROCESS_GPU)))} | found
+        if machine.nvme is not None:
+            found["NVMe"] = (machine.gpus * nvme, machine.nvme)
+        return found
+
+    @property
+    def fits(self) -> bool:
+        return all(needed <= there for needed, there in self.needs.values())
+
+
+def make_plan(config: Config, machine: Machine) -> Plan:
+    """Raises ModelError where a model's config cannot be read."""
+    members = cast_of(config, cpu=machine.gpu is None)
+    return Plan(config, machine, shares(members, config, machine.ranks))
+
+
+def cast_of(config: Config, *, cpu: bool) -> list[Member]:
+    """The roles of a run, their models on the meta device."""
+    dtype, actor, critic = DTYPES[config.optim.dtype], config.actor, config.critic
+    checkpointing = config.optim.activation_checkpointing
+
+    def member(name: str, role: Backbone, *, trains: bool = False, shared: int = 0) -> Member:
+        size = Footprint(role, dtype, cpu=cpu, checkpointing=checkpointing and trains)
+        return Member(name, size, trains, size.parameters - shared)
+
+    policy = Policy(_causal("actor.model", actor.model, actor.gguf_file, actor.revision, dtype))
+    if critic.kind == "shared":
+        policy.value_head = _value_head(policy.model, dtype)
+    _choose(policy, actor.train, actor.lora)
+    found = [member("actor", policy, trains=True)]
+    if critic.kind == "separate":
+        role = _critic(config, dtype)
+        _choose(role, critic.train, critic.lora)
+        # Where both train adapters alone, the weights below them are the same ones.
+        both = critic.model is None and actor.lora.rank > 0 and critic.lora.rank > 0
+        frozen = sum(p.numel() for p in role.parameters() if not p.requires_grad)
+        found.append(member("critic", role, trains=True, shared=frozen if both else 0))
+    reference = config.reference
+    if reference.model is not None or actor.lora.rank == 0:  # else the reference is the actor, its adapters off
+        name, file = (
+            (actor.model, actor.gguf_file) if reference.model is None else (reference.model, reference.gguf_file)
+        )
+        revision = actor.revision if reference.model is None else None
+        setting = "actor.model" if reference.model is None else "reference.model"
+        model = _causal(setting, name, file, revision, dtype)
+        found.append(member("reference", Policy(model).requires_grad_(False)))
+    for i, reward in enumerate(config.rewards):
+        if reward.model is not None:
+            model = outline("rewards.model", AutoModelForSequenceClassification, reward.model, None, None, dtype)
+            found.append(member(f"reward {i + 1}", RewardModel(model).requires_grad_(False)))
+    return found
+
+
+def _causal(
+    setting: str, name: str, gguf_file: str | None, revision: str | None, dtype: torch.dtype
+) -> PreTrainedModel:
+    return fuse_head(outline(setting, AutoModelForCausalLM, name, gguf_file, revision, dtype))
+
+
+def _critic(config: Config, dtype: torch.dtype) -> Critic:
+    actor, critic = config.actor, config.critic
+    if critic.model is None:
+        model = outline("actor.model", AutoModelForCausalLM, actor.model, actor.gguf_file, actor.revision, dtype)
+    else:
+        model = outline("critic.model", AutoModelForCausalLM, critic.model, critic.gguf_file, None, dtype)
+    return Critic(model.base_model, _value_head(model, dtype))
+
+
+def _value_head(model: PreTrainedModel, dtype: torch.dtype) -> ValueHead:
+    return ValueHead(model.config.get_text_config().hidden_size, dtype, torch.device("meta"))
+
+
+def _choose(role: Backbone, train: int | str, lora: LoraConfig) -> None:
+    set_trainable(role, train)
+    if lora.rank:
+        add_adapters(role.model, lora)
+
+
+# What to change
+
+
+Change = dict[str, object]  # setting -> value, as on the command line
+
+
+def smallest_change(plan: Plan) -> Change | None:
+    """The least that makes a run fit: one change if one does, else several, taken in the order of what they cost."""
+    options = list(_options(plan.config, plan.machine))
+    for change in options:
+        if _fits_with(plan, change):
+            return change
+    for several in accumulate(options, lambda one, other: one | other):
+        if _fits_with(plan, several):
+            for setting in several:  # what a later change made needless
+                fewer = {key: value for key, value in several.items() if key != setting}
+                if fewer and _fits_with(plan, fewer):
+                    several = fewer
+            return several
+    return None
+
+
+def _options(config: Config, machine: Machine) -> Iterator[Change]:
+    """Changes from the cheapest to the dearest; of a kind, the smallest step first."""
+    gpu, zero = machine.gpu is not None, config.zero
+    longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
+    if not config.optim.activation_checkpointing:
+        yield {"optim.activation_checkpointing": True}
+    for part in (2, 4, 8):
+        if config.ppo.microbatch_tokens // part >= longest:
+            yield {"ppo.microbatch_tokens": config.ppo.microbatch_tokens // part}
+    for part in (2, 4):
+        if config.sampling.rows // part >= 4:
+            yield {"sampling.rows": config.sampling.rows // part}
+    if machine.ranks > 1:
+        for stage in (1, 2, 3):
+            if stage > zero.stage:
+                yield {"zero.stage": stage}
+    if gpu:
+        if zero.optimizer_on == "none":
+            yield {"zero.offload_optimizer": "cpu"}
+        if zero.frozen_on == "none":
+            yield {"zero.stage": 3, "zero.offload_frozen": "cpu"}
+        if zero.parameters_on == "none":
+            yield {"zero.stage": 3, "zero.offload": "cpu"}
+    if config.actor.lora.rank == 0:
+        yield {"actor.lora.rank": 16} | ({"critic.lora.rank": 16} if config.critic.kind == "separate" else {})
+    if gpu and "nvme" not in (zero.optimizer_on, zero.parameters_on):
+        yield {"zero.stage": 3, "zero.offload": "nvme", "zero.nvme_path": zero.nvme_path or "/local_nvme"}
+    for times in (2, 4, 8, 16):
+        if config.ppo.batch_size // config.ppo.minibatches % (times * machine.ranks) == 0:
+            yield {"nodes": times * machine.nodes, "zero.stage": 3}
+
+
+def _fits_with(plan: Plan, change: Change) -> bool:
+    settings = {key: value for key, value in change.items() if key != "nodes"}
+    machine = replace(plan.machine, nodes=change.get("nodes", plan.machine.nodes))
+    try:
+        config = _with(plan.config, settings)
+        validate(config, machine.ranks)
+    except ConfigError:
+        return False
+    return make_plan(config, machine).fits
+
+
+def _with(config: Config, settings: Change) -> Config:
+    for name, value in settings.items():
+        config = _set(config, name.split("."), value)
+    return config
+
+
+def _set(node: object, path: list[str], value: object) -> object:
+    if len(path) == 1:
+        return replace(node, **{path[0]: value})
+    return replace(node, **{path[0]: _set(getattr(node, path[0]), path[1:], value)})
+
+
+def flags(change: Change) -> str:
+    """As it is typed: `--zero.stage 3 --zero.offload cpu`."""
+    return " ".join(f"--{name} {str(value).lower()}" for name, value in change.items())
+
+
+# What is shown
+
+
+def show(plan: Plan, console: Console) -> None:
+    """The table, and below it what is needed of each memory and what there is."""
+    columns = ("weights", "gradients", "optimizer", "activations", "cache", "workspace")
+    cpu = plan.machine.gpu is None
+    where = "rank" if cpu else "GPU"
+    table = Table(box=None, pad_edge=False, title_justify="left", title=f"memory in GB of each {where}")
+    table.add_column("stage")
+    table.add_column("role")
+    rows: list[list[str]] = []
+    for stage in STAGES:
+        for share in (s for s in plan.shares if s.stage == stage):
+            places = share.places
+            held = places.gpu + places.host if cpu else places.gpu
+            outside = [] if cpu else [places.host.total, places.nvme.total]
+            amounts = [*(getattr(held, name) for name in columns), held.total, *outside]
+            rows.append([stage, share.role, *map(_gb, amounts)])
+    for name in (*columns, where, *([] if cpu else ["host", "NVMe"])):
+        table.add_column(name, justify="right")
+    for row, before in zip(rows, [None, *rows[:-1]], strict=True):
+        table.add_row("" if before and before[0] == row[0] else row[0], *row[1:])
+    console.print(table)
+    stage, _ = plan.peak
+    for name, (needed, there) in plan.needs.items():
+        verdict = "fits" if needed <= there else "does not fit"
+        console.print(f"{name}: {_gb(needed)} of {_gb(there)} GB, {verdict}", highlight=False)
+    console.print(f"highest in {stage}", highlight=False)
+
+
+def _gb(amount: int) -> str:
+    return f"{amount / 1e9:.1f}" if amount >= 1e10 else f"{amount / 1e9:.2f}"
+
+
+def advice(plan: Plan) -> str:
+    """Why a run does not fit and what would."""
+    stage, _ = plan.peak
+    short = [
+        f"{_gb(needed)} GB of {name} memory are needed and {_gb(there)} GB are there"
+        for name, (needed, there) in plan.needs.items()
+        if needed > there
+    ]
+    sampling = "" if plan.config.zero.stage < 3 else _about_sampling(plan)
+    change = smallest_change(plan)
+    way = (
+        "No change of settings that the plan knows would fit; use more or larger GPUs, or smaller models."
+        if change is None
+        else f"The smallest change that fits: {flags(change)}"
+    )
+    return f"this run does not fit: {'; '.join(short)} (most in {stage}).{sampling} {way}"
+
+
+def _about_sampling(plan: Plan) -> str:
+    gathered = next(s.places.gpu.weights for s in plan.shares if (s.role, s.stage) == ("actor", "sampling"))
+    if "GPU" not in plan.needs or gathered <= plan.needs["GPU"][1]:
+        return ""
+    return (
+        f" The actor's weights, gathered to sample from, take {_gb(gathered)} GB on each GPU alone: use GPUs with more"
+        " memory or a smaller actor; spreading them further does not help, as each GPU samples from whole weights."
+    )
+
+
+def check_plan(config: Config, world: World) -> None:
+    """Show the plan of a run that begins here; raises PlanError where it does not fit and `plan` is check."""
+    if config.plan == "off":
+        return
+    nodes = max(world.ranks // int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1), 1)
+    plan = make_plan(config, this_machine(world.ranks // nodes, nodes, cpu=world.device.type == "cpu"))
+    console = Console()
+    if world.rank == 0:
+        show(plan, console)
+    if plan.fits:
+        return
+    if config.plan == "check":
+        raise PlanError(f"{advice(plan)} To try it all the same: --plan warn")
+    if world.rank == 0:
+        console.print(advice(plan))
+
+
+# Where it runs
+
+
+def this_machine(gpus: int | None, nodes: int, *, cpu: bool) -> Machine:
+    """Memory of the first GPU and what the host has free; gpus: ranks on each node, all GPUs or one when left out."""
+    if cpu:
+        return Machine(gpus or 1, nodes, None, _host_memory())
+    total = torch.cuda.get_device_properties(0).total_memory
+    return Machine(gpus or torch.cuda.device_count(), nodes, total, _host_memory())
+
+
+def _host_memory() -> int:
+    """Bytes that can still be had: by the kernel's account, and by the limit of the container where there is one."""
+    found = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+    assert found is not None
+    free = int(found[1]) * 1024
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (most := limit.read_text().strip()).isdigit():
+        free = min(free, int(most))
+    return free
+
+
+def parse_bytes(text: str) -> int:
+    """80GB, 80GiB, 1.5TB, 24000000000"""
+    match = re.fullmatch(r"([\d.]+)\s*([KMGT]?I?)B?", text.strip().upper())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an amount of memory; write it as 80GB or 1TB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    options = argparse.ArgumentParser(prog="python -m fastppo.plan", add_help=False, allow_abbrev=False)
+    options.add_argument("--gpus", type=int, help="GPUs of each node; without a GPU, ranks on the CPU")
+    options.add_argument("--gpu-memory", type=parse_bytes, metavar="80GB", help="memory of each GPU")
+    options.add_argument("--host-memory", type=parse_bytes, metavar="1TB", help="memory of each node")
+    options.add_argument("--nvme", type=parse_bytes, metavar="4TB", help="room on NVMe of each node")
+    options.add_argument("--nodes", type=int, default=1, help="how many nodes")
+    given, settings = options.parse_known_args(argv)
+    if {"-h", "--help"} & set(settings):
+        print(f"{options.format_help()}\nWhat is left out is taken from this machine. All settings of a run:\n")
+    cpu = given.gpu_memory is None and not torch.cuda.is_available()
+    if given.gpu_memory is None or given.host_memory is None or (given.gpus is None and not cpu):
+        here = this_machine(given.gpus, given.nodes, cpu=not torch.cuda.is_available())
+    else:
+        here = Machine(given.gpus or 1, given.nodes, given.gpu_memory, given.host_memory)
+    machine = replace(
+        here,
+        gpu=here.gpu if given.gpu_memory is None else given.gpu_memory,
+        host=given.host_memory or here.host,
+        nvme=given.nvme,
+    )
+    config = parse(settings, ranks=machine.ranks)
+    console = Console(width=None if sys.stdout.isatty() else shutil.get_terminal_size((120, 40)).columns)
+    try:
+        plan = make_plan(config, machine)
+        show(plan, console)
+        if not plan.fits:
+            raise PlanError(advice(plan))
+    except FastPPOError as error:
+        print(f"fastppo: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()
