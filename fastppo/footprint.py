@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from fastppo.attention import SHORT, Spans
@@ -90,9 +91,10 @@ class Footprint:
         model = _top(self._model, layers)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
-            if self._checkpointing:
+            if self._checkpointing and gradient:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
-                model.train()
+                for module in model.modules():  # not the whole model: OPT's draws a number in train mode and reads it
+                    module.training = isinstance(module, GradientCheckpointingLayer)
             for parameter in (p for p in model.parameters() if p.requires_grad):
                 parameter.register_post_accumulate_grad_hook(_forget)
             ids, positions = (torch.zeros(1, tokens, dtype=torch.int64) for _ in range(2))
@@ -108,11 +110,11 @@ class Footprint:
         return Pass(kept, live.peak)
 
 
-class _Live(TorchDispatchMode):  # type: ignore[misc]
+class _Live(TorchDispatchMode):
     """Counts the bytes of all tensors that are made within it and still alive."""
 
     def __init__(self, *outside: Tensor):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._sizes = {x.untyped_storage()._cdata: 0 for x in outside}
 

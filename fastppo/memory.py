@@ -253,8 +253,9 @@ def shares(members: list[Member], config: Config, ranks: int) -> list[Share]:
 def _in_stage(member: Member, stage: str, config: Config, ranks: int, batch: Batch) -> Places:
     used = stage in _used_in(member, config)
     states = model_states(member, config, ranks)
-    found = _at_rest(member, states, config, learning=stage == "learning", used=used)
-    if used and stage != "sampling":
+    asked = used and stage != "sampling"  # the sampler has weights of its own at stage 3
+    found = _at_rest(member, states, config, learning=stage == "learning", used=asked)
+    if asked:
         found += buffers(member, config, ranks) if stage == "learning" else _prefetch(member, config)
     return found + Places(gpu=_needs(member, stage, config, batch))
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from pathlib import Path
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -27,6 +26,7 @@ from fastppo.engine import World
 from fastppo.errors import FastPPOError
 from fastppo.footprint import Footprint, add_adapters
 from fastppo.load import DTYPES, outline
+from fastppo.machine import Machine, parse_bytes, this_machine
 from fastppo.memory import STAGES, Member, Places, Share, by_stage, shares
 from fastppo.models import Backbone, Critic, Policy, RewardModel, ValueHead, fuse_head, set_trainable
 from fastppo.rules import validate
@@ -35,26 +35,10 @@ from fastppo.rules import validate
 PROCESS_HOST, PROCESS_GPU = 1 << 30, 1 << 30
 # The part of a GPU that PyTorch's allocator can fill; the rest is lost between blocks of different sizes.
 FILLED = 0.95
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 class PlanError(FastPPOError):
     """A run that does not fit. The message names the smallest change that would."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where a run is to fit. Bytes."""
-
-    gpus: int  # ranks on each node
-    nodes: int
-    gpu: int | None  # memory of each GPU; None: the ranks run on the CPU, in the host's memory
-    host: int  # memory of each node
-    nvme: int | None = None  # room for what is offloaded to NVMe on each node; None: not known
-
-    @property
-    def ranks(self) -> int:
-        return self.gpus * self.nodes
 
 
 @dataclass(frozen=True)
@@ -145,7 +129,7 @@ def _critic(config: Config, dtype: torch.dtype) -> Critic:
         model = outline("actor.model", AutoModelForCausalLM, actor.model, actor.gguf_file, actor.revision, dtype)
     else:
         model = outline("critic.model", AutoModelForCausalLM, critic.model, critic.gguf_file, None, dtype)
-    return Critic(model.base_model, _value_head(model, dtype))
+    return Critic(cast(PreTrainedModel, model.base_model), _value_head(model, dtype))
 
 
 def _value_head(model: PreTrainedModel, dtype: torch.dtype) -> ValueHead:
@@ -161,20 +145,39 @@ def _choose(role: Backbone, train: int | str, lora: LoraConfig) -> None:
 # What to change
 
 
-Change = dict[str, object]  # setting -> value, as on the command line
+Change = dict[str, Any]  # setting -> value, as on the command line
 
 
 def smallest_change(plan: Plan) -> Change | None:
     """The least that makes a run fit: one change if one does, else several, taken in the order of what they cost."""
+    casts: dict[object, list[Member]] = {}  # few changes need other models, and building them takes the time
+
+    def fits(change: Change) -> bool:
+        config, nodes = plan.config, plan.machine.nodes
+        for name, value in change.items():
+            if name == "nodes":
+                nodes = value
+            else:
+                config = _changed(config, name.split("."), value)
+        machine = replace(plan.machine, nodes=nodes)
+        try:
+            validate(config, machine.ranks)
+        except ConfigError:
+            return False
+        key = (config.actor, config.critic, config.optim)
+        if key not in casts:
+            casts[key] = cast_of(config, cpu=machine.gpu is None)
+        return Plan(config, machine, shares(casts[key], config, machine.ranks)).fits
+
     options = list(_options(plan.config, plan.machine))
     for change in options:
-        if _fits_with(plan, change):
+        if fits(change):
             return change
     for several in accumulate(options, lambda one, other: one | other):
-        if _fits_with(plan, several):
-            for setting in several:  # what a later change made needless
+        if fits(several):
+            for setting in list(several):  # what a later change made needless
                 fewer = {key: value for key, value in several.items() if key != setting}
-                if fewer and _fits_with(plan, fewer):
+                if fewer and fits(fewer):
                     several = fewer
             return several
     return None
@@ -212,27 +215,9 @@ def _options(config: Config, machine: Machine) -> Iterator[Change]:
             yield {"nodes": times * machine.nodes, "zero.stage": 3}
 
 
-def _fits_with(plan: Plan, change: Change) -> bool:
-    settings = {key: value for key, value in change.items() if key != "nodes"}
-    machine = replace(plan.machine, nodes=change.get("nodes", plan.machine.nodes))
-    try:
-        config = _with(plan.config, settings)
-        validate(config, machine.ranks)
-    except ConfigError:
-        return False
-    return make_plan(config, machine).fits
-
-
-def _with(config: Config, settings: Change) -> Config:
-    for name, value in settings.items():
-        config = _set(config, name.split("."), value)
-    return config
-
-
-def _set(node: object, path: list[str], value: object) -> object:
-    if len(path) == 1:
-        return replace(node, **{path[0]: value})
-    return replace(node, **{path[0]: _set(getattr(node, path[0]), path[1:], value)})
+def _changed(node: Any, path: list[str], value: Any) -> Any:
+    """The settings with one of them replaced."""
+    return replace(node, **{path[0]: value if len(path) == 1 else _changed(getattr(node, path[0]), path[1:], value)})
 
 
 def flags(change: Change) -> str:
@@ -283,24 +268,27 @@ def advice(plan: Plan) -> str:
         for name, (needed, there) in plan.needs.items()
         if needed > there
     ]
-    sampling = "" if plan.config.zero.stage < 3 else _about_sampling(plan)
+    reason = f"this run does not fit: {'; '.join(short)} (most in {stage})."
+    if (whole := _whole_weights(plan)) and plan.machine.gpu is not None:
+        return (
+            f"{reason} The actor's weights alone, whole on each GPU to sample from, take {_gb(whole)} GB there, which no"
+            f" setting changes: use GPUs with more memory, from {_gb(_gpu_for(plan))} GB, or a smaller actor."
+        )
     change = smallest_change(plan)
-    way = (
-        "No change of settings that the plan knows would fit; use more or larger GPUs, or smaller models."
-        if change is None
-        else f"The smallest change that fits: {flags(change)}"
-    )
-    return f"this run does not fit: {'; '.join(short)} (most in {stage}).{sampling} {way}"
+    if change is None:
+        return f"{reason} No change of settings that is known here would do; use more or larger GPUs or smaller models."
+    return f"{reason} The smallest change that fits: {flags(change)}"
 
 
-def _about_sampling(plan: Plan) -> str:
-    gathered = next(s.places.gpu.weights for s in plan.shares if (s.role, s.stage) == ("actor", "sampling"))
-    if "GPU" not in plan.needs or gathered <= plan.needs["GPU"][1]:
-        return ""
-    return (
-        f" The actor's weights, gathered to sample from, take {_gb(gathered)} GB on each GPU alone: use GPUs with more"
-        " memory or a smaller actor; spreading them further does not help, as each GPU samples from whole weights."
-    )
+def _whole_weights(plan: Plan) -> int:
+    """Bytes of the actor's weights where they are more than a GPU can hold, else 0."""
+    found = next(s.places.gpu.weights for s in plan.shares if (s.role, s.stage) == ("actor", "sampling"))
+    return found if found > plan.needs.get("GPU", (0, found))[1] else 0
+
+
+def _gpu_for(plan: Plan) -> int:
+    """The least memory of a GPU on which the sampler fits as it is configured."""
+    return int(plan.needs["GPU"][0] / FILLED) + PROCESS_GPU
 
 
 def check_plan(config: Config, world: World) -> None:
@@ -318,36 +306,6 @@ def check_plan(config: Config, world: World) -> None:
         raise PlanError(f"{advice(plan)} To try it all the same: --plan warn")
     if world.rank == 0:
         console.print(advice(plan))
-
-
-# Where it runs
-
-
-def this_machine(gpus: int | None, nodes: int, *, cpu: bool) -> Machine:
-    """Memory of the first GPU and what the host has free; gpus: ranks on each node, all GPUs or one when left out."""
-    if cpu:
-        return Machine(gpus or 1, nodes, None, _host_memory())
-    total = torch.cuda.get_device_properties(0).total_memory
-    return Machine(gpus or torch.cuda.device_count(), nodes, total, _host_memory())
-
-
-def _host_memory() -> int:
-    """Bytes that can still be had: by the kernel's account, and by the limit of the container where there is one."""
-    found = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
-    assert found is not None
-    free = int(found[1]) * 1024
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (most := limit.read_text().strip()).isdigit():
-        free = min(free, int(most))
-    return free
-
-
-def parse_bytes(text: str) -> int:
-    """80GB, 80GiB, 1.5TB, 24000000000"""
-    match = re.fullmatch(r"([\d.]+)\s*([KMGT]?I?)B?", text.strip().upper())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an amount of memory; write it as 80GB or 1TB")
-    return int(float(match[1]) * UNITS[match[2]])
 
 
 def main(argv: list[str] | None = None) -> None:
