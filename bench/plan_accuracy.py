@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -85,6 +86,19 @@ def memory(field: str) -> int:
     return int(found[1]) * 1024
 
 
+def warm_up(config: Any) -> None:
+    """One update of one layer: what the libraries load at first use is no part of a run's plan."""
+    import torch
+
+    from fastppo.engine import Engine
+    from fastppo.load import DTYPES
+
+    layer = torch.nn.Linear(8, 8, dtype=DTYPES[config.optim.dtype])
+    engine = Engine(layer, [list(layer.parameters())], config.optim, config.zero)
+    engine.backward(engine(torch.ones(1, 8, dtype=DTYPES[config.optim.dtype])).float().sum(), last=True)
+    engine.step([0.0])
+
+
 def measure(argv: list[str]) -> None:
     """In a fresh process: the plan of a run, and the run itself."""
     from fastppo.cli import parse
@@ -95,6 +109,7 @@ def measure(argv: list[str]) -> None:
     config = parse(argv)
     plan = make_plan(config, this_machine(1, 1, cpu=True))
     world = start_world(config.threads)
+    warm_up(config)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again at what is resident now
     before = memory("VmRSS")
     train(config, world)

@@ -271,8 +271,8 @@ def advice(plan: Plan) -> str:
     reason = f"this run does not fit: {'; '.join(short)} (most in {stage})."
     if (whole := _whole_weights(plan)) and plan.machine.gpu is not None:
         return (
-            f"{reason} The actor's weights alone, whole on each GPU to sample from, take {_gb(whole)} GB there, which no"
-            f" setting changes: use GPUs with more memory, from {_gb(_gpu_for(plan))} GB, or a smaller actor."
+            f"{reason} The actor's weights alone, whole on each GPU to sample from, take {_gb(whole)} GB there, which"
+            f" no setting changes: use GPUs with more memory, from {_gb(_gpu_for(plan))} GB, or a smaller actor."
         )
     change = smallest_change(plan)
     if change is None:
