@@ -173,6 +173,7 @@ def smallest_change(plan: Plan) -> Change | None:
     for change in options:
         if fits(change):
             return change
+    several: Change
     for several in accumulate(options, lambda one, other: one | other):
         if fits(several):
             for setting in list(several):  # what a later change made needless
