@@ -150,6 +150,8 @@ Change = dict[str, Any]  # setting -> value, as on the command line
 
 def smallest_change(plan: Plan) -> Change | None:
     """The least that makes a run fit: one change if one does, else several, taken in the order of what they cost."""
+    if plan.machine.host < plan.machine.gpus * PROCESS_HOST:
+        return None  # not even the processes have room
     casts: dict[object, list[Member]] = {}  # few changes need other models, and building them takes the time
 
     def fits(change: Change) -> bool:

@@ -4,6 +4,7 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,7 +102,7 @@ def test_one_rank_speaks_for_all(capsys: pytest.CaptureFixture[str], monkeypatch
         (["--rewards", "a:b"], ["rewards is a:b; it must be a list of mappings with function, model, weight."]),
         (["--rewards", '[{"weight": "w"}]'], ["rewards.weight is w; it must be a number."]),
         (["quickstart"], ["unrecognized arguments: quickstart"]),
-        (["--config", "nope"], ["--config nope", "no such file", "The presets: quickstart"]),
+        (["--config", "nope"], ["--config nope", "no such file", "The presets: 1.3b, ", "quickstart"]),
         (["--config", "."], ["--config .", "cannot be read"]),
         (["--ppo.batch_size", "33"], ["ppo.batch_size is 33", "ppo.minibatches 2"]),
     ],
@@ -173,8 +174,11 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str], monkeyp
 
 
 def test_settings_and_groups_are_those_of_the_config() -> None:
-    groups = {f.name for f in dataclasses.fields(Config) if dataclasses.is_dataclass(getattr(Config(), f.name))}
-    assert groups == set(GROUPS)
+    def groups(config: Any, prefix: str = "") -> set[str]:
+        inner = {f"{prefix}{name}": part for name, part in vars(config).items() if dataclasses.is_dataclass(part)}
+        return set(inner).union(*(groups(part, f"{name}.") for name, part in inner.items()))
+
+    assert groups(Config()) == set(GROUPS)
     assert {"steps", "ppo.kl_coef", "rewards", "rewards.function"} <= set(SETTINGS)
 
 

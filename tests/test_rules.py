@@ -19,10 +19,13 @@ def changed(**settings: Any) -> Config:
     """GOOD with settings given as ppo__batch_size=8."""
     config = GOOD
     for name, value in settings.items():
-        group, _, field = name.rpartition("__")
-        part = dataclasses.replace(getattr(config, group), **{field: value}) if group else value
-        config = dataclasses.replace(config, **{group or field: part})
+        config = replaced(config, name.split("__"), value)
     return config
+
+
+def replaced(group: Any, path: list[str], value: Any) -> Any:
+    inner = replaced(getattr(group, path[0]), path[1:], value) if path[1:] else value
+    return dataclasses.replace(group, **{path[0]: inner})
 
 
 def test_the_defaults_and_the_quickstart_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,6 +48,10 @@ def test_the_defaults_and_the_quickstart_are_allowed(monkeypatch: pytest.MonkeyP
         (dict(critic__kind="shared", critic__model="m"), ["critic.model is m", "shared", "separate"]),
         (dict(critic__kind="shared", critic__gguf_file="g"), ["critic.gguf_file is g", "shared"]),
         (dict(critic__kind="shared", critic__train=4), ["critic.train is 4", "shared"]),
+        (dict(critic__kind="shared", critic__lora__rank=4), ["critic.lora.rank is 4", "shared"]),
+        (dict(actor__lora__targets=""), ["actor.lora.targets is ''", "all-linear"]),
+        (dict(critic__lora__targets="q_proj,,v_proj"), ["critic.lora.targets is 'q_proj,,v_proj'", "empty"]),
+        (dict(actor__lora__export="adapters"), ["actor.lora.export is adapters", "actor.lora.rank is 0"]),
         (dict(critic__gguf_file="g"), ["critic.gguf_file is g", "critic.model is not set"]),
         (dict(reference__gguf_file="g"), ["reference.gguf_file is g", "reference.model is not set"]),
         (dict(rewards=()), ["rewards is empty", "--rewards"]),
@@ -110,6 +117,8 @@ def test_settings_that_cannot_work_are_refused_with_a_reason(settings: dict[str,
         dict(optim__warmup_steps=400),
         dict(sampling__ignore_eos=True),
         dict(steps=0),
+        dict(actor__lora__rank=8, actor__lora__export="adapters", actor__train=8, critic__lora__rank=4),
+        dict(critic__kind="shared", actor__lora__rank=8),
     ],
 )
 def test_settings_at_the_edge_of_a_rule_are_allowed(settings: dict[str, Any]) -> None:

@@ -23,7 +23,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "0 or more",
         lambda x: 0 <= x < math.inf,
-        "seed steps actor.lr critic.lr critic.warmup_steps data.split_seed sampling.top_k sampling.min_new_tokens"
+        "seed steps actor.lr actor.lora.rank critic.lr critic.lora.rank critic.warmup_steps data.split_seed"
+        " sampling.top_k sampling.min_new_tokens"
         " ppo.entropy_coef ppo.value_coef ppo.kl_coef ppo.truncation_penalty optim.warmup_steps optim.weight_decay"
         " optim.max_grad_norm optim.max_skipped eval.every eval.prompts eval.seed eval.show checkpoint.every"
         " checkpoint.keep_best",
@@ -39,7 +40,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "greater than 0",
         lambda x: 0 < x < math.inf,
         "sampling.temperature eval.temperature ppo.clip_high ppo.value_clip ppo.kl_target ppo.kl_horizon"
-        " ppo.score_clip optim.eps timeout",
+        " ppo.score_clip optim.eps timeout actor.lora.alpha critic.lora.alpha",
     ),
     ("greater than 1", lambda x: 1 < x < math.inf, "ppo.dual_clip"),
     ("between 0 and 1", lambda x: 0 <= x <= 1, "ppo.gamma ppo.lam"),

@@ -19,6 +19,7 @@ def check_models(config: Config) -> None:
             ("model", critic.model, None),
             ("gguf_file", critic.gguf_file, None),
             ("train", critic.train, "all"),
+            ("lora.rank", critic.lora.rank, 0),
         ):
             if value != default:
                 raise ConfigError(
@@ -26,6 +27,17 @@ def check_models(config: Config) -> None:
                     f" actor's backbone and has no weights of its own. Leave out critic.{field}, or set"
                     " critic.kind to separate."
                 )
+    for name, lora in (("actor.lora", actor.lora), ("critic.lora", critic.lora)):
+        if not all(target.strip() for target in lora.targets.split(",")):
+            raise ConfigError(
+                f"{name}.targets is {lora.targets!r}, which has an empty name in it; give all-linear, or names or"
+                " patterns of linear layers, as in q_proj,v_proj."
+            )
+    if actor.lora.export == "adapters" and not actor.lora.rank:
+        raise ConfigError(
+            "actor.lora.export is adapters but actor.lora.rank is 0: without LoRA there are none, and the run would"
+            " leave nothing. Set actor.lora.rank, or leave out actor.lora.export."
+        )
     for name, role in (("critic", critic), ("reference", reference)):
         if role.gguf_file is not None and role.model is None:
             raise ConfigError(
