@@ -42,7 +42,7 @@ log = logging.getLogger("fastppo")
 NAME = re.compile(r"step-\d{8}(-update-\d{4})?")
 
 # Settings that may differ on resuming, since the run that comes out does not depend on them ...
-FREE = ("output", "resume", "timeout", "checkpoint.", "track.", "eval.every", "eval.show", "optim.max_skipped")
+FREE = ("output", "plan", "resume", "timeout", "checkpoint.", "track.", "eval.every", "eval.show", "optim.max_skipped")
 # ... or only in how it is rounded.
 ROUNDING = ("threads", "ppo.microbatch_tokens", "sampling.rows", "optim.activation_checkpointing")
 

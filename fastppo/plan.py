@@ -26,7 +26,7 @@ from fastppo.engine import World
 from fastppo.errors import FastPPOError
 from fastppo.footprint import Footprint, add_adapters
 from fastppo.load import DTYPES, outline
-from fastppo.machine import Machine, parse_bytes, this_machine
+from fastppo.machine import Machine, parse_bytes, parse_count, this_machine
 from fastppo.memory import STAGES, Member, Places, Share, by_stage, shares
 from fastppo.models import Backbone, Critic, Policy, RewardModel, ValueHead, fuse_head, set_trainable
 from fastppo.rules import validate
@@ -314,11 +314,11 @@ def check_plan(config: Config, world: World) -> None:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     options = argparse.ArgumentParser(prog="python -m fastppo.plan", add_help=False, allow_abbrev=False)
-    options.add_argument("--gpus", type=int, help="GPUs of each node; without a GPU, ranks on the CPU")
+    options.add_argument("--gpus", type=parse_count, help="GPUs of each node; without a GPU, ranks on the CPU")
     options.add_argument("--gpu-memory", type=parse_bytes, metavar="80GB", help="memory of each GPU")
     options.add_argument("--host-memory", type=parse_bytes, metavar="1TB", help="memory of each node")
     options.add_argument("--nvme", type=parse_bytes, metavar="4TB", help="room on NVMe of each node")
-    options.add_argument("--nodes", type=int, default=1, help="how many nodes")
+    options.add_argument("--nodes", type=parse_count, default=1, help="how many nodes")
     given, settings = options.parse_known_args(argv)
     if {"-h", "--help"} & set(settings):
         print(f"{options.format_help()}\nWhat is left out is taken from this machine. All settings of a run:\n")

@@ -88,7 +88,7 @@ def test_one_rank_speaks_for_all(capsys: pytest.CaptureFixture[str], monkeypatch
         (["--rewards.function", "a:b"], ["rewards is a list", '--rewards \'[{"function"']),
         (["--ppo", "{kl_coef: 1}"], ["--ppo is a group", "--ppo.batch_size"]),
         (["--ppo.kl_kind", "k8"], ["ppo.kl_kind is k8; it must be k1 or k2 or k3 or exact."]),
-        (["--zero.stage", "3"], ["zero.stage is 3; it must be 0 or 1 or 2."]),
+        (["--zero.stage", "4"], ["zero.stage is 4; it must be 0 or 1 or 2 or 3."]),
         (["--steps", "x"], ["steps is x; it must be a whole number."]),
         (["--steps", "1e3"], ["steps is 1000.0; it must be a whole number."]),
         (["--steps", "null"], ["steps is null; it must be a whole number."]),
