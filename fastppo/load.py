@@ -321,6 +321,16 @@ def _load_whole(auto: Any, source: Source, config: PreTrainedConfig, dtype: torc
     return cast(PreTrainedModel, model.eval())
 
 
+def outline(auto: Any, source: Source, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on the meta device: every module and shape, no weights. Raises ModelError as loading it would."""
+    config = _config(source)
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config, dtype=dtype).eval()  # type: ignore[no-any-return]
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{source}: its weights could not be loaded ({_first_line(error)})") from error
+
+
 def _forget_quantization(model: PreTrainedModel) -> None:
     """The weights were unpacked at load; transformers would still refuse to train or save the model."""
     for owner, attribute in ((model.config, "quantization_config"), (model, "hf_quantizer")):

@@ -28,6 +28,7 @@ from fastppo.learn import learn
 from fastppo.metrics import mean_kl, step_metrics
 from fastppo.microbatch import imbalance, plan_step
 from fastppo.nodes import check_output_is_shared
+from fastppo.plan import check_plan
 from fastppo.ppo import step_rates
 from fastppo.responses import heldout_responses, training_responses
 from fastppo.roles import assemble
@@ -54,6 +55,7 @@ def train(config: Config, world: World) -> None:
         fresh_folder(output) if found is None else continue_folder(output, found.sizes)
         (output / "config.yaml").write_text(dump(config), encoding="utf-8")
     check_output_is_shared(output, world)
+    check_plan(config, world)
     roles = assemble(config, world)
     sources = load_sources(config, roles.tokenizer, world, roles.residency)
     data, heldout = load_prompts(

@@ -102,7 +102,7 @@ def test_one_rank_speaks_for_all(capsys: pytest.CaptureFixture[str], monkeypatch
         (["--rewards", "a:b"], ["rewards is a:b; it must be a list of mappings with function, model, "]),
         (["--rewards", '[{"weight": "w"}]'], ["rewards.weight is w; it must be a number."]),
         (["quickstart"], ["unrecognized arguments: quickstart"]),
-        (["--config", "nope"], ["--config nope", "no such file", "The presets: quickstart"]),
+        (["--config", "nope"], ["--config nope", "no such file", "The presets: 1.3b, ", "quickstart"]),
         (["--config", "."], ["--config .", "cannot be read"]),
         (["--ppo.batch_size", "33"], ["ppo.batch_size is 33", "ppo.minibatches 2"]),
     ],

@@ -46,6 +46,7 @@ def settings(folder, **changes):
         "actor.lr": 1e-3,
         "optim.dtype": "fp32",
         "eval.prompts": 4,
+        "plan": "off",
     }
     changed = fixed | {name.replace("__", "."): value for name, value in changes.items()}
     return [part for name, value in changed.items() for part in (f"--{name}", str(value))]
@@ -134,6 +135,7 @@ def test_four_epochs_on_each_batch_do_not_diverge(folder):
 @pytest.mark.parametrize(
     "changes",
     [
+        {"plan": "check"},
         {"critic__kind": "shared", "critic__warmup_steps": 1},
         {"sampling__samples_per_prompt": 4, "ppo__minibatches": 2},
         {"ppo__kl_kind": "exact", "ppo__kl_in": "loss", "ppo__entropy_coef": 0.01, "ppo__dual_clip": 3.0},

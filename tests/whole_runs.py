@@ -49,6 +49,7 @@ def settings(folder: Path, output: Path, **changes: Any) -> list[str]:
         "eval.prompts": 4,
         "eval.every": 2,
         "checkpoint.every": 1,
+        "plan": "off",  # it takes a second, and is tested in test_plan.py
         "track.tensorboard": "false",
         "track.responses_every": 1,
     }

@@ -60,6 +60,9 @@ class Config:
     attention: Literal["auto", "flash", "sdpa"] = "auto"
     """What computes attention, in every role: `flash` flash-attn (CUDA, bf16), `sdpa` PyTorch; `auto` flash-attn where
     it can be used and PyTorch elsewhere, which the log says."""
+    plan: Literal["check", "warn", "off"] = "check"
+    """Before models load, the memory that each role needs in each stage is computed and shown. `check` refuses a run
+    that does not fit, `warn` says so and goes on, `off` leaves the computation out."""
     actor: ActorConfig = field(default_factory=ActorConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)

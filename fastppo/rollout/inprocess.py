@@ -72,7 +72,7 @@ class _Decoding:
     ):
         self.policy, self.group, self.config, self.seed = policy, group, config, seed
         device = policy.device
-        self.rows = _bucket(len(group))
+        self.rows = bucket(len(group))
         filled = [min(i, len(group) - 1) for i in range(self.rows)]
         self.prompts = [group.tokens[i] for i in filled]
         self.streams = group.streams[filled].to(device)  # (rows,)
@@ -137,7 +137,7 @@ class _Decoding:
         """Let rows that have ended leave the batch once a smaller bucket holds the others; False if none is left."""
         running = ~self.ended[self.active]
         count = int(running.sum())
-        size = _bucket(count)
+        size = bucket(count)
         if count > 0 and size < len(self.active):
             order = torch.argsort(~running, stable=True)  # the running rows first, then fillers
             self.active = self.active[order[:size]].sort().values
@@ -167,7 +167,7 @@ def restrict(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Te
     return logits
 
 
-def _bucket(rows: int) -> int:
+def bucket(rows: int) -> int:
     """The fixed batch size that holds so many rows."""
     for size in BUCKETS:
         if rows <= size:
