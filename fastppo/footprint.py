@@ -100,12 +100,8 @@ class Footprint:
             ids, positions = (torch.zeros(1, tokens, dtype=torch.int64) for _ in range(2))
             live = _Live(*model.parameters(), *model.buffers())
             with live, nullcontext() if gradient else torch.no_grad():
-                output = model(
-                    input_ids=ids,
-                    position_ids=positions,
-                    packed=Spans.of([length] * sequences, torch.device("cpu")),
-                    use_cache=False,
-                )
+                spans = Spans.of([length] * sequences, torch.device("cpu"))
+                output = model(input_ids=ids, position_ids=positions, packed=spans, use_cache=False)
                 hidden = output.last_hidden_state
                 kept = live.now if gradient else 0
                 if gradient and hidden.requires_grad:

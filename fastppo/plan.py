@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -222,6 +221,11 @@ def flags(change: Change) -> str:
 # What is shown
 
 
+def _console() -> Console:
+    """As wide as the terminal, and where there is none as wide as the table: a log should not lose columns."""
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
 def show(plan: Plan, console: Console) -> None:
     """The table, and below it what is needed of each memory and what there is."""
     columns = ("weights", "gradients", "optimizer", "activations", "cache", "workspace")
@@ -291,7 +295,7 @@ def check_plan(config: Config, world: World) -> None:
         return
     nodes = max(world.ranks // int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1), 1)
     plan = make_plan(config, this_machine(world.ranks // nodes, nodes, cpu=world.device.type == "cpu"))
-    console = Console()
+    console = _console()
     if world.rank == 0:
         show(plan, console)
     if plan.fits:
@@ -325,7 +329,7 @@ def main(argv: list[str] | None = None) -> None:
         nvme=given.nvme,
     )
     config = parse(settings, ranks=machine.ranks)
-    console = Console(width=None if sys.stdout.isatty() else shutil.get_terminal_size((120, 40)).columns)
+    console = _console()
     try:
         plan = make_plan(config, machine)
         show(plan, console)

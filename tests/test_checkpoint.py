@@ -124,7 +124,7 @@ def test_sigterm_to_one_rank_saves_and_ends_all_with_status_0(folder, forks, str
     roles, output = "shared critic, fp32, stage 0", folder / "terminated"
     argv = whole_runs.settings(folder, output, resume="auto", checkpoint__every=0, **ROLES[roles])
     run = forks.start(argv, 2)
-    wait_for(lambda: output.exists() and len(whole_runs.records(output)) > 1, run)
+    wait_for(lambda: (output / "metrics.jsonl").exists() and len(whole_runs.records(output)) > 1, run)
     os.kill(run.ranks[1], signal.SIGTERM)
     start = time.monotonic()
     assert forks.wait(run, 25) == [0, 0], run.text()
@@ -136,7 +136,7 @@ def test_sigterm_to_one_rank_saves_and_ends_all_with_status_0(folder, forks, str
 def test_ranks_whose_launcher_has_vanished_save_and_end(folder, forks):
     output = folder / "orphaned"
     run = forks.start(whole_runs.settings(folder, output, checkpoint__every=0, steps=1000), 2)
-    wait_for(lambda: output.exists() and len(whole_runs.records(output)) > 1, run)
+    wait_for(lambda: (output / "metrics.jsonl").exists() and len(whole_runs.records(output)) > 1, run)
     os.kill(run.launcher, signal.SIGKILL)
     assert forks.wait(run, 25) == [0, 0], run.text()
     assert len(whole_runs.checkpoints(output)) == 1

@@ -17,11 +17,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from fastppo.attention import Spans
 from fastppo.config import Config, LoraConfig, OptimConfig, ZeroConfig
 from fastppo.footprint import Footprint, _Live, add_adapters
-from fastppo.load import load_causal, outline
+from fastppo.load import Source, load_causal, outline
 from fastppo.memory import Batch, Member, head_workspace, model_states, shares
 from fastppo.microbatch import pack_even
 from fastppo.models import Policy, fuse_head, set_trainable
 from fastppo.ops import WORKSPACE_BYTES
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def seven_billion(tmp_path_factory: pytest.TempPathFactory) -> Member:
 
 
 def _outline(folder: str, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-    return fuse_head(outline("actor.model", AutoModelForCausalLM, folder, None, None, dtype))
+    return fuse_head(outline(AutoModelForCausalLM, Source("actor.model", folder), dtype))
 
 
 @pytest.mark.parametrize(("gpus", "nodes"), [(1, 1), (8, 1), (8, 2)])
@@ -86,7 +88,7 @@ def test_nvme_takes_the_states_that_the_host_would(seven_billion: Member) -> Non
 def test_activations_are_those_of_a_real_pass(tmp_path: Path, family: str, checkpointing: bool) -> None:
     """Five layers and three sequences, extrapolated from at most two of each."""
     folder = tiny.saved(tmp_path, tiny.causal(family, num_hidden_layers=5))
-    model = load_causal("actor.model", folder, None, None, torch.float32, torch.device("cpu"))
+    model = load_causal("actor.model", folder, None, None, torch.float32, CPU)
     role = Policy(model)
     set_trainable(role, 5 if checkpointing else 4)
     if checkpointing:
@@ -96,7 +98,7 @@ def test_activations_are_those_of_a_real_pass(tmp_path: Path, family: str, check
     tokens, positions = torch.zeros(1, 60, dtype=torch.int64), torch.arange(20).repeat(3)[None]
     with live:
         states = model.base_model(
-            input_ids=tokens, position_ids=positions, packed=Spans.of([20] * 3), use_cache=False
+            input_ids=tokens, position_ids=positions, packed=Spans.of([20] * 3, CPU), use_cache=False
         ).last_hidden_state
         kept = live.now
         states.backward(torch.zeros_like(states))
