@@ -22,13 +22,15 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from fastppo import ops
 from fastppo.errors import FastPPOError
 from fastppo.flash import FlashAttention, choose_flash
 
 ATTENTION = "fastppo_packed"
+
+_flash: FlashAttention | None = None  # what `compute_with` was given
 
 # On the CPU, PyTorch's fused attention is slower than the plain products up to about this length: forward and backward
 # over 16 sequences of 128 tokens and 9 heads take 60 ms against 20 in bf16, and over 8 of 512 tokens 166 against 230.
@@ -68,8 +70,7 @@ class Cache:
     """
 
     def __init__(self, config: PreTrainedConfig, rows: int, length: int, dtype: torch.dtype, device: torch.device):
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads, width = self.shape(config)
         shape = (config.num_hidden_layers, rows, heads, length, width)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
@@ -77,6 +78,12 @@ class Cache:
         self.rows = torch.arange(rows, device=device)  # (active,) int64, the rows in the batch
         self.spans: Spans | None = None  # the prompts' layout while they are prefilled, None in decode
         self.active: tuple[Tensor, Tensor] | None = None  # (active,) int32 each, lengths and rows as flash-attn wants
+
+    @staticmethod
+    def shape(config: PreTrainedConfig) -> tuple[int, int]:
+        """Key/value heads, and the width of a head."""
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     def begin_prefill(self, lengths: list[int]) -> None:
         self.spans = Spans.of(lengths, self.lengths.device)
@@ -212,7 +219,17 @@ def choose_attention(setting: Literal["auto", "flash", "sdpa"], dtype: torch.dty
 
 def compute_with(flash: FlashAttention | None) -> None:
     """Let flash-attn compute what it can, or, with None, PyTorch all of it."""
+    global _flash
+    _flash = flash
     AttentionInterface.register(ATTENTION, partial(attend, flash=flash))
+
+
+def asks_nothing(model: PreTrainedModel) -> bool:
+    """Whether a decode step of the model never waits for the GPU to tell the host something, so that a CUDA graph can
+    hold it. flash-attn asks nothing; PyTorch's side of `ops.attend_cached` does.
+    """
+    width = Cache.shape(model.config.get_text_config())[-1]
+    return _flash is not None and model.device.type == "cuda" and _flash.can(width, model.dtype)
 
 
 compute_with(None)

@@ -45,7 +45,7 @@ NAME = re.compile(r"step-\d{8}(-update-\d{4})?")
 
 # Settings that may differ on resuming, since the run that comes out does not depend on them ...
 WHERE = ("output", "timeout", "checkpoint.", "track.", "zero.nvme_path", "zero.offload_frozen", "actor.lora.export")
-FREE = (*WHERE, "plan", "resume", "eval.every", "eval.show", "optim.max_skipped")
+FREE = (*WHERE, "plan", "sampling.cuda_graphs", "resume", "eval.every", "eval.show", "optim.max_skipped")
 OF_URL = ("timeout", "retries", "request_size", "concurrency")
 # ... or only in how it is rounded.
 ROUNDING = (

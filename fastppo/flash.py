@@ -44,7 +44,7 @@ class FlashAttention:
         query (batch, heads, length, width)
         """
         width, dtype = query.shape[-1], str(query.dtype).removeprefix("torch.")
-        if width <= WIDEST and query.dtype in DTYPES:
+        if self.can(width, query.dtype):
             return True
         reason = (
             f"{type(module).__name__} has heads of width {width} in {dtype}, and flash-attn takes widths up to"
@@ -54,6 +54,11 @@ class FlashAttention:
             raise FastPPOError(f"attention is flash, but {reason}. Set attention to auto or sdpa.")
         _log_once(f"attention of {type(module).__name__}: PyTorch's SDPA, as {reason}")
         return False
+
+    @staticmethod
+    def can(width: int, dtype: torch.dtype) -> bool:
+        """Whether it has a kernel for heads of this width."""
+        return width <= WIDEST and dtype in DTYPES
 
     def packed(
         self,

@@ -65,3 +65,5 @@ class SamplingConfig:
     """Write `max_new_tokens` tokens whatever is drawn (for benchmarks)."""
     rows: int = 64
     """Rows decoded together on each rank; bounds the key/value cache."""
+    cuda_graphs: bool = True
+    """Record decode steps as CUDA graphs, where flash-attn computes attention on a GPU."""

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fastppo import ops, stop
+from fastppo import attention, ops, stop
 from fastppo.attention import Cache
 from fastppo.batch import Prompts, Rollout, pack, segment_offsets
 from fastppo.config import SamplingConfig
 from fastppo.errors import FastPPOError
 from fastppo.models import Policy
+from fastppo.rollout.graphs import StepGraphs
 
 Response = tuple[list[int], list[float], bool]  # tokens, their logprobs, whether it ended by itself
 
@@ -81,6 +82,8 @@ class _Decoding:
         self.ended = torch.arange(self.rows, device=device) >= len(group)  # (rows,) bool; the fillers from the start
         length = max(map(len, self.prompts)) + config.max_new_tokens
         self.cache = Cache(policy.model.config.get_text_config(), self.rows, length, policy.model.dtype, device)
+        recorded = config.cuda_graphs and attention.asks_nothing(policy.model)
+        self.graphs = StepGraphs(policy, self.cache) if recorded else None
         self.tokens = torch.zeros(self.rows, config.max_new_tokens, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(self.rows, config.max_new_tokens, device=device)
         self.lengths = torch.full((self.rows,), config.max_new_tokens, device=device)
@@ -108,7 +111,11 @@ class _Decoding:
     def _step(self, newest: Tensor) -> Tensor:
         """newest (rows,) int64, the token drawn last in every row; hidden states (active, H)."""
         self.cache.begin_step(self.active)
-        hidden = self.policy.step(newest[self.active], self.cache.lengths[self.active], self.cache)
+        tokens, positions = newest[self.active], self.cache.lengths[self.active]
+        if self.graphs is None:
+            hidden = self.policy.step(tokens, positions, self.cache)
+        else:
+            hidden = self.graphs(tokens, positions)
         self.cache.end_step()
         return hidden
 
