@@ -12,22 +12,18 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from functools import cache
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D
 
 from fastppo.attention import SHORT, Spans
-from fastppo.config import LoraConfig
 from fastppo.models import Backbone
 from fastppo.trunk import layers_of, trunk_depth
 
@@ -174,29 +170,3 @@ def _cut(model: PreTrainedModel, layers: int) -> Iterator[None]:
         yield
     finally:
         setattr(parent, name, own)
-
-
-def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
-    """Freeze the model and put adapters on the linear layers that `lora.targets` names, as `fastppo.lora` does.
-
-    On the meta device: parameters of the right size, and the two products that they add to a pass.
-    """
-    head = model.get_output_embeddings()
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
-    if lora.targets != "all-linear":
-        patterns = [p.strip() for p in lora.targets.split(",")]
-        linear = {n: m for n, m in linear.items() if any(n.endswith(f".{p}") or fnmatch(n, p) for p in patterns)}
-    adapted = [module for module in linear.values() if module.weight.requires_grad]
-    model.requires_grad_(False)
-    for module in adapted:
-        rows, columns = module.weight.shape
-        outputs, inputs = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
-        like = module.weight
-        module.register_parameter("lora_a", nn.Parameter(like.new_empty(lora.rank, inputs)))
-        module.register_parameter("lora_b", nn.Parameter(like.new_empty(outputs, lora.rank)))
-        module.register_forward_hook(_adapt)
-
-
-def _adapt(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """W x + scale B A x"""
-    return output + 2.0 * F.linear(F.linear(inputs[0], module.lora_a), module.lora_b)

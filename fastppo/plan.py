@@ -20,11 +20,12 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from fastppo.cli import parse
-from fastppo.config import Config, ConfigError, LoraConfig
+from fastppo.config import ActorConfig, Config, ConfigError, CriticConfig
 from fastppo.engine import World
 from fastppo.errors import FastPPOError
-from fastppo.footprint import Footprint, add_adapters
+from fastppo.footprint import Footprint
 from fastppo.load import DTYPES, Source, outline
+from fastppo.lora import add_adapters
 from fastppo.machine import Machine, parse_bytes, parse_count, this_machine
 from fastppo.memory import STAGES, Member, Places, Share, by_stage, shares
 from fastppo.models import Backbone, Critic, Policy, RewardModel, ValueHead, fuse_head, set_trainable
@@ -92,11 +93,11 @@ def cast_of(config: Config, *, cpu: bool) -> list[Member]:
     policy = Policy(_causal(own, dtype))
     if critic.kind == "shared":
         policy.value_head = _value_head(policy.model, dtype)
-    _choose(policy, actor.train, actor.lora)
+    _choose(policy, "actor", actor)
     found = [member("actor", policy, trains=True)]
     if critic.kind == "separate":
         role = _critic(own if critic.model is None else Source("critic.model", critic.model, critic.gguf_file), dtype)
-        _choose(role, critic.train, critic.lora)
+        _choose(role, "critic", critic)
         # Where both train adapters alone, the weights below them are the same ones, unless ZeRO has split them.
         both = critic.model is None and actor.lora.rank > 0 and critic.lora.rank > 0 and config.zero.stage < 3
         frozen = sum(p.numel() for p in role.parameters() if not p.requires_grad)
@@ -126,10 +127,10 @@ def _value_head(model: PreTrainedModel, dtype: torch.dtype) -> ValueHead:
     return ValueHead(model.config.get_text_config().hidden_size, dtype, torch.device("meta"))
 
 
-def _choose(role: Backbone, train: int | str, lora: LoraConfig) -> None:
-    set_trainable(role, train)
-    if lora.rank:
-        add_adapters(role.model, lora)
+def _choose(role: Backbone, name: str, config: ActorConfig | CriticConfig) -> None:
+    set_trainable(role, config.train)
+    if config.lora.rank:
+        add_adapters(role.model, name, config.lora, seed=0, source="")
 
 
 # What to change

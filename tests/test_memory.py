@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fastppo.attention import Spans
 from fastppo.config import Config, LoraConfig, OptimConfig, ZeroConfig
-from fastppo.footprint import Footprint, _Live, add_adapters
+from fastppo.footprint import Footprint, _Live
 from fastppo.load import Source, load_causal, outline
+from fastppo.lora import add_adapters
 from fastppo.memory import Batch, Member, head_workspace, model_states, shares
 from fastppo.microbatch import pack_even
 from fastppo.models import Policy, fuse_head, set_trainable
@@ -121,7 +122,7 @@ def test_with_adapters_only_they_have_gradients_and_states(tmp_path: Path) -> No
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
     expected = sum(4 * (m.in_features + m.out_features) for m in linear.values())
     whole = Footprint(Policy(model), torch.bfloat16, cpu=True)
-    add_adapters(model, LoraConfig(rank=4))
+    add_adapters(model, "actor", LoraConfig(rank=4), seed=0, source="")
     adapted = Footprint(Policy(model), torch.bfloat16, cpu=True)
     assert adapted.trained == expected
     assert adapted.parameters == whole.parameters + expected
