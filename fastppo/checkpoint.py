@@ -13,27 +13,24 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from fastppo import __version__, durable
 from fastppo.attention import ATTENTION
-from fastppo.config import Config
-from fastppo.data import PromptSet
-from fastppo.engine import World, all_gather
+from fastppo.config import AnyConfig, Config
+from fastppo.engine import Engine, World, all_gather
 from fastppo.errors import FastPPOError
-from fastppo.estimate import recall_trunk
-from fastppo.microbatch import plan_step
-from fastppo.models import Policy
-from fastppo.progress import Progress, set_random_state
-from fastppo.roles import Roles
+from fastppo.models import Backbone
+from fastppo.progress import State, set_random_state
 from fastppo.stop import Stopped
 from fastppo.track import METRICS
 
@@ -42,13 +39,41 @@ log = logging.getLogger("fastppo")
 NAME = re.compile(r"step-\d{8}(-update-\d{4})?")
 
 # Settings that may differ on resuming, since the run that comes out does not depend on them ...
-FREE = ("output", "resume", "timeout", "checkpoint.", "track.", "eval.every", "eval.show", "optim.max_skipped")
+FREE = ("output", "resume", "timeout", "checkpoint.", "track.", "eval.show", "optim.max_skipped")
+FREE_IN_PPO = ("eval.every",)  # before PPO, evaluations decide what is exported
 # ... or only in how it is rounded.
-ROUNDING = ("threads", "ppo.microbatch_tokens", "sampling.rows", "optim.activation_checkpointing")
+ROUNDING = (
+    "threads",
+    "ppo.microbatch_tokens",
+    "microbatch_tokens",
+    "keep_trunk_gb",
+    "sampling.rows",
+    "optim.activation_checkpointing",
+)
 
 
 class CheckpointError(FastPPOError):
     """A checkpoint that cannot be used or written. The message says why, and the way out."""
+
+
+class Run(Protocol):
+    """Where a run is: `progress.Progress` of PPO, `supervised.Training` of the stages before it."""
+
+    step: int
+    random: State
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def score(self) -> float | None: ...
+
+    def state(self) -> State: ...
+
+    def restore(self, state: State, own: State) -> None: ...
+
+
+R = TypeVar("R", bound=Run)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +89,7 @@ class Found:
         return int(self.about["metrics_bytes"])
 
 
-def find_checkpoint(config: Config, world: World) -> Found | None:
+def find_checkpoint(config: AnyConfig, world: World) -> Found | None:
     """The checkpoint that `resume` asks for; None for a run from the start. All ranks call it.
 
     Raises CheckpointError if there are checkpoints and none can be used: beginning anew is for the user to decide.
@@ -92,7 +117,7 @@ def find_checkpoint(config: Config, world: World) -> Found | None:
     return None
 
 
-def _candidates(config: Config) -> list[Path]:
+def _candidates(config: AnyConfig) -> list[Path]:
     """The checkpoints to try, the newest first."""
     assert config.resume is not None
     folder = Path(config.output) / "checkpoints"
@@ -116,7 +141,7 @@ def _names(folder: Path) -> str:
     return ", ".join(found) or f"those in {folder} (it has none)"
 
 
-def _check_fit(folder: Path, about: Mapping[str, Any], config: Config, world: World) -> None:
+def _check_fit(folder: Path, about: Mapping[str, Any], config: AnyConfig, world: World) -> None:
     """Refuse a checkpoint of another number of ranks or of settings that make another run."""
     if about["ranks"] != world.ranks:
         raise CheckpointError(
@@ -124,10 +149,11 @@ def _check_fit(folder: Path, about: Mapping[str, Any], config: Config, world: Wo
             f" split by rank. Resume with --num_accelerators {about['ranks']}; to go on with {world.ranks}, begin a new"
             " run from the actor's weights (--actor.model, with the first actor as --reference.model)."
         )
-    then, now, fresh = dict(about["config"]), settings(config), settings(Config())
+    then, now, fresh = dict(about["config"]), settings(config), settings(type(config)())
+    free = (*FREE, *FREE_IN_PPO) if isinstance(config, Config) else FREE
     for name in sorted({*then, *now}):
         old, new = then.get(name, fresh.get(name)), now.get(name, fresh.get(name))
-        if old == new or name.startswith(FREE):
+        if old == new or name.startswith(free):
             continue
         if name in ROUNDING:
             log.warning("%s was %s and is %s: the run goes on, but not bit for bit as it would have", name, old, new)
@@ -145,7 +171,7 @@ def _check_fit(folder: Path, about: Mapping[str, Any], config: Config, world: Wo
             log.warning("%s was %s and is %s: bits may differ", library, old, new)
 
 
-def settings(config: Config) -> dict[str, Any]:
+def settings(config: AnyConfig) -> dict[str, Any]:
     """Every setting by its dotted name, as JSON has it."""
 
     def flat(group: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -165,27 +191,33 @@ def _versions() -> dict[str, str]:
 class Checkpoints:
     """Saves and loads the checkpoints of a run. All ranks call each method at the same place."""
 
-    def __init__(self, config: Config, roles: Roles, prompts: tuple[PromptSet, PromptSet], world: World):
-        """prompts: training and held-out; on resuming they must be what they were."""
-        self._config, self._roles, self._world = config, roles, world
+    def __init__(
+        self,
+        config: AnyConfig,
+        engines: Mapping[str, Engine],
+        data: Iterable[Sequence[Sequence[int]]],
+        world: World,
+    ):
+        """engines: what trains, by name; data: tokens for training and held-out; on resuming it must be what it was."""
+        self._config, self._engines, self._world = config, engines, world
         self._output = Path(config.output)
         self._folder = self._output / "checkpoints"
-        self._engines = {"actor": roles.actor} | ({} if roles.critic is None else {"critic": roles.critic})
-        digest = hashlib.sha256()
-        for tokens in (tokens for part in prompts for tokens in part.tokens):
-            digest.update(array("q", [len(tokens), *tokens]))
-        self._prompts = f"{'+'.join(str(len(p)) for p in prompts)}-{digest.hexdigest()[:16]}"
+        digest, counts = hashlib.sha256(), []
+        for part in data:
+            counts.append(str(len(part)))
+            for tokens in part:
+                digest.update(array("q", [len(tokens), *tokens]))
+        self._prompts = f"{'+'.join(counts)}-{digest.hexdigest()[:16]}"
 
-    def load(self, found: Found | None) -> Progress:
-        """Where the run goes on, with the roles' weights and optimizers as they were there."""
-        run = Progress.begin(self._config, self._world.rank)
+    def load(self, found: Found | None, run: R) -> R:
+        """The run, as it begins or goes on, with the engines' weights and optimizers as they were there."""
         if self._world.rank == 0:
             durable.remove_unfinished(self._folder)
         if found is None:
             return run
         if found.about["prompts"] != self._prompts:
             raise CheckpointError(
-                f"{found.folder} was made with other prompts ({found.about['prompts']}, number and hash) than those of"
+                f"{found.folder} was made with other data ({found.about['prompts']}, number and hash) than that of"
                 f" data.path = {self._config.data.path} now ({self._prompts}). Give the data as it was, or"
                 " --resume null to begin anew."
             )
@@ -196,24 +228,14 @@ class Checkpoints:
             own = torch.load(found.folder / f"rank-{self._world.rank:05d}.pt", weights_only=False)
         except (OSError, RuntimeError, KeyError, ValueError) as error:
             raise CheckpointError(
-                f"{found.folder} does not fit the models ({error}). If actor.model or critic.model changed since, give"
+                f"{found.folder} does not fit the models ({error}). If a model changed since, give"
                 " them as they were, or --resume null to begin anew."
             ) from error
         run.restore(state, own)
-        if run.experience is not None:
-            self._recall(run)
         if self._world.rank == 0:
             self._set_aside_newer(found.folder)
         set_random_state(run.random)
         return run
-
-    def _recall(self, run: Progress) -> None:
-        assert run.experience is not None
-        packed = run.experience.packed
-        plan = plan_step(packed.lengths, self._config, run.step, self._world.ranks)
-        done = [minibatch for epoch in plan for minibatch in epoch][: max(len(run.updates), len(plan[0]))]
-        trunk = recall_trunk(packed, done, self._roles, self._world)
-        run.experience = dataclasses.replace(run.experience, trunk=trunk)
 
     def _set_aside_newer(self, folder: Path) -> None:
         """Checkpoints beyond the one resumed from, damaged or not wanted, must not be what `auto` takes next time."""
@@ -225,7 +247,7 @@ class Checkpoints:
                 path.rename(aside)
                 log.warning("%s is beyond where this run goes on; it is now %s", path, aside.name)
 
-    def save_if_due(self, run: Progress) -> None:
+    def save_if_due(self, run: Run) -> None:
         """A checkpoint every `checkpoint.every` steps. A failure is logged, unless `checkpoint.on_error` says stop."""
         every = self._config.checkpoint.every
         if every and run.step % every == 0:
@@ -236,7 +258,7 @@ class Checkpoints:
                 log.error("%s The run goes on; %s stays.", error, self._newest() or "no older checkpoint")
 
     @contextmanager
-    def saved_when_stopped(self, run: Progress) -> Iterator[None]:
+    def saved_when_stopped(self, run: Run) -> Iterator[None]:
         """On `Stopped` the run is saved as it stands, and `Stopped` goes on. Raises CheckpointError if that fails."""
         try:
             yield
@@ -249,7 +271,7 @@ class Checkpoints:
             log.info("saved; --resume auto goes on from %s", self._folder / run.name)
             raise
 
-    def _save(self, run: Progress) -> str | None:
+    def _save(self, run: Run) -> str | None:
         """Write a checkpoint; returns what went wrong, the same on every rank. Nothing older is deleted then."""
         folder = self._folder / run.name
         if self._agree(str(folder.exists()) if self._world.rank == 0 else None) == "True":
@@ -271,7 +293,7 @@ class Checkpoints:
         self._attempt(lambda: durable.remove_unfinished(self._folder))
         return f"The checkpoint {folder} could not be written ({error})."
 
-    def _save_shared(self, run: Progress, writer: durable.Writer) -> None:
+    def _save_shared(self, run: Run, writer: durable.Writer) -> None:
         writer.save(run.state(), writer.folder / "progress.pt")
         writer.save_text(json.dumps(self._about(run), indent=1), writer.folder / "about.json")
 
@@ -293,12 +315,11 @@ class Checkpoints:
         durable.finish(draft, folder, files)
         self._prune()
 
-    def _about(self, run: Progress) -> dict[str, Any]:
-        scored = self._config.eval.prompts and run.evaluated == run.step and run.experience is None
+    def _about(self, run: Run) -> dict[str, Any]:
         return {
             "step": run.step,
             "ranks": self._world.ranks,
-            "score": run.evaluations[-1].metrics["score"] if scored else None,
+            "score": run.score,
             "metrics_bytes": (self._output / METRICS).stat().st_size,
             "prompts": self._prompts,
             "versions": _versions(),
@@ -330,16 +351,20 @@ class Checkpoints:
             return None
 
 
-def export(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the actor and its tokenizer so that `AutoModelForCausalLM.from_pretrained(folder)` loads them.
+def export(role: Backbone, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a trained model and its tokenizer so that transformers' `from_pretrained(folder)` loads them.
 
-    A shared critic's value head is no part of a language model and stays behind.
+    A shared critic's value head is no part of a language model and stays behind. What is in `folder` gives way once
+    the new files are whole.
     """
-    model = policy.model
+    model, draft = role.model, durable.begin(folder)
     model.set_attn_implementation("sdpa")  # ours is known in this process alone
     try:
-        model.save_pretrained(folder)
+        model.save_pretrained(draft)
     finally:
         model.set_attn_implementation(ATTENTION)
-    tokenizer.save_pretrained(folder)
-    log.info("the trained actor is in %s", folder)
+    tokenizer.save_pretrained(draft)
+    if folder.exists():
+        shutil.rmtree(folder)
+    draft.rename(folder)
+    log.info("the trained model is in %s", folder)

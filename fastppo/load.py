@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils.quantization_config import GgufConfig
 
-from fastppo.config import Config, RewardConfig
+from fastppo.config import Config, ModelConfig, OptimConfig, RewardConfig
 from fastppo.locate import locate
 from fastppo.models import (
     Critic,
@@ -32,6 +32,7 @@ from fastppo.models import (
     keep_trunk,
     set_trainable,
 )
+from fastppo.preference import initial_head
 
 log = logging.getLogger("fastppo")
 
@@ -81,6 +82,82 @@ def load_reward(
         )
     check_packing(model)
     return RewardModel(model).requires_grad_(False).eval(), load_tokenizer("rewards.model", config.model)
+
+
+def load_learner(
+    config: ModelConfig, optim: OptimConfig, device: torch.device
+) -> tuple[Policy, PreTrainedTokenizerBase]:
+    """The language model of a supervised start."""
+    tokenizer = load_tokenizer("model.path", config.path, config.gguf_file, config.revision)
+    dtype = DTYPES[optim.dtype]
+    policy = Policy(load_causal("model.path", config.path, config.gguf_file, config.revision, dtype, device))
+    set_trainable(policy, config.train)
+    _prepare(policy, optim)
+    return policy, tokenizer
+
+
+def load_scorer(
+    config: ModelConfig, optim: OptimConfig, seed: int, device: torch.device
+) -> tuple[RewardModel, PreTrainedTokenizerBase]:
+    """A reward model to be trained: a language model with a new score head, or a reward model as it is."""
+    name, dtype = config.path, DTYPES[optim.dtype]
+    tokenizer = load_tokenizer("model.path", name, config.gguf_file, config.revision)
+    loaded_config = _config("model.path", name, config.gguf_file, config.revision)
+    if (loaded_config.architectures or [""])[0].endswith("ForSequenceClassification"):
+        if loaded_config.num_labels != 1:
+            raise ModelError(
+                f"model.path = {name} has {loaded_config.num_labels} labels; a reward model has one, the score. Start"
+                " from a language model, or from a classifier with num_labels=1."
+            )
+        auto = AutoModelForSequenceClassification
+        model = _load("model.path", auto, name, config.gguf_file, config.revision, dtype, device)
+        check_packing(model)
+    else:
+        causal = load_causal("model.path", name, config.gguf_file, config.revision, dtype, device)
+        model = _with_score_head(causal, initial_head(_width(causal), seed).to(device, dtype))
+    _set_padding(model, tokenizer)
+    scorer = RewardModel(model)
+    set_trainable(scorer, "score.*" if config.train == "head" else config.train)
+    scorer.head.requires_grad_(True)
+    _prepare(scorer, optim)
+    return scorer, tokenizer
+
+
+def _with_score_head(causal: PreTrainedModel, weight: torch.Tensor) -> PreTrainedModel:
+    """The sequence classifier of a causal model's family, on the same backbone, with these head weights (1, H)."""
+    config = copy.deepcopy(causal.config)
+    config.num_labels = 1
+    with torch.device("meta"):  # only the shell is wanted
+        model = AutoModelForSequenceClassification.from_config(config)
+    if not hasattr(model, "score"):
+        raise ModelError(f"{type(causal).__name__} has no sequence classifier with a `score` head in transformers")
+    setattr(model, model.base_model_prefix, causal.base_model)
+    head = nn.Linear(weight.shape[1], 1, bias=False, device="meta")
+    head.weight = nn.Parameter(weight)
+    model.score = head
+    return cast(PreTrainedModel, model.eval())
+
+
+def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Name another token than EOS for padding.
+
+    Transformers takes a padded sequence's score at its last token that is no padding. Answers end with EOS, which many
+    tokenizers pad with too; the score would come from the token before it.
+    """
+    names = (tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token)
+    padding = next((name for name in names if name is not None and name != tokenizer.eos_token), None)
+    if padding is None:
+        log.warning("the tokenizer has no token to pad with but EOS: give the exported reward model one text at a time")
+        model.config.pad_token_id = None
+        return
+    tokenizer.pad_token = padding
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def _prepare(role: Policy | RewardModel, optim: OptimConfig) -> None:
+    keep_trunk(role)
+    if optim.activation_checkpointing:
+        role.model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _load_reference(

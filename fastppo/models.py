@@ -69,6 +69,20 @@ class ValueHead(nn.Module):
         return F.linear(hidden.float(), self.weight.float(), self.bias.float()).squeeze(-1)
 
 
+class ScoreHead(nn.Module):
+    """A sequence classifier's head with one label, under its own name and on its own weight, computed in fp32."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight = linear.weight  # (1, H)
+        self.bias = linear.bias  # (1,), or None as in most families
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(R, H) -> (R,) fp32"""
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(hidden.float(), self.weight.float(), bias).squeeze(-1)
+
+
 class Backbone(nn.Module):
     """What all roles have in common: a transformers model that reads packed rows.
 
@@ -147,13 +161,25 @@ class Critic(Backbone):
 
 
 class RewardModel(Backbone):
-    """One score for each sequence: the classifier's own head on the last token's hidden state."""
+    """One score for each sequence: the classifier's own head on the last token's hidden state.
+
+    An objective that it is called with gets the (B, H) hidden states of the last tokens.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__(model)
+        model.score = ScoreHead(cast(nn.Linear, model.score))
+
+    @property
+    def head(self) -> ScoreHead:
+        return cast(ScoreHead, self.model.score)
 
     def score(self, packed: Packed) -> Tensor:
         """(B,) fp32"""
-        head = cast(nn.Module, self.model.score)
-        scores = cast(Tensor, head(self.hidden(packed)[packed.last_rows]))
-        return scores.float().squeeze(-1)
+        return cast(Tensor, self(packed, lambda role, hidden: role.head(hidden)))
+
+    def forward(self, packed: Packed, objective: Callable[[Any, Tensor], T], below: Tensor | None = None) -> T:
+        return objective(self, self.hidden(packed, below)[packed.last_rows])
 
 
 def fuse_head(model: PreTrainedModel) -> PreTrainedModel:

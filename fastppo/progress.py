@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy
@@ -11,9 +11,13 @@ import torch
 
 from fastppo.batch import Experience, Packed
 from fastppo.config import Config
+from fastppo.engine import World
+from fastppo.estimate import recall_trunk
 from fastppo.evaluate import Evaluation
 from fastppo.learn import Update
+from fastppo.microbatch import plan_step
 from fastppo.ppo import KLController
+from fastppo.roles import Roles
 
 State = dict[str, Any]
 
@@ -74,6 +78,12 @@ class Progress:
         """Names sort as runs proceed."""
         return f"step-{self.step:08d}" + ("" if self.experience is None else f"-update-{len(self.updates):04d}")
 
+    @property
+    def score(self) -> float | None:
+        """The held-out score, where the run is at an evaluation."""
+        here = self.evaluated == self.step and self.experience is None
+        return self.evaluations[-1].metrics["score"] if self.evaluations and here else None
+
     def add_evaluation(self, evaluation: Evaluation) -> None:
         self.evaluations = [*self.evaluations[:1], evaluation]
         self.evaluated, self.random = self.step, random_state()
@@ -101,7 +111,7 @@ class Progress:
         }
 
     def restore(self, state: State, own: State) -> None:
-        """What `state` gave; own: this rank's `random`. The experience lacks its trunk (`estimate.recall_trunk`)."""
+        """What `state` gave; own: this rank's `random`. The experience lacks its trunk (`recall_experience`)."""
         self.step, self.skipped, self.evaluated = state["step"], state["skipped"], state["evaluated"]
         self.beta.value, self.random = state["beta"], own
         self.seconds.update(state["seconds"])
@@ -113,3 +123,13 @@ class Progress:
 
 def _no_trunk(role: Any, packed: Packed, sequences: torch.Tensor) -> None:
     return None
+
+
+def recall_experience(run: Progress, roles: Roles, config: Config, world: World) -> None:
+    """Give a restored experience its trunk again, from the microbatches that it was first computed in."""
+    if run.experience is None:
+        return
+    packed = run.experience.packed
+    plan = plan_step(packed.lengths, config, run.step, world.ranks)
+    done = [minibatch for epoch in plan for minibatch in epoch][: max(len(run.updates), len(plan[0]))]
+    run.experience = replace(run.experience, trunk=recall_trunk(packed, done, roles, world))

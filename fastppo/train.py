@@ -27,6 +27,7 @@ from fastppo.learn import learn
 from fastppo.metrics import mean_kl, step_metrics
 from fastppo.microbatch import plan_step
 from fastppo.ppo import step_rates
+from fastppo.progress import Progress, recall_experience
 from fastppo.roles import assemble
 from fastppo.rollout import sample, stop_ids
 from fastppo.stop import Stopped, together, watching
@@ -62,8 +63,9 @@ def train(config: Config, world: World) -> None:
         reserve=config.sampling.max_new_tokens,
     )
     stops = stop_ids(roles.policy, roles.tokenizer, config.sampling)
-    checkpoints = Checkpoints(config, roles, (data, heldout), world)
-    run = checkpoints.load(found)
+    checkpoints = Checkpoints(config, roles.engines, (data.tokens, heldout.tokens), world)
+    run = checkpoints.load(found, Progress.begin(config, world.rank))
+    recall_experience(run, roles, config, world)
     beta, stages = run.beta, Stages(run.seconds)
     order = batches(data, size=ppo.batch_size // n, seed=config.seed, shuffle=config.data.shuffle, start=run.step)
 

@@ -13,19 +13,36 @@ from fastppo.config.feedback import RewardConfig
 from fastppo.config.learning import OptimConfig, PPOConfig, ZeroConfig
 from fastppo.config.models import ActorConfig, CriticConfig, ReferenceConfig
 from fastppo.config.run import CheckpointConfig, EvalConfig, TrackConfig
+from fastppo.config.stages import (
+    AnswersConfig,
+    ExamplesConfig,
+    HeldOutConfig,
+    ModelConfig,
+    PairsConfig,
+    RewardTrainingConfig,
+    SFTConfig,
+)
 
 __all__ = [
     "ActorConfig",
+    "AnswersConfig",
+    "AnyConfig",
     "CheckpointConfig",
     "Config",
     "ConfigError",
     "CriticConfig",
     "DataConfig",
     "EvalConfig",
+    "ExamplesConfig",
+    "HeldOutConfig",
+    "ModelConfig",
     "OptimConfig",
     "PPOConfig",
+    "PairsConfig",
     "ReferenceConfig",
     "RewardConfig",
+    "RewardTrainingConfig",
+    "SFTConfig",
     "SamplingConfig",
     "TrackConfig",
     "ZeroConfig",
@@ -67,3 +84,6 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+AnyConfig = Config | RewardTrainingConfig | SFTConfig  # the settings of a command

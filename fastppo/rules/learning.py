@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastppo.config import Config, ConfigError
+from fastppo.config import Config, ConfigError, OptimConfig, ZeroConfig
 
 
 def check_batch(config: Config, ranks: int) -> None:
@@ -22,7 +22,11 @@ def check_batch(config: Config, ranks: int) -> None:
             f" responses cannot be spread over {ranks} ranks, as each takes as many. Make batch_size a multiple of"
             f" {ranks * minibatches}, or use fewer minibatches or ranks."
         )
-    if config.zero.stage == 0 and config.optim.dtype == "bf16":
+    check_zero(config.zero, config.optim)
+
+
+def check_zero(zero: ZeroConfig, optim: OptimConfig) -> None:
+    if zero.stage == 0 and optim.dtype == "bf16":
         raise ConfigError(
             "zero.stage is 0 and optim.dtype bf16: at stage 0 DeepSpeed would add up gradients in bf16, which rounds"
             " small ones away. Set zero.stage to 1 (on one rank it costs nothing), or optim.dtype to fp32."

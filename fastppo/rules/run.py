@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fastppo.config import Config, ConfigError
+from fastppo.config import AnyConfig, ConfigError
 
 
-def check_checkpoints(config: Config) -> None:
+def check_checkpoints(config: AnyConfig) -> None:
     checkpoint, evaluated = config.checkpoint, config.eval.every
     if config.resume == "":
         raise ConfigError("resume is empty; give auto, the path of a checkpoint, or null to begin anew.")
