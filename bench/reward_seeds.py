@@ -2,7 +2,7 @@
 
     python bench/reward_seeds.py --seeds 1 2 3
 
-On 300 held-out pairs of film reviews, the same for every seed, at least 80% must be in the right order. The seed decides
+On 300 held-out pairs of film reviews, the same for every seed, at least 80% must be in the right order. A seed decides
 the score head's start and the order of the pairs. Exits with 1 if a seed falls short.
 """
 

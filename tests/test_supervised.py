@@ -129,10 +129,10 @@ def test_a_run_that_stops_anywhere_and_goes_on_equals_the_one_that_did_not(
     folder: Path, forks: Forks, kind: str, ranks: int, changes: dict[str, Any]
 ) -> None:
     straight, broken = folder / f"{kind}-straight", folder / f"{kind}-broken"
-    changes = {"checkpoint__every": 3, "resume": "auto", "microbatch_tokens": 90, **changes}
+    changes = {"checkpoint__every": 4, "resume": "auto", "microbatch_tokens": 90, **changes}
     forks.run(stage_runs.settings(folder, kind, output=straight, **changes), ranks, module=COMMANDS[kind])
     argv = stage_runs.settings(folder, kind, output=broken, **changes)
-    for n in (12, 14):
+    for n in (6, 3):
         forks.run(argv, ranks, STOP_AT.format(n=n), module=COMMANDS[kind])
     assert not list(broken.glob("checkpoints/step-00000008"))
     forks.run(argv, ranks, module=COMMANDS[kind])
