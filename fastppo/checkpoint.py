@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -30,7 +30,7 @@ from fastppo.config import AnyConfig, Config
 from fastppo.engine import Engine, World, all_gather
 from fastppo.errors import FastPPOError
 from fastppo.models import Backbone
-from fastppo.progress import State, set_random_state
+from fastppo.progress import Run, set_random_state
 from fastppo.stop import Stopped
 from fastppo.track import METRICS
 
@@ -43,34 +43,13 @@ FREE = ("output", "resume", "timeout", "checkpoint.", "track.", "eval.show", "op
 FREE_IN_PPO = ("eval.every",)  # before PPO, evaluations decide what is exported
 # ... or only in how it is rounded.
 ROUNDING = (
-    "threads",
-    "ppo.microbatch_tokens",
-    "microbatch_tokens",
-    "keep_trunk_gb",
-    "sampling.rows",
-    "optim.activation_checkpointing",
+    *("threads", "ppo.microbatch_tokens", "sampling.rows", "optim.activation_checkpointing"),
+    *("microbatch_tokens", "keep_trunk_gb"),  # before PPO
 )
 
 
 class CheckpointError(FastPPOError):
     """A checkpoint that cannot be used or written. The message says why, and the way out."""
-
-
-class Run(Protocol):
-    """Where a run is: `progress.Progress` of PPO, `supervised.Training` of the stages before it."""
-
-    step: int
-    random: State
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def score(self) -> float | None: ...
-
-    def state(self) -> State: ...
-
-    def restore(self, state: State, own: State) -> None: ...
 
 
 R = TypeVar("R", bound=Run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy
 import torch
@@ -48,6 +48,23 @@ def set_random_state(state: State) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+class Run(Protocol):
+    """What checkpoints save: `Progress` of PPO, `supervised.Training` of the stages before it."""
+
+    step: int
+    random: State
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def score(self) -> float | None: ...
+
+    def state(self) -> State: ...
+
+    def restore(self, state: State, own: State) -> None: ...
 
 
 @dataclass

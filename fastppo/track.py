@@ -32,24 +32,12 @@ log = logging.getLogger("fastppo")
 METRICS = "metrics.jsonl"  # a folder with this file is a run's
 
 # What the display shows of a step and of an evaluation; the files hold every metric.
-OF_STEP = {
-    "score": "score {:.3f}",
-    "kl": "KL {:.3f}",
-    "loss": "loss {:.3f}",
-    "accuracy": "accuracy {:.3f}",
-    "tokens_per_second": "{:,.0f} tokens/s",
-}
-OF_EVALUATION = {
-    "score": "held-out score {:.3f}",
-    "score_error": "+/- {:.3f}",
-    "kl": "KL {:.3f}",
-    "loss": "held-out loss {:.3f}",
-    "perplexity": "perplexity {:.2f}",
-    "accuracy": "accuracy {:.3f}",
-    "accuracy_low": "(95%: {:.3f}",
-    "accuracy_high": "to {:.3f})",
-    "calibration_error": "calibration error {:.3f}",
-}
+OF_STEP = {"score": "score {:.3f}", "kl": "KL {:.3f}", "loss": "loss {:.3f}", "accuracy": "accuracy {:.3f}"}
+OF_STEP |= {"tokens_per_second": "{:,.0f} tokens/s"}
+OF_EVALUATION = {"score": "held-out score {:.3f}", "score_error": "+/- {:.3f}", "kl": "KL {:.3f}"}
+OF_EVALUATION |= {"loss": "held-out loss {:.3f}", "perplexity": "perplexity {:.2f}", "accuracy": "accuracy {:.3f}"}
+OF_EVALUATION |= {"accuracy_low": "(95%: {:.3f}", "accuracy_high": "to {:.3f})"}
+OF_EVALUATION |= {"calibration_error": "calibration error {:.3f}"}
 
 # Libraries that log on their own: they get our line format, and warnings are said by rank 0 alone.
 THIRD_PARTY = ("DeepSpeed", "transformers", "huggingface_hub", "datasets", "httpx", "httpx2")
