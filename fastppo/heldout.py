@@ -17,6 +17,7 @@ from fastppo import ops, stop
 from fastppo.config import RewardTrainingConfig
 from fastppo.engine import World, all_gather, all_sum
 from fastppo.examples import Examples
+from fastppo.learner import Learner
 from fastppo.microbatch import pack_even
 from fastppo.preference import (
     Centring,
@@ -27,7 +28,6 @@ from fastppo.preference import (
     reliability,
     wilson_interval,
 )
-from fastppo.roles import Learner
 from fastppo.stats import TokenStats
 from fastppo.trunk import TrunkStates
 

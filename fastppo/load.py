@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils.quantization_config import GgufConfig
 
-from fastppo.config import Config, ModelConfig, OptimConfig, RewardConfig
+from fastppo.config import Config, RewardConfig
 from fastppo.locate import locate
 from fastppo.models import (
     Critic,
@@ -32,7 +32,6 @@ from fastppo.models import (
     keep_trunk,
     set_trainable,
 )
-from fastppo.preference import initial_head
 
 log = logging.getLogger("fastppo")
 
@@ -52,7 +51,7 @@ def load_policies(
     base = load_causal("actor.model", actor.model, actor.gguf_file, actor.revision, dtype, device)
     reference = _load_reference(config, base, tokenizer, dtype, device)
     value_model = None if critic.kind == "shared" else _load_critic(config, base, dtype, device)
-    policy = Policy(base, ValueHead(_width(base), dtype, device) if critic.kind == "shared" else None)
+    policy = Policy(base, ValueHead(width_of(base), dtype, device) if critic.kind == "shared" else None)
     set_trainable(policy, actor.train)
     keep_trunk(policy, reference if config.reference.model is None else None)
     if value_model is not None:
@@ -68,7 +67,7 @@ def load_reward(
 ) -> tuple[RewardModel, PreTrainedTokenizerBase]:
     """A sequence classifier with one label, and the tokenizer it was trained with."""
     assert config.model is not None
-    model = _load("rewards.model", AutoModelForSequenceClassification, config.model, None, None, dtype, device)
+    model = load_model("rewards.model", AutoModelForSequenceClassification, config.model, None, None, dtype, device)
     labels = model.config.num_labels
     if labels != 1:
         raise ModelError(
@@ -82,82 +81,6 @@ def load_reward(
         )
     check_packing(model)
     return RewardModel(model).requires_grad_(False).eval(), load_tokenizer("rewards.model", config.model)
-
-
-def load_learner(
-    config: ModelConfig, optim: OptimConfig, device: torch.device
-) -> tuple[Policy, PreTrainedTokenizerBase]:
-    """The language model of a supervised start."""
-    tokenizer = load_tokenizer("model.path", config.path, config.gguf_file, config.revision)
-    dtype = DTYPES[optim.dtype]
-    policy = Policy(load_causal("model.path", config.path, config.gguf_file, config.revision, dtype, device))
-    set_trainable(policy, config.train)
-    _prepare(policy, optim)
-    return policy, tokenizer
-
-
-def load_scorer(
-    config: ModelConfig, optim: OptimConfig, seed: int, device: torch.device
-) -> tuple[RewardModel, PreTrainedTokenizerBase]:
-    """A reward model to be trained: a language model with a new score head, or a reward model as it is."""
-    name, dtype = config.path, DTYPES[optim.dtype]
-    tokenizer = load_tokenizer("model.path", name, config.gguf_file, config.revision)
-    loaded_config = _config("model.path", name, config.gguf_file, config.revision)
-    if (loaded_config.architectures or [""])[0].endswith("ForSequenceClassification"):
-        if loaded_config.num_labels != 1:
-            raise ModelError(
-                f"model.path = {name} has {loaded_config.num_labels} labels; a reward model has one, the score. Start"
-                " from a language model, or from a classifier with num_labels=1."
-            )
-        auto = AutoModelForSequenceClassification
-        model = _load("model.path", auto, name, config.gguf_file, config.revision, dtype, device)
-        check_packing(model)
-    else:
-        causal = load_causal("model.path", name, config.gguf_file, config.revision, dtype, device)
-        model = _with_score_head(causal, initial_head(_width(causal), seed).to(device, dtype))
-    _set_padding(model, tokenizer)
-    scorer = RewardModel(model)
-    set_trainable(scorer, "score.*" if config.train == "head" else config.train)
-    scorer.head.requires_grad_(True)
-    _prepare(scorer, optim)
-    return scorer, tokenizer
-
-
-def _with_score_head(causal: PreTrainedModel, weight: torch.Tensor) -> PreTrainedModel:
-    """The sequence classifier of a causal model's family, on the same backbone, with these head weights (1, H)."""
-    config = copy.deepcopy(causal.config)
-    config.num_labels = 1
-    with torch.device("meta"):  # only the shell is wanted
-        model = AutoModelForSequenceClassification.from_config(config)
-    if not hasattr(model, "score"):
-        raise ModelError(f"{type(causal).__name__} has no sequence classifier with a `score` head in transformers")
-    setattr(model, model.base_model_prefix, causal.base_model)
-    head = nn.Linear(weight.shape[1], 1, bias=False, device="meta")
-    head.weight = nn.Parameter(weight)
-    model.score = head
-    return cast(PreTrainedModel, model.eval())
-
-
-def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Name another token than EOS for padding.
-
-    Transformers takes a padded sequence's score at its last token that is no padding. Answers end with EOS, which many
-    tokenizers pad with too; the score would come from the token before it.
-    """
-    names = (tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token)
-    padding = next((name for name in names if name is not None and name != tokenizer.eos_token), None)
-    if padding is None:
-        log.warning("the tokenizer has no token to pad with but EOS: give the exported reward model one text at a time")
-        model.config.pad_token_id = None
-        return
-    tokenizer.pad_token = padding
-    model.config.pad_token_id = tokenizer.pad_token_id
-
-
-def _prepare(role: Policy | RewardModel, optim: OptimConfig) -> None:
-    keep_trunk(role)
-    if optim.activation_checkpointing:
-        role.model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _load_reference(
@@ -184,24 +107,26 @@ def _load_reference(
 
 def _load_critic(config: Config, actor: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> Critic:
     critic = config.critic
-    head = ValueHead(_width(actor), dtype, device)
+    head = ValueHead(width_of(actor), dtype, device)
     if critic.model is None:
         backbone = copy_backbone(actor)
     else:
-        loaded_config = _config("critic.model", critic.model, critic.gguf_file, None)
+        loaded_config = load_config("critic.model", critic.model, critic.gguf_file, None)
         architecture = (loaded_config.architectures or [""])[0]
         if architecture.endswith("ForSequenceClassification"):  # start from a reward model: V(s) begins as its score
-            model = _load("critic.model", AutoModelForSequenceClassification, critic.model, None, None, dtype, device)
+            model = load_model(
+                "critic.model", AutoModelForSequenceClassification, critic.model, None, None, dtype, device
+            )
             if model.config.num_labels != 1:
                 raise ModelError(
                     f"critic.model = {critic.model} has {model.config.num_labels} labels; a critic needs one"
                 )
             check_packing(model)
-            head = ValueHead(_width(model), dtype, device)
+            head = ValueHead(width_of(model), dtype, device)
             head.weight.data.copy_(cast(nn.Linear, model.score).weight.data)
         else:
             model = load_causal("critic.model", critic.model, critic.gguf_file, None, dtype, device)
-            head = ValueHead(_width(model), dtype, device)
+            head = ValueHead(width_of(model), dtype, device)
         backbone = cast(PreTrainedModel, model.base_model)
     role = Critic(backbone, head)
     set_trainable(role, critic.train)
@@ -212,7 +137,7 @@ def load_causal(
     setting: str, name: str, gguf_file: str | None, revision: str | None, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     """A causal language model with a fused head, checked on packed rows, dropout off."""
-    model = _load(setting, AutoModelForCausalLM, name, gguf_file, revision, dtype, device)
+    model = load_model(setting, AutoModelForCausalLM, name, gguf_file, revision, dtype, device)
     check_packing(model)
     return model
 
@@ -228,7 +153,7 @@ def load_tokenizer(
     return tokenizer
 
 
-def _config(setting: str, name: str, gguf_file: str | None, revision: str | None) -> PreTrainedConfig:
+def load_config(setting: str, name: str, gguf_file: str | None, revision: str | None) -> PreTrainedConfig:
     """The model's config with every dropout off.
 
     Off in the config and not by eval(): activation checkpointing needs train mode, and some models (OPT) drop
@@ -247,7 +172,7 @@ def _config(setting: str, name: str, gguf_file: str | None, revision: str | None
     return config
 
 
-def _load(
+def load_model(
     setting: str,
     auto: Any,
     name: str,
@@ -256,7 +181,7 @@ def _load(
     dtype: torch.dtype,
     device: torch.device,
 ) -> PreTrainedModel:
-    config = _config(setting, name, gguf_file, revision)
+    config = load_config(setting, name, gguf_file, revision)
     extra = {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)} if gguf_file else {}
     try:
         model = auto.from_pretrained(str(locate(name)), config=config, revision=revision, dtype=dtype, **extra)
@@ -278,7 +203,7 @@ def _forget_quantization(model: PreTrainedModel) -> None:
             setattr(model, attribute, None)
 
 
-def _width(model: PreTrainedModel) -> int:
+def width_of(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().hidden_size)
 
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fastppo.batch import Packed
-from fastppo.config import Config, RewardTrainingConfig, SFTConfig
+from fastppo.config import Config
 from fastppo.engine import Engine, World
-from fastppo.examples import Examples
-from fastppo.load import load_learner, load_policies, load_scorer
-from fastppo.models import Backbone, Policy
-from fastppo.trunk import TrunkStates
+from fastppo.load import load_policies
+from fastppo.models import Policy
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,8 @@ class Roles:
     @property
     def context(self) -> int | None:
         """The longest sequence that the actor takes, in tokens; None if its config does not tell."""
-        return _context(self.policy)
+        config = self.policy.model.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None)
 
 
 def assemble(config: Config, world: World) -> Roles:
@@ -49,50 +46,3 @@ def assemble(config: Config, world: World) -> Roles:
     actor = Engine(policy, [list(policy.model.parameters()), value_head], config.optim, config.zero)
     trained_critic = None if critic is None else Engine(critic, [list(critic.parameters())], config.optim, config.zero)
     return Roles(actor, trained_critic, reference, tokenizer)
-
-
-@dataclass(frozen=True)
-class Learner:
-    """The one model of a stage before PPO."""
-
-    engine: Engine  # of a RewardModel or a Policy
-    tokenizer: PreTrainedTokenizerBase
-
-    @property
-    def model(self) -> Backbone:
-        model: Backbone = self.engine.module
-        return model
-
-    @property
-    def context(self) -> int | None:
-        """The longest sequence that the model takes, in tokens; None if its config does not tell."""
-        return _context(self.model)
-
-    @property
-    def bytes_of_state(self) -> int:
-        """Of one token's hidden state."""
-        return int(self.model.model.config.get_text_config().hidden_size) * self.model.model.dtype.itemsize
-
-    def select(self, examples: Examples, part: Tensor, trunk: TrunkStates) -> tuple[Packed, Tensor | None]:
-        """The sequences of these examples on the device, and what the trunk hands up for them."""
-        sequences = examples.sequences(part)
-        packed = examples.packed.select(sequences).to(self.model.device)
-        return packed, trunk(self.model, packed, sequences)
-
-
-def assemble_scorer(config: RewardTrainingConfig, world: World) -> Learner:
-    """Load a reward model that is to be trained and put an engine under it."""
-    model, tokenizer = load_scorer(config.model, config.optim, config.seed, world.device)
-    head = {id(parameter) for parameter in model.head.parameters()}
-    backbone = [parameter for parameter in model.parameters() if id(parameter) not in head]
-    return Learner(Engine(model, [backbone, list(model.head.parameters())], config.optim, config.zero), tokenizer)
-
-
-def assemble_learner(config: SFTConfig, world: World) -> Learner:
-    """Load a language model that is to be trained and put an engine under it."""
-    model, tokenizer = load_learner(config.model, config.optim, world.device)
-    return Learner(Engine(model, [list(model.parameters())], config.optim, config.zero), tokenizer)
-
-
-def _context(role: Backbone) -> int | None:
-    return getattr(role.model.config.get_text_config(), "max_position_embeddings", None)

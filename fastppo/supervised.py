@@ -18,10 +18,10 @@ from fastppo.config import RewardTrainingConfig, SFTConfig
 from fastppo.engine import World, all_sum
 from fastppo.examples import Examples
 from fastppo.faults import TrainingFault
+from fastppo.learner import Learner
 from fastppo.microbatch import pack_even
 from fastppo.ppo import learning_rate
 from fastppo.progress import State, random_state, seed_random
-from fastppo.roles import Learner
 from fastppo.trunk import TrunkStates
 
 log = logging.getLogger("fastppo")

@@ -29,9 +29,9 @@ from fastppo.engine import World, start_world, stop_world
 from fastppo.errors import exit_with_message
 from fastppo.examples import Examples, load_pairs
 from fastppo.heldout import PairEvaluation, evaluate_pairs, write_reliability
+from fastppo.learner import Learner, assemble_scorer
 from fastppo.models import RewardModel
 from fastppo.preference import Centring, centring_loss, preference_loss
-from fastppo.roles import Learner, assemble_scorer
 from fastppo.stop import Stopped, watching
 from fastppo.supervised import Objective, Training, Update, recall_trunk, total_steps, update
 from fastppo.track import Stages, Tracker, continue_folder, fresh_folder, setup_logging

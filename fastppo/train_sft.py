@@ -26,7 +26,7 @@ from fastppo.engine import World, start_world, stop_world
 from fastppo.errors import exit_with_message
 from fastppo.examples import load_answers
 from fastppo.heldout import evaluate_answers, response_logprobs
-from fastppo.roles import assemble_learner
+from fastppo.learner import assemble_learner
 from fastppo.stop import Stopped, watching
 from fastppo.supervised import Training, recall_trunk, total_steps, update
 from fastppo.track import Stages, Tracker, continue_folder, fresh_folder, setup_logging

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from fastppo.cli import REWARD, SFT, parse
 from fastppo.engine import World, start_world
 from fastppo.examples import load_answers, load_pairs
-from fastppo.roles import assemble_learner, assemble_scorer
+from fastppo.learner import assemble_learner, assemble_scorer
 from fastppo.supervised import Training, update
 from fastppo.train_reward import bradley_terry
 from fastppo.train_sft import negative_logprob

@@ -22,7 +22,8 @@ from fastppo.data import PromptSet
 from fastppo.engine import start_world
 from fastppo.examples import Examples, load_pairs
 from fastppo.feedback import load_sources, score
-from fastppo.load import load_reward, load_scorer
+from fastppo.learner import load_scorer
+from fastppo.load import load_reward
 from fastppo.models import ModelError
 from fastppo.preference import initial_head
 from fastppo.train_reward import train
