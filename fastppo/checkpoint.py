@@ -26,25 +26,30 @@ from transformers import PreTrainedTokenizerBase
 
 from fastppo import __version__, durable
 from fastppo.attention import ATTENTION
-from fastppo.config import AnyConfig, Config
+from fastppo.config import ActorLoraConfig, AnyConfig, Config, LoraConfig
 from fastppo.engine import Engine, World, all_gather
 from fastppo.errors import FastPPOError
+from fastppo.feedback import RewardError
+from fastppo.folder import LINES, sizes
+from fastppo.lora import merged_state, save_adapters
 from fastppo.models import Backbone
 from fastppo.progress import Run, set_random_state
 from fastppo.stop import Stopped
-from fastppo.track import METRICS
 
 log = logging.getLogger("fastppo")
 
 NAME = re.compile(r"step-\d{8}(-update-\d{4})?")
 
 # Settings that may differ on resuming, since the run that comes out does not depend on them ...
-FREE = ("output", "resume", "timeout", "checkpoint.", "track.", "eval.show", "optim.max_skipped")
+WHERE = ("output", "timeout", "checkpoint.", "track.", "zero.nvme_path", "zero.offload_frozen", "actor.lora.export")
+FREE = (*WHERE, "plan", "resume", "eval.show", "optim.max_skipped")
 FREE_IN_PPO = ("eval.every",)  # before PPO, evaluations decide what is exported
+OF_URL = ("timeout", "retries", "request_size", "concurrency")
 # ... or only in how it is rounded.
 ROUNDING = (
-    *("threads", "ppo.microbatch_tokens", "sampling.rows", "optim.activation_checkpointing"),
+    *("attention", "threads", "ppo.microbatch_tokens", "sampling.rows", "optim.activation_checkpointing"),
     *("microbatch_tokens", "keep_trunk_gb"),  # before PPO
+    "zero.deepspeed",
 )
 
 
@@ -63,9 +68,9 @@ class Found:
     about: Mapping[str, Any]
 
     @property
-    def position(self) -> int:
-        """The size of the run's metrics.jsonl at that time, in bytes."""
-        return int(self.about["metrics_bytes"])
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the run's files of lines at that time."""
+        return {name: int(self.about["bytes"][name]) for name in LINES}
 
 
 def find_checkpoint(config: AnyConfig, world: World) -> Found | None:
@@ -132,7 +137,7 @@ def _check_fit(folder: Path, about: Mapping[str, Any], config: AnyConfig, world:
     free = (*FREE, *FREE_IN_PPO) if isinstance(config, Config) else FREE
     for name in sorted({*then, *now}):
         old, new = then.get(name, fresh.get(name)), now.get(name, fresh.get(name))
-        if old == new or name.startswith(free):
+        if old == new or name.startswith(free) or (name == "rewards" and _said_alike(old) == _said_alike(new)):
             continue
         if name in ROUNDING:
             log.warning("%s was %s and is %s: the run goes on, but not bit for bit as it would have", name, old, new)
@@ -148,6 +153,11 @@ def _check_fit(folder: Path, about: Mapping[str, Any], config: AnyConfig, world:
     for library, old in about["versions"].items():
         if old != (new := _versions()[library]):
             log.warning("%s was %s and is %s: bits may differ", library, old, new)
+
+
+def _said_alike(rewards: Any) -> list[dict[str, Any]]:
+    """The sources without where a service is and how it is asked: it may have moved, and says what it said."""
+    return [{k: v is not None if k == "url" else v for k, v in r.items() if k not in OF_URL} for r in rewards]
 
 
 def settings(config: AnyConfig) -> dict[str, Any]:
@@ -176,9 +186,14 @@ class Checkpoints:
         engines: Mapping[str, Engine],
         data: Iterable[Sequence[Sequence[int]]],
         world: World,
+        *,
+        enter: Callable[[str], None] = lambda stage: None,
     ):
-        """engines: what trains, by name; data: tokens for training and held-out; on resuming it must be what it was."""
-        self._config, self._engines, self._world = config, engines, world
+        """engines: what trains, by name; data: tokens for training and held-out; on resuming it must be what it was.
+
+        enter: called with `checkpoint` before engines are saved or loaded (`Residency.enter`).
+        """
+        self._config, self._engines, self._world, self._enter = config, engines, world, enter
         self._output = Path(config.output)
         self._folder = self._output / "checkpoints"
         digest, counts = hashlib.sha256(), []
@@ -200,6 +215,7 @@ class Checkpoints:
                 f" data.path = {self._config.data.path} now ({self._prompts}). Give the data as it was, or"
                 " --resume null to begin anew."
             )
+        self._enter("checkpoint")
         try:
             for name, engine in self._engines.items():
                 engine.load(found.folder, name)
@@ -238,11 +254,17 @@ class Checkpoints:
 
     @contextmanager
     def saved_when_stopped(self, run: Run) -> Iterator[None]:
-        """On `Stopped` the run is saved as it stands, and `Stopped` goes on. Raises CheckpointError if that fails."""
+        """When told to stop or failed by a source of reward, save the run as it stands; the exception goes on.
+
+        Raises CheckpointError if that fails. A source that fails in the first step has cost nothing yet.
+        """
         try:
             yield
-        except Stopped:
-            log.info("told to stop at step %d; saving", run.step)
+        except (Stopped, RewardError) as reason:
+            if isinstance(reason, RewardError) and run.step == 0:
+                raise
+            why = "told to stop" if isinstance(reason, Stopped) else "a source of reward failed"
+            log.info("%s at step %d; saving", why, run.step)
             error = self._save(run)
             if error is not None:
                 newest = self._newest()
@@ -258,6 +280,7 @@ class Checkpoints:
         error = self._agree(self._attempt(lambda: durable.begin(folder)))
         if error is None:
             writer = durable.Writer(durable.unfinished(folder))
+            self._enter("checkpoint")
             for name, engine in self._engines.items():
                 engine.save(writer.folder, name, writer.save)
             writer.save(run.random, writer.folder / f"rank-{self._world.rank:05d}.pt")
@@ -290,7 +313,9 @@ class Checkpoints:
         return None
 
     def _finish(self, draft: Path, folder: Path, files: list[durable.File]) -> None:
-        durable.sync(self._output / METRICS)
+        for name in LINES:
+            if (self._output / name).exists():
+                durable.sync(self._output / name)
         durable.finish(draft, folder, files)
         self._prune()
 
@@ -299,7 +324,7 @@ class Checkpoints:
             "step": run.step,
             "ranks": self._world.ranks,
             "score": run.score,
-            "metrics_bytes": (self._output / METRICS).stat().st_size,
+            "bytes": sizes(self._output),
             "prompts": self._prompts,
             "versions": _versions(),
             "config": settings(self._config),
@@ -330,18 +355,22 @@ class Checkpoints:
             return None
 
 
-def export(role: Backbone, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def export(role: Backbone, tokenizer: PreTrainedTokenizerBase, folder: Path, lora: LoraConfig) -> None:
     """Write a trained model and its tokenizer so that transformers' `from_pretrained(folder)` loads them.
 
-    A shared critic's value head is no part of a language model and stays behind. What is in `folder` gives way once
-    the new files are whole.
+    Adapters are merged, or of an actor written alone: then peft, and where it is installed transformers too, loads them
+    onto the model that the actor began as. A shared critic's value head is no part of a language model and stays
+    behind. What is in `folder` gives way once the new files are whole.
     """
     model, draft = role.model, durable.begin(folder)
-    model.set_attn_implementation("sdpa")  # ours is known in this process alone
-    try:
-        model.save_pretrained(draft)
-    finally:
-        model.set_attn_implementation(ATTENTION)
+    if lora.rank and isinstance(lora, ActorLoraConfig) and lora.export == "adapters":
+        save_adapters(model, draft)
+    else:
+        model.set_attn_implementation("sdpa")  # ours is known in this process alone
+        try:
+            model.save_pretrained(draft, state_dict=merged_state(model) if lora.rank else None)
+        finally:
+            model.set_attn_implementation(ATTENTION)
     tokenizer.save_pretrained(draft)
     if folder.exists():
         shutil.rmtree(folder)

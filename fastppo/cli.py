@@ -63,15 +63,19 @@ REWARD = Command("train_reward.py", RewardTrainingConfig, validate_reward, suffi
 SFT = Command("train_sft.py", SFTConfig, validate_sft, suffix="-sft")
 
 
-def parse(argv: list[str] | None = None, command: Command[C] = PPO) -> C:  # type: ignore[assignment]
+def parse(
+    argv: list[str] | None = None,
+    command: Command[C] = PPO,  # type: ignore[assignment]
+    ranks: int | None = None,
+) -> C:
     """The checked settings of a run; `argv` is `sys.argv[1:]` when left out.
 
     `--help` prints every setting and exits with 0. A mistake prints one message on stderr and exits with 2.
-    The rules between settings hold for the number of ranks in the environment's WORLD_SIZE.
+    The rules between settings hold for so many ranks; when left out, for those in the environment's WORLD_SIZE.
     """
     try:
         config = _read(sys.argv[1:] if argv is None else argv, command)
-        command.check(config, int(os.environ.get("WORLD_SIZE", "1")))
+        command.check(config, int(os.environ.get("WORLD_SIZE", "1")) if ranks is None else ranks)
     except ConfigError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once, and not once for each rank
             print(f"fastppo: {error}", file=sys.stderr)

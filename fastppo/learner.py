@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from fastppo.attention import choose_attention
 from fastppo.batch import Packed
 from fastppo.config import ModelConfig, OptimConfig, RewardTrainingConfig, SFTConfig
 from fastppo.engine import Engine, World
 from fastppo.examples import Examples
-from fastppo.load import DTYPES, load_causal, load_config, load_model, load_tokenizer, width_of
+from fastppo.load import DTYPES, Source, load_causal, load_config, load_model, load_tokenizer, width_of
 from fastppo.models import Backbone, ModelError, Policy, RewardModel, check_packing, keep_trunk, set_trainable
 from fastppo.preference import initial_head
 from fastppo.trunk import TrunkStates
@@ -55,6 +56,7 @@ class Learner:
 
 def assemble_scorer(config: RewardTrainingConfig, world: World) -> Learner:
     """Load a reward model that is to be trained and put an engine under it."""
+    choose_attention(config.attention, DTYPES[config.optim.dtype], world.device)
     model, tokenizer = load_scorer(config.model, config.optim, config.seed, world.device)
     head = {id(parameter) for parameter in model.head.parameters()}
     backbone = [parameter for parameter in model.parameters() if id(parameter) not in head]
@@ -63,6 +65,7 @@ def assemble_scorer(config: RewardTrainingConfig, world: World) -> Learner:
 
 def assemble_learner(config: SFTConfig, world: World) -> Learner:
     """Load a language model that is to be trained and put an engine under it."""
+    choose_attention(config.attention, DTYPES[config.optim.dtype], world.device)
     model, tokenizer = load_learner(config.model, config.optim, world.device)
     return Learner(Engine(model, [list(model.parameters())], config.optim, config.zero), tokenizer)
 
@@ -84,16 +87,16 @@ def load_scorer(
 ) -> tuple[RewardModel, PreTrainedTokenizerBase]:
     """A reward model to be trained: a language model with a new score head, or a reward model as it is."""
     name, dtype = config.path, DTYPES[optim.dtype]
+    source = Source("model.path", name, config.gguf_file, config.revision)
     tokenizer = load_tokenizer("model.path", name, config.gguf_file, config.revision)
-    loaded_config = load_config("model.path", name, config.gguf_file, config.revision)
+    loaded_config = load_config(source)
     if (loaded_config.architectures or [""])[0].endswith("ForSequenceClassification"):
         if loaded_config.num_labels != 1:
             raise ModelError(
                 f"model.path = {name} has {loaded_config.num_labels} labels; a reward model has one, the score. Start"
                 " from a language model, or from a classifier with num_labels=1."
             )
-        auto = AutoModelForSequenceClassification
-        model = load_model("model.path", auto, name, config.gguf_file, config.revision, dtype, device)
+        model = load_model(AutoModelForSequenceClassification, source, dtype, device, None)
         check_packing(model)
     else:
         causal = load_causal("model.path", name, config.gguf_file, config.revision, dtype, device)

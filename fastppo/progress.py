@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy
 import torch
 
-from fastppo.batch import Experience, Packed
+from fastppo.batch import Experience, Moments, Packed
 from fastppo.config import Config
 from fastppo.engine import World
 from fastppo.estimate import recall_trunk
@@ -78,6 +78,7 @@ class Progress:
     beta: KLController
     step: int = 0  # done
     skipped: int = 0  # updates in a row that were not applied
+    moments: Moments = field(default_factory=Moments)  # of all scores
     evaluated: int = -1  # after which step the last evaluation was; -1 before the first
     evaluations: list[Evaluation] = field(default_factory=list)  # the first and the last
     experience: Experience | None = None  # of the next step, once it can be learned from
@@ -105,8 +106,8 @@ class Progress:
         self.evaluations = [*self.evaluations[:1], evaluation]
         self.evaluated, self.random = self.step, random_state()
 
-    def add_experience(self, experience: Experience) -> None:
-        self.experience, self.random = experience, random_state()
+    def add_experience(self, experience: Experience, moments: Moments) -> None:
+        self.experience, self.moments, self.random = experience, moments, random_state()
 
     def end_step(self) -> None:
         self.step += 1
@@ -122,6 +123,7 @@ class Progress:
             experience["packed"] = {f.name: getattr(self.experience.packed, f.name) for f in fields(Packed)}
         return {name: getattr(self, name) for name in same} | {
             "beta": self.beta.value,
+            "moments": asdict(self.moments),
             "evaluations": [asdict(e) for e in self.evaluations],
             "updates": [asdict(u) for u in self.updates],
             "experience": experience,
@@ -131,6 +133,7 @@ class Progress:
         """What `state` gave; own: this rank's `random`. The experience lacks its trunk (`recall_experience`)."""
         self.step, self.skipped, self.evaluated = state["step"], state["skipped"], state["evaluated"]
         self.beta.value, self.random = state["beta"], own
+        self.moments = Moments(**state["moments"])
         self.seconds.update(state["seconds"])
         self.evaluations = [Evaluation(**e) for e in state["evaluations"]]
         self.updates = [Update(**u) for u in state["updates"]]
@@ -147,6 +150,7 @@ def recall_experience(run: Progress, roles: Roles, config: Config, world: World)
     if run.experience is None:
         return
     packed = run.experience.packed
-    plan = plan_step(packed.lengths, config, run.step, world.ranks)
+    plan = plan_step(packed.lengths, config, run.step, world.ranks, roles.attention)
     done = [minibatch for epoch in plan for minibatch in epoch][: max(len(run.updates), len(plan[0]))]
+    roles.residency.enter("experience")
     run.experience = replace(run.experience, trunk=recall_trunk(packed, done, roles, world))

@@ -23,18 +23,20 @@ from torch import Tensor
 from fastppo.batch import Packed
 from fastppo.checkpoint import Checkpoints, export, find_checkpoint
 from fastppo.cli import REWARD, dump, parse
-from fastppo.config import RewardTrainingConfig
+from fastppo.config import LoraConfig, RewardTrainingConfig
 from fastppo.data import batches
 from fastppo.engine import World, start_world, stop_world
 from fastppo.errors import exit_with_message
 from fastppo.examples import Examples, load_pairs
+from fastppo.folder import continue_folder, fresh_folder
 from fastppo.heldout import PairEvaluation, evaluate_pairs, write_reliability
 from fastppo.learner import Learner, assemble_scorer
 from fastppo.models import RewardModel
+from fastppo.nodes import check_output_is_shared
 from fastppo.preference import Centring, centring_loss, preference_loss
 from fastppo.stop import Stopped, watching
 from fastppo.supervised import Objective, Training, Update, recall_trunk, total_steps, update
-from fastppo.track import Stages, Tracker, continue_folder, fresh_folder, setup_logging
+from fastppo.track import Stages, Tracker, setup_logging
 from fastppo.trunk import TrunkStates
 
 log = logging.getLogger("fastppo")
@@ -60,8 +62,9 @@ def train(config: RewardTrainingConfig, world: World) -> None:
     output = Path(config.output)
     found = find_checkpoint(config, world)
     if world.rank == 0:
-        fresh_folder(output) if found is None else continue_folder(output, found.position)
+        fresh_folder(output) if found is None else continue_folder(output, found.sizes)
         (output / "config.yaml").write_text(dump(config), encoding="utf-8")
+    check_output_is_shared(output, world)
     learner = assemble_scorer(config, world)
     pairs, heldout = load_pairs(config.data, learner.tokenizer, heldout=config.eval.examples, context=learner.context)
     steps, objective = total_steps(config, pairs), bradley_terry(pairs, config)
@@ -127,7 +130,7 @@ def leave(learner: Learner, evaluation: PairEvaluation, output: Path) -> None:
     """Export the model as it was evaluated, its scores centred, and how far its probabilities are to be believed."""
     model = cast(RewardModel, learner.model)
     with centred(model, evaluation.centring):
-        export(model, learner.tokenizer, output / "reward_model")
+        export(model, learner.tokenizer, output / "reward_model", LoraConfig())
     write_reliability(output / "reliability.jsonl", evaluation)
 
 

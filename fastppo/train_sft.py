@@ -20,16 +20,18 @@ from torch import Tensor
 from fastppo.batch import Packed
 from fastppo.checkpoint import Checkpoints, export, find_checkpoint
 from fastppo.cli import SFT, dump, parse
-from fastppo.config import SFTConfig
+from fastppo.config import LoraConfig, SFTConfig
 from fastppo.data import batches
 from fastppo.engine import World, start_world, stop_world
 from fastppo.errors import exit_with_message
 from fastppo.examples import load_answers
+from fastppo.folder import continue_folder, fresh_folder
 from fastppo.heldout import evaluate_answers, response_logprobs
 from fastppo.learner import assemble_learner
+from fastppo.nodes import check_output_is_shared
 from fastppo.stop import Stopped, watching
 from fastppo.supervised import Training, recall_trunk, total_steps, update
-from fastppo.track import Stages, Tracker, continue_folder, fresh_folder, setup_logging
+from fastppo.track import Stages, Tracker, setup_logging
 
 log = logging.getLogger("fastppo")
 
@@ -48,8 +50,9 @@ def train(config: SFTConfig, world: World) -> None:
     output = Path(config.output)
     found = find_checkpoint(config, world)
     if world.rank == 0:
-        fresh_folder(output) if found is None else continue_folder(output, found.position)
+        fresh_folder(output) if found is None else continue_folder(output, found.sizes)
         (output / "config.yaml").write_text(dump(config), encoding="utf-8")
+    check_output_is_shared(output, world)
     learner = assemble_learner(config, world)
     answers, heldout = load_answers(
         config.data, learner.tokenizer, heldout=config.eval.examples, context=learner.context
@@ -73,7 +76,7 @@ def train(config: SFTConfig, world: World) -> None:
                 result = evaluate_answers(learner, heldout, heldout_trunk, config.microbatch_tokens, world)
                 tracker.log_evaluation(run.step, result)
                 if run.add_evaluation(result["loss"]) and world.rank == 0:
-                    export(learner.model, learner.tokenizer, output / "model")
+                    export(learner.model, learner.tokenizer, output / "model", LoraConfig())
 
         evaluate_if_due()
         for step in range(run.step, steps):
@@ -102,7 +105,7 @@ def train(config: SFTConfig, world: World) -> None:
 
     if world.rank == 0:
         if run.best_step < 0:  # never evaluated: the last model
-            export(learner.model, learner.tokenizer, output / "model")
+            export(learner.model, learner.tokenizer, output / "model", LoraConfig())
         else:
             log.info("lowest held-out loss: %.4f, after step %d of %d", run.best, run.best_step, run.step)
 

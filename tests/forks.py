@@ -149,6 +149,7 @@ def main() -> None:
         "fastppo.train_reward",
         "fastppo.train_sft",
         "deepspeed.runtime.zero.muon.muon_optimizer",
+        "peft",
         "transformers.models.llama.modeling_llama",
     ):
         importlib.import_module(name)

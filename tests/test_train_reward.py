@@ -15,7 +15,7 @@ import torch
 from stage_runs import evaluations, records
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fastppo.batch import Rollout
+from fastppo.batch import Moments, Rollout
 from fastppo.cli import REWARD, parse
 from fastppo.config import Config, ModelConfig, OptimConfig, PPOConfig, RewardConfig
 from fastppo.data import PromptSet
@@ -26,6 +26,7 @@ from fastppo.learner import load_scorer
 from fastppo.load import load_reward
 from fastppo.models import ModelError
 from fastppo.preference import initial_head
+from fastppo.residency import Residency
 from fastppo.train_reward import train
 
 CPU = torch.device("cpu")
@@ -66,10 +67,10 @@ def test_a_preference_that_can_be_seen_is_learned(trained: Path) -> None:
 def test_the_export_is_a_sequence_classifier_that_scores_as_the_trainer_does(trained: Path, heldout: Examples) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(trained / "reward_model")
     assert (model.config.num_labels, model.score.weight.shape) == (1, (1, tiny.WIDTH))
-    ours, _ = load_reward(RewardConfig(model=str(trained / "reward_model")), torch.float32, CPU)
+    ours, _ = load_reward(str(trained / "reward_model"), torch.float32, CPU)
     with torch.no_grad():
         alone = torch.cat([model(torch.tensor([tokens])).logits[0] for tokens in heldout.tokens])
-        torch.testing.assert_close(ours.score(heldout.packed), alone, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours(heldout.packed), alone, rtol=1e-4, atol=1e-4)
     chosen, rejected = alone.view(-1, 2).unbind(1)
     last = evaluations(trained)[-1]
     assert float((chosen > rejected).float().mean()) == last["eval/accuracy"]
@@ -102,7 +103,9 @@ def test_ppo_takes_the_export_as_a_reward(trained: Path, heldout: Examples, fold
     packed, count = heldout.packed, len(heldout.packed)
     prompts = PromptSet(tuple(map(tuple, heldout.tokens)), ("",) * count, {})
     rollout = Rollout(packed, torch.zeros(len(packed.responses)), torch.ones(count).bool(), torch.arange(count))
-    scored = score(rollout, prompts, load_sources(config, tokenizer, CPU), tokenizer, PPOConfig())
+    world = start_world(1)
+    sources = load_sources(config, tokenizer, world, Residency(config, CPU))
+    scored = score(rollout, prompts, sources, tokenizer, PPOConfig(), Moments(), world)
     chosen, rejected = scored.scores.view(-1, 2).unbind(1)
     assert float((chosen > rejected).float().mean()) == evaluations(trained)[-1]["eval/accuracy"]
 
@@ -126,9 +129,9 @@ def test_a_run_ends_early_and_leaves_the_best_model(folder: Path, tmp_path: Path
     losses = [record["eval/loss"] for record in evaluations(output)][1:]
     best = losses.index(min(losses))
     assert len(losses) == best + 1 + 2 < 80
-    model, _ = load_reward(RewardConfig(model=str(output / "reward_model")), torch.float32, CPU)
+    model, _ = load_reward(str(output / "reward_model"), torch.float32, CPU)
     with torch.no_grad():
-        chosen, rejected = model.score(heldout.packed).view(-1, 2).unbind(1)
+        chosen, rejected = model(heldout.packed).view(-1, 2).unbind(1)
     found = -torch.nn.functional.logsigmoid(chosen - rejected).mean()
     assert float(found) == pytest.approx(losses[best], rel=1e-3, abs=1e-4)
 
@@ -184,7 +187,7 @@ def test_a_reward_model_with_two_labels_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"model.path = .* has 2 labels; a reward model has one"):
         load_scorer(ModelConfig(path=path), OptimConfig(dtype="fp32"), 1, CPU)
     with pytest.raises(ModelError, match=r"rewards.model = .* has 2 labels"):
-        load_reward(RewardConfig(model=path), torch.float32, CPU)
+        load_reward(path, torch.float32, CPU)
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,9 @@ class RewardTrainingConfig:
     """CPU threads of each rank; when left out, the machine's cores divided by the ranks on it."""
     timeout: float = 1800.0
     """Seconds that a rank waits for the others before it ends with an error."""
+    attention: Literal["auto", "flash", "sdpa"] = "auto"
+    """What computes attention: `flash` flash-attn (CUDA, bf16), `sdpa` PyTorch; `auto` flash-attn where it can be used
+    and PyTorch elsewhere, which the log says."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: PairsConfig = field(default_factory=PairsConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -185,6 +188,9 @@ class SFTConfig:
     """CPU threads of each rank; when left out, the machine's cores divided by the ranks on it."""
     timeout: float = 1800.0
     """Seconds that a rank waits for the others before it ends with an error."""
+    attention: Literal["auto", "flash", "sdpa"] = "auto"
+    """What computes attention: `flash` flash-attn (CUDA, bf16), `sdpa` PyTorch; `auto` flash-attn where it can be used
+    and PyTorch elsewhere, which the log says."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: AnswersConfig = field(default_factory=AnswersConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -7,19 +7,21 @@ import math
 from fastppo.config import ConfigError, RewardTrainingConfig, SFTConfig
 from fastppo.rules.learning import check_zero
 from fastppo.rules.ranges import Ranges, check_betas, check_ranges, check_train
-from fastppo.rules.run import check_checkpoints
+from fastppo.rules.run import check_checkpoints, check_tracking
 
 RANGES: Ranges = (
     (
         "0 or more",
         lambda x: 0 <= x < math.inf,
         "seed steps model.lr data.split_seed optim.warmup_steps optim.weight_decay optim.max_grad_norm"
-        " optim.max_skipped eval.every eval.examples checkpoint.every checkpoint.keep_best keep_trunk_gb",
+        " optim.max_skipped eval.every eval.examples checkpoint.every checkpoint.keep_best keep_trunk_gb"
+        " track.responses",
     ),
     (
         "1 or more",
         lambda x: x >= 1,
-        "threads epochs batch_size microbatch_tokens patience data.limit data.last_tokens checkpoint.keep_last",
+        "threads epochs batch_size microbatch_tokens patience data.limit data.last_tokens checkpoint.keep_last"
+        " track.responses_every",
     ),
     ("2 or more", lambda x: x >= 2, "data.max_tokens"),
     ("greater than 0", lambda x: 0 < x < math.inf, "optim.eps timeout"),
@@ -94,5 +96,8 @@ def _check_stage(config: RewardTrainingConfig | SFTConfig, ranks: int, what: str
             f"optim.warmup_steps is {config.optim.warmup_steps}, but steps {config.steps}: the learning rate would"
             " never reach its peak. Lower warmup_steps or raise steps."
         )
-    check_zero(config.zero, config.optim)
+    if config.zero.stage == 3:
+        raise ConfigError("zero.stage is 3, which only PPO takes so far. Set zero.stage to 2 or less.")
+    check_zero(config)
     check_checkpoints(config)
+    check_tracking(config)
