@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastppo import __version__, durable
@@ -355,12 +356,20 @@ class Checkpoints:
             return None
 
 
-def export(role: Backbone, tokenizer: PreTrainedTokenizerBase, folder: Path, lora: LoraConfig) -> None:
+def export(
+    role: Backbone,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    lora: LoraConfig,
+    state: dict[str, Tensor] | None = None,
+) -> None:
     """Write a trained model and its tokenizer so that transformers' `from_pretrained(folder)` loads them.
 
     Adapters are merged, or of an actor written alone: then peft, and where it is installed transformers too, loads them
     onto the model that the actor began as. A shared critic's value head is no part of a language model and stays
     behind. What is in `folder` gives way once the new files are whole.
+
+    state: weights to write in the place of the model's own, under the same names.
     """
     model, draft = role.model, durable.begin(folder)
     if lora.rank and isinstance(lora, ActorLoraConfig) and lora.export == "adapters":
@@ -368,7 +377,7 @@ def export(role: Backbone, tokenizer: PreTrainedTokenizerBase, folder: Path, lor
     else:
         model.set_attn_implementation("sdpa")  # ours is known in this process alone
         try:
-            model.save_pretrained(draft, state_dict=merged_state(model) if lora.rank else None)
+            model.save_pretrained(draft, state_dict=merged_state(model, state) if lora.rank else state)
         finally:
             model.set_attn_implementation(ATTENTION)
     tokenizer.save_pretrained(draft)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastppo import ops, stop
-from fastppo.config import RewardTrainingConfig
-from fastppo.engine import World, all_gather, all_sum
+from fastppo.config import RewardTrainingConfig, SFTConfig
+from fastppo.engine import World, all_gather, all_sum, even_passes
 from fastppo.examples import Examples
 from fastppo.learner import Learner
 from fastppo.microbatch import pack_even
@@ -74,10 +74,11 @@ def evaluate_pairs(
     """Scores of both answers of each pair, the same on every rank, and what centres them on `config.centre`."""
     seen: list[tuple[Tensor, Tensor, Tensor]] = []  # sequences, scores, hidden states of this rank
     with stop.together(world):
-        for part in _share(pairs, config.microbatch_tokens, world):
+        for part in _share(pairs, config, world):
             packed, below = learner.select(pairs, part, trunk)
-            scores, hidden = learner.model(packed, lambda role, hidden: (role.head(hidden), hidden), below)
-            seen.append((pairs.sequences(part), scores.double().cpu(), hidden.double().cpu()))
+            scores, hidden = learner.engine(packed, lambda role, hidden: (role.head(hidden), hidden), below)
+            sequences = pairs.sequences(part)
+            seen.append((sequences, *(x.double().cpu()[: len(sequences)] for x in (scores, hidden))))
     width = int(learner.model.model.config.get_text_config().hidden_size)
     totals = torch.zeros(width + 2, dtype=torch.float64)  # sum of hidden states, of scores, count
     for sequences, scores, hidden in seen:
@@ -99,14 +100,15 @@ def evaluate_pairs(
 
 @torch.no_grad()
 def evaluate_answers(
-    learner: Learner, answers: Examples, trunk: TrunkStates, budget: int, world: World
+    learner: Learner, answers: Examples, trunk: TrunkStates, config: SFTConfig, world: World
 ) -> dict[str, float]:
-    """Loss (nats a response token) and perplexity, over all response tokens; budget: tokens of a microbatch."""
+    """Loss (nats a response token) and perplexity, over all response tokens."""
     total = torch.zeros(2, dtype=torch.float64)
     with stop.together(world):
-        for part in _share(answers, budget, world):
+        for part in _share(answers, config, world):
             packed, below = learner.select(answers, part, trunk)
-            found = learner.model(packed, partial(response_logprobs, targets=packed.responses), below)
+            found = learner.engine(packed, partial(response_logprobs, targets=packed.responses), below)
+            found = found[: int(answers.response_lengths[part].sum())]
             total += torch.tensor([-float(found.double().sum()), len(found)], dtype=torch.float64)
     negative, tokens = all_sum(total, world).tolist()
     return {"loss": negative / tokens, "perplexity": math.exp(min(negative / tokens, 700.0)), "tokens": tokens}
@@ -124,9 +126,12 @@ def write_reliability(path: Path, evaluation: PairEvaluation) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _share(examples: Examples, budget: int, world: World) -> Iterator[Tensor]:
-    """This rank's microbatches of all examples, each example on one rank."""
-    everything = pack_even(torch.arange(len(examples)), examples.lengths, budget, ranks=1)
-    for part in everything[world.rank :: world.ranks]:
-        stop.check_alone()
+def _share(examples: Examples, config: RewardTrainingConfig | SFTConfig, world: World) -> Iterator[Tensor]:
+    """This rank's microbatches of all examples, each example on one rank; at ZeRO stage 3 each rank has as many."""
+    everything = pack_even(torch.arange(len(examples)), examples.lengths, config.microbatch_tokens, ranks=1)
+    for part in even_passes(everything[world.rank :: world.ranks], config.zero, world):
+        if config.zero.stage == 3:  # no rank may leave another alone in a pass
+            stop.check(world)
+        else:
+            stop.check_alone()
         yield part

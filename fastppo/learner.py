@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -14,12 +14,24 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from fastppo.attention import choose_attention
 from fastppo.batch import Packed
 from fastppo.config import ModelConfig, OptimConfig, RewardTrainingConfig, SFTConfig
-from fastppo.engine import Engine, World
+from fastppo.engine import Engine, World, check_nvme
 from fastppo.examples import Examples
-from fastppo.load import DTYPES, Source, load_causal, load_config, load_model, load_tokenizer, width_of
-from fastppo.models import Backbone, ModelError, Policy, RewardModel, check_packing, keep_trunk, set_trainable
+from fastppo.load import (
+    DTYPES,
+    Partitions,
+    Source,
+    choose_trained,
+    load_causal,
+    load_config,
+    load_model,
+    load_tokenizer,
+    trained_partitions,
+    width_of,
+)
+from fastppo.microbatch import IDLE
+from fastppo.models import Backbone, ModelError, Policy, RewardModel, check_packing, keep_trunk
 from fastppo.preference import initial_head
-from fastppo.trunk import TrunkStates
+from fastppo.trunk import TrunkStates, trunk_depth
 
 log = logging.getLogger("fastppo")
 
@@ -48,7 +60,12 @@ class Learner:
         return int(self.model.model.config.get_text_config().hidden_size) * self.model.model.dtype.itemsize
 
     def select(self, examples: Examples, part: Tensor, trunk: TrunkStates) -> tuple[Packed, Tensor | None]:
-        """The sequences of these examples on the device, and what the trunk hands up for them."""
+        """The sequences of these examples on the device, and what the trunk hands up for them.
+
+        Of no examples it is a sequence whose outputs are to be left out (`engine.even_passes`).
+        """
+        if not len(part):
+            return IDLE.to(self.model.device), None
         sequences = examples.sequences(part)
         packed = examples.packed.select(sequences).to(self.model.device)
         return packed, trunk(self.model, packed, sequences)
@@ -56,8 +73,10 @@ class Learner:
 
 def assemble_scorer(config: RewardTrainingConfig, world: World) -> Learner:
     """Load a reward model that is to be trained and put an engine under it."""
+    check_nvme(config.zero)
     choose_attention(config.attention, DTYPES[config.optim.dtype], world.device)
-    model, tokenizer = load_scorer(config.model, config.optim, config.seed, world.device)
+    partitions = trained_partitions(config)
+    model, tokenizer = load_scorer(config.model, config.optim, config.seed, world.device, partitions)
     head = {id(parameter) for parameter in model.head.parameters()}
     backbone = [parameter for parameter in model.parameters() if id(parameter) not in head]
     return Learner(Engine(model, [backbone, list(model.head.parameters())], config.optim, config.zero), tokenizer)
@@ -65,27 +84,33 @@ def assemble_scorer(config: RewardTrainingConfig, world: World) -> Learner:
 
 def assemble_learner(config: SFTConfig, world: World) -> Learner:
     """Load a language model that is to be trained and put an engine under it."""
+    check_nvme(config.zero)
     choose_attention(config.attention, DTYPES[config.optim.dtype], world.device)
-    model, tokenizer = load_learner(config.model, config.optim, world.device)
+    partitions = trained_partitions(config)
+    model, tokenizer = load_learner(config.model, config.optim, config.seed, world.device, partitions)
     return Learner(Engine(model, [list(model.parameters())], config.optim, config.zero), tokenizer)
 
 
 def load_learner(
-    config: ModelConfig, optim: OptimConfig, device: torch.device
+    config: ModelConfig, optim: OptimConfig, seed: int, device: torch.device, partitions: Partitions = None
 ) -> tuple[Policy, PreTrainedTokenizerBase]:
-    """The language model of a supervised start."""
+    """The language model of a supervised start. seed: of its adapters, with LoRA."""
     tokenizer = load_tokenizer("model.path", config.path, config.gguf_file, config.revision)
     dtype = DTYPES[optim.dtype]
-    policy = Policy(load_causal("model.path", config.path, config.gguf_file, config.revision, dtype, device))
-    set_trainable(policy, config.train)
-    _prepare(policy, optim)
+    model = load_causal("model.path", config.path, config.gguf_file, config.revision, dtype, device, partitions)
+    policy = Policy(model)
+    choose_trained(policy, "model", config, config.path, config.revision, seed)
+    _prepare(policy, optim, partitions)
     return policy, tokenizer
 
 
 def load_scorer(
-    config: ModelConfig, optim: OptimConfig, seed: int, device: torch.device
+    config: ModelConfig, optim: OptimConfig, seed: int, device: torch.device, partitions: Partitions = None
 ) -> tuple[RewardModel, PreTrainedTokenizerBase]:
-    """A reward model to be trained: a language model with a new score head, or a reward model as it is."""
+    """A reward model to be trained: a language model with a new score head, or a reward model as it is.
+
+    seed: of a new head, and of adapters.
+    """
     name, dtype = config.path, DTYPES[optim.dtype]
     source = Source("model.path", name, config.gguf_file, config.revision)
     tokenizer = load_tokenizer("model.path", name, config.gguf_file, config.revision)
@@ -96,16 +121,18 @@ def load_scorer(
                 f"model.path = {name} has {loaded_config.num_labels} labels; a reward model has one, the score. Start"
                 " from a language model, or from a classifier with num_labels=1."
             )
-        model = load_model(AutoModelForSequenceClassification, source, dtype, device, None)
-        check_packing(model)
+        model = load_model(AutoModelForSequenceClassification, source, dtype, device, partitions)
+        if partitions is None:
+            check_packing(model)
     else:
-        causal = load_causal("model.path", name, config.gguf_file, config.revision, dtype, device)
+        causal = load_causal("model.path", name, config.gguf_file, config.revision, dtype, device, partitions)
         model = _with_score_head(causal, initial_head(width_of(causal), seed).to(device, dtype))
     _set_padding(model, tokenizer)
     scorer = RewardModel(model)
-    set_trainable(scorer, "score.*" if config.train == "head" else config.train)
+    chosen = replace(config, train="score.*") if config.train == "head" else config
+    choose_trained(scorer, "model", chosen, name, config.revision, seed)
     scorer.head.requires_grad_(True)
-    _prepare(scorer, optim)
+    _prepare(scorer, optim, partitions)
     return scorer, tokenizer
 
 
@@ -140,7 +167,10 @@ def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def _prepare(role: Policy | RewardModel, optim: OptimConfig) -> None:
-    keep_trunk(role)
+def _prepare(role: Policy | RewardModel, optim: OptimConfig, partitions: Partitions) -> None:
+    if partitions is None:
+        keep_trunk(role)
+    elif trunk_depth(role.model):
+        log.info("zero.stage is 3: frozen layers are computed in every pass")
     if optim.activation_checkpointing:
         role.model.gradient_checkpointing_enable({"use_reentrant": False})

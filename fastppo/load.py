@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils.quantization_config import GgufConfig
 
-from fastppo.config import ActorConfig, AnyConfig, Config, CriticConfig
+from fastppo.config import ActorConfig, AnyConfig, Config, CriticConfig, ModelConfig
 from fastppo.config.learning import Place
 from fastppo.locate import locate
 from fastppo.lora import add_adapters
@@ -84,7 +84,7 @@ def load_policies(
     reference = _load_reference(config, base, tokenizer, dtype, device)
     value_model = None if critic.kind == "shared" else _load_critic(config, base, dtype, device)
     policy = Policy(base, ValueHead(width_of(base), dtype, device) if critic.kind == "shared" else None)
-    _choose_trained(policy, "actor", actor, actor.model, actor.revision, config.seed)
+    choose_trained(policy, "actor", actor, actor.model, actor.revision, config.seed)
     if config.zero.stage < 3:
         keep_trunk(policy, reference if config.reference.model is None else None)
         if value_model is not None:
@@ -190,12 +190,17 @@ def _load_critic(config: Config, actor: PreTrainedModel, dtype: torch.dtype, dev
             head = ValueHead(width_of(model), dtype, device)
         backbone = cast(PreTrainedModel, model.base_model)
     role = Critic(backbone, head)
-    _choose_trained(role, "critic", critic, critic.model or config.actor.model, None, config.seed)
+    choose_trained(role, "critic", critic, critic.model or config.actor.model, None, config.seed)
     return role
 
 
-def _choose_trained(
-    role: Backbone, name: str, config: ActorConfig | CriticConfig, source: str, revision: str | None, seed: int
+def choose_trained(
+    role: Backbone,
+    name: str,
+    config: ActorConfig | CriticConfig | ModelConfig,
+    source: str,
+    revision: str | None,
+    seed: int,
 ) -> None:
     """Freeze what does not train; with LoRA that is all but the adapters. A value head always trains."""
     set_trainable(role, config.train)

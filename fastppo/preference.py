@@ -54,6 +54,10 @@ class Centring:
         """(H,) fp64, to be subtracted from the head's weights."""
         return self.mean_score / self.mean_hidden.square().sum().clamp(min=1e-12) * self.mean_hidden
 
+    def weight(self, weight: Tensor) -> Tensor:
+        """The head's weight (1, H), centred, in its own dtype."""
+        return (weight.double() - self.shift.to(weight.device)).to(weight.dtype)
+
     def scores(self, scores: Tensor, hidden: Tensor) -> Tensor:
         """Scores (R,) of hidden states (R, H) as the head gives them once it is centred; fp64."""
         return scores.double() - hidden.double() @ self.shift

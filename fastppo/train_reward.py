@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 if __package__ in (None, ""):  # run as a script: Python would look for modules in the folder fastppo/ first
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -23,17 +22,17 @@ from torch import Tensor
 from fastppo.batch import Packed
 from fastppo.checkpoint import Checkpoints, export, find_checkpoint
 from fastppo.cli import REWARD, dump, parse
-from fastppo.config import LoraConfig, RewardTrainingConfig
+from fastppo.config import RewardTrainingConfig
 from fastppo.data import batches
 from fastppo.engine import World, start_world, stop_world
 from fastppo.errors import exit_with_message
 from fastppo.examples import Examples, load_pairs
 from fastppo.folder import continue_folder, fresh_folder
+from fastppo.gathered import whole_state
 from fastppo.heldout import PairEvaluation, evaluate_pairs, write_reliability
 from fastppo.learner import Learner, assemble_scorer
-from fastppo.models import RewardModel
 from fastppo.nodes import check_output_is_shared
-from fastppo.preference import Centring, centring_loss, preference_loss
+from fastppo.preference import centring_loss, preference_loss
 from fastppo.stop import Stopped, watching
 from fastppo.supervised import Objective, Training, Update, recall_trunk, total_steps, update
 from fastppo.track import Stages, Tracker, setup_logging
@@ -85,8 +84,8 @@ def train(config: RewardTrainingConfig, world: World) -> None:
             if config.eval.examples and due and run.evaluated < run.step:
                 evaluation = evaluate_pairs(learner, heldout, heldout_trunk, config, world)
                 tracker.log_evaluation(run.step, evaluation.metrics())
-                if run.add_evaluation(evaluation.loss) and world.rank == 0:
-                    leave(learner, evaluation, output)
+                if run.add_evaluation(evaluation.loss):
+                    leave(learner, evaluation, config, world)
 
         evaluate_if_due()
         for step in range(run.step, steps):
@@ -114,8 +113,7 @@ def train(config: RewardTrainingConfig, world: World) -> None:
 
     if run.best_step < 0:  # never evaluated: the last model, centred on answers that it has seen
         evaluation = evaluate_pairs(learner, pairs.first(config.batch_size), TrunkStates(), config, world)
-        if world.rank == 0:
-            leave(learner, evaluation, output)
+        leave(learner, evaluation, config, world)
     elif world.rank == 0:
         log.info("lowest held-out loss: %.4f, after step %d of %d", run.best, run.best_step, run.step)
 
@@ -126,25 +124,17 @@ def metrics(done: Update, pairs: int) -> dict[str, float]:
     return dict(zip(names, (done.sums / pairs).tolist(), strict=True)) | done.metrics()
 
 
-def leave(learner: Learner, evaluation: PairEvaluation, output: Path) -> None:
-    """Export the model as it was evaluated, its scores centred, and how far its probabilities are to be believed."""
-    model = cast(RewardModel, learner.model)
-    with centred(model, evaluation.centring):
-        export(model, learner.tokenizer, output / "reward_model", LoraConfig())
-    write_reliability(output / "reliability.jsonl", evaluation)
+def leave(learner: Learner, evaluation: PairEvaluation, config: RewardTrainingConfig, world: World) -> None:
+    """Export the model as it was evaluated, its scores centred, and how far its probabilities are to be believed.
 
-
-@contextmanager
-def centred(model: RewardModel, centring: Centring | None) -> Iterator[None]:
-    """Within this context the reward model's scores are centred; training goes on with the head as it was."""
-    weight = model.head.weight.data
-    before = weight.clone()
-    if centring is not None:
-        weight.copy_(before.double() - centring.shift.to(weight.device))
-    try:
-        yield
-    finally:
-        weight.copy_(before)
+    Training goes on with the head as it was. All ranks call it.
+    """
+    state, output = whole_state(learner.model.model, world), Path(config.output)
+    if world.rank == 0:
+        if evaluation.centring is not None:
+            state["score.weight"] = evaluation.centring.weight(state["score.weight"])
+        export(learner.model, learner.tokenizer, output / "reward_model", config.model.lora, state)
+        write_reliability(output / "reliability.jsonl", evaluation)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -20,14 +20,15 @@ from torch import Tensor
 from fastppo.batch import Packed
 from fastppo.checkpoint import Checkpoints, export, find_checkpoint
 from fastppo.cli import SFT, dump, parse
-from fastppo.config import LoraConfig, SFTConfig
+from fastppo.config import SFTConfig
 from fastppo.data import batches
 from fastppo.engine import World, start_world, stop_world
 from fastppo.errors import exit_with_message
 from fastppo.examples import load_answers
 from fastppo.folder import continue_folder, fresh_folder
+from fastppo.gathered import whole_state
 from fastppo.heldout import evaluate_answers, response_logprobs
-from fastppo.learner import assemble_learner
+from fastppo.learner import Learner, assemble_learner
 from fastppo.nodes import check_output_is_shared
 from fastppo.stop import Stopped, watching
 from fastppo.supervised import Training, recall_trunk, total_steps, update
@@ -73,10 +74,10 @@ def train(config: SFTConfig, world: World) -> None:
         def evaluate_if_due() -> None:
             due = run.step in (0, steps) or (config.eval.every and run.step % config.eval.every == 0)
             if config.eval.examples and due and run.evaluated < run.step:
-                result = evaluate_answers(learner, heldout, heldout_trunk, config.microbatch_tokens, world)
+                result = evaluate_answers(learner, heldout, heldout_trunk, config, world)
                 tracker.log_evaluation(run.step, result)
-                if run.add_evaluation(result["loss"]) and world.rank == 0:
-                    export(learner.model, learner.tokenizer, output / "model", LoraConfig())
+                if run.add_evaluation(result["loss"]):
+                    leave(learner, config, world)
 
         evaluate_if_due()
         for step in range(run.step, steps):
@@ -103,11 +104,17 @@ def train(config: SFTConfig, world: World) -> None:
             evaluate_if_due()
             checkpoints.save_if_due(run)
 
+    if run.best_step < 0:  # never evaluated: the last model
+        leave(learner, config, world)
+    elif world.rank == 0:
+        log.info("lowest held-out loss: %.4f, after step %d of %d", run.best, run.best_step, run.step)
+
+
+def leave(learner: Learner, config: SFTConfig, world: World) -> None:
+    """Export the model as it is. All ranks call it."""
+    state = whole_state(learner.model.model, world)
     if world.rank == 0:
-        if run.best_step < 0:  # never evaluated: the last model
-            export(learner.model, learner.tokenizer, output / "model", LoraConfig())
-        else:
-            log.info("lowest held-out loss: %.4f, after step %d of %d", run.best, run.best_step, run.step)
+        export(learner.model, learner.tokenizer, Path(config.output) / "model", config.model.lora, state)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -54,6 +54,7 @@ def test_a_centred_head_scores_its_reference_zero_on_average() -> None:
     centred = hidden @ (weight - centring.shift)
     assert float(centred.mean()) == pytest.approx(0.0, abs=1e-9)
     torch.testing.assert_close(centring.scores(scores, hidden), centred)
+    torch.testing.assert_close(centring.weight(weight[None])[0], weight - centring.shift)
 
 
 def test_centring_leaves_the_differences_that_are_not_along_the_mean() -> None:

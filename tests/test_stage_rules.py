@@ -7,7 +7,15 @@ import pytest
 from test_rules import numbers
 
 from fastppo.cli import REWARD, SFT, parse
-from fastppo.config import AnswersConfig, ConfigError, ModelConfig, PairsConfig, RewardTrainingConfig, SFTConfig
+from fastppo.config import (
+    AnswersConfig,
+    ConfigError,
+    LoraConfig,
+    ModelConfig,
+    PairsConfig,
+    RewardTrainingConfig,
+    SFTConfig,
+)
 from fastppo.rules.stages import RANGES, REWARD_RANGES, validate_reward, validate_sft
 
 PAIRS = RewardTrainingConfig(model=ModelConfig(path="m"), data=PairsConfig(path="d.jsonl"))
@@ -15,11 +23,11 @@ ANSWERS = SFTConfig(model=ModelConfig(path="m"), data=AnswersConfig(path="d.json
 
 
 def changed(config: Any, **settings: Any) -> Any:
-    """The config with settings given as data__limit=8."""
+    """The config with settings given as data__limit=8 or model__lora__rank=4."""
     for name, value in settings.items():
-        group, _, field = name.rpartition("__")
-        part = dataclasses.replace(getattr(config, group), **{field: value}) if group else value
-        config = dataclasses.replace(config, **{group or field: part})
+        group, _, rest = name.partition("__")
+        part = changed(getattr(config, group), **{rest: value}) if rest else value
+        config = dataclasses.replace(config, **{group: part})
     return config
 
 
@@ -48,6 +56,8 @@ def test_the_defaults_and_the_presets_are_allowed(monkeypatch: pytest.MonkeyPatc
         (dict(zero__stage=0), ["zero.stage is 0", "bf16"]),
         (dict(checkpoint__keep_best=1, checkpoint__every=0), ["keep_best is 1", "checkpoint.every 0"]),
         (dict(resume=""), ["resume is empty"]),
+        (dict(model__lora=LoraConfig(targets="q_proj,")), ["model.lora.targets is 'q_proj,'"]),
+        (dict(attention="flash", optim__dtype="fp32"), ["attention is flash", "fp32"]),
     ],
 )
 def test_settings_of_both_that_cannot_work_are_refused(settings: dict[str, Any], words: list[str]) -> None:

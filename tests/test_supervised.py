@@ -14,6 +14,7 @@ import whole_runs
 from forks import Forks
 from safetensors.torch import load_file
 
+from fastppo import train_reward, train_sft
 from fastppo.cli import REWARD, SFT, parse
 from fastppo.engine import World, start_world
 from fastppo.examples import load_answers, load_pairs
@@ -100,6 +101,43 @@ def test_a_run_is_the_same_on_one_and_two_ranks(folder: Path, forks: Forks, kind
         losses.append([record.get("loss", record.get("eval/loss")) for record in stage_runs.records(output)])
     assert difference(*exports) < 5e-5
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_a_run_at_stage_3_leaves_what_one_without_zero_leaves(folder: Path, forks: Forks, kind: str) -> None:
+    """One rank has a held-out microbatch more than the other, and its parameters are split all the same."""
+    split = folder / "split.json"
+    split.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
+    exports, losses = [], []
+    for stage, changes in ((0, {}), (3, {"zero__deepspeed": split, "zero__offload": "cpu"})):
+        output = folder / f"{kind}-at-stage-{stage}"
+        fixed = {"steps": 2, "eval__examples": 3, "eval__every": 1, "microbatch_tokens": 2 * stage_runs.LONGEST}
+        argv = stage_runs.settings(folder, kind, output=output, zero__stage=stage, **fixed, **changes)
+        forks.run(argv, 2, module=COMMANDS[kind])
+        (path,) = output.glob("*/model.safetensors")
+        exports.append(load_file(path))
+        losses.append([record["eval/loss"] for record in stage_runs.evaluations(output)])
+    assert exports[0].keys() == exports[1].keys() and difference(*exports) < 2e-4
+    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_adapters_alone_train_and_are_merged_in_the_export(
+    folder: Path, world: World, tmp_path: Path, kind: str
+) -> None:
+    """What transformers reads has the names and shapes of the model, and differs where adapters were."""
+    train = train_reward.train if kind == "pairs" else train_sft.train
+    changes = {"model__lora__rank": 4, "model__lora__targets": "up_proj", "model__train": 1, "eval__every": 0}
+    argv = stage_runs.settings(folder, kind, output=tmp_path / "out", steps=4, model__lr=1e-2, **changes)
+    train(parse(argv, REWARD if kind == "pairs" else SFT), world)
+    (path,) = (tmp_path / "out").glob("*/model.safetensors")
+    start, end = load_file(folder / "model/model.safetensors"), load_file(path)
+    changed = {name for name in start if name in end and not torch.equal(start[name], end[name])}
+    last = max(int(name.split(".")[2]) for name in start if ".layers." in name)
+    assert changed == {f"model.layers.{last}.mlp.up_proj.weight"}
+    assert set(end) - set(start) == ({"score.weight"} if kind == "pairs" else set())
+    before, after = (record["eval/loss"] for record in stage_runs.evaluations(tmp_path / "out"))
+    assert after < before
 
 
 # Tells the last rank to stop at the nth microbatch of training.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fastppo.config.learning import OptimConfig, ZeroConfig
+from fastppo.config.models import LoraConfig
 from fastppo.config.run import CheckpointConfig, TrackConfig
 
 
@@ -22,9 +23,10 @@ class ModelConfig:
     """Branch, tag or commit on the hub."""
     train: int | str = "all"
     """Which parameters train: `all`, an integer k for the upper k layers, comma-separated name patterns (`*.mlp.*`), or,
-    of a reward model, `head`. The head of a reward model always trains."""
+    of a reward model, `head`. With LoRA: where there are adapters. The head of a reward model always trains."""
     lr: float = 1e-5
     """Peak learning rate."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import math
 
 from fastppo.config import ConfigError, RewardTrainingConfig, SFTConfig
 from fastppo.rules.learning import check_zero
+from fastppo.rules.models import check_attention, check_targets
 from fastppo.rules.ranges import Ranges, check_betas, check_ranges, check_train
 from fastppo.rules.run import check_checkpoints, check_tracking
 
@@ -13,7 +14,7 @@ RANGES: Ranges = (
     (
         "0 or more",
         lambda x: 0 <= x < math.inf,
-        "seed steps model.lr data.split_seed optim.warmup_steps optim.weight_decay optim.max_grad_norm"
+        "seed steps model.lr model.lora.rank data.split_seed optim.warmup_steps optim.weight_decay optim.max_grad_norm"
         " optim.max_skipped eval.every eval.examples checkpoint.every checkpoint.keep_best keep_trunk_gb"
         " track.responses",
     ),
@@ -24,7 +25,7 @@ RANGES: Ranges = (
         " track.responses_every",
     ),
     ("2 or more", lambda x: x >= 2, "data.max_tokens"),
-    ("greater than 0", lambda x: 0 < x < math.inf, "optim.eps timeout"),
+    ("greater than 0", lambda x: 0 < x < math.inf, "optim.eps timeout model.lora.alpha"),
 )
 REWARD_RANGES: Ranges = (*RANGES, ("0 or more", lambda x: 0 <= x < math.inf, "margin centre_coef"))
 
@@ -58,6 +59,8 @@ def _check_stage(config: RewardTrainingConfig | SFTConfig, ranks: int, what: str
     data, heldout = config.data, config.eval.examples
     check_betas(config.optim)
     check_train("model.train", config.model.train)
+    check_targets("model.lora", config.model.lora)
+    check_attention(config)
     if not config.output:
         raise ConfigError("output is empty; name a folder for the run, as in --output runs/reward.")
     if not config.model.path:
@@ -96,8 +99,6 @@ def _check_stage(config: RewardTrainingConfig | SFTConfig, ranks: int, what: str
             f"optim.warmup_steps is {config.optim.warmup_steps}, but steps {config.steps}: the learning rate would"
             " never reach its peak. Lower warmup_steps or raise steps."
         )
-    if config.zero.stage == 3:
-        raise ConfigError("zero.stage is 3, which only PPO takes so far. Set zero.stage to 2 or less.")
     check_zero(config)
     check_checkpoints(config)
     check_tracking(config)
