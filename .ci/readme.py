@@ -14,6 +14,7 @@ from pathlib import Path
 
 BLOCK = re.compile(r"^(?:<!-- not in CI: (?P<reason>.+?) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 TRAINING = re.compile(r"fastppo/train\.py|-m fastppo\.train\b")
+BEFORE_PPO = re.compile(r"fastppo/train_(reward|sft)\.py")
 
 
 def shorten(command: str) -> str:
@@ -22,6 +23,8 @@ def shorten(command: str) -> str:
         return f"{command} STEPS=2"
     if TRAINING.search(command) and "--steps" not in command and "--help" not in command:
         return f"{command} --steps 2 --eval.prompts 4"
+    if BEFORE_PPO.search(command) and "--steps" not in command and "--help" not in command:
+        return f"{command} --steps 2 --eval.examples 8"
     return command
 
 

@@ -13,30 +13,28 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastppo import __version__, durable
 from fastppo.attention import ATTENTION
-from fastppo.config import ActorLoraConfig, Config
-from fastppo.data import PromptSet
-from fastppo.engine import World, all_gather
+from fastppo.config import ActorLoraConfig, AnyConfig, Config, LoraConfig
+from fastppo.engine import Engine, World, all_gather
 from fastppo.errors import FastPPOError
-from fastppo.estimate import recall_trunk
 from fastppo.feedback import RewardError
 from fastppo.folder import LINES, sizes
 from fastppo.lora import merged_state, save_adapters
-from fastppo.microbatch import plan_step
-from fastppo.models import Policy
-from fastppo.progress import Progress, set_random_state
-from fastppo.roles import Roles
+from fastppo.models import Backbone
+from fastppo.progress import Run, set_random_state
 from fastppo.stop import Stopped
 
 log = logging.getLogger("fastppo")
@@ -45,17 +43,22 @@ NAME = re.compile(r"step-\d{8}(-update-\d{4})?")
 
 # Settings that may differ on resuming, since the run that comes out does not depend on them ...
 WHERE = ("output", "timeout", "checkpoint.", "track.", "zero.nvme_path", "zero.offload_frozen", "actor.lora.export")
-FREE = (*WHERE, "plan", "sampling.cuda_graphs", "resume", "eval.every", "eval.show", "optim.max_skipped")
+FREE = (*WHERE, "plan", "sampling.cuda_graphs", "resume", "eval.show", "optim.max_skipped")
+FREE_IN_PPO = ("eval.every",)  # before PPO, evaluations decide what is exported
 OF_URL = ("timeout", "retries", "request_size", "concurrency")
 # ... or only in how it is rounded.
 ROUNDING = (
     *("attention", "threads", "ppo.microbatch_tokens", "sampling.rows", "optim.activation_checkpointing"),
+    *("microbatch_tokens", "keep_trunk_gb"),  # before PPO
     "zero.deepspeed",
 )
 
 
 class CheckpointError(FastPPOError):
     """A checkpoint that cannot be used or written. The message says why, and the way out."""
+
+
+R = TypeVar("R", bound=Run)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Found:
         return {name: int(self.about["bytes"][name]) for name in LINES}
 
 
-def find_checkpoint(config: Config, world: World) -> Found | None:
+def find_checkpoint(config: AnyConfig, world: World) -> Found | None:
     """The checkpoint that `resume` asks for; None for a run from the start. All ranks call it.
 
     Raises CheckpointError if there are checkpoints and none can be used: beginning anew is for the user to decide.
@@ -99,7 +102,7 @@ def find_checkpoint(config: Config, world: World) -> Found | None:
     return None
 
 
-def _candidates(config: Config) -> list[Path]:
+def _candidates(config: AnyConfig) -> list[Path]:
     """The checkpoints to try, the newest first."""
     assert config.resume is not None
     folder = Path(config.output) / "checkpoints"
@@ -123,7 +126,7 @@ def _names(folder: Path) -> str:
     return ", ".join(found) or f"those in {folder} (it has none)"
 
 
-def _check_fit(folder: Path, about: Mapping[str, Any], config: Config, world: World) -> None:
+def _check_fit(folder: Path, about: Mapping[str, Any], config: AnyConfig, world: World) -> None:
     """Refuse a checkpoint of another number of ranks or of settings that make another run."""
     if about["ranks"] != world.ranks:
         raise CheckpointError(
@@ -131,10 +134,11 @@ def _check_fit(folder: Path, about: Mapping[str, Any], config: Config, world: Wo
             f" split by rank. Resume with --num_accelerators {about['ranks']}; to go on with {world.ranks}, begin a new"
             " run from the actor's weights (--actor.model, with the first actor as --reference.model)."
         )
-    then, now, fresh = dict(about["config"]), settings(config), settings(Config())
+    then, now, fresh = dict(about["config"]), settings(config), settings(type(config)())
+    free = (*FREE, *FREE_IN_PPO) if isinstance(config, Config) else FREE
     for name in sorted({*then, *now}):
         old, new = then.get(name, fresh.get(name)), now.get(name, fresh.get(name))
-        if old == new or name.startswith(FREE) or (name == "rewards" and _said_alike(old) == _said_alike(new)):
+        if old == new or name.startswith(free) or (name == "rewards" and _said_alike(old) == _said_alike(new)):
             continue
         if name in ROUNDING:
             log.warning("%s was %s and is %s: the run goes on, but not bit for bit as it would have", name, old, new)
@@ -157,7 +161,7 @@ def _said_alike(rewards: Any) -> list[dict[str, Any]]:
     return [{k: v is not None if k == "url" else v for k, v in r.items() if k not in OF_URL} for r in rewards]
 
 
-def settings(config: Config) -> dict[str, Any]:
+def settings(config: AnyConfig) -> dict[str, Any]:
     """Every setting by its dotted name, as JSON has it."""
 
     def flat(group: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -177,31 +181,42 @@ def _versions() -> dict[str, str]:
 class Checkpoints:
     """Saves and loads the checkpoints of a run. All ranks call each method at the same place."""
 
-    def __init__(self, config: Config, roles: Roles, prompts: tuple[PromptSet, PromptSet], world: World):
-        """prompts: training and held-out; on resuming they must be what they were."""
-        self._config, self._roles, self._world = config, roles, world
+    def __init__(
+        self,
+        config: AnyConfig,
+        engines: Mapping[str, Engine],
+        data: Iterable[Sequence[Sequence[int]]],
+        world: World,
+        *,
+        enter: Callable[[str], None] = lambda stage: None,
+    ):
+        """engines: what trains, by name; data: tokens for training and held-out; on resuming it must be what it was.
+
+        enter: called with `checkpoint` before engines are saved or loaded (`Residency.enter`).
+        """
+        self._config, self._engines, self._world, self._enter = config, engines, world, enter
         self._output = Path(config.output)
         self._folder = self._output / "checkpoints"
-        self._engines = {"actor": roles.actor} | ({} if roles.critic is None else {"critic": roles.critic})
-        digest = hashlib.sha256()
-        for tokens in (tokens for part in prompts for tokens in part.tokens):
-            digest.update(array("q", [len(tokens), *tokens]))
-        self._prompts = f"{'+'.join(str(len(p)) for p in prompts)}-{digest.hexdigest()[:16]}"
+        digest, counts = hashlib.sha256(), []
+        for part in data:
+            counts.append(str(len(part)))
+            for tokens in part:
+                digest.update(array("q", [len(tokens), *tokens]))
+        self._prompts = f"{'+'.join(counts)}-{digest.hexdigest()[:16]}"
 
-    def load(self, found: Found | None) -> Progress:
-        """Where the run goes on, with the roles' weights and optimizers as they were there."""
-        run = Progress.begin(self._config, self._world.rank)
+    def load(self, found: Found | None, run: R) -> R:
+        """The run, as it begins or goes on, with the engines' weights and optimizers as they were there."""
         if self._world.rank == 0:
             durable.remove_unfinished(self._folder)
         if found is None:
             return run
         if found.about["prompts"] != self._prompts:
             raise CheckpointError(
-                f"{found.folder} was made with other prompts ({found.about['prompts']}, number and hash) than those of"
+                f"{found.folder} was made with other data ({found.about['prompts']}, number and hash) than that of"
                 f" data.path = {self._config.data.path} now ({self._prompts}). Give the data as it was, or"
                 " --resume null to begin anew."
             )
-        self._roles.residency.enter("checkpoint")
+        self._enter("checkpoint")
         try:
             for name, engine in self._engines.items():
                 engine.load(found.folder, name)
@@ -209,25 +224,14 @@ class Checkpoints:
             own = torch.load(found.folder / f"rank-{self._world.rank:05d}.pt", weights_only=False)
         except (OSError, RuntimeError, KeyError, ValueError) as error:
             raise CheckpointError(
-                f"{found.folder} does not fit the models ({error}). If actor.model or critic.model changed since, give"
+                f"{found.folder} does not fit the models ({error}). If a model changed since, give"
                 " them as they were, or --resume null to begin anew."
             ) from error
         run.restore(state, own)
-        if run.experience is not None:
-            self._recall(run)
         if self._world.rank == 0:
             self._set_aside_newer(found.folder)
         set_random_state(run.random)
         return run
-
-    def _recall(self, run: Progress) -> None:
-        assert run.experience is not None
-        packed = run.experience.packed
-        plan = plan_step(packed.lengths, self._config, run.step, self._world.ranks, self._roles.attention)
-        done = [minibatch for epoch in plan for minibatch in epoch][: max(len(run.updates), len(plan[0]))]
-        self._roles.residency.enter("experience")
-        trunk = recall_trunk(packed, done, self._roles, self._world)
-        run.experience = dataclasses.replace(run.experience, trunk=trunk)
 
     def _set_aside_newer(self, folder: Path) -> None:
         """Checkpoints beyond the one resumed from, damaged or not wanted, must not be what `auto` takes next time."""
@@ -239,7 +243,7 @@ class Checkpoints:
                 path.rename(aside)
                 log.warning("%s is beyond where this run goes on; it is now %s", path, aside.name)
 
-    def save_if_due(self, run: Progress) -> None:
+    def save_if_due(self, run: Run) -> None:
         """A checkpoint every `checkpoint.every` steps. A failure is logged, unless `checkpoint.on_error` says stop."""
         every = self._config.checkpoint.every
         if every and run.step % every == 0:
@@ -250,7 +254,7 @@ class Checkpoints:
                 log.error("%s The run goes on; %s stays.", error, self._newest() or "no older checkpoint")
 
     @contextmanager
-    def saved_when_stopped(self, run: Progress) -> Iterator[None]:
+    def saved_when_stopped(self, run: Run) -> Iterator[None]:
         """When told to stop or failed by a source of reward, save the run as it stands; the exception goes on.
 
         Raises CheckpointError if that fails. A source that fails in the first step has cost nothing yet.
@@ -269,7 +273,7 @@ class Checkpoints:
             log.info("saved; --resume auto goes on from %s", self._folder / run.name)
             raise
 
-    def _save(self, run: Progress) -> str | None:
+    def _save(self, run: Run) -> str | None:
         """Write a checkpoint; returns what went wrong, the same on every rank. Nothing older is deleted then."""
         folder = self._folder / run.name
         if self._agree(str(folder.exists()) if self._world.rank == 0 else None) == "True":
@@ -277,7 +281,7 @@ class Checkpoints:
         error = self._agree(self._attempt(lambda: durable.begin(folder)))
         if error is None:
             writer = durable.Writer(durable.unfinished(folder))
-            self._roles.residency.enter("checkpoint")
+            self._enter("checkpoint")
             for name, engine in self._engines.items():
                 engine.save(writer.folder, name, writer.save)
             writer.save(run.random, writer.folder / f"rank-{self._world.rank:05d}.pt")
@@ -292,7 +296,7 @@ class Checkpoints:
         self._attempt(lambda: durable.remove_unfinished(self._folder))
         return f"The checkpoint {folder} could not be written ({error})."
 
-    def _save_shared(self, run: Progress, writer: durable.Writer) -> None:
+    def _save_shared(self, run: Run, writer: durable.Writer) -> None:
         writer.save(run.state(), writer.folder / "progress.pt")
         writer.save_text(json.dumps(self._about(run), indent=1), writer.folder / "about.json")
 
@@ -316,12 +320,11 @@ class Checkpoints:
         durable.finish(draft, folder, files)
         self._prune()
 
-    def _about(self, run: Progress) -> dict[str, Any]:
-        scored = self._config.eval.prompts and run.evaluated == run.step and run.experience is None
+    def _about(self, run: Run) -> dict[str, Any]:
         return {
             "step": run.step,
             "ranks": self._world.ranks,
-            "score": run.evaluations[-1].metrics["score"] if scored else None,
+            "score": run.score,
             "bytes": sizes(self._output),
             "prompts": self._prompts,
             "versions": _versions(),
@@ -353,20 +356,32 @@ class Checkpoints:
             return None
 
 
-def export(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, lora: ActorLoraConfig) -> None:
-    """Write the actor and its tokenizer so that `AutoModelForCausalLM.from_pretrained(folder)` loads them.
+def export(
+    role: Backbone,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    lora: LoraConfig,
+    state: dict[str, Tensor] | None = None,
+) -> None:
+    """Write a trained model and its tokenizer so that transformers' `from_pretrained(folder)` loads them.
 
-    Adapters are merged, or written alone: then peft, and where it is installed transformers too, loads them onto the
-    model that the actor began as. A shared critic's value head is no part of a language model and stays behind.
+    Adapters are merged, or of an actor written alone: then peft, and where it is installed transformers too, loads them
+    onto the model that the actor began as. A shared critic's value head is no part of a language model and stays
+    behind. What is in `folder` gives way once the new files are whole.
+
+    state: weights to write in the place of the model's own, under the same names.
     """
-    model = policy.model
-    if lora.rank and lora.export == "adapters":
-        save_adapters(model, folder)
+    model, draft = role.model, durable.begin(folder)
+    if lora.rank and isinstance(lora, ActorLoraConfig) and lora.export == "adapters":
+        save_adapters(model, draft)
     else:
         model.set_attn_implementation("sdpa")  # ours is known in this process alone
         try:
-            model.save_pretrained(folder, state_dict=merged_state(model) if lora.rank else None)
+            model.save_pretrained(draft, state_dict=merged_state(model, state) if lora.rank else state)
         finally:
             model.set_attn_implementation(ATTENTION)
-    tokenizer.save_pretrained(folder)
-    log.info("the trained actor is in %s", folder)
+    tokenizer.save_pretrained(draft)
+    if folder.exists():
+        shutil.rmtree(folder)
+    draft.rename(folder)
+    log.info("the trained model is in %s", folder)

@@ -1,4 +1,4 @@
-"""The command line: presets, YAML files and single settings, from the left to the right, into one `Config`.
+"""The command line: presets, YAML files and single settings, from the left to the right, into a command's config.
 
 jsonargparse does the work. What stands here beside it makes a mistake cheap: an unknown name gets the nearest
 known one, a wrong value is told what is allowed, and a broken file is named with its line.
@@ -12,31 +12,70 @@ import os
 import re
 import sys
 from argparse import SUPPRESS, ArgumentError
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings  # type: ignore[attr-defined]
 
-from fastppo.config import Config, ConfigError
+from fastppo.config import AnyConfig, Config, ConfigError, RewardTrainingConfig, SFTConfig
 from fastppo.rules import validate
+from fastppo.rules.stages import validate_reward, validate_sft
 
-USAGE = "deepspeed fastppo/train.py --config PRESET|FILE.yaml [--SETTING VALUE ...]"
 OTHER_OPTIONS = ("help", "config", "print_config", "rewards.help", "local_rank")
 
+C = TypeVar("C", Config, RewardTrainingConfig, SFTConfig)
 
-def parse(argv: list[str] | None = None, ranks: int | None = None) -> Config:
+
+@dataclasses.dataclass(frozen=True)
+class Command(Generic[C]):
+    """One of the programs: which settings it takes, and which of them can work together."""
+
+    script: str  # in the folder fastppo
+    root: type[C]
+    check: Callable[[C, int], None]  # (config, ranks); raises ConfigError
+    suffix: str = ""  # its presets end so
+
+    @cached_property
+    def groups(self) -> set[str]:
+        return {name for name, kind in _fields(self.root) if dataclasses.is_dataclass(kind)}
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        return {name: kind for name, kind in _fields(self.root) if name not in self.groups}
+
+    @cached_property
+    def lists(self) -> set[str]:
+        """Lists of mappings."""
+        return {name for name in self.settings if any(other.startswith(name + ".") for other in self.settings)}
+
+    @property
+    def presets(self) -> dict[str, Path]:
+        return {name: path for name, path in _presets().items() if _command_of(name) is self}
+
+
+PPO = Command("train.py", Config, validate)
+REWARD = Command("train_reward.py", RewardTrainingConfig, validate_reward, suffix="-reward")
+SFT = Command("train_sft.py", SFTConfig, validate_sft, suffix="-sft")
+
+
+def parse(
+    argv: list[str] | None = None,
+    command: Command[C] = PPO,  # type: ignore[assignment]
+    ranks: int | None = None,
+) -> C:
     """The checked settings of a run; `argv` is `sys.argv[1:]` when left out.
 
     `--help` prints every setting and exits with 0. A mistake prints one message on stderr and exits with 2.
     The rules between settings hold for so many ranks; when left out, for those in the environment's WORLD_SIZE.
     """
     try:
-        config = _read(sys.argv[1:] if argv is None else argv)
-        validate(config, ranks=int(os.environ.get("WORLD_SIZE", "1")) if ranks is None else ranks)
+        config = _read(sys.argv[1:] if argv is None else argv, command)
+        command.check(config, int(os.environ.get("WORLD_SIZE", "1")) if ranks is None else ranks)
     except ConfigError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once, and not once for each rank
             print(f"fastppo: {error}", file=sys.stderr)
@@ -44,7 +83,7 @@ def parse(argv: list[str] | None = None, ranks: int | None = None) -> Config:
     return config
 
 
-def dump(config: Config) -> str:
+def dump(config: AnyConfig) -> str:
     """All settings as YAML, which `--config` reads back."""
     plain = dataclasses.asdict(config, dict_factory=lambda items: {k: _listed(v) for k, v in items})
     return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
@@ -54,33 +93,34 @@ def _listed(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _read(argv: list[str]) -> Config:
+def _read(argv: list[str], command: Command[C]) -> C:
     for argument in argv:
         if argument.startswith("--"):
-            _check_option(argument[2:].partition("=")[0])
-    parser = _parser()
+            _check_option(argument[2:].partition("=")[0], command)
+    parser = _parser(command)
     try:
         found = parser.instantiate(parser.parse_args(argv))
     except ArgumentError as error:
-        raise ConfigError(_explain(str(error))) from error
-    return Config(**{field.name: found[field.name] for field in dataclasses.fields(Config)})
+        raise ConfigError(_explain(str(error), command)) from error
+    return command.root(**{field.name: found[field.name] for field in dataclasses.fields(command.root)})
 
 
-def _parser() -> ArgumentParser:
+def _parser(command: Command[Any]) -> ArgumentParser:
     # the sentinel tells a null in a file from a setting that the file leaves out
     set_parsing_settings(docstring_parse_attribute_docstrings=True, unset_sentinel=True)
-    parser = ArgumentParser(usage=USAGE, exit_on_error=False, allow_abbrev=False)
-    presets = ", ".join(_presets())
+    usage = f"deepspeed fastppo/{command.script} --config PRESET|FILE.yaml [--SETTING VALUE ...]"
+    parser = ArgumentParser(usage=usage, exit_on_error=False, allow_abbrev=False)
     parser.add_argument(
         "--config",
         action=_ConfigFile,
+        command=command,
         metavar="PRESET|FILE",
-        help=f"A preset ({presets}) or a YAML file. May be given again; what comes later wins.",
+        help=f"A preset ({', '.join(command.presets)}) or a YAML file. May be given again; what comes later wins.",
     )
     parser.add_argument("--local_rank", type=int, help=SUPPRESS)  # the deepspeed launcher adds it
-    parser.add_class_arguments(Config)
+    parser.add_class_arguments(command.root)
     for action in parser._actions:
-        if action.dest in GROUPS:
+        if action.dest in command.groups:
             action.help = SUPPRESS  # `--ppo FILE`: one way to give settings is enough
     return parser
 
@@ -88,24 +128,39 @@ def _parser() -> ArgumentParser:
 class _ConfigFile(ActionConfigFile):
     """jsonargparse's `--config`, for presets by name too, and with keys checked by us."""
 
+    def __init__(self, *, command: Command[Any], **kwargs: Any):
+        super().__init__(**kwargs)  # type: ignore[no-untyped-call]
+        self._command = command
+
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        super().__call__(parser, cfg, str(_checked_file(values)), option_string)  # type: ignore[no-untyped-call]
+        path = _checked_file(values, self._command)
+        super().__call__(parser, cfg, str(path), option_string)  # type: ignore[no-untyped-call]
 
 
 def _presets() -> dict[str, Path]:
+    """Those of all commands."""
     folder = Path(str(files("fastppo"))) / "presets"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def _checked_file(name: str) -> Path:
+def _command_of(preset: str) -> Command[Any]:
+    return next((command for command in (REWARD, SFT) if preset.endswith(command.suffix)), PPO)
+
+
+def _checked_file(name: str, command: Command[Any]) -> Path:
     """The YAML file of a preset or path, once it can be read and every key in it is known."""
     presets = _presets()
-    path = presets.get(name, Path(name))
+    path, known = presets.get(name, Path(name)), ", ".join(command.presets)
+    if name in presets and (other := _command_of(name)) is not command:
+        raise ConfigError(
+            f"--config {name}: this preset is for deepspeed fastppo/{other.script}. The presets of"
+            f" fastppo/{command.script}: {known}."
+        )
     try:
         tree = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except FileNotFoundError:
         raise ConfigError(
-            f"--config {name}: there is no such file, and no such preset. The presets: {', '.join(presets)}."
+            f"--config {name}: there is no such file, and no such preset. The presets: {known}."
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {name}: the file cannot be read ({error}).") from error
@@ -115,16 +170,16 @@ def _checked_file(name: str) -> Path:
     except yaml.YAMLError as error:  # a character that YAML does not allow
         raise ConfigError(f"{path}: this is not YAML ({' '.join(str(error).split())}).") from error
     if not isinstance(tree, yaml.MappingNode):
-        raise ConfigError(f"{path}, line 1: a config is a mapping from settings to values, as in `steps: 100`.")
-    _check_keys(tree, "", path)
+        raise ConfigError(f"{path}, line 1: a config is a mapping from settings to values, as in `seed: 1`.")
+    _check_keys(tree, "", path, command)
     return path
 
 
-def _check_keys(node: yaml.Node, prefix: str, path: Path) -> None:
+def _check_keys(node: yaml.Node, prefix: str, path: Path, command: Command[Any]) -> None:
     """Walks a mapping, or the items of a list of mappings; jsonargparse checks the values later."""
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            _check_keys(item, prefix, path)
+            _check_keys(item, prefix, path, command)
     if not isinstance(node, yaml.MappingNode):
         return
     seen = set()
@@ -133,42 +188,42 @@ def _check_keys(node: yaml.Node, prefix: str, path: Path) -> None:
         if name in seen:
             raise ConfigError(f"{path}, line {line}: {name} is set twice.")
         seen.add(name)
-        if name in GROUPS and not isinstance(value, yaml.MappingNode):
+        if name in command.groups and not isinstance(value, yaml.MappingNode):
             raise ConfigError(f"{path}, line {line}: {name} is a group of settings; write them below it, indented.")
-        if name not in GROUPS and name not in SETTINGS:
-            raise ConfigError(f"{path}, line {line}: {_unknown(name)}")
-        if name in GROUPS or name in LISTS:
-            _check_keys(value, name + ".", path)
+        if name not in command.groups and name not in command.settings:
+            raise ConfigError(f"{path}, line {line}: {_unknown(name, command)}")
+        if name in command.groups or name in command.lists:
+            _check_keys(value, name + ".", path, command)
 
 
-def _check_option(name: str) -> None:
-    if name in GROUPS:
-        example = next(setting for setting in SETTINGS if setting.startswith(name + "."))
+def _check_option(name: str, command: Command[Any]) -> None:
+    if name in command.groups:
+        example = next(setting for setting in command.settings if setting.startswith(name + "."))
         raise ConfigError(f"--{name} is a group of settings; give each by its own name, as in --{example}.")
-    if name not in SETTINGS and name not in OTHER_OPTIONS:
-        raise ConfigError(_unknown(name))
+    if name not in command.settings and name not in OTHER_OPTIONS:
+        raise ConfigError(_unknown(name, command))
     group, _, field = name.rpartition(".")
-    if group in LISTS and name in SETTINGS:
+    if group in command.lists and name in command.settings:
         raise ConfigError(f"--{name}: {group} is a list; give all of it, as in --{group} '[{{\"{field}\": ...}}]'.")
 
 
-def _unknown(name: str) -> str:
+def _unknown(name: str, command: Command[Any]) -> str:
     last = name.rpartition(".")[2]
-    near = [known for known in SETTINGS if known.rpartition(".")[2] == last and known != name]
-    near = near or difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.5)
+    near = [known for known in command.settings if known.rpartition(".")[2] == last and known != name]
+    near = near or difflib.get_close_matches(name, command.settings, n=1, cutoff=0.5)
     return f"unknown setting {name}; " + (f"did you mean {' or '.join(near)}?" if near else "--help lists them all.")
 
 
-def _explain(message: str) -> str:
+def _explain(message: str, command: Command[Any]) -> str:
     """jsonargparse's message about a wrong value in our words; as it is if it says something else."""
     name = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
     if unknown := re.search(r"Option '([^']+)' is not accepted", message):
-        return _unknown(f"{name}.{unknown[1]}")
+        return _unknown(f"{name}.{unknown[1]}", command)
     value = re.findall(r"(?:Got|Given) value: (.*)", message, re.DOTALL)
-    if name in SETTINGS and value:
+    if name in command.settings and value:
         text = value[-1].strip()
         text = {"": "empty", "None": "null", "True": "true", "False": "false"}.get(text, text)
-        return f"{name} is {text}; it must be {_allowed(SETTINGS[name])}."
+        return f"{name} is {text}; it must be {_allowed(command.settings[name])}."
     return " ".join(message.split())
 
 
@@ -197,6 +252,3 @@ def _fields(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
-GROUPS = {name for name, kind in _fields(Config) if dataclasses.is_dataclass(kind)}
-SETTINGS = {name: kind for name, kind in _fields(Config) if name not in GROUPS}
-LISTS = {name for name in SETTINGS if any(other.startswith(name + ".") for other in SETTINGS)}  # lists of mappings

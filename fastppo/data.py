@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastppo.config import DataConfig
+from fastppo.conversation import are_messages, template_tokens
 from fastppo.table import DataError, Table, read_table
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def load_prompts(
     return _prompt_set(table, sorted(rest, key=lambda prompt: prompt.row)), heldout
 
 
-def batches(prompts: PromptSet, *, size: int, seed: int, shuffle: bool, start: int = 0) -> Iterator[list[int]]:
+def batches(prompts: Sized, *, size: int, seed: int, shuffle: bool, start: int = 0) -> Iterator[list[int]]:
     """Endless batches of exactly `size` prompt indices, from batch number `start` on.
 
     The batches are cut from one long row of passes over the prompts; with `shuffle` each pass has an order of its
@@ -186,7 +187,7 @@ def _chat_tokens(value: Any, where: str, config: DataConfig, tokenizer: PreTrain
     """A list of messages, or with `chat: always` a text, through the tokenizer's chat template."""
     messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
     where = f"{where}: the prompt in column {config.column}"
-    if not _are_messages(messages):
+    if not are_messages(messages):
         raise DataError(
             f"{where} is neither text nor a list of chat messages ({{role, content}}), but {str(value)[:80]!r}"
             f" ({type(value).__name__})."
@@ -197,22 +198,4 @@ def _chat_tokens(value: Any, where: str, config: DataConfig, tokenizer: PreTrain
         raise DataError(f"{where} is empty.")
     if messages[-1]["role"] == "assistant":
         raise DataError(f"{where} ends with an assistant's message: it holds the answer already. Remove that message.")
-    if tokenizer.chat_template is None:
-        raise DataError(
-            f"{where} is chat, but the tokenizer has no chat template. Use an instruction-tuned model's tokenizer, or"
-            " plain text with data.chat auto or never."
-        )
-    try:
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    except Exception as error:  # a template may raise what it likes
-        raise DataError(f"{where} is refused by the tokenizer's chat template: {error}") from error
-    return tuple(ids)
-
-
-def _are_messages(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value)
-        and all(isinstance(m.get("content"), str) for m in value)
-    )
+    return template_tokens(messages, where, tokenizer, to_be_answered=True)

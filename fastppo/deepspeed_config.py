@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastppo.config import Config, ConfigError, OptimConfig, ZeroConfig
+from fastppo.config import AnyConfig, ConfigError, OptimConfig, ZeroConfig
 
 JSON = dict[str, Any]
 
@@ -58,7 +58,7 @@ def _place(device: str, zero: ZeroConfig) -> JSON:
     return {"device": device} | ({"nvme_path": zero.nvme_path} if device == "nvme" else {})
 
 
-def check(config: Config) -> None:
+def check(config: AnyConfig) -> None:
     """Raises ConfigError for a raw configuration that cannot be read or contradicts a setting."""
     trained(config.optim, config.zero)
 

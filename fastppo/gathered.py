@@ -1,4 +1,4 @@
-"""The policy that responses are sampled from.
+"""The policy that responses are sampled from, and whole weights to export.
 
 At ZeRO stage 3 a forward pass fetches every layer from the other ranks. In sampling, which makes one for each token,
 that would cost far more than the pass itself, and ranks that finish at different times would wait for each other for
@@ -12,7 +12,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from fastppo.engine import gathered
+from fastppo.engine import World, gathered
 from fastppo.models import Policy
 
 BUCKET = 2**28  # bytes of weights that are gathered at a time, on top of the copy
@@ -41,6 +41,26 @@ class GatheredPolicy:
     def states(self) -> list[Tensor]:
         """What can leave the GPU when no one samples; it need not be kept."""
         return [] if self._copy is self._actor else list(self._copy.parameters())
+
+
+@torch.no_grad()
+def whole_state(model: nn.Module, world: World) -> dict[str, Tensor]:
+    """The model's state, whole; at ZeRO stage 3 on rank 0 alone, in the host's memory. All ranks call it.
+
+    One weight at a time is gathered, so that a model that fits no GPU can be exported.
+    """
+    state: dict[str, Tensor] = {}
+    whole: dict[int, Tensor] = {}  # by parameter, as tied ones have several names
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not hasattr(tensor, "ds_id"):  # it is no part of a whole
+            state[name] = tensor.detach()
+            continue
+        with gathered([tensor]):
+            if world.rank == 0:
+                if id(tensor) not in whole:
+                    whole[id(tensor)] = tensor.detach().to("cpu", copy=True)
+                state[name] = whole[id(tensor)]
+    return state
 
 
 def _empty_like(parameter: nn.Parameter) -> nn.Parameter:

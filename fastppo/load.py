@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils.quantization_config import GgufConfig
 
-from fastppo.config import ActorConfig, Config, CriticConfig
+from fastppo.config import ActorConfig, AnyConfig, Config, CriticConfig, ModelConfig
 from fastppo.config.learning import Place
 from fastppo.locate import locate
 from fastppo.lora import add_adapters
@@ -83,8 +83,8 @@ def load_policies(
     base = _load_actor(config, dtype, device, trained_partitions(config))
     reference = _load_reference(config, base, tokenizer, dtype, device)
     value_model = None if critic.kind == "shared" else _load_critic(config, base, dtype, device)
-    policy = Policy(base, ValueHead(_width(base), dtype, device) if critic.kind == "shared" else None)
-    _choose_trained(policy, "actor", actor, actor.model, actor.revision, config.seed)
+    policy = Policy(base, ValueHead(width_of(base), dtype, device) if critic.kind == "shared" else None)
+    choose_trained(policy, "actor", actor, actor.model, actor.revision, config.seed)
     if config.zero.stage < 3:
         keep_trunk(policy, reference if config.reference.model is None else None)
         if value_model is not None:
@@ -97,8 +97,8 @@ def load_policies(
     return policy, value_model, reference, tokenizer
 
 
-def trained_partitions(config: Config) -> Partitions:
-    """How the parameters of actor and critic are partitioned; None below ZeRO stage 3."""
+def trained_partitions(config: AnyConfig) -> Partitions:
+    """How the parameters of what trains are partitioned; None below ZeRO stage 3."""
     return _partitions(config, config.zero.parameters_on)
 
 
@@ -107,7 +107,7 @@ def frozen_partitions(config: Config) -> Partitions:
     return _partitions(config, config.zero.frozen_on)
 
 
-def _partitions(config: Config, place: Place) -> Partitions:
+def _partitions(config: AnyConfig, place: Place) -> Partitions:
     zero = config.zero
     return None if zero.stage < 3 else partition_config(config.optim.dtype, place, zero.nvme_path)
 
@@ -117,7 +117,7 @@ def load_reward(
 ) -> tuple[RewardModel, PreTrainedTokenizerBase]:
     """A sequence classifier with one label, and the tokenizer it was trained with."""
     source = Source("rewards.model", name)
-    model = _load(AutoModelForSequenceClassification, source, dtype, device, partitions)
+    model = load_model(AutoModelForSequenceClassification, source, dtype, device, partitions)
     labels = model.config.num_labels
     if labels != 1:
         raise ModelError(
@@ -163,7 +163,7 @@ def _load_reference(
 
 def _load_critic(config: Config, actor: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> Critic:
     critic, partitions = config.critic, trained_partitions(config)
-    head = ValueHead(_width(actor), dtype, device)
+    head = ValueHead(width_of(actor), dtype, device)
     if critic.model is None and partitions is None:
         backbone = copy_backbone(actor, same_weights=config.actor.lora.rank > 0 and critic.lora.rank > 0)
     elif critic.model is None:
@@ -171,31 +171,36 @@ def _load_critic(config: Config, actor: PreTrainedModel, dtype: torch.dtype, dev
         backbone = cast(PreTrainedModel, second.base_model)
     else:
         source = Source("critic.model", critic.model, critic.gguf_file)
-        loaded_config = _config(source)
+        loaded_config = load_config(source)
         architecture = (loaded_config.architectures or [""])[0]
         if architecture.endswith("ForSequenceClassification"):  # start from a reward model: V(s) begins as its score
-            model = _load(AutoModelForSequenceClassification, source, dtype, device, partitions)
+            model = load_model(AutoModelForSequenceClassification, source, dtype, device, partitions)
             if model.config.num_labels != 1:
                 raise ModelError(
                     f"critic.model = {critic.model} has {model.config.num_labels} labels; a critic needs one"
                 )
             if partitions is None:
                 check_packing(model)
-            head = ValueHead(_width(model), dtype, device)
+            head = ValueHead(width_of(model), dtype, device)
             score = cast(nn.Linear, model.score).weight
             with gathered([score]):
                 head.weight.data.copy_(score.data)
         else:
             model = _load_causal(source, dtype, device, partitions)
-            head = ValueHead(_width(model), dtype, device)
+            head = ValueHead(width_of(model), dtype, device)
         backbone = cast(PreTrainedModel, model.base_model)
     role = Critic(backbone, head)
-    _choose_trained(role, "critic", critic, critic.model or config.actor.model, None, config.seed)
+    choose_trained(role, "critic", critic, critic.model or config.actor.model, None, config.seed)
     return role
 
 
-def _choose_trained(
-    role: Backbone, name: str, config: ActorConfig | CriticConfig, source: str, revision: str | None, seed: int
+def choose_trained(
+    role: Backbone,
+    name: str,
+    config: ActorConfig | CriticConfig | ModelConfig,
+    source: str,
+    revision: str | None,
+    seed: int,
 ) -> None:
     """Freeze what does not train; with LoRA that is all but the adapters. A value head always trains."""
     set_trainable(role, config.train)
@@ -220,7 +225,7 @@ def load_causal(
 
 
 def _load_causal(source: Source, dtype: torch.dtype, device: torch.device, partitions: Partitions) -> PreTrainedModel:
-    model = _load(AutoModelForCausalLM, source, dtype, device, partitions)
+    model = load_model(AutoModelForCausalLM, source, dtype, device, partitions)
     if partitions is not None:
         return fuse_head(model)
     check_packing(model)  # which fuses the head
@@ -252,7 +257,7 @@ def load_tokenizer(
     return tokenizer
 
 
-def _config(source: Source) -> PreTrainedConfig:
+def load_config(source: Source) -> PreTrainedConfig:
     """The model's config with every dropout off.
 
     Off in the config and not by eval(): activation checkpointing needs train mode, and some models (OPT) drop
@@ -273,11 +278,11 @@ def _config(source: Source) -> PreTrainedConfig:
     return config
 
 
-def _load(
+def load_model(
     auto: Any, source: Source, dtype: torch.dtype, device: torch.device, partitions: Partitions
 ) -> PreTrainedModel:
     """A model on `device`, not yet checked on packed rows; or one in partitions, of whose kind a small one was."""
-    config = _config(source)
+    config = load_config(source)
     if partitions is None:
         model = _load_whole(auto, source, config, dtype)
         cast(nn.Module, model).to(device)
@@ -323,7 +328,7 @@ def _load_whole(auto: Any, source: Source, config: PreTrainedConfig, dtype: torc
 
 def outline(auto: Any, source: Source, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device: every module and shape, no weights. Raises ModelError as loading it would."""
-    config = _config(source)
+    config = load_config(source)
     try:
         with torch.device("meta"):
             return auto.from_config(config, dtype=dtype).eval()  # type: ignore[no-any-return]
@@ -341,7 +346,7 @@ def _forget_quantization(model: PreTrainedModel) -> None:
             setattr(model, attribute, None)
 
 
-def _width(model: PreTrainedModel) -> int:
+def width_of(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().hidden_size)
 
 

@@ -87,16 +87,17 @@ def _targets(model: PreTrainedModel, role: str, targets: str) -> dict[str, nn.Li
     return {name: layer for name, layer in linear.items() if name in found}
 
 
-def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
+def merged_state(model: PreTrainedModel, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The model's state with its adapters merged, under the names that it has without them.
 
+    state: that of the model where its own parameters are not whole (`gathered.whole_state`).
     Each merged weight is a new tensor, its sum computed in fp32 and rounded once; the model stays as it is.
     """
     from peft.tuners.lora import LoraLayer
 
     config: Any = model.peft_config[NAME]
     adapted = {name for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
-    state, merged = model.state_dict(), {}
+    state, merged = model.state_dict() if state is None else state, {}
     for key, value in state.items():
         owner, _, part = key.partition(".base_layer.")
         if owner in adapted and part == "weight":

@@ -72,6 +72,20 @@ class ValueHead(nn.Module):
         return F.linear(hidden.float(), self.weight.float(), self.bias.float()).squeeze(-1)
 
 
+class ScoreHead(nn.Module):
+    """A sequence classifier's head with one label, under its own name and on its own weight, computed in fp32."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight = linear.weight  # (1, H)
+        self.bias = linear.bias  # (1,), or None as in most families
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(R, H) -> (R,) fp32"""
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(hidden.float(), self.weight.float(), bias).squeeze(-1)
+
+
 class Backbone(nn.Module):
     """What all roles have in common: a transformers model that reads packed rows.
 
@@ -151,14 +165,33 @@ class Critic(Backbone):
         self.value_head = value_head
 
 
-class RewardModel(Backbone):
-    """One score for each sequence: the classifier's own head on the last token's hidden state."""
+def scores(role: Any, hidden: Tensor) -> Tensor:
+    """The objective that is a reward model's scores (B,) fp32 of the last tokens' hidden states (B, H)."""
+    found: Tensor = role.head(hidden)
+    return found
 
-    def forward(self, packed: Packed) -> Tensor:  # type: ignore[override]
-        """(B,) fp32"""
-        head = cast(nn.Module, self.model.score)
-        scores = cast(Tensor, head(self.hidden(packed)[packed.last_rows]))
-        return scores.float().squeeze(-1)
+
+class RewardModel(Backbone):
+    """One score for each sequence: the classifier's own head on the last token's hidden state.
+
+    An objective gets the (B, H) hidden states of the last tokens; that of the call without one is the scores.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__(model)
+        model.score = ScoreHead(cast(nn.Linear, model.score))
+
+    @property
+    def head(self) -> ScoreHead:
+        return cast(ScoreHead, self.model.score)
+
+    def forward(
+        self,
+        packed: Packed,
+        objective: Callable[[Any, Tensor], T] = scores,  # type: ignore[assignment]
+        below: Tensor | None = None,
+    ) -> T:
+        return objective(self, self.hidden(packed, below)[packed.last_rows])
 
 
 def hidden_states(role: Any, hidden: Tensor) -> Tensor:

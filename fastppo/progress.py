@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import random
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Protocol
 
 import numpy
 import torch
 
 from fastppo.batch import Experience, Moments, Packed
 from fastppo.config import Config
+from fastppo.engine import World
+from fastppo.estimate import recall_trunk
 from fastppo.evaluate import Evaluation
 from fastppo.learn import Update
+from fastppo.microbatch import plan_step
 from fastppo.ppo import KLController
+from fastppo.roles import Roles
 
 State = dict[str, Any]
 
@@ -46,6 +50,23 @@ def set_random_state(state: State) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+class Run(Protocol):
+    """What checkpoints save: `Progress` of PPO, `supervised.Training` of the stages before it."""
+
+    step: int
+    random: State
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def score(self) -> float | None: ...
+
+    def state(self) -> State: ...
+
+    def restore(self, state: State, own: State) -> None: ...
+
+
 @dataclass
 class Progress:
     """A run after `step` PPO steps, and as far as it has learned from the batch of the next one.
@@ -75,6 +96,12 @@ class Progress:
         """Names sort as runs proceed."""
         return f"step-{self.step:08d}" + ("" if self.experience is None else f"-update-{len(self.updates):04d}")
 
+    @property
+    def score(self) -> float | None:
+        """The held-out score, where the run is at an evaluation."""
+        here = self.evaluated == self.step and self.experience is None
+        return self.evaluations[-1].metrics["score"] if self.evaluations and here else None
+
     def add_evaluation(self, evaluation: Evaluation) -> None:
         self.evaluations = [*self.evaluations[:1], evaluation]
         self.evaluated, self.random = self.step, random_state()
@@ -103,7 +130,7 @@ class Progress:
         }
 
     def restore(self, state: State, own: State) -> None:
-        """What `state` gave; own: this rank's `random`. The experience lacks its trunk (`estimate.recall_trunk`)."""
+        """What `state` gave; own: this rank's `random`. The experience lacks its trunk (`recall_experience`)."""
         self.step, self.skipped, self.evaluated = state["step"], state["skipped"], state["evaluated"]
         self.beta.value, self.random = state["beta"], own
         self.moments = Moments(**state["moments"])
@@ -116,3 +143,14 @@ class Progress:
 
 def _no_trunk(role: Any, packed: Packed, sequences: torch.Tensor) -> None:
     return None
+
+
+def recall_experience(run: Progress, roles: Roles, config: Config, world: World) -> None:
+    """Give a restored experience its trunk again, from the microbatches that it was first computed in."""
+    if run.experience is None:
+        return
+    packed = run.experience.packed
+    plan = plan_step(packed.lengths, config, run.step, world.ranks, roles.attention)
+    done = [minibatch for epoch in plan for minibatch in epoch][: max(len(run.updates), len(plan[0]))]
+    roles.residency.enter("experience")
+    run.experience = replace(run.experience, trunk=recall_trunk(packed, done, roles, world))

@@ -27,6 +27,11 @@ class Roles:
     residency: Residency
 
     @property
+    def engines(self) -> dict[str, Engine]:
+        """Those that train, by the role's name."""
+        return {"actor": self.actor} | ({} if self.critic is None else {"critic": self.critic})
+
+    @property
     def policy(self) -> Policy:
         """The actor's module. At ZeRO stage 3 its weights are elsewhere: `gathered.policy()` has them."""
         policy: Policy = self.actor.module

@@ -30,8 +30,12 @@ from fastppo.wandb_run import wandb_run
 log = logging.getLogger("fastppo")
 
 # What the display shows of a step and of an evaluation; the files hold every metric.
-OF_STEP = {"score": "score {:.3f}", "kl": "KL {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"}
+OF_STEP = {"score": "score {:.3f}", "kl": "KL {:.3f}", "loss": "loss {:.3f}", "accuracy": "accuracy {:.3f}"}
+OF_STEP |= {"tokens_per_second": "{:,.0f} tokens/s"}
 OF_EVALUATION = {"score": "held-out score {:.3f}", "score_error": "+/- {:.3f}", "kl": "KL {:.3f}"}
+OF_EVALUATION |= {"loss": "held-out loss {:.3f}", "perplexity": "perplexity {:.2f}", "accuracy": "accuracy {:.3f}"}
+OF_EVALUATION |= {"accuracy_low": "(95%: {:.3f}", "accuracy_high": "to {:.3f})"}
+OF_EVALUATION |= {"calibration_error": "calibration error {:.3f}"}
 
 # Libraries that log on their own: they get our line format, and warnings are said by rank 0 alone.
 THIRD_PARTY = ("DeepSpeed", "transformers", "huggingface_hub", "datasets", "httpx", "httpx2")
@@ -179,7 +183,7 @@ def _summary(formats: Mapping[str, str], values: Mapping[str, float]) -> str:
 class Stages:
     """Seconds of each stage of a step: `with stages("sampling"): ...`. Stages follow each other, not one in another."""
 
-    def __init__(self, seconds: dict[str, float], enter: Callable[[str], None]):
+    def __init__(self, seconds: dict[str, float], enter: Callable[[str], None] = lambda stage: None):
         """seconds: where they are kept, with those of a step that another process began; enter: called with the name
         of each stage as it begins, and timed with it."""
         self._seconds, self._enter = seconds, enter

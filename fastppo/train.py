@@ -30,6 +30,7 @@ from fastppo.microbatch import imbalance, plan_step
 from fastppo.nodes import check_output_is_shared
 from fastppo.plan import check_plan
 from fastppo.ppo import step_rates
+from fastppo.progress import Progress, recall_experience
 from fastppo.responses import heldout_responses, training_responses
 from fastppo.roles import assemble
 from fastppo.rollout import sample, stop_ids
@@ -66,8 +67,9 @@ def train(config: Config, world: World) -> None:
         reserve=config.sampling.max_new_tokens,
     )
     stops = stop_ids(roles.policy, roles.tokenizer, config.sampling)
-    checkpoints = Checkpoints(config, roles, (data, heldout), world)
-    run = checkpoints.load(found)
+    checkpoints = Checkpoints(config, roles.engines, (data.tokens, heldout.tokens), world, enter=roles.residency.enter)
+    run = checkpoints.load(found, Progress.begin(config, world.rank))
+    recall_experience(run, roles, config, world)
     beta, stages = run.beta, Stages(run.seconds, roles.residency.enter)
     order = batches(data, size=ppo.batch_size // n, seed=config.seed, shuffle=config.data.shuffle, start=run.step)
 

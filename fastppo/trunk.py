@@ -79,7 +79,9 @@ def passing(model: PreTrainedModel, layers: range, states: Tensor | None = None)
 class TrunkStates:
     """What trunks handed up in one batch, sequence by sequence, as far as this process computed it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep: bool = True) -> None:
+        """keep: whether a sequence's states are kept for the next time; else they are computed each time."""
+        self._keep = keep
         self._kept: dict[int, dict[int, Tensor]] = {}  # trunk -> sequence -> (tokens, H)
 
     def __call__(self, role: Any, packed: Packed, sequences: Tensor) -> Tensor | None:
@@ -90,6 +92,9 @@ class TrunkStates:
         """
         if not role.trunk_depth:
             return None
+        if not self._keep:
+            with torch.no_grad():
+                return cast(Tensor, role.trunk(packed))
         kept = self._kept.setdefault(role.trunk_owner, {})
         names = sequences.tolist()
         if any(name not in kept for name in names):

@@ -1,4 +1,4 @@
-"""Runs of `fastppo.train` on one or two ranks as forks of one process that has imported everything once.
+"""Runs of `fastppo.train` and its siblings, on one or two ranks, as forks of a process that has imported everything.
 
 As a script it is that process: it reads one JSON command a line from stdin and answers each with one line.
 `Forks` is the test's side of it. Ranks stand under a parent of their own, as under DeepSpeed's `launch`; once that is
@@ -48,11 +48,11 @@ class Forks:
         self._process.stdin.close()
         self._process.wait(timeout=60)
 
-    def start(self, argv: list[str], ranks: int = 1, before: str = "") -> Run:
-        """before: Python that each rank executes first, with RANK in its environment."""
+    def start(self, argv: list[str], ranks: int = 1, before: str = "", module: str = "fastppo.train") -> Run:
+        """before: Python that each rank executes first, with RANK in its environment; module: whose `main` runs."""
         self._count += 1
         logs = [self._logs / f"run-{self._count}-rank-{rank}.log" for rank in range(ranks)]
-        answer = self._ask(argv=argv, before=before, logs=[str(log) for log in logs])
+        answer = self._ask(argv=argv, before=before, module=module, logs=[str(log) for log in logs])
         return Run(answer["launcher"], answer["ranks"], logs)
 
     def wait(self, run: Run, seconds: float = 120.0) -> list[int]:
@@ -61,8 +61,8 @@ class Forks:
         assert None not in codes, f"still running after {seconds} s\n{run.text()}"
         return codes[:-1]
 
-    def run(self, argv: list[str], ranks: int = 1, before: str = "") -> list[int]:
-        run = self.start(argv, ranks, before)
+    def run(self, argv: list[str], ranks: int = 1, before: str = "", module: str = "fastppo.train") -> list[int]:
+        run = self.start(argv, ranks, before, module)
         codes = self.wait(run)
         assert codes == [0] * ranks, run.text()
         return codes
@@ -73,16 +73,15 @@ class Forks:
         return json.loads(self._process.stdout.readline())
 
 
-def _rank(argv: list[str], before: str, log: str, environment: dict[str, str]) -> None:
+def _rank(command: dict[str, Any], log: str, environment: dict[str, str]) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(handle, stream)
     os.environ.update(environment)
     try:
-        from fastppo.train import main
-
-        exec(before, {})
-        main(argv)
+        main = importlib.import_module(command["module"]).main
+        exec(command["before"], {})
+        main(command["argv"])
     except SystemExit as error:
         os._exit(error.code if isinstance(error.code, int) else 1)
     except BaseException:
@@ -107,7 +106,7 @@ def _launch(command: dict[str, Any]) -> dict[str, Any]:
             if pid == 0:
                 names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_SIZE": size, "MASTER_PORT": port}
                 environment = {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
-                _rank(command["argv"], command["before"], log, environment)
+                _rank(command, log, environment)
             ranks.append(pid)
         os.write(tell, json.dumps(ranks).encode())
         os.close(tell)
@@ -147,6 +146,8 @@ def main() -> None:
     # the seconds that forks save; DeepSpeed imports torch's compiler where it makes an engine
     for name in (
         "fastppo.train",
+        "fastppo.train_reward",
+        "fastppo.train_sft",
         "deepspeed.runtime.zero.muon.muon_optimizer",
         "peft",
         "transformers.models.llama.modeling_llama",

@@ -229,7 +229,7 @@ def test_other_prompts_are_refused(forks, folder, finished, tmp_path):
         if file["name"] == "about.json":
             file |= {"bytes": about.stat().st_size, "sha256": hashlib.sha256(about.read_bytes()).hexdigest()}
     manifest.write_text(json.dumps(files))
-    assert "was made with other prompts" in resumed(forks, folder, finished, data__path=other)
+    assert "was made with other data" in resumed(forks, folder, finished, data__path=other)
 
 
 def test_settings_that_change_nothing_may_change(forks, folder, straight, finished):

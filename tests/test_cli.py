@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastppo.cli import GROUPS, SETTINGS, dump, parse
+from fastppo.cli import PPO, REWARD, SFT, Command, dump, parse
 from fastppo.config import Config, RewardConfig
 
 QUICKSTART = ["--config", "quickstart"]
@@ -157,20 +157,23 @@ def test_a_wrong_value_in_a_file_is_told_what_is_allowed(
     assert words in message(capsys, *QUICKSTART, "--config", str(file))
 
 
-def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", [PPO, REWARD, SFT], ids=lambda command: command.script)
+def test_help_explains_every_setting(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as exit:
-        parse(["--help"])
+        parse(["--help"], command)
     assert exit.value.code == 0
     text = capsys.readouterr().out
     options = dict(part.split(None, 1) for part in text.split("\n  --")[1:])
-    shown = [name for name in SETTINGS if not name.startswith("rewards.")]
+    shown = [name for name in command.settings if not name.startswith("rewards.")]
     for name in shown:
         explanation = " ".join(options[name].split())
         assert "default: " in explanation, name
         assert len(explanation.partition("(type:")[0].split()) > 3, name  # more than a placeholder for the value
-    assert set(options) == {*shown, "config", "print_config", "rewards.help"}
-    assert "local_rank" not in text
+    assert set(options) - {"rewards.help"} == {*shown, "config", "print_config"}
+    assert "local_rank" not in text and f"fastppo/{command.script}" in text
 
 
 def test_settings_and_groups_are_those_of_the_config() -> None:
@@ -178,8 +181,16 @@ def test_settings_and_groups_are_those_of_the_config() -> None:
         inner = {f"{prefix}{name}": part for name, part in vars(config).items() if dataclasses.is_dataclass(part)}
         return set(inner).union(*(groups(part, f"{name}.") for name, part in inner.items()))
 
-    assert groups(Config()) == set(GROUPS)
-    assert {"steps", "ppo.kl_coef", "rewards", "rewards.function"} <= set(SETTINGS)
+    assert groups(Config()) == PPO.groups
+    assert {"steps", "ppo.kl_coef", "rewards", "rewards.function"} <= set(PPO.settings)
+    assert {"data.rating", "data.eval_path", "model.path"} <= set(REWARD.settings)
+
+
+def test_each_command_names_its_own_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "quickstart" in PPO.presets and "quickstart-reward" not in PPO.presets
+    assert "quickstart-reward" in REWARD.presets and "quickstart-sft" in SFT.presets
+    said = message(capsys, "--config", "quickstart-reward")
+    assert "this preset is for deepspeed fastppo/train_reward.py. The presets of fastppo/train.py: 1.3b, " in said
 
 
 def test_the_command_line_loads_no_model_library() -> None:

@@ -14,21 +14,38 @@ from fastppo.config.feedback import RewardConfig
 from fastppo.config.learning import OptimConfig, PPOConfig, ZeroConfig
 from fastppo.config.models import ActorConfig, ActorLoraConfig, CriticConfig, LoraConfig, ReferenceConfig
 from fastppo.config.run import CheckpointConfig, EvalConfig, TrackConfig
+from fastppo.config.stages import (
+    AnswersConfig,
+    ExamplesConfig,
+    HeldOutConfig,
+    ModelConfig,
+    PairsConfig,
+    RewardTrainingConfig,
+    SFTConfig,
+)
 
 __all__ = [
     "ActorConfig",
     "ActorLoraConfig",
+    "AnswersConfig",
+    "AnyConfig",
     "CheckpointConfig",
     "Config",
     "ConfigError",
     "CriticConfig",
     "DataConfig",
     "EvalConfig",
+    "ExamplesConfig",
+    "HeldOutConfig",
     "LoraConfig",
+    "ModelConfig",
     "OptimConfig",
     "PPOConfig",
+    "PairsConfig",
     "ReferenceConfig",
     "RewardConfig",
+    "RewardTrainingConfig",
+    "SFTConfig",
     "SamplingConfig",
     "TrackConfig",
     "ZeroConfig",
@@ -76,3 +93,6 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+AnyConfig = Config | RewardTrainingConfig | SFTConfig  # the settings of a command

@@ -1,25 +1,24 @@
 """Every rule between settings that can be checked before a model loads.
 
-`validate` is called once, by `fastppo.cli.parse`. Each message names the settings, their values, the reason and
-the way out.
+`validate` is called once, by `fastppo.cli.parse`; the stages before PPO have their own in `rules.stages`. Each message
+names the settings, their values, the reason and the way out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from operator import attrgetter
 
-from fastppo.config import Config, ConfigError
+from fastppo.config import Config
 from fastppo.rules.data import check_data, check_sampling
 from fastppo.rules.feedback import check_rewards
 from fastppo.rules.learning import check_batch, check_kl, check_schedule, check_zero
 from fastppo.rules.models import check_models
+from fastppo.rules.ranges import Ranges, check_betas, check_ranges, check_train
 from fastppo.rules.run import check_checkpoints, check_tracking
 
 # What a number must be, the test for it, and the settings it holds for. A setting that is null is off.
 # NaN fails every comparison, and so every test.
-RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+RANGES: Ranges = (
     (
         "0 or more",
         lambda x: 0 <= x < math.inf,
@@ -50,7 +49,10 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 
 def validate(config: Config, ranks: int = 1) -> None:
     """Raises `ConfigError` for the first rule that the settings break on this many ranks (processes)."""
-    _check_ranges(config)
+    check_ranges(config, RANGES)
+    check_betas(config.optim)
+    check_train("actor.train", config.actor.train)
+    check_train("critic.train", config.critic.train)
     check_models(config)
     check_rewards(config)
     check_data(config)
@@ -61,18 +63,3 @@ def validate(config: Config, ranks: int = 1) -> None:
     check_schedule(config)
     check_checkpoints(config)
     check_tracking(config)
-
-
-def _check_ranges(config: Config) -> None:
-    for meaning, holds, names in RANGES:
-        for name in names.split():
-            value = attrgetter(name)(config)
-            if value is not None and not holds(value):
-                raise ConfigError(f"{name} is {value}; it must be {meaning}.")
-    for beta in config.optim.betas:
-        if not 0 <= beta < 1:
-            raise ConfigError(f"optim.betas is {list(config.optim.betas)}; each must be at least 0 and less than 1.")
-    for name in ("actor.train", "critic.train"):
-        train = attrgetter(name)(config)
-        if train == "" or (isinstance(train, int) and train < 1):
-            raise ConfigError(f"{name} is {train!r}; give all, a number of upper layers (1 or more) or name patterns.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastppo import deepspeed_config
-from fastppo.config import Config, ConfigError
+from fastppo.config import AnyConfig, Config, ConfigError
 
 
 def check_batch(config: Config, ranks: int) -> None:
@@ -25,7 +25,7 @@ def check_batch(config: Config, ranks: int) -> None:
         )
 
 
-def check_zero(config: Config) -> None:
+def check_zero(config: AnyConfig) -> None:
     zero = config.zero
     if zero.stage == 0 and config.optim.dtype == "bf16":
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastppo.config import Config, ConfigError
+from fastppo.config import AnyConfig, Config, ConfigError, LoraConfig
 
 
 def check_models(config: Config) -> None:
@@ -14,11 +14,7 @@ def check_models(config: Config) -> None:
             "actor.model is not set: there is nothing to train. Give a hub name or a directory,"
             " or start from a preset with --config quickstart."
         )
-    if config.attention == "flash" and config.optim.dtype == "fp32":
-        raise ConfigError(
-            "attention is flash and optim.dtype fp32: flash-attn computes in bf16 or fp16. Set optim.dtype to bf16, or"
-            " attention to auto or sdpa."
-        )
+    check_attention(config)
     if critic.kind == "shared":
         for field, value, default in (
             ("model", critic.model, None),
@@ -33,11 +29,7 @@ def check_models(config: Config) -> None:
                     " critic.kind to separate."
                 )
     for name, lora in (("actor.lora", actor.lora), ("critic.lora", critic.lora)):
-        if not all(target.strip() for target in lora.targets.split(",")):
-            raise ConfigError(
-                f"{name}.targets is {lora.targets!r}, which has an empty name in it; give all-linear, or names or"
-                " patterns of linear layers, as in q_proj,v_proj."
-            )
+        check_targets(name, lora)
     if actor.lora.export == "adapters" and not actor.lora.rank:
         raise ConfigError(
             "actor.lora.export is adapters but actor.lora.rank is 0: without LoRA there are none, and the run would"
@@ -49,3 +41,19 @@ def check_models(config: Config) -> None:
                 f"{name}.gguf_file is {role.gguf_file} but {name}.model is not set: the file is looked for inside"
                 f" {name}.model. Set {name}.model too, or neither (the actor's weights are used then)."
             )
+
+
+def check_attention(config: AnyConfig) -> None:
+    if config.attention == "flash" and config.optim.dtype == "fp32":
+        raise ConfigError(
+            "attention is flash and optim.dtype fp32: flash-attn computes in bf16 or fp16. Set optim.dtype to bf16, or"
+            " attention to auto or sdpa."
+        )
+
+
+def check_targets(name: str, lora: LoraConfig) -> None:
+    if not all(target.strip() for target in lora.targets.split(",")):
+        raise ConfigError(
+            f"{name}.targets is {lora.targets!r}, which has an empty name in it; give all-linear, or names or"
+            " patterns of linear layers, as in q_proj,v_proj."
+        )

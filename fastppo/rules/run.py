@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from fastppo.config import Config, ConfigError
+from fastppo.config import AnyConfig, ConfigError
 
 
-def check_checkpoints(config: Config) -> None:
+def check_checkpoints(config: AnyConfig) -> None:
     checkpoint, evaluated = config.checkpoint, config.eval.every
     if config.resume == "":
         raise ConfigError("resume is empty; give auto, the path of a checkpoint, or null to begin anew.")
@@ -27,7 +27,7 @@ def check_checkpoints(config: Config) -> None:
         )
 
 
-def check_tracking(config: Config) -> None:
+def check_tracking(config: AnyConfig) -> None:
     project = config.track.wandb
     if project == "":
         raise ConfigError("track.wandb is empty; give the name of a Weights & Biases project, or null for none.")

@@ -1,0 +1,202 @@
+"""The stages before PPO: a supervised start, and a reward model. Each is a command with settings of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fastppo.config.learning import OptimConfig, ZeroConfig
+from fastppo.config.models import LoraConfig
+from fastppo.config.run import CheckpointConfig, TrackConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The one model that is trained."""
+
+    path: str = ""
+    """Hugging Face hub name, a directory, or `package:NAME` for weights inside an installed package. A reward model may
+    start from a language model or from another reward model. Required."""
+    gguf_file: str | None = None
+    """Name of a GGUF file inside `path`; its weights are unpacked at load."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    train: int | str = "all"
+    """Which parameters train: `all`, an integer k for the upper k layers, comma-separated name patterns (`*.mlp.*`), or,
+    of a reward model, `head`. With LoRA: where there are adapters. The head of a reward model always trains."""
+    lr: float = 1e-5
+    """Peak learning rate."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass(frozen=True)
+class ExamplesConfig:
+    """Where examples come from, and which of them are used."""
+
+    path: str = ""
+    """Hub dataset name, a directory of `datasets.save_to_disk`, a .jsonl, .parquet or .csv file, or
+    `package:NAME/FILE` (`package:NAME==VERSION/FILE`) inside an installed package. Required."""
+    name: str | None = None
+    """Configuration of a hub dataset that has several."""
+    split: str = "train"
+    """Split of a hub dataset or of a saved DatasetDict."""
+    prompt: str | None = "prompt"
+    """Column with the prompt: text, or a list of chat messages ({role, content}); null where there is none, or where
+    the answers are whole conversations."""
+    chat: Literal["auto", "always", "never"] = "auto"
+    """`auto`: lists of messages go through the tokenizer's chat template and text stays plain; `always`: a prompt that
+    is text becomes a user's message, an answer an assistant's; `never`: messages are an error."""
+    last_tokens: int | None = None
+    """Keep only this many tokens from the end of each plain-text answer; the quickstart's way to make short answers out
+    of reviews, whose ends say what was thought."""
+    eos: bool = True
+    """An answer ends with the EOS, or of chat with the token that ends a turn, as PPO's responses do unless they are cut
+    at their longest. Set it to false where those are always cut."""
+    max_tokens: int = 1024
+    """Longest prompt and answer, in tokens, the EOS included."""
+    too_long: Literal["drop", "cut", "error"] = "drop"
+    """An example longer than `max_tokens`: `drop` leaves it out, `cut` takes the answer's end away (and its EOS), both
+    report how many; `error` stops."""
+    unusable: Literal["drop", "error"] = "drop"
+    """An example with an empty answer, or a pair with equal ones: `drop` leaves it out and reports how many, `error`
+    stops."""
+    shuffle: bool = True
+    """Shuffle with the run's seed, anew in every pass over the data."""
+    eval_path: str | None = None
+    """Held-out examples in the same forms as `path`, `path` itself included; when left out, the `eval.examples` examples
+    that `split_seed` picks are held out of `path`."""
+    eval_split: str = "train"
+    """Split of `eval_path`."""
+    split_seed: int = 0
+    """Seed of the held-out choice, apart from `seed` so that runs with other seeds are evaluated on the same examples."""
+    limit: int | None = None
+    """Use at most this many examples of `path`, held-out ones included, taken after a shuffle by `split_seed`."""
+
+
+@dataclass(frozen=True)
+class PairsConfig(ExamplesConfig):
+    """Preference pairs: two answers to a prompt, one preferred. Answers are text, or lists of chat messages."""
+
+    chosen: str = "chosen"
+    """Column with the preferred answer."""
+    rejected: str = "rejected"
+    """Column with the other answer."""
+    margin: str | None = None
+    """Column with the margin by which the preferred answer's score should lead, for pairs that differ in how clear they
+    are (Touvron et al., 2023, Llama 2); added to `margin` of the run."""
+    rating: str | None = None
+    """Column with a number that rates a single answer, for data whose rows are answers and not pairs: each answer in
+    the column `answer` is paired with one to the same prompt that is rated lower, no answer twice."""
+    answer: str = "response"
+    """Column with the answer where `rating` is set."""
+
+
+@dataclass(frozen=True)
+class AnswersConfig(ExamplesConfig):
+    """Prompts with the responses to be learned."""
+
+    response: str = "response"
+    """Column with the response: text, or a list of chat messages."""
+    messages: str | None = None
+    """Column with whole conversations in place of `prompt` and `response`; each message of the assistant is a response
+    to all that stands before it."""
+
+
+@dataclass(frozen=True)
+class HeldOutConfig:
+    """Evaluation on held-out examples, before training, on the way and at the end."""
+
+    every: int = 50
+    """Updates between evaluations; 0 evaluates before and after training only."""
+    examples: int = 256
+    """Held-out examples; 0 turns evaluation off, and what is exported is the model after the last update."""
+
+
+@dataclass(frozen=True)
+class RewardTrainingConfig:
+    """fastppo: a reward model from preference pairs (Bradley and Terry, 1952)."""
+
+    output: str = "runs/reward"
+    """Folder of the run: config, metrics, the calibration, and the model with the lowest held-out loss in
+    `output`/reward_model."""
+    seed: int = 1
+    """Seed of data order and of the score head's initial weights."""
+    epochs: int = 1
+    """Passes over the pairs."""
+    steps: int | None = None
+    """Updates; those that `epochs` needs when left out."""
+    batch_size: int = 64
+    """Pairs in each update, over all ranks."""
+    microbatch_tokens: int = 8192
+    """Token budget of one forward and backward pass on one rank, both answers of a pair included; the update does not
+    depend on it."""
+    margin: float = 0.0
+    """By how much the preferred answer's score should lead: the loss is -log sigmoid(chosen - rejected - margin)."""
+    centre: Literal["pairs", "chosen", "off"] = "pairs"
+    """Which held-out answers score 0 on average in the model that is exported: all of the `pairs`, or the `chosen`."""
+    centre_coef: float = 0.01
+    """Coefficient of (chosen + rejected)^2 in the loss, which keeps scores near 0 while the model trains (Eisenstein et
+    al., 2023)."""
+    patience: int | None = 3
+    """Evaluations in a row without a lower held-out loss after which the run ends; never when null."""
+    keep_trunk_gb: float = 2.0
+    """Memory on each rank, in GB, for what the model's frozen lower layers hand up. Where it is enough for all pairs,
+    each is computed once and kept for the other epochs."""
+    resume: str | None = None
+    """`auto`: go on from the newest whole checkpoint in `output`, or begin if there is none; a path: from that
+    checkpoint of `output`; null: begin anew, an earlier run in `output` being moved aside."""
+    threads: int | None = None
+    """CPU threads of each rank; when left out, the machine's cores divided by the ranks on it."""
+    timeout: float = 1800.0
+    """Seconds that a rank waits for the others before it ends with an error."""
+    attention: Literal["auto", "flash", "sdpa"] = "auto"
+    """What computes attention: `flash` flash-attn (CUDA, bf16), `sdpa` PyTorch; `auto` flash-attn where it can be used
+    and PyTorch elsewhere, which the log says."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: PairsConfig = field(default_factory=PairsConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    eval: HeldOutConfig = field(default_factory=HeldOutConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """fastppo: supervised fine-tuning on responses, where PPO starts from."""
+
+    output: str = "runs/sft"
+    """Folder of the run: config, metrics, and the model with the lowest held-out loss in `output`/model."""
+    seed: int = 1
+    """Seed of the data order."""
+    epochs: int = 1
+    """Passes over the examples."""
+    steps: int | None = None
+    """Updates; those that `epochs` needs when left out."""
+    batch_size: int = 64
+    """Responses in each update, over all ranks."""
+    microbatch_tokens: int = 8192
+    """Token budget (prompt and response) of one forward and backward pass on one rank; the update does not depend on
+    it."""
+    patience: int | None = None
+    """Evaluations in a row without a lower held-out loss after which the run ends; never when null."""
+    keep_trunk_gb: float = 2.0
+    """Memory on each rank, in GB, for what the model's frozen lower layers hand up. Where it is enough for all examples,
+    each is computed once and kept for the other epochs."""
+    resume: str | None = None
+    """`auto`: go on from the newest whole checkpoint in `output`, or begin if there is none; a path: from that
+    checkpoint of `output`; null: begin anew, an earlier run in `output` being moved aside."""
+    threads: int | None = None
+    """CPU threads of each rank; when left out, the machine's cores divided by the ranks on it."""
+    timeout: float = 1800.0
+    """Seconds that a rank waits for the others before it ends with an error."""
+    attention: Literal["auto", "flash", "sdpa"] = "auto"
+    """What computes attention: `flash` flash-attn (CUDA, bf16), `sdpa` PyTorch; `auto` flash-attn where it can be used
+    and PyTorch elsewhere, which the log says."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: AnswersConfig = field(default_factory=AnswersConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    eval: HeldOutConfig = field(default_factory=HeldOutConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -1,0 +1,133 @@
+"""Prompts with answers, plain or chat, as the tokens that PPO will meet: a prompt, an answer, and the EOS behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fastppo.config import ExamplesConfig
+from fastppo.table import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = list[dict[str, Any]]
+
+
+class Answered(NamedTuple):
+    """A prompt and an answer to it."""
+
+    prompt: tuple[int, ...]  # ends where the answer begins; of chat, with the template's words for that
+    answer: tuple[int, ...]  # with the EOS, or of chat the token that ends a turn; empty if the answer has no text
+
+
+def answered(
+    prompt: Any, answer: Any, config: ExamplesConfig, where: str, tokenizer: PreTrainedTokenizerBase
+) -> Answered:
+    """The tokens of a prompt (text, messages or None) and an answer (text or messages).
+
+    Messages as an answer are the assistant's, or the whole conversation if they begin with another role; `prompt` is
+    not looked at then. where: for errors, the row and the column. Raises `DataError`.
+    """
+    if are_messages(answer) and answer[0]["role"] != "assistant":
+        prompt = None
+    if config.chat == "always" or isinstance(prompt, list) or isinstance(answer, list):
+        asked = [] if prompt is None else _as_messages(prompt, "user", config, where)
+        return _last_turn([*asked, *_as_messages(answer, "assistant", config, where)], config, where, tokenizer)
+    for value in (prompt or "", answer):
+        if not isinstance(value, str):
+            raise DataError(f"{where} hold neither text nor chat messages ({{role, content}}), but {_shown(value)}.")
+    start = tuple(tokenizer(prompt or "")["input_ids"])
+    if not answer.strip():
+        return Answered(start, ())
+    text = tokenizer(answer, add_special_tokens=False)["input_ids"][-(config.last_tokens or 0) :]
+    return Answered(start, (*text, _eos(tokenizer)) if config.eos else tuple(text))
+
+
+def turns(messages: Any, config: ExamplesConfig, where: str, tokenizer: PreTrainedTokenizerBase) -> list[Answered]:
+    """Each message of the assistant in a conversation, as the answer to all that stands before it."""
+    if isinstance(messages, str):
+        raise DataError(f"{where} holds text and no chat messages ({{role, content}}): {_shown(messages)}.")
+    messages = _as_messages(messages, "user", config, where)
+    spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not spoken:
+        raise DataError(f"{where} has no message of the assistant, so there is nothing to learn.")
+    return [_last_turn(messages[: i + 1], config, where, tokenizer) for i in spoken]
+
+
+def are_messages(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value)
+        and all(isinstance(m.get("content"), str) for m in value)
+    )
+
+
+def template_tokens(
+    messages: Messages, where: str, tokenizer: PreTrainedTokenizerBase, *, to_be_answered: bool
+) -> tuple[int, ...]:
+    """Messages through the tokenizer's chat template; `to_be_answered`: with its words for where an answer begins."""
+    if tokenizer.chat_template is None:
+        raise DataError(
+            f"{where} is chat, but the tokenizer has no chat template. Use an instruction-tuned model's tokenizer, or"
+            " plain text with data.chat auto or never."
+        )
+    try:
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=to_be_answered, tokenize=True, return_dict=False
+        )
+    except Exception as error:  # a template may raise what it likes
+        raise DataError(f"{where} is refused by the tokenizer's chat template: {error}") from error
+    return tuple(ids)
+
+
+def _as_messages(value: Any, role: str, config: ExamplesConfig, where: str) -> Messages:
+    messages = [{"role": role, "content": value}] if isinstance(value, str) else value
+    if not are_messages(messages):
+        raise DataError(f"{where} hold neither text nor chat messages ({{role, content}}), but {_shown(value)}.")
+    if config.chat == "never":
+        raise DataError(f"{where} is a list of chat messages, and data.chat is never. Set it to auto or always.")
+    return list(messages)
+
+
+def _last_turn(messages: Messages, config: ExamplesConfig, where: str, tokenizer: PreTrainedTokenizerBase) -> Answered:
+    """The last message as the answer to those before it.
+
+    An answer is what the template adds to the prompt, up to the token that ends the turn: sampling stops there, so the
+    line break that many templates write behind it is never seen.
+    """
+    if messages[-1]["role"] != "assistant":
+        raise DataError(f"{where} ends with a message of {messages[-1]['role']}; the answer must be the assistant's.")
+    if len(messages) == 1:
+        raise DataError(f"{where} is a message of the assistant with none before it to be answered.")
+    prompt = template_tokens(messages[:-1], where, tokenizer, to_be_answered=True)
+    if not messages[-1]["content"].strip():
+        return Answered(prompt, ())
+    whole = template_tokens(messages, where, tokenizer, to_be_answered=False)
+    if whole[: len(prompt)] != prompt:
+        raise DataError(
+            f"{where}: the tokenizer's chat template writes the messages before the answer in another way once it is"
+            " there, so what a model is asked in sampling is not what it would learn. Use another template, or give"
+            " plain text."
+        )
+    answer = _ended(whole[len(prompt) :], tokenizer)
+    return Answered(prompt, answer if config.eos else answer[:-1])
+
+
+def _ended(answer: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {*tokenizer.all_special_ids}
+    last = max((i for i, token in enumerate(answer) if token in special), default=None)
+    if last is not None and not str(tokenizer.decode(list(answer[last + 1 :]))).strip():
+        return tuple(answer[: last + 1])
+    return (*answer, _eos(tokenizer))
+
+
+def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"the tokenizer ({type(tokenizer).__name__}) has no EOS token, with which an answer ends.")
+    return int(tokenizer.eos_token_id)
+
+
+def _shown(value: Any) -> str:
+    return f"{str(value)[:80]!r} ({type(value).__name__})"

@@ -1,0 +1,266 @@
+"""What the stages before PPO learn from: preference pairs, and responses to prompts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastppo.batch import Packed, pack
+from fastppo.config import AnswersConfig, ExamplesConfig, PairsConfig
+from fastppo.conversation import Answered, answered, turns
+from fastppo.table import DataError, Table, read_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger("fastppo")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """E examples of S packed sequences each: the chosen and the rejected answer of a pair, or one response."""
+
+    packed: Packed  # E * S sequences, those of an example next to each other; on the CPU
+    each: int  # S
+    margins: Tensor  # (E,) fp32, of pairs
+
+    def __len__(self) -> int:
+        return len(self.packed) // self.each
+
+    @cached_property
+    def lengths(self) -> Tensor:  # (E,) int64, tokens of all sequences of an example
+        return self.packed.lengths.view(-1, self.each).sum(1)
+
+    @cached_property
+    def response_lengths(self) -> Tensor:  # (E,) int64
+        return self.packed.response_lengths.view(-1, self.each).sum(1)
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """Each sequence."""
+        return [part.tolist() for part in self.packed.tokens.split(self.packed.lengths.tolist())]
+
+    def first(self, count: int) -> Examples:
+        """The first `count` of them, or all."""
+        few = torch.arange(min(count, len(self)))
+        return Examples(self.packed.select(self.sequences(few)), self.each, self.margins[few])
+
+    def sequences(self, examples: Tensor) -> Tensor:
+        """Indices of the given examples' sequences in `packed`, int64."""
+        return (examples[:, None] * self.each + torch.arange(self.each)).flatten()
+
+
+class Example(NamedTuple):
+    sequences: tuple[tuple[int, ...], ...]  # S
+    response_lengths: tuple[int, ...]  # S
+    margin: float
+
+
+class Candidate(NamedTuple):
+    where: str  # the row, for messages
+    answers: tuple[Answered, ...]  # S
+    margin: float = 0.0
+
+
+Reader = Callable[[Table], Iterator[Candidate]]
+
+
+def load_pairs(
+    config: PairsConfig, tokenizer: PreTrainedTokenizerBase, *, heldout: int, context: int | None
+) -> tuple[Examples, Examples]:
+    """Training pairs and `heldout` held-out ones; no held-out answer is trained on, also if the data repeats it.
+
+    Both are in an order that the data and `split_seed` alone decide. context: the model's longest sequence, in tokens
+    (None: unknown). Raises `DataError`.
+    """
+    pairs = _rated_pairs if config.rating is not None else _pairs
+    return _load(config, partial(pairs, config=config, tokenizer=tokenizer), 2, heldout, context)
+
+
+def load_answers(
+    config: AnswersConfig, tokenizer: PreTrainedTokenizerBase, *, heldout: int, context: int | None
+) -> tuple[Examples, Examples]:
+    """Training responses and `heldout` held-out ones, as `load_pairs` does it."""
+    return _load(config, partial(_answers, config=config, tokenizer=tokenizer), 1, heldout, context)
+
+
+def _load(
+    config: ExamplesConfig, read: Reader, each: int, heldout: int, context: int | None
+) -> tuple[Examples, Examples]:
+    if context is not None and config.max_tokens > context:
+        raise DataError(
+            f"data.max_tokens is {config.max_tokens}, but the model's context holds {context} tokens. Set it to"
+            f" {context} or less; data.too_long says what happens to longer examples."
+        )
+    found = _usable(read_table(config.path, config.name, config.split), config, read)
+    if config.eval_path is None:
+        chosen = found[:heldout]
+    else:
+        name = config.name if config.eval_path == config.path else None
+        chosen = _usable(read_table(config.eval_path, name, config.eval_split), config, read)[:heldout]
+    if len(chosen) < heldout:
+        raise DataError(
+            f"{config.eval_path or config.path} has {len(chosen)} usable examples, but eval.examples asks for"
+            f" {heldout}. Lower eval.examples or give more data."
+        )
+    seen = {sequence for example in chosen for sequence in example.sequences}
+    rest = [example for example in found if seen.isdisjoint(example.sequences)]
+    if not rest:
+        raise DataError(
+            f"{config.path} has {len(found)} usable examples, and holding out {len(chosen)} for evaluation leaves none"
+            " to train on. Lower eval.examples or give more data."
+        )
+    log.info("%s: %d examples to train on, %d held out", config.path, len(rest), len(chosen))
+    return _together(rest, each), _together(chosen, each)
+
+
+def _together(examples: Sequence[Example], each: int) -> Examples:
+    sequences = [sequence for example in examples for sequence in example.sequences]
+    lengths = [length for example in examples for length in example.response_lengths]
+    return Examples(pack(sequences, lengths), each, torch.tensor([example.margin for example in examples]))
+
+
+def _usable(table: Table, config: ExamplesConfig, read: Reader) -> list[Example]:
+    """The examples that can be learned from, at most `limit`; one log line tells what was left out or cut."""
+    examples: list[Example] = []
+    dropped: Counter[str] = Counter()
+    cut = 0
+    for candidate in read(table):
+        problem = _problem(candidate)
+        if problem is not None and config.unusable == "error":
+            raise DataError(f"{candidate.where}: {problem}. Remove the row, or set data.unusable to drop.")
+        longest = max(len(prompt) + len(answer) for prompt, answer in candidate.answers)
+        if problem is None and longest > config.max_tokens:
+            if config.too_long == "error":
+                raise DataError(
+                    f"{candidate.where}: prompt and answer have {longest} tokens, more than data.max_tokens"
+                    f" {config.max_tokens}. Raise it, or set data.too_long to drop or cut."
+                )
+            if config.too_long == "drop":
+                problem = f"longer than data.max_tokens {config.max_tokens}"
+            else:
+                candidate, cut = _cut(candidate, config.max_tokens), cut + 1
+                if (problem := _problem(candidate)) is not None:
+                    problem = f"{problem} once cut at data.max_tokens {config.max_tokens}"
+        if problem is not None:
+            dropped[problem] += 1
+            continue
+        examples.append(_example(candidate))
+        if len(examples) == config.limit:
+            break
+    reasons = ", ".join(f"{count} ({reason})" for reason, count in dropped.items())
+    if not examples:
+        raise DataError(f"{table.source}: there is no example left to learn from: {reasons or 'it has no pairs'}.")
+    if dropped:
+        count = dropped.total()
+        log.warning("%s: left out %d of %d examples: %s", table.source, count, count + len(examples), reasons)
+    if cut:
+        log.warning("%s: cut the answers of %d examples at data.max_tokens %d", table.source, cut, config.max_tokens)
+    return examples
+
+
+def _problem(candidate: Candidate) -> str | None:
+    if any(not answer for _, answer in candidate.answers):
+        return "an empty answer"
+    if len(candidate.answers) == 2 and candidate.answers[0] == candidate.answers[1]:
+        return "the two answers are equal"
+    if any(len(prompt) + len(answer) < 2 for prompt, answer in candidate.answers):
+        return "a single token, which nothing predicts"
+    return None
+
+
+def _cut(candidate: Candidate, longest: int) -> Candidate:
+    """The first `longest` tokens of each prompt with its answer; the end is missing then, and so is the EOS."""
+    cut = tuple(Answered(prompt, answer[: max(longest - len(prompt), 0)]) for prompt, answer in candidate.answers)
+    return candidate._replace(answers=cut)
+
+
+def _example(candidate: Candidate) -> Example:
+    sequences = tuple((*prompt, *answer) for prompt, answer in candidate.answers)
+    # without a prompt, and without a BOS, nothing predicts the first token
+    lengths = tuple(len(answer) if prompt else len(answer) - 1 for prompt, answer in candidate.answers)
+    return Example(sequences, lengths, candidate.margin)
+
+
+def _pairs(table: Table, config: PairsConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Candidate]:
+    prompts = _prompts(table, config)
+    answers = (table.column(config.chosen, "chosen"), table.column(config.rejected, "rejected"))
+    margins = [0.0] * len(table) if config.margin is None else table.column(config.margin, "margin")
+    for row in _order(table, config):
+        where = table.where(row)
+        margin = margins[row] if config.margin is None else _number(margins[row], f"{where}: column {config.margin}")
+        both = (
+            answered(prompts[row], column[row], config, f"{where}, columns {config.prompt} and {name}", tokenizer)
+            for column, name in zip(answers, (config.chosen, config.rejected), strict=True)
+        )
+        yield Candidate(where, tuple(both), margin)
+
+
+def _rated_pairs(table: Table, config: PairsConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Candidate]:
+    """Answers to one prompt, the best with the worst, the second best with the second worst, and so on."""
+    assert config.rating is not None
+    prompts = _prompts(table, config)
+    answers, ratings = table.column(config.answer, "answer"), table.column(config.rating, "rating")
+    of_prompt: dict[str, list[tuple[float, int]]] = {}
+    for row in _order(table, config):
+        rating = _number(ratings[row], f"{table.where(row)}: column {config.rating}")
+        of_prompt.setdefault(json.dumps(prompts[row]), []).append((rating, row))
+    pairs = []
+    for rated in of_prompt.values():
+        rated.sort(key=lambda pair: pair[0])
+        best_and_worst = zip(reversed(rated), islice(rated, len(rated) // 2), strict=False)
+        pairs += [(best, worst) for (high, best), (low, worst) in best_and_worst if high > low]
+    random.Random(f"{config.split_seed}").shuffle(pairs)
+    for rows in pairs:
+        wheres = [f"{table.where(row)}, columns {config.prompt} and {config.answer}" for row in rows]
+        both = (
+            answered(prompts[row], answers[row], config, where, tokenizer)
+            for row, where in zip(rows, wheres, strict=True)
+        )
+        yield Candidate(f"{table.where(rows[0])} and {table.where(rows[1])}", tuple(both))
+
+
+def _answers(table: Table, config: AnswersConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Candidate]:
+    if config.messages is not None:
+        conversations = table.column(config.messages, "messages")
+        for row in _order(table, config):
+            where = f"{table.where(row)}, column {config.messages}"
+            for turn in turns(conversations[row], config, where, tokenizer):
+                yield Candidate(where, (turn,))
+        return
+    prompts, responses = _prompts(table, config), table.column(config.response, "response")
+    for row in _order(table, config):
+        where = f"{table.where(row)}, columns {config.prompt} and {config.response}"
+        yield Candidate(where, (answered(prompts[row], responses[row], config, where, tokenizer),))
+
+
+def _prompts(table: Table, config: ExamplesConfig) -> list[Any]:
+    return [None] * len(table) if config.prompt is None else table.column(config.prompt, "prompt")
+
+
+def _order(table: Table, config: ExamplesConfig) -> list[int]:
+    """Shuffled, so that the first rows are no other than the rest."""
+    rows = list(range(len(table)))
+    random.Random(f"{config.split_seed}").shuffle(rows)
+    return rows
+
+
+def _number(value: Any, where: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"{where} holds {value!r}, which is not a number.")
+    return number

@@ -1,0 +1,176 @@
+"""The one model of a stage before PPO: loaded, and with an engine under it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from fastppo.attention import choose_attention
+from fastppo.batch import Packed
+from fastppo.config import ModelConfig, OptimConfig, RewardTrainingConfig, SFTConfig
+from fastppo.engine import Engine, World, check_nvme
+from fastppo.examples import Examples
+from fastppo.load import (
+    DTYPES,
+    Partitions,
+    Source,
+    choose_trained,
+    load_causal,
+    load_config,
+    load_model,
+    load_tokenizer,
+    trained_partitions,
+    width_of,
+)
+from fastppo.microbatch import IDLE
+from fastppo.models import Backbone, ModelError, Policy, RewardModel, check_packing, keep_trunk
+from fastppo.preference import initial_head
+from fastppo.trunk import TrunkStates, trunk_depth
+
+log = logging.getLogger("fastppo")
+
+
+@dataclass(frozen=True)
+class Learner:
+    """The one model of a stage before PPO."""
+
+    engine: Engine  # of a RewardModel or a Policy
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def model(self) -> Backbone:
+        model: Backbone = self.engine.module
+        return model
+
+    @property
+    def context(self) -> int | None:
+        """The longest sequence that the model takes, in tokens; None if its config does not tell."""
+        config = self.model.model.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None)
+
+    @property
+    def bytes_of_state(self) -> int:
+        """Of one token's hidden state."""
+        return int(self.model.model.config.get_text_config().hidden_size) * self.model.model.dtype.itemsize
+
+    def select(self, examples: Examples, part: Tensor, trunk: TrunkStates) -> tuple[Packed, Tensor | None]:
+        """The sequences of these examples on the device, and what the trunk hands up for them.
+
+        Of no examples it is a sequence whose outputs are to be left out (`engine.even_passes`).
+        """
+        if not len(part):
+            return IDLE.to(self.model.device), None
+        sequences = examples.sequences(part)
+        packed = examples.packed.select(sequences).to(self.model.device)
+        return packed, trunk(self.model, packed, sequences)
+
+
+def assemble_scorer(config: RewardTrainingConfig, world: World) -> Learner:
+    """Load a reward model that is to be trained and put an engine under it."""
+    check_nvme(config.zero)
+    choose_attention(config.attention, DTYPES[config.optim.dtype], world.device)
+    partitions = trained_partitions(config)
+    model, tokenizer = load_scorer(config.model, config.optim, config.seed, world.device, partitions)
+    head = {id(parameter) for parameter in model.head.parameters()}
+    backbone = [parameter for parameter in model.parameters() if id(parameter) not in head]
+    return Learner(Engine(model, [backbone, list(model.head.parameters())], config.optim, config.zero), tokenizer)
+
+
+def assemble_learner(config: SFTConfig, world: World) -> Learner:
+    """Load a language model that is to be trained and put an engine under it."""
+    check_nvme(config.zero)
+    choose_attention(config.attention, DTYPES[config.optim.dtype], world.device)
+    partitions = trained_partitions(config)
+    model, tokenizer = load_learner(config.model, config.optim, config.seed, world.device, partitions)
+    return Learner(Engine(model, [list(model.parameters())], config.optim, config.zero), tokenizer)
+
+
+def load_learner(
+    config: ModelConfig, optim: OptimConfig, seed: int, device: torch.device, partitions: Partitions = None
+) -> tuple[Policy, PreTrainedTokenizerBase]:
+    """The language model of a supervised start. seed: of its adapters, with LoRA."""
+    tokenizer = load_tokenizer("model.path", config.path, config.gguf_file, config.revision)
+    dtype = DTYPES[optim.dtype]
+    model = load_causal("model.path", config.path, config.gguf_file, config.revision, dtype, device, partitions)
+    policy = Policy(model)
+    choose_trained(policy, "model", config, config.path, config.revision, seed)
+    _prepare(policy, optim, partitions)
+    return policy, tokenizer
+
+
+def load_scorer(
+    config: ModelConfig, optim: OptimConfig, seed: int, device: torch.device, partitions: Partitions = None
+) -> tuple[RewardModel, PreTrainedTokenizerBase]:
+    """A reward model to be trained: a language model with a new score head, or a reward model as it is.
+
+    seed: of a new head, and of adapters.
+    """
+    name, dtype = config.path, DTYPES[optim.dtype]
+    source = Source("model.path", name, config.gguf_file, config.revision)
+    tokenizer = load_tokenizer("model.path", name, config.gguf_file, config.revision)
+    loaded_config = load_config(source)
+    if (loaded_config.architectures or [""])[0].endswith("ForSequenceClassification"):
+        if loaded_config.num_labels != 1:
+            raise ModelError(
+                f"model.path = {name} has {loaded_config.num_labels} labels; a reward model has one, the score. Start"
+                " from a language model, or from a classifier with num_labels=1."
+            )
+        model = load_model(AutoModelForSequenceClassification, source, dtype, device, partitions)
+        if partitions is None:
+            check_packing(model)
+    else:
+        causal = load_causal("model.path", name, config.gguf_file, config.revision, dtype, device, partitions)
+        model = _with_score_head(causal, initial_head(width_of(causal), seed).to(device, dtype))
+    _set_padding(model, tokenizer)
+    scorer = RewardModel(model)
+    chosen = replace(config, train="score.*") if config.train == "head" else config
+    choose_trained(scorer, "model", chosen, name, config.revision, seed)
+    scorer.head.requires_grad_(True)
+    _prepare(scorer, optim, partitions)
+    return scorer, tokenizer
+
+
+def _with_score_head(causal: PreTrainedModel, weight: torch.Tensor) -> PreTrainedModel:
+    """The sequence classifier of a causal model's family, on the same backbone, with these head weights (1, H)."""
+    config = copy.deepcopy(causal.config)
+    config.num_labels = 1
+    with torch.device("meta"):  # only the shell is wanted
+        model = AutoModelForSequenceClassification.from_config(config)
+    if not hasattr(model, "score"):
+        raise ModelError(f"{type(causal).__name__} has no sequence classifier with a `score` head in transformers")
+    setattr(model, model.base_model_prefix, causal.base_model)
+    head = nn.Linear(weight.shape[1], 1, bias=False, device="meta")
+    head.weight = nn.Parameter(weight)
+    model.score = head
+    return cast(PreTrainedModel, model.eval())
+
+
+def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Name another token than EOS for padding.
+
+    Transformers takes a padded sequence's score at its last token that is no padding. Answers end with EOS, which many
+    tokenizers pad with too; the score would come from the token before it.
+    """
+    names = (tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token)
+    padding = next((name for name in names if name is not None and name != tokenizer.eos_token), None)
+    if padding is None:
+        log.warning("the tokenizer has no token to pad with but EOS: give the exported reward model one text at a time")
+        model.config.pad_token_id = None
+        return
+    tokenizer.pad_token = padding
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def _prepare(role: Policy | RewardModel, optim: OptimConfig, partitions: Partitions) -> None:
+    if partitions is None:
+        keep_trunk(role)
+    elif trunk_depth(role.model):
+        log.info("zero.stage is 3: frozen layers are computed in every pass")
+    if optim.activation_checkpointing:
+        role.model.gradient_checkpointing_enable({"use_reentrant": False})

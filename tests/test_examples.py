@@ -1,0 +1,240 @@
+"""Pairs and responses: which rows become one, as which tokens, and what is said of those that cannot."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from fastppo.config import AnswersConfig, PairsConfig
+from fastppo.examples import Examples, load_answers, load_pairs
+from fastppo.table import DataError
+
+TOKENIZER = tiny.tokenizer()
+EOS = TOKENIZER.eos_token_id
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Any:
+    """Loads rows of pairs through a JSONL file; settings are those of PairsConfig."""
+
+    def load(rows: list[dict[str, Any]], heldout: int = 0, **settings: Any) -> tuple[Examples, Examples]:
+        config = PairsConfig(path=written(tmp_path, rows), **{"max_tokens": 64} | settings)
+        return load_pairs(config, TOKENIZER, heldout=heldout, context=64)
+
+    return load
+
+
+@pytest.fixture
+def answers(tmp_path: Path) -> Any:
+    def load(rows: list[dict[str, Any]], heldout: int = 0, **settings: Any) -> tuple[Examples, Examples]:
+        config = AnswersConfig(path=written(tmp_path, rows), **{"max_tokens": 64} | settings)
+        return load_answers(config, TOKENIZER, heldout=heldout, context=64)
+
+    return load
+
+
+def written(folder: Path, rows: list[dict[str, Any]]) -> str:
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "rows.jsonl")
+
+
+def texts(examples: Examples) -> list[str]:
+    return [TOKENIZER.decode(tokens) for tokens in examples.tokens]
+
+
+def pair(prompt: Any, chosen: Any, rejected: Any, **columns: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **columns}
+
+
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def assistant(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def test_both_answers_of_a_pair_stand_next_to_each_other_with_their_prompt_and_eos(pairs: Any) -> None:
+    train, heldout = pairs([pair("p ", "good", "bad")])
+    assert texts(train) == ["p good<eos>", "p bad<eos>"]
+    assert (len(train), len(heldout)) == (1, 0)
+    assert train.lengths.tolist() == [len("p goodp bad") + 2]
+    assert train.packed.response_lengths.tolist() == [5, 4]
+    assert train.sequences(train.lengths.new_tensor([0])).tolist() == [0, 1]
+
+
+def test_chat_goes_through_the_template_however_it_is_given(pairs: Any) -> None:
+    wanted = ["<user>q<assistant>good<eos>", "<user>q<assistant>bad<eos>"]
+    assert texts(pairs([pair(user("q"), assistant("good"), assistant("bad"))])[0]) == wanted
+    assert texts(pairs([pair(user("q"), "good", "bad")])[0]) == wanted
+    assert texts(pairs([pair("q", "good", "bad")], chat="always")[0]) == wanted
+    whole = [user("q") + assistant("good"), user("q") + assistant("bad")]
+    assert texts(pairs([pair("q", *whole)])[0]) == wanted  # answers that are whole conversations
+    assert texts(pairs([pair("q", *whole)], prompt=None)[0]) == wanted
+
+
+def test_columns_have_any_name_and_a_margin_comes_from_one(pairs: Any) -> None:
+    rows = [{"q": "p", "better": "a", "worse": "b", "by": "1.5"}]
+    train, _ = pairs(rows, prompt="q", chosen="better", rejected="worse", margin="by")
+    assert texts(train) == ["pa<eos>", "pb<eos>"] and train.margins.tolist() == [1.5]
+
+
+def test_rated_answers_to_the_same_prompt_become_pairs_and_none_is_used_twice(pairs: Any) -> None:
+    rows = [{"prompt": p, "response": f"{p}{r}", "score": r} for p in "ab" for r in (3, 1, 2, 2)]
+    train, _ = pairs([*rows, {"prompt": "c", "response": "alone", "score": 9}], rating="score")
+    found = {tuple(texts(train)[i : i + 2]) for i in range(0, 2 * len(train), 2)}
+    assert found == {("aa3<eos>", "aa1<eos>"), ("bb3<eos>", "bb1<eos>")}  # 2 and 2 are no preference
+
+
+def test_reviews_become_pairs_by_their_label(pairs: Any) -> None:
+    rows = [{"text": f"{'good' if i % 2 else 'bad'} {i}", "label": str(i % 2)} for i in range(40)]
+    train, heldout = pairs(rows, heldout=5, prompt=None, answer="text", rating="label", eos=False, last_tokens=6)
+    assert (len(train), len(heldout)) == (15, 5)
+    used = texts(train) + texts(heldout)
+    assert len(used) == len({*used}) == 40  # six tokens tell all reviews apart
+    assert all("d" in text and "bad" not in text for text in used[0::2]) and all("ad" in text for text in used[1::2])
+    assert all(len(tokens) <= 6 and EOS not in tokens for tokens in train.tokens)
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "words"),
+    [
+        ([pair("p", "same", "same")], {}, r"the two answers are equal"),
+        ([pair("p", "a", " \n")], {}, r"an empty answer"),
+        ([pair("p", "", "b")], {}, r"an empty answer"),
+        ([pair(user("p"), assistant(""), assistant("b"))], {}, r"an empty answer"),
+    ],
+)
+def test_a_pair_that_teaches_nothing_is_dropped_and_counted_or_an_error(
+    pairs: Any, caplog: pytest.LogCaptureFixture, rows: list[Any], settings: Any, words: str
+) -> None:
+    train, _ = pairs([*rows, pair("p", "a", "b")], **settings)
+    assert len(train) == 1
+    assert f"left out 1 of 2 examples: 1 ({words})" in caplog.text
+    with pytest.raises(DataError, match=rf"line 1: {words}. Remove the row, or set data.unusable to drop"):
+        pairs(rows, unusable="error", **settings)
+    with pytest.raises(DataError, match=rf"no example left to learn from: 1 \({words}\)"):
+        pairs(rows, **settings)
+
+
+def test_answers_that_are_too_long_are_dropped_cut_or_an_error(pairs: Any, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [pair("p", "a" * 20, "b"), pair("p", "c", "d")]
+    assert texts(pairs(rows, max_tokens=10)[0]) == ["pc<eos>", "pd<eos>"]
+    assert "left out 1 of 2 examples: 1 (longer than data.max_tokens 10)" in caplog.text
+    cut = texts(pairs(rows, max_tokens=10, too_long="cut")[0])
+    assert set(cut) == {"p" + "a" * 9, "pb<eos>", "pc<eos>", "pd<eos>"}  # what was cut has no EOS
+    assert "cut the answers of 1 examples at data.max_tokens 10" in caplog.text
+    with pytest.raises(DataError, match=r"line 1: prompt and answer have 22 tokens, more than data.max_tokens 10"):
+        pairs(rows, max_tokens=10, too_long="error")
+
+
+def test_answers_that_are_equal_once_they_are_cut_are_no_pair(pairs: Any, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [pair("p", "a" * 20 + "x", "a" * 20 + "y"), pair("p" * 12, "a", "b"), pair("p", "c", "d")]
+    train, _ = pairs(rows, max_tokens=10, too_long="cut")
+    assert texts(train) == ["pc<eos>", "pd<eos>"]
+    assert "1 (the two answers are equal once cut at data.max_tokens 10)" in caplog.text
+    assert "1 (an empty answer once cut at data.max_tokens 10)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "words"),
+    [
+        (
+            [{"prompt": "p", "chosen": "a"}],
+            {},
+            r"no column rejected. It has .*; name one with data.rejected",
+        ),
+        ([pair("p", 3, "b")], {}, r"line 1, columns prompt and chosen hold neither text nor chat.*'3' \(int\)"),
+        ([pair("p", None, "b")], {}, r"columns prompt and chosen hold neither text.*NoneType"),
+        ([pair(7, "a", "b")], {}, r"neither text nor chat"),
+        ([pair("p", "a", "b", m="wide")], {"margin": "m"}, r"line 1: column m holds 'wide', which is not a number"),
+        ([pair("p", "a", "b", m=None)], {"margin": "m"}, r"column m holds None"),
+        (
+            [pair("p", user("a"), assistant("b"))],
+            {},
+            r"ends with a message of user; the answer must be the assist",
+        ),
+        ([pair(None, assistant("a"), assistant("b"))], {}, r"with none before it to be answered"),
+        ([pair(user("p"), "a", "b")], {"chat": "never"}, r"data.chat is never"),
+        ([pair("p", "a", "b")], {"heldout": 2}, r"has 1 usable examples, but eval.examples asks for 2"),
+        ([pair("p", "a", "b")], {"heldout": 1}, r"leaves none to train on"),
+        ([pair("p", "a", "b")], {"max_tokens": 65}, r"data.max_tokens is 65, but the model's context holds 64"),
+    ],
+)
+def test_pairs_that_cannot_be_read_are_named(pairs: Any, rows: list[Any], settings: Any, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        pairs(rows, **settings)
+
+
+def test_no_heldout_answer_is_trained_on_also_if_the_data_repeats_it(pairs: Any) -> None:
+    rows = [pair("p", f"a{i % 20}", f"b{i}") for i in range(60)]
+    train, heldout = pairs(rows, heldout=10)
+    assert len(heldout) == 10
+    assert not set(texts(train)) & set(texts(heldout))
+
+
+def test_the_heldout_pairs_depend_on_the_split_seed_alone(pairs: Any) -> None:
+    rows = [pair("p", f"a{i}", f"b{i}") for i in range(40)]
+    chosen = texts(pairs(rows, heldout=8)[1])
+    assert texts(pairs(rows, heldout=8, limit=20)[1]) == chosen
+    assert texts(pairs(rows, heldout=8, split_seed=1)[1]) != chosen
+
+
+def test_a_response_is_learned_with_its_prompt_before_it(answers: Any) -> None:
+    train, _ = answers([{"prompt": "ask ", "response": "tell"}])
+    assert texts(train) == ["ask tell<eos>"]
+    assert TOKENIZER.decode(train.packed.responses) == "tell<eos>"
+
+
+def test_each_message_of_the_assistant_is_a_response_to_all_before_it(answers: Any) -> None:
+    talk = user("one") + assistant("two") + user("three") + assistant("four")
+    train, _ = answers([{"talk": talk}], messages="talk")
+    assert texts(train) == ["<user>one<assistant>two<eos>", "<user>one<assistant>two<user>three<assistant>four<eos>"]
+    assert TOKENIZER.decode(train.packed.responses) == "two<eos>four<eos>"
+
+
+def test_without_a_prompt_the_first_token_is_the_prompt(answers: Any) -> None:
+    train, _ = answers([{"response": "tell"}], prompt=None)
+    assert texts(train) == ["tell<eos>"]
+    assert TOKENIZER.decode(train.packed.responses) == "ell<eos>"
+
+
+def test_the_turn_ends_where_the_template_ends_it(answers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampling stops at the token that ends a turn, so nothing behind it is learned."""
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<eos>{{ '\\n' }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    monkeypatch.setattr(TOKENIZER, "chat_template", template)
+    train, _ = answers([{"talk": user("one") + assistant("two")}], messages="talk")
+    assert texts(train) == ["<user>one<assistant>two<eos>"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "words"),
+    [
+        ([{"prompt": "p", "response": ""}], {}, r"an empty answer"),
+        ([{"talk": "text"}], {"messages": "talk"}, r"column talk holds text and no chat messages"),
+        ([{"talk": user("a")}], {"messages": "talk"}, r"no message of the assistant"),
+        ([{"prompt": "p"}], {}, r"no column response"),
+    ],
+)
+def test_responses_that_cannot_be_used_are_named(answers: Any, rows: list[Any], settings: Any, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        answers(rows, **settings)
+
+
+def test_a_template_that_rewrites_the_prompt_is_refused(answers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "{{ messages | length }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    monkeypatch.setattr(TOKENIZER, "chat_template", template)
+    with pytest.raises(DataError, match=r"template writes the messages before the answer in another way"):
+        answers([{"talk": user("one") + assistant("two")}], messages="talk")
+
+
+def test_nothing_is_said_of_data_that_is_all_used(pairs: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="fastppo")
+    pairs([pair("p", "a", "b")])
+    assert not caplog.records

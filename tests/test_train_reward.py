@@ -1,0 +1,211 @@
+"""Whole runs of reward modelling on tiny models, and what they leave behind."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import stage_runs
+import tiny
+import torch
+from stage_runs import evaluations, records
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from fastppo.batch import Moments, Rollout
+from fastppo.cli import REWARD, parse
+from fastppo.config import Config, ModelConfig, OptimConfig, PPOConfig, RewardConfig
+from fastppo.data import PromptSet
+from fastppo.engine import start_world
+from fastppo.examples import Examples, load_pairs
+from fastppo.feedback import load_sources, score
+from fastppo.learner import load_scorer
+from fastppo.load import load_reward
+from fastppo.models import ModelError
+from fastppo.preference import initial_head
+from fastppo.residency import Residency
+from fastppo.train_reward import train
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stage_runs.prepare(tmp_path_factory.mktemp("reward"))
+
+
+def run(folder: Path, output: Path, **changes: Any) -> Path:
+    train(parse(stage_runs.settings(folder, "pairs", output=output, **changes), REWARD), start_world(1))
+    return output
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> Path:
+    return run(folder, folder / "out")
+
+
+@pytest.fixture(scope="module")
+def heldout(folder: Path) -> Examples:
+    config = parse(stage_runs.settings(folder, "pairs"), REWARD)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    return load_pairs(config.data, tokenizer, heldout=config.eval.examples, context=None)[1]
+
+
+def test_a_preference_that_can_be_seen_is_learned(trained: Path) -> None:
+    before, *_, after = evaluations(trained)
+    assert after["eval/accuracy"] > 0.95 and after["eval/loss"] < 0.2 < before["eval/loss"]
+    assert after["eval/accuracy_low"] < after["eval/accuracy"] <= after["eval/accuracy_high"]
+    steps = [r for r in records(trained) if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 9))
+    assert steps[0]["lr"] > steps[-1]["lr"] > 0
+    assert all(isinstance(value, int | float) for record in records(trained) for value in record.values())
+
+
+def test_the_export_is_a_sequence_classifier_that_scores_as_the_trainer_does(trained: Path, heldout: Examples) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(trained / "reward_model")
+    assert (model.config.num_labels, model.score.weight.shape) == (1, (1, tiny.WIDTH))
+    ours, _ = load_reward(str(trained / "reward_model"), torch.float32, CPU)
+    with torch.no_grad():
+        alone = torch.cat([model(torch.tensor([tokens])).logits[0] for tokens in heldout.tokens])
+        torch.testing.assert_close(ours(heldout.packed), alone, rtol=1e-4, atol=1e-4)
+    chosen, rejected = alone.view(-1, 2).unbind(1)
+    last = evaluations(trained)[-1]
+    assert float((chosen > rejected).float().mean()) == last["eval/accuracy"]
+    assert float(chosen.mean()) == pytest.approx(last["eval/score_chosen"], abs=1e-3)
+
+
+def test_reference_responses_score_zero_on_average_in_transformers_own_hands(trained: Path, heldout: Examples) -> None:
+    """Also in a padded batch: padding is another token than the EOS, with which answers end."""
+    model = AutoModelForSequenceClassification.from_pretrained(trained / "reward_model")
+    tokenizer = AutoTokenizer.from_pretrained(trained / "reward_model")
+    assert model.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+    batch = tokenizer.pad({"input_ids": heldout.tokens}, return_tensors="pt")
+    with torch.no_grad():
+        scores = model(**batch).logits[:, 0]
+    assert float(scores.std()) > 0.5
+    assert abs(float(scores.mean())) < 1e-3
+
+
+def test_scores_may_be_centred_on_the_chosen_answers_or_not_at_all(folder: Path, tmp_path: Path) -> None:
+    chosen = evaluations(run(folder, tmp_path / "chosen", centre="chosen", steps=1))[-1]
+    assert abs(chosen["eval/score_chosen"]) < 1e-6 < abs(chosen["eval/score_rejected"])
+    off = evaluations(run(folder, tmp_path / "off", centre="off", steps=1))[-1]
+    assert abs(off["eval/score_chosen"] + off["eval/score_rejected"]) > 1e-3
+
+
+def test_ppo_takes_the_export_as_a_reward(trained: Path, heldout: Examples, folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    config = Config(rewards=(RewardConfig(model=str(trained / "reward_model")),))
+    config = replace(config, optim=OptimConfig(dtype="fp32"))
+    packed, count = heldout.packed, len(heldout.packed)
+    prompts = PromptSet(tuple(map(tuple, heldout.tokens)), ("",) * count, {})
+    rollout = Rollout(packed, torch.zeros(len(packed.responses)), torch.ones(count).bool(), torch.arange(count))
+    world = start_world(1)
+    sources = load_sources(config, tokenizer, world, Residency(config, CPU))
+    scored = score(rollout, prompts, sources, tokenizer, PPOConfig(), Moments(), world)
+    chosen, rejected = scored.scores.view(-1, 2).unbind(1)
+    assert float((chosen > rejected).float().mean()) == evaluations(trained)[-1]["eval/accuracy"]
+
+
+def test_calibration_is_left_bin_by_bin(trained: Path) -> None:
+    rows = [json.loads(line) for line in (trained / "reliability.jsonl").read_text().splitlines()]
+    assert sum(row["pairs"] for row in rows) == 32 and len(rows) == 10
+    assert {"predicted", "observed", "observed_low", "observed_high"} < set(rows[0])
+
+
+def test_the_config_of_the_run_is_left_and_makes_the_same_run(folder: Path, trained: Path) -> None:
+    assert parse(["--config", str(trained / "config.yaml")], REWARD) == parse(
+        stage_runs.settings(folder, "pairs"), REWARD
+    )
+
+
+def test_a_run_ends_early_and_leaves_the_best_model(folder: Path, tmp_path: Path, heldout: Examples) -> None:
+    """At this rate the loss rises and falls at random."""
+    changes = {"model__lr": 0.3, "optim__schedule": "constant", "eval__every": 1, "patience": 2, "epochs": 20}
+    output = run(folder, tmp_path / "early", **changes)
+    losses = [record["eval/loss"] for record in evaluations(output)][1:]
+    best = losses.index(min(losses))
+    assert len(losses) == best + 1 + 2 < 80
+    model, _ = load_reward(str(output / "reward_model"), torch.float32, CPU)
+    with torch.no_grad():
+        chosen, rejected = model(heldout.packed).view(-1, 2).unbind(1)
+    found = -torch.nn.functional.logsigmoid(chosen - rejected).mean()
+    assert float(found) == pytest.approx(losses[best], rel=1e-3, abs=1e-4)
+
+
+def test_the_head_alone_may_train_on_features_that_are_kept(folder: Path, tmp_path: Path) -> None:
+    output = run(folder, tmp_path / "head", model__train="head", model__lr=0.05, epochs=6)
+    before, *_, after = evaluations(output)
+    assert after["eval/loss"] < before["eval/loss"]
+    model = AutoModelForSequenceClassification.from_pretrained(output / "reward_model")
+    start = tiny.causal(vocab_size=258)
+    assert torch.equal(model.model.layers[2].mlp.up_proj.weight, start.model.layers[2].mlp.up_proj.weight)
+    anew = run(folder, tmp_path / "anew", model__train="head", model__lr=0.05, epochs=6, keep_trunk_gb=0)
+    assert evaluations(anew)[-1]["eval/loss"] == pytest.approx(after["eval/loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optim__dtype": "bf16", "optim__activation_checkpointing": "true", "margin": 0.5, "model__train": "1"},
+        {"eval__examples": 0, "model__train": "*.mlp.*", "centre": "off", "track__profile_steps": "[1]"},
+        {"eval__every": 0, "zero__stage": 2, "data__too_long": "cut", "data__max_tokens": 12},
+    ],
+    ids=lambda changes: ",".join(changes),
+)
+def test_a_run_with_other_settings_goes_through(folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    output = run(folder, tmp_path / "out", steps=2, **changes)
+    assert (output / "reward_model/model.safetensors").is_file() and (output / "reliability.jsonl").is_file()
+
+
+def test_a_new_head_is_that_of_its_seed_and_the_backbone_the_language_models(folder: Path) -> None:
+    model, _ = load_scorer(ModelConfig(path=str(folder / "model")), OptimConfig(dtype="fp32"), 5, CPU)
+    assert torch.equal(model.head.weight, initial_head(tiny.WIDTH, 5))
+    assert torch.equal(model.model.model.norm.weight, tiny.causal(vocab_size=258).model.norm.weight)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "gemma2"])
+def test_other_families_get_a_head_too(tmp_path: Path, family: str) -> None:
+    path = tiny.saved(tmp_path / family, tiny.causal(family))
+    model, _ = load_scorer(ModelConfig(path=path, train="head"), OptimConfig(dtype="fp32"), 1, CPU)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["model.score.weight"]
+    assert not any(p.is_meta for p in model.parameters())
+
+
+def test_training_may_go_on_from_a_reward_model(trained: Path) -> None:
+    model, _ = load_scorer(ModelConfig(path=str(trained / "reward_model")), OptimConfig(dtype="fp32"), 5, CPU)
+    again = AutoModelForSequenceClassification.from_pretrained(trained / "reward_model")
+    assert torch.equal(model.head.weight, again.score.weight)
+
+
+def test_a_reward_model_with_two_labels_is_refused(tmp_path: Path) -> None:
+    path = tiny.saved(tmp_path, tiny.classifier(labels=2))
+    with pytest.raises(ModelError, match=r"model.path = .* has 2 labels; a reward model has one"):
+        load_scorer(ModelConfig(path=path), OptimConfig(dtype="fp32"), 1, CPU)
+    with pytest.raises(ModelError, match=r"rewards.model = .* has 2 labels"):
+        load_reward(path, torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "words"),
+    [
+        ({"model__pth": "x"}, 2, "model.pth; did you mean model.path"),
+        ({"data__path": "same.jsonl", "data__unusable": "error"}, 1, "line 1: the two answers are equal"),
+    ],
+)
+def test_the_command_says_what_is_wrong_and_fails(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], status: int, words: str
+) -> None:
+    (tmp_path / "same.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "a"}\n')
+    if "data__path" in changes:
+        changes["data__path"] = tmp_path / "same.jsonl"
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    command = [sys.executable, "fastppo/train_reward.py", *stage_runs.settings(folder, "pairs", **changes)]
+    command += ["--output", str(tmp_path / "out")]
+    found = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert found.returncode == status, found.stderr
+    assert words in found.stderr and "Traceback" not in found.stderr
