@@ -115,6 +115,7 @@ class Scored:
 
     rollout: Rollout
     scores: Tensor  # (B,) fp32
+    judged: Tensor  # (B,) fp32, what the held-out judge says of each; NaN without a judge
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ class Experience:
 
     packed: Packed
     scores: Tensor  # (B,) fp32
+    judged: Tensor  # (B,) fp32, the held-out judge's, which nothing learns from; NaN without a judge
     ended: Tensor  # (B,) bool
     sampler_logprobs: Tensor  # (M,) fp32
     old_logprobs: Tensor  # (M,) fp32, of the trainer's own forward pass before the first update
@@ -145,7 +147,8 @@ def concatenate(parts: Sequence[Scored]) -> Scored:
         cumulative(torch.cat([r.packed.response_lengths for r in rollouts])),
     )
     per_row = (torch.cat([getattr(r, name) for r in rollouts]) for name in ("logprobs", "ended", "sources"))
-    return Scored(Rollout(packed, *per_row), torch.cat([part.scores for part in parts]))
+    scores, judged = (torch.cat([getattr(part, name) for part in parts]) for name in ("scores", "judged"))
+    return Scored(Rollout(packed, *per_row), scores, judged)
 
 
 def cumulative(lengths: Tensor) -> Tensor:

@@ -41,8 +41,10 @@ log = logging.getLogger("fastppo")
 
 NAME = re.compile(r"step-\d{8}(-update-\d{4})?")
 
-# Settings that may differ on resuming, since the run that comes out does not depend on them ...
-FREE = ("output", "resume", "timeout", "checkpoint.", "track.", "eval.every", "eval.show", "optim.max_skipped")
+# Settings that may differ on resuming, since the run that comes out does not depend on them, or (health) since a user
+# whose run an alarm has ended may think better of it ...
+FREE: tuple[str, ...] = ("output", "resume", "timeout", "checkpoint.", "track.", "eval.every", "eval.show")
+FREE += ("optim.max_skipped", "health.alarms", "health.window", "health.raise_kl", "health.roll_backs")
 # ... or only in how it is rounded.
 ROUNDING = ("threads", "ppo.microbatch_tokens", "sampling.rows", "optim.activation_checkpointing")
 
@@ -176,9 +178,12 @@ class Checkpoints:
             digest.update(array("q", [len(tokens), *tokens]))
         self._prompts = f"{'+'.join(str(len(p)) for p in prompts)}-{digest.hexdigest()[:16]}"
 
-    def load(self, found: Found | None) -> Progress:
-        """Where the run goes on, with the roles' weights and optimizers as they were there."""
-        run = Progress.begin(self._config, self._world.rank)
+    def load(self, found: Found | None, run: Progress | None = None) -> Progress:
+        """Where the run goes on, with the roles' weights and optimizers as they were there.
+
+        run: one that is under way and goes back to there.
+        """
+        run = run or Progress.begin(self._config, self._world.rank)
         if self._world.rank == 0:
             durable.remove_unfinished(self._folder)
         if found is None:
@@ -298,7 +303,7 @@ class Checkpoints:
         return {
             "step": run.step,
             "ranks": self._world.ranks,
-            "score": run.evaluations[-1].metrics["score"] if scored else None,
+            "score": run.evaluations[-1].held_out if scored else None,
             "metrics_bytes": (self._output / METRICS).stat().st_size,
             "prompts": self._prompts,
             "versions": _versions(),

@@ -25,7 +25,7 @@ from fastppo.config import Config, ConfigError
 from fastppo.rules import validate
 
 USAGE = "deepspeed fastppo/train.py --config PRESET|FILE.yaml [--SETTING VALUE ...]"
-OTHER_OPTIONS = ("help", "config", "print_config", "rewards.help", "local_rank")
+OTHER_OPTIONS = ("help", "config", "print_config", "local_rank")
 
 
 def parse(argv: list[str] | None = None) -> Config:
@@ -145,7 +145,7 @@ def _check_option(name: str) -> None:
     if name in GROUPS:
         example = next(setting for setting in SETTINGS if setting.startswith(name + "."))
         raise ConfigError(f"--{name} is a group of settings; give each by its own name, as in --{example}.")
-    if name not in SETTINGS and name not in OTHER_OPTIONS:
+    if name not in SETTINGS and name not in OTHER_OPTIONS and name.removesuffix(".help") not in LISTS:
         raise ConfigError(_unknown(name))
     group, _, field = name.rpartition(".")
     if group in LISTS and name in SETTINGS:

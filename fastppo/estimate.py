@@ -63,6 +63,7 @@ def estimate(
     return Experience(
         packed=packed,
         scores=scored.scores,
+        judged=scored.judged,
         ended=scored.rollout.ended,
         sampler_logprobs=scored.rollout.logprobs,
         rewards=rewards,

@@ -32,6 +32,11 @@ class Evaluation:
     scores: list[float]
     responses: list[str]
 
+    @property
+    def held_out(self) -> float:
+        """By which checkpoints are compared: what the judge says if there is one, since the score may be exploited."""
+        return self.metrics.get("judge", self.metrics["score"])
+
 
 def evaluate(
     roles: Roles,
@@ -40,13 +45,14 @@ def evaluate(
     stop_ids: list[int],
     config: Config,
     world: World,
+    judge: Sequence[tuple[Source, float]] = (),
 ) -> Evaluation:
-    """One response to each held-out prompt, its score, and how far the actor has moved from the reference."""
+    """One response to each held-out prompt, its score and what the judge says, and how far the actor has moved."""
     prompts = Prompts.of(heldout.tokens, range(len(heldout))).of_rank(world.rank, world.ranks)
     sampling = replace(config.sampling, temperature=config.eval.temperature)
     with stop.together(world):
         rollout = sample(roles.policy, prompts, sampling, stop_ids=stop_ids, seed=config.eval.seed)
-    local = score(rollout, heldout, sources, roles.tokenizer, config.ppo)
+    local = score(rollout, heldout, sources, roles.tokenizer, config.ppo, judge)
     surprise = sum(all_gather(_log_ratios(local, roles, config), world), torch.zeros(3, dtype=torch.float64))
     scored = gather_scored(local, world)
     packed, scores = scored.rollout.packed, scored.scores.double()
@@ -62,6 +68,8 @@ def evaluate(
         "response_length": tokens / count,
         "ended": float(scored.rollout.ended.double().mean()),
     }
+    if judge:
+        metrics["judge"] = float(scored.judged.double().mean())
     texts = roles.tokenizer.batch_decode([r.tolist() for r in responses], skip_special_tokens=True)
     return Evaluation(metrics, scores.tolist(), list(texts))
 

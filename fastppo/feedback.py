@@ -9,7 +9,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -66,14 +66,23 @@ def load_sources(
     return sources
 
 
+def load_judge(config: Config, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> list[tuple[Source, float]]:
+    """The sources of the held-out judge; none if there is no judge."""
+    return load_sources(replace(config, rewards=config.health.judge), tokenizer, device)
+
+
 def score(
     rollout: Rollout,
     prompts: PromptSet,
     sources: Sequence[tuple[Source, float]],
     tokenizer: PreTrainedTokenizerBase,
     ppo: PPOConfig,
+    judge: Sequence[tuple[Source, float]] = (),
 ) -> Scored:
-    """The weighted sum of all sources, clipped if so configured, less the penalty for a response that was cut."""
+    """The weighted sum of all sources, clipped if so configured, less the penalty for a response that was cut.
+
+    judge: sources that score the same responses and that nothing learns from.
+    """
     rows = rollout.sources.tolist()
     responses = Responses(
         prompts=[prompts.texts[row] for row in rows],
@@ -81,13 +90,20 @@ def score(
         columns={name: [column[row] for row in rows] for name, column in prompts.columns.items()},
         packed=rollout.packed,
     )
-    scores = torch.zeros(len(rows))
-    if rows:
-        for source, weight in sources:
-            scores += weight * torch.tensor(source(responses), dtype=torch.float32)
+    scores = _weighted(sources, responses)
+    judged = _weighted(judge, responses) if judge else torch.full_like(scores, math.nan)
     if ppo.score_clip is not None:
         scores = scores.clamp(-ppo.score_clip, ppo.score_clip)
-    return Scored(rollout, scores - ppo.truncation_penalty * (~rollout.ended).float())
+    return Scored(rollout, scores - ppo.truncation_penalty * (~rollout.ended).float(), judged)
+
+
+def _weighted(sources: Sequence[tuple[Source, float]], responses: Responses) -> Tensor:
+    """(B,) fp32, the weighted sum of what the sources say."""
+    scores = torch.zeros(len(responses.texts))
+    if responses.texts:
+        for source, weight in sources:
+            scores += weight * torch.tensor(source(responses), dtype=torch.float32)
+    return scores
 
 
 def gather_scored(scored: Scored, world: World) -> Scored:

@@ -12,6 +12,7 @@ import torch
 from fastppo.batch import Experience, Packed
 from fastppo.config import Config
 from fastppo.evaluate import Evaluation
+from fastppo.health import Health
 from fastppo.learn import Update
 from fastppo.ppo import KLController
 
@@ -62,6 +63,7 @@ class Progress:
     experience: Experience | None = None  # of the next step, once it can be learned from
     updates: list[Update] = field(default_factory=list)  # done on it
     seconds: dict[str, float] = field(default_factory=dict)  # of the next step's stages
+    health: Health = field(default_factory=Health)
     random: State = field(default_factory=random_state)  # as it was where the run would go on
 
     @staticmethod
@@ -97,6 +99,7 @@ class Progress:
             "beta": self.beta.value,
             "evaluations": [asdict(e) for e in self.evaluations],
             "updates": [asdict(u) for u in self.updates],
+            "health": self.health.state(),
             "experience": experience,
         }
 
@@ -104,11 +107,13 @@ class Progress:
         """What `state` gave; own: this rank's `random`. The experience lacks its trunk (`estimate.recall_trunk`)."""
         self.step, self.skipped, self.evaluated = state["step"], state["skipped"], state["evaluated"]
         self.beta.value, self.random = state["beta"], own
+        self.seconds.clear()
         self.seconds.update(state["seconds"])
         self.evaluations = [Evaluation(**e) for e in state["evaluations"]]
         self.updates = [Update(**u) for u in state["updates"]]
-        if (kept := state["experience"]) is not None:
-            self.experience = Experience(**kept | {"packed": Packed(**kept["packed"]), "trunk": _no_trunk})
+        self.health = Health.of(state["health"])
+        kept = state["experience"]
+        self.experience = kept and Experience(**kept | {"packed": Packed(**kept["packed"]), "trunk": _no_trunk})
 
 
 def _no_trunk(role: Any, packed: Packed, sequences: torch.Tensor) -> None:

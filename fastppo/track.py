@@ -30,6 +30,7 @@ from fastppo.errors import FastPPOError
 log = logging.getLogger("fastppo")
 
 METRICS = "metrics.jsonl"  # a folder with this file is a run's
+ALARMS = "alarms.jsonl"
 
 # What the display shows of a step and of an evaluation; the files hold every metric.
 OF_STEP = {"score": "score {:.3f}", "kl": "KL {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"}
@@ -113,12 +114,8 @@ class Tracker:
             return self
         self._metrics = self._stack.enter_context(open(self._output / METRICS, "a", encoding="utf-8"))
         if self._config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # a second of imports that not every run wants
-
-            # TensorBoard then leaves out what an attempt that was cut off wrote of later steps
-            purge = {"purge_step": self._done + 1} if self._done else {}
-            self._writer = SummaryWriter(str(self._output / "tensorboard"), **purge)
-            self._stack.callback(self._writer.close)
+            self._writer = self._events(self._done)
+            self._stack.callback(lambda: self._writer.close())
         if _wants_bar(self._config.progress):
             self._bar = self._stack.enter_context(_progress_bar())
             self._bar.add_task("", total=self._steps, completed=self._done)
@@ -126,6 +123,12 @@ class Tracker:
 
     def __exit__(self, *raised: object) -> None:
         self._stack.close()
+
+    def _events(self, done: int) -> Any:
+        """A writer of TensorBoard's, which then leaves out what an earlier attempt wrote of steps after `done`."""
+        from torch.utils.tensorboard import SummaryWriter  # a second of imports that not every run wants
+
+        return SummaryWriter(str(self._output / "tensorboard"), **({"purge_step": done + 1} if done else {}))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a step, 1 to `steps`, as one line of strict JSON: `{"step": ..., name: value, ...}`.
@@ -143,6 +146,32 @@ class Tracker:
         """Record an evaluation after this step, 0 before training: a line of its own, each name behind `eval/`."""
         self._write(step, {f"eval/{name}": value for name, value in metrics.items()})
         self._print(step, _summary(OF_EVALUATION, metrics))
+
+    def log_alarms(self, alarms: Sequence[Mapping[str, Any]], *, anew: bool = False) -> None:
+        """Record alarms in `alarms.jsonl`, one line of strict JSON each, in TensorBoard as text, and in the log.
+
+        anew: they are all that a run has given which is resumed here; the file is to hold no others.
+        """
+        if self._rank != 0:
+            return
+        with open(self._output / ALARMS, "w" if anew else "a", encoding="utf-8") as file:
+            file.writelines(_json(alarm) + "\n" for alarm in alarms)
+        for alarm in () if anew else alarms:
+            log.warning("step %d: %s", alarm["step"], alarm["message"])
+            if self._writer is not None:
+                self._writer.add_text(f"alarms/{alarm['figure']}", alarm["message"], alarm["step"])
+
+    def go_back(self, step: int, position: int) -> None:
+        """The run goes on from this step, where its metrics had this many bytes; what came after is taken back."""
+        self._done, self._first = step, None
+        if self._metrics is None:
+            return
+        continue_folder(self._output, position)  # the open file appends, wherever the end is
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = self._events(step)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step, refresh=True)
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._metrics is None:

@@ -46,7 +46,7 @@ def responses(roles: Roles) -> Scored:
     config = config_of("none").sampling
     prompts = Prompts.of(PROMPTS, range(len(PROMPTS)))
     rollout: Rollout = sample(roles.policy, prompts, config, stop_ids=range(0, 257, 9), seed=7)
-    return Scored(rollout, torch.linspace(-1, 1, len(PROMPTS)))
+    return Scored(rollout, torch.linspace(-1, 1, len(PROMPTS)), torch.zeros(len(PROMPTS)))
 
 
 def step(config: Config, world: World, *, plan: list[list[Minibatch]] | None = None) -> Step:

@@ -72,10 +72,11 @@ def test_scored_rollouts_of_ranks_concatenate_to_the_whole():
     def scored(packed: Packed, first: int) -> Scored:
         b, m = len(packed), len(packed.responses)
         rollout = Rollout(packed, torch.arange(m) + 0.5, torch.ones(b, dtype=torch.bool), torch.arange(b) + first)
-        return Scored(rollout, torch.arange(b) + float(first))
+        return Scored(rollout, torch.arange(b) + float(first), torch.arange(b) - float(first))
 
     parts = [scored(PACKED.select(torch.tensor(s)), s[0]) for s in ([0, 1], [2])]
     whole = concatenate(parts)
     assert torch.equal(whole.rollout.packed.tokens, PACKED.tokens)
     assert torch.equal(whole.rollout.packed.response_cu_seqlens, PACKED.response_cu_seqlens)
-    assert whole.scores.tolist() == [0, 1, 2] and whole.rollout.sources.tolist() == [0, 1, 2]
+    assert whole.scores.tolist() == [0, 1, 2] and whole.judged.tolist() == [0, 1, -2]
+    assert whole.rollout.sources.tolist() == [0, 1, 2]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastppo.cli import GROUPS, SETTINGS, dump, parse
+from fastppo.cli import GROUPS, LISTS, SETTINGS, dump, parse
 from fastppo.config import Config, RewardConfig
 
 QUICKSTART = ["--config", "quickstart"]
@@ -163,12 +163,12 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str], monkeyp
     assert exit.value.code == 0
     text = capsys.readouterr().out
     options = dict(part.split(None, 1) for part in text.split("\n  --")[1:])
-    shown = [name for name in SETTINGS if not name.startswith("rewards.")]
+    shown = [name for name in SETTINGS if name.rpartition(".")[0] not in LISTS]
     for name in shown:
         explanation = " ".join(options[name].split())
         assert "default: " in explanation, name
         assert len(explanation.partition("(type:")[0].split()) > 3, name  # more than a placeholder for the value
-    assert set(options) == {*shown, "config", "print_config", "rewards.help"}
+    assert set(options) == {*shown, "config", "print_config", *(f"{name}.help" for name in LISTS)}
     assert "local_rank" not in text
 
 

@@ -10,18 +10,21 @@ from dataclasses import dataclass, field
 
 from fastppo.config.data import DataConfig, SamplingConfig
 from fastppo.config.feedback import RewardConfig
+from fastppo.config.health import AlarmConfig, HealthConfig
 from fastppo.config.learning import OptimConfig, PPOConfig, ZeroConfig
 from fastppo.config.models import ActorConfig, CriticConfig, ReferenceConfig
 from fastppo.config.run import CheckpointConfig, EvalConfig, TrackConfig
 
 __all__ = [
     "ActorConfig",
+    "AlarmConfig",
     "CheckpointConfig",
     "Config",
     "ConfigError",
     "CriticConfig",
     "DataConfig",
     "EvalConfig",
+    "HealthConfig",
     "OptimConfig",
     "PPOConfig",
     "ReferenceConfig",
@@ -64,6 +67,7 @@ class Config:
     ppo: PPOConfig = field(default_factory=PPOConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
