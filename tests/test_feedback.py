@@ -7,9 +7,9 @@ import tiny
 import torch
 
 from fastppo.batch import Rollout, pack
-from fastppo.config import Config, DataConfig, PPOConfig, RewardConfig
+from fastppo.config import Config, DataConfig, HealthConfig, PPOConfig, RewardConfig
 from fastppo.data import PromptSet
-from fastppo.feedback import RewardError, load_functions, load_sources, score
+from fastppo.feedback import RewardError, load_functions, load_judge, load_sources, score
 
 TOKENIZER = tiny.tokenizer()
 CPU = torch.device("cpu")
@@ -116,6 +116,21 @@ def test_a_reward_model_with_two_labels_is_an_error(tmp_path):
     path = tiny.saved(tmp_path / "reward", tiny.classifier(labels=2))
     with pytest.raises(ValueError, match="has 2 labels"):
         load_sources(Config(rewards=(RewardConfig(model=path),)), TOKENIZER, CPU)
+
+
+def test_a_judge_scores_the_same_responses_and_changes_no_score(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "def one(prompts, responses, **c):\n    return [1.0 for r in responses]\n"
+        "def long(prompts, responses, **c):\n    return [len(r) for r in responses]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    judges = (RewardConfig(function="mine.py:long", weight=2.0), RewardConfig(function="mine.py:one"))
+    config = Config(rewards=(RewardConfig(function="mine.py:one"),), health=HealthConfig(judge=judges))
+    sources, judge = (load(config, TOKENIZER, CPU) for load in (load_sources, load_judge))
+    found = score(rollout(), PROMPTS, sources, TOKENIZER, PPOConfig(score_clip=0.5), judge)
+    assert found.scores.tolist() == [0.5] * 3 and found.judged.tolist() == [2 * len(r) + 1 for r in ("a", "bcd", "ef")]
+    assert load_judge(Config(rewards=config.rewards), TOKENIZER, CPU) == []
+    assert score(rollout(), PROMPTS, sources, TOKENIZER, PPOConfig()).judged.isnan().all()
 
 
 def _with_dtype(config):

@@ -19,6 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fastppo.config import TrackConfig
 from fastppo.track import (
+    ALARMS,
+    METRICS,
     THIRD_PARTY,
     RunFolderError,
     Sample,
@@ -350,3 +352,38 @@ def test_log_lines_of_each_rank(
     out, err = capsys.readouterr()
     assert [line.partition(" ")[2] for line in err.splitlines()] == expected
     assert out == ""
+
+
+# Alarms, and runs that go back
+
+
+def test_alarms_are_lines_of_strict_json_and_stay_when_the_run_is_resumed(tmp_path, caplog):
+    alarm = {"step": 3, "figure": "judge", "value": float("nan"), "threshold": 0.5, "message": "it\nfalls"}
+    with Tracker(fresh_folder(tmp_path / "run"), TrackConfig(progress="never"), steps=9, rank=0) as tracker:
+        tracker.log_alarms([], anew=True)
+        tracker.log_alarms([alarm])
+        tracker.log_alarms([alarm | {"step": 4}])
+    assert "step 3: it\nfalls" in caplog.text
+    lines = (tmp_path / "run" / ALARMS).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [3, 4] and json.loads(lines[0])["value"] is None
+    with Tracker(tmp_path / "run", TrackConfig(tensorboard=False, progress="never"), steps=9, rank=0) as tracker:
+        tracker.log_alarms([alarm], anew=True)
+    assert (tmp_path / "run" / ALARMS).read_text().splitlines() == lines[:1]
+    with Tracker(tmp_path / "run", TrackConfig(), steps=9, rank=1) as tracker:
+        tracker.log_alarms([alarm])
+        tracker.go_back(0, 0)
+    assert (tmp_path / "run" / ALARMS).read_text().splitlines() == lines[:1]
+
+
+def test_a_run_that_goes_back_has_no_step_twice(tmp_path):
+    with Tracker(fresh_folder(tmp_path / "run"), TrackConfig(progress="never"), steps=9, rank=0) as tracker:
+        tracker.log(1, {"score": 0.1})
+        position = (tmp_path / "run" / METRICS).stat().st_size
+        tracker.log(2, {"score": 0.2})
+        tracker.log(3, {"score": 0.3})
+        tracker.go_back(1, position)
+        tracker.log(2, {"score": 0.4})
+    assert [(r["step"], r["score"]) for r in read_metrics(tmp_path / "run" / METRICS)] == [(1, 0.1), (2, 0.4)]
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    assert [(e.step, round(e.value, 3)) for e in events.Scalars("score")] == [(1, 0.1), (2, 0.4)]
