@@ -179,10 +179,7 @@ class Checkpoints:
         self._prompts = f"{'+'.join(str(len(p)) for p in prompts)}-{digest.hexdigest()[:16]}"
 
     def load(self, found: Found | None, run: Progress | None = None) -> Progress:
-        """Where the run goes on, with the roles' weights and optimizers as they were there.
-
-        run: one that is under way and goes back to there.
-        """
+        """Where the run goes on, or `run` goes back to, with the roles' weights and optimizers as they were there."""
         run = run or Progress.begin(self._config, self._world.rank)
         if self._world.rank == 0:
             durable.remove_unfinished(self._folder)
@@ -317,7 +314,7 @@ class Checkpoints:
         """Keep the newest and the best; a checkpoint that cannot be deleted is none the worse for it."""
         keep = self._config.checkpoint
         names = sorted(p.name for p in self._folder.glob("step-*") if NAME.fullmatch(p.name))
-        scores = {name: self._score(name) for name in names} if keep.keep_best else {}
+        scores = {name: held_out_score(self._folder / name) for name in names} if keep.keep_best else {}
         best = sorted((name for name, score in scores.items() if score is not None), key=lambda n: (scores[n], n))
         kept = {*names[-keep.keep_last :], *best[max(len(best) - keep.keep_best, 0) :]}
         for name in names:
@@ -327,12 +324,14 @@ class Checkpoints:
                 except OSError as error:
                     log.warning("%s could not be deleted (%s)", self._folder / name, error.strerror)
 
-    def _score(self, name: str) -> float | None:
-        try:
-            about = json.loads((self._folder / name / "about.json").read_text(encoding="utf-8"))
-            return None if about["score"] is None else float(about["score"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+
+def held_out_score(checkpoint: Path) -> float | None:
+    """By which checkpoints are compared (`Evaluation.held_out`); None for one that was not evaluated."""
+    try:
+        about = json.loads((checkpoint / "about.json").read_text(encoding="utf-8"))
+        return None if about["score"] is None else float(about["score"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def export(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

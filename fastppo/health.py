@@ -156,8 +156,8 @@ def _rules(health: HealthConfig, names: Sequence[FigureName]) -> list[AlarmConfi
 def _alarm(rule: AlarmConfig, kept: Health, window: int) -> Alarm | None:
     """The alarm of a rule at this step, if its figure is beyond the level and it has not been raised lately."""
     values, step = kept.history[rule.figure], kept.steps
-    recent = values[-window:]
-    if len(recent) < window or not all(map(math.isfinite, recent)):
+    recent, figure = values[-window:], FIGURES[rule.figure]
+    if len(values) < window + (figure.level_is != "value") or not all(map(math.isfinite, recent)):
         return None
     value, threshold, name = median(recent), _threshold(rule, kept, window), f"{rule.figure} {rule.action}"
     if not _beyond(rule, value, threshold) or step - kept.raised.get(name, -REST) < REST:

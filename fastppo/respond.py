@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from fastppo import durable
-from fastppo.checkpoint import NAME, Checkpoints, Found
+from fastppo.checkpoint import Checkpoints, Found, held_out_score
 from fastppo.config import Config
 from fastppo.engine import World, all_gather
 from fastppo.health import Alarm
@@ -37,36 +38,40 @@ def respond(
     if alarm is None:
         if "raise_kl" in first:
             run.beta.value *= health.raise_kl
-            log.warning("the KL coefficient is raised to %.4g, since %s", run.beta.value, first["raise_kl"].figure)
+            _say(world, logging.WARNING, f"the KL coefficient is raised to {run.beta.value:.4g}")
         return "go on"
-    at, beta = run.step + 1, run.beta.value
+    at, beta = f"step {run.step + 1}", run.beta.value
     rolling = alarm.action == "roll_back" and run.health.roll_backs < health.roll_backs
-    found = checkpoint_before(alarm.good, config, world, best=not rolling)
+    good = min(other.good for other in alarms if other.action == alarm.action)
+    found = checkpoint_before(good, config, world, best=not rolling)
     if found is not None:
         _go_back(found, run, checkpoints)
     if found is None or not rolling:
-        log.error("step %d: the run ends here: %s %s", at, alarm.message, _where(found, alarm, run))
+        _say(world, logging.ERROR, f"{at}: the run ends here: {alarm.message} {_where(found, good, alarm, run)}")
         return "ended"
     run.health.roll_backs += 1
     run.beta.value = max(beta, run.beta.value) * health.raise_kl
     tracker.go_back(run.step, found.position)
-    log.warning(
-        "step %d: the run rolls back to %s with a KL coefficient of %.4g (roll back %d of at most %d)",
-        at,
-        found.folder,
-        run.beta.value,
-        run.health.roll_backs,
-        health.roll_backs,
+    _say(
+        world,
+        logging.WARNING,
+        f"{at}: the run rolls back to {found.folder}, with a KL coefficient of {run.beta.value:.4g}; roll back"
+        f" {run.health.roll_backs} of at most {health.roll_backs}",
     )
     return "rolled back"
 
 
-def _where(found: Found | None, alarm: Alarm, run: Progress) -> str:
+def _say(world: World, level: int, message: str) -> None:
+    if world.rank == 0:  # every rank does the same
+        log.log(level, message)
+
+
+def _where(found: Found | None, good: int, alarm: Alarm, run: Progress) -> str:
     """Where a run that ends stands."""
-    before = f"It has rolled back {run.health.roll_backs} times. " if alarm.action == "roll_back" else ""
+    before = f"Roll backs so far: {run.health.roll_backs}. " if alarm.action == "roll_back" else ""
     if found is None:
         return (
-            f"{before}No checkpoint up to step {alarm.good} is left, so the actor stays as it is now; a lower"
+            f"{before}No checkpoint up to step {good} is left, so the actor stays as it is now; a lower"
             " checkpoint.every, or checkpoint.keep_best, would keep one."
         )
     return f"{before}The best checkpoint from before is {found.folder}; the actor goes back to it."
@@ -85,18 +90,17 @@ def checkpoint_before(step: int, config: Config, world: World, *, best: bool = F
     best: the one with the highest held-out score, the judge's if there is a judge; the newest if none was evaluated.
     """
     folder = Path(config.output) / "checkpoints"
-    names = [p for p in folder.glob("step-????????") if NAME.fullmatch(p.name) and int(p.name[5:]) <= step]
-    for path in all_gather(sorted(names, key=lambda p: (_score(p) if best else 0.0, p.name), reverse=True), world)[0]:
+    # those within a step may have learned from the batch that went bad
+    paths = [p for p in folder.glob(f"step-{'[0-9]' * 8}") if int(p.name[5:]) <= step]
+    paths.sort(key=lambda path: (_rank(path) if best else 0.0, path.name), reverse=True)
+    for path in all_gather(paths, world)[0]:
         problem = next((p for p in all_gather(durable.problem(path, world.rank, world.ranks), world) if p), None)
         if problem is None:
             return Found(path, json.loads((path / "about.json").read_text(encoding="utf-8")))
-        log.error("%s cannot be used: %s", path, problem)
+        _say(world, logging.ERROR, f"{path} cannot be used: {problem}.")
     return None
 
 
-def _score(checkpoint: Path) -> float:
-    try:
-        score = json.loads((checkpoint / "about.json").read_text(encoding="utf-8"))["score"]
-        return float("-inf") if score is None else float(score)
-    except (OSError, ValueError, KeyError, TypeError):
-        return float("-inf")
+def _rank(checkpoint: Path) -> float:
+    score = held_out_score(checkpoint)
+    return -math.inf if score is None else score

@@ -23,6 +23,7 @@ def watch(experience, updates, kept, config, tokenizer):
 
 train.watch = watch
 """
+QUIET = {"eval__prompts": 0, "eval__every": 0}
 SETTINGS = {"steps": 8, "optim__dtype": "fp32", "critic__kind": "shared", "checkpoint__keep_last": 4, "eval__every": 2}
 
 
@@ -57,11 +58,11 @@ def steps(output: Path) -> list[dict]:
 
 
 def test_a_run_rolls_back_to_before_it_fell_ill_and_goes_on_with_a_higher_beta(folder, forks):
-    """On two ranks; and one that is stopped before and after rolling back, and resumed, comes out the same."""
+    """On two ranks; and one that is stopped after it has rolled back, and resumed, comes out the same."""
     output, stopped = folder / "rolled", folder / "rolled-and-stopped"
     run = forks.start(settings(folder, output, "roll_back"), 2, ILL.format(cured=1))
     assert forks.wait(run) == [0, 0], run.text()
-    assert "the run rolls back to" in run.text() and "step-00000004 with a KL coefficient" in run.text()
+    assert "the run rolls back to" in run.text() and "step-00000004, with a KL coefficient" in run.text()
     assert [(a["step"], a["action"], a["good"]) for a in alarms(output)] == [(6, "roll_back", 4)]
     records = steps(output)
     assert [r["step"] for r in records] == list(range(1, 9))
@@ -69,20 +70,19 @@ def test_a_run_rolls_back_to_before_it_fell_ill_and_goes_on_with_a_higher_beta(f
     assert [n for n in whole_runs.checkpoints(output) if n.startswith("aside")] == ["aside-step-00000005.1"]
 
     argv = settings(folder, stopped, "roll_back", resume="auto")
-    for n in (18, 30):
-        run = forks.start(argv, 2, ILL.format(cured=1) + STOP_AT.format(kind="check", n=n))
-        assert forks.wait(run) == [0, 0], run.text()
+    run = forks.start(argv, 2, ILL.format(cured=1) + STOP_AT.format(kind="check", n=62))
+    assert forks.wait(run) == [0, 0] and "the run rolls back to" in run.text(), run.text()
     run = forks.start(argv, 2, ILL.format(cured=1))
-    assert forks.wait(run) == [0, 0], run.text()
+    assert forks.wait(run) == [0, 0] and "the run rolls back to" not in run.text(), run.text()
     assert_same_run(output, stopped)
     assert (output / "alarms.jsonl").read_text() == (stopped / "alarms.jsonl").read_text()
 
 
 def test_a_run_that_cannot_be_cured_ends_after_its_last_roll_back(folder, forks):
     output = folder / "incurable"
-    run = forks.start(settings(folder, output, "roll_back", health__roll_backs=1), 1, ILL.format(cured=9))
+    run = forks.start(settings(folder, output, "roll_back", health__roll_backs=1, **QUIET), 1, ILL.format(cured=9))
     assert forks.wait(run) == [3], run.text()
-    assert "It has rolled back 1 times. The best checkpoint from before is" in run.text()
+    assert "Roll backs so far: 1. The best checkpoint from before is" in run.text()
     assert [(a["step"], a["action"]) for a in alarms(output)] == [(6, "roll_back")] * 2
 
 
@@ -110,7 +110,7 @@ def test_a_run_that_an_alarm_ends_leaves_the_best_actor_from_before(folder, fork
 
 def test_a_run_without_a_checkpoint_from_before_ends_as_it_is(folder, forks):
     output = folder / "nothing-left"
-    run = forks.start(settings(folder, output, "stop", checkpoint__every=0), 1, ILL.format(cured=1))
+    run = forks.start(settings(folder, output, "stop", checkpoint__every=0, **QUIET), 1, ILL.format(cured=1))
     assert forks.wait(run) == [3], run.text()
     assert "No checkpoint up to step 4 is left, so the actor stays as it is now" in run.text()
     assert (output / "actor/model.safetensors").is_file()
@@ -130,25 +130,26 @@ def before(*arguments, **settings):
     return find(*arguments, **settings)
 respond.checkpoint_before = before
 """
-    run = forks.start(settings(folder, output, "roll_back", steps=7), 1, ILL.format(cured=1) + damage)
+    run = forks.start(settings(folder, output, "roll_back", steps=7, **QUIET), 1, ILL.format(cured=1) + damage)
     assert forks.wait(run) == [0], run.text()
-    assert "step-00000004 cannot be used" in run.text() and "step-00000003 with a KL coefficient" in run.text()
+    assert "step-00000004 cannot be used" in run.text() and "step-00000003, with a KL coefficient" in run.text()
     assert [r["step"] for r in steps(output)] == list(range(1, 8))
 
 
 def test_beta_is_raised_by_the_factor_of_the_settings(folder, forks):
     output = folder / "raised"
-    argv = settings(folder, output, "raise_kl", ppo__kl_target="null", health__raise_kl=3.0, checkpoint__every=0)
+    fixed = {"ppo__kl_target": "null", "checkpoint__every": 0, "steps": 7} | QUIET
+    argv = settings(folder, output, "raise_kl", health__raise_kl=3.0, **fixed)
     forks.run(argv, 1, ILL.format(cured=1))
     coefficients = [r["kl_coef"] for r in steps(output)]
-    assert coefficients == pytest.approx([0.05] * 6 + [0.15] * 2)
+    assert coefficients == pytest.approx([0.05] * 6 + [0.15])
     assert [(a["step"], a["action"]) for a in alarms(output)] == [(6, "raise_kl")]
 
 
 def test_an_update_too_far_ends_the_epoch_on_all_ranks(folder, forks):
     output = folder / "short"
     rules = json.dumps([{"figure": "approx_kl", "level": 1e-5, "action": "stop_epoch"}])
-    argv = settings(folder, output, "stop", health__alarms=rules, steps=2, checkpoint__every=0)
+    argv = settings(folder, output, "stop", health__alarms=rules, steps=2, checkpoint__every=0, **QUIET)
     forks.run(argv, 2)
     assert [(a["step"], a["action"]) for a in alarms(output)] == [(1, "stop_epoch"), (2, "stop_epoch")]
     assert all(r["health/approx_kl"] > 1e-5 and r["epoch1/approx_kl"] < r["health/approx_kl"] for r in steps(output))
