@@ -164,6 +164,8 @@ def _explain(message: str) -> str:
     name = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
     if unknown := re.search(r"Option '([^']+)' is not accepted", message):
         return _unknown(f"{name}.{unknown[1]}")
+    if missing := re.search(r"the following arguments are required: (.+)", message):
+        return f"an item of {name} lacks {missing[1].strip()}, which has no default."
     value = re.findall(r"(?:Got|Given) value: (.*)", message, re.DOTALL)
     if name in SETTINGS and value:
         text = value[-1].strip()

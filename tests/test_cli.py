@@ -99,6 +99,8 @@ def test_one_rank_speaks_for_all(capsys: pytest.CaptureFixture[str], monkeypatch
         (["--track.profile_steps", "[1, b]"], ["track.profile_steps is b; it must be a list of whole numbers."]),
         (["--optim.betas", "[1]"], ["optim.betas is [1]; it must be a list of 2 numbers."]),
         (["--rewards", "a:b"], ["rewards is a:b; it must be a list of mappings with function, model, weight."]),
+        (["--health.alarms", '[{"level": 1}]'], ["an item of health.alarms lacks figure, which has no default."]),
+        (["--health.alarms", '[{"figure": "bleu"}]'], ["health.alarms.figure is bleu; it must be entropy or"]),
         (["--rewards", '[{"weight": "w"}]'], ["rewards.weight is w; it must be a number."]),
         (["quickstart"], ["unrecognized arguments: quickstart"]),
         (["--config", "nope"], ["--config nope", "no such file", "The presets: quickstart"]),

@@ -66,7 +66,7 @@ FIGURES: dict[FigureName, Figure] = {
 class AlarmConfig:
     """A level of one figure, and what happens beyond it."""
 
-    figure: FigureName = "distinct_2"
+    figure: FigureName
     """A figure of the README's table (Health)."""
     level: float | None = None
     """In the unit of that table: a multiple of the figure's start, a distance from it, or a value. null with `warn`
