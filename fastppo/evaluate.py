@@ -15,6 +15,7 @@ from fastppo.config import Config
 from fastppo.data import PromptSet
 from fastppo.engine import World, all_gather
 from fastppo.feedback import Source, gather_scored, score
+from fastppo.figures import distinct, ngrams
 from fastppo.microbatch import pack_even
 from fastppo.models import Policy
 from fastppo.roles import Roles
@@ -64,7 +65,7 @@ def evaluate(
         "score_error": float(scores.std(correction=0)) / math.sqrt(count),
         "kl": float(surprise[0]) / count,
         "ref_perplexity": math.exp(float(surprise[1]) / tokens),
-        "distinct_2": distinct([r.tolist() for r in responses], 2),
+        "distinct_2": distinct(ngrams(packed.responses.numpy(), packed.response_lengths.numpy(), 2)[1]),
         "response_length": tokens / count,
         "ended": float(scored.rollout.ended.double().mean()),
     }
@@ -72,12 +73,6 @@ def evaluate(
         metrics["judge"] = float(scored.judged.double().mean())
     texts = roles.tokenizer.batch_decode([r.tolist() for r in responses], skip_special_tokens=True)
     return Evaluation(metrics, scores.tolist(), list(texts))
-
-
-def distinct(sequences: list[list[int]], n: int) -> float:
-    """Different n-grams over all n-grams (Li et al., 2016, distinct-n), over all sequences together; 0 to 1."""
-    grams = [tuple(s[i : i + n]) for s in sequences for i in range(len(s) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else float("nan")
 
 
 @torch.no_grad()
