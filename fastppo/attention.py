@@ -8,13 +8,16 @@ every layer untouched:
 
 No model code is patched. What a model asks of its attention beyond causality is honoured (`sliding_window`,
 `softcap`) or refused: silently leaving it out would train another model than the one that was loaded.
+
+On CUDA flash-attn computes it where it can (`fastppo.flash`); elsewhere PyTorch does, and decode is an op.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from fastppo import ops
 from fastppo.errors import FastPPOError
+from fastppo.flash import FlashAttention, choose_flash
 
 ATTENTION = "fastppo_packed"
 
@@ -36,18 +40,24 @@ _HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_st
 
 @dataclass(frozen=True)
 class Spans:
-    """Where the sequences of a packed row lie. Neighbours of equal length are attended to in one call."""
+    """Where the sequences of a packed row lie, made once for all layers of a forward pass.
+
+    Neighbours of equal length are attended to in one call; flash-attn takes all sequences in one.
+    """
 
     runs: tuple[tuple[int, int, int], ...]  # (first row, number of sequences, their length)
+    cu_seqlens: Tensor  # (B+1,) int32, on the device
+    longest: int  # tokens of the longest sequence
 
     @staticmethod
-    def of(lengths: list[int]) -> Spans:
+    def of(lengths: list[int], device: torch.device) -> Spans:
         runs, start = [], 0
         for length, group in groupby(lengths):
             count = len(list(group))
             runs.append((start, count, length))
             start += count * length
-        return Spans(tuple(runs))
+        cu_seqlens = F.pad(torch.tensor(lengths, dtype=torch.int64).cumsum(0), (1, 0)).int()
+        return Spans(tuple(runs), cu_seqlens.to(device), max(lengths, default=0))
 
 
 class Cache:
@@ -66,14 +76,19 @@ class Cache:
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # positions that each row holds
         self.rows = torch.arange(rows, device=device)  # (active,) int64, the rows in the batch
         self.spans: Spans | None = None  # the prompts' layout while they are prefilled, None in decode
+        self.active: tuple[Tensor, Tensor] | None = None  # (active,) int32 each, lengths and rows as flash-attn wants
 
     def begin_prefill(self, lengths: list[int]) -> None:
-        self.spans = Spans.of(lengths)
+        self.spans = Spans.of(lengths, self.lengths.device)
         self.rows = torch.arange(len(lengths), device=self.lengths.device)
         self.lengths[: len(lengths)] = torch.tensor(lengths, device=self.lengths.device)
 
     def begin_decode(self) -> None:
         self.spans = None
+
+    def begin_step(self, rows: Tensor) -> None:
+        """Decode the next position of these rows, (active,) int64."""
+        self.rows, self.active = rows, (self.lengths[rows].int(), rows.int())
 
     def end_step(self) -> None:
         self.lengths[self.rows] += 1
@@ -90,11 +105,12 @@ def attend(
     cache: Cache | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    flash: FlashAttention | None = None,
     **unknown: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention, the function that models call. query (batch, heads, length, width), fewer heads in key and
     value where the model groups them. Returns (batch, length, heads, width). Packed rows have batch 1, a decode step
-    has length 1.
+    has length 1. flash: computes all that it takes, see `compute_with`.
     """
     refused = sorted(name for name, given in unknown.items() if given is not None and name not in _HARMLESS)
     if refused:
@@ -104,31 +120,41 @@ def attend(
             " a sliding window or a soft cap."
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    spans = packed if cache is None else cache.spans
+    options: dict[str, Any] = {"scale": scale, "window": sliding_window or 0, "softcap": softcap or 0.0}
+    flash = flash if flash is not None and flash.takes(module, query) else None
     layer = getattr(module, "layer_idx", None)
+    spans = packed if cache is None else cache.spans
     if spans is None:
         if cache is None:
             raise ValueError("packed attention needs the keyword packed=Spans or cache=Cache in the model's call")
-        out = ops.attend_cached(
-            query[:, :, 0],
-            key[:, :, 0],
-            value[:, :, 0],
-            cache.keys[layer],
-            cache.values[layer],
-            cache.lengths,
-            cache.rows,
-            scale=scale,
-            window=sliding_window or 0,
-            softcap=softcap or 0.0,
-        )
-        return out.unsqueeze(1), None
+        return _attend_cached(query, key, value, cache, layer, flash, options), None
     if cache is not None:
         _fill(cache, layer, key, value)
-    return _attend_packed(query, key, value, spans, scale, sliding_window, softcap), None
+    if flash is not None:
+        return flash.packed(query, key, value, spans.cu_seqlens, spans.longest, **options), None
+    return _attend_packed(query, key, value, spans, **options), None
+
+
+def _attend_cached(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: Cache,
+    layer: int | None,
+    flash: FlashAttention | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """(R, heads, 1, width) -> (R, 1, heads, width); the new position goes into the cache."""
+    keys, values = cache.keys[layer], cache.values[layer]
+    if flash is not None:
+        assert cache.active is not None  # begin_step has been called
+        return flash.cached(query, key, value, keys, values, *cache.active, **options)
+    q, k, v = (x[:, :, 0] for x in (query, key, value))
+    return ops.attend_cached(q, k, v, keys, values, cache.lengths, cache.rows, **options).unsqueeze(1)
 
 
 def _attend_packed(
-    query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float, window: int | None, softcap: float | None
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float, window: int, softcap: float
 ) -> Tensor:
     outputs = []
     for start, count, length in spans.runs:
@@ -149,7 +175,7 @@ def _sequences(x: Tensor, start: int, count: int, length: int) -> Tensor:
     return rows.transpose(0, 1)
 
 
-def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
+def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float) -> Tensor:
     """Softmax attention as three products; (B, heads, L, width), fewer heads in k and v where the model groups them.
 
     The queries of a group stand under one another, so that keys and values are read once and never repeated.
@@ -179,5 +205,15 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
     """The layout says all that a mask would; building an (N, N) one would cost more than the attention."""
 
 
-AttentionInterface.register(ATTENTION, attend)
+def choose_attention(setting: Literal["auto", "flash", "sdpa"], dtype: torch.dtype, device: torch.device) -> None:
+    """What computes the attention of all models of this process from here on (the setting `attention`)."""
+    compute_with(choose_flash(setting, dtype, device))
+
+
+def compute_with(flash: FlashAttention | None) -> None:
+    """Let flash-attn compute what it can, or, with None, PyTorch all of it."""
+    AttentionInterface.register(ATTENTION, partial(attend, flash=flash))
+
+
+compute_with(None)
 AttentionMaskInterface.register(ATTENTION, _no_mask)

@@ -6,6 +6,7 @@ of M tokens: everything that PPO knows of a token (logprobs, KL, rewards, values
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -110,11 +111,34 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class Moments:
+    """Count, mean and sum of squared distances from it, of all scores of a run so far."""
+
+    count: int = 0
+    mean: float = 0.0
+    m2: float = 0.0
+
+    def add(self, x: Tensor) -> Moments:
+        """With the numbers x (B,) too: the two parts' moments merged (Chan et al., 1983), where sums would cancel."""
+        x = x.double()
+        count, delta = self.count + len(x), float(x.mean()) - self.mean
+        m2 = self.m2 + float((x - x.mean()).square().sum()) + delta**2 * self.count * len(x) / count
+        return Moments(count, self.mean + delta * len(x) / count, m2)
+
+    @property
+    def std(self) -> float:
+        return math.sqrt(self.m2 / self.count)
+
+
+@dataclass(frozen=True)
 class Scored:
-    """A rollout and one number for each whole response."""
+    """The rollouts of all ranks, and what the sources of reward say of each whole response."""
 
     rollout: Rollout
-    scores: Tensor  # (B,) fp32
+    by_source: Tensor  # (B, S) fp32, what each of the S sources said
+    scores: Tensor  # (B,) fp32, their weighted sum
+    shaped: Tensor  # (B,) fp32, that as PPO learns from it: normalised, clipped, less penalties
+    moments: Moments  # of all scores of the run, these included
     judged: Tensor  # (B,) fp32, what the held-out judge says of each; NaN without a judge
 
 
@@ -123,7 +147,8 @@ class Experience:
     """All that learning needs, for the global batch and, but for `trunk`, the same on every rank."""
 
     packed: Packed
-    scores: Tensor  # (B,) fp32
+    scores: Tensor  # (B,) fp32, the weighted sum of what the sources of reward said
+    by_source: Tensor  # (B, S) fp32, what each of them said
     judged: Tensor  # (B,) fp32, the held-out judge's, which nothing learns from; NaN without a judge
     ended: Tensor  # (B,) bool
     sampler_logprobs: Tensor  # (M,) fp32
@@ -131,24 +156,23 @@ class Experience:
     ref_logprobs: Tensor  # (M,) fp32
     entropy: Tensor  # (M,) fp32, of the policy that sampled
     kl: Tensor  # (M,) fp32, to the reference, of the configured kind
-    rewards: Tensor  # (M,) fp32, score on the last token and KL penalty on each
+    rewards: Tensor  # (M,) fp32, shaped score on the last token and KL penalty on each
     values: Tensor  # (M,) fp32
     advantages: Tensor  # (M,) fp32, whitened if so configured
     returns: Tensor  # (M,) fp32, before whitening
     trunk: Callable[[Any, Packed, Tensor], Tensor | None]  # the batch's `trunk.TrunkStates`, of this rank alone
 
 
-def concatenate(parts: Sequence[Scored]) -> Scored:
-    """Scored rollouts of several ranks, end to end."""
-    rollouts = [part.rollout for part in parts]
+def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
+    """Rollouts of several ranks, end to end."""
     packed = Packed(
         torch.cat([r.packed.tokens for r in rollouts]),
         cumulative(torch.cat([r.packed.lengths for r in rollouts])),
         cumulative(torch.cat([r.packed.response_lengths for r in rollouts])),
     )
-    per_row = (torch.cat([getattr(r, name) for r in rollouts]) for name in ("logprobs", "ended", "sources"))
-    scores, judged = (torch.cat([getattr(part, name) for part in parts]) for name in ("scores", "judged"))
-    return Scored(Rollout(packed, *per_row), scores, judged)
+    return Rollout(
+        packed, *(torch.cat([getattr(r, name) for r in rollouts]) for name in ("logprobs", "ended", "sources"))
+    )
 
 
 def cumulative(lengths: Tensor) -> Tensor:

@@ -12,156 +12,32 @@ import dataclasses
 import hashlib
 import json
 import logging
-import re
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fastppo import __version__, durable
+from fastppo import durable
 from fastppo.attention import ATTENTION
-from fastppo.config import Config
+from fastppo.config import ActorLoraConfig, Config
 from fastppo.data import PromptSet
 from fastppo.engine import World, all_gather
-from fastppo.errors import FastPPOError
 from fastppo.estimate import recall_trunk
+from fastppo.feedback import RewardError
+from fastppo.folder import LINES, sizes
+from fastppo.lora import merged_state, save_adapters
 from fastppo.microbatch import plan_step
 from fastppo.models import Policy
 from fastppo.progress import Progress, set_random_state
+from fastppo.resume import NAME, CheckpointError, Found, held_out_score, settings, versions
 from fastppo.roles import Roles
 from fastppo.stop import Stopped
-from fastppo.track import METRICS
 
 log = logging.getLogger("fastppo")
-
-NAME = re.compile(r"step-\d{8}(-update-\d{4})?")
-
-# Settings that may differ on resuming, since the run that comes out does not depend on them, or (health) since a user
-# whose run an alarm has ended may think better of it ...
-FREE: tuple[str, ...] = ("output", "resume", "timeout", "checkpoint.", "track.", "eval.every", "eval.show")
-FREE += ("optim.max_skipped", "health.alarms", "health.window", "health.raise_kl", "health.roll_backs")
-# ... or only in how it is rounded.
-ROUNDING = ("threads", "ppo.microbatch_tokens", "sampling.rows", "optim.activation_checkpointing")
-
-
-class CheckpointError(FastPPOError):
-    """A checkpoint that cannot be used or written. The message says why, and the way out."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """A whole checkpoint that fits this run's settings and ranks."""
-
-    folder: Path
-    about: Mapping[str, Any]
-
-    @property
-    def position(self) -> int:
-        """The size of the run's metrics.jsonl at that time, in bytes."""
-        return int(self.about["metrics_bytes"])
-
-
-def find_checkpoint(config: Config, world: World) -> Found | None:
-    """The checkpoint that `resume` asks for; None for a run from the start. All ranks call it.
-
-    Raises CheckpointError if there are checkpoints and none can be used: beginning anew is for the user to decide.
-    """
-    if config.resume is None:
-        return None
-    candidates = all_gather(_candidates(config), world)[0]
-    problems = []
-    for folder in candidates:
-        found = all_gather(durable.problem(folder, world.rank, world.ranks), world)
-        problem = next((p for p in found if p is not None), None)
-        if problem is None:
-            about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-            _check_fit(folder, about, config, world)
-            log.info("going on from %s", folder)
-            return Found(folder, about)
-        problems.append(f"{folder} cannot be used: {problem}.")
-        log.error(problems[-1])
-    if problems:
-        raise CheckpointError(
-            f"resume is {config.resume}, but no checkpoint is whole. {' '.join(problems)} Restore one of them, or give"
-            " --resume null to begin anew."
-        )
-    log.info("resume is auto and %s has no checkpoint: the run begins at step 0", config.output)
-    return None
-
-
-def _candidates(config: Config) -> list[Path]:
-    """The checkpoints to try, the newest first."""
-    assert config.resume is not None
-    folder = Path(config.output) / "checkpoints"
-    if config.resume == "auto":
-        return sorted((p for p in folder.glob("step-*") if NAME.fullmatch(p.name)), reverse=True)
-    chosen = Path(config.resume)
-    if not chosen.is_dir():
-        raise CheckpointError(
-            f"resume is {chosen}, and there is no such folder. Give auto, or one of {_names(folder)}."
-        )
-    if chosen.resolve().parent != folder.resolve() or not NAME.fullmatch(chosen.resolve().name):
-        raise CheckpointError(
-            f"resume is {chosen}, which is no checkpoint of output = {config.output}; a run goes on in its own folder."
-            f" Give auto, one of {_names(folder)}, or the --output that the checkpoint belongs to."
-        )
-    return [folder / chosen.resolve().name]
-
-
-def _names(folder: Path) -> str:
-    found = sorted(str(p) for p in folder.glob("step-*") if NAME.fullmatch(p.name))
-    return ", ".join(found) or f"those in {folder} (it has none)"
-
-
-def _check_fit(folder: Path, about: Mapping[str, Any], config: Config, world: World) -> None:
-    """Refuse a checkpoint of another number of ranks or of settings that make another run."""
-    if about["ranks"] != world.ranks:
-        raise CheckpointError(
-            f"{folder} was written by {about['ranks']} rank(s), and this run has {world.ranks}: optimizer states are"
-            f" split by rank. Resume with --num_accelerators {about['ranks']}; to go on with {world.ranks}, begin a new"
-            " run from the actor's weights (--actor.model, with the first actor as --reference.model)."
-        )
-    then, now, fresh = dict(about["config"]), settings(config), settings(Config())
-    for name in sorted({*then, *now}):
-        old, new = then.get(name, fresh.get(name)), now.get(name, fresh.get(name))
-        if old == new or name.startswith(FREE):
-            continue
-        if name in ROUNDING:
-            log.warning("%s was %s and is %s: the run goes on, but not bit for bit as it would have", name, old, new)
-        elif name == "steps" and config.optim.schedule == "constant":
-            log.info("steps was %s and is %s", old, new)
-        else:
-            hint = " (the learning rate falls to 0 at the last step; set from the start, optim.schedule constant lets"
-            hint = f"{hint} steps change)" if name == "steps" else ""
-            raise CheckpointError(
-                f"{name} is {json.dumps(new)}, but {folder} was made with {json.dumps(old)}{hint}. Resume with"
-                f" --{name} {json.dumps(old)}, or give --resume null to begin anew."
-            )
-    for library, old in about["versions"].items():
-        if old != (new := _versions()[library]):
-            log.warning("%s was %s and is %s: bits may differ", library, old, new)
-
-
-def settings(config: Config) -> dict[str, Any]:
-    """Every setting by its dotted name, as JSON has it."""
-
-    def flat(group: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for name, value in group.items():
-            if isinstance(value, dict):
-                yield from flat(value, f"{prefix}{name}.")
-            else:
-                yield prefix + name, json.loads(json.dumps(value))
-
-    return dict(flat(dataclasses.asdict(config), ""))
-
-
-def _versions() -> dict[str, str]:
-    return {"fastppo": __version__, "torch": torch.__version__, "deepspeed": version("deepspeed")}
 
 
 class Checkpoints:
@@ -191,6 +67,7 @@ class Checkpoints:
                 f" data.path = {self._config.data.path} now ({self._prompts}). Give the data as it was, or"
                 " --resume null to begin anew."
             )
+        self._roles.residency.enter("checkpoint")
         try:
             for name, engine in self._engines.items():
                 engine.load(found.folder, name)
@@ -212,8 +89,9 @@ class Checkpoints:
     def _recall(self, run: Progress) -> None:
         assert run.experience is not None
         packed = run.experience.packed
-        plan = plan_step(packed.lengths, self._config, run.step, self._world.ranks)
+        plan = plan_step(packed.lengths, self._config, run.step, self._world.ranks, self._roles.attention)
         done = [minibatch for epoch in plan for minibatch in epoch][: max(len(run.updates), len(plan[0]))]
+        self._roles.residency.enter("experience")
         trunk = recall_trunk(packed, done, self._roles, self._world)
         run.experience = dataclasses.replace(run.experience, trunk=trunk)
 
@@ -239,11 +117,17 @@ class Checkpoints:
 
     @contextmanager
     def saved_when_stopped(self, run: Progress) -> Iterator[None]:
-        """On `Stopped` the run is saved as it stands, and `Stopped` goes on. Raises CheckpointError if that fails."""
+        """When told to stop or failed by a source of reward, save the run as it stands; the exception goes on.
+
+        Raises CheckpointError if that fails. A source that fails in the first step has cost nothing yet.
+        """
         try:
             yield
-        except Stopped:
-            log.info("told to stop at step %d; saving", run.step)
+        except (Stopped, RewardError) as reason:
+            if isinstance(reason, RewardError) and run.step == 0:
+                raise
+            why = "told to stop" if isinstance(reason, Stopped) else "a source of reward failed"
+            log.info("%s at step %d; saving", why, run.step)
             error = self._save(run)
             if error is not None:
                 newest = self._newest()
@@ -259,6 +143,7 @@ class Checkpoints:
         error = self._agree(self._attempt(lambda: durable.begin(folder)))
         if error is None:
             writer = durable.Writer(durable.unfinished(folder))
+            self._roles.residency.enter("checkpoint")
             for name, engine in self._engines.items():
                 engine.save(writer.folder, name, writer.save)
             writer.save(run.random, writer.folder / f"rank-{self._world.rank:05d}.pt")
@@ -291,7 +176,9 @@ class Checkpoints:
         return None
 
     def _finish(self, draft: Path, folder: Path, files: list[durable.File]) -> None:
-        durable.sync(self._output / METRICS)
+        for name in LINES:
+            if (self._output / name).exists():
+                durable.sync(self._output / name)
         durable.finish(draft, folder, files)
         self._prune()
 
@@ -301,9 +188,9 @@ class Checkpoints:
             "step": run.step,
             "ranks": self._world.ranks,
             "score": run.evaluations[-1].held_out if scored else None,
-            "metrics_bytes": (self._output / METRICS).stat().st_size,
+            "bytes": sizes(self._output),
             "prompts": self._prompts,
-            "versions": _versions(),
+            "versions": versions(),
             "config": settings(self._config),
         }
 
@@ -325,25 +212,20 @@ class Checkpoints:
                     log.warning("%s could not be deleted (%s)", self._folder / name, error.strerror)
 
 
-def held_out_score(checkpoint: Path) -> float | None:
-    """By which checkpoints are compared (`Evaluation.held_out`); None for one that was not evaluated."""
-    try:
-        about = json.loads((checkpoint / "about.json").read_text(encoding="utf-8"))
-        return None if about["score"] is None else float(about["score"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def export(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def export(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, lora: ActorLoraConfig) -> None:
     """Write the actor and its tokenizer so that `AutoModelForCausalLM.from_pretrained(folder)` loads them.
 
-    A shared critic's value head is no part of a language model and stays behind.
+    Adapters are merged, or written alone: then peft, and where it is installed transformers too, loads them onto the
+    model that the actor began as. A shared critic's value head is no part of a language model and stays behind.
     """
     model = policy.model
-    model.set_attn_implementation("sdpa")  # ours is known in this process alone
-    try:
-        model.save_pretrained(folder)
-    finally:
-        model.set_attn_implementation(ATTENTION)
+    if lora.rank and lora.export == "adapters":
+        save_adapters(model, folder)
+    else:
+        model.set_attn_implementation("sdpa")  # ours is known in this process alone
+        try:
+            model.save_pretrained(folder, state_dict=merged_state(model) if lora.rank else None)
+        finally:
+            model.set_attn_implementation(ATTENTION)
     tokenizer.save_pretrained(folder)
     log.info("the trained actor is in %s", folder)

@@ -28,15 +28,15 @@ USAGE = "deepspeed fastppo/train.py --config PRESET|FILE.yaml [--SETTING VALUE .
 OTHER_OPTIONS = ("help", "config", "print_config", "local_rank")
 
 
-def parse(argv: list[str] | None = None) -> Config:
+def parse(argv: list[str] | None = None, ranks: int | None = None) -> Config:
     """The checked settings of a run; `argv` is `sys.argv[1:]` when left out.
 
     `--help` prints every setting and exits with 0. A mistake prints one message on stderr and exits with 2.
-    The rules between settings hold for the number of ranks in the environment's WORLD_SIZE.
+    The rules between settings hold for so many ranks; when left out, for those in the environment's WORLD_SIZE.
     """
     try:
         config = _read(sys.argv[1:] if argv is None else argv)
-        validate(config, ranks=int(os.environ.get("WORLD_SIZE", "1")))
+        validate(config, ranks=int(os.environ.get("WORLD_SIZE", "1")) if ranks is None else ranks)
     except ConfigError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once, and not once for each rank
             print(f"fastppo: {error}", file=sys.stderr)

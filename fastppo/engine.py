@@ -7,11 +7,12 @@ import io
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -25,16 +26,24 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from torch import Tensor, nn
 
+from fastppo import deepspeed_config
 from fastppo.config import OptimConfig, ZeroConfig
+from fastppo.errors import FastPPOError
 
 T = TypeVar("T")
 
-# DeepSpeed measures the gradient norm only while it clips, and the norm is a metric of every run.
-NO_CLIPPING = 1e9
+# DeepSpeed calls collectives by names that torch is about to change; nobody who trains can do anything about it.
+warnings.filterwarnings("ignore", message=r"`torch\.distributed\..* is deprecated", category=FutureWarning)
+
+
+class EngineError(FastPPOError):
+    """Something that DeepSpeed needs and this machine does not have."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,9 @@ def stop_world() -> None:
 
 def all_gather(part: T, world: World) -> list[T]:
     """Every rank's part, in the order of ranks, on every rank. Parts are small: token ids and one number a token."""
-    parts: list[Any] = [None] * world.ranks
+    parts: list[Any] = [part] * world.ranks
+    if world.ranks == 1:
+        return parts
     dist.all_gather_object(parts, part)
     return parts
 
@@ -112,6 +123,59 @@ def on_any_rank(flag: bool, world: World) -> bool:
     return bool(flags.item())
 
 
+def check_nvme(zero: ZeroConfig) -> None:
+    """Raises EngineError if something is to be kept on NVMe and this machine cannot. Better said before models load."""
+    if "nvme" in (zero.optimizer_on, zero.parameters_on, zero.frozen_on) and not AsyncIOBuilder().is_compatible():
+        raise EngineError(
+            "zero.offload is nvme, but DeepSpeed's async_io cannot be compiled here: libaio is missing. Install it (apt"
+            " install libaio-dev, or dnf install libaio-devel), or set zero.offload to cpu."
+        )
+
+
+@contextlib.contextmanager
+def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within this context these parameters are whole; at stage 3 each rank has but a part of them otherwise.
+
+    All ranks enter it together. Whoever reads a weight outside the forward pass of its own module needs it.
+    """
+    with deepspeed.zero.GatheredParameters(list(parameters)):
+        yield
+
+
+def even_passes(parts: Sequence[Tensor], zero: ZeroConfig, world: World) -> list[Tensor]:
+    """Microbatches, each the indices of its sequences, and behind them empty ones where another rank has more.
+
+    At stage 3 every forward pass is a collective, so ranks make the same number of them. All ranks call it.
+    """
+    if zero.stage < 3:
+        return list(parts)
+    most = int(all_max(torch.tensor(len(parts)), world))
+    return [*parts, *[torch.empty(0, dtype=torch.int64)] * (most - len(parts))]
+
+
+class Frozen:
+    """A role that is only asked. At stage 3 its parameters are split among the ranks and fetched layer by layer."""
+
+    def __init__(self, module: nn.Module, optim: OptimConfig, zero: ZeroConfig):
+        self.module: Any = module
+        self._run: Any = module
+        self._own = getattr(module, "adapters", True)  # else it is the actor without them, and the actor's engine's
+        if zero.stage == 3 and self._own:
+            with _quiet():
+                self._run = deepspeed.initialize(
+                    model=module, config=deepspeed_config.frozen(optim, zero), dist_init_required=False
+                )[0]
+            module.eval()
+
+    @torch.no_grad()
+    def __call__(self, *args: Any) -> Any:
+        return self._run(*args)
+
+    def states(self) -> list[Tensor]:
+        """What of it can leave the GPU between two uses: the parameters, or this rank's part of them."""
+        return [getattr(p, "ds_tensor", p) for p in self.module.parameters()] if self._own else []
+
+
 class Engine:
     """A trained role: DeepSpeed holds its parameters and optimizer; gradients accumulate until `step`."""
 
@@ -121,19 +185,17 @@ class Engine:
         """groups: parameters that share a learning rate; empty groups and frozen parameters are left out."""
         trained = [[p for p in group if p.requires_grad] for group in groups]
         self._kept = [i for i, group in enumerate(trained) if group]
-        self._adam: Any = torch.optim.AdamW(
-            [{"params": trained[i]} for i in self._kept],
-            lr=0.0,
-            betas=optim.betas,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            fused=True,
-        )
+        self._adam: Any = _adam([trained[i] for i in self._kept], optim, offloaded=zero.optimizer_on != "none")
         self._parameters = [p for i in self._kept for p in trained[i]]
         with _quiet():
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
-                model=module, optimizer=self._adam, config=_deepspeed_config(optim, zero), dist_init_required=False
+                model=module,
+                optimizer=self._adam,
+                config=deepspeed_config.trained(optim, zero),
+                dist_init_required=False,
             )
+        if zero.stage == 3:
+            _clear_padding(module, self._optimizer)
 
     def __call__(self, *args: Any) -> Any:
         return self._engine(*args)
@@ -171,22 +233,43 @@ class Engine:
         with contextlib.nullcontext() if apply else _at_rest(self._adam):
             self._engine.step()
 
+    def states(self) -> list[Tensor]:
+        """What learning alone uses: optimizer states, master weights, and the buffers that gradients are kept in."""
+        states = [x for state in self._adam.state.values() for x in state.values() if isinstance(x, Tensor)]
+        for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):  # stages 1 and 2; stage 3
+            states += getattr(self._optimizer, name, [])
+        if (gradients := getattr(self._optimizer, "grad_partitions_flat_buffer", None)) is not None:
+            states.append(gradients)
+        return states
+
     def save(self, folder: Path, name: str, write: Callable[[Any, Path], None]) -> None:
         """This rank's part of weights, master weights and optimizer, in files below `folder`/`name`; all ranks call it.
 
+        Weights that do not train stay where they were loaded from: with LoRA they are nearly all there is.
         `write` gets each file's content and path. It must not raise: the other ranks would wait in a collective.
         """
         self._engine.checkpoint_engine = _Files(write)
         self._engine._copy_recovery_script = lambda folder: None  # written past `write`, and the same in each
         with _quiet():
-            self._engine.save_checkpoint(str(folder), tag=name, save_latest=False)
+            self._engine.save_checkpoint(str(folder), tag=name, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path, name: str) -> None:
         """What `save` wrote on as many ranks. All ranks call it."""
         with _quiet():
-            found, _ = self._engine.load_checkpoint(str(folder), tag=name)
+            found, _ = self._engine.load_checkpoint(str(folder), tag=name, custom_load_fn=_load_trained)
         if found is None:
             raise FileNotFoundError(f"{folder / name} has no state that DeepSpeed knows")
+
+
+def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
+    """Load the state `src` into the module `dst`, all of what trains and nothing that the module has not.
+
+    A frozen parameter may be in it by the second of two names, as a tied embedding is.
+    """
+    absent, unknown = dst.load_state_dict(src, strict=False)
+    trained = {name for name, p in dst.named_parameters() if p.requires_grad}
+    if wrong := [*trained.intersection(absent), *unknown]:
+        raise KeyError(f"weights that do not fit: {', '.join(sorted(wrong)[:3])}")
 
 
 @contextlib.contextmanager
@@ -214,17 +297,41 @@ class _Files(TorchCheckpointEngine):  # type: ignore[misc]
         self._write(state_dict, Path(path))
 
 
-def _deepspeed_config(optim: OptimConfig, zero: ZeroConfig) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed's own counting of batches is not used
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": optim.max_grad_norm or NO_CLIPPING,
-        "bf16": {"enabled": optim.dtype == "bf16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {"stage": zero.stage},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": None,
-    }
+def _adam(groups: list[list[nn.Parameter]], optim: OptimConfig, *, offloaded: bool) -> Any:
+    """AdamW; DeepSpeed's own for the CPU where the states are kept off the GPU. The two agree within rounding."""
+    settings: dict[str, Any] = {"lr": 0.0, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
+    parameters = [{"params": group} for group in groups]
+    if not offloaded:
+        return torch.optim.AdamW(parameters, fused=True, **settings)
+    try:
+        with _quiet():
+            return DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)
+    except RuntimeError as error:
+        raise EngineError(
+            f"zero.offload: DeepSpeed's Adam for the CPU could not be compiled ({error.__cause__ or error}). It needs a"
+            " C++ compiler (g++); or set zero.offload_optimizer to none."
+        ) from error
+
+
+def _clear_padding(module: nn.Module, optimizer: Any) -> None:
+    """Zeros where a rank's part reaches beyond the end of its weight: there is whatever the memory held before.
+
+    Nothing reads it, but it is saved, and checkpoints of equal runs should be equal.
+    """
+
+    def padding(p: Any) -> int:
+        size = int(p.ds_tensor.ds_numel)
+        return min(max((dist.get_rank() + 1) * size - int(p.ds_numel), 0), size)
+
+    with torch.no_grad():
+        for p in module.parameters():
+            part = cast(Any, p).ds_tensor
+            part.data[max(part.numel() - padding(p), 0) :].zero_()
+        for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
+            end = 0
+            for p in group:
+                end += int(p.ds_tensor.ds_numel)
+                flat.data[end - padding(p) : end].zero_()
 
 
 def all_sum(x: Tensor, world: World) -> Tensor:

@@ -7,16 +7,17 @@ microbatches, computes its share and passes it on. Whitening and the KL controll
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastppo import ops, stop
+from fastppo import stop
 from fastppo.batch import Experience, Packed, Scored, segment_rows
 from fastppo.config import Config
-from fastppo.engine import World, all_gather
+from fastppo.engine import World, all_gather, gathered
 from fastppo.microbatch import Minibatch
-from fastppo.models import Policy
+from fastppo.models import Policy, hidden_states, token_stats
 from fastppo.ppo import advantages_and_returns, kl_estimate, token_rewards
 from fastppo.roles import Roles
 from fastppo.trunk import TrunkStates
@@ -51,7 +52,7 @@ def estimate(
         measured["kl"] = kl_estimate(measured["old_logprobs"], measured["ref_logprobs"], config.ppo.kl_kind)
 
     shaping = beta if config.ppo.kl_in == "reward" else 0.0
-    rewards = token_rewards(measured["kl"], scored.scores, packed.last_response_tokens, shaping)
+    rewards = token_rewards(measured["kl"], scored.shaped, packed.last_response_tokens, shaping)
     advantages, returns = advantages_and_returns(
         rewards,
         measured["values"],
@@ -63,6 +64,7 @@ def estimate(
     return Experience(
         packed=packed,
         scores=scored.scores,
+        by_source=scored.by_source,
         judged=scored.judged,
         ended=scored.rollout.ended,
         sampler_logprobs=scored.rollout.logprobs,
@@ -84,31 +86,38 @@ def recall_trunk(packed: Packed, done: list[Minibatch], roles: Roles, world: Wor
     for minibatch in done:
         for sequences in minibatch.of_rank(world.rank, world.ranks):
             piece = packed.select(sequences).to(world.device)
-            for role in (roles.policy, roles.reference, *([] if roles.critic is None else [roles.critic.module])):
+            for role in (
+                roles.policy,
+                roles.reference.module,
+                *([] if roles.critic is None else [roles.critic.module]),
+            ):
                 trunk(role, piece, sequences)
     return trunk
 
 
 def _measure(packed: Packed, sequences: Tensor, roles: Roles, trunk: TrunkStates, config: Config) -> TokenRows:
     temperature, exact = config.sampling.temperature, config.ppo.kl_kind == "exact"
-    reference, actor = roles.reference, roles.policy
-    below = trunk(actor, packed, sequences)
-    ref_hidden = reference.hidden(packed, trunk(reference, packed, sequences))[packed.predictors]
-    against = reference.head.as_reference(ref_hidden) if exact else {}
+    reference: Policy = roles.reference.module
+    below = trunk(reference, packed, sequences)
+    against: dict[str, Tensor | None] = {}
+    ref_logprobs: Any = None
+    if exact:
+        against = reference.head.as_reference(roles.reference(packed, hidden_states, below))
+    else:
+        ref_logprobs = roles.reference(packed, partial(token_stats, packed.responses, temperature), below).logprobs
 
     def act(policy: Policy, hidden: Tensor) -> TokenRows:
-        stats = policy.head(hidden, ops.linear_logprobs, packed.responses, temperature=temperature, **against)
-        rows = {"old_logprobs": stats.logprobs, "entropy": stats.entropy}
+        stats = token_stats(packed.responses, temperature, policy, hidden, **against)
+        rows = {"old_logprobs": stats.logprobs, "entropy": stats.entropy, "ref_logprobs": ref_logprobs}
         if exact:
             rows |= {"ref_logprobs": stats.ref_logprobs, "kl": stats.kl}
         if policy.value_head is not None:
             rows["values"] = policy.value_head(hidden)
         return rows
 
-    rows: TokenRows = roles.actor(packed, act, below)
-    if not exact:
-        refer = partial(ops.linear_logprobs, temperature=temperature)
-        rows["ref_logprobs"] = reference.head(ref_hidden, refer, packed.responses).logprobs
+    below = trunk(roles.policy, packed, sequences)
+    with gathered(reference.head.parameters() if exact else ()):  # the actor's forward pass reads both heads
+        rows: TokenRows = roles.actor(packed, act, below)
     if roles.critic is not None:
         below = trunk(roles.critic.module, packed, sequences)
         rows["values"] = roles.critic(packed, lambda critic, hidden: critic.value_head(hidden), below)

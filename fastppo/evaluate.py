@@ -5,22 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fastppo import ops, stop
-from fastppo.batch import Packed, Prompts, Scored
+from fastppo import stop
+from fastppo.batch import Moments, Packed, Prompts
 from fastppo.config import Config
 from fastppo.data import PromptSet
-from fastppo.engine import World, all_gather
-from fastppo.feedback import Source, gather_scored, score
+from fastppo.engine import World, all_gather, even_passes
+from fastppo.feedback import Source, score
 from fastppo.figures import distinct, ngrams
-from fastppo.microbatch import pack_even
-from fastppo.models import Policy
+from fastppo.microbatch import IDLE, pack_alone
+from fastppo.models import token_stats
 from fastppo.roles import Roles
 from fastppo.rollout import sample
-from fastppo.stats import TokenStats
 from fastppo.track import Sample
 from fastppo.trunk import TrunkStates
 
@@ -51,11 +51,14 @@ def evaluate(
     """One response to each held-out prompt, its score and what the judge says, and how far the actor has moved."""
     prompts = Prompts.of(heldout.tokens, range(len(heldout))).of_rank(world.rank, world.ranks)
     sampling = replace(config.sampling, temperature=config.eval.temperature)
+    roles.residency.enter("sampling")
     with stop.together(world):
-        rollout = sample(roles.policy, prompts, sampling, stop_ids=stop_ids, seed=config.eval.seed)
-    local = score(rollout, heldout, sources, roles.tokenizer, config.ppo, judge)
-    surprise = sum(all_gather(_log_ratios(local, roles, config), world), torch.zeros(3, dtype=torch.float64))
-    scored = gather_scored(local, world)
+        rollout = sample(roles.gathered.policy(), prompts, sampling, stop_ids=stop_ids, seed=config.eval.seed)
+    roles.residency.enter("feedback")
+    scored = score(rollout, heldout, sources, roles.tokenizer, config.ppo, Moments(), world, judge)
+    roles.residency.enter("experience")
+    own = _log_ratios(rollout.packed, roles, config, world)
+    surprise = sum(all_gather(own, world), torch.zeros(3, dtype=torch.float64))
     packed, scores = scored.rollout.packed, scored.scores.double()
     count, tokens = len(packed), int(packed.response_cu_seqlens[-1])
     responses = packed.responses.split(packed.response_lengths.tolist())
@@ -76,28 +79,20 @@ def evaluate(
 
 
 @torch.no_grad()
-def _log_ratios(scored: Scored, roles: Roles, config: Config) -> Tensor:
+def _log_ratios(packed: Packed, roles: Roles, config: Config, world: World) -> Tensor:
     """(3,) fp64 sums over this rank's response tokens: log p - log p_ref, -log p_ref, entropy of p."""
-    packed = scored.rollout.packed
     sums, trunk = torch.zeros(3, dtype=torch.float64), TrunkStates()
-    if not len(packed):
-        return sums
-    budget = max(config.ppo.microbatch_tokens, int(packed.lengths.max()))
-    for part in pack_even(torch.arange(len(packed)), packed.lengths, budget, ranks=1):
-        piece = packed.select(part).to(roles.policy.device)
+    parts = pack_alone(packed.lengths, config.ppo.microbatch_tokens)
+    for part in even_passes(parts, config.zero, world):
+        piece = (packed.select(part) if len(part) else IDLE).to(world.device)
+        objective = partial(token_stats, piece.responses, config.eval.temperature)
         policy, reference = (
-            _stats(role, piece, trunk(role, piece, part), config.eval.temperature)
-            for role in (roles.policy, roles.reference)
+            engine(piece, objective, trunk(engine.module, piece, part)) for engine in (roles.actor, roles.reference)
         )
-        rows = (policy.logprobs - reference.logprobs, -reference.logprobs, policy.entropy)
-        sums += torch.stack([x.double().sum() for x in rows]).cpu()
+        if len(part):
+            rows = (policy.logprobs - reference.logprobs, -reference.logprobs, policy.entropy)
+            sums += torch.stack([x.double().sum() for x in rows]).cpu()
     return sums
-
-
-def _stats(policy: Policy, packed: Packed, below: Tensor | None, temperature: float) -> TokenStats:
-    hidden = policy.hidden(packed, below)[packed.predictors]
-    stats: TokenStats = policy.head(hidden, ops.linear_logprobs, packed.responses, temperature=temperature)
-    return stats
 
 
 def samples(heldout: PromptSet, before: Evaluation, after: Evaluation) -> list[Sample]:

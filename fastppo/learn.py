@@ -15,10 +15,10 @@ from torch import Tensor
 from fastppo import ops, stop
 from fastppo.batch import Experience, Packed
 from fastppo.config import Config, HealthConfig
-from fastppo.engine import Engine, World, all_max, all_sum
+from fastppo.engine import Engine, Frozen, World, all_max, all_sum, gathered
 from fastppo.faults import note_fault
 from fastppo.microbatch import Minibatch
-from fastppo.models import Policy
+from fastppo.models import Policy, hidden_states
 from fastppo.ppo import step_rates
 from fastppo.roles import Roles
 
@@ -206,12 +206,14 @@ def _accumulate(
     normalizer = torch.tensor(tokens / world.ranks, dtype=torch.float32, device=world.device)
     sums = Sums.zero(world.device)
     mine = minibatch.of_rank(world.rank, world.ranks)
+    read = list(roles.reference.module.head.parameters()) if config.ppo.loss_reads_reference else []
     for i, sequences in enumerate(mine):
         stop.check(world)
         targets = _targets(experience, sequences, normalizer, roles.reference, config, beta, world.device)
         for engine, terms, _ in jobs:
             below = experience.trunk(engine.module, targets.packed, sequences)
-            loss, stats = engine(targets.packed, partial(_add_terms, terms, targets, config), below)
+            with gathered(read):  # the reference's head beside the actor's own
+                loss, stats = engine(targets.packed, partial(_add_terms, terms, targets, config), below)
             engine.backward(loss, last=i + 1 == len(mine))
             sums += stats
     return sums
@@ -229,7 +231,7 @@ def _targets(
     experience: Experience,
     sequences: Tensor,
     normalizer: Tensor,
-    reference: Policy,
+    reference: Frozen,
     config: Config,
     beta: float,
     device: torch.device,
@@ -242,10 +244,9 @@ def _targets(
     against: dict[str, Any] = {}
     if config.ppo.kl_in == "loss":
         against = {"kl_coef": beta, "kl_kind": config.ppo.kl_kind}
-        if config.ppo.kl_kind == "exact":
-            below = experience.trunk(reference, packed, sequences)
-            with torch.no_grad():
-                against |= reference.head.as_reference(reference.hidden(packed, below)[packed.predictors])
+        if config.ppo.loss_reads_reference:
+            below = experience.trunk(reference.module, packed, sequences)
+            against |= reference.module.head.as_reference(reference(packed, hidden_states, below))
         else:
             against |= {"ref_logprobs": rows(experience.ref_logprobs)}
     return Targets(

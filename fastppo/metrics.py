@@ -38,6 +38,8 @@ def step_metrics(experience: Experience, updates: Sequence[Update], seconds: Map
         "skipped_updates": skipped,
         "sampler_error": float((experience.sampler_logprobs - experience.old_logprobs).abs().mean()),
     }
+    if experience.by_source.shape[1] > 1:
+        metrics |= {f"score/{i}": float(x) for i, x in enumerate(experience.by_source.mean(0))}
     for name in ("policy_loss", "kl_loss", "approx_kl", "clip_fraction", "dual_clip_fraction", "ratio_mean"):
         metrics[name] = fmean(getattr(u, name) for u in updates)
     for name in ("value_loss", "value_clip_fraction", "actor_grad_norm", "critic_grad_norm"):

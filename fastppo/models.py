@@ -6,9 +6,10 @@ its weight and runs an op on it, so that logits exist only inside the op and Dee
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from typing import Any, TypeVar, cast
 
@@ -17,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastppo import ops
 from fastppo.attention import ATTENTION, Cache, Spans
 from fastppo.batch import Packed, pack
 from fastppo.errors import FastPPOError
+from fastppo.stats import TokenStats
 from fastppo.trunk import after_layers, layers_of, passing, trunk_depth
 
 log = logging.getLogger("fastppo")
@@ -83,6 +86,7 @@ class Backbone(nn.Module):
         self.model.set_attn_implementation(ATTENTION)
         self.trunk_depth = 0  # lowest layers whose states may be kept, see `keep_trunk`
         self.trunk_owner = id(model)  # roles of one owner have the same trunk
+        self.adapters = True  # False: a view of another role's model as it is without its LoRA adapters
 
     @property
     def device(self) -> torch.device:
@@ -102,12 +106,13 @@ class Backbone(nn.Module):
         return cast(Tensor, top.got)[0]
 
     def _run(self, packed: Packed) -> Tensor:
-        output = self.model.base_model(
-            input_ids=packed.tokens[None],
-            position_ids=packed.positions[None],
-            packed=Spans.of(packed.lengths.tolist()),
-            use_cache=False,
-        )
+        with contextlib.nullcontext() if self.adapters else adapters_off(self.model):
+            output = self.model.base_model(
+                input_ids=packed.tokens[None],
+                position_ids=packed.positions[None],
+                packed=Spans.of(packed.lengths.tolist(), packed.tokens.device),
+                use_cache=False,
+            )
         return cast(Tensor, output.last_hidden_state[0])
 
     def forward(self, packed: Packed, objective: Callable[[Any, Tensor], T], below: Tensor | None = None) -> T:
@@ -149,11 +154,27 @@ class Critic(Backbone):
 class RewardModel(Backbone):
     """One score for each sequence: the classifier's own head on the last token's hidden state."""
 
-    def score(self, packed: Packed) -> Tensor:
+    def forward(self, packed: Packed) -> Tensor:  # type: ignore[override]
         """(B,) fp32"""
         head = cast(nn.Module, self.model.score)
         scores = cast(Tensor, head(self.hidden(packed)[packed.last_rows]))
         return scores.float().squeeze(-1)
+
+
+def hidden_states(role: Any, hidden: Tensor) -> Tensor:
+    """The objective that is the hidden states (M, H) themselves."""
+    return hidden
+
+
+def token_stats(
+    targets: Tensor, temperature: float, policy: Policy, hidden: Tensor, **against: Tensor | None
+) -> TokenStats:
+    """With its first two arguments given, the objective that is `ops.linear_logprobs` of targets (M,) int64.
+
+    against: another head's `FusedHead.as_reference`.
+    """
+    stats: TokenStats = policy.head(hidden, ops.linear_logprobs, targets, temperature=temperature, **against)
+    return stats
 
 
 def fuse_head(model: PreTrainedModel) -> PreTrainedModel:
@@ -209,9 +230,46 @@ def check_packing(model: PreTrainedModel) -> None:
         )
 
 
-def copy_backbone(model: PreTrainedModel) -> PreTrainedModel:
-    """A second copy of a causal model's backbone, without its vocabulary head."""
-    return copy.deepcopy(cast(PreTrainedModel, model.base_model))
+def attention_ratio(model: PreTrainedModel) -> float:
+    """n d / P: by how much of a token's work in the weights each token before it adds in attention (`microbatch.work`).
+
+    n layers with P weights in all, d = heads x width of a head. Computed without their weights at hand, as ZeRO-3 has
+    them elsewhere. A model whose layers cannot be told apart counts all its weights.
+    """
+    config = model.config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    found = layers_of(model)
+    layers = model.base_model if found is None else getattr(*found)
+    weights = sum(getattr(p, "ds_numel", p.numel()) for p in layers.parameters())
+    return float(config.num_hidden_layers * config.num_attention_heads * width / weights)
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Within this context a model with LoRA adapters (`fastppo.lora`) computes what it does without them.
+
+    For passes without gradient: what activation checkpointing recomputes later is recomputed with adapters. peft's own
+    switch turns `requires_grad` off too, and DeepSpeed should not find a parameter of its optimizer so.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def copy_backbone(model: PreTrainedModel, *, same_weights: bool = False) -> PreTrainedModel:
+    """A second copy of a causal model's backbone, without its vocabulary head.
+
+    same_weights: on the very parameters of the model, for two roles that both leave them frozen.
+    """
+    backbone = cast(PreTrainedModel, model.base_model)
+    return copy.deepcopy(backbone, {id(p): p for p in backbone.parameters()} if same_weights else None)
 
 
 def set_trainable(role: Backbone, train: str | int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 import torch
 
-from fastppo.batch import Experience, Packed
+from fastppo.batch import Experience, Moments, Packed
 from fastppo.config import Config
 from fastppo.evaluate import Evaluation
 from fastppo.health import Health
@@ -58,6 +58,7 @@ class Progress:
     beta: KLController
     step: int = 0  # done
     skipped: int = 0  # updates in a row that were not applied
+    moments: Moments = field(default_factory=Moments)  # of all scores
     evaluated: int = -1  # after which step the last evaluation was; -1 before the first
     evaluations: list[Evaluation] = field(default_factory=list)  # the first and the last
     experience: Experience | None = None  # of the next step, once it can be learned from
@@ -80,8 +81,8 @@ class Progress:
         self.evaluations = [*self.evaluations[:1], evaluation]
         self.evaluated, self.random = self.step, random_state()
 
-    def add_experience(self, experience: Experience) -> None:
-        self.experience, self.random = experience, random_state()
+    def add_experience(self, experience: Experience, moments: Moments) -> None:
+        self.experience, self.moments, self.random = experience, moments, random_state()
 
     def end_step(self) -> None:
         self.step += 1
@@ -97,6 +98,7 @@ class Progress:
             experience["packed"] = {f.name: getattr(self.experience.packed, f.name) for f in fields(Packed)}
         return {name: getattr(self, name) for name in same} | {
             "beta": self.beta.value,
+            "moments": asdict(self.moments),
             "evaluations": [asdict(e) for e in self.evaluations],
             "updates": [asdict(u) for u in self.updates],
             "health": self.health.state(),
@@ -107,6 +109,7 @@ class Progress:
         """What `state` gave; own: this rank's `random`. The experience lacks its trunk (`estimate.recall_trunk`)."""
         self.step, self.skipped, self.evaluated = state["step"], state["skipped"], state["evaluated"]
         self.beta.value, self.random = state["beta"], own
+        self.moments = Moments(**state["moments"])
         self.seconds.clear()
         self.seconds.update(state["seconds"])
         self.evaluations = [Evaluation(**e) for e in state["evaluations"]]

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Literal
 
 from fastppo import durable
-from fastppo.checkpoint import Checkpoints, Found, held_out_score
+from fastppo.checkpoint import Checkpoints
 from fastppo.config import Config
 from fastppo.engine import World, all_gather
 from fastppo.health import Alarm
 from fastppo.progress import Progress
+from fastppo.resume import Found, held_out_score
 from fastppo.track import Tracker
 
 log = logging.getLogger("fastppo")
@@ -51,7 +52,7 @@ def respond(
         return "ended"
     run.health.roll_backs += 1
     run.beta.value = max(beta, run.beta.value) * health.raise_kl
-    tracker.go_back(run.step, found.position)
+    tracker.go_back(run.step, found.sizes)
     _say(
         world,
         logging.WARNING,

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from fastppo.attention import choose_attention
 from fastppo.config import Config
-from fastppo.engine import Engine, World
-from fastppo.load import load_policies
-from fastppo.models import Policy
+from fastppo.engine import Engine, Frozen, World, check_nvme
+from fastppo.gathered import GatheredPolicy
+from fastppo.load import DTYPES, load_policies
+from fastppo.models import Policy, attention_ratio
+from fastppo.residency import Residency
 
 
 @dataclass(frozen=True)
@@ -18,12 +21,14 @@ class Roles:
 
     actor: Engine  # of a Policy
     critic: Engine | None  # of a Critic; None: the value head on the actor's backbone
-    reference: Policy
+    reference: Frozen  # of a Policy
+    gathered: GatheredPolicy  # the actor to sample from and to export
     tokenizer: PreTrainedTokenizerBase
+    residency: Residency
 
     @property
     def policy(self) -> Policy:
-        """The actor's module, to sample from and to export."""
+        """The actor's module. At ZeRO stage 3 its weights are elsewhere: `gathered.policy()` has them."""
         policy: Policy = self.actor.module
         return policy
 
@@ -33,11 +38,27 @@ class Roles:
         config = self.policy.model.config.get_text_config()
         return getattr(config, "max_position_embeddings", None)
 
+    @property
+    def attention(self) -> float:
+        """What attention costs beside the actor's weights, for an even plan (`microbatch.work`)."""
+        return attention_ratio(self.policy.model)
+
 
 def assemble(config: Config, world: World) -> Roles:
-    """Load the models of a run and put an engine under each that is trained."""
+    """Load the models of a run and put an engine under each."""
+    zero, residency = config.zero, Residency(config, world.device)
+    check_nvme(zero)
+    choose_attention(config.attention, DTYPES[config.optim.dtype], world.device)
     policy, critic, reference, tokenizer = load_policies(config, world.device)
     value_head = [] if policy.value_head is None else list(policy.value_head.parameters())
-    actor = Engine(policy, [list(policy.model.parameters()), value_head], config.optim, config.zero)
-    trained_critic = None if critic is None else Engine(critic, [list(critic.parameters())], config.optim, config.zero)
-    return Roles(actor, trained_critic, reference, tokenizer)
+    gathered = GatheredPolicy(policy, zero.stage)
+    actor = Engine(policy, [list(policy.model.parameters()), value_head], config.optim, zero)
+    trained_critic = None if critic is None else Engine(critic, [list(critic.parameters())], config.optim, zero)
+    frozen = Frozen(reference, config.optim, zero)
+    for engine in filter(None, (actor, trained_critic)):
+        residency.add("optimizers", engine)
+    residency.add("reference", frozen)
+    if zero.parameters_on != "none":  # else the copy stays where it is, as recorded CUDA graphs ask
+        residency.add("gathered", gathered, keep=False)
+    residency.enter("loading")
+    return Roles(actor, trained_critic, frozen, gathered, tokenizer, residency)

@@ -1,4 +1,5 @@
-"""What a run tells: progress on the terminal, `metrics.jsonl`, TensorBoard, the time of each stage, profiles, samples.
+"""What a run tells: progress on the terminal, metrics, responses and alarms as files of lines (`folder`), TensorBoard,
+Weights & Biases, the time of each stage, profiles, samples.
 
 Rank 0 alone writes and prints; on the other ranks the same calls do nothing, so the loop needs no question of rank.
 Only a profile is written by every rank, since ranks differ in what they wait for.
@@ -6,14 +7,13 @@ Only a profile is written by every rank, since ranks differ in what they wait fo
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TextIO
 
@@ -25,12 +25,10 @@ from rich.text import Text
 from torch.profiler import ProfilerActivity, record_function
 
 from fastppo.config import TrackConfig
-from fastppo.errors import FastPPOError
+from fastppo.folder import ALARMS, METRICS, RESPONSES, as_line, continue_folder
+from fastppo.wandb_run import wandb_run
 
 log = logging.getLogger("fastppo")
-
-METRICS = "metrics.jsonl"  # a folder with this file is a run's
-ALARMS = "alarms.jsonl"
 
 # What the display shows of a step and of an evaluation; the files hold every metric.
 OF_STEP = {"score": "score {:.3f}", "kl": "KL {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"}
@@ -45,58 +43,6 @@ KNOWN_NOISE = (
 SHOWN_CELLS = 300  # columns of the terminal for one text in the table of samples; samples.jsonl holds all of it
 
 
-class RunFolderError(FastPPOError):
-    """A folder that cannot become the run's. The message names the setting and the way out."""
-
-
-def fresh_folder(output: Path) -> Path:
-    """Make `output` an empty run folder and return it; an earlier run there is moved aside to `output`.1, .2, ...
-
-    To be called by rank 0 alone, before the other ranks touch the folder.
-    Raises RunFolderError if `output` holds something else than a run, or cannot be made.
-    """
-    try:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            _move_aside(output)
-        output.mkdir(parents=True, exist_ok=True)
-        (output / METRICS).touch()
-    except OSError as error:
-        raise RunFolderError(f"output = {output} cannot be made ({error.strerror}). Give another --output.") from error
-    return output
-
-
-def continue_folder(output: Path, position: int) -> None:
-    """Bring the run folder `output` back to where its metrics had this many bytes, so that no step is in it twice.
-
-    To be called by rank 0 alone, before the other ranks touch the folder.
-    """
-    try:
-        with open(output / METRICS, "ab+") as metrics:
-            size = metrics.seek(0, 2)
-            if size < position:  # a machine that lost power may have kept the checkpoint and lost these lines
-                log.warning("%s ends before the checkpoint's step; lines are missing", output / METRICS)
-                metrics.seek(0)
-                position = metrics.read().rfind(b"\n") + 1
-            metrics.truncate(position)
-    except OSError as error:
-        raise RunFolderError(f"output = {output} cannot be continued ({error}). Make it writable.") from error
-
-
-def _move_aside(output: Path) -> None:
-    if not (output / METRICS).is_file():
-        raise RunFolderError(
-            f"output = {output} exists and is not the folder of a run (it has no {METRICS}). Give another --output."
-        )
-    where = output.resolve()
-    if Path.cwd().is_relative_to(where):
-        raise RunFolderError(f"output = {output} is the folder that you are in, or above it. Give another --output.")
-    n = 1
-    while (aside := where.with_name(f"{where.name}.{n}")).exists():
-        n += 1
-    where.rename(aside)
-    log.info("%s held an earlier run, which is now %s", output, aside.name)
-
-
 class Tracker:
     """Records the steps of a run in the folder `output`, which exists (`fresh_folder`). A context manager."""
 
@@ -105,17 +51,28 @@ class Tracker:
         self._output, self._config, self._steps, self._rank, self._done = output, config, steps, rank, done
         self._stack = ExitStack()
         self._metrics: TextIO | None = None
+        self._responses: TextIO | None = None
+        self._alarms: TextIO | None = None
         self._writer: Any = None  # a SummaryWriter
+        self._wandb: Any = None  # a wandb.Run
         self._bar: Progress | None = None
         self._first: tuple[int, float] | None = None  # the first step logged, and when
 
     def __enter__(self) -> Self:
         if self._rank != 0:
             return self
-        self._metrics = self._stack.enter_context(open(self._output / METRICS, "a", encoding="utf-8"))
+        # a lone surrogate is written as \ud800, which is how JSON has it
+        lines = partial(open, mode="a", encoding="utf-8", errors="backslashreplace")
+        self._metrics = self._stack.enter_context(lines(self._output / METRICS))
+        self._alarms = self._stack.enter_context(lines(self._output / ALARMS))
+        if self._config.responses:
+            self._responses = self._stack.enter_context(lines(self._output / RESPONSES))
         if self._config.tensorboard:
-            self._writer = self._events(self._done)
+            self._writer = self._events()
             self._stack.callback(lambda: self._writer.close())
+        if self._config.wandb is not None:
+            self._wandb = wandb_run(self._output, self._config.wandb)
+            self._stack.callback(self._wandb.finish)
         if _wants_bar(self._config.progress):
             self._bar = self._stack.enter_context(_progress_bar())
             self._bar.add_task("", total=self._steps, completed=self._done)
@@ -124,11 +81,12 @@ class Tracker:
     def __exit__(self, *raised: object) -> None:
         self._stack.close()
 
-    def _events(self, done: int) -> Any:
-        """A writer of TensorBoard's, which then leaves out what an earlier attempt wrote of steps after `done`."""
+    def _events(self) -> Any:
+        """A SummaryWriter. TensorBoard then leaves out what was written of steps after those done."""
         from torch.utils.tensorboard import SummaryWriter  # a second of imports that not every run wants
 
-        return SummaryWriter(str(self._output / "tensorboard"), **({"purge_step": done + 1} if done else {}))
+        purge = {"purge_step": self._done + 1} if self._done else {}
+        return SummaryWriter(str(self._output / "tensorboard"), **purge)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a step, 1 to `steps`, as one line of strict JSON: `{"step": ..., name: value, ...}`.
@@ -147,42 +105,55 @@ class Tracker:
         self._write(step, {f"eval/{name}": value for name, value in metrics.items()})
         self._print(step, _summary(OF_EVALUATION, metrics))
 
-    def log_alarms(self, alarms: Sequence[Mapping[str, Any]], *, anew: bool = False) -> None:
-        """Record alarms in `alarms.jsonl`, one line of strict JSON each, in TensorBoard as text, and in the log.
-
-        anew: they are all that a run has given which is resumed here; the file is to hold no others.
-        """
-        if self._rank != 0:
+    def log_alarms(self, alarms: Iterable[Mapping[str, Any]]) -> None:
+        """Record alarms (`fastppo.health`) in `alarms.jsonl`, one a line, in TensorBoard as text, and in the log."""
+        if self._alarms is None:
             return
-        with open(self._output / ALARMS, "w" if anew else "a", encoding="utf-8") as file:
-            file.writelines(_json(alarm) + "\n" for alarm in alarms)
-        for alarm in () if anew else alarms:
+        for alarm in alarms:
+            self._alarms.write(as_line(alarm))
             log.warning("step %d: %s", alarm["step"], alarm["message"])
             if self._writer is not None:
                 self._writer.add_text(f"alarms/{alarm['figure']}", alarm["message"], alarm["step"])
+        self._alarms.flush()
 
-    def go_back(self, step: int, position: int) -> None:
-        """The run goes on from this step, where its metrics had this many bytes; what came after is taken back."""
+    def go_back(self, step: int, then: Mapping[str, int]) -> None:
+        """The run goes on from this step, where its files of lines had these sizes: what came after is taken back.
+
+        Alarms stay: the one for which the run goes back is among them.
+        """
         self._done, self._first = step, None
-        if self._metrics is None:
+        if self._rank != 0:
             return
-        continue_folder(self._output, position)  # the open file appends, wherever the end is
+        # the open files append, wherever their ends are
+        continue_folder(self._output, {name: size for name, size in then.items() if name != ALARMS})
         if self._writer is not None:
             self._writer.close()
-            self._writer = self._events(step)
+            self._writer = self._events()
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, refresh=True)
+
+    def wants_responses(self, step: int) -> bool:
+        """Whether the training responses of this step are to be given to `log_responses`."""
+        return self._responses is not None and (step == 1 or step % self._config.responses_every == 0)
+
+    def log_responses(self, step: int, responses: Iterable[Mapping[str, Any]]) -> None:
+        """Keep responses (`fastppo.responses`) in `responses.jsonl`, one a line, each with its step."""
+        if self._responses is not None:
+            self._responses.writelines(as_line({"step": step} | dict(response)) for response in responses)
+            self._responses.flush()
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._metrics is None:
             return
         values = {name: float(value) for name, value in metrics.items()}
-        self._metrics.write(_json({"step": step} | values) + "\n")
+        self._metrics.write(as_line({"step": step} | values))
         self._metrics.flush()
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
             self._writer.flush()
+        if self._wandb is not None:
+            self._wandb.log({"step": step} | values)
 
     def _print(self, step: int, text: str) -> None:
         line = f"step {step}/{self._steps}  {text}"
@@ -238,34 +209,13 @@ def _summary(formats: Mapping[str, str], values: Mapping[str, float]) -> str:
     return "  ".join(text.format(values[name]) for name, text in formats.items() if name in values)
 
 
-def _json(record: Mapping[str, Any]) -> str:
-    """Strict JSON has no NaN and no infinities; they become null."""
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    return json.dumps(finite, ensure_ascii=False)
-
-
-def read_metrics(path: Path) -> list[dict[str, float | None]]:
-    """The lines of a `metrics.jsonl`; null (None) is a number that was not finite.
-
-    A last line that was cut, as a killed run leaves it, is left out. Raises ValueError on any other broken line.
-    """
-    records = []
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                if line.endswith("\n"):
-                    raise ValueError(f"{path}, line {number}: this is not JSON ({error.msg}).") from error
-    return records
-
-
 class Stages:
     """Seconds of each stage of a step: `with stages("sampling"): ...`. Stages follow each other, not one in another."""
 
-    def __init__(self, seconds: dict[str, float]):
-        """seconds: where they are kept, with those of a step that another process began."""
-        self._seconds = seconds
+    def __init__(self, seconds: dict[str, float], enter: Callable[[str], None]):
+        """seconds: where they are kept, with those of a step that another process began; enter: called with the name
+        of each stage as it begins, and timed with it."""
+        self._seconds, self._enter = seconds, enter
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -273,6 +223,7 @@ class Stages:
         marked = torch.cuda.nvtx.range(name) if _on_cuda() else nullcontext()
         start = time.perf_counter()
         with record_function(name), marked:
+            self._enter(name)
             yield
             if _on_cuda():  # kernels run behind: without this the next stage would pay for them
                 torch.cuda.synchronize()
@@ -327,7 +278,7 @@ def _printable(text: str) -> Text:
 
 def write_samples(path: Path, rows: Sequence[Sample]) -> None:
     """One JSON object a row, with the field names of `Sample`."""
-    lines = "".join(_json(row._asdict()) + "\n" for row in rows)
+    lines = "".join(as_line(row._asdict()) for row in rows)
     path.write_text(lines, encoding="utf-8", errors="backslashreplace")  # a lone surrogate: \ud800, as JSON writes it
 
 

@@ -148,6 +148,7 @@ def main() -> None:
     for name in (
         "fastppo.train",
         "deepspeed.runtime.zero.muon.muon_optimizer",
+        "peft",
         "transformers.models.llama.modeling_llama",
     ):
         importlib.import_module(name)

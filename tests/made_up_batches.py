@@ -30,7 +30,8 @@ def batch(
     tokens = {name: torch.zeros(m) for name in ("rewards", "values", "advantages", "returns")}
     return Experience(
         packed=packed,
-        scores=torch.zeros(b) if scores is None else torch.tensor(scores, dtype=torch.float32),
+        scores=(given := torch.zeros(b) if scores is None else torch.tensor(scores, dtype=torch.float32)),
+        by_source=given[:, None],
         judged=torch.full((b,), float("nan")) if judged is None else torch.tensor(judged, dtype=torch.float32),
         ended=torch.ones(b, dtype=torch.bool),
         sampler_logprobs=torch.full((m,), logprob),

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from fastppo.batch import Experience, Prompts, Rollout, Scored
+from fastppo.batch import Experience, Moments, Prompts, Rollout, Scored
 from fastppo.cli import parse
 from fastppo.config import Config
-from fastppo.engine import World, start_world, stop_world
+from fastppo.engine import World, gathered, start_world, stop_world
 from fastppo.estimate import estimate
 from fastppo.learn import Update, learn
 from fastppo.microbatch import Minibatch, plan_step
@@ -45,19 +45,22 @@ def responses(roles: Roles) -> Scored:
     """Responses of many lengths and a made-up score for each."""
     config = config_of("none").sampling
     prompts = Prompts.of(PROMPTS, range(len(PROMPTS)))
-    rollout: Rollout = sample(roles.policy, prompts, config, stop_ids=range(0, 257, 9), seed=7)
-    return Scored(rollout, torch.linspace(-1, 1, len(PROMPTS)), torch.zeros(len(PROMPTS)))
+    rollout: Rollout = sample(roles.gathered.policy(), prompts, config, stop_ids=range(0, 257, 9), seed=7)
+    scores = torch.linspace(-1, 1, len(PROMPTS))
+    return Scored(rollout, scores[:, None], scores, scores, Moments(), torch.full_like(scores, torch.nan))
 
 
 def step(config: Config, world: World, *, plan: list[list[Minibatch]] | None = None) -> Step:
     roles = assemble(config, world)
     scored = responses(roles)
-    plan = plan or plan_step(scored.rollout.packed.lengths, config, 0, world.ranks)
+    plan = plan or plan_step(scored.rollout.packed.lengths, config, 0, world.ranks, roles.attention)
     experience = estimate(scored, roles, plan[0], config, config.ppo.kl_coef, world)
     updates = learn(experience, roles, plan, config, step=0, beta=config.ppo.kl_coef, world=world)
-    parameters = {f"actor.{n}": p.detach().clone() for n, p in roles.policy.named_parameters()}
-    if roles.critic is not None:
-        parameters |= {f"critic.{n}": p.detach().clone() for n, p in roles.critic.module.named_parameters()}
+    parameters = {}
+    for name, engine in (("actor", roles.actor), ("critic", roles.critic)):
+        if engine is not None:
+            with gathered(engine.module.parameters()):
+                parameters |= {f"{name}.{n}": p.detach().clone() for n, p in engine.module.named_parameters()}
     return Step(parameters, updates, experience)
 
 

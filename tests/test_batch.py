@@ -1,8 +1,9 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastppo.batch import Packed, Prompts, Rollout, Scored, concatenate, cumulative, pack, segment_rows
+from fastppo.batch import Moments, Packed, Prompts, Rollout, concatenate, cumulative, pack, segment_rows
 
 PACKED = pack([(5, 6, 7, 8), (9, 10), (11, 12, 13)], [2, 1, 2])
 
@@ -68,15 +69,20 @@ def test_ranks_take_consecutive_parts_of_the_prompts():
     assert [t for part in parts for t in part.tokens] == list(prompts.tokens)
 
 
-def test_scored_rollouts_of_ranks_concatenate_to_the_whole():
-    def scored(packed: Packed, first: int) -> Scored:
+def test_rollouts_of_ranks_concatenate_to_the_whole():
+    def rollout(packed: Packed, first: int) -> Rollout:
         b, m = len(packed), len(packed.responses)
-        rollout = Rollout(packed, torch.arange(m) + 0.5, torch.ones(b, dtype=torch.bool), torch.arange(b) + first)
-        return Scored(rollout, torch.arange(b) + float(first), torch.arange(b) - float(first))
+        return Rollout(packed, torch.arange(m) + 0.5, torch.ones(b, dtype=torch.bool), torch.arange(b) + first)
 
-    parts = [scored(PACKED.select(torch.tensor(s)), s[0]) for s in ([0, 1], [2])]
-    whole = concatenate(parts)
-    assert torch.equal(whole.rollout.packed.tokens, PACKED.tokens)
-    assert torch.equal(whole.rollout.packed.response_cu_seqlens, PACKED.response_cu_seqlens)
-    assert whole.scores.tolist() == [0, 1, 2] and whole.judged.tolist() == [0, 1, -2]
-    assert whole.rollout.sources.tolist() == [0, 1, 2]
+    whole = concatenate([rollout(PACKED.select(torch.tensor(s)), s[0]) for s in ([0, 1], [2])])
+    assert torch.equal(whole.packed.tokens, PACKED.tokens)
+    assert torch.equal(whole.packed.response_cu_seqlens, PACKED.response_cu_seqlens)
+    assert whole.sources.tolist() == [0, 1, 2]
+
+
+def test_moments_of_parts_are_those_of_the_whole_where_sums_would_cancel():
+    x = 1e6 + torch.randn(300, generator=torch.Generator().manual_seed(0))
+    merged = Moments().add(x[:7]).add(x[7:260]).add(x[260:])
+    assert merged.count == 300
+    assert merged.mean == pytest.approx(float(x.double().mean()), rel=1e-12)
+    assert merged.std == pytest.approx(float(x.double().std(correction=0)), rel=1e-9)

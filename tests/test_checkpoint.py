@@ -17,6 +17,8 @@ ROLES = {
     "separate critic, fp32, stage 1": {"optim__dtype": "fp32", "zero__stage": 1},
     "shared critic, fp32, stage 0": {"critic__kind": "shared", "optim__dtype": "fp32", "zero__stage": 0},
     "separate critic, bf16, stage 2": {"optim__dtype": "bf16", "zero__stage": 2},
+    "LoRA, bf16, stage 1": {"actor__lora__rank": 4, "critic__lora__rank": 2, "zero__stage": 1},
+    "separate critic, bf16, stage 3": {"optim__dtype": "bf16", "zero__stage": 3, "zero__offload": "cpu"},
 }
 
 # Tells the last rank to stop at the nth place of a kind: `check`, where ranks agree, or `check_alone`, in sampling.
@@ -67,7 +69,8 @@ def assert_same_run(one: Path, other: Path) -> None:
     for state in states:  # a run that stopped in an evaluation saved itself before it, and does not save twice
         del state["progress.pt"]["evaluations"], state["progress.pt"]["evaluated"]
     assert whole_runs.same(*states)
-    assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
+    for name in ("samples.jsonl", "responses.jsonl"):
+        assert (one / name).read_text() == (other / name).read_text()
 
 
 def wait_for(what, run: Run, seconds: float = 60.0) -> None:
@@ -79,7 +82,13 @@ def wait_for(what, run: Run, seconds: float = 60.0) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "roles"),
-    [(1, "separate critic, fp32, stage 1"), (2, "shared critic, fp32, stage 0"), (2, "separate critic, bf16, stage 2")],
+    [
+        (1, "separate critic, fp32, stage 1"),
+        (2, "shared critic, fp32, stage 0"),
+        (2, "separate critic, bf16, stage 2"),
+        (1, "LoRA, bf16, stage 1"),
+        (2, "separate critic, bf16, stage 3"),
+    ],
 )
 def test_a_run_that_stops_anywhere_and_goes_on_equals_the_one_that_did_not(folder, forks, straight, ranks, roles):
     """Stops lie in sampling, evaluation, experience and learning, several of them inside one step."""
@@ -115,7 +124,7 @@ def test_sigterm_to_one_rank_saves_and_ends_all_with_status_0(folder, forks, str
     roles, output = "shared critic, fp32, stage 0", folder / "terminated"
     argv = whole_runs.settings(folder, output, resume="auto", checkpoint__every=0, **ROLES[roles])
     run = forks.start(argv, 2)
-    wait_for(lambda: output.exists() and len(whole_runs.records(output)) > 1, run)
+    wait_for(lambda: (output / "metrics.jsonl").exists() and len(whole_runs.records(output)) > 1, run)
     os.kill(run.ranks[1], signal.SIGTERM)
     start = time.monotonic()
     assert forks.wait(run, 25) == [0, 0], run.text()
@@ -127,7 +136,7 @@ def test_sigterm_to_one_rank_saves_and_ends_all_with_status_0(folder, forks, str
 def test_ranks_whose_launcher_has_vanished_save_and_end(folder, forks):
     output = folder / "orphaned"
     run = forks.start(whole_runs.settings(folder, output, checkpoint__every=0, steps=1000), 2)
-    wait_for(lambda: output.exists() and len(whole_runs.records(output)) > 1, run)
+    wait_for(lambda: (output / "metrics.jsonl").exists() and len(whole_runs.records(output)) > 1, run)
     os.kill(run.launcher, signal.SIGKILL)
     assert forks.wait(run, 25) == [0, 0], run.text()
     assert len(whole_runs.checkpoints(output)) == 1

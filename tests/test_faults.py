@@ -55,7 +55,7 @@ def break_update(monkeypatch, number, role):
 
 
 @pytest.mark.parametrize("role", ["Policy", "Critic"])
-@pytest.mark.parametrize(("dtype", "stage"), [("fp32", 0), ("fp32", 1), ("bf16", 1), ("bf16", 2)])
+@pytest.mark.parametrize(("dtype", "stage"), [("fp32", 0), ("fp32", 1), ("bf16", 1), ("bf16", 2), ("bf16", 3)])
 def test_an_update_that_is_not_finite_is_not_applied_to_either_role(
     model, world, tmp_path, monkeypatch, role, dtype, stage
 ):
@@ -68,7 +68,7 @@ def test_an_update_that_is_not_finite_is_not_applied_to_either_role(
     assert all(torch.equal(still[name], p) for name, p in done.parameters.items())
 
 
-@pytest.mark.parametrize(("dtype", "stage"), [("fp32", 0), ("bf16", 1), ("fp32", 2)])
+@pytest.mark.parametrize(("dtype", "stage"), [("fp32", 0), ("bf16", 1), ("fp32", 2), ("fp32", 3)])
 def test_after_a_skipped_update_the_next_is_as_if_it_had_been_the_first(
     model, world, tmp_path, monkeypatch, dtype, stage
 ):

@@ -1,15 +1,20 @@
 """Sources of reward, and what is said of those that fail."""
 
 import textwrap
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
 
-from fastppo.batch import Rollout, pack
+from fastppo.batch import Moments, Rollout, pack
 from fastppo.config import Config, DataConfig, HealthConfig, PPOConfig, RewardConfig
 from fastppo.data import PromptSet
-from fastppo.feedback import RewardError, load_functions, load_judge, load_sources, score
+from fastppo.engine import World, start_world
+from fastppo.errors import FastPPOError
+from fastppo.feedback import Responses, RewardError, load_functions, load_judge, load_sources, score
+from fastppo.feedback.score import _decode
+from fastppo.residency import Residency
 
 TOKENIZER = tiny.tokenizer()
 CPU = torch.device("cpu")
@@ -18,6 +23,10 @@ PROMPTS = PromptSet(
     texts=("one", "three", "two"),
     columns={"answer": ["1", "3", "2"], "prompt": ["one", "three", "two"]},
 )
+
+
+def sources(config, load=load_sources):
+    return load(config, TOKENIZER, World(0, 1, CPU), Residency(config, CPU))
 
 
 def rollout(responses=("a", "bcd", "ef"), ended=(True, True, False)):
@@ -31,9 +40,15 @@ def scores(tmp_path, monkeypatch, body, ppo=None, weight=1.0):
     (tmp_path / "mine.py").write_text(source)
     monkeypatch.chdir(tmp_path)
     config = Config(rewards=(RewardConfig(function="mine.py:reward", weight=weight),))
-    return score(
-        rollout(), PROMPTS, load_sources(config, TOKENIZER, CPU), TOKENIZER, ppo or PPOConfig()
-    ).scores.tolist()
+    return scored(config, ppo).shaped.tolist()
+
+
+NO_SCORES = Moments()
+
+
+def scored(config, ppo=None, moments=NO_SCORES):
+    asked, judge = sources(config), sources(config, load_judge)
+    return score(rollout(), PROMPTS, asked, TOKENIZER, ppo or PPOConfig(), moments, start_world(1), judge)
 
 
 def test_a_function_sees_prompts_responses_and_columns_in_order(tmp_path, monkeypatch):
@@ -95,7 +110,7 @@ def test_a_reward_model_scores_the_last_token_of_each_sequence(tmp_path):
     path = tiny.saved(tmp_path / "reward", model)
     config = Config(rewards=(RewardConfig(model=path),), data=DataConfig())
     config = _with_dtype(config)
-    found = score(rollout(), PROMPTS, load_sources(config, TOKENIZER, CPU), TOKENIZER, PPOConfig()).scores
+    found = scored(config).scores
     with torch.no_grad():
         expected = [float(model(torch.tensor([s])).logits) for s in _sequences()]
     assert found.tolist() == pytest.approx(expected, abs=1e-5)
@@ -104,7 +119,7 @@ def test_a_reward_model_scores_the_last_token_of_each_sequence(tmp_path):
 def test_a_reward_model_with_another_tokenizer_reads_the_text_anew(tmp_path):
     path = tiny.saved(tmp_path / "reward", tiny.classifier(vocabulary=258), extra=("<more>",))
     config = _with_dtype(Config(rewards=(RewardConfig(model=path),)))
-    found = score(rollout(), PROMPTS, load_sources(config, TOKENIZER, CPU), TOKENIZER, PPOConfig()).scores
+    found = scored(config).scores
     model, other = tiny.classifier(vocabulary=258), tiny.tokenizer(("<more>",))
     texts = [p + r for p, r in zip(PROMPTS.texts, ("a", "bcd", "ef"), strict=True)]
     with torch.no_grad():
@@ -112,10 +127,72 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text_anew(tmp_path):
     assert found.tolist() == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_rank_without_responses_has_no_scores(tmp_path):
+    same = tiny.saved(tmp_path / "same", tiny.classifier())
+    other = tiny.saved(tmp_path / "other", tiny.classifier(vocabulary=258), extra=("<more>",))
+    functions = (RewardConfig(function="math:fsum"),)
+    config = _with_dtype(Config(rewards=(RewardConfig(model=same), RewardConfig(model=other), *functions)))
+    nothing = Rollout(pack([], []), torch.zeros(0), torch.zeros(0, dtype=torch.bool), torch.arange(0))
+    assert _decode(nothing.packed, TOKENIZER) == []
+    seen = Responses([], [], {}, nothing.packed)
+    assert [list(source(seen)) for source, _ in sources(config)] == [[], [], []]
+
+
 def test_a_reward_model_with_two_labels_is_an_error(tmp_path):
     path = tiny.saved(tmp_path / "reward", tiny.classifier(labels=2))
     with pytest.raises(ValueError, match="has 2 labels"):
-        load_sources(Config(rewards=(RewardConfig(model=path),)), TOKENIZER, CPU)
+        sources(Config(rewards=(RewardConfig(model=path),)))
+
+
+def test_an_ensemble_says_the_mean_or_the_least_of_its_members(tmp_path):
+    paths = tuple(tiny.saved(tmp_path / str(i), tiny.classifier(seed=i)) for i in range(3))
+    alone = torch.stack([scored(_with_dtype(Config(rewards=(RewardConfig(model=p),)))).scores for p in paths])
+    for combine, expected in (("mean", alone.mean(0)), ("min", alone.amin(0))):
+        config = _with_dtype(Config(rewards=(RewardConfig(ensemble=paths, combine=combine),)))
+        assert torch.allclose(scored(config).scores, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [("b", [0, 1, 0]), ("^.{2,3}$", [0, 1, 1]), ("(?i)BC", [0, 1, 0]), ("^{last}$", [1, 0, 1])],
+)
+def test_a_pattern_is_looked_for_in_each_response_with_its_own_columns(pattern, expected):
+    prompts = replace(PROMPTS, columns={"last": ["a", ".", "ef"]})
+    asked = sources(Config(rewards=(RewardConfig(pattern=pattern),)))
+    found = score(rollout(), prompts, asked, TOKENIZER, PPOConfig(), Moments(), start_world(1))
+    assert found.scores.tolist() == expected
+
+
+def test_a_pattern_with_a_column_that_the_data_lacks_is_an_error():
+    with pytest.raises(RewardError, match=r"names the column nothing, which the data lacks; it has: .*answer"):
+        scored(Config(rewards=(RewardConfig(pattern="{nothing}"),)))
+
+
+def test_sources_are_added_by_weight_and_kept_apart():
+    found = scored(Config(rewards=(RewardConfig(pattern="b"), RewardConfig(pattern="e|b", weight=2.0))))
+    assert found.by_source.tolist() == [[0, 0], [1, 1], [0, 1]]
+    assert found.scores.tolist() == [0, 3, 2]
+
+
+def test_running_normalisation_has_all_scores_of_the_run_and_comes_before_the_clip():
+    earlier = Moments().add(torch.tensor([5.0, -3.0, 0.0, 8.0]))
+    config = Config(rewards=(RewardConfig(pattern="b"),))
+    found = scored(config, PPOConfig(score_normalise=True, score_clip=0.3), earlier)
+    everything = torch.tensor([5.0, -3.0, 0.0, 8.0, 0.0, 1.0, 0.0])
+    expected = (torch.tensor([0.0, 1.0, 0.0]) - everything.mean()) / everything.std(correction=0)
+    assert found.scores.tolist() == [0, 1, 0]
+    assert found.shaped.tolist() == pytest.approx(expected.clamp(-0.3, 0.3).tolist())
+    assert found.moments.count == 7
+
+
+def test_equal_scores_normalise_to_zero():
+    found = scored(Config(rewards=(RewardConfig(pattern="."),)), PPOConfig(score_normalise=True))
+    assert found.shaped.tolist() == [0, 0, 0]
+
+
+def test_tokens_beyond_the_soft_limit_cost_their_penalty():
+    found = scored(Config(rewards=(RewardConfig(pattern="."),)), PPOConfig(length_limit=1, length_penalty=0.25))
+    assert found.shaped.tolist() == [1, 0.5, 0.75]
 
 
 def test_a_judge_scores_the_same_responses_and_changes_no_score(tmp_path, monkeypatch):
@@ -126,16 +203,36 @@ def test_a_judge_scores_the_same_responses_and_changes_no_score(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     judges = (RewardConfig(function="mine.py:long", weight=2.0), RewardConfig(function="mine.py:one"))
     config = Config(rewards=(RewardConfig(function="mine.py:one"),), health=HealthConfig(judge=judges))
-    sources, judge = (load(config, TOKENIZER, CPU) for load in (load_sources, load_judge))
-    found = score(rollout(), PROMPTS, sources, TOKENIZER, PPOConfig(score_clip=0.5), judge)
-    assert found.scores.tolist() == [0.5] * 3 and found.judged.tolist() == [2 * len(r) + 1 for r in ("a", "bcd", "ef")]
-    assert load_judge(Config(rewards=config.rewards), TOKENIZER, CPU) == []
-    assert score(rollout(), PROMPTS, sources, TOKENIZER, PPOConfig()).judged.isnan().all()
+    found = scored(config, PPOConfig(score_clip=0.5))
+    assert found.scores.tolist() == [1] * 3 and found.by_source.shape == (3, 1) and found.moments.count == 3
+    assert found.shaped.tolist() == [0.5] * 3
+    assert found.judged.tolist() == [2 * len(r) + 1 for r in ("a", "bcd", "ef")]
+    assert scored(Config(rewards=config.rewards)).judged.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("function", r"health.judge.function = mine.py:\w+ returned nan"),
+        ("pattern", r"health.judge.pattern = \{nothing\} names the column nothing"),
+        ("url", r"health.judge.url = http://127.0.0.1:9 cannot be reached"),
+        ("model", r"health.judge.model = .* has 2 labels"),
+    ],
+)
+def test_a_judge_that_fails_is_named_as_the_judge(kind, words, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def bad(responses, **c):\n    return [float('nan') for r in responses]\n")
+    monkeypatch.chdir(tmp_path)
+    judge = {
+        "function": RewardConfig(function="mine.py:bad"),
+        "pattern": RewardConfig(pattern="{nothing}"),
+        "url": RewardConfig(url="http://127.0.0.1:9", retries=0),  # the port that discards; nothing listens there
+        "model": RewardConfig(model=tiny.saved(tmp_path / "two", tiny.classifier(labels=2))),
+    }[kind]
+    with pytest.raises(FastPPOError, match=words):
+        scored(Config(rewards=(RewardConfig(pattern="b"),), health=HealthConfig(judge=(judge,))))
 
 
 def _with_dtype(config):
-    from dataclasses import replace
-
     return replace(config, optim=replace(config.optim, dtype="fp32"))
 
 

@@ -56,23 +56,47 @@ def test_no_shared_memory_stays_behind(world):
     assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{os.environ['MASTER_PORT']}_*"))
 
 
+# Settings of a run on two ranks whose updates must equal those of one rank at stage 0. Every weight is split at
+# stage 3: by default DeepSpeed leaves small ones whole on each rank, and all of these are small.
+SPLIT_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 RANK_CASES = {
-    "shared, stage 0": ("shared", "0"),
-    "shared, stage 1": ("shared", "1"),
-    "separate, stage 2": ("separate", "2"),
+    "shared, stage 0": ["--critic.kind", "shared", "--zero.stage", "0"],
+    "shared, stage 1": ["--critic.kind", "shared", "--zero.stage", "1"],
+    "separate, stage 2": ["--zero.stage", "2"],
+    "separate, stage 2, offloaded": ["--zero.stage", "2", "--zero.offload", "cpu"],
+    "separate, stage 3": ["--zero.stage", "3"],
+    "shared, stage 3, offloaded": ["--critic.kind", "shared", "--zero.stage", "3", "--zero.offload", "cpu"],
+    "tied, stage 3, offloaded": ["--actor.model", "TIED", "--zero.stage", "3", "--zero.offload", "cpu"],
+    "upper layers, exact KL in the loss, stage 3": [
+        *["--actor.model", "TIED", "--actor.train", "2", "--zero.stage", "3"],
+        *["--ppo.kl_in", "loss", "--ppo.kl_kind", "exact", "--ppo.kl_coef", "10"],
+    ],
+    "separate, stage 1, LoRA": ["--zero.stage", "1", "--actor.lora.rank", "4", "--critic.lora.rank", "2"],
+    "separate, stage 3, LoRA": ["--zero.stage", "3", "--actor.lora.rank", "4", "--critic.lora.rank", "2"],
+    "recomputed activations, stage 3": ["--optim.activation_checkpointing", "true", "--zero.stage", "3"],
 }
 
 
-def rank_settings(case):
-    critic, stage = RANK_CASES[case]
-    return ["--critic.kind", critic, "--zero.stage", stage, "--ppo.minibatches", "2", "--ppo.epochs", "2"]
+def rank_settings(case, folder):
+    """The settings of a case, several updates long; `folder` holds a model whose embeddings are tied."""
+    settings = [str(folder / "tied") if word == "TIED" else word for word in RANK_CASES[case]]
+    split = ["--zero.deepspeed", str(folder / "split.json")] if "stage 3" in case else []
+    return [*settings, *split, "--ppo.minibatches", "2", "--ppo.epochs", "2", "--ppo.microbatch_tokens", "40"]
 
 
 @pytest.fixture(scope="module")
-def on_two_ranks(model, tmp_path_factory):
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    tiny.saved(folder / "tied", tiny.causal(tie_word_embeddings=True))
+    (folder / "split.json").write_text(json.dumps(SPLIT_ALL))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(model, folder):
     """All cases in one pair of processes, since starting them takes longer than the steps."""
-    out = tmp_path_factory.mktemp("ranks") / "out.pt"
-    cases = json.dumps([rank_settings(case) for case in RANK_CASES])
+    out = folder / "out.pt"
+    cases = json.dumps([rank_settings(case, folder) for case in RANK_CASES])
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
@@ -92,8 +116,9 @@ def on_two_ranks(model, tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", RANK_CASES)
-def test_the_update_is_the_same_on_one_and_two_ranks(model, world, on_two_ranks, case):
-    alone = step(config_of(model, *rank_settings(case)), world)
+def test_the_update_is_the_same_on_two_ranks_as_on_one_at_stage_0(model, folder, world, on_two_ranks, case):
+    plain = ["--zero.stage", "0", "--zero.offload", "none", "--zero.deepspeed", "null"]
+    alone = step(config_of(model, *rank_settings(case, folder), *plain), world)
     parameters, updates = on_two_ranks[case]
     assert difference(alone.parameters, parameters) < 5e-5
     for one, two in zip(alone.updates, updates, strict=True):
@@ -133,9 +158,17 @@ def test_a_separate_critics_warm_up_leaves_the_actor_alone(model, world):
     assert max(v for n, v in moved.items() if n.startswith("critic.")) > 0.0
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_shared_critics_warm_up_trains_the_value_head_alone(model, world, dtype):
-    settings = ["--critic.kind", "shared", "--optim.dtype", dtype]
+@pytest.mark.parametrize(
+    ("dtype", "zero"),
+    [
+        ("fp32", []),
+        ("bf16", []),
+        ("bf16", ["--zero.stage", "3"]),
+        ("fp32", ["--zero.stage", "3", "--zero.offload", "cpu"]),
+    ],
+)
+def test_a_shared_critics_warm_up_trains_the_value_head_alone(model, world, dtype, zero):
+    settings = ["--critic.kind", "shared", "--optim.dtype", dtype, *zero]
     warm = step(config_of(model, *settings, "--critic.warmup_steps", "1"), world)
     still = step(config_of(model, *settings, "--actor.lr", "0", "--critic.lr", "0"), world)
     moved = {n for n in warm.parameters if not torch.equal(warm.parameters[n], still.parameters[n])}

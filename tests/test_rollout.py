@@ -104,7 +104,8 @@ def test_a_stop_token_may_be_the_only_token():
 
 
 def test_no_prompts_give_an_empty_rollout():
-    assert len(rollout(policy(), []).packed) == 0
+    found = rollout(policy(), [])
+    assert len(found.packed) == 0 and found.ended.dtype == torch.bool
 
 
 def test_top_k_keeps_the_k_most_likely():

@@ -21,10 +21,13 @@ def changed(**settings: Any) -> Config:
     """GOOD with settings given as ppo__batch_size=8."""
     config = GOOD
     for name, value in settings.items():
-        group, _, field = name.rpartition("__")
-        part = dataclasses.replace(getattr(config, group), **{field: value}) if group else value
-        config = dataclasses.replace(config, **{group or field: part})
+        config = replaced(config, name.split("__"), value)
     return config
+
+
+def replaced(group: Any, path: list[str], value: Any) -> Any:
+    inner = replaced(getattr(group, path[0]), path[1:], value) if path[1:] else value
+    return dataclasses.replace(group, **{path[0]: inner})
 
 
 def test_the_defaults_and_the_quickstart_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,24 +47,41 @@ def test_the_defaults_and_the_quickstart_are_allowed(monkeypatch: pytest.MonkeyP
         (dict(actor__model=""), ["actor.model", "--config quickstart"]),
         (dict(actor__train=0), ["actor.train is 0", "1 or more"]),
         (dict(actor__train=""), ["actor.train is ''"]),
+        (dict(attention="flash", optim__dtype="fp32"), ["attention is flash", "optim.dtype fp32", "bf16", "sdpa"]),
         (dict(critic__train=-1), ["critic.train is -1"]),
         (dict(critic__kind="shared", critic__model="m"), ["critic.model is m", "shared", "separate"]),
         (dict(critic__kind="shared", critic__gguf_file="g"), ["critic.gguf_file is g", "shared"]),
         (dict(critic__kind="shared", critic__train=4), ["critic.train is 4", "shared"]),
+        (dict(critic__kind="shared", critic__lora__rank=4), ["critic.lora.rank is 4", "shared"]),
+        (dict(actor__lora__targets=""), ["actor.lora.targets is ''", "all-linear"]),
+        (dict(critic__lora__targets="q_proj,,v_proj"), ["critic.lora.targets is 'q_proj,,v_proj'", "empty"]),
+        (dict(actor__lora__export="adapters"), ["actor.lora.export is adapters", "actor.lora.rank is 0"]),
         (dict(critic__gguf_file="g"), ["critic.gguf_file is g", "critic.model is not set"]),
         (dict(reference__gguf_file="g"), ["reference.gguf_file is g", "reference.model is not set"]),
         (dict(rewards=()), ["rewards is empty", "--rewards"]),
-        (dict(rewards=(RewardConfig(),)), ["rewards[0]", "exactly one of function and model", "neither"]),
+        (dict(rewards=(RewardConfig(),)), ["rewards[0]", "exactly one of function, model", "none is set"]),
         (dict(rewards=(RewardConfig(function="a:b", model="m"),)), ["exactly one", "a:b", "m"]),
         (dict(rewards=(RewardConfig(model="m"), RewardConfig(function="ab"))), ["rewards[1].function is ab", "module"]),
         (dict(rewards=(RewardConfig(function="a:"),)), ["a:", "module:function"]),
         (dict(rewards=(RewardConfig(model="m", weight=float("inf")),)), ["rewards[0].weight is inf"]),
+        (dict(rewards=(RewardConfig(model="m", combine="min"),)), ["combine is min", "belongs to ensemble"]),
+        (dict(rewards=(RewardConfig(ensemble=("m",)),)), ["rewards[0].ensemble has one model, m"]),
+        (dict(rewards=(RewardConfig(pattern="("),)), ["rewards[0].pattern is (", "no regular expression"]),
+        (dict(rewards=(RewardConfig(url="host:80"),)), ["rewards[0].url is host:80", "http://"]),
+        (dict(rewards=(RewardConfig(url="http://a", retries=-1),)), ["rewards[0].retries is -1", "0 or more"]),
+        (dict(rewards=(RewardConfig(model="m", timeout=5.0),)), ["rewards[0].timeout is 5.0", "belongs to url"]),
+        (dict(ppo__length_penalty=0.1), ["length_penalty is 0.1", "length_limit is not set"]),
+        (dict(ppo__length_limit=99), ["length_limit is 99", "length_penalty 0.0"]),
+        (dict(ppo__length_limit=128, ppo__length_penalty=0.1), ["length_limit is 128", "max_new_tokens 128"]),
         (dict(resume=""), ["resume is empty", "auto"]),
+        (dict(track__wandb=""), ["track.wandb is empty", "null"]),
+        (dict(track__responses=-1), ["track.responses is -1", "0 or more"]),
+        (dict(track__responses_every=0), ["track.responses_every is 0", "1 or more"]),
         (dict(checkpoint__keep_best=1, checkpoint__every=0), ["keep_best is 1", "checkpoint.every 0"]),
         (dict(checkpoint__keep_best=2), ["keep_best is 2", "eval.every 0", "no score"]),
         (dict(checkpoint__keep_best=1, checkpoint__every=5, eval__every=2), ["checkpoint.every is 5", "eval.every 2"]),
         (dict(checkpoint__keep_last=0), ["checkpoint.keep_last is 0", "1 or more"]),
-        (dict(health__judge=(RewardConfig(),)), ["health.judge[0]", "exactly one", "neither"]),
+        (dict(health__judge=(RewardConfig(),)), ["health.judge[0]", "exactly one", "none is set"]),
         (dict(health__alarms=(AlarmConfig("entropy", None, "stop"),)), ["alarms[0].level is null", "stop"]),
         (dict(health__alarms=(AlarmConfig("entropy", 1.5),)), ["level is 1.5 for entropy", "between 0 and 1"]),
         (dict(health__alarms=(AlarmConfig("perplexity", 0.5),)), ["level is 0.5 for perplexity", "above 1"]),
@@ -96,6 +116,17 @@ def test_the_defaults_and_the_quickstart_are_allowed(monkeypatch: pytest.MonkeyP
         (dict(optim__warmup_steps=401), ["optim.warmup_steps is 401", "400 updates"]),
         (dict(track__profile_steps=(1, 101)), ["profile_steps", "101", "1 to 100"]),
         (dict(track__profile_steps=(0,)), ["profile_steps", "step 0"]),
+        (dict(zero__stage=0), ["zero.stage is 0", "bf16", "zero.stage to 1", "fp32"]),
+        (
+            dict(zero__stage=0, optim__dtype="fp32", zero__offload="cpu"),
+            ["zero.offload is cpu and zero.stage 0", "stage 1"],
+        ),
+        (dict(zero__stage=2, zero__offload="nvme"), ["zero.offload is nvme and zero.stage 2", "stage to 3", "cpu"]),
+        (dict(zero__offload_optimizer="nvme"), ["zero.offload_optimizer is nvme and zero.stage 1"]),
+        (dict(zero__stage=2, zero__offload_parameters="cpu"), ["zero.offload_parameters is cpu and zero.stage 2"]),
+        (dict(zero__offload_frozen="cpu"), ["zero.offload_frozen is cpu and zero.stage 1", "Set zero.stage to 3"]),
+        (dict(zero__stage=3, zero__offload="nvme"), ["offloaded to nvme", "zero.nvme_path is not set"]),
+        (dict(zero__stage=3, zero__offload_frozen="nvme"), ["zero.offload_frozen", "zero.nvme_path is not set"]),
         (dict(optim__betas=(0.9, 1.0)), ["optim.betas is [0.9, 1.0]", "less than 1"]),
     ],
 )
@@ -124,8 +155,14 @@ def test_settings_that_cannot_work_are_refused_with_a_reason(settings: dict[str,
         dict(ppo__value_clip=None, ppo__dual_clip=3.0, ppo__score_clip=5.0),
         dict(track__profile_steps=(1, 100)),
         dict(optim__warmup_steps=400),
+        dict(zero__stage=0, optim__dtype="fp32"),
+        dict(zero__stage=1, zero__offload="cpu", zero__offload_parameters="none"),
+        dict(zero__stage=3, zero__offload="cpu", zero__offload_frozen="none"),
+        dict(zero__stage=3, zero__offload="nvme", zero__nvme_path="/nvme"),
         dict(sampling__ignore_eos=True),
         dict(steps=0),
+        dict(actor__lora__rank=8, actor__lora__export="adapters", actor__train=8, critic__lora__rank=4),
+        dict(critic__kind="shared", actor__lora__rank=8),
         dict(health__alarms=(ROLL_BACK,)),
         dict(health__alarms=(ROLL_BACK,), checkpoint__every=1, checkpoint__keep_last=4),
         dict(health__alarms=(AlarmConfig("entropy"), AlarmConfig("approx_kl", 0.1, "stop_epoch"))),
@@ -191,3 +228,12 @@ def test_the_ends_of_a_range_are_where_they_should_be(name: str, value: float) -
     assert attrgetter(name)(GOOD) != value
     with pytest.raises(ConfigError, match=rf"{name} is {value}; it must be "):
         validate(changed(**{name.replace(".", "__"): value}))
+
+
+def test_weights_and_biases_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = changed(track__wandb="films")
+    monkeypatch.setattr("fastppo.rules.run.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"track\.wandb is films, .*`pip install wandb`"):
+        validate(asked)
+    monkeypatch.setattr("fastppo.rules.run.find_spec", lambda name: name)
+    validate(asked)

@@ -46,6 +46,7 @@ def settings(folder, **changes):
         "actor.lr": 1e-3,
         "optim.dtype": "fp32",
         "eval.prompts": 4,
+        "plan": "off",
     }
     changed = fixed | {name.replace("__", "."): value for name, value in changes.items()}
     return [part for name, value in changed.items() for part in (f"--{name}", str(value))]
@@ -100,6 +101,20 @@ def test_samples_before_and_after_are_left(folder, records):
     assert len(rows) == 4 and set(rows[0]) == {"prompt", "before", "score_before", "after", "score_after"}
 
 
+def test_responses_of_evaluations_and_of_training_are_left_with_their_steps(folder, records):
+    rows = [json.loads(line) for line in (folder / "out/responses.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["of"]) for r in rows] == [(s, o) for s, o in PHASES for _ in range(4)]
+    heldout = [r for r in rows if r["of"] == "heldout"]
+    assert [r["prompt"] for r in heldout[:4]] == [r["prompt"] for r in heldout[4:]]
+    samples = [json.loads(line) for line in (folder / "out/samples.jsonl").read_text().splitlines()]
+    assert [r["response"] for r in heldout] == [s["before"] for s in samples] + [s["after"] for s in samples]
+    for row in rows[4:8]:
+        assert row["prompt"].startswith("prompt ") and 1 <= len(row["tokens"]) == len(row["advantages"]) <= 8
+
+
+PHASES = [(0, "heldout"), (1, "training"), (3, "heldout")]
+
+
 def test_the_same_seed_makes_the_same_run(folder, records):
     again = run(folder)
     assert [r.get("score") for r in again] == [r.get("score") for r in records]
@@ -120,12 +135,14 @@ def test_four_epochs_on_each_batch_do_not_diverge(folder):
 @pytest.mark.parametrize(
     "changes",
     [
+        {"plan": "check"},
         {"critic__kind": "shared", "critic__warmup_steps": 1},
         {"sampling__samples_per_prompt": 4, "ppo__minibatches": 2},
         {"ppo__kl_kind": "exact", "ppo__kl_in": "loss", "ppo__entropy_coef": 0.01, "ppo__dual_clip": 3.0},
         {"ppo__kl_target": 1.0, "ppo__kl_horizon": 100, "sampling__top_p": 0.9, "sampling__temperature": 0.7},
         {"optim__dtype": "bf16", "optim__activation_checkpointing": "true", "critic__warmup_steps": 1},
         {"eval__prompts": 0, "track__profile_steps": "[2]"},
+        {"actor__lora__rank": 4, "critic__lora__rank": 2, "optim__dtype": "bf16", "actor__lora__export": "adapters"},
     ],
     ids=lambda changes: ",".join(changes),
 )
@@ -133,6 +150,8 @@ def test_a_run_with_other_settings_goes_through(folder, changes):
     run(folder, steps=2, **changes)
     if "track__profile_steps" in changes:
         assert list((folder / "out/profile").iterdir())
+    if changes.get("actor__lora__export") == "adapters":
+        assert json.loads((folder / "out/actor/adapter_config.json").read_text())["r"] == 4
 
 
 @pytest.mark.parametrize(

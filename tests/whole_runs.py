@@ -49,7 +49,9 @@ def settings(folder: Path, output: Path, **changes: Any) -> list[str]:
         "eval.prompts": 4,
         "eval.every": 2,
         "checkpoint.every": 1,
+        "plan": "off",  # it takes a second, and is tested in test_plan.py
         "track.tensorboard": "false",
+        "track.responses_every": 1,
     }
     changed = fixed | {name.replace("__", "."): value for name, value in changes.items()}
     return [part for name, value in changed.items() for part in (f"--{name}", str(value))]

@@ -7,16 +7,18 @@ names its unit. `fastppo.rules.validate` refuses settings that cannot work toget
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from fastppo.config.data import DataConfig, SamplingConfig
 from fastppo.config.feedback import RewardConfig
 from fastppo.config.health import AlarmConfig, HealthConfig
 from fastppo.config.learning import OptimConfig, PPOConfig, ZeroConfig
-from fastppo.config.models import ActorConfig, CriticConfig, ReferenceConfig
+from fastppo.config.models import ActorConfig, ActorLoraConfig, CriticConfig, LoraConfig, ReferenceConfig
 from fastppo.config.run import CheckpointConfig, EvalConfig, TrackConfig
 
 __all__ = [
     "ActorConfig",
+    "ActorLoraConfig",
     "AlarmConfig",
     "CheckpointConfig",
     "Config",
@@ -25,6 +27,7 @@ __all__ = [
     "DataConfig",
     "EvalConfig",
     "HealthConfig",
+    "LoraConfig",
     "OptimConfig",
     "PPOConfig",
     "ReferenceConfig",
@@ -57,6 +60,12 @@ class Config:
     timeout: float = 1800.0
     """Seconds that a rank waits for the others before it ends with an error; more than the slowest stage can differ
     between ranks."""
+    attention: Literal["auto", "flash", "sdpa"] = "auto"
+    """What computes attention, in every role: `flash` flash-attn (CUDA, bf16), `sdpa` PyTorch; `auto` flash-attn where
+    it can be used and PyTorch elsewhere, which the log says."""
+    plan: Literal["check", "warn", "off"] = "check"
+    """Before models load, the memory that each role needs in each stage is computed and shown. `check` refuses a run
+    that does not fit, `warn` says so and goes on, `off` leaves the computation out."""
     actor: ActorConfig = field(default_factory=ActorConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """One source of reward: a model or a Python function. Exactly one of the two is set."""
+    """One source of reward. Exactly one of function, model, ensemble, pattern and url is set."""
 
     function: str | None = None
     """`module:function` or `file.py:function`; called with prompts, responses and the data's columns; returns one
@@ -15,5 +16,23 @@ class RewardConfig:
     model: str | None = None
     """An `AutoModelForSequenceClassification` with one label: hub name or directory. It may use a tokenizer of its
     own."""
+    ensemble: tuple[str, ...] = ()
+    """Several such models, two or more; `combine` says what they say together."""
+    combine: Literal["mean", "min"] = "mean"
+    """`mean` of an ensemble, or its minimum: what pleases one member alone is no gain then."""
+    pattern: str | None = None
+    """A regular expression: 1 for a response in which it is found, else 0. `{column}` in it stands for that column of
+    the data, taken literally."""
+    url: str | None = None
+    """A service that is sent prompts, responses and columns as JSON and answers with scores; `python -m
+    fastppo.serve_reward` is one."""
+    timeout: float = 60.0
+    """Seconds that the service may take for one request."""
+    retries: int = 4
+    """How often a request that failed is tried again, after 0.5 seconds and then twice as long each time."""
+    request_size: int = 16
+    """Responses in one request."""
+    concurrency: int = 4
+    """Requests of one rank at a time."""
     weight: float = 1.0
     """Factor of this source in the weighted sum of all sources."""

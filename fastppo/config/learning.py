@@ -49,12 +49,23 @@ class PPOConfig:
     kl_horizon: float = 10_000.0
     """Responses over which the adaptive beta reacts."""
     truncation_penalty: float = 0.0
-    """Subtracted from the score of a response that was cut at `max_new_tokens`."""
+    """Subtracted from the score of a response that was cut at `max_new_tokens`, after normalising and clipping."""
     bootstrap_truncated: bool = False
     """Add V after the last token of a response that was cut, for dense rewards; refused with a score on the last
     token."""
+    score_normalise: bool = False
+    """Bring scores to mean 0 and standard deviation 1 over all scores of the run so far, before they are clipped."""
     score_clip: float | None = None
     """Clip scores to [-score_clip, score_clip], off when left out."""
+    length_limit: int | None = None
+    """Soft limit of a response, in tokens; what is beyond it costs `length_penalty` a token. Off when left out."""
+    length_penalty: float = 0.0
+    """Subtracted from the score for each token beyond `length_limit`."""
+
+    @property
+    def loss_reads_reference(self) -> bool:
+        """Whether the reference's logits are computed again in learning, as the exact KL in the loss needs them."""
+        return self.kl_in == "loss" and self.kl_kind == "exact"
 
 
 @dataclass(frozen=True)
@@ -81,9 +92,48 @@ class OptimConfig:
     """Recompute activations in the backward pass: less memory, a third more time."""
 
 
+Place = Literal["none", "cpu", "nvme"]  # where a role's states rest when they are not in use; none: on the GPU
+
+
 @dataclass(frozen=True)
 class ZeroConfig:
-    """DeepSpeed ZeRO."""
+    """DeepSpeed ZeRO: what the ranks share out, and what leaves the GPU."""
 
-    stage: Literal[0, 1, 2] = 1
-    """What the ranks share out. 0: nothing, for fp32 alone; 1: optimizer states; 2: gradients too."""
+    stage: Literal[0, 1, 2, 3] = 1
+    """What the ranks share out. 0: nothing, for fp32 alone; 1: optimizer states; 2: gradients too; 3: parameters too,
+    of all roles."""
+    offload: Place = "none"
+    """Where optimizer states and, at stage 3, parameters are kept when not in use: on the GPU, in the host's memory or
+    on NVMe. The three settings below change parts of it."""
+    offload_optimizer: Place | None = None
+    """The same for the optimizer states of actor and critic, which are then updated by the CPU; as `offload` when left
+    out."""
+    offload_parameters: Place | None = None
+    """The same for the parameters of actor and critic, at stage 3; as `offload` when left out."""
+    offload_frozen: Place | None = None
+    """The same for the parameters of reference and reward models, at stage 3; as `offload` when left out."""
+    nvme_path: str | None = None
+    """Folder on a local NVMe drive, for what is offloaded to nvme. Each rank reads and writes its own part there."""
+    deepspeed: str | None = None
+    """A DeepSpeed configuration (a JSON file) for what has no setting here, such as bucket sizes; `auto` stands for
+    the value that follows from the settings, and a value that contradicts them is refused."""
+
+    @property
+    def optimizer_on(self) -> Place:
+        """Where the optimizer states of trained roles rest."""
+        return self.offload if self.offload_optimizer is None else self.offload_optimizer
+
+    @property
+    def parameters_on(self) -> Place:
+        """Where the parameters of trained roles rest."""
+        return self._at_stage_3(self.offload_parameters)
+
+    @property
+    def frozen_on(self) -> Place:
+        """Where the parameters of reference and reward models rest."""
+        return self._at_stage_3(self.offload_frozen)
+
+    def _at_stage_3(self, own: Place | None) -> Place:
+        if own is None:
+            return self.offload if self.stage == 3 else "none"
+        return own

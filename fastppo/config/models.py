@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Adapters of low rank on frozen weights (Hu et al., 2021). There is no dropout: a policy that drops at random is
+    another policy at every call, and ratios would mean nothing."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 is off. They learn at the role's `lr`, usually ten times what whole weights take."""
+    alpha: float = 16.0
+    """What the adapters add is scaled by alpha / rank."""
+    targets: str = "all-linear"
+    """Which linear layers get an adapter: `all-linear`, or comma-separated names (`q_proj,v_proj`) or patterns
+    (`*.mlp.*`); of these, those whose weights the role's `train` chooses."""
+
+
+@dataclass(frozen=True)
+class ActorLoraConfig(LoraConfig):
+    """The actor's adapters. The reference is then the actor with its adapters off."""
+
+    export: Literal["merged", "adapters"] = "merged"
+    """What is left in `output`/actor: a `merged` model, or the `adapters` alone, for peft."""
+
+
+@dataclass(frozen=True)
 class ActorConfig:
-    """The policy that is trained. The frozen reference is a second copy of the same weights."""
+    """The policy that is trained. The frozen reference is a second copy of its weights; with LoRA it needs none."""
 
     model: str = ""
     """Hugging Face hub name, a directory, or `package:NAME` for weights inside an installed package. Required."""
@@ -18,9 +40,10 @@ class ActorConfig:
     """Branch, tag or commit on the hub."""
     train: int | str = "all"
     """Which parameters train: `all`, an integer k for the upper k layers, or comma-separated name patterns
-    (`*.mlp.*`)."""
+    (`*.mlp.*`). With LoRA: where there are adapters."""
     lr: float = 3e-6
     """Peak learning rate of the actor."""
+    lora: ActorLoraConfig = field(default_factory=ActorLoraConfig)
 
 
 @dataclass(frozen=True)
@@ -39,6 +62,7 @@ class CriticConfig:
     """Peak learning rate of a separate critic, or of the value head of a shared one."""
     warmup_steps: int = 0
     """PPO steps at the start that train the critic alone (shared: the value head alone)."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass(frozen=True)

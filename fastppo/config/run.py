@@ -28,6 +28,14 @@ class TrackConfig:
 
     tensorboard: bool = True
     """Write TensorBoard events to `output`/tensorboard."""
+    wandb: str | None = None
+    """Weights & Biases project that the run is logged to as well; the package is `pip install wandb`. With
+    WANDB_MODE=offline in the environment nothing leaves the machine until `wandb sync`."""
+    responses: int = 4
+    """Responses kept for the report in `responses.jsonl`: so many of each evaluation, always to the same prompts, and so
+    many of a training step from the best scored to the worst, with each token's advantage; 0 keeps none."""
+    responses_every: int = 10
+    """PPO steps between those whose training responses are kept; those of step 1 are, too."""
     progress: Literal["auto", "always", "never"] = "auto"
     """`auto`: a progress bar if the output is a terminal, else one line a step."""
     profile_steps: tuple[int, ...] = ()

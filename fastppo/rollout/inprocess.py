@@ -55,7 +55,8 @@ def sample(policy: Policy, prompts: Prompts, config: SamplingConfig, *, stop_ids
     policy.train(was_training)
     packed = pack([(*p, *r[0]) for p, r in zip(prompts.tokens, responses, strict=True)], [len(r[0]) for r in responses])
     logprobs = torch.tensor([x for r in responses for x in r[1]], dtype=torch.float32)
-    return Rollout(packed, logprobs, torch.tensor([r[2] for r in responses]), prompts.sources)
+    ended = torch.tensor([r[2] for r in responses], dtype=torch.bool)
+    return Rollout(packed, logprobs, ended, prompts.sources)
 
 
 class _Decoding:
@@ -71,7 +72,7 @@ class _Decoding:
     ):
         self.policy, self.group, self.config, self.seed = policy, group, config, seed
         device = policy.device
-        self.rows = _bucket(len(group))
+        self.rows = bucket(len(group))
         filled = [min(i, len(group) - 1) for i in range(self.rows)]
         self.prompts = [group.tokens[i] for i in filled]
         self.streams = group.streams[filled].to(device)  # (rows,)
@@ -106,7 +107,7 @@ class _Decoding:
 
     def _step(self, newest: Tensor) -> Tensor:
         """newest (rows,) int64, the token drawn last in every row; hidden states (active, H)."""
-        self.cache.rows = self.active
+        self.cache.begin_step(self.active)
         hidden = self.policy.step(newest[self.active], self.cache.lengths[self.active], self.cache)
         self.cache.end_step()
         return hidden
@@ -136,7 +137,7 @@ class _Decoding:
         """Let rows that have ended leave the batch once a smaller bucket holds the others; False if none is left."""
         running = ~self.ended[self.active]
         count = int(running.sum())
-        size = _bucket(count)
+        size = bucket(count)
         if count > 0 and size < len(self.active):
             order = torch.argsort(~running, stable=True)  # the running rows first, then fillers
             self.active = self.active[order[:size]].sort().values
@@ -166,7 +167,7 @@ def restrict(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Te
     return logits
 
 
-def _bucket(rows: int) -> int:
+def bucket(rows: int) -> int:
     """The fixed batch size that holds so many rows."""
     for size in BUCKETS:
         if rows <= size:

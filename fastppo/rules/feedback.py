@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 from fastppo.config import Config, ConfigError, RewardConfig
 
@@ -15,7 +17,19 @@ def check_rewards(config: Config) -> None:
             """ --rewards '[{"function": "my_module:my_function"}]'."""
         )
     check_sources("rewards", config.rewards)
-    if config.ppo.bootstrap_truncated:
+    ppo, longest = config.ppo, config.sampling.max_new_tokens
+    if ppo.length_limit is None and ppo.length_penalty:
+        raise ConfigError(
+            f"ppo.length_penalty is {ppo.length_penalty} but ppo.length_limit is not set: there is nothing beyond it to"
+            " be penalised. Give length_limit, in tokens."
+        )
+    if ppo.length_limit is not None and not (ppo.length_penalty and ppo.length_limit < longest):
+        raise ConfigError(
+            f"ppo.length_limit is {ppo.length_limit}, ppo.length_penalty {ppo.length_penalty} and"
+            f" sampling.max_new_tokens {longest}: no response could be penalised. Take a limit below max_new_tokens and"
+            " a penalty above 0, or leave out both."
+        )
+    if ppo.bootstrap_truncated:
         raise ConfigError(
             "ppo.bootstrap_truncated is true, but each of the rewards scores the whole response on its last token."
             " For a response that was cut this asks the value of its last state to be V = score + V, which has no"
@@ -24,13 +38,42 @@ def check_rewards(config: Config) -> None:
         )
 
 
+KINDS = ("function", "model", "ensemble", "pattern", "url")
+OF_URL = ("timeout", "retries", "request_size", "concurrency")
+
+
 def check_sources(where: str, sources: Sequence[RewardConfig]) -> None:
     """Each source alone; where: the setting that they belong to."""
     for i, source in enumerate(sources):
-        if (source.function is None) == (source.model is None):
-            both = "neither is" if source.function is None else f"function is {source.function}, model {source.model}"
-            raise ConfigError(f"{where}[{i}] needs exactly one of function and model; {both} set.")
+        name = f"{where}[{i}]"
+        _check_kind(name, source)
         if source.function is not None and not all(source.function.rpartition(":")[::2]):
-            raise ConfigError(f"{where}[{i}].function is {source.function}; write module:function or file.py:function.")
+            raise ConfigError(f"{name}.function is {source.function}; write module:function or file.py:function.")
         if not math.isfinite(source.weight):
-            raise ConfigError(f"{where}[{i}].weight is {source.weight}; it must be a finite number.")
+            raise ConfigError(f"{name}.weight is {source.weight}; it must be a finite number.")
+
+
+def _check_kind(where: str, source: RewardConfig) -> None:
+    """What one source is, and the settings that belong to that kind alone."""
+    given = [kind for kind in KINDS if getattr(source, kind)]
+    if len(given) != 1:
+        what = " and ".join(f"{kind} is {getattr(source, kind)}" for kind in given) or "none is set"
+        raise ConfigError(f"{where} needs exactly one of {', '.join(KINDS)}; {what}.")
+    kind, default = given[0], RewardConfig()
+    for names, owner in ((("combine",), "ensemble"), (OF_URL, "url")):
+        for name in names:
+            value = getattr(source, name)
+            if kind != owner and value != getattr(default, name):
+                raise ConfigError(f"{where}.{name} is {value}, but it belongs to {owner}, and {kind} is set.")
+    if kind == "ensemble" and len(source.ensemble) < 2:
+        raise ConfigError(f"{where}.ensemble has one model, {source.ensemble[0]}; give two or more, or model.")
+    if source.pattern is not None:
+        try:
+            re.compile(source.pattern)
+        except re.error as error:
+            raise ConfigError(f"{where}.pattern is {source.pattern}, no regular expression: {error}.") from None
+    if source.url is not None and urlsplit(source.url).scheme not in ("http", "https"):
+        raise ConfigError(f"{where}.url is {source.url}; it must begin with http:// or https://.")
+    for name, least in (("timeout", 0.001), ("retries", 0), ("request_size", 1), ("concurrency", 1)):
+        if not least <= getattr(source, name) < math.inf:
+            raise ConfigError(f"{where}.{name} is {getattr(source, name)}; it must be {least} or more.")

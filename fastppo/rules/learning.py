@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastppo import deepspeed_config
 from fastppo.config import Config, ConfigError
 
 
@@ -22,11 +23,40 @@ def check_batch(config: Config, ranks: int) -> None:
             f" responses cannot be spread over {ranks} ranks, as each takes as many. Make batch_size a multiple of"
             f" {ranks * minibatches}, or use fewer minibatches or ranks."
         )
-    if config.zero.stage == 0 and config.optim.dtype == "bf16":
+
+
+def check_zero(config: Config) -> None:
+    zero = config.zero
+    if zero.stage == 0 and config.optim.dtype == "bf16":
         raise ConfigError(
             "zero.stage is 0 and optim.dtype bf16: at stage 0 DeepSpeed would add up gradients in bf16, which rounds"
             " small ones away. Set zero.stage to 1 (on one rank it costs nothing), or optim.dtype to fp32."
         )
+    optimizer = "zero.offload" if zero.offload_optimizer is None else "zero.offload_optimizer"
+    if zero.stage == 0 and zero.optimizer_on != "none":
+        raise ConfigError(
+            f"{optimizer} is {zero.optimizer_on} and zero.stage 0: DeepSpeed offloads the optimizer from stage 1 on."
+            f" Set zero.stage to 1 or more, or {optimizer} to none."
+        )
+    if zero.stage < 3:
+        if zero.optimizer_on == "nvme":
+            raise ConfigError(
+                f"{optimizer} is nvme and zero.stage {zero.stage}: DeepSpeed reads and writes NVMe at stage 3 alone."
+                f" Set zero.stage to 3, or {optimizer} to cpu."
+            )
+        for name in ("offload_parameters", "offload_frozen"):
+            if (place := getattr(zero, name)) not in (None, "none"):
+                raise ConfigError(
+                    f"zero.{name} is {place} and zero.stage {zero.stage}: only at stage 3 are parameters split among"
+                    f" the ranks and fetched layer by layer. Set zero.stage to 3, or leave out zero.{name}."
+                )
+    if "nvme" in (zero.optimizer_on, zero.parameters_on, zero.frozen_on) and not zero.nvme_path:
+        raise ConfigError(
+            "something is offloaded to nvme (zero.offload, zero.offload_optimizer, zero.offload_parameters or"
+            " zero.offload_frozen), but zero.nvme_path is not set. Give a folder on a local NVMe drive, or offload to"
+            " cpu."
+        )
+    deepspeed_config.check(config)
 
 
 def check_kl(config: Config) -> None:

@@ -14,11 +14,17 @@ def check_models(config: Config) -> None:
             "actor.model is not set: there is nothing to train. Give a hub name or a directory,"
             " or start from a preset with --config quickstart."
         )
+    if config.attention == "flash" and config.optim.dtype == "fp32":
+        raise ConfigError(
+            "attention is flash and optim.dtype fp32: flash-attn computes in bf16 or fp16. Set optim.dtype to bf16, or"
+            " attention to auto or sdpa."
+        )
     if critic.kind == "shared":
         for field, value, default in (
             ("model", critic.model, None),
             ("gguf_file", critic.gguf_file, None),
             ("train", critic.train, "all"),
+            ("lora.rank", critic.lora.rank, 0),
         ):
             if value != default:
                 raise ConfigError(
@@ -26,6 +32,17 @@ def check_models(config: Config) -> None:
                     f" actor's backbone and has no weights of its own. Leave out critic.{field}, or set"
                     " critic.kind to separate."
                 )
+    for name, lora in (("actor.lora", actor.lora), ("critic.lora", critic.lora)):
+        if not all(target.strip() for target in lora.targets.split(",")):
+            raise ConfigError(
+                f"{name}.targets is {lora.targets!r}, which has an empty name in it; give all-linear, or names or"
+                " patterns of linear layers, as in q_proj,v_proj."
+            )
+    if actor.lora.export == "adapters" and not actor.lora.rank:
+        raise ConfigError(
+            "actor.lora.export is adapters but actor.lora.rank is 0: without LoRA there are none, and the run would"
+            " leave nothing. Set actor.lora.rank, or leave out actor.lora.export."
+        )
     for name, role in (("critic", critic), ("reference", reference)):
         if role.gguf_file is not None and role.model is None:
             raise ConfigError(

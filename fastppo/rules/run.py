@@ -1,6 +1,8 @@
-"""Rules between the settings of checkpoints."""
+"""Rules between the settings of checkpoints, and of what a run records."""
 
 from __future__ import annotations
+
+from importlib.util import find_spec
 
 from fastppo.config import Config, ConfigError
 
@@ -22,4 +24,15 @@ def check_checkpoints(config: Config) -> None:
             f" {checkpoint.every} and eval.every {evaluated}: a checkpoint without an evaluation at its own step has no"
             f" score. Set checkpoint.every to a multiple of eval.every (both {checkpoint.every}, for example), or"
             " keep_best to 0."
+        )
+
+
+def check_tracking(config: Config) -> None:
+    project = config.track.wandb
+    if project == "":
+        raise ConfigError("track.wandb is empty; give the name of a Weights & Biases project, or null for none.")
+    if project is not None and find_spec("wandb") is None:
+        raise ConfigError(
+            f"track.wandb is {project}, but the package wandb is not installed. Run `pip install wandb`, or leave"
+            " track.wandb out; metrics.jsonl and TensorBoard hold the same numbers."
         )

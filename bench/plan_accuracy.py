@@ -1,0 +1,156 @@
+"""The plan against the memory that runs take: `python bench/plan_accuracy.py`.
+
+Three runs that differ in what fills the memory. Each is a process of its own that trains for two steps on the CPU; its
+peak is the kernel's (VmHWM) over what it had after its imports. The last line is JSON.
+
+Large blocks go back to the kernel when they are freed (MALLOC_MMAP_THRESHOLD_), so that the peak is what the run holds
+and not what glibc keeps for later.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+# name -> (family, shape of the model, settings of the run)
+CASES: dict[str, tuple[str, dict[str, int], dict[str, object]]] = {
+    "fp32, separate critic, optimizer states": (
+        "llama",
+        {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 8192},
+        {"optim.dtype": "fp32", "zero.stage": 1, "ppo.microbatch_tokens": 512, "data.max_prompt_tokens": 96},
+    ),
+    "bf16, shared critic, large vocabulary": (
+        "qwen2",
+        {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "vocab_size": 65536},
+        {
+            "critic.kind": "shared",
+            "zero.stage": 2,
+            "ppo.microbatch_tokens": 1024,
+            "data.max_prompt_tokens": 96,
+            "sampling.max_new_tokens": 64,
+        },
+    ),
+    "bf16, long sequences, activations": (
+        "gpt2",
+        {"hidden_size": 512, "num_hidden_layers": 6, "vocab_size": 1024, "num_attention_heads": 8, "n_positions": 1024},
+        {"critic.kind": "shared", "data.first_tokens": 448, "ppo.microbatch_tokens": 8192},
+    ),
+}
+
+
+def settings(folder: Path, name: str) -> list[str]:
+    """A model with random weights, prompts of equal length, and the command line of a run."""
+    import tiny
+
+    family, shape, changes = CASES[name]
+    heads = {} if family == "gpt2" else {"num_attention_heads": 8, "num_key_value_heads": 4}
+    tiny.saved(folder / "model", tiny.causal(family, **{"max_position_embeddings": 1024} | heads | shape))
+    lines = [json.dumps({"prompt": "what is planned " * 40 + str(i)}) for i in range(24)]
+    (folder / "prompts.jsonl").write_text("\n".join(lines))
+    (folder / "reward.py").write_text(
+        "def length(prompts, responses, **columns):\n    return [float(len(r)) for r in responses]\n"
+    )
+    fixed = {
+        "output": folder / "run",
+        "steps": 2,
+        "threads": 1,
+        "actor.model": folder / "model",
+        "rewards": json.dumps([{"function": f"{folder}/reward.py:length"}]),
+        "data.path": folder / "prompts.jsonl",
+        "data.first_tokens": 96,
+        "data.max_prompt_tokens": 448,
+        "sampling.max_new_tokens": 32,
+        "sampling.ignore_eos": "true",
+        "ppo.batch_size": 16,
+        "ppo.epochs": 1,
+        "eval.prompts": 0,
+        "checkpoint.every": 0,
+        "track.tensorboard": "false",
+        "plan": "off",
+    }
+    return [part for key, value in (fixed | changes).items() for part in (f"--{key}", str(value))]
+
+
+def memory(field: str) -> int:
+    found = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def warm_up(config: Any) -> None:
+    """One update of one layer: what the libraries load at first use is no part of a run's plan."""
+    import torch
+
+    from fastppo.engine import Engine
+    from fastppo.load import DTYPES
+
+    layer = torch.nn.Linear(8, 8, dtype=DTYPES[config.optim.dtype])
+    engine = Engine(layer, [list(layer.parameters())], config.optim, config.zero)
+    engine.backward(engine(torch.ones(1, 8, dtype=DTYPES[config.optim.dtype])).float().sum(), last=True)
+    engine.step([0.0])
+
+
+def measure(argv: list[str]) -> None:
+    """In a fresh process: the plan of a run, and the run itself."""
+    from fastppo.cli import parse
+    from fastppo.engine import start_world, stop_world
+    from fastppo.plan import make_plan, this_machine
+    from fastppo.train import train
+
+    config = parse(argv)
+    plan = make_plan(config, this_machine(1, 1, cpu=True))
+    world = start_world(config.threads)
+    warm_up(config)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again at what is resident now
+    before = memory("VmRSS")
+    train(config, world)
+    peak = memory("VmHWM") - before
+    stop_world()
+    stage, places = plan.peak
+    print(
+        json.dumps(
+            {
+                "planned": places.gpu.total + places.host.total,
+                "measured": peak,
+                "stage": stage,
+                "states": places.gpu.states,
+            }
+        )
+    )
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--measure"]:
+        measure(sys.argv[2:])
+        return
+    results = {}
+    wanted = sys.argv[1:]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    if "MALLOC" not in environment:
+        environment |= {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    for name in CASES:
+        if wanted and not any(w in name for w in wanted):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, __file__, "--measure", *settings(Path(folder), name)]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(done.stdout + done.stderr)
+            found = results[name] = json.loads(done.stdout.splitlines()[-1])
+        found["off"] = found["planned"] / found["measured"] - 1
+        planned, measured, stage = found["planned"] / 1e9, found["measured"] / 1e9, found["stage"]
+        print(f"{name}: planned {planned:.3f} GB, measured {measured:.3f} GB, {found['off']:+.1%}, most in {stage}")
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

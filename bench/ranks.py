@@ -1,0 +1,110 @@
+"""Time of a PPO step on two ranks against one, at the same global batch and on the same cores, and each stage's share.
+
+    python bench/ranks.py
+    python bench/ranks.py --config quickstart --steps 3
+
+Runs on one rank and on two alternate, and each pair gives a ratio. The cores are divided by the ranks: on CPUs two
+ranks have no more to compute with than one, so the best ratio is 1 and what is above it is what ranks cost: products of
+half the rows, their imbalance, and what they tell each other. On GPUs each rank has one of its own. Without `--config`
+the models are those of bench/end_to_end.py, with prompts answered in 1 to 64 tokens.
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from end_to_end import make_inputs
+
+HERE = Path(__file__).resolve().parent
+STAGES = ("sampling", "feedback", "experience", "learning")
+
+
+def small(folder: Path, dtype: str) -> list[str]:
+    """Settings of a run of the small models; a twentieth of the tokens ends a response, so lengths differ."""
+    make_inputs(folder)
+    settings = {
+        "actor.model": folder / "actor",
+        "rewards": json.dumps([{"model": str(folder / "reward")}]),
+        "data.path": folder / "prompts.jsonl",
+        "data.max_prompt_tokens": 32,
+        "sampling.max_new_tokens": 64,
+        "sampling.stop_tokens": json.dumps([f"w{i}" for i in range(0, 4096, 20)]),
+        "ppo.batch_size": 64,
+        "ppo.microbatch_tokens": 2048,
+        "optim.dtype": dtype,
+        "eval.prompts": 0,
+    }
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+
+def run(settings: list[str], output: Path, ranks: int, steps: int) -> list[dict[str, float]]:
+    """The metrics of each step but the first."""
+    with socket.socket() as s:  # DeepSpeed's own port may be another run's
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--master_port", port]
+    own = ["--output", str(output), "--steps", str(steps), "--checkpoint.every", "0", "--track.tensorboard", "false"]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    subprocess.run(
+        [*deepspeed, "--num_accelerators", str(ranks), str(HERE.parent / "fastppo/train.py"), *settings, *own],
+        check=True,
+        stdout=sys.stderr,
+        env=environment,
+    )
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "time/step" in line][1:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Seconds of a PPO step on one rank and on two, stage by stage.")
+    parser.add_argument("--config", help="a preset or a file of settings instead of the small models")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16", help="of the small models")
+    parser.add_argument("--steps", type=int, default=5, help="steps of a run; the first is not counted (at least 2)")
+    parser.add_argument("--rounds", type=int, default=3, help="pairs of runs")
+    options = parser.parse_args()
+    if options.steps < 2:
+        parser.error("--steps must be at least 2: the first step is not counted")
+
+    steps: dict[int, list[dict[str, float]]] = {1: [], 2: []}
+    ratios = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        chosen = ["--config", options.config, "--eval.prompts", "0"]
+        settings = chosen if options.config else small(folder, options.dtype)
+        for number in range(options.rounds):
+            pair = {ranks: run(settings, folder / f"run-{number}-{ranks}", ranks, options.steps) for ranks in (1, 2)}
+            for ranks, found in pair.items():
+                steps[ranks] += found
+            medians = {ranks: statistics.median(step["time/step"] for step in found) for ranks, found in pair.items()}
+            ratios.append(medians[2] / medians[1])
+
+    result: dict[str, object] = {
+        "config": options.config or f"small, {options.dtype}",
+        "cores": len(os.sched_getaffinity(0)),
+        "ratio": round(statistics.median(ratios), 3),
+    }
+    print(f"{'':<10} {'step':>10} " + " ".join(f"{stage:>18}" for stage in STAGES) + f" {'imbalance':>10}")
+    for ranks, found in steps.items():
+        seconds = {stage: statistics.median(step[f"time/{stage}"] for step in found) for stage in ("step", *STAGES)}
+        whole = sum(seconds[stage] for stage in STAGES)
+        shares = {stage: seconds[stage] / whole for stage in STAGES}
+        uneven = statistics.median(step["imbalance"] for step in found)
+        cells = " ".join(f"{seconds[stage]:9.3f} s ({shares[stage]:4.0%})" for stage in STAGES)
+        print(f"{ranks} rank{'s' if ranks > 1 else ' '}    {seconds['step']:8.3f} s {cells} {uneven:10.3f}")
+        result[f"ranks_{ranks}"] = {
+            "seconds": {stage: round(value, 4) for stage, value in seconds.items()},
+            "shares": {stage: round(value, 3) for stage, value in shares.items()},
+            "imbalance": round(uneven, 4),
+        }
+    print(f"two ranks take {result['ratio']} times as long as one (median of {options.rounds} pairs)")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Reward models as a source of reward, one or an ensemble."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fastppo.batch import Packed, pack
+from fastppo.config import ZeroConfig
+from fastppo.engine import Frozen, World, all_gather, even_passes
+from fastppo.feedback.responses import Responses, RewardError, Source, checked
+from fastppo.microbatch import IDLE, pack_alone
+
+log = logging.getLogger("fastppo")
+
+
+class ModelSource:
+    """A reward model. With the actor's tokenizer it reads the very tokens; with another, the text anew."""
+
+    def __init__(
+        self,
+        model: Frozen,
+        tokenizer: PreTrainedTokenizerBase,
+        actors: PreTrainedTokenizerBase | None,
+        *,
+        budget: int,
+        zero: ZeroConfig,
+        world: World,
+        name: str = "the reward model",
+    ):
+        """model: of a RewardModel; tokenizer: its own; actors: None where only text is at hand; budget: tokens of a
+        forward pass; name: for errors."""
+        self.model, self.tokenizer, self.budget, self.zero, self.world = model, tokenizer, budget, zero, world
+        self.name = name
+        self.same = actors is not None and tokenizer.get_vocab() == actors.get_vocab()
+        self.context = getattr(model.module.model.config, "max_position_embeddings", None)
+        if actors is not None and not self.same:
+            log.info("%s has a tokenizer of its own: prompts and responses are tokenised anew for it", name)
+
+    def __call__(self, responses: Responses) -> list[float]:
+        packed = responses.packed if self.same else self.tokenised(responses.prompts, responses.texts)
+        return self.scores(packed, responses.texts)
+
+    def scores(self, packed: Packed, texts: Sequence[str]) -> list[float]:
+        """One number for each sequence; texts: the responses, to name one in an error. All ranks call it."""
+        longest = max(all_gather(int(packed.lengths.max()) if len(packed) else 0, self.world))
+        if self.context is not None and longest > self.context:
+            raise RewardError(
+                f"a prompt and response of {longest} tokens do not fit {self.name}, which takes {self.context}"
+            )
+        scores = torch.zeros(len(packed))
+        for part in even_passes(pack_alone(packed.lengths, self.budget), self.zero, self.world):
+            piece = packed.select(part) if len(part) else IDLE
+            scores[part] = self.model(piece.to(self.world.device)).cpu()[: len(part)]
+        return checked(self.name, scores, texts)
+
+    def tokenised(self, prompts: Sequence[str], responses: Sequence[str]) -> Packed:
+        """Prompts and responses, joined as text, in the model's own tokens."""
+        texts = [p + r for p, r in zip(prompts, responses, strict=True)]
+        encoded = self.tokenizer(texts)["input_ids"] if texts else []  # tokenizers take no empty list
+        tokens = [ids or [self.tokenizer.eos_token_id] for ids in encoded]
+        return pack(tokens, [1] * len(tokens))
+
+
+def ensemble(members: Sequence[Source], combine: str) -> Source:
+    """`mean` or `min` of what the members say of each response.
+
+    The minimum is the cautious choice: a response must please all members, and a flaw that one of them has cannot be
+    exploited alone (Coste et al., 2023, "Reward model ensembles help mitigate overoptimization", worst-case
+    optimisation).
+    """
+
+    def source(responses: Responses) -> list[float]:
+        said = torch.tensor([member(responses) for member in members], dtype=torch.float64)  # (members, B)
+        together = said.amin(0) if combine == "min" else said.mean(0)
+        numbers: list[float] = together.tolist()
+        return numbers
+
+    return source

@@ -1,0 +1,91 @@
+"""From what the sources say of each response to the score that PPO maximises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from fastppo.batch import Moments, Packed, Rollout, Scored, concatenate
+from fastppo.config import PPOConfig
+from fastppo.data import PromptSet
+from fastppo.engine import World, all_gather
+from fastppo.feedback.responses import Responses, RewardError, Source
+
+SMALLEST_STD = 1e-6  # a source that says the same of all responses would be divided by 0
+
+
+def score(
+    rollout: Rollout,
+    prompts: PromptSet,
+    sources: Sequence[tuple[Source, float]],
+    tokenizer: PreTrainedTokenizerBase,
+    ppo: PPOConfig,
+    moments: Moments,
+    world: World,
+    judge: Sequence[tuple[Source, float]] = (),
+) -> Scored:
+    """Ask the sources about this rank's responses; returns those of all ranks, in the order of the prompts.
+
+    moments: of the scores that the run has had; judge: sources that nothing learns from. Raises RewardError on every
+    rank if a source failed on one of them, so that none is left waiting for it.
+    """
+    rows = rollout.sources.tolist()
+    responses = Responses(
+        prompts=[prompts.texts[row] for row in rows],
+        texts=_decode(rollout.packed, tokenizer),
+        columns={name: [column[row] for row in rows] for name, column in prompts.columns.items()},
+        packed=rollout.packed,
+    )
+    by_source, scores = _ask_all(sources, responses, world)
+    judged = _ask_all(judge, responses, world)[1] if judge else torch.full_like(scores, math.nan)
+    everyone = concatenate(all_gather(rollout, world))
+    moments = moments.add(scores)
+    return Scored(everyone, by_source, scores, shape(scores, everyone, moments, ppo), moments, judged)
+
+
+def shape(scores: Tensor, rollout: Rollout, moments: Moments, ppo: PPOConfig) -> Tensor:
+    """scores (B,) -> (B,) as PPO learns from them.
+
+    In this order: brought to mean 0 and standard deviation 1 over all scores of the run so far (`moments`), clipped,
+    less the penalties for a response that was cut and for each token beyond the soft limit.
+    """
+    if ppo.score_normalise:
+        scores = (scores - moments.mean) / max(moments.std, SMALLEST_STD)
+    if ppo.score_clip is not None:
+        scores = scores.clamp(-ppo.score_clip, ppo.score_clip)
+    scores = scores - ppo.truncation_penalty * (~rollout.ended).float()
+    if ppo.length_limit is not None:
+        scores = scores - ppo.length_penalty * (rollout.packed.response_lengths - ppo.length_limit).clamp(min=0)
+    return scores
+
+
+def _ask_all(sources: Sequence[tuple[Source, float]], responses: Responses, world: World) -> tuple[Tensor, Tensor]:
+    """What each of the S sources says of the responses of all ranks, (B, S) fp32, and the weighted sum, (B,)."""
+    by_source = torch.stack([_ask(source, responses, world) for source, _ in sources], dim=1)
+    return by_source, by_source @ torch.tensor([weight for _, weight in sources], dtype=torch.float32)
+
+
+def _ask(source: Source, responses: Responses, world: World) -> Tensor:
+    """What a source says of the responses of all ranks, (B,) fp32."""
+    answer: Tensor | RewardError
+    try:
+        answer = torch.tensor(source(responses), dtype=torch.float32)
+    except RewardError as error:
+        answer = error
+    answers = all_gather(answer, world)
+    for failed in answers:
+        if isinstance(failed, RewardError):
+            raise failed
+    return torch.cat([answer for answer in answers if isinstance(answer, Tensor)])
+
+
+def _decode(packed: Packed, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The responses' text, without special tokens."""
+    if not len(packed):
+        return []
+    parts = packed.responses.split(packed.response_lengths.tolist())
+    return list(tokenizer.batch_decode([part.tolist() for part in parts], skip_special_tokens=True))

@@ -1,0 +1,121 @@
+"""The folder of a run: made anew, gone on in, and its files of lines, which are read while they are written.
+
+A file of lines (JSONL) has one JSON object a line, each with the `step` it belongs to.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastppo.errors import FastPPOError
+
+log = logging.getLogger("fastppo")
+
+METRICS = "metrics.jsonl"  # a folder with this file is a run's
+RESPONSES = "responses.jsonl"
+ALARMS = "alarms.jsonl"
+LINES = (METRICS, RESPONSES, ALARMS)  # what grows with the steps, and goes back with them when a run is resumed
+
+
+class RunFolderError(FastPPOError):
+    """A folder that cannot be the run's, or a file in it that cannot be read. The message names the way out."""
+
+
+def fresh_folder(output: Path) -> Path:
+    """Make `output` an empty run folder and return it; an earlier run there is moved aside to `output`.1, .2, ...
+
+    To be called by rank 0 alone, before the other ranks touch the folder.
+    Raises RunFolderError if `output` holds something else than a run, or cannot be made.
+    """
+    try:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            _move_aside(output)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / METRICS).touch()
+    except OSError as error:
+        raise RunFolderError(f"output = {output} cannot be made ({error.strerror}). Give another --output.") from error
+    return output
+
+
+def _move_aside(output: Path) -> None:
+    if not (output / METRICS).is_file():
+        raise RunFolderError(
+            f"output = {output} exists and is not the folder of a run (it has no {METRICS}). Give another --output."
+        )
+    where = output.resolve()
+    if Path.cwd().is_relative_to(where):
+        raise RunFolderError(f"output = {output} is the folder that you are in, or above it. Give another --output.")
+    n = 1
+    while (aside := where.with_name(f"{where.name}.{n}")).exists():
+        n += 1
+    where.rename(aside)
+    log.info("%s held an earlier run, which is now %s", output, aside.name)
+
+
+def sizes(output: Path) -> dict[str, int]:
+    """Bytes of each file of lines in the folder `output`; 0 for one that is not there."""
+    return {name: path.stat().st_size if (path := output / name).exists() else 0 for name in LINES}
+
+
+def continue_folder(output: Path, then: Mapping[str, int]) -> None:
+    """Bring the files of lines in `output` back to the `sizes` they had then, so that no step is in them twice.
+
+    To be called by rank 0 alone, before the other ranks touch the folder.
+    """
+    for name, size in then.items():
+        if size == 0 and not (output / name).exists():
+            continue
+        try:
+            _cut(output / name, size)
+        except OSError as error:
+            raise RunFolderError(f"output = {output} cannot be continued ({error}). Make it writable.") from error
+
+
+def _cut(path: Path, size: int) -> None:
+    with open(path, "ab+") as lines:
+        if lines.seek(0, 2) < size:  # a machine that lost power may have kept the checkpoint and lost these lines
+            log.warning("%s ends before the checkpoint's step; lines are missing", path)
+            lines.seek(0)
+            size = lines.read().rfind(b"\n") + 1
+        lines.truncate(size)
+
+
+def as_line(record: Mapping[str, Any]) -> str:
+    """One line of strict JSON, which has no NaN and no infinities: alone or in a list they become null."""
+    finite = {k: [_finite(x) for x in v] if isinstance(v, list) else _finite(v) for k, v in record.items()}
+    return json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of lines; null (None) is a number that was not finite.
+
+    A last line that has no end yet is left out: a run is writing it, or was killed at it. Raises RunFolderError if
+    another line is no JSON object, or the file cannot be read.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be read ({error.strerror}).") from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:  # no JSON, or no UTF-8
+            raise _broken(path, number, f"is not JSON ({error})") from error
+        if not isinstance(record, dict):
+            raise _broken(path, number, "is no JSON object")
+        records.append(record)
+    return records
+
+
+def _broken(path: Path, number: int, what: str) -> RunFolderError:
+    return RunFolderError(f"{path}, line {number}: this {what}. Mend the line, or remove it.")

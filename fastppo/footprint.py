@@ -1,0 +1,202 @@
+"""What a model holds in memory, read off the model itself: built on the meta device, without a weight.
+
+Parameters are counted. Activations are not guessed from a formula: one and two layers of the model run forward and
+backward on fake tensors (shapes and dtypes, no data), every storage that comes and goes is counted, and layers and
+sequences beyond those are the same again.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cache
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+from fastppo.attention import SHORT, Spans
+from fastppo.config import LoraConfig
+from fastppo.models import Backbone
+from fastppo.trunk import layers_of, trunk_depth
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Bytes of activations of one pass over a microbatch."""
+
+    kept: int  # alive when the forward pass is over, for the backward pass; 0 without gradient
+    peak: int  # the most that is alive at any moment of forward and backward
+
+
+class Footprint:
+    """Sizes of one role's model. Counts are parameters, not bytes."""
+
+    def __init__(self, role: Backbone, dtype: torch.dtype, *, cpu: bool, checkpointing: bool = False):
+        """role: on the meta device, with `requires_grad` as in the run. cpu: whether the run is on the CPU."""
+        model, config = role.model, role.model.config.get_text_config()
+        parameters = list(role.parameters())
+        head = model.get_output_embeddings()
+        self.dtype, self.bytes = dtype, dtype.itemsize
+        self.parameters = sum(p.numel() for p in parameters)
+        self.trained = sum(p.numel() for p in parameters if p.requires_grad)
+        # As DeepSpeed counts it: the parameters that one module owns are gathered together at stage 3.
+        self.largest = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in role.modules())
+        self.layers: int = config.num_hidden_layers
+        self.width: int = config.hidden_size
+        self.vocabulary: int = config.vocab_size
+        self.head_trains = head is not None and bool(next(head.parameters()).requires_grad)
+        self.trunk = trunk_depth(model)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.position = 2 * self.layers * heads * head_width * self.bytes  # bytes of keys and values of one token
+        self.on_cpu = cpu
+        self._model, self._checkpointing = model, checkpointing
+        self._passes = cache(self._measure)
+
+    def passes(self, sequences: int, length: int, *, gradient: bool) -> Pass:
+        """One pass over `sequences` sequences of `length` tokens each."""
+        depth = _layers_in_graph(self._model) if gradient else 1
+        if depth == 0:  # nothing trains but a head on detached states
+            gradient, depth = False, 1
+        one, two = (self._passes(min(depth, 2), n, length, gradient) for n in (1, 2))
+        least = self._passes(1, 1, length, gradient), self._passes(1, 2, length, gradient)
+
+        def extended(shallow: tuple[int, int], deep: tuple[int, int], more: int) -> int:
+            """Linear in sequences, and in layers beyond two."""
+            base = deep[0] + (sequences - 1) * (deep[1] - deep[0])
+            layer = (deep[0] - shallow[0]) + (sequences - 1) * ((deep[1] - shallow[1]) - (deep[0] - shallow[0]))
+            return base + more * layer
+
+        kept = extended((least[0].kept, least[1].kept), (one.kept, two.kept), max(depth - 2, 0))
+        layer_kept = kept - extended((least[0].kept, least[1].kept), (one.kept, two.kept), 0)
+        peak = extended((least[0].peak, least[1].peak), (one.peak, two.peak), 0) + layer_kept
+        return Pass(kept, max(peak, kept))
+
+    def _measure(self, layers: int, sequences: int, length: int, gradient: bool) -> Pass:
+        # On a GPU attention is fused for every length; on the CPU short sequences go through plain products.
+        length = length if self.on_cpu else max(length, SHORT + 1)
+        tokens = sequences * length
+        model = _top(self._model, layers)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device="cpu")
+            if self._checkpointing and gradient:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+                for module in model.modules():  # not the whole model: OPT's draws a number in train mode and reads it
+                    module.training = isinstance(module, GradientCheckpointingLayer)
+            for parameter in (p for p in model.parameters() if p.requires_grad):
+                parameter.register_post_accumulate_grad_hook(_forget)
+            ids, positions = (torch.zeros(1, tokens, dtype=torch.int64) for _ in range(2))
+            live = _Live(*model.parameters(), *model.buffers())
+            with live, nullcontext() if gradient else torch.no_grad():
+                spans = Spans.of([length] * sequences, torch.device("cpu"))
+                output = model(input_ids=ids, position_ids=positions, packed=spans, use_cache=False)
+                hidden = output.last_hidden_state
+                kept = live.now if gradient else 0
+                if gradient and hidden.requires_grad:
+                    hidden.backward(torch.zeros_like(hidden))
+        return Pass(kept, live.peak)
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made within it and still alive."""
+
+    def __init__(self, *outside: Tensor):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._sizes = {x.untyped_storage()._cdata: 0 for x in outside}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self._sizes:
+                    self._sizes[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._freed, storage._cdata)
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _freed(self, name: int) -> None:
+        self.now -= self._sizes.pop(name)
+
+
+def _forget(parameter: Tensor) -> None:
+    """Gradients of parameters are counted with the model states."""
+    parameter.grad = None
+
+
+def _layers_in_graph(model: PreTrainedModel) -> int:
+    """How many layers the backward pass goes through: those from the lowest that trains, upwards."""
+    found = layers_of(model)
+    depth: int = model.config.get_text_config().num_hidden_layers
+    if found is None:
+        return depth
+    layers = cast(nn.ModuleList, getattr(*found))
+    inside = {id(p) for p in layers.parameters()}
+    outputs = model.get_output_embeddings()
+    apart = inside | {id(p) for p in (outputs.parameters() if outputs is not None else ())}
+    embeddings = {id(p) for p in model.get_input_embeddings().parameters()}
+    if any(p.requires_grad and (id(p) not in apart or id(p) in embeddings) and p.dim() > 1 for p in model.parameters()):
+        return depth
+    trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
+    return depth - trained.index(True) if any(trained) else 0
+
+
+def _top(model: PreTrainedModel, layers: int) -> Any:
+    """A copy of the backbone with its upper layers alone."""
+    with _cut(model, layers):
+        return copy.deepcopy(model.base_model)
+
+
+@contextmanager
+def _cut(model: PreTrainedModel, layers: int) -> Iterator[None]:
+    found = layers_of(model)
+    if found is None:
+        yield
+        return
+    parent, name = found
+    own = cast(nn.ModuleList, getattr(parent, name))
+    setattr(parent, name, nn.ModuleList(list(own)[-layers:]))
+    try:
+        yield
+    finally:
+        setattr(parent, name, own)
+
+
+def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
+    """Freeze the model and put adapters on the linear layers that `lora.targets` names, as `fastppo.lora` does.
+
+    On the meta device: parameters of the right size, and the two products that they add to a pass.
+    """
+    head = model.get_output_embeddings()
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
+    if lora.targets != "all-linear":
+        patterns = [p.strip() for p in lora.targets.split(",")]
+        linear = {n: m for n, m in linear.items() if any(n.endswith(f".{p}") or fnmatch(n, p) for p in patterns)}
+    adapted = [module for module in linear.values() if module.weight.requires_grad]
+    model.requires_grad_(False)
+    for module in adapted:
+        rows, columns = module.weight.shape
+        outputs, inputs = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+        like = module.weight
+        module.register_parameter("lora_a", nn.Parameter(like.new_empty(lora.rank, inputs)))
+        module.register_parameter("lora_b", nn.Parameter(like.new_empty(outputs, lora.rank)))
+        module.register_forward_hook(_adapt)
+
+
+def _adapt(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """W x + scale B A x"""
+    return output + 2.0 * F.linear(F.linear(inputs[0], module.lora_a), module.lora_b)

@@ -1,0 +1,60 @@
+"""Where a run is to fit: how many GPUs, and how much memory."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run is to fit. Bytes."""
+
+    gpus: int  # ranks on each node
+    nodes: int
+    gpu: int | None  # memory of each GPU; None: the ranks run on the CPU, in the host's memory
+    host: int  # memory of each node
+    nvme: int | None = None  # room for what is offloaded to NVMe on each node; None: not known
+
+    @property
+    def ranks(self) -> int:
+        return self.gpus * self.nodes
+
+
+def this_machine(gpus: int | None, nodes: int, *, cpu: bool) -> Machine:
+    """Memory of the first GPU and what the host has free; gpus: ranks on each node, all GPUs or one when left out."""
+    if cpu:
+        return Machine(gpus or 1, nodes, None, _host_memory())
+    total = torch.cuda.get_device_properties(0).total_memory
+    return Machine(gpus or torch.cuda.device_count(), nodes, total, _host_memory())
+
+
+def _host_memory() -> int:
+    """Bytes that can still be had: by the kernel's account, and by the limit of the container where there is one."""
+    found = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+    assert found is not None
+    free = int(found[1]) * 1024
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (most := limit.read_text().strip()).isdigit():
+        free = min(free, int(most))
+    return free
+
+
+def parse_bytes(text: str) -> int:
+    """80GB, 80GiB, 1.5TB, 24000000000"""
+    match = re.fullmatch(r"([\d.]+)\s*([KMGT]?I?)B?", text.strip().upper())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an amount of memory; write it as 80GB or 1TB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def parse_count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)

@@ -1,0 +1,321 @@
+"""Bytes that each role of a run holds in each stage: on the GPU, in the host's memory and on NVMe. Arithmetic alone.
+
+P parameters of which T train, in weights of b bytes, on N ranks. What DeepSpeed 0.19 holds for a trained role:
+
+| zero.stage           | weights   | gradients            | optimizer: fp32 master weights, two moments |
+|----------------------|-----------|----------------------|---------------------------------------------|
+| 0 (fp32)             | b P       | 4 T                  | 8 T: no master, the weights are fp32        |
+| 1, bf16 on the GPU   | b P       | 2 T + 4 T            | 12 T / N                                    |
+| 1, fp32 or offloaded | b P       | b T, offloaded 4 T/N | 12 T / N                                    |
+| 2                    | b P       | (b + 4) T / N        | 12 T / N                                    |
+| 3                    | b P / N   | 4 T / N              | 12 T / N                                    |
+
+In bf16 gradients add up in fp32 (grad_accum_dtype): at stage 1 of all parameters on every rank, at 2 and 3 of the
+rank's own part. At stage 3 the weights of one module at a time are gathered, and its gradients made whole. These are
+the terms of DeepSpeed's own estimators, `estimate_zero2_model_states_mem_needs` and its sister of stage 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+
+from fastppo.config import Config
+from fastppo.footprint import Footprint
+from fastppo.ops import WORKSPACE_BYTES
+from fastppo.rollout.inprocess import bucket
+
+STAGES = ("sampling", "feedback", "experience", "learning")
+
+# DeepSpeed's defaults, in elements.
+REDUCE_BUCKET = 500_000_000  # gradients on their way to the other ranks
+PREFETCH_BUCKET = 50_000_000  # stage 3: weights that are fetched ahead
+SUB_GROUP = 1_000_000_000  # stage 3: how many parameters are updated at a time when their states are on NVMe
+NVME_OPTIMIZER_BUFFERS = 4  # master weights, gradient and two moments of a sub-group, in fp32
+NVME_PARAMETER_BUFFERS = 5 * 100_000_000  # buffers of weights on their way, pinned
+
+GATHER_BYTES = 2**28  # weights that are gathered at a time for sampling, on top of the whole copy
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """What fills a memory."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    cache: int = 0
+    workspace: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, f.name) for f in fields(self))
+
+    @property
+    def states(self) -> int:
+        """Weights, gradients and optimizer: what DeepSpeed's estimators count."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def passing(self) -> Bytes:
+        """What is held for a while: activations, cache, workspace."""
+        return Bytes(activations=self.activations, cache=self.cache, workspace=self.workspace)
+
+    def __add__(self, other: Bytes) -> Bytes:
+        return Bytes(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Places:
+    """Bytes of one rank."""
+
+    gpu: Bytes = field(default_factory=Bytes)
+    host: Bytes = field(default_factory=Bytes)
+    nvme: Bytes = field(default_factory=Bytes)
+
+    def __add__(self, other: Places) -> Places:
+        return Places(self.gpu + other.gpu, self.host + other.host, self.nvme + other.nvme)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one role holds in one stage, on one rank."""
+
+    role: str
+    stage: str
+    places: Places
+
+
+@dataclass(frozen=True)
+class Member:
+    """A role, its model's sizes, and what stands in for weights that it shares with another role."""
+
+    name: str  # actor, critic, reference, reward 1, ..., judge 1, ...
+    size: Footprint
+    trains: bool
+    weights: int  # parameters of its own; fewer than the model has where they are shared
+
+
+def on(place: str, amount: Bytes) -> Places:
+    """place: none (the GPU), cpu or nvme, as in `zero.offload`."""
+    return Places(**{{"none": "gpu", "cpu": "host", "nvme": "nvme"}[place]: amount})
+
+
+def model_states(member: Member, config: Config, ranks: int) -> Places:
+    """Weights, gradients and optimizer states of one rank while the role learns, or is asked if it never does."""
+    zero, size = config.zero, member.size
+    weights, trained, b = member.weights * size.bytes, size.trained, size.bytes
+    if zero.stage == 3:
+        live = Bytes(weights=size.largest * b, gradients=size.largest * b if member.trains else 0)
+        place = zero.parameters_on if member.trains else zero.frozen_on
+        found = on("none", live) + on(place, Bytes(weights=weights // ranks))
+    else:
+        found = on("none", Bytes(weights=weights))
+    if not member.trains:
+        return found
+    if zero.stage == 0:
+        return found + on("none", Bytes(gradients=4 * trained, optimizer=8 * trained))
+    place, fp32 = zero.optimizer_on, 4 * trained // ranks
+    if place != "none" or zero.stage == 3:
+        gradients = fp32
+    elif zero.stage == 2:
+        gradients = b * trained // ranks + fp32
+    else:
+        gradients = b * trained + (4 * trained if b < 4 else 0)
+    return found + on(place, Bytes(gradients=gradients, optimizer=3 * fp32))
+
+
+def buffers(member: Member, config: Config, ranks: int) -> Places:
+    """What DeepSpeed needs beside the states of a role while it learns, or at stage 3 is asked."""
+    zero, size = config.zero, member.size
+    b, part = size.bytes, size.trained // ranks
+    on_cpu, bucket_elements = size.on_cpu, min(size.trained, REDUCE_BUCKET)
+    gpu = host = 0
+    if zero.stage == 3:
+        gpu += min(PREFETCH_BUCKET, member.weights) * b
+        place = zero.parameters_on if member.trains else zero.frozen_on
+        if place == "nvme":
+            host += NVME_PARAMETER_BUFFERS * b
+    if member.trains:
+        # A buffer is allocated whole. On the CPU only those of its pages are in memory that were written to.
+        buffer = (bucket_elements if on_cpu else REDUCE_BUCKET) * b
+        if zero.stage == 3:  # the bucket, the gradients that wait for it, and their sum in fp32 before it is added
+            gpu += buffer + bucket_elements * b + 4 * (bucket_elements // ranks)
+        elif zero.stage == 2:  # the bucket, and the gradients that wait for it beyond the rank's own part
+            gpu += buffer + max(bucket_elements - part, 0) * b
+        else:  # one flat copy of the gradients that are being reduced
+            gpu += bucket_elements * b
+        if zero.optimizer_on != "none" and zero.stage < 3:
+            gpu += size.largest * b  # one parameter's gradient on its way to the host
+            host += part * b + size.largest * b  # the new weights on their way back, and that gradient's other end
+        if zero.optimizer_on == "nvme":
+            host += NVME_OPTIMIZER_BUFFERS * 4 * min(part, SUB_GROUP)
+    return Places(gpu=Bytes(workspace=gpu), host=Bytes(workspace=host))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one rank computes at once when every prompt and response is as long as it may be."""
+
+    sequences: int  # of a microbatch
+    length: int  # tokens of a sequence
+    responses: int  # response tokens of a microbatch
+    tokens: int  # of the rank's part of the batch
+    rows: int  # of the sampler's cache
+    prompt: int  # tokens
+
+    @staticmethod
+    def of(config: Config, ranks: int) -> Batch:
+        prompt = config.data.first_tokens or config.data.max_prompt_tokens
+        new, ppo = config.sampling.max_new_tokens, config.ppo
+        length = prompt + new
+        mine = -(-ppo.batch_size // ppo.minibatches // ranks) or 1
+        fit = max(ppo.microbatch_tokens // length, 1)
+        sequences = -(-mine // -(-mine // fit))  # as `microbatch.pack_even` spreads them
+        rows = bucket(min(config.sampling.rows, -(-ppo.batch_size // ranks)))
+        return Batch(sequences, length, sequences * new, -(-ppo.batch_size // ranks) * length, rows, prompt)
+
+
+def head_workspace(size: Footprint, tokens: int, *, reference: bool, gradient: bool) -> tuple[int, int]:
+    """Bytes of the vocabulary head over `tokens` response tokens: while it runs, and of its gradients afterwards.
+
+    As `fastppo.linear` allocates them: logits of a chunk of rows, the weight's gradient in fp32 if there are several.
+    """
+    row = size.vocabulary * size.bytes
+    rows = max(1, WORKSPACE_BYTES // (2 * row))
+    rows = -(-tokens // max(1, -(-tokens // rows)))
+    logits = rows * row * (2 if reference else 1)
+    if not gradient:
+        return logits, 0
+    d_hidden = tokens * size.width * size.bytes
+    d_weight = row * size.width if size.head_trains else 0
+    summed = 4 * size.vocabulary * size.width if size.head_trains and rows < tokens and size.bytes < 4 else 0
+    return logits + d_hidden + summed + d_weight, d_hidden + d_weight
+
+
+def sampling_needs(actor: Footprint, config: Config, batch: Batch) -> Bytes:
+    """Cache and workspace of the sampler."""
+    sampling, b = config.sampling, actor.bytes
+    cache = batch.rows * (batch.prompt + sampling.max_new_tokens) * actor.position
+    prefill = actor.passes(batch.rows, batch.prompt, gradient=False).peak
+    logits = batch.rows * actor.vocabulary * b
+    if sampling.top_p < 1.0:  # logits in fp32, sorted, their order in int64, probabilities and their sums
+        logits += batch.rows * actor.vocabulary * (4 + 4 + 8 + 4 + 4)
+    if sampling.top_k or sampling.min_new_tokens > 1:  # a copy with what is ruled out
+        logits += batch.rows * actor.vocabulary * b
+    gather = GATHER_BYTES if config.zero.stage == 3 else 0
+    # Decode attention copies the rows of one layer at a time where it has no kernel of its own, on CUDA.
+    layer = 0 if actor.on_cpu else cache // actor.layers
+    return Bytes(activations=prefill, cache=cache, workspace=max(logits + layer, gather))
+
+
+def trunk_states(member: Member, batch: Batch) -> int:
+    """States of the whole batch that a frozen trunk handed up, from experience to the end of learning."""
+    return batch.tokens * member.size.width * member.size.bytes if member.trains and member.size.trunk else 0
+
+
+def learning_needs(member: Member, config: Config, batch: Batch) -> Bytes:
+    """Activations and the head's workspace of one microbatch, forward and backward."""
+    size, below = member.size, trunk_states(member, batch)
+    flow = size.passes(batch.sequences, batch.length, gradient=True)
+    states = batch.responses * size.width * size.bytes  # hidden states at the response tokens
+    if member.name != "actor":
+        values = batch.responses * size.width * 4  # the value head computes in fp32
+        return Bytes(activations=below + max(flow.kept + values, flow.peak) + states)
+    during, after = head_workspace(size, batch.responses, reference=config.ppo.loss_reads_reference, gradient=True)
+    # Two moments can be the highest: while the head runs on all that was kept, and within the backward pass.
+    if flow.kept + during > flow.peak + after + states:
+        return Bytes(activations=below + flow.kept + states, workspace=during)
+    return Bytes(activations=below + flow.peak + 2 * states, workspace=after)
+
+
+def asking_needs(member: Member, config: Config, batch: Batch, *, head: bool) -> Bytes:
+    """A pass without gradient over one microbatch."""
+    size = member.size
+    peak = size.passes(batch.sequences, batch.length, gradient=False).peak
+    states = batch.responses * size.width * size.bytes
+    exact = config.ppo.kl_kind == "exact"
+    logits = head_workspace(size, batch.responses, reference=exact, gradient=False)[0] if head else 0
+    return Bytes(activations=trunk_states(member, batch) + peak + states, workspace=logits)
+
+
+def shares(members: list[Member], config: Config, ranks: int) -> list[Share]:
+    """Every role in every stage on one rank. What a stage does not use has left the GPU for the host's memory."""
+    batch = Batch.of(config, ranks)
+    return [
+        Share(member.name, stage, _in_stage(member, stage, config, ranks, batch))
+        for stage in STAGES
+        for member in members
+    ]
+
+
+def _in_stage(member: Member, stage: str, config: Config, ranks: int, batch: Batch) -> Places:
+    used = stage in _used_in(member, config)
+    states = model_states(member, config, ranks)
+    asked = used and stage != "sampling"  # the sampler has weights of its own at stage 3
+    found = _at_rest(member, states, config, learning=stage == "learning", used=asked)
+    if asked:
+        found += buffers(member, config, ranks) if stage == "learning" else _prefetch(member, config)
+    return found + Places(gpu=_needs(member, stage, config, batch))
+
+
+def _used_in(member: Member, config: Config) -> set[str]:
+    """The stages that read or write a role. The table of `fastppo.residency`, seen from the role."""
+    if member.name == "actor":
+        return {"sampling", "experience", "learning"}
+    if member.trains:
+        return {"experience", "learning"}
+    if member.name == "reference":
+        return {"experience"} | ({"learning"} if config.ppo.loss_reads_reference else set())
+    return {"feedback"}
+
+
+def _at_rest(member: Member, states: Places, config: Config, *, learning: bool, used: bool) -> Places:
+    """Where the model states are in a stage."""
+    live = Bytes(weights=member.size.largest * member.size.bytes) if config.zero.stage == 3 else Bytes()
+    gpu = states.gpu if used else replace(states.gpu, weights=states.gpu.weights - live.weights)
+    if not learning:  # a module's whole gradients, and below stage 3 all of them, are there while a role learns
+        gpu = replace(gpu, gradients=max(gpu.gradients - live.weights, 0) if config.zero.stage == 3 else 0)
+    active = learning if member.trains else used
+    if active or member.size.on_cpu:  # on the CPU there is one memory, and nothing moves
+        return replace(states, gpu=gpu)
+    leaving = replace(gpu, weights=0) if member.trains else gpu
+    staying = Bytes(weights=gpu.weights) if member.trains else Bytes()
+    return Places(staying, states.host + leaving, states.nvme)
+
+
+def _prefetch(member: Member, config: Config) -> Places:
+    if config.zero.stage < 3:
+        return Places()
+    return Places(gpu=Bytes(workspace=min(PREFETCH_BUCKET, member.weights) * member.size.bytes))
+
+
+def _needs(member: Member, stage: str, config: Config, batch: Batch) -> Bytes:
+    """What a role adds to a stage for a while: activations, cache, workspace, weights gathered to sample from."""
+    kept = Bytes(activations=trunk_states(member, batch)) if stage == "learning" else Bytes()
+    if stage not in _used_in(member, config):
+        return kept
+    if stage == "sampling":
+        whole = member.size.parameters * member.size.bytes if config.zero.stage == 3 else 0
+        return Bytes(weights=whole) + sampling_needs(member.size, config, batch)
+    if stage == "learning" and member.trains:
+        return learning_needs(member, config, batch)
+    return asking_needs(member, config, batch, head=member.name in ("actor", "reference"))
+
+
+def by_stage(found: list[Share]) -> Iterator[tuple[str, Places]]:
+    """Each stage with the sum over its roles.
+
+    Roles run one after the other: of what they need for a while only the largest counts.
+    """
+    for stage in STAGES:
+        own = [share for share in found if share.stage == stage]
+        passing = max((share.places.gpu.passing for share in own), key=lambda amount: amount.total)
+        lasting = sum((replace(share.places, gpu=_without(share.places.gpu)) for share in own), Places())
+        yield stage, lasting + Places(gpu=passing)
+
+
+def _without(amount: Bytes) -> Bytes:
+    """Less what is held for a while."""
+    return replace(amount, activations=0, cache=0, workspace=0)

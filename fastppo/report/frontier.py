@@ -1,0 +1,86 @@
+"""Reward against the square root of KL (Gao et al., 2023): how far the policy has gone, and what it got for that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+from statistics import fmean
+
+from fastppo.report.curves import Curve, number, smooth, span
+from fastppo.report.plot import Charts, Line
+from fastppo.report.run import Run
+
+DOTS = 400  # points of a run; of one with more steps each is the mean of some
+FEWEST = 6  # for running means
+PANELS = (
+    ("Proxy", "the score that is trained on", "score"),
+    ("Judge", "a score that is never trained on", "health/judge"),
+)
+
+
+def frontier(runs: Sequence[Run], charts: Charts) -> str:
+    """The proxy and, below it on the same axis, the judge; marked is where the judge turned down and the proxy not."""
+    lines = {score: _lines(runs, score) for _, _, score in PANELS}
+    xs = [x for group in lines.values() for line in group for x in line.curve.x]
+    if not xs:
+        return ""
+    marks = [mark for run in runs for mark in turning_point(run, f"{run.name}: " if len(runs) > 1 else "")]
+    return "".join(
+        charts.draw(
+            title,
+            note,
+            lines[score],
+            x_title="\N{SQUARE ROOT}KL to the reference, nats a response",
+            x_range=span(xs, room=0.02),
+            marks=marks if score == "health/judge" else [(x, "") for x, _ in marks],
+            kind="wide",
+        )
+        for title, note, score in PANELS
+    )
+
+
+def turning_point(run: Run, whose: str = "") -> list[tuple[float, str]]:
+    """sqrt(KL) where the judge was highest, and a sentence; none if it has not fallen since while the proxy rose.
+
+    Running means tell, and a fall counts when it is larger than the mean distance of the steps from theirs.
+    """
+    steps, root, judge = _columns(run, "health/judge")
+    proxy = _columns(run, "score")[2]
+    if len(judge) < FEWEST or len(proxy) != len(judge):
+        return []
+    judge_mean, proxy_mean, root_mean = _mean(judge), _mean(proxy), _mean(root)
+    top = max(range(len(judge)), key=judge_mean.__getitem__)
+    noise = fmean(abs(a - b) for a, b in zip(judge, judge_mean, strict=True))
+    if judge_mean[top] - judge_mean[-1] <= noise or proxy_mean[-1] <= proxy_mean[top]:
+        return []
+    place = root_mean[top]
+    return [(place, f"{whose}the judge was highest at {number(place)} (step {steps[top]}), and the proxy rose on")]
+
+
+def _lines(runs: Sequence[Run], score: str) -> list[Line]:
+    lines = []
+    for i, run in enumerate(runs):
+        steps, root, scores = _columns(run, score)
+        name = f"{run.name}, " if len(runs) > 1 else ""
+        lines.append(Line(f"{name}each step", Curve(root, scores), i, dots=True, steps=steps))
+        if len(steps) >= FEWEST:
+            lines.append(Line(f"{name}running mean", Curve(_mean(root), _mean(scores)), i, steps=steps))
+    return lines
+
+
+def _columns(run: Run, score: str) -> tuple[list[int], list[float], list[float]]:
+    """Steps, sqrt(KL) and scores, at most `DOTS` of each. An estimate of KL that is below 0 counts as 0."""
+    rows = [(r["step"], sqrt(max(r["kl"], 0.0)), r[score]) for r in run.metrics if _has(r.get("kl"), r.get(score))]
+    n = min(len(rows), DOTS)
+    parts = [rows[i * len(rows) // n : (i + 1) * len(rows) // n] for i in range(n)]
+    steps, root, scores = ([fmean(row[column] for row in part) for part in parts] for column in range(3))
+    return [round(step) for step in steps], root, scores
+
+
+def _has(*values: float | None) -> bool:
+    return None not in values
+
+
+def _mean(values: Sequence[float]) -> list[float]:
+    curve = smooth(Curve(range(len(values)), values), window=max(3, len(values) // 12))
+    return [y for y in curve.y if y is not None]

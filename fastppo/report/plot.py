@@ -1,0 +1,217 @@
+"""Charts: an SVG that stretches to any width, with its labels in HTML so that they keep their size.
+
+The SVG is 1000 by 1000 units, drawn without keeping its proportions; its strokes do not scale. page.js adds the values
+under the pointer, from the numbers that `Charts` collects.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import Any
+
+from fastppo.report.curves import SMOOTHED_FROM, Curve, number, short_number, smooth, span, thin, ticks
+
+SIZE = 1000
+SIGNS = {"warn": "\N{BLACK UP-POINTING TRIANGLE}", "act": "\N{BLACK SQUARE}"}  # of alarms; not by colour alone
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve of a chart."""
+
+    label: str
+    curve: Curve
+    run: int = 0  # 0 or 1, for its colour
+    dots: bool = False  # single points, as of evaluations
+    steps: Sequence[float] = ()  # of the points, where x is something else
+    errors: Mapping[float, float] = field(default_factory=dict)  # x -> how far a point's bar reaches up and down
+
+
+@dataclass(frozen=True)
+class Flag:
+    """An alarm's place on the x axis, with a link to what it says."""
+
+    x: float
+    title: str
+    level: str  # warn or act
+    href: str
+
+
+@dataclass(frozen=True)
+class Level:
+    """A horizontal line, such as a threshold."""
+
+    y: float
+    level: str
+
+
+@dataclass
+class Charts:
+    """Draws charts and collects their numbers."""
+
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def draw(
+        self,
+        title: str,
+        note: str,
+        lines: Sequence[Line],
+        *,
+        flags: Sequence[Flag] = (),
+        levels: Sequence[Level] = (),
+        x_title: str = "step",
+        x_range: tuple[float, float] | None = None,
+        marks: Sequence[tuple[float, str]] = (),
+        kind: str = "small",
+    ) -> str:
+        """A figure; empty if no line has a point. note: what is shown, with its unit. marks: verticals, named."""
+        drawn = [line for line in lines if line.curve.points]
+        if not drawn:
+            return ""
+        xs = [x for line in drawn for x, _ in line.curve.points]
+        ys = [y + s * line.errors.get(x, 0.0) for line in drawn for x, y in line.curve.points for s in (-1, 1)]
+        (left, right), (low, high) = x_range or span(xs, room=0.0), span(ys + [level.y for level in levels])
+        place = _Place(left, right, low, high)
+        key = f"chart{len(self.data)}"
+        whole = x_title == "step"
+        x_ticks, y_ticks = ticks(left, right, 5, whole), ticks(low, high, 3 if kind == "small" else 4)
+        shown = [(line, thin(line.curve)) for line in drawn]
+        self.data[key] = {
+            "title": title,
+            "x": x_title,
+            "range": [left, right],
+            "lines": [_numbers(line, curve, place) for line, curve in shown],
+        }
+        grid = "".join(f'<path d="M0,{place.y(y):.0f}H{SIZE}"/>' for y in y_ticks)
+        smoothed = max(len(line.curve) for line in drawn) >= SMOOTHED_FROM
+        curves = "".join(_drawn(line, curve, place, smoothed) for line, curve in shown)
+        label = f"{title}, {note}. {'; '.join(map(_in_words, drawn))}."
+        return f"""<figure class="chart {kind}" id="{key}">
+<figcaption><b>{escape(title)}</b> <span>{escape(note)}</span></figcaption>
+{_key(drawn)}
+<div class="plot" role="slider" tabindex="0" aria-label="{escape(label)}" aria-valuemin="{left:g}" \
+aria-valuemax="{right:g}" aria-valuenow="{right:g}">
+<svg viewBox="0 0 {SIZE} {SIZE}" preserveAspectRatio="none" aria-hidden="true"><g class="grid">{grid}</g>
+{"".join(_level(level, place) for level in levels)}{"".join(_mark(x, place) for x, _ in marks)}{curves}</svg>
+{"".join(f'<span class="y" style="bottom:{place.up(y):.1f}%">{short_number(y)}</span>' for y in y_ticks)}
+{"".join(f'<span class="x" style="left:{place.right_of(x):.1f}%">{short_number(x)}</span>' for x in x_ticks)}
+{"".join(_flag(flag, place) for flag in flags)}<i class="cursor" hidden></i></div>
+<p class="axis"><span>{escape(x_title)}</span>{"".join(f"<em>{escape(text)}</em>" for _, text in marks if text)}</p>
+</figure>"""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """From values to places in the chart."""
+
+    left: float
+    right: float
+    low: float
+    high: float
+
+    def right_of(self, x: float) -> float:
+        """Percent of the width."""
+        return (x - self.left) / (self.right - self.left) * 100
+
+    def up(self, y: float) -> float:
+        """Percent of the height, from below."""
+        return (y - self.low) / (self.high - self.low) * 100
+
+    def x(self, x: float) -> float:
+        return self.right_of(x) * SIZE / 100
+
+    def y(self, y: float) -> float:
+        return SIZE - self.up(y) * SIZE / 100
+
+
+def _drawn(line: Line, curve: Curve, place: _Place, smoothed: bool) -> str:
+    """The curve; if smoothed, faintly, with its running mean over it."""
+    if line.dots:
+        bars = "".join(
+            f"M{place.x(x):.0f},{place.y(y - e):.0f}V{place.y(y + e):.0f}"
+            for x, y in curve.points
+            if (e := line.errors.get(x))
+        )
+        many = " many" if len(curve) > 12 else ""
+        return (
+            f'<path class="bars run{line.run}" d="{bars}"/><path class="halo{many}" d="{_dots(curve, place)}"/>'
+            f'<path class="dots{many} run{line.run}" d="{_dots(curve, place)}"/>'
+        )
+    if line.steps or not smoothed:
+        return f'<path class="line run{line.run}" d="{_path(curve, place)}"/>'
+    mean = thin(smooth(line.curve), 400)
+    return (
+        f'<path class="raw run{line.run}" d="{_path(curve, place)}"/>'
+        f'<path class="line run{line.run}" d="{_path(mean, place)}"/>'
+    )
+
+
+def _path(curve: Curve, place: _Place) -> str:
+    parts, pen = [], "M"
+    for i, (x, y) in enumerate(zip(curve.x, curve.y, strict=True)):
+        if y is None:
+            pen = "M"
+            continue
+        alone = pen == "M" and (i + 1 == len(curve) or curve.y[i + 1] is None)
+        parts.append(f"{pen}{place.x(x):.0f},{place.y(y):.0f}" + ("h0" if alone else ""))
+        pen = "L"
+    return "".join(parts)
+
+
+def _dots(curve: Curve, place: _Place) -> str:
+    """Strokes of no length with round ends: circles that do not stretch with the chart."""
+    return "".join(f"M{place.x(x):.0f},{place.y(y):.0f}h0" for x, y in curve.points)
+
+
+def _level(level: Level, place: _Place) -> str:
+    return f'<path class="level {level.level}" d="M0,{place.y(level.y):.0f}H{SIZE}"/>'
+
+
+def _mark(x: float, place: _Place) -> str:
+    return f'<path class="mark" d="M{place.x(x):.0f},0V{SIZE}"/>'
+
+
+def _flag(flag: Flag, place: _Place) -> str:
+    left = min(max(place.right_of(flag.x), 0), 100)  # a run that was ended may lack the metrics of that step
+    return (
+        f'<a class="flag {flag.level}" href="#{escape(flag.href)}" style="left:{left:.1f}%"'
+        f' title="{escape(flag.title)}" aria-label="{escape(flag.title)}">{SIGNS[flag.level]}</a>'
+    )
+
+
+def _key(lines: Sequence[Line]) -> str:
+    """The lines' names with their last values, which page.js replaces by those under the pointer."""
+    items = "".join(
+        f'<li><i class="swatch run{line.run}{" dot" if line.dots else ""}"></i>{escape(line.label * (len(lines) > 1))}'
+        f" <b>{number(line.curve.points[-1][1])}</b></li>"
+        for line in lines
+    )
+    return f'<ul class="key">{items}<li class="at">last</li></ul>'
+
+
+def _in_words(line: Line) -> str:
+    (x, first), (end, last) = line.curve.points[0], line.curve.points[-1]
+    return f"{line.label}: {number(first)} at {number(x)}, {number(last)} at {number(end)}"
+
+
+def _numbers(line: Line, curve: Curve, place: _Place) -> dict[str, Any]:
+    drawn = curve.points
+    found: dict[str, Any] = {
+        "x": [_short(x) for x, _ in drawn],
+        "y": [_short(y) for _, y in drawn],
+        "up": [round(place.up(y), 1) for _, y in drawn],
+    }
+    return found | ({"steps": list(line.steps)} if line.steps else {})
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}") if abs(value) < 1000 else round(value, 1)
+
+
+def as_script(value: Any) -> str:
+    """JSON that may stand in a script element whatever its texts are."""
+    text = json.dumps(value, separators=(",", ":"))  # ASCII alone
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

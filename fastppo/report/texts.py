@@ -1,0 +1,115 @@
+"""Responses by step, side by side: the held-out ones of each evaluation, and training ones with their advantages.
+
+Models write anything. What they wrote is shown as text, in a direction of its own, without control characters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any
+
+from fastppo.report.curves import number
+from fastppo.report.run import Record, Run
+
+COLUMNS = 8  # steps shown of a run, evenly spaced, the first and the last among them
+TOKENS = 400  # shown of a response
+SHADES = 4  # of each sign
+UNSHOWN = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")  # control characters, halves of characters
+
+
+def heldout(runs: Sequence[Run]) -> str:
+    """Each held-out prompt, and what each run answered at each evaluation."""
+    prompts = list(dict.fromkeys(r["prompt"] for run in runs for r in run.heldout))
+    return "".join(_prompt(prompt, runs) for prompt in prompts)
+
+
+def _prompt(prompt: str, runs: Sequence[Run]) -> str:
+    strips = []
+    for i, run in enumerate(runs):
+        rows = [r for r in run.heldout if r["prompt"] == prompt]
+        cards = "".join(_card(r, text(r["response"].strip())) for r in _spaced(rows))
+        if cards:
+            strips.append(_strip(i, run, cards, named=len(runs) > 1))
+    return f'<article class="prompt"><h3><span>Prompt</span> <bdi>{text(prompt)}</bdi></h3>{"".join(strips)}</article>'
+
+
+def _strip(i: int, run: Run, cards: str, named: bool) -> str:
+    name = f'<p class="whose"><i class="swatch run{i}"></i>{escape(run.name)}</p>' if named else ""
+    return f'{name}<div class="strip" tabindex="0" role="group" aria-label="{escape(run.name)}, by step">{cards}</div>'
+
+
+def _card(record: Record, shown: str, prompt: str = "") -> str:
+    return (
+        f'<div class="card"><p class="head"><span>step {record["step"]}</span>'
+        f'<b>{number(record["score"])}</b></p>{prompt}<p class="words" dir="auto">{shown}</p></div>'
+    )
+
+
+def training(runs: Sequence[Run]) -> str:
+    """Training responses, a column for each step, the tokens coloured by their advantage."""
+    chosen = [_steps(run) for run in runs]
+    scale = _scale(a for steps in chosen for rows in steps for r in rows for a in r["advantages"] if a is not None)
+    strips = []
+    for i, (run, steps) in enumerate(zip(runs, chosen, strict=True)):
+        columns = [
+            "".join(_card(r, _tokens(r, scale), f'<p class="of" dir="auto">{text(r["prompt"])}</p>') for r in rows)
+            for rows in steps
+        ]
+        if columns:
+            cards = "".join(f'<div class="column">{column}</div>' for column in columns)
+            strips.append(_strip(i, run, cards, named=len(runs) > 1))
+    return _legend(scale) + "".join(strips) if strips else ""
+
+
+def _steps(run: Run) -> list[list[Record]]:
+    steps = sorted({r["step"] for r in run.training})
+    return [[r for r in run.training if r["step"] == step] for step in _spaced(steps)]
+
+
+def _spaced(rows: Sequence[Any]) -> list[Any]:
+    if len(rows) <= COLUMNS:
+        return list(rows)
+    return [rows[round(i * (len(rows) - 1) / (COLUMNS - 1))] for i in range(COLUMNS)]
+
+
+def _scale(advantages: Iterable[float]) -> float:
+    """The advantage of the strongest colour: 95% are below it, so that one outlier does not pale all others."""
+    sizes = sorted(abs(a) for a in advantages)
+    return sizes[int(0.95 * (len(sizes) - 1))] or 1.0 if sizes else 1.0
+
+
+def _tokens(record: Record, scale: float) -> str:
+    pairs = list(zip(record["tokens"], record["advantages"], strict=False))
+    more = f" <i>… {len(pairs) - TOKENS} more tokens</i>" if len(pairs) > TOKENS else ""
+    return "".join(_token(piece, advantage, scale) for piece, advantage in pairs[:TOKENS]) + more
+
+
+def _token(piece: str, advantage: float | None, scale: float) -> str:
+    if advantage is None:
+        return f'<span class="t" title="advantage {number(None)}">{text(piece)}</span>'
+    shade = min(round(abs(advantage) / scale * SHADES), SHADES)
+    sign = "m" if advantage < 0 else "p"
+    colour = f" {sign}{shade}" if shade else ""
+    return f'<span class="t{colour}" title="advantage {_signed(advantage)}">{text(piece)}</span>'
+
+
+def _signed(value: float) -> str:
+    return ("+" if value > 0 else "") + number(float(f"{value:.3g}"))
+
+
+def _legend(scale: float) -> str:
+    shades = [f"m{s}" for s in range(SHADES, 0, -1)] + [""] + [f"p{s}" for s in range(1, SHADES + 1)]
+    cells = "".join(f'<span class="t {shade}">&nbsp;</span>' for shade in shades)
+    return (
+        f'<p class="scale">advantage <span>{_signed(-scale)}</span>'
+        f'<span class="cells" aria-hidden="true">{cells}</span><span>{_signed(scale)}</span>'
+        " <small>dashed below: worse than the critic expected; solid: better</small>"
+        '<output class="token" aria-live="polite"></output></p>'
+    )
+
+
+def text(words: Any) -> str:
+    """Any text as HTML."""
+    return escape(UNSHOWN.sub("\N{REPLACEMENT CHARACTER}", str(words)))

@@ -1,0 +1,155 @@
+"""The plan's arithmetic against DeepSpeed's estimators and against tensors that are really there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from architectures import ACTORS, directory
+from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from fastppo.attention import Spans
+from fastppo.config import Config, LoraConfig, OptimConfig, ZeroConfig
+from fastppo.footprint import Footprint, _Live, add_adapters
+from fastppo.load import Source, load_causal, outline
+from fastppo.memory import Batch, Member, head_workspace, model_states, shares
+from fastppo.microbatch import pack_even
+from fastppo.models import Policy, fuse_head, set_trainable
+from fastppo.ops import WORKSPACE_BYTES
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def seven_billion(tmp_path_factory: pytest.TempPathFactory) -> Member:
+    folder = directory(tmp_path_factory.mktemp("7b"), *ACTORS["7b"])
+    size = Footprint(Policy(_outline(folder)), torch.bfloat16, cpu=False)
+    return Member("actor", size, trains=True, weights=size.parameters)
+
+
+def _outline(folder: str, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    return fuse_head(outline(AutoModelForCausalLM, Source("actor.model", folder), dtype))
+
+
+@pytest.mark.parametrize(("gpus", "nodes"), [(1, 1), (8, 1), (8, 2)])
+@pytest.mark.parametrize("offload", ["none", "optimizer", "both"])
+def test_model_states_are_those_of_deepspeeds_estimator_at_stage_3(
+    seven_billion: Member, gpus: int, nodes: int, offload: str
+) -> None:
+    zero = {
+        "none": ZeroConfig(stage=3),
+        "optimizer": ZeroConfig(stage=3, offload_optimizer="cpu"),
+        "both": ZeroConfig(stage=3, offload="cpu"),
+    }[offload]
+    found = model_states(seven_billion, Config(zero=zero), gpus * nodes)
+    host, gpu, _ = estimate_zero3_model_states_mem_needs(
+        seven_billion.size.parameters,
+        seven_billion.size.largest,
+        num_gpus_per_node=gpus,
+        num_nodes=nodes,
+        cpu_offload=offload != "none",
+        cpu_offload_params=offload == "both",
+        additional_buffer_factor=1.0,
+    )
+    assert found.gpu.states == pytest.approx(gpu, rel=0.01)
+    if offload != "none":  # else what the estimator counts is the host's part in loading
+        assert gpus * found.host.states == pytest.approx(host, rel=0.01)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_model_states_are_those_of_deepspeeds_estimator_at_stage_2(
+    seven_billion: Member, ranks: int, offload: str
+) -> None:
+    config = Config(zero=ZeroConfig(stage=2, offload_optimizer=offload))  # type: ignore[arg-type]
+    found = model_states(seven_billion, config, ranks)
+    host, gpu = estimate_zero2_model_states_mem_needs(
+        seven_billion.size.parameters, ranks, 1, cpu_offload=offload == "cpu", additional_buffer_factor=1.0
+    )
+    assert found.gpu.states == pytest.approx(gpu, rel=0.01)
+    if offload == "cpu":
+        assert ranks * found.host.states == pytest.approx(host, rel=0.01)
+
+
+def test_nvme_takes_the_states_that_the_host_would(seven_billion: Member) -> None:
+    on_host = model_states(seven_billion, Config(zero=ZeroConfig(stage=3, offload="cpu")), 8)
+    on_nvme = model_states(seven_billion, Config(zero=ZeroConfig(stage=3, offload="nvme", nvme_path="/x")), 8)
+    assert on_nvme.nvme == on_host.host and on_nvme.host.total == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_those_of_a_real_pass(tmp_path: Path, family: str, checkpointing: bool) -> None:
+    """Five layers and three sequences, extrapolated from at most two of each."""
+    folder = tiny.saved(tmp_path, tiny.causal(family, num_hidden_layers=5))
+    model = load_causal("actor.model", folder, None, None, torch.float32, CPU)
+    role = Policy(model)
+    set_trainable(role, 5 if checkpointing else 4)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    live = _Live(*model.parameters(), *model.buffers())
+    tokens, positions = torch.zeros(1, 60, dtype=torch.int64), torch.arange(20).repeat(3)[None]
+    with live:
+        states = model.base_model(
+            input_ids=tokens, position_ids=positions, packed=Spans.of([20] * 3, CPU), use_cache=False
+        ).last_hidden_state
+        kept = live.now
+        states.backward(torch.zeros_like(states))
+    planned = Policy(_outline(folder, torch.float32))
+    set_trainable(planned, 5 if checkpointing else 4)
+    flow = Footprint(planned, torch.float32, cpu=True, checkpointing=checkpointing).passes(3, 20, gradient=True)
+    grads = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
+    assert flow.kept == pytest.approx(kept, rel=0.02)
+    assert flow.peak <= live.peak <= flow.peak + grads
+
+
+def test_parameters_tied_to_each_other_are_counted_once(tmp_path: Path) -> None:
+    tied = tiny.causal(tie_word_embeddings=True)
+    size = Footprint(Policy(_outline(tiny.saved(tmp_path, tied))), torch.bfloat16, cpu=True)
+    assert size.parameters == sum(p.numel() for p in tied.parameters())
+
+
+def test_with_adapters_only_they_have_gradients_and_states(tmp_path: Path) -> None:
+    model = _outline(tiny.saved(tmp_path, tiny.causal()))
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
+    expected = sum(4 * (m.in_features + m.out_features) for m in linear.values())
+    whole = Footprint(Policy(model), torch.bfloat16, cpu=True)
+    add_adapters(model, LoraConfig(rank=4))
+    adapted = Footprint(Policy(model), torch.bfloat16, cpu=True)
+    assert adapted.trained == expected
+    assert adapted.parameters == whole.parameters + expected
+    member = Member("actor", adapted, trains=True, weights=adapted.parameters)
+    states = model_states(member, Config(zero=ZeroConfig(stage=1)), ranks=2)
+    assert states.gpu.optimizer == 12 * expected // 2 and states.gpu.gradients == 6 * expected
+    assert adapted.passes(2, 8, gradient=True).kept > 0
+
+
+def test_a_microbatch_is_as_large_as_packing_makes_it() -> None:
+    config = Config()
+    batch = Batch.of(replace(config, ppo=replace(config.ppo, batch_size=96, microbatch_tokens=9000)), ranks=2)
+    lengths = torch.full((96,), batch.length)
+    packed = pack_even(torch.arange(96), lengths, 9000, ranks=2)
+    assert batch.sequences == max(map(len, packed))
+
+
+def test_the_heads_workspace_does_not_grow_with_the_batch(seven_billion: Member) -> None:
+    for tokens in (100, 1000, 100_000):
+        logits, _ = head_workspace(seven_billion.size, tokens, reference=True, gradient=False)
+        assert WORKSPACE_BYTES / 8 < logits <= WORKSPACE_BYTES
+
+
+def test_what_a_stage_does_not_use_has_left_the_gpu(seven_billion: Member) -> None:
+    frozen = Member("reference", seven_billion.size, trains=False, weights=seven_billion.weights)
+    config = Config(optim=OptimConfig(activation_checkpointing=True))
+    found = {(s.role, s.stage): s.places for s in shares([seven_billion, frozen], config, ranks=8)}
+    assert found["reference", "learning"].gpu.total == 0
+    assert found["reference", "learning"].host.weights == found["reference", "experience"].gpu.weights > 0
+    assert found["actor", "sampling"].gpu.optimizer == 0
+    assert found["actor", "sampling"].host.optimizer == found["actor", "learning"].gpu.optimizer > 0

@@ -1,0 +1,111 @@
+"""What the plan says, and what training makes of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from architectures import preset
+
+from fastppo import plan
+from fastppo.cli import parse
+from fastppo.config import Config
+from fastppo.engine import World
+from fastppo.load import load_causal
+from fastppo.machine import Machine, parse_bytes
+from fastppo.models import ModelError
+
+REWARDS = '[{"function": "a:b"}]'
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> list[str]:
+    model = tiny.saved(tmp_path / "model", tiny.causal())
+    return ["--actor.model", model, "--rewards", REWARDS, "--data.path", "x.jsonl", "--ppo.microbatch_tokens", "4096"]
+
+
+def run(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    code = 0
+    try:
+        plan.main(argv)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_a_run_that_fits_is_shown_role_by_role_and_stage_by_stage(
+    settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run([*settings, "--gpus", "2", "--gpu-memory", "80GB", "--host-memory", "1TB"], capsys)
+    assert code == 0
+    for word in ("actor", "critic", "reference", "sampling", "feedback", "experience", "learning", "NVMe", "fits"):
+        assert word in out
+
+
+def test_a_run_that_does_not_fit_exits_with_1_and_names_flags_that_make_it_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*preset(tmp_path, "1.3b"), "--zero.offload_optimizer", "none"]
+    machine = ["--gpus", "1", "--gpu-memory", "24GB", "--host-memory", "128GB"]
+    code, _, err = run([*argv, *machine], capsys)
+    assert code == 1
+    assert "does not fit" in err and "GPU memory" in err
+    change = err.partition("The smallest change that fits: ")[2].split()
+    assert change == ["--zero.offload_optimizer", "cpu"]
+    assert plan.make_plan(parse([*argv, *change]), Machine(1, 1, 24 * 10**9, 128 * 10**9)).fits
+
+
+def test_gathered_weights_that_are_too_large_for_a_gpu_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine = ["--gpus", "8", "--nodes", "2", "--gpu-memory", "80GB", "--host-memory", "2TB"]
+    code, _, err = run([*preset(tmp_path, "70b"), *machine], capsys)
+    assert code == 1
+    assert "whole on each GPU to sample from, take 138.0 GB" in err and "GPUs with more memory" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "gpu", "host"),
+    [("1.3b", 1, 24, 128), ("7b", 8, 40, 1000), ("13b", 8, 80, 1000), ("34b", 8, 80, 2000)],
+)
+def test_a_preset_fits_the_machine_it_is_for(tmp_path: Path, name: str, gpus: int, gpu: int, host: int) -> None:
+    config = parse(preset(tmp_path, name), ranks=gpus)
+    assert plan.make_plan(config, Machine(gpus, 1, gpu * 10**9, host * 10**9)).fits
+
+
+def test_with_adapters_there_is_no_reference(settings: list[str]) -> None:
+    names = [m.name for m in plan.cast_of(parse([*settings, "--actor.lora.rank", "8"]), cpu=True)]
+    assert names == ["actor", "critic"]
+
+
+def test_training_is_refused_where_it_cannot_fit(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan, "this_machine", lambda *args, **kwargs: Machine(1, 1, None, 2 * 10**8))
+    config = parse(settings)
+    with pytest.raises(plan.PlanError, match=r"does not fit.*--plan warn"):
+        plan.check_plan(config, ALONE)
+    assert "learning" in capsys.readouterr().out
+    plan.check_plan(replace(config, plan="warn"), ALONE)
+    assert "does not fit" in capsys.readouterr().out
+    plan.check_plan(replace(config, plan="off"), ALONE)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_model_that_is_not_there_gives_the_message_of_loading_it(tmp_path: Path) -> None:
+    config = Config()
+    missing = replace(config, actor=replace(config.actor, model=str(tmp_path)))
+    with pytest.raises(ModelError) as planned:
+        plan.check_plan(missing, ALONE)
+    with pytest.raises(ModelError) as loaded:
+        load_causal("actor.model", str(tmp_path), None, None, torch.float32, torch.device("cpu"))
+    assert str(planned.value) == str(loaded.value)
+
+
+def test_amounts_of_memory() -> None:
+    assert parse_bytes("80GB") == 80 * 10**9 and parse_bytes("1.5TiB") == 3 * 2**39 and parse_bytes("7") == 7

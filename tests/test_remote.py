@@ -1,0 +1,203 @@
+"""A service on the network as a source of reward: what it is asked, and what it can do wrong."""
+
+import json
+import logging
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.request import urlopen
+
+import pytest
+import requests
+import tiny
+import torch
+import whole_runs
+from forks import Forks
+
+from fastppo.batch import pack
+from fastppo.config import RewardConfig
+from fastppo.feedback import Responses, RewardError
+from fastppo.feedback import remote as remote_module
+from fastppo.feedback.remote import remote_source
+from fastppo.load import load_reward
+from fastppo.serve_reward import LARGEST, RewardServer, alone
+
+TEXTS = ["abc", "a", "ab", "abcd", "abcde"]
+RESPONSES = Responses([f"p{i}" for i in range(5)], TEXTS, {"answer": [1, 2, 3, 4, 5]}, pack([[1]] * 5, [1] * 5))
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch):
+    monkeypatch.setattr(remote_module, "FIRST_WAIT", 0.0)
+
+
+@contextmanager
+def serving(server):
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
+def service(answer):
+    """A server that answers each request's JSON with `answer(body)`: (status, bytes), or None to break off."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            said = answer(asked[-1])
+            if said is not None:
+                self.send_response(said[0])
+                self.end_headers()
+                self.wfile.write(said[1])
+
+        def log_message(self, *args):
+            pass
+
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as url:
+        yield url, asked
+
+
+def lengths(body):
+    return 200, json.dumps({"scores": [len(r) for r in body["responses"]]}).encode()
+
+
+def ask(url, **settings):
+    return remote_source(RewardConfig(url=url, **settings))(RESPONSES)
+
+
+def test_responses_go_out_in_parts_and_scores_come_back_in_order():
+    with service(lengths) as (url, asked):
+        assert ask(url, request_size=2, concurrency=3) == [3, 1, 2, 4, 5]
+    parts = sorted(asked, key=lambda body: body["prompts"])
+    assert [body["responses"] for body in parts] == [["abc", "a"], ["ab", "abcd"], ["abcde"]]
+    assert parts[1] == {"prompts": ["p2", "p3"], "responses": ["ab", "abcd"], "columns": {"answer": [3, 4]}}
+
+
+def test_requests_run_at_the_same_time():
+    together = threading.Barrier(3, timeout=20)
+
+    def answer(body):
+        together.wait()  # breaks, and fails the request, unless three are here at once
+        return lengths(body)
+
+    with service(answer) as (url, _):
+        assert ask(url, request_size=2, concurrency=3, retries=0) == [3, 1, 2, 4, 5]
+
+
+@pytest.mark.parametrize("failure", [(503, b"busy"), (429, b""), None, (200, b"<html>starting</html>")])
+def test_a_request_that_fails_is_tried_again(failure, caplog):
+    answers = [failure, failure]
+    caplog.set_level(logging.WARNING, "fastppo")
+    with service(lambda body: answers.pop() if answers else lengths(body)) as (url, asked):
+        assert ask(url, retries=2) == [3, 1, 2, 4, 5]
+    assert len(asked) == 3 and [r.getMessage()[-6:] for r in caplog.records] == ["2 left", "1 left"]
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ((200, b'{"scores": [1, 2]}'), "returned 2 numbers for 5 responses. Tried 2 times."),
+        ((200, b'{"scores": [1, NaN, 2, 3, 4]}'), "returned nan for response 1: 'a'"),
+        ((200, b'{"scores": [1, null, 2, 3, 4]}'), "returned None (NoneType), not a number, for response 1"),
+        ((200, b"<html><body>Welcome</body></html>"), "not JSON: '<html><body>Welcome"),
+        ((200, b"[1, 2, 3, 4, 5]"), 'must answer {"scores": [...]}, and answered \'[1, 2'),
+        ((500, b'{"error": "out of memory"}'), "answered with status 500: out of memory. Tried 2 times."),
+        ((404, b"<h1>nothing here</h1>"), "answered with status 404: '<h1>nothing here</h1>'. Tried 1 time."),
+        (None, "cannot be reached or broke off (ConnectionError)"),
+    ],
+)
+def test_a_service_that_stays_broken_is_named_with_what_it_did(said, words):
+    with service(lambda body: said) as (url, _), pytest.raises(RewardError) as raised:
+        ask(url, retries=1)
+    assert f"rewards.url = {url}" in str(raised.value) and words in str(raised.value)
+
+
+def test_a_slow_service_is_waited_for_no_longer_than_its_timeout():
+    done = threading.Event()
+    with service(lambda body: done.wait(30) and None) as (url, _):
+        with pytest.raises(RewardError, match=r"did not answer within 0\.2 s \(rewards\.timeout\)"):
+            ask(url, timeout=0.2, retries=0)
+        done.set()
+
+
+def test_the_number_of_a_response_is_that_in_the_batch_and_not_in_its_request():
+    def answer(body):
+        return (200, b'{"scores": [0, 1e999]}') if "ab" in body["responses"] else lengths(body)
+
+    with service(answer) as (url, _), pytest.raises(RewardError) as raised:
+        ask(url, request_size=2, concurrency=1, retries=0)
+    assert "inf for response 3: 'abcd'" in str(raised.value)
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    with Forks(tmp_path_factory.mktemp("logs")) as forks:
+        yield forks
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_service_that_dies_costs_the_run_nothing(tmp_path, forks, ranks):
+    """Every rank ends with the reason, and the run resumed with a service elsewhere ends as if none had died."""
+    folder, broken = whole_runs.prepare(tmp_path), threading.Event()
+
+    def dying(body):
+        dead = broken.is_set() or (len(asked) > 8 and "prompt" in body["prompts"][-1])
+        if dead:
+            broken.set()
+        return (502, b"<html>Bad Gateway</html>") if dead else lengths(body)
+
+    def settings(output, url):
+        rewards = json.dumps([{"url": url, "retries": 1, "request_size": 2}])
+        changes = {"rewards": rewards, "ppo__score_normalise": "true", "optim__dtype": "fp32", "checkpoint__every": 0}
+        return whole_runs.settings(folder, folder / output, **changes)
+
+    with service(lengths) as (url, _):
+        forks.run(settings("straight", url), ranks)
+        with service(dying) as (other, asked):
+            run = forks.start(settings("broken", other), ranks)
+            assert forks.wait(run, 60) == [1] * ranks, run.text()
+        assert (
+            f"rewards.url = {other} answered with status 502: '<html>Bad Gateway</html>'. Tried 2 times." in run.text()
+        )
+        assert "a source of reward failed at step" in run.text() and "Traceback" not in run.text()
+        forks.run([*settings("broken", url), "--resume", "auto"], ranks)
+    assert whole_runs.records(folder / "broken") == whole_runs.records(folder / "straight")
+
+
+@pytest.fixture(scope="module")
+def reward_server(tmp_path_factory):
+    path = tiny.saved(tmp_path_factory.mktemp("reward") / "model", tiny.classifier())
+    model, tokenizer = load_reward(path, torch.float32, torch.device("cpu"))
+    source = alone(model, tokenizer, 100, torch.device("cpu"))
+    with serving(RewardServer(("127.0.0.1", 0), "tiny", source)) as url:
+        yield url, source
+
+
+def test_our_server_says_what_its_model_says(reward_server):
+    url, source = reward_server
+    packed = source.tokenised(RESPONSES.prompts, RESPONSES.texts)
+    assert ask(url, request_size=2) == pytest.approx(source.scores(packed, TEXTS), abs=1e-5)
+    assert json.load(urlopen(url)) == {"model": "tiny"}
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"prompts", "not JSON"),
+        (b'{"prompts": ["a"]}', "a request is"),
+        (b'{"prompts": ["a"], "responses": [1]}', "a request is"),
+        (b'{"prompts": ["a"], "responses": []}', "1 prompts and 0 responses"),
+        (b"", f"1 to {LARGEST} bytes"),
+        (json.dumps({"prompts": ["a" * 200], "responses": ["b"]}).encode(), "201 tokens do not fit"),
+    ],
+)
+def test_our_server_refuses_a_wrong_request_with_the_reason_and_goes_on(reward_server, body, words):
+    answer = requests.post(reward_server[0], data=body, timeout=20)
+    assert answer.status_code == 400 and words in answer.json()["error"]
+    assert ask(reward_server[0])

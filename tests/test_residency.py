@@ -1,0 +1,132 @@
+"""What is on the GPU in each stage. On the CPU the moves are made all the same where a test asks for them."""
+
+import json
+
+import pytest
+import torch
+import whole_runs
+from ppo_step import config_of
+
+from fastppo.cli import parse
+from fastppo.config import Config
+from fastppo.engine import start_world
+from fastppo.residency import Residency, uses
+from fastppo.train import train
+
+CPU = torch.device("cpu")
+
+
+class Part:
+    def __init__(self, *tensors):
+        self.tensors = list(tensors)
+
+    def states(self):
+        return self.tensors
+
+
+def on_device(tensor):
+    return tensor.untyped_storage().nbytes() > 0
+
+
+def moving(config=None):
+    """A Residency that moves from the CPU to the CPU."""
+    residency = Residency(config or Config(), CPU)
+    residency._moves = True
+    return residency
+
+
+def test_in_each_stage_only_what_it_uses_is_there():
+    parts = {kind: Part(torch.ones(3)) for kind in ("gathered", "rewards", "reference", "optimizers")}
+    residency = moving()
+    for kind, part in parts.items():
+        residency.add(kind, part)
+    there = {}
+    step = ("sampling", "feedback", "experience", "learning", "health", "checkpoint")
+    for stage in ("loading", *step, "sampling", "learning"):
+        residency.enter(stage)
+        there[stage] = {kind for kind, part in parts.items() if on_device(part.tensors[0])}
+    assert there == {
+        "loading": set(),
+        "sampling": {"gathered"},
+        "feedback": {"rewards"},
+        "experience": {"reference"},
+        "learning": {"optimizers"},
+        "health": {"optimizers"},
+        "checkpoint": {"optimizers"},
+    }
+
+
+def test_the_reference_is_there_in_learning_only_if_the_loss_reads_it():
+    exact = ["--ppo.kl_in", "loss", "--ppo.kl_kind", "exact"]
+    assert "reference" in uses(config_of("none", *exact))["learning"]
+    assert "reference" not in uses(config_of("none", "--ppo.kl_kind", "exact"))["learning"]
+
+
+def test_what_comes_back_is_the_same_through_every_view_of_it():
+    flat = torch.arange(12.0)
+    weight = torch.nn.Parameter(flat[:8].view(2, 4))
+    tail, empty = flat[8:], torch.empty(0)
+    residency = moving()
+    residency.add("optimizers", Part(flat, weight, tail, empty))  # three tensors on one storage
+    residency.enter("sampling")
+    assert not on_device(flat) and not on_device(weight)
+    residency.enter("learning")
+    assert flat.tolist() == [*range(12)] and weight[1, 3] == 7 and tail.tolist() == [8, 9, 10, 11]
+    weight.data[0, 0] = 5
+    assert flat[0] == 5
+
+
+def test_what_need_not_be_kept_is_not_copied():
+    buffer = torch.ones(1000)
+    residency = moving()
+    residency.add("gathered", Part(buffer), keep=False)
+    residency.enter("feedback")
+    ((host, _, size),) = residency._parts[0].away
+    assert host.numel() == 0 and size == buffer.nbytes
+    residency.enter("sampling")
+    assert buffer.shape == (1000,) and on_device(buffer)
+
+
+def test_without_a_gpu_nothing_moves():
+    part = Part(torch.ones(3))
+    residency = Residency(Config(), CPU)
+    residency.add("rewards", part)
+    residency.enter("learning")
+    assert on_device(part.tensors[0])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"zero__stage": 1, "ppo__kl_in": "loss", "ppo__kl_kind": "exact"},
+        {"zero__stage": 3, "optim__dtype": "fp32", "zero__offload_parameters": "cpu", "critic__kind": "shared"},
+    ],
+    ids=str,
+)
+def test_a_run_whose_states_move_is_the_run_whose_states_stay(tmp_path, monkeypatch, changes):
+    """Bit for bit, its checkpoints too."""
+    folder = whole_runs.prepare(tmp_path)
+    (folder / "split.json").write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
+    changes = {"steps": 2, "zero__deepspeed": folder / "split.json"} | changes
+    moved, enter = [], Residency.enter
+
+    def entering(self, stage):
+        enter(self, stage)
+        moved.extend(part.kind for part in self._parts if part.away)
+
+    for name, moves in (("stays", False), ("moves", True)):
+        monkeypatch.setattr(Residency, "enter", entering)
+        made = Residency.__init__
+
+        def init(self, *args, made=made, moves=moves):
+            made(self, *args)
+            self._moves = moves
+
+        monkeypatch.setattr(Residency, "__init__", init)
+        train(parse(whole_runs.settings(folder, folder / name, **changes)), start_world(1))
+        monkeypatch.undo()
+    assert {"optimizers", "reference"} <= set(moved) and ("gathered" in moved) == (
+        "zero__offload_parameters" in changes
+    )
+    assert whole_runs.records(folder / "stays") == whole_runs.records(folder / "moves")
+    assert whole_runs.same(whole_runs.state(folder / "stays"), whole_runs.state(folder / "moves"))

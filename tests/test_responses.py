@@ -1,0 +1,73 @@
+"""fastppo.responses: which responses a run keeps, and its tokens as pieces of text."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from fastppo.batch import Experience, Packed, cumulative
+from fastppo.responses import heldout_responses, pieces, spread, training_responses
+
+
+@pytest.mark.parametrize("text", ["a good film", "長い film \U0001f642!", "", "\n\n é"])
+def test_pieces_are_one_for_each_token_and_together_the_text(text: str) -> None:
+    tokenizer = tiny.tokenizer()
+    tokens = tokenizer(text)["input_ids"]
+    found = pieces(tokenizer, tokens)
+    assert len(found) == len(tokens) and "".join(found) == text
+    if "長" in text:  # three bytes, three tokens
+        assert found[:6] == ["", "", "長", "", "", "い"]
+
+
+def test_a_text_cut_within_a_character_and_its_end_are_shown() -> None:
+    tokenizer = tiny.tokenizer()
+    tokens = [*tokenizer("a長")["input_ids"][:-1], tokenizer.eos_token_id]
+    assert pieces(tokenizer, tokens)[0] == "a"
+    assert "".join(pieces(tokenizer, tokens)).endswith("<eos>")
+    assert pieces(tokenizer, tokens[:-1])[-1] == "\ufffd"
+
+
+def test_responses_are_taken_from_the_best_to_the_worst() -> None:
+    scores = [0.1, 0.9, 0.5, 0.3, 0.7]
+    assert spread(scores, 3) == [1, 2, 0]
+    assert spread(scores, 2) == [1, 0]
+    assert spread(scores, 1) == [1]
+    assert spread(scores, 9) == [1, 4, 2, 3, 0]
+
+
+def test_heldout_responses_are_those_to_the_same_first_prompts() -> None:
+    found = heldout_responses(["p", "q", "r"], ["a", "b", "c"], [1.0, 2.0, 3.0], count=2)
+    assert found == [
+        {"of": "heldout", "prompt": "p", "response": "a", "score": 1.0},
+        {"of": "heldout", "prompt": "q", "response": "b", "score": 2.0},
+    ]
+    assert heldout_responses(["p"], ["a"], [1.0], count=0) == []
+
+
+def test_training_responses_have_their_prompt_and_each_tokens_advantage() -> None:
+    tokenizer = tiny.tokenizer()
+    texts = [("I saw ", "it"), ("The film ", "is bad"), ("", "!")]
+    tokens = [[tokenizer(part)["input_ids"] for part in pair] for pair in texts]
+    packed = Packed(
+        torch.tensor([t for prompt, response in tokens for t in prompt + response]),
+        cumulative(torch.tensor([len(prompt) + len(response) for prompt, response in tokens])),
+        cumulative(torch.tensor([len(response) for _, response in tokens])),
+    )
+    rows = torch.arange(9.0)
+    names = ("sampler_logprobs", "old_logprobs", "ref_logprobs", "entropy", "kl", "rewards", "values", "returns")
+    experience = Experience(
+        packed=packed,
+        scores=torch.tensor([0.5, -1.0, 2.0]),
+        by_source=torch.tensor([[0.5], [-1.0], [2.0]]),
+        judged=torch.full((3,), torch.nan),
+        ended=torch.ones(3, dtype=torch.bool),
+        advantages=rows / 10,
+        trunk=lambda *_: None,
+        **{name: rows for name in names},
+    )
+    first, second = training_responses(experience, tokenizer, count=2)
+    assert (first["of"], first["prompt"], first["score"]) == ("training", "", 2.0)
+    assert (first["tokens"], first["advantages"]) == (["!"], [0.8])
+    assert (second["prompt"], second["tokens"]) == ("The film ", list("is bad"))
+    assert second["advantages"] == [0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
