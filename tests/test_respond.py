@@ -1,6 +1,7 @@
 """Whole runs that fall ill, and what their alarms do: raise beta, end an epoch, roll back, end the run."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,18 @@ def test_a_run_rolls_back_to_before_it_fell_ill_and_goes_on_with_a_higher_beta(f
     assert (output / "alarms.jsonl").read_text() == (stopped / "alarms.jsonl").read_text()
 
 
+def test_a_run_whose_weights_are_split_rolls_back(folder, forks):
+    output = folder / "split"
+    fixed = {"zero__stage": 3, "steps": 7, "critic__kind": "separate"} | QUIET
+    run = forks.start(settings(folder, output, "roll_back", **fixed), 2, ILL.format(cured=1))
+    assert forks.wait(run) == [0, 0], run.text()
+    records = steps(output)
+    assert [r["step"] for r in records] == list(range(1, 8))
+    # step 5 was done twice, with the same random numbers: weights from the checkpoint write the same responses
+    first, second = re.findall(r"step 5/7  (score \S+  KL \S+)", run.text())
+    assert first == second and all(r["sampler_error"] < 1e-4 for r in records)
+
+
 def test_a_run_that_cannot_be_cured_ends_after_its_last_roll_back(folder, forks):
     output = folder / "incurable"
     run = forks.start(settings(folder, output, "roll_back", health__roll_backs=1, **QUIET), 1, ILL.format(cured=9))
@@ -147,10 +160,12 @@ def test_beta_is_raised_by_the_factor_of_the_settings(folder, forks):
     assert [(a["step"], a["action"]) for a in alarms(output)] == [(6, "raise_kl")]
 
 
-def test_an_update_too_far_ends_the_epoch_on_all_ranks(folder, forks):
-    output = folder / "short"
+@pytest.mark.parametrize("stage", [1, 3])
+def test_an_update_too_far_ends_the_epoch_on_all_ranks(stage, folder, forks):
+    output = folder / f"short-{stage}"
     rules = json.dumps([{"figure": "approx_kl", "level": 1e-5, "action": "stop_epoch"}])
-    argv = settings(folder, output, "stop", health__alarms=rules, steps=2, checkpoint__every=0, **QUIET)
+    fixed = {"health__alarms": rules, "steps": 2, "checkpoint__every": 0, "zero__stage": stage} | QUIET
+    argv = settings(folder, output, "stop", **fixed)
     forks.run(argv, 2)
     assert [(a["step"], a["action"]) for a in alarms(output)] == [(1, "stop_epoch"), (2, "stop_epoch")]
     assert all(r["health/approx_kl"] > 1e-5 and r["epoch1/approx_kl"] < r["health/approx_kl"] for r in steps(output))
