@@ -139,6 +139,7 @@ class Scored:
     scores: Tensor  # (B,) fp32, their weighted sum
     shaped: Tensor  # (B,) fp32, that as PPO learns from it: normalised, clipped, less penalties
     moments: Moments  # of all scores of the run, these included
+    judged: Tensor  # (B,) fp32, what the held-out judge says of each; NaN without a judge
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ class Experience:
     packed: Packed
     scores: Tensor  # (B,) fp32, the weighted sum of what the sources of reward said
     by_source: Tensor  # (B, S) fp32, what each of them said
+    judged: Tensor  # (B,) fp32, the held-out judge's, which nothing learns from; NaN without a judge
     ended: Tensor  # (B,) bool
     sampler_logprobs: Tensor  # (M,) fp32
     old_logprobs: Tensor  # (M,) fp32, of the trainer's own forward pass before the first update

@@ -26,7 +26,7 @@ from fastppo.config import AnyConfig, Config, ConfigError, RewardTrainingConfig,
 from fastppo.rules import validate
 from fastppo.rules.stages import validate_reward, validate_sft
 
-OTHER_OPTIONS = ("help", "config", "print_config", "rewards.help", "local_rank")
+OTHER_OPTIONS = ("help", "config", "print_config", "local_rank")
 
 C = TypeVar("C", Config, RewardTrainingConfig, SFTConfig)
 
@@ -200,7 +200,8 @@ def _check_option(name: str, command: Command[Any]) -> None:
     if name in command.groups:
         example = next(setting for setting in command.settings if setting.startswith(name + "."))
         raise ConfigError(f"--{name} is a group of settings; give each by its own name, as in --{example}.")
-    if name not in command.settings and name not in OTHER_OPTIONS:
+    known = name in command.settings or name in OTHER_OPTIONS or name.removesuffix(".help") in command.lists
+    if not known:
         raise ConfigError(_unknown(name, command))
     group, _, field = name.rpartition(".")
     if group in command.lists and name in command.settings:
@@ -219,6 +220,8 @@ def _explain(message: str, command: Command[Any]) -> str:
     name = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
     if unknown := re.search(r"Option '([^']+)' is not accepted", message):
         return _unknown(f"{name}.{unknown[1]}", command)
+    if missing := re.search(r"the following arguments are required: (.+)", message):
+        return f"an item of {name} lacks {missing[1].strip()}, which has no default."
     value = re.findall(r"(?:Got|Given) value: (.*)", message, re.DOTALL)
     if name in command.settings and value:
         text = value[-1].strip()

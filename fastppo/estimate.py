@@ -65,6 +65,7 @@ def estimate(
         packed=packed,
         scores=scored.scores,
         by_source=scored.by_source,
+        judged=scored.judged,
         ended=scored.rollout.ended,
         sampler_logprobs=scored.rollout.logprobs,
         rewards=rewards,

@@ -16,6 +16,7 @@ from fastppo.config import Config
 from fastppo.data import PromptSet
 from fastppo.engine import World, all_gather, even_passes
 from fastppo.feedback import Source, score
+from fastppo.figures import distinct, ngrams
 from fastppo.microbatch import IDLE, pack_alone
 from fastppo.models import token_stats
 from fastppo.roles import Roles
@@ -32,6 +33,11 @@ class Evaluation:
     scores: list[float]
     responses: list[str]
 
+    @property
+    def held_out(self) -> float:
+        """By which checkpoints are compared: what the judge says if there is one, since the score may be exploited."""
+        return self.metrics.get("judge", self.metrics["score"])
+
 
 def evaluate(
     roles: Roles,
@@ -40,15 +46,16 @@ def evaluate(
     stop_ids: list[int],
     config: Config,
     world: World,
+    judge: Sequence[tuple[Source, float]] = (),
 ) -> Evaluation:
-    """One response to each held-out prompt, its score, and how far the actor has moved from the reference."""
+    """One response to each held-out prompt, its score and what the judge says, and how far the actor has moved."""
     prompts = Prompts.of(heldout.tokens, range(len(heldout))).of_rank(world.rank, world.ranks)
     sampling = replace(config.sampling, temperature=config.eval.temperature)
     roles.residency.enter("sampling")
     with stop.together(world):
         rollout = sample(roles.gathered.policy(), prompts, sampling, stop_ids=stop_ids, seed=config.eval.seed)
     roles.residency.enter("feedback")
-    scored = score(rollout, heldout, sources, roles.tokenizer, config.ppo, Moments(), world)
+    scored = score(rollout, heldout, sources, roles.tokenizer, config.ppo, Moments(), world, judge)
     roles.residency.enter("experience")
     own = _log_ratios(rollout.packed, roles, config, world)
     surprise = sum(all_gather(own, world), torch.zeros(3, dtype=torch.float64))
@@ -61,18 +68,14 @@ def evaluate(
         "score_error": float(scores.std(correction=0)) / math.sqrt(count),
         "kl": float(surprise[0]) / count,
         "ref_perplexity": math.exp(float(surprise[1]) / tokens),
-        "distinct_2": distinct([r.tolist() for r in responses], 2),
+        "distinct_2": distinct(ngrams(packed.responses.numpy(), packed.response_lengths.numpy(), 2)[1]),
         "response_length": tokens / count,
         "ended": float(scored.rollout.ended.double().mean()),
     }
+    if judge:
+        metrics["judge"] = float(scored.judged.double().mean())
     texts = roles.tokenizer.batch_decode([r.tolist() for r in responses], skip_special_tokens=True)
     return Evaluation(metrics, scores.tolist(), list(texts))
-
-
-def distinct(sequences: list[list[int]], n: int) -> float:
-    """Different n-grams over all n-grams (Li et al., 2016, distinct-n), over all sequences together; 0 to 1."""
-    grams = [tuple(s[i : i + n]) for s in sequences for i in range(len(s) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else float("nan")
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastppo import ops, stop
 from fastppo.batch import Experience, Packed
-from fastppo.config import Config
+from fastppo.config import Config, HealthConfig
 from fastppo.engine import Engine, Frozen, World, all_max, all_sum, gathered
 from fastppo.faults import note_fault
 from fastppo.microbatch import Minibatch
@@ -46,6 +46,7 @@ class Update:
     actor_grad_norm: float  # before clipping; of both where actor and critic share a backbone
     critic_grad_norm: float
     skipped: int = 0  # updates in a row, this one included, that were not applied: loss or gradient was not finite
+    stopped: bool = False  # not applied, and the last of its batch: its approx_kl is beyond `kl_limit`
 
 
 class Sums(NamedTuple):
@@ -99,12 +100,16 @@ def learn(
 
     step: which PPO step of the run this is, counted from 0, for the learning rates and the critic's warm-up;
     beta: coefficient of a KL penalty in the loss; updates: those already done, to which the others are added as they
-    are done; skipped: updates in a row that were not applied at the end of the step before.
+    are done; skipped: updates in a row that were not applied at the end of the step before. An update that finds the
+    policy further from the one that sampled than `kl_limit` is not applied and the last, on all ranks alike.
     """
     updates = [] if updates is None else updates
+    limit = kl_limit(config.health)
     rates, train_actor = step_rates(config, step), step >= config.critic.warmup_steps
     minibatches = [(epoch, minibatch) for epoch, part in enumerate(plan) for minibatch in part]
     for epoch, minibatch in minibatches[len(updates) :]:
+        if updates and updates[-1].stopped:
+            break
         actor_rate, critic_rate = rates[len(updates)]
         jobs = _jobs(roles, actor_rate, critic_rate, train_actor)
         tokens = int(experience.packed.response_lengths[torch.cat(minibatch.microbatches)].sum())
@@ -112,16 +117,23 @@ def learn(
         norms = [engine.gradient_norm() for engine, _, _ in jobs]
         update = _summarise(epoch, sums, tokens, norms[0] if train_actor else math.nan, norms[-1], world)
         finite = _finite(update, norms, train_actor)
+        stopped = finite and update.approx_kl > limit
         for engine, _, learning_rates in jobs:  # all or none: a critic that learned alone would no longer fit the actor
-            engine.step(learning_rates, apply=finite)
+            engine.step(learning_rates, apply=finite and not stopped)
         if not finite:
             before = updates[-1].skipped if updates else skipped
             update = replace(update, skipped=before + 1)
             note_fault(experience, minibatch, asdict(update), config, step=step, number=len(updates), world=world)
-        updates.append(update)
+        updates.append(replace(update, stopped=stopped))
         if len(updates) == 1 and train_actor:
             check_first_ratio(updates[0], config.optim.dtype)
     return updates
+
+
+def kl_limit(health: HealthConfig) -> float:
+    """The approximate KL of an update beyond which the learning from a batch ends; infinity where no alarm sets it."""
+    levels = [alarm.level for alarm in health.alarms if alarm.action == "stop_epoch" and alarm.level is not None]
+    return min(levels, default=math.inf)
 
 
 def _finite(update: Update, norms: list[float], train_actor: bool) -> bool:

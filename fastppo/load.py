@@ -113,25 +113,25 @@ def _partitions(config: AnyConfig, place: Place) -> Partitions:
 
 
 def load_reward(
-    name: str, dtype: torch.dtype, device: torch.device, partitions: Partitions = None
+    name: str, dtype: torch.dtype, device: torch.device, partitions: Partitions = None, where: str = "rewards"
 ) -> tuple[RewardModel, PreTrainedTokenizerBase]:
-    """A sequence classifier with one label, and the tokenizer it was trained with."""
-    source = Source("rewards.model", name)
+    """A sequence classifier with one label, and its tokenizer; where: the setting it belongs to, for errors."""
+    source = Source(f"{where}.model", name)
     model = load_model(AutoModelForSequenceClassification, source, dtype, device, partitions)
     labels = model.config.num_labels
     if labels != 1:
         raise ModelError(
-            f"rewards.model = {name} has {labels} labels; a reward model has one, the score. Train one with"
+            f"{where}.model = {name} has {labels} labels; a reward model has one, the score. Train one with"
             " num_labels=1, or wrap this classifier in a reward function that picks a label's logit."
         )
     if not hasattr(model, "score"):
         raise ModelError(
-            f"rewards.model = {name} ({type(model).__name__}) has no `score` head on a causal backbone;"
-            " wrap it in a reward function (rewards.function) instead."
+            f"{where}.model = {name} ({type(model).__name__}) has no `score` head on a causal backbone;"
+            f" wrap it in a reward function ({where}.function) instead."
         )
     if partitions is None:
         check_packing(model)
-    return RewardModel(model).requires_grad_(False).eval(), load_tokenizer("rewards.model", name)
+    return RewardModel(model).requires_grad_(False).eval(), load_tokenizer(f"{where}.model", name)
 
 
 def _load_reference(

@@ -91,7 +91,7 @@ class Share:
 class Member:
     """A role, its model's sizes, and what stands in for weights that it shares with another role."""
 
-    name: str  # actor, critic, reference, reward 1, ...
+    name: str  # actor, critic, reference, reward 1, ..., judge 1, ...
     size: Footprint
     trains: bool
     weights: int  # parameters of its own; fewer than the model has where they are shared

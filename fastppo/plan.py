@@ -107,10 +107,11 @@ def cast_of(config: Config, *, cpu: bool) -> list[Member]:
         own = Source("reference.model", reference.model, reference.gguf_file)
     if reference.model is not None or actor.lora.rank == 0:  # else the reference is the actor, its adapters off
         found.append(member("reference", Policy(_causal(own, dtype)).requires_grad_(False)))
-    for i, reward in enumerate(config.rewards, start=1):
-        for name in filter(None, (reward.model, *reward.ensemble)):
-            model = outline(AutoModelForSequenceClassification, Source("rewards.model", name), dtype)
-            found.append(member(f"reward {i}", RewardModel(model).requires_grad_(False)))
+    for kind, where, sources in (("reward", "rewards", config.rewards), ("judge", "health.judge", config.health.judge)):
+        for i, source in enumerate(sources, start=1):
+            for name in filter(None, (source.model, *source.ensemble)):
+                model = outline(AutoModelForSequenceClassification, Source(f"{where}.model", name), dtype)
+                found.append(member(f"{kind} {i}", RewardModel(model).requires_grad_(False)))
     return found
 
 

@@ -14,6 +14,7 @@ from fastppo.config import Config
 from fastppo.engine import World
 from fastppo.estimate import recall_trunk
 from fastppo.evaluate import Evaluation
+from fastppo.health import Health
 from fastppo.learn import Update
 from fastppo.microbatch import plan_step
 from fastppo.ppo import KLController
@@ -84,6 +85,7 @@ class Progress:
     experience: Experience | None = None  # of the next step, once it can be learned from
     updates: list[Update] = field(default_factory=list)  # done on it
     seconds: dict[str, float] = field(default_factory=dict)  # of the next step's stages
+    health: Health = field(default_factory=Health)
     random: State = field(default_factory=random_state)  # as it was where the run would go on
 
     @staticmethod
@@ -100,7 +102,7 @@ class Progress:
     def score(self) -> float | None:
         """The held-out score, where the run is at an evaluation."""
         here = self.evaluated == self.step and self.experience is None
-        return self.evaluations[-1].metrics["score"] if self.evaluations and here else None
+        return self.evaluations[-1].held_out if self.evaluations and here else None
 
     def add_evaluation(self, evaluation: Evaluation) -> None:
         self.evaluations = [*self.evaluations[:1], evaluation]
@@ -126,6 +128,7 @@ class Progress:
             "moments": asdict(self.moments),
             "evaluations": [asdict(e) for e in self.evaluations],
             "updates": [asdict(u) for u in self.updates],
+            "health": self.health.state(),
             "experience": experience,
         }
 
@@ -134,11 +137,13 @@ class Progress:
         self.step, self.skipped, self.evaluated = state["step"], state["skipped"], state["evaluated"]
         self.beta.value, self.random = state["beta"], own
         self.moments = Moments(**state["moments"])
+        self.seconds.clear()
         self.seconds.update(state["seconds"])
         self.evaluations = [Evaluation(**e) for e in state["evaluations"]]
         self.updates = [Update(**u) for u in state["updates"]]
-        if (kept := state["experience"]) is not None:
-            self.experience = Experience(**kept | {"packed": Packed(**kept["packed"]), "trunk": _no_trunk})
+        self.health = Health.of(state["health"])
+        kept = state["experience"]
+        self.experience = kept and Experience(**kept | {"packed": Packed(**kept["packed"]), "trunk": _no_trunk})
 
 
 def _no_trunk(role: Any, packed: Packed, sequences: torch.Tensor) -> None:

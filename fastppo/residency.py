@@ -22,12 +22,14 @@ def uses(config: Config) -> dict[str, set[str]]:
     Trained parameters are in no list: at ZeRO stages 0 to 2 every stage but feedback reads them, and at stage 3 a rank
     has a small part of them, which `zero.offload_parameters` keeps on the host.
     """
+    learning = {"optimizers"} | ({"reference"} if config.ppo.loss_reads_reference else set())
     return {
         "loading": set(),
         "sampling": {"gathered"},
         "feedback": {"rewards"},
         "experience": {"reference"},
-        "learning": {"optimizers"} | ({"reference"} if config.ppo.loss_reads_reference else set()),
+        "learning": learning,
+        "health": learning,  # it needs nothing, and nothing is to move for its milliseconds
         "checkpoint": {"optimizers"},
     }
 

@@ -1,5 +1,5 @@
-"""What a run tells: progress on the terminal, `metrics.jsonl`, `responses.jsonl`, TensorBoard, Weights & Biases, the
-time of each stage, profiles, samples.
+"""What a run tells: progress on the terminal, metrics, responses and alarms as files of lines (`folder`), TensorBoard,
+Weights & Biases, the time of each stage, profiles, samples.
 
 Rank 0 alone writes and prints; on the other ranks the same calls do nothing, so the loop needs no question of rank.
 Only a profile is written by every rank, since ranks differ in what they wait for.
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TextIO
 
@@ -24,7 +25,7 @@ from rich.text import Text
 from torch.profiler import ProfilerActivity, record_function
 
 from fastppo.config import TrackConfig
-from fastppo.folder import METRICS, RESPONSES, as_line
+from fastppo.folder import ALARMS, METRICS, RESPONSES, as_line, continue_folder
 from fastppo.wandb_run import wandb_run
 
 log = logging.getLogger("fastppo")
@@ -55,6 +56,7 @@ class Tracker:
         self._stack = ExitStack()
         self._metrics: TextIO | None = None
         self._responses: TextIO | None = None
+        self._alarms: TextIO | None = None
         self._writer: Any = None  # a SummaryWriter
         self._wandb: Any = None  # a wandb.Run
         self._bar: Progress | None = None
@@ -63,18 +65,15 @@ class Tracker:
     def __enter__(self) -> Self:
         if self._rank != 0:
             return self
-        self._metrics = self._stack.enter_context(open(self._output / METRICS, "a", encoding="utf-8"))
+        # a lone surrogate is written as \ud800, which is how JSON has it
+        lines = partial(open, mode="a", encoding="utf-8", errors="backslashreplace")
+        self._metrics = self._stack.enter_context(lines(self._output / METRICS))
+        self._alarms = self._stack.enter_context(lines(self._output / ALARMS))
         if self._config.responses:
-            # a lone surrogate is written as \ud800, which is how JSON has it
-            file = open(self._output / RESPONSES, "a", encoding="utf-8", errors="backslashreplace")
-            self._responses = self._stack.enter_context(file)
+            self._responses = self._stack.enter_context(lines(self._output / RESPONSES))
         if self._config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # a second of imports that not every run wants
-
-            # TensorBoard then leaves out what an attempt that was cut off wrote of later steps
-            purge = {"purge_step": self._done + 1} if self._done else {}
-            self._writer = SummaryWriter(str(self._output / "tensorboard"), **purge)
-            self._stack.callback(self._writer.close)
+            self._writer = self._events()
+            self._stack.callback(lambda: self._writer.close())
         if self._config.wandb is not None:
             self._wandb = wandb_run(self._output, self._config.wandb)
             self._stack.callback(self._wandb.finish)
@@ -85,6 +84,13 @@ class Tracker:
 
     def __exit__(self, *raised: object) -> None:
         self._stack.close()
+
+    def _events(self) -> Any:
+        """A SummaryWriter. TensorBoard then leaves out what was written of steps after those done."""
+        from torch.utils.tensorboard import SummaryWriter  # a second of imports that not every run wants
+
+        purge = {"purge_step": self._done + 1} if self._done else {}
+        return SummaryWriter(str(self._output / "tensorboard"), **purge)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a step, 1 to `steps`, as one line of strict JSON: `{"step": ..., name: value, ...}`.
@@ -102,6 +108,33 @@ class Tracker:
         """Record an evaluation after this step, 0 before training: a line of its own, each name behind `eval/`."""
         self._write(step, {f"eval/{name}": value for name, value in metrics.items()})
         self._print(step, _summary(OF_EVALUATION, metrics))
+
+    def log_alarms(self, alarms: Iterable[Mapping[str, Any]]) -> None:
+        """Record alarms (`fastppo.health`) in `alarms.jsonl`, one a line, in TensorBoard as text, and in the log."""
+        if self._alarms is None:
+            return
+        for alarm in alarms:
+            self._alarms.write(as_line(alarm))
+            log.warning("step %d: %s", alarm["step"], alarm["message"])
+            if self._writer is not None:
+                self._writer.add_text(f"alarms/{alarm['figure']}", alarm["message"], alarm["step"])
+        self._alarms.flush()
+
+    def go_back(self, step: int, then: Mapping[str, int]) -> None:
+        """The run goes on from this step, where its files of lines had these sizes: what came after is taken back.
+
+        Alarms stay: the one for which the run goes back is among them.
+        """
+        self._done, self._first = step, None
+        if self._rank != 0:
+            return
+        # the open files append, wherever their ends are
+        continue_folder(self._output, {name: size for name, size in then.items() if name != ALARMS})
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = self._events()
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step, refresh=True)
 
     def wants_responses(self, step: int) -> bool:
         """Whether the training responses of this step are to be given to `log_responses`."""

@@ -13,141 +13,101 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: Python would look for modules in the folder fastppo/ first
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from fastppo.batch import Prompts
-from fastppo.checkpoint import Checkpoints, export, find_checkpoint
-from fastppo.cli import dump, parse
+from fastppo.batch import Experience, Prompts
+from fastppo.cli import parse
 from fastppo.config import Config
-from fastppo.data import batches, load_prompts
 from fastppo.engine import World, start_world, stop_world
 from fastppo.errors import exit_with_message
 from fastppo.estimate import estimate
-from fastppo.evaluate import evaluate, samples
-from fastppo.feedback import load_functions, load_sources, score
-from fastppo.folder import continue_folder, fresh_folder
+from fastppo.feedback import score
+from fastppo.health import watch
 from fastppo.learn import learn
-from fastppo.metrics import mean_kl, step_metrics
-from fastppo.microbatch import imbalance, plan_step
-from fastppo.nodes import check_output_is_shared
-from fastppo.plan import check_plan
-from fastppo.ppo import step_rates
-from fastppo.progress import Progress, recall_experience
-from fastppo.responses import heldout_responses, training_responses
-from fastppo.roles import assemble
-from fastppo.rollout import sample, stop_ids
+from fastppo.metrics import mean_kl
+from fastppo.microbatch import plan_step
+from fastppo.respond import ENDED, respond
+from fastppo.rollout import sample
+from fastppo.run import Setup, Step, evaluate_if_due, finish, log_step, set_up
 from fastppo.stop import Stopped, together, watching
-from fastppo.track import (
-    Stages,
-    Tracker,
-    setup_logging,
-    show_samples,
-    write_samples,
-)
+from fastppo.track import setup_logging
 
 
-def train(config: Config, world: World) -> None:
+def train(config: Config, world: World) -> bool:
     """A whole run: evaluate, repeat the three stages, evaluate again, and leave the actor behind.
 
-    Raises Stopped where it was told to stop; what it has done is saved then.
+    Returns whether it did all its steps; an alarm may end it before. Raises Stopped where it was told to stop; what it
+    has done is saved then.
     """
-    ppo, n, output = config.ppo, config.sampling.samples_per_prompt, Path(config.output)
-    load_functions(config.rewards)  # a typo in a function's name should not cost the minutes of loading models
-    found = find_checkpoint(config, world)
-    if world.rank == 0:
-        fresh_folder(output) if found is None else continue_folder(output, found.sizes)
-        (output / "config.yaml").write_text(dump(config), encoding="utf-8")
-    check_output_is_shared(output, world)
-    check_plan(config, world)
-    roles = assemble(config, world)
-    sources = load_sources(config, roles.tokenizer, world, roles.residency)
-    data, heldout = load_prompts(
-        config.data,
-        roles.tokenizer,
-        prompts_heldout=config.eval.prompts,
-        context=roles.context,
-        reserve=config.sampling.max_new_tokens,
-    )
-    stops = stop_ids(roles.policy, roles.tokenizer, config.sampling)
-    checkpoints = Checkpoints(config, roles.engines, (data.tokens, heldout.tokens), world, enter=roles.residency.enter)
-    run = checkpoints.load(found, Progress.begin(config, world.rank))
-    recall_experience(run, roles, config, world)
-    beta, stages = run.beta, Stages(run.seconds, roles.residency.enter)
-    order = batches(data, size=ppo.batch_size // n, seed=config.seed, shuffle=config.data.shuffle, start=run.step)
-
-    with (
-        watching(world),
-        Tracker(output, config.track, steps=config.steps, rank=world.rank, done=run.step) as tracker,
-        checkpoints.saved_when_stopped(run),
-    ):
-
-        def evaluate_if_due() -> None:
-            due = run.step in (0, config.steps) or (config.eval.every and run.step % config.eval.every == 0)
-            if config.eval.prompts and due and run.evaluated < run.step:
-                found = evaluate(roles, heldout, sources, stops, config, world)
-                run.add_evaluation(found)
-                tracker.log_evaluation(run.step, found.metrics)
-                kept = heldout_responses(heldout.texts, found.responses, found.scores, count=config.track.responses)
-                tracker.log_responses(run.step, kept)
-
-        evaluate_if_due()
-        for step in range(run.step, config.steps):
-            rows = next(order)
-            prompts = Prompts.of(data.tokens, rows, first=step * len(rows), samples=n)
-            with tracker.profile(step + 1):
-                experience = run.experience
-                if experience is None:  # else the run was stopped while it learned from it, and goes on with that
-                    with stages("sampling"), together(world):
-                        mine = prompts.of_rank(world.rank, world.ranks)
-                        rollout = sample(
-                            roles.gathered.policy(), mine, config.sampling, stop_ids=stops, seed=config.seed
-                        )
-                    with stages("feedback"):
-                        scored = score(rollout, data, sources, roles.tokenizer, ppo, run.moments, world)
-                    with stages("experience"):
-                        plan = plan_step(scored.rollout.packed.lengths, config, step, world.ranks, roles.attention)
-                        experience = estimate(scored, roles, plan[0], config, beta.value, world)
-                        run.add_experience(experience, scored.moments)
-                with stages("learning"):
-                    plan = plan_step(experience.packed.lengths, config, step, world.ranks, roles.attention)
-                    updates = learn(
-                        experience,
-                        roles,
-                        plan,
-                        config,
-                        step=step,
-                        beta=beta.value,
-                        world=world,
-                        updates=run.updates,
-                        skipped=run.skipped,
-                    )
-            metrics = step_metrics(experience, updates, stages.take())
-            rates = dict(zip(("actor_lr", "critic_lr"), step_rates(config, step)[-1], strict=True))
-            spread = imbalance(plan, experience.packed.lengths, world.ranks, roles.attention)
-            tracker.log(step + 1, metrics | rates | {"kl_coef": beta.value, "imbalance": spread})
-            if tracker.wants_responses(step + 1):
-                kept = training_responses(experience, roles.tokenizer, count=config.track.responses)
-                tracker.log_responses(step + 1, kept)
-            beta.update(mean_kl(experience), ppo.batch_size)
+    setup = set_up(config, world)
+    run, checkpoints, prompts = setup.progress, setup.checkpoints, setup.prompts()
+    with watching(world), setup.tracker() as tracker, checkpoints.saved_when_stopped(run):
+        evaluate_if_due(setup, tracker)
+        while run.step < config.steps:
+            with tracker.profile(run.step + 1):
+                done = ppo_step(setup, next(prompts))
+            log_step(setup, done, tracker)
+            run.beta.update(mean_kl(done.experience), config.ppo.batch_size)
+            match respond(done.alarms, run, checkpoints, tracker, config, world):
+                case "rolled back":
+                    prompts = setup.prompts()  # from an earlier step on
+                    continue
+                case "ended":
+                    break
             run.end_step()
-            evaluate_if_due()
+            evaluate_if_due(setup, tracker)
             checkpoints.save_if_due(run)
+    finish(setup)
+    return run.step == config.steps
 
-    roles.residency.enter("sampling")
-    trained = roles.gathered.policy()
-    if world.rank == 0:
-        if len(run.evaluations) > 1:
-            shown = samples(heldout, run.evaluations[0], run.evaluations[-1])
-            write_samples(output / "samples.jsonl", shown)
-            show_samples(shown[: config.eval.show])
-        export(trained, roles.tokenizer, output / "actor", config.actor.lora)
+
+def ppo_step(setup: Setup, prompts: Prompts) -> Step:
+    """Experience from a batch of prompts, several epochs of updates on it, and a look at how the policy is doing."""
+    config, roles, run, stages = setup.config, setup.roles, setup.progress, setup.stages
+    experience = run.experience
+    if experience is None:  # else the run was stopped while it learned from it, and goes on with that
+        experience = make_experience(setup, prompts)
+    with stages("learning"):
+        plan = plan_step(experience.packed.lengths, config, run.step, setup.world.ranks, roles.attention)
+        updates = learn(
+            experience,
+            roles,
+            plan,
+            config,
+            step=run.step,
+            beta=run.beta.value,
+            world=setup.world,
+            updates=run.updates,
+            skipped=run.skipped,
+        )
+    with stages("health"):
+        health = watch(experience, updates, run.health, config, roles.tokenizer)
+    return Step(experience, plan, updates, health.metrics, health.alarms)
+
+
+def make_experience(setup: Setup, prompts: Prompts) -> Experience:
+    """The actor's responses, their scores, and from these the advantage of every token."""
+    config, roles, run, stages, world = setup.config, setup.roles, setup.progress, setup.stages, setup.world
+    with stages("sampling"), together(world):
+        mine, seed = prompts.of_rank(world.rank, world.ranks), config.seed
+        rollout = sample(roles.gathered.policy(), mine, config.sampling, stop_ids=setup.stop_ids, seed=seed)
+    with stages("feedback"):
+        scored = score(rollout, setup.data, setup.sources, roles.tokenizer, config.ppo, run.moments, world, setup.judge)
+    with stages("experience"):
+        first_epoch = plan_step(scored.rollout.packed.lengths, config, run.step, world.ranks, roles.attention)[0]
+        experience = estimate(scored, roles, first_epoch, config, run.beta.value, world)
+        run.add_experience(experience, scored.moments)
+    return experience
 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(argv)
     world = start_world(config.threads, config.timeout)
     setup_logging(world.rank)
+    done = True
     with exit_with_message(world.rank), suppress(Stopped):  # a run that was told to stop has done as it was told
-        train(config, world)
+        done = train(config, world)
     stop_world()
+    if not done:
+        sys.exit(ENDED)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastppo.batch import Packed
-from fastppo.checkpoint import Checkpoints, export, find_checkpoint
+from fastppo.checkpoint import Checkpoints, export
 from fastppo.cli import REWARD, dump, parse
 from fastppo.config import RewardTrainingConfig
 from fastppo.data import batches
@@ -33,6 +33,7 @@ from fastppo.heldout import PairEvaluation, evaluate_pairs, write_reliability
 from fastppo.learner import Learner, assemble_scorer
 from fastppo.nodes import check_output_is_shared
 from fastppo.preference import centring_loss, preference_loss
+from fastppo.resume import find_checkpoint
 from fastppo.stop import Stopped, watching
 from fastppo.supervised import Objective, Training, Update, recall_trunk, total_steps, update
 from fastppo.track import Stages, Tracker, setup_logging

@@ -18,7 +18,7 @@ if __package__ in (None, ""):  # run as a script: Python would look for modules 
 from torch import Tensor
 
 from fastppo.batch import Packed
-from fastppo.checkpoint import Checkpoints, export, find_checkpoint
+from fastppo.checkpoint import Checkpoints, export
 from fastppo.cli import SFT, dump, parse
 from fastppo.config import SFTConfig
 from fastppo.data import batches
@@ -30,6 +30,7 @@ from fastppo.gathered import whole_state
 from fastppo.heldout import evaluate_answers, response_logprobs
 from fastppo.learner import Learner, assemble_learner
 from fastppo.nodes import check_output_is_shared
+from fastppo.resume import find_checkpoint
 from fastppo.stop import Stopped, watching
 from fastppo.supervised import Training, recall_trunk, total_steps, update
 from fastppo.track import Stages, Tracker, setup_logging

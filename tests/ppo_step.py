@@ -47,7 +47,7 @@ def responses(roles: Roles) -> Scored:
     prompts = Prompts.of(PROMPTS, range(len(PROMPTS)))
     rollout: Rollout = sample(roles.gathered.policy(), prompts, config, stop_ids=range(0, 257, 9), seed=7)
     scores = torch.linspace(-1, 1, len(PROMPTS))
-    return Scored(rollout, scores[:, None], scores, scores, Moments())
+    return Scored(rollout, scores[:, None], scores, scores, Moments(), torch.full_like(scores, torch.nan))
 
 
 def step(config: Config, world: World, *, plan: list[list[Minibatch]] | None = None) -> Step:

@@ -233,7 +233,7 @@ def test_other_prompts_are_refused(forks, folder, finished, tmp_path):
 
 
 def test_settings_that_change_nothing_may_change(forks, folder, straight, finished):
-    changes = {"track__tensorboard": "true", "checkpoint__keep_last": 1, "eval__show": 0}
+    changes = {"track__tensorboard": "true", "checkpoint__keep_last": 1, "eval__show": 0, "health__window": 5}
     chosen = finished / "checkpoints/step-00000003"
     resumed(forks, folder, finished, code=0, resume=chosen, **changes)
     assert_same_run(straight(1, "separate critic, fp32, stage 1"), finished)

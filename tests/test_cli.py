@@ -100,6 +100,8 @@ def test_one_rank_speaks_for_all(capsys: pytest.CaptureFixture[str], monkeypatch
         (["--track.profile_steps", "[1, b]"], ["track.profile_steps is b; it must be a list of whole numbers."]),
         (["--optim.betas", "[1]"], ["optim.betas is [1]; it must be a list of 2 numbers."]),
         (["--rewards", "a:b"], ["rewards is a:b; it must be a list of mappings with function, model, "]),
+        (["--health.alarms", '[{"level": 1}]'], ["an item of health.alarms lacks figure, which has no default."]),
+        (["--health.alarms", '[{"figure": "bleu"}]'], ["health.alarms.figure is bleu; it must be entropy or"]),
         (["--rewards", '[{"weight": "w"}]'], ["rewards.weight is w; it must be a number."]),
         (["quickstart"], ["unrecognized arguments: quickstart"]),
         (["--config", "nope"], ["--config nope", "no such file", "The presets: 1.3b, ", "quickstart"]),
@@ -167,12 +169,12 @@ def test_help_explains_every_setting(
     assert exit.value.code == 0
     text = capsys.readouterr().out
     options = dict(part.split(None, 1) for part in text.split("\n  --")[1:])
-    shown = [name for name in command.settings if not name.startswith("rewards.")]
+    shown = [name for name in command.settings if name.rpartition(".")[0] not in command.lists]
     for name in shown:
         explanation = " ".join(options[name].split())
         assert "default: " in explanation, name
         assert len(explanation.partition("(type:")[0].split()) > 3, name  # more than a placeholder for the value
-    assert set(options) - {"rewards.help"} == {*shown, "config", "print_config"}
+    assert set(options) == {*shown, "config", "print_config", *(f"{name}.help" for name in command.lists)}
     assert "local_rank" not in text and f"fastppo/{command.script}" in text
 
 

@@ -8,10 +8,11 @@ import tiny
 import torch
 
 from fastppo.batch import Moments, Rollout, pack
-from fastppo.config import Config, DataConfig, PPOConfig, RewardConfig
+from fastppo.config import Config, DataConfig, HealthConfig, PPOConfig, RewardConfig
 from fastppo.data import PromptSet
 from fastppo.engine import World, start_world
-from fastppo.feedback import Responses, RewardError, load_functions, load_sources, score
+from fastppo.errors import FastPPOError
+from fastppo.feedback import Responses, RewardError, load_functions, load_judge, load_sources, score
 from fastppo.feedback.score import _decode
 from fastppo.residency import Residency
 
@@ -24,8 +25,8 @@ PROMPTS = PromptSet(
 )
 
 
-def sources(config):
-    return load_sources(config, TOKENIZER, World(0, 1, CPU), Residency(config, CPU))
+def sources(config, load=load_sources):
+    return load(config, TOKENIZER, World(0, 1, CPU), Residency(config, CPU))
 
 
 def rollout(responses=("a", "bcd", "ef"), ended=(True, True, False)):
@@ -46,7 +47,8 @@ NO_SCORES = Moments()
 
 
 def scored(config, ppo=None, moments=NO_SCORES):
-    return score(rollout(), PROMPTS, sources(config), TOKENIZER, ppo or PPOConfig(), moments, start_world(1))
+    asked, judge = sources(config), sources(config, load_judge)
+    return score(rollout(), PROMPTS, asked, TOKENIZER, ppo or PPOConfig(), moments, start_world(1), judge)
 
 
 def test_a_function_sees_prompts_responses_and_columns_in_order(tmp_path, monkeypatch):
@@ -191,6 +193,43 @@ def test_equal_scores_normalise_to_zero():
 def test_tokens_beyond_the_soft_limit_cost_their_penalty():
     found = scored(Config(rewards=(RewardConfig(pattern="."),)), PPOConfig(length_limit=1, length_penalty=0.25))
     assert found.shaped.tolist() == [1, 0.5, 0.75]
+
+
+def test_a_judge_scores_the_same_responses_and_changes_no_score(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "def one(prompts, responses, **c):\n    return [1.0 for r in responses]\n"
+        "def long(prompts, responses, **c):\n    return [len(r) for r in responses]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    judges = (RewardConfig(function="mine.py:long", weight=2.0), RewardConfig(function="mine.py:one"))
+    config = Config(rewards=(RewardConfig(function="mine.py:one"),), health=HealthConfig(judge=judges))
+    found = scored(config, PPOConfig(score_clip=0.5))
+    assert found.scores.tolist() == [1] * 3 and found.by_source.shape == (3, 1) and found.moments.count == 3
+    assert found.shaped.tolist() == [0.5] * 3
+    assert found.judged.tolist() == [2 * len(r) + 1 for r in ("a", "bcd", "ef")]
+    assert scored(Config(rewards=config.rewards)).judged.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("function", r"health.judge.function = mine.py:\w+ returned nan"),
+        ("pattern", r"health.judge.pattern = \{nothing\} names the column nothing"),
+        ("url", r"health.judge.url = http://127.0.0.1:9 cannot be reached"),
+        ("model", r"health.judge.model = .* has 2 labels"),
+    ],
+)
+def test_a_judge_that_fails_is_named_as_the_judge(kind, words, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def bad(responses, **c):\n    return [float('nan') for r in responses]\n")
+    monkeypatch.chdir(tmp_path)
+    judge = {
+        "function": RewardConfig(function="mine.py:bad"),
+        "pattern": RewardConfig(pattern="{nothing}"),
+        "url": RewardConfig(url="http://127.0.0.1:9", retries=0),  # the port that discards; nothing listens there
+        "model": RewardConfig(model=tiny.saved(tmp_path / "two", tiny.classifier(labels=2))),
+    }[kind]
+    with pytest.raises(FastPPOError, match=words):
+        scored(Config(rewards=(RewardConfig(pattern="b"),), health=HealthConfig(judge=(judge,))))
 
 
 def _with_dtype(config):

@@ -14,7 +14,7 @@ from ppo_step import config_of, step
 
 from fastppo.engine import start_world
 from fastppo.learn import check_first_ratio
-from fastppo.microbatch import Minibatch
+from fastppo.microbatch import Minibatch, plan_step
 
 
 @pytest.fixture(scope="module")
@@ -227,3 +227,14 @@ def test_the_gradient_is_clipped_to_its_norm(model, world):
     tight = step(config_of(model, "--optim.max_grad_norm", "1e-6", "--optim.eps", "1"), world)
     assert tight.updates[0].actor_grad_norm == pytest.approx(free, rel=1e-5)
     assert max(v for n, v in change(tight.parameters, model, world).items() if n.startswith("actor.")) < 1e-7
+
+
+def test_an_update_beyond_the_level_of_approximate_kl_is_not_applied_and_the_last(model, world):
+    """The second update finds the policy moved by the first."""
+    twice = ["--ppo.minibatches", "2", "--ppo.epochs", "3"]
+    stop = ["--health.alarms", '[{"figure": "approx_kl", "level": 1e-5, "action": "stop_epoch"}]']
+    one = step(config_of(model, *twice, *stop), world)
+    assert [u.stopped for u in one.updates] == [False, True] and one.updates[1].approx_kl > 1e-5
+    plan = plan_step(one.experience.packed.lengths, config_of(model, *twice), 0, 1)
+    first = step(config_of(model, *twice), world, plan=[plan[0][:1]])
+    assert difference(one.parameters, first.parameters) == 0

@@ -47,6 +47,16 @@ def test_a_run_that_fits_is_shown_role_by_role_and_stage_by_stage(
         assert word in out
 
 
+def test_the_models_of_the_judge_are_counted_as_those_of_the_reward(settings: list[str], tmp_path: Path) -> None:
+    model = tiny.saved(tmp_path / "reward", tiny.classifier())
+    judge = f'[{{"ensemble": ["{model}", "{model}"]}}, {{"function": "a:b"}}]'
+    config = parse([*settings, "--rewards", f'[{{"model": "{model}"}}]', "--health.judge", judge])
+    found = {member.name: member.size.parameters for member in plan.cast_of(config, cpu=True)}
+    names = [member.name for member in plan.cast_of(config, cpu=True)]
+    assert names == ["actor", "critic", "reference", "reward 1", "judge 1", "judge 1"]
+    assert found["judge 1"] == found["reward 1"] > 0
+
+
 def test_a_run_that_does_not_fit_exits_with_1_and_names_flags_that_make_it_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,7 +41,8 @@ def test_in_each_stage_only_what_it_uses_is_there():
     for kind, part in parts.items():
         residency.add(kind, part)
     there = {}
-    for stage in ("loading", "sampling", "feedback", "experience", "learning", "checkpoint", "sampling", "learning"):
+    step = ("sampling", "feedback", "experience", "learning", "health", "checkpoint")
+    for stage in ("loading", *step, "sampling", "learning"):
         residency.enter(stage)
         there[stage] = {kind for kind, part in parts.items() if on_device(part.tensors[0])}
     assert there == {
@@ -50,6 +51,7 @@ def test_in_each_stage_only_what_it_uses_is_there():
         "feedback": {"rewards"},
         "experience": {"reference"},
         "learning": {"optimizers"},
+        "health": {"optimizers"},
         "checkpoint": {"optimizers"},
     }
 

@@ -60,6 +60,7 @@ def test_training_responses_have_their_prompt_and_each_tokens_advantage() -> Non
         packed=packed,
         scores=torch.tensor([0.5, -1.0, 2.0]),
         by_source=torch.tensor([[0.5], [-1.0], [2.0]]),
+        judged=torch.full((3,), torch.nan),
         ended=torch.ones(3, dtype=torch.bool),
         advantages=rows / 10,
         trunk=lambda *_: None,

@@ -7,12 +7,14 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from fastppo.cli import parse
-from fastppo.config import ActorConfig, Config, ConfigError, DataConfig, RewardConfig
+from fastppo.config import ActorConfig, AlarmConfig, Config, ConfigError, DataConfig, RewardConfig
 from fastppo.rules import RANGES, validate
 
 GOOD = Config(
     actor=ActorConfig(model="a"), data=DataConfig(path="d.jsonl"), rewards=(RewardConfig(function="module:function"),)
 )
+
+ROLL_BACK = AlarmConfig("distinct_2", 0.6, "roll_back")
 
 
 def changed(**settings: Any) -> Config:
@@ -33,6 +35,7 @@ def test_the_defaults_and_the_quickstart_are_allowed(monkeypatch: pytest.MonkeyP
     validate(GOOD)
     for ranks in (1, 2, 16):
         validate(parse(["--config", "quickstart"]), ranks)
+        validate(parse(["--config", "quickstart-hacked"]), ranks)
         validate(parse(["--config", "quickstart", "--steps", "2"]), ranks)
         validate(parse(["--config", "quickstart", "--steps", "0"]), ranks)
 
@@ -78,6 +81,19 @@ def test_the_defaults_and_the_quickstart_are_allowed(monkeypatch: pytest.MonkeyP
         (dict(checkpoint__keep_best=2), ["keep_best is 2", "eval.every 0", "no score"]),
         (dict(checkpoint__keep_best=1, checkpoint__every=5, eval__every=2), ["checkpoint.every is 5", "eval.every 2"]),
         (dict(checkpoint__keep_last=0), ["checkpoint.keep_last is 0", "1 or more"]),
+        (dict(health__judge=(RewardConfig(),)), ["health.judge[0]", "exactly one", "none is set"]),
+        (dict(health__alarms=(AlarmConfig("entropy", None, "stop"),)), ["alarms[0].level is null", "stop"]),
+        (dict(health__alarms=(AlarmConfig("entropy", 1.5),)), ["level is 1.5 for entropy", "between 0 and 1"]),
+        (dict(health__alarms=(AlarmConfig("perplexity", 0.5),)), ["level is 0.5 for perplexity", "above 1"]),
+        (dict(health__alarms=(AlarmConfig("self_bleu", 0.0),)), ["level is 0.0 for self_bleu", "above 0"]),
+        (dict(health__alarms=(AlarmConfig("kl_token", float("nan")),)), ["level is nan for kl_token"]),
+        (dict(health__alarms=(AlarmConfig("entropy", 0.5, "stop_epoch"),)), ["entropy", "stop_epoch", "approx_kl"]),
+        (dict(health__alarms=(AlarmConfig("approx_kl", 0.5, "stop"),)), ["approx_kl", "action stop", "each update"]),
+        (dict(health__alarms=(AlarmConfig("judge_gap", 2.0),)), ["judge_gap", "health.judge is empty"]),
+        (dict(health__alarms=(AlarmConfig("kl_exact", 2.0),)), ["kl_exact", "kl_kind is k1", "kl_token"]),
+        (dict(health__alarms=(ROLL_BACK,), ppo__kl_coef=0.0), ["action is roll_back", "kl_coef is 0"]),
+        (dict(health__alarms=(ROLL_BACK,), checkpoint__every=0), ["roll_back", "checkpoint.every 0"]),
+        (dict(health__alarms=(ROLL_BACK,), checkpoint__every=2), ["every 2", "keep_last 2", "window 3"]),
         (dict(timeout=0.0), ["timeout is 0.0", "greater than 0"]),
         (dict(ppo__bootstrap_truncated=True), ["V = score + V", "fixed point", "truncation_penalty"]),
         (dict(data__path=""), ["data.path is not set"]),
@@ -147,6 +163,11 @@ def test_settings_that_cannot_work_are_refused_with_a_reason(settings: dict[str,
         dict(steps=0),
         dict(actor__lora__rank=8, actor__lora__export="adapters", actor__train=8, critic__lora__rank=4),
         dict(critic__kind="shared", actor__lora__rank=8),
+        dict(health__alarms=(ROLL_BACK,)),
+        dict(health__alarms=(ROLL_BACK,), checkpoint__every=1, checkpoint__keep_last=4),
+        dict(health__alarms=(AlarmConfig("entropy"), AlarmConfig("approx_kl", 0.1, "stop_epoch"))),
+        dict(health__alarms=(AlarmConfig("judge_gap", 1.0, "stop"),), health__judge=(RewardConfig(model="m"),)),
+        dict(health__alarms=(AlarmConfig("entropy", 0.5, "stop"),), checkpoint__every=0),
     ],
 )
 def test_settings_at_the_edge_of_a_rule_are_allowed(settings: dict[str, Any]) -> None:

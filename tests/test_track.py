@@ -19,7 +19,7 @@ from rich.text import Text
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastppo.config import TrackConfig
-from fastppo.folder import continue_folder, fresh_folder, read_lines, sizes
+from fastppo.folder import ALARMS, METRICS, RESPONSES, continue_folder, fresh_folder, read_lines, sizes
 from fastppo.track import (
     THIRD_PARTY,
     Sample,
@@ -299,3 +299,39 @@ def test_log_lines_of_each_rank(
     out, err = capsys.readouterr()
     assert [line.partition(" ")[2] for line in err.splitlines()] == expected
     assert out == ""
+
+
+# Alarms, and runs that go back
+
+
+def test_alarms_are_lines_of_strict_json_that_rank_0_writes(tmp_path, caplog):
+    alarm = {"step": 3, "figure": "judge", "value": float("nan"), "threshold": 0.5, "message": "it\nfalls"}
+    with Tracker(fresh_folder(tmp_path / "run"), TrackConfig(progress="never"), steps=9, rank=0) as tracker:
+        tracker.log_alarms([alarm])
+        tracker.log_alarms([alarm | {"step": 4}])
+    assert "step 3: it\nfalls" in caplog.text
+    lines = (tmp_path / "run" / ALARMS).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [3, 4] and json.loads(lines[0])["value"] is None
+    with Tracker(tmp_path / "run", TrackConfig(), steps=9, rank=1) as tracker:
+        tracker.log_alarms([alarm])
+        tracker.go_back(0, {METRICS: 0, ALARMS: 0})
+    assert (tmp_path / "run" / ALARMS).read_text().splitlines() == lines
+
+
+def test_a_run_that_goes_back_has_no_step_twice(tmp_path):
+    with Tracker(fresh_folder(tmp_path / "run"), TrackConfig(progress="never"), steps=9, rank=0) as tracker:
+        tracker.log(1, {"score": 0.1})
+        tracker.log_responses(1, [{"of": "heldout"}])
+        then = sizes(tmp_path / "run")
+        tracker.log(2, {"score": 0.2})
+        tracker.log(3, {"score": 0.3})
+        tracker.log_responses(3, [{"of": "heldout"}])
+        tracker.log_alarms([{"step": 3, "figure": "judge", "message": "it falls"}])
+        tracker.go_back(1, then)
+        tracker.log(2, {"score": 0.4})
+    assert [(r["step"], r["score"]) for r in read_lines(tmp_path / "run" / METRICS)] == [(1, 0.1), (2, 0.4)]
+    assert [r["step"] for r in read_lines(tmp_path / "run" / RESPONSES)] == [1]
+    assert [r["step"] for r in read_lines(tmp_path / "run" / ALARMS)] == [3]  # why it goes back is not forgotten
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    assert [(e.step, round(e.value, 3)) for e in events.Scalars("score")] == [(1, 0.1), (2, 0.4)]

@@ -11,6 +11,7 @@ from typing import Literal
 
 from fastppo.config.data import DataConfig, SamplingConfig
 from fastppo.config.feedback import RewardConfig
+from fastppo.config.health import AlarmConfig, HealthConfig
 from fastppo.config.learning import OptimConfig, PPOConfig, ZeroConfig
 from fastppo.config.models import ActorConfig, ActorLoraConfig, CriticConfig, LoraConfig, ReferenceConfig
 from fastppo.config.run import CheckpointConfig, EvalConfig, TrackConfig
@@ -27,6 +28,7 @@ from fastppo.config.stages import (
 __all__ = [
     "ActorConfig",
     "ActorLoraConfig",
+    "AlarmConfig",
     "AnswersConfig",
     "AnyConfig",
     "CheckpointConfig",
@@ -36,6 +38,7 @@ __all__ = [
     "DataConfig",
     "EvalConfig",
     "ExamplesConfig",
+    "HealthConfig",
     "HeldOutConfig",
     "LoraConfig",
     "ModelConfig",
@@ -90,6 +93,7 @@ class Config:
     ppo: PPOConfig = field(default_factory=PPOConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -51,7 +51,7 @@ class CheckpointConfig:
     keep_last: int = 2
     """How many of the newest checkpoints stay; older ones are deleted once a newer one is whole."""
     keep_best: int = 0
-    """How many checkpoints with the highest held-out score stay beside those; each checkpoint must be evaluated then
+    """How many checkpoints with the highest held-out score (the judge's, if there is one) stay beside those; each checkpoint must be evaluated then
     (`eval.every`)."""
     on_error: Literal["continue", "stop"] = "continue"
     """A checkpoint that cannot be written, on a full disk for example: `continue` logs the error and trains on, `stop`

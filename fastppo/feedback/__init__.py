@@ -2,6 +2,6 @@
 
 from fastppo.feedback.responses import Responses, RewardError, Source
 from fastppo.feedback.score import score
-from fastppo.feedback.sources import load_functions, load_sources
+from fastppo.feedback.sources import load_functions, load_judge, load_sources
 
-__all__ = ["Responses", "RewardError", "Source", "load_functions", "load_sources", "score"]
+__all__ = ["Responses", "RewardError", "Source", "load_functions", "load_judge", "load_sources", "score"]

@@ -13,9 +13,13 @@ from typing import Any, cast
 from fastppo.feedback.responses import Responses, RewardError, Source, checked
 
 
-def function_source(name: str) -> Source:
-    """`module:function` or `file.py:function`, imported; called with prompts, responses and the data's columns."""
-    function = _import_function(name)
+def function_source(name: str, where: str = "rewards") -> Source:
+    """`module:function` or `file.py:function`, imported; called with prompts, responses and the data's columns.
+
+    where: the setting it belongs to, for errors.
+    """
+    setting = f"{where}.function = {name}"
+    function = _import_function(name, setting)
 
     def source(responses: Responses) -> list[float]:
         if not responses.texts:
@@ -25,17 +29,17 @@ def function_source(name: str) -> Source:
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(frame.filename).name}:{frame.lineno}"
-            raise RewardError(f"rewards.function = {name} raised {type(error).__name__}: {error} ({where})") from error
-        return checked(f"rewards.function = {name}", answer, responses.texts)
+            raise RewardError(f"{setting} raised {type(error).__name__}: {error} ({where})") from error
+        return checked(setting, answer, responses.texts)
 
     return source
 
 
-def _import_function(name: str) -> Callable[..., Any]:
+def _import_function(name: str, setting: str) -> Callable[..., Any]:
     """`module:function`, the module importable from here, or `path/to/file.py:function`."""
     module_name, _, attribute = name.rpartition(":")
     if not module_name or not attribute:
-        raise RewardError(f"rewards.function = {name}: write it as module:function or file.py:function")
+        raise RewardError(f"{setting}: write it as module:function or file.py:function")
     try:
         if module_name.endswith(".py"):
             module = _import_file(Path(module_name))
@@ -47,12 +51,12 @@ def _import_function(name: str) -> Callable[..., Any]:
                 sys.path.pop(0)
     except Exception as error:
         raise RewardError(
-            f"rewards.function = {name}: {module_name} could not be imported ({type(error).__name__}: {error})"
+            f"{setting}: {module_name} could not be imported ({type(error).__name__}: {error})"
         ) from error
     function: Any = getattr(module, attribute, None)
     if not callable(function):
         found = ", ".join(n for n in vars(module) if not n.startswith("_") and callable(vars(module)[n])) or "none"
-        raise RewardError(f"rewards.function = {name}: {module_name} has no function {attribute}; it has: {found}")
+        raise RewardError(f"{setting}: {module_name} has no function {attribute}; it has: {found}")
     return cast("Callable[..., Any]", function)
 
 

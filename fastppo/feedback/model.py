@@ -29,14 +29,16 @@ class ModelSource:
         budget: int,
         zero: ZeroConfig,
         world: World,
+        name: str = "the reward model",
     ):
         """model: of a RewardModel; tokenizer: its own; actors: None where only text is at hand; budget: tokens of a
-        forward pass."""
+        forward pass; name: for errors."""
         self.model, self.tokenizer, self.budget, self.zero, self.world = model, tokenizer, budget, zero, world
+        self.name = name
         self.same = actors is not None and tokenizer.get_vocab() == actors.get_vocab()
         self.context = getattr(model.module.model.config, "max_position_embeddings", None)
         if actors is not None and not self.same:
-            log.info("the reward model has a tokenizer of its own: prompts and responses are tokenised anew for it")
+            log.info("%s has a tokenizer of its own: prompts and responses are tokenised anew for it", name)
 
     def __call__(self, responses: Responses) -> list[float]:
         packed = responses.packed if self.same else self.tokenised(responses.prompts, responses.texts)
@@ -46,12 +48,14 @@ class ModelSource:
         """One number for each sequence; texts: the responses, to name one in an error. All ranks call it."""
         longest = max(all_gather(int(packed.lengths.max()) if len(packed) else 0, self.world))
         if self.context is not None and longest > self.context:
-            raise RewardError(f"a prompt and response of {longest} tokens do not fit the reward model's {self.context}")
+            raise RewardError(
+                f"a prompt and response of {longest} tokens do not fit {self.name}, which takes {self.context}"
+            )
         scores = torch.zeros(len(packed))
         for part in even_passes(pack_alone(packed.lengths, self.budget), self.zero, self.world):
             piece = packed.select(part) if len(part) else IDLE
             scores[part] = self.model(piece.to(self.world.device)).cpu()[: len(part)]
-        return checked("the reward model", scores, texts)
+        return checked(self.name, scores, texts)
 
     def tokenised(self, prompts: Sequence[str], responses: Sequence[str]) -> Packed:
         """Prompts and responses, joined as text, in the model's own tokens."""

@@ -9,11 +9,11 @@ from fastppo.feedback.responses import Responses, RewardError, Source
 COLUMN = re.compile(r"\{([A-Za-z_]\w*)\}")  # {answer}, and not the {2,3} of a regular expression
 
 
-def pattern_source(pattern: str) -> Source:
+def pattern_source(pattern: str, where: str = "rewards") -> Source:
     """1 for a response in which the pattern is found, else 0.
 
     `{column}` in it stands for that column of the data, taken literally: `answer is {answer}\\b`. A
-    pattern of Python's `re`, where `(?i)` at the start ignores case.
+    pattern of Python's `re`, where `(?i)` at the start ignores case. where: the setting it belongs to, for errors.
     """
 
     def source(responses: Responses) -> list[float]:
@@ -21,7 +21,7 @@ def pattern_source(pattern: str) -> Source:
         for name in COLUMN.findall(pattern):
             if name not in columns:
                 raise RewardError(
-                    f"rewards.pattern = {pattern} names the column {name}, which the data lacks; it has:"
+                    f"{where}.pattern = {pattern} names the column {name}, which the data lacks; it has:"
                     f" {', '.join(columns)}. Name one of these, or write \\{{{name}\\}} for braces of the text."
                 )
 

@@ -24,18 +24,18 @@ HOPELESS = range(400, 500)  # the request itself is wrong, and would be again
 BUSY = (408, 425, 429)  # among those, the ones that pass
 
 
-def remote_source(config: RewardConfig) -> Source:
+def remote_source(config: RewardConfig, where: str = "rewards") -> Source:
     """Requests of `request_size` responses, `concurrency` at a time, each tried `retries` times more if it fails.
 
-    Raises RewardError for the first request that failed every time.
+    where: the setting it belongs to, for errors. Raises RewardError for the first request that failed every time.
     """
-    name, size = f"rewards.url = {config.url}", config.request_size
+    size = config.request_size
 
     def source(responses: Responses) -> list[float]:
         starts = range(0, len(responses.texts), size)
         with requests.Session() as session, ThreadPoolExecutor(config.concurrency) as pool:
             session.mount("http", requests.adapters.HTTPAdapter(pool_maxsize=config.concurrency))
-            waiting = [pool.submit(_ask, session, name, config, _part(responses, i, size), i) for i in starts]
+            waiting = [pool.submit(_ask, session, where, config, _part(responses, i, size), i) for i in starts]
             try:
                 return [number for request in waiting for number in request.result()]
             finally:
@@ -54,16 +54,16 @@ def _part(responses: Responses, start: int, size: int) -> dict[str, Any]:
     }
 
 
-def _ask(session: requests.Session, name: str, config: RewardConfig, body: dict[str, Any], first: int) -> list[float]:
+def _ask(session: requests.Session, where: str, config: RewardConfig, body: dict[str, Any], first: int) -> list[float]:
     """The scores of one request, after as many tries as it takes or is given."""
     assert config.url is not None
-    wait = FIRST_WAIT
+    name, wait = f"{where}.url = {config.url}", FIRST_WAIT
     for left in reversed(range(config.retries + 1)):
         try:
             answer = session.post(config.url, json=body, timeout=config.timeout)
             return checked(name, _scores(name, answer), body["responses"], first)
         except (requests.RequestException, RewardError) as error:
-            problem = error if isinstance(error, RewardError) else RewardError(_unreachable(name, config, error))
+            problem = error if isinstance(error, RewardError) else RewardError(_unreachable(where, config, error))
             if left == 0 or isinstance(error, _Hopeless):
                 tries = config.retries + 1 - left
                 raise RewardError(f"{problem}. Tried {tries} time{'s' * (tries > 1)}.") from error
@@ -98,9 +98,10 @@ def _beginning(text: str) -> str:
     return repr(" ".join(text.split())[:120])
 
 
-def _unreachable(name: str, config: RewardConfig, error: requests.RequestException) -> str:
+def _unreachable(where: str, config: RewardConfig, error: requests.RequestException) -> str:
+    name = f"{where}.url = {config.url}"
     if isinstance(error, requests.Timeout):
-        return f"{name} did not answer within {config.timeout:g} s (rewards.timeout)"
+        return f"{name} did not answer within {config.timeout:g} s ({where}.timeout)"
     if isinstance(error, requests.ConnectionError):
         return f"{name} cannot be reached or broke off ({type(error).__name__}); is the service running there?"
     return f"{name} could not be asked ({error})"

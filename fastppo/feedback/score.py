@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,11 +26,12 @@ def score(
     ppo: PPOConfig,
     moments: Moments,
     world: World,
+    judge: Sequence[tuple[Source, float]] = (),
 ) -> Scored:
     """Ask the sources about this rank's responses; returns those of all ranks, in the order of the prompts.
 
-    moments: of the scores that the run has had. Raises RewardError on every rank if a source failed on one of them, so
-    that none is left waiting for it.
+    moments: of the scores that the run has had; judge: sources that nothing learns from. Raises RewardError on every
+    rank if a source failed on one of them, so that none is left waiting for it.
     """
     rows = rollout.sources.tolist()
     responses = Responses(
@@ -38,11 +40,11 @@ def score(
         columns={name: [column[row] for row in rows] for name, column in prompts.columns.items()},
         packed=rollout.packed,
     )
-    by_source = torch.stack([_ask(source, responses, world) for source, _ in sources], dim=1)  # (B, S)
-    scores = by_source @ torch.tensor([weight for _, weight in sources], dtype=torch.float32)
+    by_source, scores = _ask_all(sources, responses, world)
+    judged = _ask_all(judge, responses, world)[1] if judge else torch.full_like(scores, math.nan)
     everyone = concatenate(all_gather(rollout, world))
     moments = moments.add(scores)
-    return Scored(everyone, by_source, scores, shape(scores, everyone, moments, ppo), moments)
+    return Scored(everyone, by_source, scores, shape(scores, everyone, moments, ppo), moments, judged)
 
 
 def shape(scores: Tensor, rollout: Rollout, moments: Moments, ppo: PPOConfig) -> Tensor:
@@ -59,6 +61,12 @@ def shape(scores: Tensor, rollout: Rollout, moments: Moments, ppo: PPOConfig) ->
     if ppo.length_limit is not None:
         scores = scores - ppo.length_penalty * (rollout.packed.response_lengths - ppo.length_limit).clamp(min=0)
     return scores
+
+
+def _ask_all(sources: Sequence[tuple[Source, float]], responses: Responses, world: World) -> tuple[Tensor, Tensor]:
+    """What each of the S sources says of the responses of all ranks, (B, S) fp32, and the weighted sum, (B,)."""
+    by_source = torch.stack([_ask(source, responses, world) for source, _ in sources], dim=1)
+    return by_source, by_source @ torch.tensor([weight for _, weight in sources], dtype=torch.float32)
 
 
 def _ask(source: Source, responses: Responses, world: World) -> Tensor:

@@ -11,6 +11,7 @@ import math
 from fastppo.config import Config
 from fastppo.rules.data import check_data, check_sampling
 from fastppo.rules.feedback import check_rewards
+from fastppo.rules.health import check_health
 from fastppo.rules.learning import check_batch, check_kl, check_schedule, check_zero
 from fastppo.rules.models import check_models
 from fastppo.rules.ranges import Ranges, check_betas, check_ranges, check_train
@@ -25,14 +26,14 @@ RANGES: Ranges = (
         "seed steps actor.lr actor.lora.rank critic.lr critic.lora.rank critic.warmup_steps data.split_seed"
         " sampling.top_k sampling.min_new_tokens ppo.entropy_coef ppo.value_coef ppo.kl_coef ppo.truncation_penalty"
         " ppo.length_penalty optim.warmup_steps optim.weight_decay optim.max_grad_norm optim.max_skipped eval.every"
-        " eval.prompts eval.seed eval.show track.responses checkpoint.every checkpoint.keep_best",
+        " eval.prompts eval.seed eval.show track.responses checkpoint.every checkpoint.keep_best health.roll_backs",
     ),
     (
         "1 or more",
         lambda x: x >= 1,
         "threads ppo.length_limit data.first_tokens data.max_prompt_tokens data.limit sampling.max_new_tokens"
         " sampling.samples_per_prompt sampling.rows ppo.batch_size ppo.epochs ppo.minibatches ppo.microbatch_tokens"
-        " track.responses_every checkpoint.keep_last",
+        " track.responses_every checkpoint.keep_last health.window",
     ),
     (
         "greater than 0",
@@ -40,7 +41,7 @@ RANGES: Ranges = (
         "sampling.temperature eval.temperature ppo.clip_high ppo.value_clip ppo.kl_target ppo.kl_horizon"
         " ppo.score_clip optim.eps timeout actor.lora.alpha critic.lora.alpha",
     ),
-    ("greater than 1", lambda x: 1 < x < math.inf, "ppo.dual_clip"),
+    ("greater than 1", lambda x: 1 < x < math.inf, "ppo.dual_clip health.raise_kl"),
     ("between 0 and 1", lambda x: 0 <= x <= 1, "ppo.gamma ppo.lam"),
     ("greater than 0 and less than 1", lambda x: 0 < x < 1, "ppo.clip_low"),
     ("greater than 0 and at most 1", lambda x: 0 < x <= 1, "sampling.top_p"),
@@ -63,3 +64,4 @@ def validate(config: Config, ranks: int = 1) -> None:
     check_schedule(config)
     check_checkpoints(config)
     check_tracking(config)
+    check_health(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from fastppo.config import Config, ConfigError, RewardConfig
@@ -15,12 +16,7 @@ def check_rewards(config: Config) -> None:
             "rewards is empty: PPO needs at least one source of reward. Give one, as in"
             """ --rewards '[{"function": "my_module:my_function"}]'."""
         )
-    for i, reward in enumerate(config.rewards):
-        _check_kind(i, reward)
-        if reward.function is not None and not all(reward.function.rpartition(":")[::2]):
-            raise ConfigError(f"rewards[{i}].function is {reward.function}; write module:function or file.py:function.")
-        if not math.isfinite(reward.weight):
-            raise ConfigError(f"rewards[{i}].weight is {reward.weight}; it must be a finite number.")
+    check_sources("rewards", config.rewards)
     ppo, longest = config.ppo, config.sampling.max_new_tokens
     if ppo.length_limit is None and ppo.length_penalty:
         raise ConfigError(
@@ -46,27 +42,38 @@ KINDS = ("function", "model", "ensemble", "pattern", "url")
 OF_URL = ("timeout", "retries", "request_size", "concurrency")
 
 
-def _check_kind(i: int, reward: RewardConfig) -> None:
+def check_sources(where: str, sources: Sequence[RewardConfig]) -> None:
+    """Each source alone; where: the setting that they belong to."""
+    for i, source in enumerate(sources):
+        name = f"{where}[{i}]"
+        _check_kind(name, source)
+        if source.function is not None and not all(source.function.rpartition(":")[::2]):
+            raise ConfigError(f"{name}.function is {source.function}; write module:function or file.py:function.")
+        if not math.isfinite(source.weight):
+            raise ConfigError(f"{name}.weight is {source.weight}; it must be a finite number.")
+
+
+def _check_kind(where: str, source: RewardConfig) -> None:
     """What one source is, and the settings that belong to that kind alone."""
-    given = [kind for kind in KINDS if getattr(reward, kind)]
+    given = [kind for kind in KINDS if getattr(source, kind)]
     if len(given) != 1:
-        what = " and ".join(f"{kind} is {getattr(reward, kind)}" for kind in given) or "none is set"
-        raise ConfigError(f"rewards[{i}] needs exactly one of {', '.join(KINDS)}; {what}.")
+        what = " and ".join(f"{kind} is {getattr(source, kind)}" for kind in given) or "none is set"
+        raise ConfigError(f"{where} needs exactly one of {', '.join(KINDS)}; {what}.")
     kind, default = given[0], RewardConfig()
     for names, owner in ((("combine",), "ensemble"), (OF_URL, "url")):
         for name in names:
-            value = getattr(reward, name)
+            value = getattr(source, name)
             if kind != owner and value != getattr(default, name):
-                raise ConfigError(f"rewards[{i}].{name} is {value}, but it belongs to {owner}, and {kind} is set.")
-    if kind == "ensemble" and len(reward.ensemble) < 2:
-        raise ConfigError(f"rewards[{i}].ensemble has one model, {reward.ensemble[0]}; give two or more, or model.")
-    if reward.pattern is not None:
+                raise ConfigError(f"{where}.{name} is {value}, but it belongs to {owner}, and {kind} is set.")
+    if kind == "ensemble" and len(source.ensemble) < 2:
+        raise ConfigError(f"{where}.ensemble has one model, {source.ensemble[0]}; give two or more, or model.")
+    if source.pattern is not None:
         try:
-            re.compile(reward.pattern)
+            re.compile(source.pattern)
         except re.error as error:
-            raise ConfigError(f"rewards[{i}].pattern is {reward.pattern}, no regular expression: {error}.") from None
-    if reward.url is not None and urlsplit(reward.url).scheme not in ("http", "https"):
-        raise ConfigError(f"rewards[{i}].url is {reward.url}; it must begin with http:// or https://.")
+            raise ConfigError(f"{where}.pattern is {source.pattern}, no regular expression: {error}.") from None
+    if source.url is not None and urlsplit(source.url).scheme not in ("http", "https"):
+        raise ConfigError(f"{where}.url is {source.url}; it must begin with http:// or https://.")
     for name, least in (("timeout", 0.001), ("retries", 0), ("request_size", 1), ("concurrency", 1)):
-        if not least <= getattr(reward, name) < math.inf:
-            raise ConfigError(f"rewards[{i}].{name} is {getattr(reward, name)}; it must be {least} or more.")
+        if not least <= getattr(source, name) < math.inf:
+            raise ConfigError(f"{where}.{name} is {getattr(source, name)}; it must be {least} or more.")

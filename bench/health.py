@@ -1,0 +1,94 @@
+"""What watching over a run costs: each figure's time on a batch, and the share of a step that all of them take.
+
+    python bench/health.py
+
+Batches are words as frequent as in a language: those of the quickstart (32 responses of 20 tokens), whose step takes
+6.3 s on two cores, and of a larger run (512 of 128), whose step is taken to last no more than 5 s, as on a fast GPU.
+Exits with 1 if a share is 2% or more. Times are of the processor: it is one thread's work.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+import made_up_batches
+import tiny
+
+from fastppo import figures
+from fastppo.config import Config, HealthConfig, RewardConfig
+from fastppo.health import Health, watch
+
+BATCHES = {(32, 20): 6.3, (512, 128): 5.0}  # responses and tokens in each: seconds of a step
+
+
+def batch(responses: int, length: int) -> Any:
+    chance = np.random.default_rng(0)
+    frequencies = 1 / np.arange(1, 50_000)
+    words = chance.choice(len(frequencies), (responses, length), p=frequencies / frequencies.sum())
+    return made_up_batches.batch(words.tolist(), chance.normal(size=responses), chance.normal(size=responses))
+
+
+def milliseconds(work: Callable[[], object], rounds: int) -> float:
+    times = []
+    for _ in range(rounds):
+        start = time.process_time()
+        work()
+        times.append(time.process_time() - start)
+    return 1000 * median(times)
+
+
+def parts(experience: Any) -> dict[str, Callable[[], object]]:
+    packed = experience.packed
+    tokens, lengths = packed.responses.numpy(), packed.response_lengths.numpy()
+    grams = figures.ngrams(tokens, lengths, 4)
+    scores = experience.scores.double().numpy()
+    return {
+        "n-grams, n = 1 to 4": lambda: figures.ngrams(tokens, lengths, 4),
+        "distinct-1, -2, -3": lambda: [figures.distinct(g) for g in grams[:3]],
+        "self-BLEU": lambda: figures.self_bleu(tokens, lengths),
+        "repetition": lambda: figures.repetition(grams[3], len(lengths)),
+        "duplicates": lambda: figures.duplicates(tokens, lengths),
+        "length correlation": lambda: figures.rank_correlation(scores, lengths.astype(np.float64)),
+        "rewarded phrases": lambda: figures.rewarded_phrases(experience),
+        "all figures of a batch": lambda: figures.figures(experience, exact_kl=True),
+    }
+
+
+def whole(experience: Any) -> Callable[[], object]:
+    """`watch` late in a run, the alarms included."""
+    config = Config(health=HealthConfig(judge=(RewardConfig(function="none:none"),)))
+    kept, updates = Health(), [made_up_batches.update()]
+    tokenizer = tiny.tokenizer()
+    watch(experience, updates, kept, config, tokenizer)
+    for values in kept.history.values():
+        values *= 1000
+    return lambda: watch(experience, updates, kept, config, tokenizer)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What watching over a run costs.")
+    parser.add_argument("--rounds", type=int, default=20)
+    rounds = parser.parse_args().rounds
+    experiences = [batch(*shape) for shape in BATCHES]
+    columns = [parts(experience) | {"watch, step 1,000": whole(experience)} for experience in experiences]
+    print("| ms | " + " | ".join(f"{b} x {length}" for b, length in BATCHES) + " |\n|---|" + "---|" * len(BATCHES))
+    total = []
+    for name in columns[0]:
+        total = [milliseconds(column[name], rounds) for column in columns]
+        print(f"| {name} | " + " | ".join(f"{ms:.2f}" for ms in total) + " |", flush=True)
+    shares = [ms / 1000 / seconds for ms, seconds in zip(total, BATCHES.values(), strict=True)]
+    limits = " | ".join(f"{share:.3%} of {seconds} s" for share, seconds in zip(shares, BATCHES.values(), strict=True))
+    print(f"| share of a step | {limits} |")
+    sys.exit(0 if max(shares) < 0.02 else 1)
+
+
+if __name__ == "__main__":
+    main()

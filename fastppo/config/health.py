@@ -1,0 +1,95 @@
+"""What a run watches of itself, and what it does about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from fastppo.config.feedback import RewardConfig
+
+FigureName = Literal[
+    "entropy",
+    "distinct_1",
+    "distinct_2",
+    "distinct_3",
+    "self_bleu",
+    "repetition",
+    "duplicates",
+    "length_spread",
+    "kl_token",
+    "kl_sequence",
+    "kl_exact",
+    "perplexity",
+    "judge",
+    "judge_gap",
+    "judge_turn",
+    "length_correlation",
+    "rewarded_phrase",
+    "approx_kl",
+]
+Action = Literal["warn", "raise_kl", "stop_epoch", "roll_back", "stop"]
+
+
+class Figure(NamedTuple):
+    """How a figure is held against a level."""
+
+    worse: Literal["lower", "higher", "either"]
+    level_is: Literal["times start", "from start", "deviations from start", "value"]
+    warn: float  # the level that warns where the settings give none
+
+
+# Runs of the quickstart go some half of the way to these: distinct-1 to 0.78, distinct-2 to 0.91 and entropy to 0.82 of
+# their start, KL to 0.5 a token. Their batches are small, 32 responses of 20 tokens, and so as noisy as any.
+FIGURES: dict[FigureName, Figure] = {
+    "entropy": Figure("lower", "times start", 0.5),
+    "distinct_1": Figure("lower", "times start", 0.6),
+    "distinct_2": Figure("lower", "times start", 0.7),
+    "distinct_3": Figure("lower", "times start", 0.75),
+    "self_bleu": Figure("higher", "from start", 0.3),
+    "repetition": Figure("higher", "from start", 0.2),
+    "duplicates": Figure("higher", "from start", 0.2),
+    "length_spread": Figure("lower", "from start", 0.25),
+    "kl_token": Figure("higher", "value", 1.0),
+    "kl_sequence": Figure("higher", "value", 100.0),
+    "kl_exact": Figure("higher", "value", 1.0),
+    "perplexity": Figure("higher", "times start", 2.0),
+    "judge": Figure("lower", "deviations from start", 0.75),
+    "judge_gap": Figure("higher", "value", 2.0),
+    "judge_turn": Figure("higher", "value", 2.6),
+    "length_correlation": Figure("either", "value", 0.7),
+    "rewarded_phrase": Figure("higher", "value", 0.4),
+    "approx_kl": Figure("higher", "value", 0.5),
+}
+
+
+@dataclass(frozen=True)
+class AlarmConfig:
+    """A level of one figure, and what happens beyond it."""
+
+    figure: FigureName
+    """A figure of the README's table (Health)."""
+    level: float | None = None
+    """In the unit of that table: a multiple of the figure's start, a distance from it, or a value. null with `warn`
+    takes the figure's standing warning away."""
+    action: Action = "warn"
+    """`warn` writes to the log; `raise_kl` also multiplies the KL coefficient by `health.raise_kl`; `roll_back` goes
+    back to the last checkpoint from before, with a raised coefficient; `stop` ends the run at the best checkpoint from
+    before; `stop_epoch`, for approx_kl alone, ends the learning from a batch at the update that goes beyond."""
+
+
+@dataclass(frozen=True)
+class HealthConfig:
+    """Figures of every batch that tell collapse, drift and reward hacking, and alarms on them."""
+
+    judge: tuple[RewardConfig, ...] = ()
+    """Held-out judge: sources in the form of `rewards` that score the same responses and are never trained on. Empty:
+    no judge, and no figures of it."""
+    alarms: tuple[AlarmConfig, ...] = ()
+    """Levels that act, or that warn instead of the figure's standing warning."""
+    window: int = 3
+    """PPO steps whose median is held against a level, so that one odd batch raises no alarm; as many at the start of
+    the run are what a figure started from."""
+    raise_kl: float = 2.0
+    """Factor by which `raise_kl` and `roll_back` raise the KL coefficient."""
+    roll_backs: int = 3
+    """How often a run may roll back; the next time it stops."""

@@ -1,0 +1,156 @@
+"""Around the loop of a run: what it begins with, what each step leaves in its folder, and what is there at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from fastppo.batch import Experience, Prompts
+from fastppo.checkpoint import Checkpoints, export
+from fastppo.cli import dump
+from fastppo.config import Config
+from fastppo.data import PromptSet, batches, load_prompts
+from fastppo.engine import World
+from fastppo.evaluate import evaluate, samples
+from fastppo.feedback import Source, load_functions, load_judge, load_sources
+from fastppo.folder import continue_folder, fresh_folder
+from fastppo.health import Alarm
+from fastppo.learn import Update
+from fastppo.metrics import step_metrics
+from fastppo.microbatch import Minibatch, imbalance
+from fastppo.nodes import check_output_is_shared
+from fastppo.plan import check_plan
+from fastppo.ppo import step_rates
+from fastppo.progress import Progress, recall_experience
+from fastppo.responses import heldout_responses, training_responses
+from fastppo.resume import find_checkpoint
+from fastppo.roles import Roles, assemble
+from fastppo.rollout import stop_ids
+from fastppo.track import Stages, Tracker, show_samples, write_samples
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run has in hand before its first step."""
+
+    config: Config
+    world: World
+    roles: Roles
+    sources: Sequence[tuple[Source, float]]  # of reward, with their weights
+    judge: Sequence[tuple[Source, float]]  # the held-out one; empty without
+    data: PromptSet  # to train on
+    heldout: PromptSet
+    stop_ids: list[int]  # tokens that end a response
+    checkpoints: Checkpoints
+    progress: Progress  # where the run is; the one part that changes
+    stages: Stages
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output)
+
+    def prompts(self) -> Iterator[Prompts]:
+        """The global batches of the steps from here on, `ppo.batch_size` prompts each, the samples counted."""
+        samples, step = self.config.sampling.samples_per_prompt, self.progress.step
+        size, shuffle = self.config.ppo.batch_size // samples, self.config.data.shuffle
+        rows_of_steps = batches(self.data, size=size, seed=self.config.seed, shuffle=shuffle, start=step)
+        for number, rows in enumerate(rows_of_steps, start=step):
+            yield Prompts.of(self.data.tokens, rows, first=number * size, samples=samples)
+
+    def tracker(self) -> Tracker:
+        config, done = self.config, self.progress.step
+        return Tracker(self.output, config.track, steps=config.steps, rank=self.world.rank, done=done)
+
+
+class Step(NamedTuple):
+    """What a PPO step found and did."""
+
+    experience: Experience
+    plan: list[list[Minibatch]]
+    updates: list[Update]
+    health: dict[str, float]  # health/FIGURE
+    alarms: list[Alarm]
+
+
+def set_up(config: Config, world: World) -> Setup:
+    """The run's folder, models, sources of reward and prompts, and its progress if it is resumed.
+
+    What can be wrong is looked at in the order of what it costs to find out.
+    """
+    load_functions(config.rewards)  # a typo in a function's name should not cost the minutes of loading models
+    load_functions(config.health.judge, "health.judge")
+    output, found = Path(config.output), find_checkpoint(config, world)
+    if world.rank == 0:
+        fresh_folder(output) if found is None else continue_folder(output, found.sizes)
+        (output / "config.yaml").write_text(dump(config), encoding="utf-8")
+    check_output_is_shared(output, world)
+    check_plan(config, world)
+    roles = assemble(config, world)
+    data, heldout = load_prompts(
+        config.data,
+        roles.tokenizer,
+        prompts_heldout=config.eval.prompts,
+        context=roles.context,
+        reserve=config.sampling.max_new_tokens,
+    )
+    sources, judge = (load(config, roles.tokenizer, world, roles.residency) for load in (load_sources, load_judge))
+    tokens = (data.tokens, heldout.tokens)
+    checkpoints = Checkpoints(config, roles.engines, tokens, world, enter=roles.residency.enter)
+    progress = checkpoints.load(found, Progress.begin(config, world.rank))
+    recall_experience(progress, roles, config, world)
+    return Setup(
+        config=config,
+        world=world,
+        roles=roles,
+        sources=sources,
+        judge=judge,
+        data=data,
+        heldout=heldout,
+        stop_ids=stop_ids(roles.policy, roles.tokenizer, config.sampling),
+        checkpoints=checkpoints,
+        progress=progress,
+        stages=Stages(progress.seconds, roles.residency.enter),
+    )
+
+
+def evaluate_if_due(setup: Setup, tracker: Tracker) -> None:
+    """Evaluate before the first step, after the last, and every `eval.every` steps; a resumed run not once more."""
+    config, run = setup.config, setup.progress
+    due = run.step in (0, config.steps) or (config.eval.every and run.step % config.eval.every == 0)
+    if not (config.eval.prompts and due and run.evaluated < run.step):
+        return
+    found = evaluate(setup.roles, setup.heldout, setup.sources, setup.stop_ids, config, setup.world, setup.judge)
+    run.add_evaluation(found)
+    tracker.log_evaluation(run.step, found.metrics)
+    kept = heldout_responses(setup.heldout.texts, found.responses, found.scores, count=config.track.responses)
+    tracker.log_responses(run.step, kept)
+
+
+def log_step(setup: Setup, done: Step, tracker: Tracker) -> None:
+    """The metrics, responses and alarms of a step. Its stages' times begin anew."""
+    config, run, attention = setup.config, setup.progress, setup.roles.attention
+    number, lengths = run.step + 1, done.experience.packed.lengths
+    rates = dict(zip(("actor_lr", "critic_lr"), step_rates(config, run.step)[-1], strict=True))
+    spread = imbalance(done.plan, lengths, setup.world.ranks, attention)
+    metrics = step_metrics(done.experience, done.updates, setup.stages.take()) | done.health | rates
+    tracker.log(number, metrics | {"kl_coef": run.beta.value, "imbalance": spread})
+    if tracker.wants_responses(number):
+        kept = training_responses(done.experience, setup.roles.tokenizer, count=config.track.responses)
+        tracker.log_responses(number, kept)
+    tracker.log_alarms([asdict(alarm) for alarm in done.alarms])
+
+
+def finish(setup: Setup) -> None:
+    """Show held-out responses before and after, and leave the actor in `output`/actor."""
+    config, roles, evaluations = setup.config, setup.roles, setup.progress.evaluations
+    roles.residency.enter("sampling")
+    trained = roles.gathered.policy()
+    if setup.world.rank != 0:
+        return
+    if len(evaluations) > 1:
+        shown = samples(setup.heldout, evaluations[0], evaluations[-1])
+        write_samples(setup.output / "samples.jsonl", shown)
+        show_samples(shown[: config.eval.show])
+    export(trained, roles.tokenizer, setup.output / "actor", config.actor.lora)

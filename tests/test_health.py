@@ -1,0 +1,172 @@
+"""Alarms: each illness is seen before it is over, a healthy run raises none, and settings say what is held to what."""
+
+import dataclasses
+import json
+import math
+from functools import cache
+from itertools import pairwise
+
+import made_up_batches as made_up
+import numpy as np
+import pytest
+import tiny
+
+from fastppo.config import AlarmConfig, Config, HealthConfig, PPOConfig, RewardConfig
+from fastppo.config.health import FIGURES
+from fastppo.health import Health, slope, trend, watch
+
+TOKENIZER = tiny.tokenizer()
+JUDGED = HealthConfig(judge=(RewardConfig(function="mine:judge"),))
+STEPS, ILL_FROM, ILL_FOR = 40, 15, 12
+
+
+def config(*alarms: AlarmConfig, **changes) -> Config:
+    health = dataclasses.replace(JUDGED, alarms=alarms, **changes)
+    return Config(health=health, ppo=PPOConfig(kl_kind="exact"))
+
+
+@cache
+def run(illness=None, settings=None, *, seed=0, steps=STEPS, approx_kl=0.01):
+    """The alarms of a run that falls ill at step 15 and gets worse for twelve steps, and what was seen of it."""
+    kept, settings = Health(), settings or config()
+    for step in range(1, steps + 1):
+        experience = made_up.healthy(step, seed)
+        far = min(max(step - ILL_FROM, 0) / ILL_FOR, 1.0)
+        if illness is not None and far > 0:
+            experience = illness(experience, far)
+        watch(experience, [made_up.update(approx_kl)], kept, settings, TOKENIZER)
+    return kept
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_healthy_run_raises_no_alarm(seed):
+    kept = run(seed=seed)
+    assert kept.alarms == []
+    assert set(kept.history) >= set(FIGURES) and all(len(x) == STEPS for x in kept.history.values())
+
+
+ILLNESSES = {
+    made_up.words_run_out: ["distinct_1", "distinct_2", "distinct_3", "self_bleu"],
+    made_up.one_response: ["duplicates", "self_bleu", "distinct_2"],
+    made_up.it_repeats_itself: ["repetition"],
+    made_up.one_length: ["length_spread"],
+    made_up.entropy_falls: ["entropy"],
+    made_up.it_drifts: ["kl_token", "kl_exact", "perplexity"],
+    made_up.the_judge_falls: ["judge", "judge_gap", "judge_turn"],
+    made_up.length_pays: ["length_correlation"],
+    made_up.a_phrase_pays: ["rewarded_phrase"],
+}
+SEEN_APART = {"kl_sequence", "approx_kl"}  # below
+
+
+@pytest.mark.parametrize(("illness", "figures"), ILLNESSES.items(), ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize("seed", range(2))
+def test_each_illness_is_seen_in_the_figures_meant_for_it(illness, figures, seed):
+    alarms = run(illness, seed=seed).alarms
+    assert {alarm.figure for alarm in alarms} >= set(figures)
+    assert all(alarm.step > ILL_FROM and alarm.good <= alarm.step - 2 for alarm in alarms)
+    assert all(f"{alarm.figure} is" in alarm.message for alarm in alarms)
+
+
+def test_drift_of_whole_responses_and_of_an_update_are_seen_too():
+    assert "kl_sequence" in {a.figure for a in run(made_up.it_drifts, config(AlarmConfig("kl_sequence", 30.0))).alarms}
+    assert {a.figure for a in run(approx_kl=0.6).alarms} == {"approx_kl"}
+
+
+def test_each_figure_has_an_illness_that_it_must_see():
+    assert {figure for figures in ILLNESSES.values() for figure in figures} | SEEN_APART == set(FIGURES)
+
+
+def test_a_collapse_is_seen_before_distinct_2_is_half_of_what_it_was():
+    kept = run(made_up.one_response, config(AlarmConfig("distinct_2", 0.8, "stop")))
+    alarm = next(a for a in kept.alarms if a.level == "act")
+    distinct = kept.history["distinct_2"]
+    assert alarm.action == "stop" and distinct[alarm.step - 1] > distinct[0] / 2
+    assert alarm.threshold == pytest.approx(0.8 * np.mean(distinct[:3])) and ILL_FROM <= alarm.good < alarm.step
+
+
+def test_the_alarm_of_a_hack_names_the_phrase_and_where_the_judge_turned():
+    alarms = {a.figure: a for a in run(made_up.a_phrase_pays).alarms}
+    assert "Phrases: " in alarms["rewarded_phrase"].message and "of the responses" in alarms["rewarded_phrase"].message
+    turn = next(a for a in run(made_up.the_judge_falls).alarms if a.figure == "judge_turn")
+    assert "the judge was highest at step 1" in turn.message and "sqrt(KL)" in turn.message
+
+
+def odd_batches(kept, settings, odd):
+    """A healthy run in which the batches of these steps have collapsed."""
+    for step in range(1, 31):
+        experience = made_up.healthy(step)
+        if step in odd:
+            experience = made_up.one_response(experience, 1.0)
+        watch(experience, [made_up.update()], kept, settings, TOKENIZER)
+    return kept.alarms
+
+
+def test_one_odd_batch_raises_no_alarm_and_two_in_a_row_do():
+    assert odd_batches(Health(), config(), {12, 20}) == []
+    assert {a.step for a in odd_batches(Health(), config(), {20, 21})} == {21}
+    assert {a.step for a in odd_batches(Health(), config(window=1), {20})} == {20}
+
+
+def test_an_alarm_that_stays_on_is_raised_again_after_ten_steps_only():
+    steps = [a.step for a in run(made_up.entropy_falls, steps=60).alarms if a.figure == "entropy"]
+    assert len(steps) > 2 and {b - a for a, b in pairwise(steps)} == {10}
+
+
+def test_a_level_of_the_settings_takes_the_place_of_the_standing_warning_or_takes_it_away():
+    strict = run(settings=config(AlarmConfig("kl_token", 0.2))).alarms
+    assert {a.figure for a in strict} == {"kl_token"} and strict[0].threshold == 0.2 and strict[0].level == "warn"
+    assert "entropy" not in {a.figure for a in run(made_up.entropy_falls, config(AlarmConfig("entropy"))).alarms}
+    both = run(made_up.entropy_falls, config(AlarmConfig("entropy", 0.4, "raise_kl"))).alarms
+    assert {(a.level, a.action) for a in both if a.figure == "entropy"} == {("warn", None), ("act", "raise_kl")}
+
+
+def test_levels_have_the_unit_of_their_figure():
+    kept = run(made_up.the_judge_falls)
+    start, spread = kept.start("judge", 3), kept.spread("judge", 3)
+    judge = next(a for a in kept.alarms if a.figure == "judge")
+    assert judge.threshold == pytest.approx(start - 0.75 * spread) and judge.value < judge.threshold
+    kept = run(made_up.it_repeats_itself)
+    alarm = next(a for a in kept.alarms if a.figure == "repetition")
+    assert alarm.threshold == pytest.approx(kept.start("repetition", 3) + 0.2)
+
+
+def test_without_a_judge_there_are_no_figures_of_it():
+    kept = Health()
+    checkup = watch(made_up.healthy(1), [made_up.update()], kept, Config(), TOKENIZER)
+    assert not any("judge" in name for name in checkup.metrics) and "health/kl_exact" not in checkup.metrics
+    assert checkup.metrics["health/distinct_2"] == kept.history["distinct_2"][0]
+
+
+def test_a_batch_whose_learning_was_ended_is_an_alarm_each_time():
+    kept, settings = Health(), config(AlarmConfig("approx_kl", 0.05, "stop_epoch"))
+    for step in (1, 2):
+        updates = [made_up.update(0.01), made_up.update(0.08, stopped=True)]
+        watch(made_up.healthy(step), updates, kept, settings, TOKENIZER)
+    assert [(a.step, a.action, a.value, a.threshold) for a in kept.alarms] == [
+        (step, "stop_epoch", 0.08, 0.05) for step in (1, 2)
+    ]
+
+
+def test_what_was_seen_survives_a_checkpoint_and_goes_on_as_if_nothing_had_been():
+    straight, settings = run(made_up.the_judge_falls), config()
+    kept = run(made_up.the_judge_falls, steps=22)
+    kept = Health.of(json.loads(json.dumps(kept.state())))
+    for step in range(23, STEPS + 1):
+        experience = made_up.the_judge_falls(made_up.healthy(step), min((step - ILL_FROM) / ILL_FOR, 1.0))
+        watch(experience, [made_up.update()], kept, settings, TOKENIZER)
+    assert kept == straight
+
+
+def test_trend_and_slope_are_those_of_the_books():
+    # S = 43 of 45 pairs, var S = 125
+    values = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 9.0]
+    assert trend(values) == pytest.approx(42 / math.sqrt(125)) and trend(values[::-1]) == -trend(values)
+    assert trend([2.0] * 10) == 0 and trend([1.0, 1.0, 2.0]) == pytest.approx(1 / math.sqrt((66 - 18) / 18))
+    assert slope([0.0, 1.0, 2.0, 300.0, 4.0]) == pytest.approx(1.0) and slope(values) == pytest.approx(1.0)
+
+
+def test_trends_of_noise_are_rarely_what_the_turn_of_the_judge_asks_for():
+    chance = np.random.default_rng(1)
+    found = [trend(chance.normal(size=10).tolist()) for _ in range(4000)]
+    assert np.std(found) == pytest.approx(1, abs=0.1) and np.mean(np.array(found) < -2.6) < 0.01
