@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastppo import __version__, durable
-from fastppo.config import AnyConfig
+from fastppo.config import AnyConfig, Config
 from fastppo.engine import World, all_gather
 from fastppo.errors import FastPPOError
 from fastppo.folder import LINES
