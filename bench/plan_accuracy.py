@@ -102,9 +102,9 @@ def warm_up(config: Any) -> None:
 def measure(argv: list[str]) -> None:
     """In a fresh process: the plan of a run, and the run itself."""
     from fastppo.cli import parse
-    from fastppo.engine import start_world, stop_world
     from fastppo.plan import make_plan, this_machine
     from fastppo.train import train
+    from fastppo.world import start_world, stop_world
 
     config = parse(argv)
     plan = make_plan(config, this_machine(1, 1, cpu=True))

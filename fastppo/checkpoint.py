@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from fastppo import durable
 from fastppo.attention import ATTENTION
 from fastppo.config import ActorLoraConfig, AnyConfig, LoraConfig
-from fastppo.engine import Engine, World, all_gather
+from fastppo.engine import Engine
 from fastppo.feedback import RewardError
 from fastppo.folder import LINES, sizes
 from fastppo.lora import merged_state, save_adapters
@@ -33,6 +33,7 @@ from fastppo.models import Backbone
 from fastppo.progress import Run, set_random_state
 from fastppo.resume import NAME, CheckpointError, Found, held_out_score, settings, versions
 from fastppo.stop import Stopped
+from fastppo.world import World, all_gather
 
 log = logging.getLogger("fastppo")
 

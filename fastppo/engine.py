@@ -1,31 +1,19 @@
-"""Processes and optimizers: what DeepSpeed does for fastppo, and nothing else of it shows through."""
+"""Models and optimizers: what DeepSpeed does for fastppo, and nothing else of it shows through."""
 
 from __future__ import annotations
 
 import contextlib
-import io
-import os
-import socket
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says at each import that it found nothing faster
-# What DeepSpeed compiles at first use belongs to this environment, and so does the ninja that compiles it. In the
-# user's cache, or by another ninja, two environments on a machine undo each other's work, at a minute a time.
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
-os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-
-import deepspeed
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
+
+from fastppo.world import World, all_max, quiet  # first: it tells DeepSpeed which accelerator to take
+
+# isort: split
+import deepspeed
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
@@ -38,89 +26,9 @@ from fastppo.errors import FastPPOError
 
 T = TypeVar("T")
 
-# DeepSpeed calls collectives by names that torch is about to change; nobody who trains can do anything about it.
-warnings.filterwarnings("ignore", message=r"`torch\.distributed\..* is deprecated", category=FutureWarning)
-
 
 class EngineError(FastPPOError):
     """Something that DeepSpeed needs and this machine does not have."""
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among those of the run."""
-
-    rank: int
-    ranks: int
-    device: torch.device
-    launcher: int | None = None  # the process that started this one; None: nobody launched it, it runs alone
-    control: Any = None  # the process group for what ranks agree on; None: the default one
-
-
-def start_world(threads: int | None, timeout: float = 1800.0) -> World:
-    """Join the run's processes: those of the `deepspeed` launcher, or this one alone (`python -m fastppo.train`).
-
-    timeout: seconds that a rank waits for the others in a collective before it ends with an error.
-    """
-    launcher = os.getppid() if "RANK" in os.environ else None
-    if launcher is None:
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone, MASTER_PORT=str(_free_port()))
-    accelerator = get_accelerator()
-    local_rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device(accelerator.device_name(local_rank) if accelerator.device_name() != "cpu" else "cpu")
-    if device.type == "cpu":
-        neighbours = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
-        torch.set_num_threads(threads or max(len(os.sched_getaffinity(0)) // neighbours, 1))
-    else:
-        accelerator.set_device(local_rank)
-    if not dist.is_initialized():
-        backend = "gloo" if device.type == "cpu" else accelerator.communication_backend_name()
-        with _quiet():
-            deepspeed.init_distributed(
-                dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout)
-            )
-        _forget_shared_memory()
-    # Agreeing on a flag over gloo leaves a GPU's queue of kernels alone; over NCCL the host would wait for it.
-    control = None if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-    return World(dist.get_rank(), dist.get_world_size(), device, launcher, control)
-
-
-def _forget_shared_memory() -> None:
-    """Take the name off the 66 MiB of shared memory that DeepSpeed gives each rank; what is mapped stays.
-
-    DeepSpeed never does, so that every run, killed or not, would leave them in memory, and a run on the same port could
-    begin with what a killed one has left there.
-    """
-    dist.barrier()  # by then all ranks have mapped it
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{dist.get_rank()}"
-    Path("/dev/shm", name).unlink(missing_ok=True)
-
-
-def stop_world() -> None:
-    """Leave the run's processes in order, and together: rank 0 keeps the store that the others still use."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def all_gather(part: T, world: World) -> list[T]:
-    """Every rank's part, in the order of ranks, on every rank. Parts are small: token ids and one number a token."""
-    parts: list[Any] = [part] * world.ranks
-    if world.ranks == 1:
-        return parts
-    dist.all_gather_object(parts, part)
-    return parts
-
-
-def on_any_rank(flag: bool, world: World) -> bool:
-    """Whether the flag is set on one rank or more; the answer is the same on every rank."""
-    if world.ranks == 1:
-        return flag
-    flags = torch.tensor([int(flag)])
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=world.control)
-    return bool(flags.item())
 
 
 def check_nvme(zero: ZeroConfig) -> None:
@@ -161,7 +69,7 @@ class Frozen:
         self._run: Any = module
         self._own = getattr(module, "adapters", True)  # else it is the actor without them, and the actor's engine's
         if zero.stage == 3 and self._own:
-            with _quiet():
+            with quiet():
                 self._run = deepspeed.initialize(
                     model=module, config=deepspeed_config.frozen(optim, zero), dist_init_required=False
                 )[0]
@@ -187,7 +95,7 @@ class Engine:
         self._kept = [i for i, group in enumerate(trained) if group]
         self._adam: Any = _adam([trained[i] for i in self._kept], optim, offloaded=zero.optimizer_on != "none")
         self._parameters = [p for i in self._kept for p in trained[i]]
-        with _quiet():
+        with quiet():
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=module,
                 optimizer=self._adam,
@@ -250,12 +158,12 @@ class Engine:
         """
         self._engine.checkpoint_engine = _Files(write)
         self._engine._copy_recovery_script = lambda folder: None  # written past `write`, and the same in each
-        with _quiet():
+        with quiet():
             self._engine.save_checkpoint(str(folder), tag=name, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path, name: str) -> None:
         """What `save` wrote on as many ranks. All ranks call it."""
-        with _quiet():
+        with quiet():
             found, _ = self._engine.load_checkpoint(str(folder), tag=name, custom_load_fn=_load_trained)
         if found is None:
             raise FileNotFoundError(f"{folder / name} has no state that DeepSpeed knows")
@@ -304,7 +212,7 @@ def _adam(groups: list[list[nn.Parameter]], optim: OptimConfig, *, offloaded: bo
     if not offloaded:
         return torch.optim.AdamW(parameters, fused=True, **settings)
     try:
-        with _quiet():
+        with quiet():
             return DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)
     except RuntimeError as error:
         raise EngineError(
@@ -332,28 +240,3 @@ def _clear_padding(module: nn.Module, optimizer: Any) -> None:
             for p in group:
                 end += int(p.ds_tensor.ds_numel)
                 flat.data[end - padding(p) : end].zero_()
-
-
-def all_sum(x: Tensor, world: World) -> Tensor:
-    """The sum over ranks, on every rank."""
-    x = x.to(world.device)
-    dist.all_reduce(x)
-    return x
-
-
-def all_max(x: Tensor, world: World) -> Tensor:
-    """The maximum over ranks, on every rank."""
-    x = x.to(world.device)
-    dist.all_reduce(x, op=dist.ReduceOp.MAX)
-    return x
-
-
-def _quiet() -> contextlib.AbstractContextManager[object]:
-    """DeepSpeed prints tables of memory while it starts; they would push a run's own lines off the screen."""
-    return contextlib.redirect_stdout(io.StringIO())
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])

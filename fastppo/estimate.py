@@ -15,12 +15,13 @@ from torch import Tensor
 from fastppo import stop
 from fastppo.batch import Experience, Packed, Scored, segment_rows
 from fastppo.config import Config
-from fastppo.engine import World, all_gather, gathered
+from fastppo.engine import gathered
 from fastppo.microbatch import Minibatch
 from fastppo.models import Policy, hidden_states, token_stats
 from fastppo.ppo import advantages_and_returns, kl_estimate, token_rewards
 from fastppo.roles import Roles
 from fastppo.trunk import TrunkStates
+from fastppo.world import World, all_gather
 
 TokenRows = dict[str, Tensor]  # name -> (m,) fp32, on the response tokens of a microbatch
 

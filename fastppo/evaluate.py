@@ -14,7 +14,7 @@ from fastppo import stop
 from fastppo.batch import Moments, Packed, Prompts
 from fastppo.config import Config
 from fastppo.data import PromptSet
-from fastppo.engine import World, all_gather, even_passes
+from fastppo.engine import even_passes
 from fastppo.feedback import Source, score
 from fastppo.figures import distinct, ngrams
 from fastppo.microbatch import IDLE, pack_alone
@@ -23,6 +23,7 @@ from fastppo.roles import Roles
 from fastppo.rollout import sample
 from fastppo.track import Sample
 from fastppo.trunk import TrunkStates
+from fastppo.world import World, all_gather
 
 
 @dataclass(frozen=True)

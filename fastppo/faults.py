@@ -11,9 +11,9 @@ import torch
 
 from fastppo.batch import Experience
 from fastppo.config import Config
-from fastppo.engine import World
 from fastppo.errors import FastPPOError
 from fastppo.microbatch import Minibatch
+from fastppo.world import World
 
 log = logging.getLogger("fastppo")
 

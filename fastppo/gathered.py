@@ -12,8 +12,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from fastppo.engine import World, gathered
+from fastppo.engine import gathered
 from fastppo.models import Policy
+from fastppo.world import World
 
 BUCKET = 2**28  # bytes of weights that are gathered at a time, on top of the copy
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastppo import ops, stop
 from fastppo.config import RewardTrainingConfig, SFTConfig
-from fastppo.engine import World, all_gather, all_sum, even_passes
+from fastppo.engine import even_passes
 from fastppo.examples import Examples
 from fastppo.learner import Learner
 from fastppo.microbatch import pack_even
@@ -30,6 +30,7 @@ from fastppo.preference import (
 )
 from fastppo.stats import TokenStats
 from fastppo.trunk import TrunkStates
+from fastppo.world import World, all_gather, all_sum
 
 
 @dataclass(frozen=True)

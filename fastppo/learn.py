@@ -15,12 +15,13 @@ from torch import Tensor
 from fastppo import ops, stop
 from fastppo.batch import Experience, Packed
 from fastppo.config import Config, HealthConfig
-from fastppo.engine import Engine, Frozen, World, all_max, all_sum, gathered
+from fastppo.engine import Engine, Frozen, gathered
 from fastppo.faults import note_fault
 from fastppo.microbatch import Minibatch
 from fastppo.models import Policy, hidden_states
 from fastppo.ppo import step_rates
 from fastppo.roles import Roles
+from fastppo.world import World, all_max, all_sum
 
 log = logging.getLogger("fastppo")
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from fastppo.attention import choose_attention
 from fastppo.batch import Packed
 from fastppo.config import ModelConfig, OptimConfig, RewardTrainingConfig, SFTConfig
-from fastppo.engine import Engine, World, check_nvme
+from fastppo.engine import Engine, check_nvme
 from fastppo.examples import Examples
 from fastppo.load import (
     DTYPES,
@@ -32,6 +32,7 @@ from fastppo.microbatch import IDLE
 from fastppo.models import Backbone, ModelError, Policy, RewardModel, check_packing, keep_trunk
 from fastppo.preference import initial_head
 from fastppo.trunk import TrunkStates, trunk_depth
+from fastppo.world import World
 
 log = logging.getLogger("fastppo")
 

@@ -37,9 +37,9 @@ from fastppo.models import (
     copy_backbone,
     fuse_head,
     keep_trunk,
-    set_trainable,
 )
 from fastppo.stream import copy_parts, gathered, partition, partition_config, stream, weight_files
+from fastppo.trainable import set_trainable
 from fastppo.trunk import trunk_depth
 
 log = logging.getLogger("fastppo")

@@ -7,8 +7,8 @@ import socket
 import time
 from pathlib import Path
 
-from fastppo.engine import World, all_gather
 from fastppo.errors import FastPPOError
+from fastppo.world import World, all_gather
 
 PATIENCE = 30.0  # seconds; a network file system may show a new file to other nodes late
 

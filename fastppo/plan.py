@@ -21,15 +21,16 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fastppo.cli import parse
 from fastppo.config import ActorConfig, Config, ConfigError, CriticConfig
-from fastppo.engine import World
 from fastppo.errors import FastPPOError
 from fastppo.footprint import Footprint
 from fastppo.load import DTYPES, Source, outline
 from fastppo.lora import add_adapters
 from fastppo.machine import Machine, parse_bytes, parse_count, this_machine
 from fastppo.memory import STAGES, Member, Places, Share, by_stage, shares
-from fastppo.models import Backbone, Critic, Policy, RewardModel, ValueHead, fuse_head, set_trainable
+from fastppo.models import Backbone, Critic, Policy, RewardModel, ValueHead, fuse_head
 from fastppo.rules import validate
+from fastppo.trainable import set_trainable
+from fastppo.world import World
 
 # What a process takes before it holds a tensor: Python and the libraries, on a GPU the CUDA context and NCCL.
 PROCESS_HOST, PROCESS_GPU = 1 << 30, 1 << 30

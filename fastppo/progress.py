@@ -11,7 +11,6 @@ import torch
 
 from fastppo.batch import Experience, Moments, Packed
 from fastppo.config import Config
-from fastppo.engine import World
 from fastppo.estimate import recall_trunk
 from fastppo.evaluate import Evaluation
 from fastppo.health import Health
@@ -19,6 +18,7 @@ from fastppo.learn import Update
 from fastppo.microbatch import plan_step
 from fastppo.ppo import KLController
 from fastppo.roles import Roles
+from fastppo.world import World
 
 State = dict[str, Any]
 

@@ -15,11 +15,11 @@ from typing import Literal
 from fastppo import durable
 from fastppo.checkpoint import Checkpoints
 from fastppo.config import Config
-from fastppo.engine import World, all_gather
 from fastppo.health import Alarm
 from fastppo.progress import Progress
 from fastppo.resume import Found, held_out_score
 from fastppo.track import Tracker
+from fastppo.world import World, all_gather
 
 log = logging.getLogger("fastppo")
 

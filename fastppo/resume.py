@@ -15,9 +15,9 @@ import torch
 
 from fastppo import __version__, durable
 from fastppo.config import AnyConfig, Config
-from fastppo.engine import World, all_gather
 from fastppo.errors import FastPPOError
 from fastppo.folder import LINES
+from fastppo.world import World, all_gather
 
 log = logging.getLogger("fastppo")
 

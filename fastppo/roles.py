@@ -8,11 +8,12 @@ from transformers import PreTrainedTokenizerBase
 
 from fastppo.attention import choose_attention
 from fastppo.config import Config
-from fastppo.engine import Engine, Frozen, World, check_nvme
+from fastppo.engine import Engine, Frozen, check_nvme
 from fastppo.gathered import GatheredPolicy
 from fastppo.load import DTYPES, load_policies
 from fastppo.models import Policy, attention_ratio
 from fastppo.residency import Residency
+from fastppo.world import World
 
 
 @dataclass(frozen=True)

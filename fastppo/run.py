@@ -12,7 +12,6 @@ from fastppo.checkpoint import Checkpoints, export
 from fastppo.cli import dump
 from fastppo.config import Config
 from fastppo.data import PromptSet, batches, load_prompts
-from fastppo.engine import World
 from fastppo.evaluate import evaluate, samples
 from fastppo.feedback import Source, load_functions, load_judge, load_sources
 from fastppo.folder import continue_folder, fresh_folder
@@ -29,6 +28,7 @@ from fastppo.resume import find_checkpoint
 from fastppo.roles import Roles, assemble
 from fastppo.rollout import stop_ids
 from fastppo.track import Stages, Tracker, show_samples, write_samples
+from fastppo.world import World
 
 
 @dataclass(frozen=True)

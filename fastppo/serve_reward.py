@@ -18,11 +18,12 @@ from jsonargparse import auto_cli
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.config import OptimConfig, ZeroConfig
-from fastppo.engine import Frozen, World
+from fastppo.engine import Frozen
 from fastppo.errors import FastPPOError, exit_with_message
 from fastppo.feedback.model import ModelSource
 from fastppo.load import DTYPES, load_reward
 from fastppo.models import RewardModel
+from fastppo.world import World
 
 log = logging.getLogger("fastppo")
 

@@ -23,7 +23,7 @@ from itertools import count
 
 import torch.distributed as dist
 
-from fastppo.engine import World, on_any_rank
+from fastppo.world import World, on_any_rank
 
 POLL = 0.5  # seconds between two looks at the store
 SILENCE = 45.0  # seconds without a sign of life after which a rank counts as dead

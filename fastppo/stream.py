@@ -28,7 +28,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from transformers.utils.loading_report import LoadStateDictInfo
 
-import fastppo.engine  # noqa: F401  first: it tells DeepSpeed which accelerator to take
+import fastppo.world  # noqa: F401  first: it tells DeepSpeed which accelerator to take
 
 # isort: split
 import deepspeed

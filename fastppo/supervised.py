@@ -15,7 +15,6 @@ from torch import Tensor
 from fastppo import stop
 from fastppo.batch import Packed
 from fastppo.config import RewardTrainingConfig, SFTConfig
-from fastppo.engine import World, all_sum
 from fastppo.examples import Examples
 from fastppo.faults import TrainingFault
 from fastppo.learner import Learner
@@ -23,6 +22,7 @@ from fastppo.microbatch import pack_even
 from fastppo.ppo import learning_rate
 from fastppo.progress import State, random_state, seed_random
 from fastppo.trunk import TrunkStates
+from fastppo.world import World, all_sum
 
 log = logging.getLogger("fastppo")
 

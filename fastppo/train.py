@@ -16,7 +16,6 @@ if __package__ in (None, ""):  # run as a script: Python would look for modules 
 from fastppo.batch import Experience, Prompts
 from fastppo.cli import parse
 from fastppo.config import Config
-from fastppo.engine import World, start_world, stop_world
 from fastppo.errors import exit_with_message
 from fastppo.estimate import estimate
 from fastppo.feedback import score
@@ -29,6 +28,7 @@ from fastppo.rollout import sample
 from fastppo.run import Setup, Step, evaluate_if_due, finish, log_step, set_up
 from fastppo.stop import Stopped, together, watching
 from fastppo.track import setup_logging
+from fastppo.world import World, start_world, stop_world
 
 
 def train(config: Config, world: World) -> bool:

@@ -24,7 +24,6 @@ from fastppo.checkpoint import Checkpoints, export
 from fastppo.cli import REWARD, dump, parse
 from fastppo.config import RewardTrainingConfig
 from fastppo.data import batches
-from fastppo.engine import World, start_world, stop_world
 from fastppo.errors import exit_with_message
 from fastppo.examples import Examples, load_pairs
 from fastppo.folder import continue_folder, fresh_folder
@@ -38,6 +37,7 @@ from fastppo.stop import Stopped, watching
 from fastppo.supervised import Objective, Training, Update, recall_trunk, total_steps, update
 from fastppo.track import Stages, Tracker, setup_logging
 from fastppo.trunk import TrunkStates
+from fastppo.world import World, start_world, stop_world
 
 log = logging.getLogger("fastppo")
 

@@ -22,7 +22,6 @@ from fastppo.checkpoint import Checkpoints, export
 from fastppo.cli import SFT, dump, parse
 from fastppo.config import SFTConfig
 from fastppo.data import batches
-from fastppo.engine import World, start_world, stop_world
 from fastppo.errors import exit_with_message
 from fastppo.examples import load_answers
 from fastppo.folder import continue_folder, fresh_folder
@@ -34,6 +33,7 @@ from fastppo.resume import find_checkpoint
 from fastppo.stop import Stopped, watching
 from fastppo.supervised import Training, recall_trunk, total_steps, update
 from fastppo.track import Stages, Tracker, setup_logging
+from fastppo.world import World, start_world, stop_world
 
 log = logging.getLogger("fastppo")
 

@@ -16,12 +16,13 @@ import torch
 from fastppo.batch import Experience, Moments, Prompts, Rollout, Scored
 from fastppo.cli import parse
 from fastppo.config import Config
-from fastppo.engine import World, gathered, start_world, stop_world
+from fastppo.engine import gathered
 from fastppo.estimate import estimate
 from fastppo.learn import Update, learn
 from fastppo.microbatch import Minibatch, plan_step
 from fastppo.roles import Roles, assemble
 from fastppo.rollout import sample
+from fastppo.world import World, start_world, stop_world
 
 PROMPTS = [tuple(range(5, 5 + n)) for n in (3, 9, 4, 7, 3, 5, 12, 6)]
 

@@ -18,10 +18,11 @@ from fastppo import ops
 from fastppo.batch import pack
 from fastppo.cli import parse
 from fastppo.config import OptimConfig, ZeroConfig
-from fastppo.engine import Engine, World, start_world
+from fastppo.engine import Engine
 from fastppo.load import load_causal, load_policies, load_reward
 from fastppo.models import ModelError, Policy, ValueHead
 from fastppo.stream import gathered, partition_config, stream, weight_files
+from fastppo.world import World, start_world
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

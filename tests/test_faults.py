@@ -12,9 +12,10 @@ import whole_runs
 from forks import Forks
 from ppo_step import config_of, step
 
-from fastppo.engine import Engine, start_world
+from fastppo.engine import Engine
 from fastppo.faults import TrainingFault
 from fastppo.rules import validate
+from fastppo.world import start_world
 
 ROLES = {"separate": ["--critic.kind", "separate"], "shared": ["--critic.kind", "shared"]}
 

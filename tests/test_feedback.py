@@ -10,11 +10,11 @@ import torch
 from fastppo.batch import Moments, Rollout, pack
 from fastppo.config import Config, DataConfig, HealthConfig, PPOConfig, RewardConfig
 from fastppo.data import PromptSet
-from fastppo.engine import World, start_world
 from fastppo.errors import FastPPOError
 from fastppo.feedback import Responses, RewardError, load_functions, load_judge, load_sources, score
 from fastppo.feedback.score import _decode
 from fastppo.residency import Residency
+from fastppo.world import World, start_world
 
 TOKENIZER = tiny.tokenizer()
 CPU = torch.device("cpu")

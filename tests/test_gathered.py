@@ -11,9 +11,10 @@ from ppo_step import config_of
 
 from fastppo import gathered
 from fastppo.batch import pack
-from fastppo.engine import Engine, start_world
+from fastppo.engine import Engine
 from fastppo.gathered import GatheredPolicy
 from fastppo.models import Policy, fuse_head
+from fastppo.world import start_world
 
 SPLIT_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 

@@ -12,9 +12,9 @@ import tiny
 import torch
 from ppo_step import config_of, step
 
-from fastppo.engine import start_world
 from fastppo.learn import check_first_ratio
 from fastppo.microbatch import Minibatch, plan_step
+from fastppo.world import start_world
 
 
 @pytest.fixture(scope="module")

@@ -210,7 +210,7 @@ def test_deepspeed_s_hooks_gather_the_head_s_weight_and_reduce_its_gradient() ->
     """Under ZeRO-3 a weight is there in its module's own passes alone. One SGD step equals torch's."""
     import deepspeed
 
-    from fastppo.engine import start_world
+    from fastppo.world import start_world
 
     start_world(1)
     torch.manual_seed(0)

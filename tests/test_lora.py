@@ -10,13 +10,14 @@ from transformers import AutoModelForCausalLM
 
 from fastppo.checkpoint import export
 from fastppo.config import ActorLoraConfig, LoraConfig
-from fastppo.engine import start_world
 from fastppo.estimate import estimate
 from fastppo.learn import learn
 from fastppo.lora import add_adapters
 from fastppo.microbatch import plan_step
-from fastppo.models import ModelError, Policy, adapters_off, fuse_head, set_trainable
+from fastppo.models import ModelError, Policy, adapters_off, fuse_head
 from fastppo.roles import assemble
+from fastppo.trainable import set_trainable
+from fastppo.world import start_world
 
 TOKENS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 

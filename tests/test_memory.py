@@ -21,8 +21,9 @@ from fastppo.load import Source, load_causal, outline
 from fastppo.lora import add_adapters
 from fastppo.memory import Batch, Member, head_workspace, model_states, shares
 from fastppo.microbatch import pack_even
-from fastppo.models import Policy, fuse_head, set_trainable
+from fastppo.models import Policy, fuse_head
 from fastppo.ops import WORKSPACE_BYTES
+from fastppo.trainable import set_trainable
 
 CPU = torch.device("cpu")
 

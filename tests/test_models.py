@@ -6,7 +6,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fastppo import ops
 from fastppo.batch import pack
 from fastppo.errors import FastPPOError
-from fastppo.models import Critic, ModelError, Policy, ValueHead, check_packing, copy_backbone, fuse_head, set_trainable
+from fastppo.models import Critic, ModelError, Policy, ValueHead, check_packing, copy_backbone, fuse_head
+from fastppo.trainable import set_trainable
 
 SEQUENCES = [(5, 6, 7, 8, 9, 10, 11, 12), (9, 10), (11, 12, 13), (1, 2, 3)]
 PACKED = pack(SEQUENCES, [3, 1, 2, 1])

@@ -13,10 +13,10 @@ from architectures import preset
 from fastppo import plan
 from fastppo.cli import parse
 from fastppo.config import Config
-from fastppo.engine import World
 from fastppo.load import load_causal
 from fastppo.machine import Machine, parse_bytes
 from fastppo.models import ModelError
+from fastppo.world import World
 
 REWARDS = '[{"function": "a:b"}]'
 ALONE = World(0, 1, torch.device("cpu"))

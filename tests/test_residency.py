@@ -9,9 +9,9 @@ from ppo_step import config_of
 
 from fastppo.cli import parse
 from fastppo.config import Config
-from fastppo.engine import start_world
 from fastppo.residency import Residency, uses
 from fastppo.train import train
+from fastppo.world import start_world
 
 CPU = torch.device("cpu")
 

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 
 from fastppo import train_reward, train_sft
 from fastppo.cli import REWARD, SFT, parse
-from fastppo.engine import World, start_world
 from fastppo.examples import load_answers, load_pairs
 from fastppo.learner import assemble_learner, assemble_scorer
 from fastppo.supervised import Training, update
 from fastppo.train_reward import bradley_terry
 from fastppo.train_sft import negative_logprob
 from fastppo.trunk import TrunkStates
+from fastppo.world import World, start_world
 
 COMMANDS = {"pairs": "fastppo.train_reward", "answers": "fastppo.train_sft"}
 ROWS = [3, 1, 12, 7, 20, 9, 15, 4]

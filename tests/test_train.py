@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastppo.cli import parse
-from fastppo.engine import start_world
 from fastppo.errors import FastPPOError
 from fastppo.train import train
+from fastppo.world import start_world
 
 REWARD = """
 def letters(prompts, responses, **columns):

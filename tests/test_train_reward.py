@@ -19,7 +19,6 @@ from fastppo.batch import Moments, Rollout
 from fastppo.cli import REWARD, parse
 from fastppo.config import Config, ModelConfig, OptimConfig, PPOConfig, RewardConfig
 from fastppo.data import PromptSet
-from fastppo.engine import start_world
 from fastppo.examples import Examples, load_pairs
 from fastppo.feedback import load_sources, score
 from fastppo.learner import load_scorer
@@ -28,6 +27,7 @@ from fastppo.models import ModelError
 from fastppo.preference import initial_head
 from fastppo.residency import Residency
 from fastppo.train_reward import train
+from fastppo.world import start_world
 
 CPU = torch.device("cpu")
 

@@ -7,8 +7,9 @@ from ppo_step import config_of, step
 from test_models import PACKED
 
 from fastppo import models, trunk
-from fastppo.engine import start_world
-from fastppo.models import Policy, fuse_head, keep_trunk, set_trainable
+from fastppo.models import Policy, fuse_head, keep_trunk
+from fastppo.trainable import set_trainable
+from fastppo.world import start_world
 
 ALL = torch.arange(len(PACKED))
 

@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from fastppo.batch import Packed, pack
 from fastppo.config import ZeroConfig
-from fastppo.engine import Frozen, World, all_gather, even_passes
+from fastppo.engine import Frozen, even_passes
 from fastppo.feedback.responses import Responses, RewardError, Source, checked
 from fastppo.microbatch import IDLE, pack_alone
+from fastppo.world import World, all_gather
 
 log = logging.getLogger("fastppo")
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from fastppo.batch import Moments, Packed, Rollout, Scored, concatenate
 from fastppo.config import PPOConfig
 from fastppo.data import PromptSet
-from fastppo.engine import World, all_gather
 from fastppo.feedback.responses import Responses, RewardError, Source
+from fastppo.world import World, all_gather
 
 SMALLEST_STD = 1e-6  # a source that says the same of all responses would be divided by 0
 

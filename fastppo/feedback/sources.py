@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.config import Config, RewardConfig
-from fastppo.engine import Frozen, World
+from fastppo.engine import Frozen
 from fastppo.feedback.function import function_source
 from fastppo.feedback.model import ModelSource, ensemble
 from fastppo.feedback.pattern import pattern_source
@@ -15,6 +15,7 @@ from fastppo.feedback.remote import remote_source
 from fastppo.feedback.responses import Source
 from fastppo.load import DTYPES, frozen_partitions, load_reward
 from fastppo.residency import Residency
+from fastppo.world import World
 
 
 def load_functions(rewards: Sequence[RewardConfig], where: str = "rewards") -> dict[str, Source]:
