@@ -117,9 +117,10 @@ stop.check_alone = slowly
 
 main = train.train
 def recorded(*args):
-    main(*args)
+    done = main(*args)
     with open(f"{folder}/events-{rank}.json", "w") as file:
         json.dump(events, file)
+    return done
 train.train = recorded
 """
 
