@@ -14,6 +14,7 @@ from ppo_step import config_of, step
 
 from fastppo.learn import check_first_ratio
 from fastppo.microbatch import Minibatch, plan_step
+from fastppo.roles import assemble
 from fastppo.world import start_world
 
 
@@ -235,6 +236,7 @@ def test_an_update_beyond_the_level_of_approximate_kl_is_not_applied_and_the_las
     stop = ["--health.alarms", '[{"figure": "approx_kl", "level": 1e-5, "action": "stop_epoch"}]']
     one = step(config_of(model, *twice, *stop), world)
     assert [u.stopped for u in one.updates] == [False, True] and one.updates[1].approx_kl > 1e-5
-    plan = plan_step(one.experience.packed.lengths, config_of(model, *twice), 0, 1)
-    first = step(config_of(model, *twice), world, plan=[plan[0][:1]])
+    config = config_of(model, *twice)
+    plan = plan_step(one.experience.packed.lengths, config, 0, 1, assemble(config, world).attention)
+    first = step(config, world, plan=[plan[0][:1]])
     assert difference(one.parameters, first.parameters) == 0
