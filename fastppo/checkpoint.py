@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from fastppo import durable
 from fastppo.attention import ATTENTION
 from fastppo.config import ActorLoraConfig, AnyConfig, LoraConfig
-from fastppo.engine import Engine
+from fastppo.engine import Saved
 from fastppo.feedback import RewardError
 from fastppo.folder import LINES, sizes
 from fastppo.lora import merged_state, save_adapters
@@ -46,7 +46,7 @@ class Checkpoints:
     def __init__(
         self,
         config: AnyConfig,
-        engines: Mapping[str, Engine],
+        engines: Mapping[str, Saved],
         data: Iterable[Sequence[Sequence[int]]],
         world: World,
         *,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,14 @@ from fastppo.config import OptimConfig, ZeroConfig
 from fastppo.errors import FastPPOError
 
 T = TypeVar("T")
+
+
+class Saved(Protocol):
+    """What writes a part of a checkpoint and reads it again, on every rank; see `Engine.save`."""
+
+    def save(self, folder: Path, name: str, write: Callable[[Any, Path], None]) -> None: ...
+
+    def load(self, folder: Path, name: str) -> None: ...
 
 
 class EngineError(FastPPOError):

@@ -121,6 +121,8 @@ def learn(
         stopped = finite and update.approx_kl > limit
         for engine, _, learning_rates in jobs:  # all or none: a critic that learned alone would no longer fit the actor
             engine.step(learning_rates, apply=finite and not stopped)
+        if roles.average is not None and train_actor and finite and not stopped:
+            roles.average.update()
         if not finite:
             before = updates[-1].skipped if updates else skipped
             update = replace(update, skipped=before + 1)

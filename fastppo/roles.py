@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.attention import choose_attention
+from fastppo.average import Average
 from fastppo.config import Config
-from fastppo.engine import Engine, Frozen, check_nvme
+from fastppo.engine import Engine, Frozen, Saved, check_nvme
 from fastppo.gathered import GatheredPolicy
 from fastppo.load import DTYPES, load_policies
 from fastppo.models import Policy, attention_ratio
@@ -26,11 +27,13 @@ class Roles:
     gathered: GatheredPolicy  # the actor to sample from and to export
     tokenizer: PreTrainedTokenizerBase
     residency: Residency
+    average: Average | None  # of the actor's weights
 
     @property
-    def engines(self) -> dict[str, Engine]:
-        """Those that train, by the role's name."""
-        return {"actor": self.actor} | ({} if self.critic is None else {"critic": self.critic})
+    def saved(self) -> dict[str, Saved]:
+        """What checkpoints hold, by name."""
+        parts: dict[str, Saved | None] = {"actor": self.actor, "critic": self.critic, "average": self.average}
+        return {name: part for name, part in parts.items() if part is not None}
 
     @property
     def policy(self) -> Policy:
@@ -67,4 +70,5 @@ def assemble(config: Config, world: World) -> Roles:
     if zero.parameters_on != "none":  # else the copy stays where it is, as recorded CUDA graphs ask
         residency.add("gathered", gathered, keep=False)
     residency.enter("loading")
-    return Roles(actor, trained_critic, frozen, gathered, tokenizer, residency)
+    average = None if config.actor.average is None else Average(policy, config.actor.average, world)
+    return Roles(actor, trained_critic, frozen, gathered, tokenizer, residency, average)

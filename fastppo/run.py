@@ -97,7 +97,7 @@ def set_up(config: Config, world: World) -> Setup:
     )
     sources, judge = (load(config, roles.tokenizer, world, roles.residency) for load in (load_sources, load_judge))
     tokens = (data.tokens, heldout.tokens)
-    checkpoints = Checkpoints(config, roles.engines, tokens, world, enter=roles.residency.enter)
+    checkpoints = Checkpoints(config, roles.saved, tokens, world, enter=roles.residency.enter)
     progress = checkpoints.load(found, Progress.begin(config, world.rank))
     recall_experience(progress, roles, config, world)
     return Setup(
@@ -122,8 +122,15 @@ def evaluate_if_due(setup: Setup, tracker: Tracker) -> None:
     if not (config.eval.prompts and due and run.evaluated < run.step):
         return
     found = evaluate(setup.roles, setup.heldout, setup.sources, setup.stop_ids, config, setup.world, setup.judge)
+    metrics = found.metrics
+    if setup.roles.average is not None:
+        with setup.roles.average.in_place():
+            averaged = evaluate(
+                setup.roles, setup.heldout, setup.sources, setup.stop_ids, config, setup.world, setup.judge
+            )
+        metrics = metrics | {f"average/{name}": value for name, value in averaged.metrics.items()}
     run.add_evaluation(found)
-    tracker.log_evaluation(run.step, found.metrics)
+    tracker.log_evaluation(run.step, metrics)
     kept = heldout_responses(setup.heldout.texts, found.responses, found.scores, count=config.track.responses)
     tracker.log_responses(run.step, kept)
 
@@ -146,6 +153,11 @@ def finish(setup: Setup) -> None:
     """Show held-out responses before and after, and leave the actor in `output`/actor."""
     config, roles, evaluations = setup.config, setup.roles, setup.progress.evaluations
     roles.residency.enter("sampling")
+    if roles.average is not None:
+        with roles.average.in_place():
+            averaged = roles.gathered.policy()
+            if setup.world.rank == 0:
+                export(averaged, roles.tokenizer, setup.output / "actor-average", config.actor.lora)
     trained = roles.gathered.policy()
     if setup.world.rank != 0:
         return

@@ -43,6 +43,9 @@ class ActorConfig:
     (`*.mlp.*`). With LoRA: where there are adapters."""
     lr: float = 3e-6
     """Peak learning rate of the actor."""
+    average: float | None = None
+    """Decay, for each update, of an exponential moving average of the actor's weights, 0.99 for example. It is
+    evaluated (`eval/average/...`) and exported to `output`/actor-average beside the actor; off when left out."""
     lora: ActorLoraConfig = field(default_factory=ActorLoraConfig)
 
 

@@ -43,7 +43,7 @@ RANGES: Ranges = (
     ),
     ("greater than 1", lambda x: 1 < x < math.inf, "ppo.dual_clip health.raise_kl"),
     ("between 0 and 1", lambda x: 0 <= x <= 1, "ppo.gamma ppo.lam"),
-    ("greater than 0 and less than 1", lambda x: 0 < x < 1, "ppo.clip_low"),
+    ("greater than 0 and less than 1", lambda x: 0 < x < 1, "actor.average ppo.clip_low"),
     ("greater than 0 and at most 1", lambda x: 0 < x <= 1, "sampling.top_p"),
 )
 

@@ -1,0 +1,102 @@
+"""The moving average of the actor's weights: its numbers, and that it is evaluated, exported and resumed."""
+
+import pytest
+import tiny
+import torch
+import whole_runs
+from forks import Forks
+from transformers import AutoModelForCausalLM
+
+from fastppo.average import Average
+from fastppo.models import Policy, fuse_head
+from fastppo.trainable import set_trainable
+from fastppo.world import World
+
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def policy():
+    policy = Policy(fuse_head(tiny.causal(dtype=torch.bfloat16)))
+    set_trainable(policy, 1)
+    return policy
+
+
+def moved(policy, seed):
+    """Each weight that trains, after a step in some direction."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in policy.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=generator).to(p.dtype), alpha=0.1)
+    return {n: p.detach().double() for n, p in policy.model.named_parameters() if p.requires_grad}
+
+
+def test_it_is_the_sum_of_all_weights_that_were_each_older_one_counting_less(policy, tmp_path):
+    weights = [{n: p.detach().double() for n, p in policy.model.named_parameters() if p.requires_grad}]
+    average = Average(policy, 0.75, WORLD)
+    for seed in range(3):
+        weights.append(moved(policy, seed))
+        average.update()
+    kept = {}
+    average.save(tmp_path, "average", lambda state, path: kept.update(state))
+    shares = [0.75**3, 0.25 * 0.75**2, 0.25 * 0.75, 0.25]
+    assert kept.keys() == weights[0].keys()  # what does not train is its own average
+    for name, value in kept.items():
+        expected = sum(share * w[name] for share, w in zip(shares, weights, strict=True))
+        assert torch.allclose(value.double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_it_takes_the_actors_place_and_leaves_it_as_it_was(policy):
+    average = Average(policy, 0.5, WORLD)
+    moved(policy, 1)
+    average.update()
+    before = {n: p.clone() for n, p in policy.named_parameters()}
+    with average.in_place():
+        inside = {n: p.clone() for n, p in policy.named_parameters()}
+    for name, p in policy.named_parameters():
+        assert torch.equal(p, before[name])
+        assert torch.equal(inside[name], before[name]) != p.requires_grad
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    with Forks(tmp_path_factory.mktemp("logs")) as forks:
+        yield forks
+
+
+def exported(output, name):
+    return dict(AutoModelForCausalLM.from_pretrained(output / name).named_parameters())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, forks):
+    folder = whole_runs.prepare(tmp_path_factory.mktemp("runs"))
+
+    def run(name, ranks=1, **changes):
+        same = {"actor__average": 0.8, "optim__dtype": "fp32", "steps": 2, "eval__every": 1}
+        changes = same | {"optim__schedule": "constant"} | changes
+        forks.run(whole_runs.settings(folder, folder / name, **changes), ranks)
+        return folder / name
+
+    return run
+
+
+def test_a_run_evaluates_exports_and_resumes_it(run):
+    straight = run("straight")
+    run("resumed", steps=1)
+    resumed = run("resumed", resume="auto")
+    kept, again = (whole_runs.state(output)["average/rank-00000.pt"] for output in (straight, resumed))
+    assert whole_runs.same(kept, again)
+    last, averaged = exported(straight, "actor"), exported(straight, "actor-average")
+    assert not torch.equal(last["model.layers.2.mlp.up_proj.weight"], averaged["model.layers.2.mlp.up_proj.weight"])
+    assert all(torch.equal(p, averaged[n]) for n, p in exported(resumed, "actor-average").items())
+    evaluations = [r for r in whole_runs.records(straight) if "eval/score" in r]
+    assert evaluations[0]["eval/average/score"] is not None and len(evaluations) == 3
+
+
+def test_where_zero_splits_the_weights_it_is_the_same(run):
+    whole = exported(run("whole", ranks=2), "actor-average")
+    split = exported(run("split", ranks=2, zero__stage=3, zero__offload="cpu"), "actor-average")
+    for name, p in whole.items():
+        assert torch.allclose(p, split[name], atol=1e-4), name
