@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO)
     with exit_with_message(rank=0):
         try:
-            auto_cli(serve, args=argv)
+            auto_cli(serve, as_positional=False, args=argv)
         except KeyboardInterrupt:
             return
         except OSError as error:  # the address

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -184,6 +186,26 @@ def test_our_server_says_what_its_model_says(reward_server):
     packed = source.tokenised(RESPONSES.prompts, RESPONSES.texts)
     assert ask(url, request_size=2) == pytest.approx(source.scores(packed, TEXTS), abs=1e-5)
     assert json.load(urlopen(url)) == {"model": "tiny"}
+
+
+def test_the_command_serves_a_model_and_says_where_and_why_not(tmp_path):
+    command = [sys.executable, "-m", "fastppo.serve_reward", "--dtype", "fp32", "--model"]
+    one = tiny.saved(tmp_path / "one", tiny.classifier())
+    two = tiny.saved(tmp_path / "two", tiny.classifier(labels=2))
+
+    def refused(*arguments):
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        return done.stderr
+
+    with subprocess.Popen([*command, one, "--port", "0"], stdout=subprocess.PIPE, text=True) as server:
+        try:
+            url = server.stdout.readline().split()[-1]
+            assert len(ask(url)) == len(TEXTS)
+            assert "cannot be listened on (Address already in use)" in refused(one, "--port", url.rpartition(":")[2])
+        finally:
+            server.terminate()
+    assert "has 2 labels" in refused(two)
 
 
 @pytest.mark.parametrize(
