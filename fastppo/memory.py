@@ -202,7 +202,7 @@ def sampling_needs(actor: Footprint, config: Config, batch: Batch) -> Bytes:
     logits = batch.rows * actor.vocabulary * b
     if sampling.top_p < 1.0:  # logits in fp32, sorted, their order in int64, probabilities and their sums
         logits += batch.rows * actor.vocabulary * (4 + 4 + 8 + 4 + 4)
-    if sampling.top_k or sampling.min_new_tokens > 1:  # a copy with what is ruled out
+    if sampling.top_k or sampling.min_new_tokens:  # a copy with what is ruled out
         logits += batch.rows * actor.vocabulary * b
     gather = GATHER_BYTES if config.zero.stage == 3 else 0
     # Decode attention copies the rows of one layer at a time where it has no kernel of its own, on CUDA.

@@ -18,7 +18,7 @@ def policy(family="llama", **settings):
 
 def rollout(actor, chosen=range(5), *, seed=3, stops=(), temperature=1.0, samples=1, first=0, **settings):
     prompts = Prompts.of(PROMPTS, list(chosen), first=first, samples=samples)
-    config = SamplingConfig(**{"max_new_tokens": 12, "min_new_tokens": 1, "temperature": temperature} | settings)
+    config = SamplingConfig(**{"max_new_tokens": 12, "temperature": temperature} | settings)
     return sample(actor, prompts, config, stop_ids=stops, seed=seed)
 
 
@@ -94,8 +94,14 @@ def test_no_stop_token_before_the_minimum_length():
     actor = policy()
     stops = list(range(0, 257, 2))
     found = responses(rollout(actor, stops=stops, min_new_tokens=6))
-    assert all(token not in stops for response in found for token in response[:5])
-    assert any(len(response) == 6 for response in found)
+    assert all(token not in stops for response in found for token in response[:6])
+    assert any(len(response) == 7 for response in found)
+
+
+def test_no_response_ends_where_the_minimum_length_is_the_longest():
+    found = rollout(policy(), stops=list(range(0, 257, 2)), max_new_tokens=6, min_new_tokens=6)
+    assert found.packed.response_lengths.tolist() == [6] * 5 and not found.ended.any()
+    assert all(token % 2 for response in responses(found) for token in response)
 
 
 def test_a_stop_token_may_be_the_only_token():

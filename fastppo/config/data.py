@@ -55,8 +55,9 @@ class SamplingConfig:
     """Only the k most likely tokens; 0 is off."""
     max_new_tokens: int = 128
     """Longest response, in tokens, the EOS included."""
-    min_new_tokens: int = 1
-    """No stop token may be drawn before this many tokens."""
+    min_new_tokens: int = 0
+    """No stop token may be drawn as one of so many first tokens, as in transformers' `generate`; where it is
+    `max_new_tokens`, none ever."""
     samples_per_prompt: int = 1
     """Responses to each prompt; `ppo.batch_size` counts responses."""
     stop_tokens: tuple[str, ...] = ()

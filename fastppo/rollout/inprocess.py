@@ -121,7 +121,7 @@ class _Decoding:
 
     def _draw(self, logits: Tensor, position: int) -> Tensor:
         """logits (active, V) -> tokens (rows,), those of rows at rest being old; notes which rows have ended."""
-        if position < self.config.min_new_tokens - 1 and len(self.stop_ids):
+        if position < self.config.min_new_tokens and len(self.stop_ids):
             logits = logits.index_fill(1, self.stop_ids, float("-inf"))
         logits = restrict(logits, self.config.temperature, self.config.top_k, self.config.top_p)
         stream = self.streams[self.active]
