@@ -27,6 +27,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from fastppo.errors import FastPPOError, exit_with_message
+
 T = TypeVar("T")
 
 # DeepSpeed calls collectives by names that torch is about to change; nobody who trains can do anything about it.
@@ -63,14 +65,26 @@ def start_world(threads: int | None, timeout: float = 1800.0) -> World:
         accelerator.set_device(local_rank)
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else accelerator.communication_backend_name()
-        with quiet():
-            deepspeed.init_distributed(
-                dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout)
-            )
+        with exit_with_message(int(os.environ["RANK"])):
+            _join(backend, timedelta(seconds=timeout))
         _forget_shared_memory()
     # Agreeing on a flag over gloo leaves a GPU's queue of kernels alone; over NCCL the host would wait for it.
     control = None if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
     return World(dist.get_rank(), dist.get_world_size(), device, launcher, control)
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    try:
+        with quiet():
+            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        raise FastPPOError(
+            f"port {port} of this machine, where the ranks are to meet, is in use, perhaps by another run. Give this"
+            f" one another: deepspeed --master_port {int(port) + 1} fastppo/train.py ..."
+        ) from error
 
 
 def _forget_shared_memory() -> None:
