@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastppo import durable
 from fastppo.attention import ATTENTION
-from fastppo.config import ActorLoraConfig, AnyConfig, LoraConfig
+from fastppo.config import ActorLoraConfig, AnyConfig, Config, LoraConfig
 from fastppo.engine import Saved
 from fastppo.feedback import RewardError
 from fastppo.folder import LINES, sizes
@@ -52,7 +52,7 @@ class Checkpoints:
         *,
         enter: Callable[[str], None] = lambda stage: None,
     ):
-        """engines: what trains, by name; data: tokens for training and held-out; on resuming it must be what it was.
+        """engines: what trains, by name; data: tokens that the run depends on; on resuming they must be what they were.
 
         enter: called with `checkpoint` before engines are saved or loaded (`Residency.enter`).
         """
@@ -65,6 +65,9 @@ class Checkpoints:
             for tokens in part:
                 digest.update(array("q", [len(tokens), *tokens]))
         self._prompts = f"{'+'.join(counts)}-{digest.hexdigest()[:16]}"
+        self._paths = f"data.path = {config.data.path}"
+        if isinstance(config, Config) and config.ptx.path:
+            self._paths += f" and ptx.path = {config.ptx.path}"
 
     def load(self, found: Found | None, run: R) -> R:
         """The run as it begins, goes on or goes back to, with the engines' weights and optimizers as they were."""
@@ -75,7 +78,7 @@ class Checkpoints:
         if found.about["prompts"] != self._prompts:
             raise CheckpointError(
                 f"{found.folder} was made with other data ({found.about['prompts']}, number and hash) than that of"
-                f" data.path = {self._config.data.path} now ({self._prompts}). Give the data as it was, or"
+                f" {self._paths} now ({self._prompts}). Give the data as it was, or"
                 " --resume null to begin anew."
             )
         self._enter("checkpoint")

@@ -71,7 +71,7 @@ def template_tokens(
     if tokenizer.chat_template is None:
         raise DataError(
             f"{where} is chat, but the tokenizer has no chat template. Use an instruction-tuned model's tokenizer, or"
-            " plain text with data.chat auto or never."
+            " plain text with a chat of auto or never."
         )
     try:
         ids = tokenizer.apply_chat_template(
@@ -87,7 +87,9 @@ def _as_messages(value: Any, role: str, config: ExamplesConfig, where: str) -> M
     if not are_messages(messages):
         raise DataError(f"{where} hold neither text nor chat messages ({{role, content}}), but {_shown(value)}.")
     if config.chat == "never":
-        raise DataError(f"{where} is a list of chat messages, and data.chat is never. Set it to auto or always.")
+        raise DataError(
+            f"{where} is a list of chat messages, and {config.group}.chat is never. Set it to auto or always."
+        )
     return list(messages)
 
 

@@ -1,4 +1,4 @@
-"""What the stages before PPO learn from: preference pairs, and responses to prompts."""
+"""What is learned from beside responses of PPO's own: preference pairs, responses to prompts, and text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastppo.batch import Packed, pack
-from fastppo.config import AnswersConfig, ExamplesConfig, PairsConfig
+from fastppo.config import AnswersConfig, ExamplesConfig, PairsConfig, PtxConfig
 from fastppo.conversation import Answered, answered, turns
 from fastppo.table import DataError, Table, read_table
 
@@ -95,14 +95,33 @@ def load_answers(
     return _load(config, partial(_answers, config=config, tokenizer=tokenizer), 1, heldout, context)
 
 
+class _TextConfig(AnswersConfig):
+    group = "ptx"
+
+
+def load_texts(config: PtxConfig, tokenizer: PreTrainedTokenizerBase, *, context: int | None) -> Examples:
+    """The text of PPO-ptx, one response a row, as `load_answers` reads it. None is held out."""
+    own = {f.name for f in fields(PtxConfig)} & {f.name for f in fields(AnswersConfig)}
+    answers = _TextConfig(**{name: getattr(config, name) for name in own})
+    _check_context(answers, context)
+    read = partial(_answers, config=answers, tokenizer=tokenizer)
+    texts = _together(_usable(read_table(config.path, config.name, config.split), answers, read), 1)
+    log.info("%s: %d texts of %d tokens to learn beside", config.path, len(texts), len(texts.packed.tokens))
+    return texts
+
+
+def _check_context(config: ExamplesConfig, context: int | None) -> None:
+    if context is not None and config.max_tokens > context:
+        raise DataError(
+            f"{config.group}.max_tokens is {config.max_tokens}, but the model's context holds {context} tokens. Set it"
+            f" to {context} or less; {config.group}.too_long says what happens to longer examples."
+        )
+
+
 def _load(
     config: ExamplesConfig, read: Reader, each: int, heldout: int, context: int | None
 ) -> tuple[Examples, Examples]:
-    if context is not None and config.max_tokens > context:
-        raise DataError(
-            f"data.max_tokens is {config.max_tokens}, but the model's context holds {context} tokens. Set it to"
-            f" {context} or less; data.too_long says what happens to longer examples."
-        )
+    _check_context(config, context)
     found = _usable(read_table(config.path, config.name, config.split), config, read)
     if config.eval_path is None:
         chosen = found[:heldout]
@@ -139,20 +158,20 @@ def _usable(table: Table, config: ExamplesConfig, read: Reader) -> list[Example]
     for candidate in read(table):
         problem = _problem(candidate)
         if problem is not None and config.unusable == "error":
-            raise DataError(f"{candidate.where}: {problem}. Remove the row, or set data.unusable to drop.")
+            raise DataError(f"{candidate.where}: {problem}. Remove the row, or set {config.group}.unusable to drop.")
         longest = max(len(prompt) + len(answer) for prompt, answer in candidate.answers)
         if problem is None and longest > config.max_tokens:
             if config.too_long == "error":
                 raise DataError(
-                    f"{candidate.where}: prompt and answer have {longest} tokens, more than data.max_tokens"
-                    f" {config.max_tokens}. Raise it, or set data.too_long to drop or cut."
+                    f"{candidate.where}: prompt and answer have {longest} tokens, more than {config.group}.max_tokens"
+                    f" {config.max_tokens}. Raise it, or set {config.group}.too_long to drop or cut."
                 )
             if config.too_long == "drop":
-                problem = f"longer than data.max_tokens {config.max_tokens}"
+                problem = f"longer than {config.group}.max_tokens {config.max_tokens}"
             else:
                 candidate, cut = _cut(candidate, config.max_tokens), cut + 1
                 if (problem := _problem(candidate)) is not None:
-                    problem = f"{problem} once cut at data.max_tokens {config.max_tokens}"
+                    problem = f"{problem} once cut at {config.group}.max_tokens {config.max_tokens}"
         if problem is not None:
             dropped[problem] += 1
             continue
@@ -166,7 +185,8 @@ def _usable(table: Table, config: ExamplesConfig, read: Reader) -> list[Example]
         count = dropped.total()
         log.warning("%s: left out %d of %d examples: %s", table.source, count, count + len(examples), reasons)
     if cut:
-        log.warning("%s: cut the answers of %d examples at data.max_tokens %d", table.source, cut, config.max_tokens)
+        limit = f"{config.group}.max_tokens {config.max_tokens}"
+        log.warning("%s: cut the answers of %d examples at %s", table.source, cut, limit)
     return examples
 
 
@@ -195,8 +215,8 @@ def _example(candidate: Candidate) -> Example:
 
 def _pairs(table: Table, config: PairsConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Candidate]:
     prompts = _prompts(table, config)
-    answers = (table.column(config.chosen, "chosen"), table.column(config.rejected, "rejected"))
-    margins = [0.0] * len(table) if config.margin is None else table.column(config.margin, "margin")
+    answers = (_column(table, config, "chosen"), _column(table, config, "rejected"))
+    margins = [0.0] * len(table) if config.margin is None else _column(table, config, "margin")
     for row in _order(table, config):
         where = table.where(row)
         margin = margins[row] if config.margin is None else _number(margins[row], f"{where}: column {config.margin}")
@@ -211,7 +231,7 @@ def _rated_pairs(table: Table, config: PairsConfig, tokenizer: PreTrainedTokeniz
     """Answers to one prompt, the best with the worst, the second best with the second worst, and so on."""
     assert config.rating is not None
     prompts = _prompts(table, config)
-    answers, ratings = table.column(config.answer, "answer"), table.column(config.rating, "rating")
+    answers, ratings = _column(table, config, "answer"), _column(table, config, "rating")
     of_prompt: dict[str, list[tuple[float, int]]] = {}
     for row in _order(table, config):
         rating = _number(ratings[row], f"{table.where(row)}: column {config.rating}")
@@ -233,20 +253,25 @@ def _rated_pairs(table: Table, config: PairsConfig, tokenizer: PreTrainedTokeniz
 
 def _answers(table: Table, config: AnswersConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Candidate]:
     if config.messages is not None:
-        conversations = table.column(config.messages, "messages")
+        conversations = _column(table, config, "messages")
         for row in _order(table, config):
             where = f"{table.where(row)}, column {config.messages}"
             for turn in turns(conversations[row], config, where, tokenizer):
                 yield Candidate(where, (turn,))
         return
-    prompts, responses = _prompts(table, config), table.column(config.response, "response")
+    prompts, responses = _prompts(table, config), _column(table, config, "response")
     for row in _order(table, config):
         where = f"{table.where(row)}, columns {config.prompt} and {config.response}"
         yield Candidate(where, (answered(prompts[row], responses[row], config, where, tokenizer),))
 
 
 def _prompts(table: Table, config: ExamplesConfig) -> list[Any]:
-    return [None] * len(table) if config.prompt is None else table.column(config.prompt, "prompt")
+    return [None] * len(table) if config.prompt is None else _column(table, config, "prompt")
+
+
+def _column(table: Table, config: ExamplesConfig, setting: str) -> list[Any]:
+    """The column that this setting names."""
+    return table.column(getattr(config, setting), f"{config.group}.{setting}")
 
 
 def _order(table: Table, config: ExamplesConfig) -> list[int]:

@@ -20,6 +20,7 @@ from fastppo.faults import note_fault
 from fastppo.microbatch import Minibatch
 from fastppo.models import Policy, hidden_states
 from fastppo.ppo import step_rates
+from fastppo.ptx import Texts, add_gradient
 from fastppo.roles import Roles
 from fastppo.world import World, all_max, all_sum
 
@@ -46,6 +47,7 @@ class Update:
     value_clip_fraction: float
     actor_grad_norm: float  # before clipping; of both where actor and critic share a backbone
     critic_grad_norm: float
+    ptx_loss: float = 0.0  # of the text that is mixed in, before its coefficient, nats a token; 0 where there is none
     skipped: int = 0  # updates in a row, this one included, that were not applied: loss or gradient was not finite
     stopped: bool = False  # not applied, and the last of its batch: its approx_kl is beyond `kl_limit`
 
@@ -96,17 +98,21 @@ def learn(
     world: World,
     updates: list[Update] | None = None,
     skipped: int = 0,
+    texts: Texts | None = None,
 ) -> list[Update]:
     """One update for each minibatch of the plan.
 
     step: which PPO step of the run this is, counted from 0, for the learning rates and the critic's warm-up;
     beta: coefficient of a KL penalty in the loss; updates: those already done, to which the others are added as they
-    are done; skipped: updates in a row that were not applied at the end of the step before. An update that finds the
-    policy further from the one that sampled than `kl_limit` is not applied and the last, on all ranks alike.
+    are done; skipped: updates in a row that were not applied at the end of the step before; texts: mixed into the
+    actor's updates. An update that finds the policy further from the one that sampled than `kl_limit` is not
+    applied and the last, on all ranks alike.
     """
     updates = [] if updates is None else updates
     limit = kl_limit(config.health)
     rates, train_actor = step_rates(config, step), step >= config.critic.warmup_steps
+    texts = texts if train_actor else None
+    chosen = iter(()) if texts is None else texts.from_update(step * len(rates) + len(updates))
     minibatches = [(epoch, minibatch) for epoch, part in enumerate(plan) for minibatch in part]
     for epoch, minibatch in minibatches[len(updates) :]:
         if updates and updates[-1].stopped:
@@ -114,9 +120,11 @@ def learn(
         actor_rate, critic_rate = rates[len(updates)]
         jobs = _jobs(roles, actor_rate, critic_rate, train_actor)
         tokens = int(experience.packed.response_lengths[torch.cat(minibatch.microbatches)].sum())
+        ptx_loss = 0.0 if texts is None else add_gradient(texts, next(chosen), roles.actor, world)
         sums = _accumulate(jobs, experience, minibatch, tokens, roles, config, beta, world)
         norms = [engine.gradient_norm() for engine, _, _ in jobs]
         update = _summarise(epoch, sums, tokens, norms[0] if train_actor else math.nan, norms[-1], world)
+        update = replace(update, ptx_loss=ptx_loss)
         finite = _finite(update, norms, train_actor)
         stopped = finite and update.approx_kl > limit
         for engine, _, learning_rates in jobs:  # all or none: a critic that learned alone would no longer fit the actor
@@ -142,7 +150,7 @@ def kl_limit(health: HealthConfig) -> float:
 def _finite(update: Update, norms: list[float], train_actor: bool) -> bool:
     """Whether loss and gradients are numbers. Both are sums over all ranks, so the ranks agree."""
     losses = [update.value_loss, update.policy_loss, update.kl_loss] if train_actor else [update.value_loss]
-    return all(math.isfinite(x) for x in (*losses, *norms))
+    return all(math.isfinite(x) for x in (*losses, update.ptx_loss, *norms))
 
 
 def policy_term(policy: Policy, hidden: Tensor, targets: Targets, config: Config) -> tuple[Tensor, Sums]:

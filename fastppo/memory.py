@@ -170,11 +170,21 @@ class Batch:
         prompt = config.data.first_tokens or config.data.max_prompt_tokens
         new, ppo = config.sampling.max_new_tokens, config.ppo
         length = prompt + new
-        mine = -(-ppo.batch_size // ppo.minibatches // ranks) or 1
-        fit = max(ppo.microbatch_tokens // length, 1)
-        sequences = -(-mine // -(-mine // fit))  # as `microbatch.pack_even` spreads them
+        sequences = _in_microbatch(-(-ppo.batch_size // ppo.minibatches // ranks), length, config)
         rows = bucket(min(config.sampling.rows, -(-ppo.batch_size // ranks)))
         return Batch(sequences, length, sequences * new, -(-ppo.batch_size // ranks) * length, rows, prompt)
+
+    def with_texts(self, config: Config, ranks: int) -> Batch:
+        """The same rank's batch while a microbatch of PPO-ptx is computed, of whose tokens each is a response's."""
+        length = config.ptx.max_tokens
+        sequences = _in_microbatch(-(-config.ptx.batch_size // ranks), length, config)
+        return replace(self, sequences=sequences, length=length, responses=sequences * length)
+
+
+def _in_microbatch(sequences: int, length: int, config: Config) -> int:
+    """How many of a rank's sequences of one update share a microbatch, as `microbatch.pack_even` spreads them."""
+    mine, fit = sequences or 1, max(config.ppo.microbatch_tokens // length, 1)
+    return -(-mine // -(-mine // fit))
 
 
 def head_workspace(size: Footprint, tokens: int, *, reference: bool, gradient: bool) -> tuple[int, int]:
@@ -257,7 +267,7 @@ def _in_stage(member: Member, stage: str, config: Config, ranks: int, batch: Bat
     found = _at_rest(member, states, config, learning=stage == "learning", used=asked)
     if asked:
         found += buffers(member, config, ranks) if stage == "learning" else _prefetch(member, config)
-    return found + Places(gpu=_needs(member, stage, config, batch))
+    return found + Places(gpu=_needs(member, stage, config, ranks, batch))
 
 
 def _used_in(member: Member, config: Config) -> set[str]:
@@ -291,7 +301,7 @@ def _prefetch(member: Member, config: Config) -> Places:
     return Places(gpu=Bytes(workspace=min(PREFETCH_BUCKET, member.weights) * member.size.bytes))
 
 
-def _needs(member: Member, stage: str, config: Config, batch: Batch) -> Bytes:
+def _needs(member: Member, stage: str, config: Config, ranks: int, batch: Batch) -> Bytes:
     """What a role adds to a stage for a while: activations, cache, workspace, weights gathered to sample from."""
     kept = Bytes(activations=trunk_states(member, batch)) if stage == "learning" else Bytes()
     if stage not in _used_in(member, config):
@@ -300,7 +310,10 @@ def _needs(member: Member, stage: str, config: Config, batch: Batch) -> Bytes:
         whole = member.size.parameters * member.size.bytes if config.zero.stage == 3 else 0
         return Bytes(weights=whole) + sampling_needs(member.size, config, batch)
     if stage == "learning" and member.trains:
-        return learning_needs(member, config, batch)
+        found = [learning_needs(member, config, batch)]
+        if member.name == "actor" and config.ptx.coef:
+            found.append(learning_needs(member, config, batch.with_texts(config, ranks)))
+        return max(found, key=lambda amount: amount.total)
     return asking_needs(member, config, batch, head=member.name in ("actor", "reference"))
 
 

@@ -44,6 +44,8 @@ def step_metrics(experience: Experience, updates: Sequence[Update], seconds: Map
         metrics[name] = fmean(getattr(u, name) for u in updates)
     for name in ("value_loss", "value_clip_fraction", "actor_grad_norm", "critic_grad_norm"):
         metrics[name] = fmean(getattr(u, name) for u in updates)
+    if any(u.ptx_loss for u in updates):  # else no text is mixed in
+        metrics["ptx_loss"] = fmean(u.ptx_loss for u in updates)
     metrics["ratio_max"] = max(u.ratio_max for u in updates)
     for epoch in sorted({u.epoch for u in updates}):
         of_epoch = [u for u in updates if u.epoch == epoch]

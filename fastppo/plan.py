@@ -183,6 +183,7 @@ def _options(config: Config, machine: Machine) -> Iterator[Change]:
     """Changes from the cheapest to the dearest; of a kind, the smallest step first."""
     gpu, zero = machine.gpu is not None, config.zero
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
+    texts, longest = (config.ptx.batch_size, max(longest, config.ptx.max_tokens)) if config.ptx.coef else (0, longest)
     if not config.optim.activation_checkpointing:
         yield {"optim.activation_checkpointing": True}
     for part in (2, 4, 8):
@@ -207,7 +208,8 @@ def _options(config: Config, machine: Machine) -> Iterator[Change]:
     if gpu and "nvme" not in (zero.optimizer_on, zero.parameters_on):
         yield {"zero.stage": 3, "zero.offload": "nvme", "zero.nvme_path": zero.nvme_path or "/local_nvme"}
     for times in (2, 4, 8, 16):
-        if config.ppo.batch_size // config.ppo.minibatches % (times * machine.ranks) == 0:
+        ranks = times * machine.ranks
+        if config.ppo.batch_size // config.ppo.minibatches % ranks == 0 and texts % ranks == 0:
             yield {"nodes": times * machine.nodes, "zero.stage": 3}
 
 

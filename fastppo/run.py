@@ -23,6 +23,7 @@ from fastppo.nodes import check_output_is_shared
 from fastppo.plan import check_plan
 from fastppo.ppo import step_rates
 from fastppo.progress import Progress, recall_experience
+from fastppo.ptx import Texts
 from fastppo.responses import heldout_responses, training_responses
 from fastppo.resume import find_checkpoint
 from fastppo.roles import Roles, assemble
@@ -42,6 +43,7 @@ class Setup:
     judge: Sequence[tuple[Source, float]]  # the held-out one; empty without
     data: PromptSet  # to train on
     heldout: PromptSet
+    texts: Texts | None  # mixed into the updates
     stop_ids: list[int]  # tokens that end a response
     checkpoints: Checkpoints
     progress: Progress  # where the run is; the one part that changes
@@ -96,8 +98,9 @@ def set_up(config: Config, world: World) -> Setup:
         reserve=config.sampling.max_new_tokens,
     )
     sources, judge = (load(config, roles.tokenizer, world, roles.residency) for load in (load_sources, load_judge))
-    tokens = (data.tokens, heldout.tokens)
-    checkpoints = Checkpoints(config, roles.saved, tokens, world, enter=roles.residency.enter)
+    texts = Texts.load(config, roles.tokenizer, context=roles.context, attention=roles.attention)
+    learned = [data.tokens, heldout.tokens, *([] if texts is None else [texts.examples.tokens])]
+    checkpoints = Checkpoints(config, roles.saved, learned, world, enter=roles.residency.enter)
     progress = checkpoints.load(found, Progress.begin(config, world.rank))
     recall_experience(progress, roles, config, world)
     return Setup(
@@ -108,6 +111,7 @@ def set_up(config: Config, world: World) -> Setup:
         judge=judge,
         data=data,
         heldout=heldout,
+        texts=texts,
         stop_ids=stop_ids(roles.policy, roles.tokenizer, config.sampling),
         checkpoints=checkpoints,
         progress=progress,

@@ -33,11 +33,11 @@ class Table:
     def where(self, row: int) -> str:
         return f"{self.source}, line {self.lines[row]}" if self.lines else f"{self.source}, row {row + 1}"
 
-    def column(self, name: str, setting: str = "column") -> list[Any]:
-        """setting: in `data`, by which the user names the column."""
+    def column(self, name: str, setting: str = "data.column") -> list[Any]:
+        """setting: by which the user names the column."""
         if name not in self.columns:
             raise DataError(
-                f"{self.source} has no column {name}. It has {', '.join(self.columns)}; name one with data.{setting}."
+                f"{self.source} has no column {name}. It has {', '.join(self.columns)}; name one with {setting}."
             )
         return self.columns[name]
 

@@ -77,6 +77,7 @@ def ppo_step(setup: Setup, prompts: Prompts) -> Step:
             world=setup.world,
             updates=run.updates,
             skipped=run.skipped,
+            texts=setup.texts,
         )
     with stages("health"):
         health = watch(experience, updates, run.health, config, roles.tokenizer)

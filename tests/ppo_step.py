@@ -20,6 +20,7 @@ from fastppo.engine import gathered
 from fastppo.estimate import estimate
 from fastppo.learn import Update, learn
 from fastppo.microbatch import Minibatch, plan_step
+from fastppo.ptx import Texts
 from fastppo.roles import Roles, assemble
 from fastppo.rollout import sample
 from fastppo.world import World, start_world, stop_world
@@ -56,7 +57,8 @@ def step(config: Config, world: World, *, plan: list[list[Minibatch]] | None = N
     scored = responses(roles)
     plan = plan or plan_step(scored.rollout.packed.lengths, config, 0, world.ranks, roles.attention)
     experience = estimate(scored, roles, plan[0], config, config.ppo.kl_coef, world)
-    updates = learn(experience, roles, plan, config, step=0, beta=config.ppo.kl_coef, world=world)
+    texts = Texts.load(config, roles.tokenizer, context=None, attention=roles.attention)
+    updates = learn(experience, roles, plan, config, step=0, beta=config.ppo.kl_coef, world=world, texts=texts)
     parameters = {}
     for name, engine in (("actor", roles.actor), ("critic", roles.critic)):
         if engine is not None:

@@ -60,6 +60,7 @@ def test_no_shared_memory_stays_behind(world):
 # Settings of a run on two ranks whose updates must equal those of one rank at stage 0. Every weight is split at
 # stage 3: by default DeepSpeed leaves small ones whole on each rank, and all of these are small.
 SPLIT_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+TEXT = ["--ptx.coef", "0.5", "--ptx.path", "TEXTS", "--ptx.batch_size", "6", "--ptx.max_tokens", "30"]
 RANK_CASES = {
     "shared, stage 0": ["--critic.kind", "shared", "--zero.stage", "0"],
     "shared, stage 1": ["--critic.kind", "shared", "--zero.stage", "1"],
@@ -74,13 +75,18 @@ RANK_CASES = {
     ],
     "separate, stage 1, LoRA": ["--zero.stage", "1", "--actor.lora.rank", "4", "--critic.lora.rank", "2"],
     "separate, stage 3, LoRA": ["--zero.stage", "3", "--actor.lora.rank", "4", "--critic.lora.rank", "2"],
+    "shared, text mixed in, stage 1": ["--critic.kind", "shared", *TEXT, "--zero.stage", "1"],
+    "shared, text mixed in, stage 2": ["--critic.kind", "shared", *TEXT, "--zero.stage", "2"],
+    "shared, text mixed in, stage 3": ["--critic.kind", "shared", *TEXT, "--zero.stage", "3"],
+    "separate, text mixed in, LoRA, stage 3": [*TEXT, "--zero.stage", "3", "--actor.lora.rank", "4"],
     "recomputed activations, stage 3": ["--optim.activation_checkpointing", "true", "--zero.stage", "3"],
 }
 
 
 def rank_settings(case, folder):
-    """The settings of a case, several updates long; `folder` holds a model whose embeddings are tied."""
-    settings = [str(folder / "tied") if word == "TIED" else word for word in RANK_CASES[case]]
+    """The settings of a case, several updates long; `folder` holds a model whose embeddings are tied, and texts."""
+    files = {"TIED": str(folder / "tied"), "TEXTS": str(folder / "texts.jsonl")}
+    settings = [files.get(word, word) for word in RANK_CASES[case]]
     split = ["--zero.deepspeed", str(folder / "split.json")] if "stage 3" in case else []
     return [*settings, *split, "--ppo.minibatches", "2", "--ppo.epochs", "2", "--ppo.microbatch_tokens", "40"]
 
@@ -90,6 +96,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     tiny.saved(folder / "tied", tiny.causal(tie_word_embeddings=True))
     (folder / "split.json").write_text(json.dumps(SPLIT_ALL))
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": "abc" * n}) + "\n" for n in range(1, 10)))
     return folder
 
 

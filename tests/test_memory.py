@@ -15,11 +15,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fastppo.attention import Spans
-from fastppo.config import Config, LoraConfig, OptimConfig, ZeroConfig
+from fastppo.config import Config, DataConfig, LoraConfig, OptimConfig, PPOConfig, PtxConfig, ZeroConfig
 from fastppo.footprint import Footprint, _Live
 from fastppo.load import Source, load_causal, outline
 from fastppo.lora import add_adapters
-from fastppo.memory import Batch, Member, head_workspace, model_states, shares
+from fastppo.memory import Batch, Bytes, Member, head_workspace, model_states, shares
 from fastppo.microbatch import pack_even
 from fastppo.models import Policy, fuse_head
 from fastppo.ops import WORKSPACE_BYTES
@@ -139,6 +139,21 @@ def test_a_microbatch_is_as_large_as_packing_makes_it() -> None:
     lengths = torch.full((96,), batch.length)
     packed = pack_even(torch.arange(96), lengths, 9000, ranks=2)
     assert batch.sequences == max(map(len, packed))
+
+
+def test_microbatches_of_text_count_where_they_are_larger_than_those_of_ppo(seven_billion: Member) -> None:
+    """They have a response token for each token, and 64 texts on 8 ranks fill microbatches that 16 responses do not."""
+    config = Config(ppo=PPOConfig(batch_size=16, microbatch_tokens=4096), data=DataConfig(max_prompt_tokens=128))
+    texts = replace(config, ptx=PtxConfig(coef=0.1, path="t", max_tokens=512))
+    with_texts = Batch.of(texts, 8).with_texts(texts, 8)
+    packed = pack_even(torch.arange(64), torch.full((64,), 512), 4096, ranks=8)
+    assert (with_texts.sequences, with_texts.responses) == (max(map(len, packed)), 4096)
+
+    def learning(config: Config) -> Bytes:
+        return next(s.places.gpu for s in shares([seven_billion], config, 8) if s.stage == "learning")
+
+    assert learning(texts).activations > 5 * learning(config).activations
+    assert learning(replace(texts, ptx=replace(texts.ptx, batch_size=8, max_tokens=64))) == learning(config)
 
 
 def test_the_heads_workspace_does_not_grow_with_the_batch(seven_billion: Member) -> None:

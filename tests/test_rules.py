@@ -112,6 +112,13 @@ def test_the_defaults_and_the_quickstart_are_allowed(monkeypatch: pytest.MonkeyP
         (dict(ppo__kl_in="loss"), ["kl_kind is k1", "kl_in is loss", "expectation", "exact"]),
         (dict(ppo__kl_target=0.1, ppo__kl_coef=0.0), ["kl_target is 0.1", "kl_coef 0", "stay 0"]),
         (dict(ppo__kl_target=0.1, ppo__kl_horizon=102.4), ["kl_horizon is 102.4", "batch_size 512", "positive"]),
+        (dict(ptx__coef=0.1), ["ptx.coef is 0.1", "ptx.path is not set", "ptx.coef to 0"]),
+        (dict(ptx__path="t.jsonl"), ["ptx.path is t.jsonl", "ptx.coef is 0", "leave out ptx.path"]),
+        (
+            dict(ptx__coef=0.1, ptx__path="t", ptx__max_tokens=8193),
+            ["microbatch_tokens is 8192", "8193", "ptx.max_tokens"],
+        ),
+        (dict(ptx__coef=0.1, ptx__path="t", ptx__messages="m", ptx__chat="never"), ["ptx.messages is m", "chat never"]),
         (dict(critic__warmup_steps=101), ["critic.warmup_steps is 101", "steps 100"]),
         (dict(optim__warmup_steps=401), ["optim.warmup_steps is 401", "400 updates"]),
         (dict(track__profile_steps=(1, 101)), ["profile_steps", "101", "1 to 100"]),
@@ -155,6 +162,7 @@ def test_settings_that_cannot_work_are_refused_with_a_reason(settings: dict[str,
         dict(ppo__value_clip=None, ppo__dual_clip=3.0, ppo__score_clip=5.0),
         dict(track__profile_steps=(1, 100)),
         dict(optim__warmup_steps=400),
+        dict(ptx__coef=0.1, ptx__path="t.jsonl", ptx__max_tokens=8192, ptx__batch_size=1),
         dict(zero__stage=0, optim__dtype="fp32"),
         dict(zero__stage=1, zero__offload="cpu", zero__offload_parameters="none"),
         dict(zero__stage=3, zero__offload="cpu", zero__offload_frozen="none"),
@@ -179,6 +187,13 @@ def test_each_minibatch_needs_a_response_for_each_rank() -> None:
     validate(config, ranks=4)
     with pytest.raises(ConfigError, match=r"minibatch of 4 responses cannot be spread over 5 ranks.* multiple of 10"):
         validate(config, ranks=5)
+
+
+def test_each_rank_takes_as_many_texts() -> None:
+    config = changed(ptx__coef=0.1, ptx__path="t.jsonl", ptx__batch_size=6, ppo__batch_size=12)
+    validate(config, ranks=3)
+    with pytest.raises(ConfigError, match=r"ptx.batch_size is 6 and there are 4 ranks.* multiple of 4"):
+        validate(config, ranks=4)
 
 
 def numbers(kind: Any, prefix: str = "") -> list[str]:

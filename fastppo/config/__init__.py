@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fastppo.config.data import DataConfig, SamplingConfig
+from fastppo.config.data import DataConfig, PtxConfig, SamplingConfig
 from fastppo.config.feedback import RewardConfig
 from fastppo.config.health import AlarmConfig, HealthConfig
 from fastppo.config.learning import OptimConfig, PPOConfig, ZeroConfig
@@ -45,6 +45,7 @@ __all__ = [
     "OptimConfig",
     "PPOConfig",
     "PairsConfig",
+    "PtxConfig",
     "ReferenceConfig",
     "RewardConfig",
     "RewardTrainingConfig",
@@ -91,6 +92,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    ptx: PtxConfig = field(default_factory=PtxConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     health: HealthConfig = field(default_factory=HealthConfig)

@@ -1,4 +1,4 @@
-"""Prompts, and how they are answered."""
+"""Prompts, how they are answered, and text that is learned beside them."""
 
 from __future__ import annotations
 
@@ -68,3 +68,38 @@ class SamplingConfig:
     """Rows decoded together on each rank; bounds the key/value cache."""
     cuda_graphs: bool = True
     """Record decode steps as CUDA graphs, where flash-attn computes attention on a GPU."""
+
+
+@dataclass(frozen=True)
+class PtxConfig:
+    """Against forgetting (PPO-ptx; Ouyang et al., 2022, equation 2): a language-modelling loss on given text, mixed into
+    the actor's updates."""
+
+    coef: float = 0.0
+    """Gamma: what the text's mean negative logprob a token, at temperature 1, is multiplied by before it is added to
+    PPO's loss, itself a mean over tokens. 0 is off, and no text is loaded."""
+    batch_size: int = 64
+    """Texts in each update, over all ranks. Their microbatches are those of PPO in size (`ppo.microbatch_tokens`)."""
+    path: str = ""
+    """Where the text is, in the same forms as `data.path`."""
+    name: str | None = None
+    """Configuration of a hub dataset that has several."""
+    split: str = "train"
+    """Split of a hub dataset or of a saved DatasetDict."""
+    response: str = "text"
+    """Column with what is learned: plain text, every token of it and an EOS; or a list of chat messages, of which the
+    last one, the assistant's, is learned."""
+    prompt: str | None = None
+    """Column with what stands before it and is not learned: text or chat messages; null where there is none."""
+    messages: str | None = None
+    """Column with whole conversations in place of the two above; each message of the assistant is learned."""
+    chat: Literal["auto", "always", "never"] = "auto"
+    """`auto`: lists of messages go through the tokenizer's chat template and text stays plain; `always`: a prompt that
+    is text becomes a user's message, a response an assistant's; `never`: messages are an error."""
+    max_tokens: int = 1024
+    """Longest text, in tokens, prompt and EOS included."""
+    too_long: Literal["drop", "cut", "error"] = "cut"
+    """A text longer than `max_tokens`: `drop` leaves it out, `cut` takes its end away (and its EOS), both report how
+    many; `error` stops."""
+    limit: int | None = None
+    """Use at most this many texts, taken after a shuffle."""

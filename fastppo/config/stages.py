@@ -33,6 +33,8 @@ class ModelConfig:
 class ExamplesConfig:
     """Where examples come from, and which of them are used."""
 
+    group = "data"  # no setting, but the name that these settings have in messages
+
     path: str = ""
     """Hub dataset name, a directory of `datasets.save_to_disk`, a .jsonl, .parquet or .csv file, or
     `package:NAME/FILE` (`package:NAME==VERSION/FILE`) inside an installed package. Required."""

@@ -35,6 +35,7 @@ LEARNING = (
     ("ratio_max", "Largest ratio", "of new and old probability"),
     ("policy_loss", "Policy loss", ""),
     ("value_loss", "Value loss", ""),
+    ("ptx_loss", "Loss of the text", "PPO-ptx, nats a token"),
     ("actor_grad_norm", "Gradient norm", "actor"),
     ("critic_grad_norm", "Gradient norm", "critic"),
     ("kl_coef", "KL coefficient", "beta"),

@@ -12,7 +12,7 @@ from fastppo.config import Config
 from fastppo.rules.data import check_data, check_sampling
 from fastppo.rules.feedback import check_rewards
 from fastppo.rules.health import check_health
-from fastppo.rules.learning import check_batch, check_kl, check_schedule, check_zero
+from fastppo.rules.learning import check_batch, check_kl, check_ptx, check_schedule, check_zero
 from fastppo.rules.models import check_models
 from fastppo.rules.ranges import Ranges, check_betas, check_ranges, check_train
 from fastppo.rules.run import check_checkpoints, check_tracking
@@ -23,7 +23,7 @@ RANGES: Ranges = (
     (
         "0 or more",
         lambda x: 0 <= x < math.inf,
-        "seed steps actor.lr actor.lora.rank critic.lr critic.lora.rank critic.warmup_steps data.split_seed"
+        "seed steps actor.lr actor.lora.rank critic.lr critic.lora.rank critic.warmup_steps data.split_seed ptx.coef"
         " sampling.top_k sampling.min_new_tokens ppo.entropy_coef ppo.value_coef ppo.kl_coef ppo.truncation_penalty"
         " ppo.length_penalty optim.warmup_steps optim.weight_decay optim.max_grad_norm optim.max_skipped eval.every"
         " eval.prompts eval.seed eval.show track.responses checkpoint.every checkpoint.keep_best health.roll_backs",
@@ -33,8 +33,9 @@ RANGES: Ranges = (
         lambda x: x >= 1,
         "threads ppo.length_limit data.first_tokens data.max_prompt_tokens data.limit sampling.max_new_tokens"
         " sampling.samples_per_prompt sampling.rows ppo.batch_size ppo.epochs ppo.minibatches ppo.microbatch_tokens"
-        " track.responses_every checkpoint.keep_last health.window",
+        " track.responses_every checkpoint.keep_last health.window ptx.batch_size ptx.limit",
     ),
+    ("2 or more", lambda x: x >= 2, "ptx.max_tokens"),
     (
         "greater than 0",
         lambda x: 0 < x < math.inf,
@@ -59,6 +60,7 @@ def validate(config: Config, ranks: int = 1) -> None:
     check_data(config)
     check_sampling(config)
     check_batch(config, ranks)
+    check_ptx(config, ranks)
     check_zero(config)
     check_kl(config)
     check_schedule(config)

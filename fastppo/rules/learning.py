@@ -25,6 +25,34 @@ def check_batch(config: Config, ranks: int) -> None:
         )
 
 
+def check_ptx(config: Config, ranks: int) -> None:
+    ptx, budget = config.ptx, config.ppo.microbatch_tokens
+    if ptx.coef == 0:
+        if ptx.path:
+            raise ConfigError(
+                f"ptx.path is {ptx.path} but ptx.coef is 0, so that text would not be learned. Set ptx.coef above 0, or"
+                " leave out ptx.path."
+            )
+        return
+    if not ptx.path:
+        raise ConfigError(
+            f"ptx.coef is {ptx.coef} but ptx.path is not set: give a dataset on the hub, a directory or a file with the"
+            " text that is not to be forgotten, or set ptx.coef to 0."
+        )
+    if ptx.batch_size % ranks:
+        raise ConfigError(
+            f"ptx.batch_size is {ptx.batch_size} and there are {ranks} ranks, each of which takes as many texts. Make"
+            f" it a multiple of {ranks}."
+        )
+    if ptx.max_tokens > budget:
+        raise ConfigError(
+            f"ppo.microbatch_tokens is {budget}, but one text can have {ptx.max_tokens} tokens (ptx.max_tokens) and"
+            " must fit into one microbatch. Raise ppo.microbatch_tokens, or lower ptx.max_tokens."
+        )
+    if ptx.messages is not None and ptx.chat == "never":
+        raise ConfigError(f"ptx.messages is {ptx.messages} and ptx.chat never: messages are chat. Set auto.")
+
+
 def check_zero(config: AnyConfig) -> None:
     zero = config.zero
     if zero.stage == 0 and config.optim.dtype == "bf16":
