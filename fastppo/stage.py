@@ -17,6 +17,7 @@ from fastppo.examples import Examples
 from fastppo.folder import continue_folder, fresh_folder
 from fastppo.learner import Learner
 from fastppo.nodes import check_output_is_shared
+from fastppo.plan import check_plan
 from fastppo.resume import find_checkpoint
 from fastppo.stop import watching
 from fastppo.supervised import Objective, Training, recall_trunk, total_steps, update
@@ -80,6 +81,7 @@ def set_up(
         fresh_folder(output) if found is None else continue_folder(output, found.sizes)
         (output / "config.yaml").write_text(dump(config), encoding="utf-8")
     check_output_is_shared(output, world)
+    check_plan(config, world)
     learner = assemble(config, world)
     examples, heldout = load(config.data, learner.tokenizer, heldout=config.eval.examples, context=learner.context)
     checkpoints = Checkpoints(config, {"model": learner.engine}, (examples.tokens, heldout.tokens), world)
