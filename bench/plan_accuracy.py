@@ -127,7 +127,7 @@ def warm_up(config: Any) -> None:
     import torch
 
     from fastppo.engine import Engine
-    from fastppo.load import DTYPES
+    from fastppo.weights import DTYPES
 
     layer = torch.nn.Linear(8, 8, dtype=DTYPES[config.optim.dtype])
     engine = Engine(layer, [list(layer.parameters())], config.optim, config.zero)

@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from fastppo.config import ActorConfig, AnyConfig, Config, CriticConfig, RewardTrainingConfig
 from fastppo.footprint import Footprint
 from fastppo.learner import outline_learner, outline_scorer
-from fastppo.load import DTYPES, Source, outline
 from fastppo.lora import add_adapters
 from fastppo.memory import Member
 from fastppo.models import Backbone, Critic, Policy, RewardModel, ValueHead, fuse_head
 from fastppo.trainable import set_trainable
+from fastppo.weights import DTYPES, Source, load_classifier_config, outline
 
 
 def cast_of(config: AnyConfig, *, cpu: bool) -> list[Member]:
@@ -59,7 +59,9 @@ def _roles_of_ppo(config: Config, *, cpu: bool) -> list[Member]:
     for kind, where, sources in (("reward", "rewards", config.rewards), ("judge", "health.judge", config.health.judge)):
         for i, source in enumerate(sources, start=1):
             for name in filter(None, (source.model, *source.ensemble)):
-                model = outline(AutoModelForSequenceClassification, Source(f"{where}.model", name), dtype)
+                own = Source(f"{where}.model", name)
+                load_classifier_config(own)
+                model = outline(AutoModelForSequenceClassification, own, dtype)
                 found.append(member(f"{kind} {i}", RewardModel(model).requires_grad_(False)))
     return found
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -22,23 +21,12 @@ from fastppo.batch import Packed
 from fastppo.config import ModelConfig, OptimConfig, RewardTrainingConfig, SFTConfig
 from fastppo.engine import Engine, check_nvme
 from fastppo.examples import Examples
-from fastppo.load import (
-    DTYPES,
-    Partitions,
-    Source,
-    choose_trained,
-    load_causal,
-    load_config,
-    load_model,
-    load_tokenizer,
-    outline,
-    trained_partitions,
-    width_of,
-)
+from fastppo.load import choose_trained, load_causal, trained_partitions, width_of
 from fastppo.microbatch import IDLE
 from fastppo.models import Backbone, ModelError, Policy, RewardModel, check_packing, fuse_head, keep_trunk
 from fastppo.preference import initial_head
 from fastppo.trunk import TrunkStates, trunk_depth
+from fastppo.weights import DTYPES, Partitions, Source, is_classifier, load_config, load_model, load_tokenizer, outline
 from fastppo.world import World
 
 log = logging.getLogger("fastppo")
@@ -123,7 +111,7 @@ def load_scorer(
     source = Source("model.path", name, config.gguf_file, config.revision)
     tokenizer = load_tokenizer("model.path", name, config.gguf_file, config.revision)
     loaded_config = load_config(source)
-    if _is_classifier(loaded_config):
+    if is_classifier(loaded_config):
         if loaded_config.num_labels != 1:
             raise ModelError(
                 f"model.path = {name} has {loaded_config.num_labels} labels; a reward model has one, the score. Start"
@@ -154,16 +142,12 @@ def outline_scorer(config: RewardTrainingConfig) -> RewardModel:
     """The model of `load_scorer` on the meta device."""
     dtype = DTYPES[config.optim.dtype]
     source = Source("model.path", config.model.path, config.model.gguf_file, config.model.revision)
-    if _is_classifier(load_config(source)):
+    if is_classifier(load_config(source)):
         model = outline(AutoModelForSequenceClassification, source, dtype)
     else:
         causal = outline(AutoModelForCausalLM, source, dtype)
         model = _with_score_head(causal, torch.empty(1, width_of(causal), dtype=dtype, device="meta"))
     return _scorer(model, config.model, config.seed)
-
-
-def _is_classifier(config: PreTrainedConfig) -> bool:
-    return (config.architectures or [""])[0].endswith("ForSequenceClassification")
 
 
 def _scorer(model: PreTrainedModel, config: ModelConfig, seed: int) -> RewardModel:
