@@ -1,7 +1,7 @@
 """The plan against the memory that runs take: `python bench/plan_accuracy.py`.
 
-Three runs that differ in what fills the memory. Each is a process of its own that trains for two steps on the CPU; its
-peak is the kernel's (VmHWM) over what it had after its imports. The last line is JSON.
+Runs that differ in what fills the memory, of PPO and of the stages before it. Each is a process of its own that trains
+for two steps on the CPU; its peak is the kernel's (VmHWM) over what it had after its imports. The last line is JSON.
 
 Large blocks go back to the kernel when they are freed (MALLOC_MMAP_THRESHOLD_), so that the peak is what the run holds
 and not what glibc keeps for later.
@@ -46,12 +46,26 @@ CASES: dict[str, tuple[str, dict[str, int], dict[str, object]]] = {
     ),
 }
 
+# The same of `train_reward` and `train_sft`.
+STAGE_CASES: dict[str, tuple[str, dict[str, int], dict[str, object]]] = {
+    "reward model in bf16": (
+        "llama",
+        {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 8192},
+        {"microbatch_tokens": 2048},
+    ),
+    "supervised start in fp32, large vocabulary": (
+        "qwen2",
+        {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "vocab_size": 65536},
+        {"microbatch_tokens": 1024, "optim.dtype": "fp32"},
+    ),
+}
+
 
 def settings(folder: Path, name: str) -> list[str]:
     """A model with random weights, prompts of equal length, and the command line of a run."""
     import tiny
 
-    family, shape, changes = CASES[name]
+    family, shape, changes = (CASES | STAGE_CASES)[name]
     heads = {} if family == "gpt2" else {"num_attention_heads": 8, "num_key_value_heads": 4}
     tiny.saved(folder / "model", tiny.causal(family, **{"max_position_embeddings": 1024} | heads | shape))
     lines = [json.dumps({"prompt": "what is planned " * 40 + str(i)}) for i in range(24)]
@@ -59,6 +73,8 @@ def settings(folder: Path, name: str) -> list[str]:
     (folder / "reward.py").write_text(
         "def length(prompts, responses, **columns):\n    return [float(len(r)) for r in responses]\n"
     )
+    if name in STAGE_CASES:
+        return [part for key, value in (_of_stage(folder) | changes).items() for part in (f"--{key}", str(value))]
     fixed = {
         "output": folder / "run",
         "steps": 2,
@@ -80,6 +96,26 @@ def settings(folder: Path, name: str) -> list[str]:
     return [part for key, value in (fixed | changes).items() for part in (f"--{key}", str(value))]
 
 
+def _of_stage(folder: Path) -> dict[str, object]:
+    """Pairs, which are responses too, all cut at the longest that they may be."""
+    rows = [{"prompt": f"{i} ", "chosen": "yes" * 99, "rejected": "not" * 99} for i in range(32)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "output": folder / "run",
+        "steps": 2,
+        "threads": 1,
+        "model.path": folder / "model",
+        "data.path": folder / "pairs.jsonl",
+        "data.max_tokens": 128,
+        "data.too_long": "cut",
+        "batch_size": 16,
+        "eval.examples": 8,
+        "checkpoint.every": 0,
+        "track.tensorboard": "false",
+        "plan": "off",
+    }
+
+
 def memory(field: str) -> int:
     found = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
@@ -91,7 +127,7 @@ def warm_up(config: Any) -> None:
     import torch
 
     from fastppo.engine import Engine
-    from fastppo.load import DTYPES
+    from fastppo.weights import DTYPES
 
     layer = torch.nn.Linear(8, 8, dtype=DTYPES[config.optim.dtype])
     engine = Engine(layer, [list(layer.parameters())], config.optim, config.zero)
@@ -99,20 +135,25 @@ def warm_up(config: Any) -> None:
     engine.step([0.0])
 
 
-def measure(argv: list[str]) -> None:
+def measure(argv: list[str], name: str) -> None:
     """In a fresh process: the plan of a run, and the run itself."""
-    from fastppo.cli import parse
-    from fastppo.plan import make_plan, this_machine
-    from fastppo.train import train
+    from fastppo import train, train_reward, train_sft
+    from fastppo.cli import PPO, REWARD, SFT, Command, parse
+    from fastppo.fit import make_plan
+    from fastppo.machine import this_machine
     from fastppo.world import start_world, stop_world
 
-    config = parse(argv)
+    command: Command[Any] = PPO if name in CASES else REWARD if name.startswith("reward") else SFT
+    module: Any = {PPO: train, REWARD: train_reward, SFT: train_sft}[command]
+    if command is SFT:
+        argv = [*argv, "--data.response", "chosen"]
+    config = parse(argv, command)
     plan = make_plan(config, this_machine(1, 1, cpu=True))
     world = start_world(config.threads)
     warm_up(config)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again at what is resident now
     before = memory("VmRSS")
-    train(config, world)
+    module.train(config, world)
     peak = memory("VmHWM") - before
     stop_world()
     stage, places = plan.peak
@@ -130,18 +171,18 @@ def measure(argv: list[str]) -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
-        measure(sys.argv[2:])
+        measure(sys.argv[3:], sys.argv[2])
         return
     results = {}
     wanted = sys.argv[1:]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     if "MALLOC" not in environment:
         environment |= {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    for name in CASES:
+    for name in (*CASES, *STAGE_CASES):
         if wanted and not any(w in name for w in wanted):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, __file__, "--measure", *settings(Path(folder), name)]
+            command = [sys.executable, __file__, "--measure", name, *settings(Path(folder), name)]
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(done.stdout + done.stderr)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from fastppo.config import AnyConfig, ConfigError, OptimConfig, ZeroConfig
+from fastppo.config import AnyConfig, Config, ConfigError, OptimConfig, ZeroConfig
 
 JSON = dict[str, Any]
 
@@ -22,8 +22,20 @@ class _Varies:
 VARIES = _Varies()
 
 
-def trained(optim: OptimConfig, zero: ZeroConfig) -> JSON:
-    """The configuration of a role that is trained."""
+class Names(NamedTuple):
+    """Settings that DeepSpeed has names of its own for, as a command has them."""
+
+    batch_size: str
+    microbatch: str
+    learning_rate: str
+
+
+OF_PPO = Names("ppo.batch_size", "ppo.microbatch_tokens", "actor.lr and critic.lr")
+BEFORE_PPO = Names("batch_size", "microbatch_tokens", "model.lr")
+
+
+def trained(optim: OptimConfig, zero: ZeroConfig, names: Names = OF_PPO) -> JSON:
+    """The configuration of a role that is trained; names: for errors."""
     config = _common(optim, zero) | {
         "gradient_clipping": optim.max_grad_norm or NO_CLIPPING,
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -33,7 +45,7 @@ def trained(optim: OptimConfig, zero: ZeroConfig) -> JSON:
         config["zero_optimization"]["offload_optimizer"] = _place(zero.optimizer_on, zero)
     if zero.parameters_on != "none":
         config["zero_optimization"]["offload_param"] = _place(zero.parameters_on, zero)
-    return _merged(config, optim, zero)
+    return _merged(config, optim, zero, names)
 
 
 def frozen(optim: OptimConfig, zero: ZeroConfig) -> JSON:
@@ -60,17 +72,17 @@ def _place(device: str, zero: ZeroConfig) -> JSON:
 
 def check(config: AnyConfig) -> None:
     """Raises ConfigError for a raw configuration that cannot be read or contradicts a setting."""
-    trained(config.optim, config.zero)
+    trained(config.optim, config.zero, OF_PPO if isinstance(config, Config) else BEFORE_PPO)
 
 
-def _decided(optim: OptimConfig, zero: ZeroConfig) -> dict[str, tuple[str, Any]]:
+def _decided(optim: OptimConfig, zero: ZeroConfig, names: Names) -> dict[str, tuple[str, Any]]:
     """Keys that the settings decide, with the settings and the value that follows. A key stands for all below it."""
     path = "zero_optimization"
     off = ("optim.dtype", False)
     return {
-        "train_batch_size": ("ppo.batch_size", VARIES),
-        "train_micro_batch_size_per_gpu": ("ppo.microbatch_tokens", VARIES),
-        "gradient_accumulation_steps": ("ppo.microbatch_tokens", VARIES),
+        "train_batch_size": (names.batch_size, VARIES),
+        "train_micro_batch_size_per_gpu": (names.microbatch, VARIES),
+        "gradient_accumulation_steps": (names.microbatch, VARIES),
         "gradient_clipping": ("optim.max_grad_norm", optim.max_grad_norm),
         "bf16.enabled": ("optim.dtype", optim.dtype == "bf16"),
         "fp16.enabled": off,
@@ -78,7 +90,7 @@ def _decided(optim: OptimConfig, zero: ZeroConfig) -> dict[str, tuple[str, Any]]
         "torch_autocast.enabled": off,
         "data_types.grad_accum_dtype": ("optim.dtype", "fp32"),
         "optimizer.type": ("optim", "AdamW"),
-        "optimizer.params.lr": ("actor.lr and critic.lr", VARIES),
+        "optimizer.params.lr": (names.learning_rate, VARIES),
         "optimizer.params.betas": ("optim.betas", list(optim.betas)),
         "optimizer.params.eps": ("optim.eps", optim.eps),
         "optimizer.params.weight_decay": ("optim.weight_decay", optim.weight_decay),
@@ -96,14 +108,14 @@ def _decided(optim: OptimConfig, zero: ZeroConfig) -> dict[str, tuple[str, Any]]
     }
 
 
-def _merged(ours: JSON, optim: OptimConfig, zero: ZeroConfig, *, trains: bool = True) -> JSON:
+def _merged(ours: JSON, optim: OptimConfig, zero: ZeroConfig, names: Names = OF_PPO, *, trains: bool = True) -> JSON:
     """`ours` with what the file `zero.deepspeed` adds; what it says of offload is for roles that train.
 
     Raises ConfigError where it says something else than a setting.
     """
     if zero.deepspeed is None:
         return ours
-    decided = _decided(optim, zero)
+    decided = _decided(optim, zero, names)
     for path, value in _leaves(_read(zero.deepspeed)):
         name = ".".join(path)
         if any(key.startswith(f"{name}.") for key in decided) and value != {}:

@@ -180,7 +180,7 @@ def _usable(table: Table, config: ExamplesConfig, read: Reader) -> list[Example]
             break
     reasons = ", ".join(f"{count} ({reason})" for reason, count in dropped.items())
     if not examples:
-        raise DataError(f"{table.source}: there is no example left to learn from: {reasons or 'it has no pairs'}.")
+        raise DataError(f"{table.source}: there is no example left to learn from: {reasons}. {_way(dropped, config)}")
     if dropped:
         count = dropped.total()
         log.warning("%s: left out %d of %d examples: %s", table.source, count, count + len(examples), reasons)
@@ -188,6 +188,14 @@ def _usable(table: Table, config: ExamplesConfig, read: Reader) -> list[Example]
         limit = f"{config.group}.max_tokens {config.max_tokens}"
         log.warning("%s: cut the answers of %d examples at %s", table.source, cut, limit)
     return examples
+
+
+def _way(dropped: Counter[str], config: ExamplesConfig) -> str:
+    """Out of having no example left."""
+    columns = "data.chosen and data.rejected" if isinstance(config, PairsConfig) else "data.response"
+    if any("data.max_tokens" in reason for reason in dropped):
+        return "Raise data.max_tokens, or where prompts leave room for answers set data.too_long to cut."
+    return f"Correct the rows, or name other columns with {columns}."
 
 
 def _problem(candidate: Candidate) -> str | None:
@@ -241,6 +249,12 @@ def _rated_pairs(table: Table, config: PairsConfig, tokenizer: PreTrainedTokeniz
         rated.sort(key=lambda pair: pair[0])
         best_and_worst = zip(reversed(rated), islice(rated, len(rated) // 2), strict=False)
         pairs += [(best, worst) for (high, best), (low, worst) in best_and_worst if high > low]
+    if not pairs:
+        raise DataError(
+            f"{table.source} makes no pair: no two answers to one prompt have different ratings in the column"
+            f" {config.rating} ({_few(ratings)}), over {len(of_prompt)} different prompts. Name another column with"
+            " data.rating or data.prompt."
+        )
     random.Random(f"{config.split_seed}").shuffle(pairs)
     for rows in pairs:
         wheres = [f"{table.where(row)}, columns {config.prompt} and {config.answer}" for row in rows]
@@ -249,6 +263,12 @@ def _rated_pairs(table: Table, config: PairsConfig, tokenizer: PreTrainedTokeniz
             for row, where in zip(rows, wheres, strict=True)
         )
         yield Candidate(f"{table.where(rows[0])} and {table.where(rows[1])}", tuple(both))
+
+
+def _few(values: Sequence[Any]) -> str:
+    """The first different ones, to be shown."""
+    seen = list(dict.fromkeys(map(str, values)))
+    return ", ".join(seen[:4]) + ", ..." * (len(seen) > 4)
 
 
 def _answers(table: Table, config: AnswersConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Candidate]:
@@ -266,7 +286,13 @@ def _answers(table: Table, config: AnswersConfig, tokenizer: PreTrainedTokenizer
 
 
 def _prompts(table: Table, config: ExamplesConfig) -> list[Any]:
-    return [None] * len(table) if config.prompt is None else _column(table, config, "prompt")
+    name = config.prompt
+    if name is not None and name not in table.columns:
+        raise DataError(
+            f"{table.source} has no column {name}. It has {', '.join(table.columns)}; name one with"
+            f" {config.group}.prompt, or set it to null if answers come without a prompt or as whole conversations."
+        )
+    return [None] * len(table) if name is None else table.columns[name]
 
 
 def _column(table: Table, config: ExamplesConfig, setting: str) -> list[Any]:
@@ -287,5 +313,5 @@ def _number(value: Any, where: str) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise DataError(f"{where} holds {value!r}, which is not a number.")
+        raise DataError(f"{where} holds {value!r}, which is not a number. Correct or remove the row.")
     return number

@@ -142,8 +142,8 @@ def _layers_in_graph(model: PreTrainedModel) -> int:
         return depth
     layers = cast(nn.ModuleList, getattr(*found))
     inside = {id(p) for p in layers.parameters()}
-    outputs = model.get_output_embeddings()
-    apart = inside | {id(p) for p in (outputs.parameters() if outputs is not None else ())}
+    heads = [head for head in (model.get_output_embeddings(), getattr(model, "score", None)) if head is not None]
+    apart = inside | {id(p) for head in heads for p in head.parameters()}
     embeddings = {id(p) for p in model.get_input_embeddings().parameters()}
     if any(p.requires_grad and (id(p) not in apart or id(p) in embeddings) and p.dim() > 1 for p in model.parameters()):
         return depth

@@ -68,6 +68,17 @@ class PairEvaluation:
         }
 
 
+@dataclass(frozen=True)
+class AnswerEvaluation:
+    """A language model on responses."""
+
+    loss: float  # nats a response token
+    tokens: float  # of responses
+
+    def metrics(self) -> dict[str, float]:
+        return {"loss": self.loss, "perplexity": math.exp(min(self.loss, 700.0)), "tokens": self.tokens}
+
+
 @torch.no_grad()
 def evaluate_pairs(
     learner: Learner, pairs: Examples, trunk: TrunkStates, config: RewardTrainingConfig, world: World
@@ -102,8 +113,8 @@ def evaluate_pairs(
 @torch.no_grad()
 def evaluate_answers(
     learner: Learner, answers: Examples, trunk: TrunkStates, config: SFTConfig, world: World
-) -> dict[str, float]:
-    """Loss (nats a response token) and perplexity, over all response tokens."""
+) -> AnswerEvaluation:
+    """Over all response tokens."""
     total = torch.zeros(2, dtype=torch.float64)
     with stop.together(world):
         for part in _share(answers, config, world):
@@ -112,7 +123,7 @@ def evaluate_answers(
             found = found[: int(answers.response_lengths[part].sum())]
             total += torch.tensor([-float(found.double().sum()), len(found)], dtype=torch.float64)
     negative, tokens = all_sum(total, world).tolist()
-    return {"loss": negative / tokens, "perplexity": math.exp(min(negative / tokens, 700.0)), "tokens": tokens}
+    return AnswerEvaluation(negative / tokens, tokens)
 
 
 def response_logprobs(role: Any, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -9,29 +9,24 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from fastppo.attention import choose_attention
 from fastppo.batch import Packed
 from fastppo.config import ModelConfig, OptimConfig, RewardTrainingConfig, SFTConfig
 from fastppo.engine import Engine, check_nvme
 from fastppo.examples import Examples
-from fastppo.load import (
-    DTYPES,
-    Partitions,
-    Source,
-    choose_trained,
-    load_causal,
-    load_config,
-    load_model,
-    load_tokenizer,
-    trained_partitions,
-    width_of,
-)
+from fastppo.load import choose_trained, load_causal, trained_partitions, width_of
 from fastppo.microbatch import IDLE
-from fastppo.models import Backbone, ModelError, Policy, RewardModel, check_packing, keep_trunk
+from fastppo.models import Backbone, ModelError, Policy, RewardModel, check_packing, fuse_head, keep_trunk
 from fastppo.preference import initial_head
 from fastppo.trunk import TrunkStates, trunk_depth
+from fastppo.weights import DTYPES, Partitions, Source, is_classifier, load_config, load_model, load_tokenizer, outline
 from fastppo.world import World
 
 log = logging.getLogger("fastppo")
@@ -116,7 +111,7 @@ def load_scorer(
     source = Source("model.path", name, config.gguf_file, config.revision)
     tokenizer = load_tokenizer("model.path", name, config.gguf_file, config.revision)
     loaded_config = load_config(source)
-    if (loaded_config.architectures or [""])[0].endswith("ForSequenceClassification"):
+    if is_classifier(loaded_config):
         if loaded_config.num_labels != 1:
             raise ModelError(
                 f"model.path = {name} has {loaded_config.num_labels} labels; a reward model has one, the score. Start"
@@ -129,12 +124,39 @@ def load_scorer(
         causal = load_causal("model.path", name, config.gguf_file, config.revision, dtype, device, partitions)
         model = _with_score_head(causal, initial_head(width_of(causal), seed).to(device, dtype))
     _set_padding(model, tokenizer)
-    scorer = RewardModel(model)
-    chosen = replace(config, train="score.*") if config.train == "head" else config
-    choose_trained(scorer, "model", chosen, name, config.revision, seed)
-    scorer.head.requires_grad_(True)
+    scorer = _scorer(model, config, seed)
     _prepare(scorer, optim, partitions)
     return scorer, tokenizer
+
+
+def outline_learner(config: SFTConfig) -> Policy:
+    """The model of `load_learner` on the meta device: every module and shape, and what of it trains, no weights."""
+    model, dtype = config.model, DTYPES[config.optim.dtype]
+    source = Source("model.path", model.path, model.gguf_file, model.revision)
+    policy = Policy(fuse_head(outline(AutoModelForCausalLM, source, dtype)))
+    choose_trained(policy, "model", model, model.path, model.revision, config.seed)
+    return policy
+
+
+def outline_scorer(config: RewardTrainingConfig) -> RewardModel:
+    """The model of `load_scorer` on the meta device."""
+    dtype = DTYPES[config.optim.dtype]
+    source = Source("model.path", config.model.path, config.model.gguf_file, config.model.revision)
+    if is_classifier(load_config(source)):
+        model = outline(AutoModelForSequenceClassification, source, dtype)
+    else:
+        causal = outline(AutoModelForCausalLM, source, dtype)
+        model = _with_score_head(causal, torch.empty(1, width_of(causal), dtype=dtype, device="meta"))
+    return _scorer(model, config.model, config.seed)
+
+
+def _scorer(model: PreTrainedModel, config: ModelConfig, seed: int) -> RewardModel:
+    """The role, with what of it trains chosen; its head always does."""
+    scorer = RewardModel(model)
+    chosen = replace(config, train="score.*") if config.train == "head" else config
+    choose_trained(scorer, "model", chosen, config.path, config.revision, seed)
+    scorer.head.requires_grad_(True)
+    return scorer
 
 
 def _with_score_head(causal: PreTrainedModel, weight: torch.Tensor) -> PreTrainedModel:

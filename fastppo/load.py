@@ -1,31 +1,24 @@
-"""From a hub name, a directory or a GGUF file to the models of a run."""
+"""The models of a run: which weights each role starts from, and what of it trains."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.quantization_config import GgufConfig
 
 from fastppo.config import ActorConfig, AnyConfig, Config, CriticConfig, ModelConfig
 from fastppo.config.learning import Place
 from fastppo.locate import locate
 from fastppo.lora import add_adapters
-from fastppo.miniature import miniature
 from fastppo.models import (
     Backbone,
     Critic,
@@ -38,33 +31,21 @@ from fastppo.models import (
     fuse_head,
     keep_trunk,
 )
-from fastppo.stream import copy_parts, gathered, partition, partition_config, stream, weight_files
+from fastppo.stream import copy_parts, gathered, partition_config
 from fastppo.trainable import set_trainable
 from fastppo.trunk import trunk_depth
+from fastppo.weights import (
+    DTYPES,
+    Partitions,
+    Source,
+    is_classifier,
+    load_classifier_config,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 
 log = logging.getLogger("fastppo")
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-Partitions = dict[str, Any] | None  # of `partition_config`; None: the model is whole on every rank
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model's weights come from."""
-
-    setting: str  # its name in the config, for errors
-    name: str  # on the hub, a directory, or package:NAME
-    gguf_file: str | None = None
-    revision: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.setting} = {self.name}"
-
-    @property
-    def place(self) -> str:
-        """What transformers takes it by."""
-        return str(locate(self.name))
 
 
 def load_policies(
@@ -117,13 +98,8 @@ def load_reward(
 ) -> tuple[RewardModel, PreTrainedTokenizerBase]:
     """A sequence classifier with one label, and its tokenizer; where: the setting it belongs to, for errors."""
     source = Source(f"{where}.model", name)
+    load_classifier_config(source)
     model = load_model(AutoModelForSequenceClassification, source, dtype, device, partitions)
-    labels = model.config.num_labels
-    if labels != 1:
-        raise ModelError(
-            f"{where}.model = {name} has {labels} labels; a reward model has one, the score. Train one with"
-            " num_labels=1, or wrap this classifier in a reward function that picks a label's logit."
-        )
     if not hasattr(model, "score"):
         raise ModelError(
             f"{where}.model = {name} ({type(model).__name__}) has no `score` head on a causal backbone;"
@@ -171,9 +147,7 @@ def _load_critic(config: Config, actor: PreTrainedModel, dtype: torch.dtype, dev
         backbone = cast(PreTrainedModel, second.base_model)
     else:
         source = Source("critic.model", critic.model, critic.gguf_file)
-        loaded_config = load_config(source)
-        architecture = (loaded_config.architectures or [""])[0]
-        if architecture.endswith("ForSequenceClassification"):  # start from a reward model: V(s) begins as its score
+        if is_classifier(load_config(source)):  # start from a reward model: V(s) begins as its score
             model = load_model(AutoModelForSequenceClassification, source, dtype, device, partitions)
             if model.config.num_labels != 1:
                 raise ModelError(
@@ -246,109 +220,5 @@ def _second_actor(
     return _load_actor(config, dtype, device, partitions) if second is None else fuse_head(second)
 
 
-def load_tokenizer(
-    setting: str, name: str, gguf_file: str | None = None, revision: str | None = None
-) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(locate(name)), gguf_file=gguf_file, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{setting} = {name}: no tokenizer could be loaded ({_first_line(error)})") from error
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    return tokenizer
-
-
-def load_config(source: Source) -> PreTrainedConfig:
-    """The model's config with every dropout off.
-
-    Off in the config and not by eval(): activation checkpointing needs train mode, and some models (OPT) drop
-    functionally in it. A policy that drops at random is another policy at every call, and ratios mean nothing.
-    """
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            source.place, gguf_file=source.gguf_file, revision=source.revision
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"{source}: no model could be loaded from there ({_first_line(error)})."
-            " Give a Hugging Face hub name, a directory made by save_pretrained, or a directory with gguf_file."
-        ) from error
-    for key, value in config.to_dict().items():
-        if isinstance(value, float) and ("drop" in key):
-            setattr(config, key, 0.0)
-    return config
-
-
-def load_model(
-    auto: Any, source: Source, dtype: torch.dtype, device: torch.device, partitions: Partitions
-) -> PreTrainedModel:
-    """A model on `device`, not yet checked on packed rows; or one in partitions, of whose kind a small one was."""
-    config = load_config(source)
-    if partitions is None:
-        model = _load_whole(auto, source, config, dtype)
-        cast(nn.Module, model).to(device)
-    else:
-        check_packing(miniature(auto, config, dtype, device))
-        model = _load_parts(auto, source, config, dtype, partitions)
-        for buffer in model.buffers():  # parameters are where DeepSpeed keeps them
-            buffer.data = buffer.data.to(device)
-    size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    log.info("%s: %s, %.0f M parameters", source.setting, source.name, size / 1e6)
-    return model
-
-
-def _load_parts(
-    auto: Any, source: Source, config: PreTrainedConfig, dtype: torch.dtype, partitions: dict[str, Any]
-) -> PreTrainedModel:
-    try:
-        files = None if source.gguf_file else weight_files(source.place, source.revision)
-        if files is not None and getattr(config, "quantization_config", None) is None:
-            return stream(auto, source.place, files, config, dtype, partitions, source.revision)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{source}: its weights could not be loaded ({_first_line(error)})") from error
-    log.warning(
-        "%s: these weights are not plain safetensors, so each rank holds the whole model while it loads. What"
-        " save_pretrained has written once is read in parts.",
-        source,
-    )
-    return partition(_load_whole(auto, source, config, dtype), partitions)
-
-
-def _load_whole(auto: Any, source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    gguf: dict[str, Any] = {}
-    if source.gguf_file:
-        gguf = {"gguf_file": source.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
-    try:
-        model = auto.from_pretrained(source.place, config=config, revision=source.revision, dtype=dtype, **gguf)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise ModelError(f"{source}: its weights could not be loaded ({_first_line(error)})") from error
-    if gguf:
-        _forget_quantization(model)
-    return cast(PreTrainedModel, model.eval())
-
-
-def outline(auto: Any, source: Source, dtype: torch.dtype) -> PreTrainedModel:
-    """The model on the meta device: every module and shape, no weights. Raises ModelError as loading it would."""
-    config = load_config(source)
-    try:
-        with torch.device("meta"):
-            return auto.from_config(config, dtype=dtype).eval()  # type: ignore[no-any-return]
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{source}: its weights could not be loaded ({_first_line(error)})") from error
-
-
-def _forget_quantization(model: PreTrainedModel) -> None:
-    """The weights were unpacked at load; transformers would still refuse to train or save the model."""
-    for owner, attribute in ((model.config, "quantization_config"), (model, "hf_quantizer")):
-        if hasattr(owner, attribute):
-            delattr(owner, attribute)
-    for attribute in ("is_quantized", "quantization_method"):
-        if hasattr(model, attribute):
-            setattr(model, attribute, None)
-
-
 def width_of(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().hidden_size)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 
-from fastppo.config import Config
+from fastppo.config import AnyConfig, Config
 from fastppo.footprint import Footprint
 from fastppo.ops import WORKSPACE_BYTES
 from fastppo.rollout.inprocess import bucket
@@ -91,7 +91,7 @@ class Share:
 class Member:
     """A role, its model's sizes, and what stands in for weights that it shares with another role."""
 
-    name: str  # actor, critic, reference, reward 1, ..., judge 1, ...
+    name: str  # actor, critic, reference, reward 1, ..., judge 1, ...; model of the stages before PPO
     size: Footprint
     trains: bool
     weights: int  # parameters of its own; fewer than the model has where they are shared
@@ -102,7 +102,7 @@ def on(place: str, amount: Bytes) -> Places:
     return Places(**{{"none": "gpu", "cpu": "host", "nvme": "nvme"}[place]: amount})
 
 
-def model_states(member: Member, config: Config, ranks: int) -> Places:
+def model_states(member: Member, config: AnyConfig, ranks: int) -> Places:
     """Weights, gradients and optimizer states of one rank while the role learns, or is asked if it never does."""
     zero, size = config.zero, member.size
     weights, trained, b = member.weights * size.bytes, size.trained, size.bytes
@@ -126,7 +126,7 @@ def model_states(member: Member, config: Config, ranks: int) -> Places:
     return found + on(place, Bytes(gradients=gradients, optimizer=3 * fp32))
 
 
-def buffers(member: Member, config: Config, ranks: int) -> Places:
+def buffers(member: Member, config: AnyConfig, ranks: int) -> Places:
     """What DeepSpeed needs beside the states of a role while it learns, or at stage 3 is asked."""
     zero, size = config.zero, member.size
     b, part = size.bytes, size.trained // ranks
@@ -160,10 +160,10 @@ class Batch:
 
     sequences: int  # of a microbatch
     length: int  # tokens of a sequence
-    responses: int  # response tokens of a microbatch
-    tokens: int  # of the rank's part of the batch
-    rows: int  # of the sampler's cache
-    prompt: int  # tokens
+    responses: int  # response tokens of a microbatch, or scored ones
+    tokens: int = 0  # of the rank's part of the batch, whose trunk is kept
+    rows: int = 0  # of the sampler's cache
+    prompt: int = 0  # tokens
 
     @staticmethod
     def of(config: Config, ranks: int) -> Batch:
@@ -225,28 +225,30 @@ def trunk_states(member: Member, batch: Batch) -> int:
     return batch.tokens * member.size.width * member.size.bytes if member.trains and member.size.trunk else 0
 
 
-def learning_needs(member: Member, config: Config, batch: Batch) -> Bytes:
-    """Activations and the head's workspace of one microbatch, forward and backward."""
+def learning_needs(member: Member, batch: Batch, *, head: bool, reference: bool = False) -> Bytes:
+    """Activations and the workspace of a vocabulary head of one microbatch, forward and backward.
+
+    head: whether there is one, else one number comes from each state; reference: whether it reads the reference's too.
+    """
     size, below = member.size, trunk_states(member, batch)
     flow = size.passes(batch.sequences, batch.length, gradient=True)
     states = batch.responses * size.width * size.bytes  # hidden states at the response tokens
-    if member.name != "actor":
-        values = batch.responses * size.width * 4  # the value head computes in fp32
+    if not head:
+        values = batch.responses * size.width * 4  # such a head computes in fp32
         return Bytes(activations=below + max(flow.kept + values, flow.peak) + states)
-    during, after = head_workspace(size, batch.responses, reference=config.ppo.loss_reads_reference, gradient=True)
+    during, after = head_workspace(size, batch.responses, reference=reference, gradient=True)
     # Two moments can be the highest: while the head runs on all that was kept, and within the backward pass.
     if flow.kept + during > flow.peak + after + states:
         return Bytes(activations=below + flow.kept + states, workspace=during)
     return Bytes(activations=below + flow.peak + 2 * states, workspace=after)
 
 
-def asking_needs(member: Member, config: Config, batch: Batch, *, head: bool) -> Bytes:
+def asking_needs(member: Member, batch: Batch, *, head: bool, reference: bool = False) -> Bytes:
     """A pass without gradient over one microbatch."""
     size = member.size
     peak = size.passes(batch.sequences, batch.length, gradient=False).peak
     states = batch.responses * size.width * size.bytes
-    exact = config.ppo.kl_kind == "exact"
-    logits = head_workspace(size, batch.responses, reference=exact, gradient=False)[0] if head else 0
+    logits = head_workspace(size, batch.responses, reference=reference, gradient=False)[0] if head else 0
     return Bytes(activations=trunk_states(member, batch) + peak + states, workspace=logits)
 
 
@@ -266,7 +268,7 @@ def _in_stage(member: Member, stage: str, config: Config, ranks: int, batch: Bat
     asked = used and stage != "sampling"  # the sampler has weights of its own at stage 3
     found = _at_rest(member, states, config, learning=stage == "learning", used=asked)
     if asked:
-        found += buffers(member, config, ranks) if stage == "learning" else _prefetch(member, config)
+        found += buffers(member, config, ranks) if stage == "learning" else prefetch(member, config)
     return found + Places(gpu=_needs(member, stage, config, ranks, batch))
 
 
@@ -295,7 +297,8 @@ def _at_rest(member: Member, states: Places, config: Config, *, learning: bool, 
     return Places(staying, states.host + leaving, states.nvme)
 
 
-def _prefetch(member: Member, config: Config) -> Places:
+def prefetch(member: Member, config: AnyConfig) -> Places:
+    """What DeepSpeed needs beside the states of a role that is asked."""
     if config.zero.stage < 3:
         return Places()
     return Places(gpu=Bytes(workspace=min(PREFETCH_BUCKET, member.weights) * member.size.bytes))
@@ -310,11 +313,13 @@ def _needs(member: Member, stage: str, config: Config, ranks: int, batch: Batch)
         whole = member.size.parameters * member.size.bytes if config.zero.stage == 3 else 0
         return Bytes(weights=whole) + sampling_needs(member.size, config, batch)
     if stage == "learning" and member.trains:
-        found = [learning_needs(member, config, batch)]
-        if member.name == "actor" and config.ptx.coef:
-            found.append(learning_needs(member, config, batch.with_texts(config, ranks)))
+        policy, reads = member.name == "actor", config.ppo.loss_reads_reference
+        found = [learning_needs(member, batch, head=policy, reference=reads)]
+        if policy and config.ptx.coef:
+            found.append(learning_needs(member, batch.with_texts(config, ranks), head=True, reference=False))
         return max(found, key=lambda amount: amount.total)
-    return asking_needs(member, config, batch, head=member.name in ("actor", "reference"))
+    policy, exact = member.name in ("actor", "reference"), config.ppo.kl_kind == "exact"
+    return asking_needs(member, batch, head=policy, reference=exact)
 
 
 def by_stage(found: list[Share]) -> Iterator[tuple[str, Places]]:
@@ -322,7 +327,7 @@ def by_stage(found: list[Share]) -> Iterator[tuple[str, Places]]:
 
     Roles run one after the other: of what they need for a while only the largest counts.
     """
-    for stage in STAGES:
+    for stage in dict.fromkeys(share.stage for share in found):
         own = [share for share in found if share.stage == stage]
         passing = max((share.places.gpu.passing for share in own), key=lambda amount: amount.total)
         lasting = sum((replace(share.places, gpu=_without(share.places.gpu)) for share in own), Places())

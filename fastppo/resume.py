@@ -111,10 +111,12 @@ def _names(folder: Path) -> str:
 def _check_fit(folder: Path, about: Mapping[str, Any], config: AnyConfig, world: World) -> None:
     """Refuse a checkpoint of another number of ranks or of settings that make another run."""
     if about["ranks"] != world.ranks:
+        start = "actor's weights (--actor.model, with the first actor as --reference.model)"
+        start = start if isinstance(config, Config) else "exported model (--model.path)"
         raise CheckpointError(
             f"{folder} was written by {about['ranks']} rank(s), and this run has {world.ranks}: optimizer states are"
             f" split by rank. Resume with --num_accelerators {about['ranks']}; to go on with {world.ranks}, begin a new"
-            " run from the actor's weights (--actor.model, with the first actor as --reference.model)."
+            f" run from the {start}."
         )
     then, now, fresh = dict(about["config"]), settings(config), settings(type(config)())
     free = (*FREE, *FREE_IN_PPO) if isinstance(config, Config) else FREE

@@ -11,9 +11,10 @@ from fastppo.average import Average
 from fastppo.config import Config
 from fastppo.engine import Engine, Frozen, Saved, check_nvme
 from fastppo.gathered import GatheredPolicy
-from fastppo.load import DTYPES, load_policies
+from fastppo.load import load_policies
 from fastppo.models import Policy, attention_ratio
 from fastppo.residency import Residency
+from fastppo.weights import DTYPES
 from fastppo.world import World
 
 

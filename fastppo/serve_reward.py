@@ -21,8 +21,9 @@ from fastppo.config import OptimConfig, ZeroConfig
 from fastppo.engine import Frozen
 from fastppo.errors import FastPPOError, exit_with_message
 from fastppo.feedback.model import ModelSource
-from fastppo.load import DTYPES, load_reward
+from fastppo.load import load_reward
 from fastppo.models import RewardModel
+from fastppo.weights import DTYPES
 from fastppo.world import World
 
 log = logging.getLogger("fastppo")

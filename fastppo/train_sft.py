@@ -5,10 +5,8 @@ A language model learns to write the responses of its data: the loss is their ne
 
 from __future__ import annotations
 
-import logging
 import sys
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +16,18 @@ if __package__ in (None, ""):  # run as a script: Python would look for modules 
 from torch import Tensor
 
 from fastppo.batch import Packed
-from fastppo.checkpoint import Checkpoints, export
-from fastppo.cli import SFT, dump, parse
+from fastppo.checkpoint import export
+from fastppo.cli import SFT, parse
 from fastppo.config import SFTConfig
-from fastppo.data import batches
 from fastppo.errors import exit_with_message
 from fastppo.examples import load_answers
-from fastppo.folder import continue_folder, fresh_folder
 from fastppo.gathered import whole_state
-from fastppo.heldout import evaluate_answers, response_logprobs
-from fastppo.learner import Learner, assemble_learner
-from fastppo.nodes import check_output_is_shared
-from fastppo.resume import find_checkpoint
-from fastppo.stop import Stopped, watching
-from fastppo.supervised import Training, recall_trunk, total_steps, update
-from fastppo.track import Stages, Tracker, setup_logging
+from fastppo.heldout import AnswerEvaluation, evaluate_answers, response_logprobs
+from fastppo.learner import assemble_learner
+from fastppo.stage import Stage, run_stage, set_up
+from fastppo.stop import Stopped
+from fastppo.track import setup_logging
 from fastppo.world import World, start_world, stop_world
-
-log = logging.getLogger("fastppo")
 
 
 def negative_logprob(role: Any, hidden: Tensor, *, packed: Packed, part: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,73 +41,24 @@ def train(config: SFTConfig, world: World) -> None:
 
     Raises Stopped where it was told to stop; what it has done is saved then.
     """
-    output = Path(config.output)
-    found = find_checkpoint(config, world)
-    if world.rank == 0:
-        fresh_folder(output) if found is None else continue_folder(output, found.sizes)
-        (output / "config.yaml").write_text(dump(config), encoding="utf-8")
-    check_output_is_shared(output, world)
-    learner = assemble_learner(config, world)
-    answers, heldout = load_answers(
-        config.data, learner.tokenizer, heldout=config.eval.examples, context=learner.context
+    stage = set_up(config, world, assemble_learner, load_answers)
+    lengths = stage.examples.response_lengths
+    run_stage(
+        stage,
+        negative_logprob,
+        statistics=("loss",),
+        count=lambda rows: int(lengths[rows].sum()),  # response tokens
+        evaluate=evaluate_answers,
+        leave=leave,
     )
-    steps = total_steps(config, answers)
-    checkpoints = Checkpoints(config, {"model": learner.engine}, (answers.tokens, heldout.tokens), world)
-    run, stages = checkpoints.load(found, Training.begin(config.seed, world.rank)), Stages({})
-    order = batches(answers, size=config.batch_size, seed=config.seed, shuffle=config.data.shuffle)
-    trunk = recall_trunk(learner, answers, list(islice(order, run.step)), config, world)
-    heldout_trunk = recall_trunk(learner, heldout, [], config, world)
-
-    with (
-        watching(world),
-        Tracker(output, config.track, steps=steps, rank=world.rank, done=run.step) as tracker,
-        checkpoints.saved_when_stopped(run),
-    ):
-
-        def evaluate_if_due() -> None:
-            due = run.step in (0, steps) or (config.eval.every and run.step % config.eval.every == 0)
-            if config.eval.examples and due and run.evaluated < run.step:
-                result = evaluate_answers(learner, heldout, heldout_trunk, config, world)
-                tracker.log_evaluation(run.step, result)
-                if run.add_evaluation(result["loss"]):
-                    leave(learner, config, world)
-
-        evaluate_if_due()
-        for step in range(run.step, steps):
-            if run.is_done(config.patience):
-                break
-            rows = next(order)
-            tokens = int(answers.response_lengths[rows].sum())
-            with tracker.profile(step + 1), stages("learning"):
-                done = update(
-                    learner,
-                    answers,
-                    rows,
-                    negative_logprob,
-                    trunk,
-                    config,
-                    normalizer=tokens,
-                    step=step,
-                    steps=steps,
-                    skipped=run.skipped,
-                    world=world,
-                )
-            tracker.log(step + 1, {"loss": float(done.sums) / tokens} | done.metrics() | stages.take())
-            run.end_step(done.skipped)
-            evaluate_if_due()
-            checkpoints.save_if_due(run)
-
-    if run.best_step < 0:  # never evaluated: the last model
-        leave(learner, config, world)
-    elif world.rank == 0:
-        log.info("lowest held-out loss: %.4f, after step %d of %d", run.best, run.best_step, run.step)
 
 
-def leave(learner: Learner, config: SFTConfig, world: World) -> None:
+def leave(stage: Stage[SFTConfig], evaluation: AnswerEvaluation | None) -> None:
     """Export the model as it is. All ranks call it."""
-    state = whole_state(learner.model.model, world)
-    if world.rank == 0:
-        export(learner.model, learner.tokenizer, Path(config.output) / "model", config.model.lora, state)
+    config, learner = stage.config, stage.learner
+    state = whole_state(learner.model.model, stage.world)
+    if stage.world.rank == 0:
+        export(learner.model, learner.tokenizer, stage.output / "model", config.model.lora, state)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -40,6 +40,7 @@ def settings(folder: Path, kind: str, **changes: Any) -> list[str]:
         "eval.examples": 32,
         "eval.every": 4,
         "checkpoint.every": 0,
+        "plan": "off",  # it takes a second, and is tested in test_plan.py
         "track.tensorboard": "false",
     }
     changed = fixed | {name.replace("__", "."): value for name, value in changes.items()}

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,9 @@ def test_a_pair_that_teaches_nothing_is_dropped_and_counted_or_an_error(
     assert f"left out 1 of 2 examples: 1 ({words})" in caplog.text
     with pytest.raises(DataError, match=rf"line 1: {words}. Remove the row, or set data.unusable to drop"):
         pairs(rows, unusable="error", **settings)
-    with pytest.raises(DataError, match=rf"no example left to learn from: 1 \({words}\)"):
+    with pytest.raises(
+        DataError, match=rf"no example left to learn from: 1 \({words}\). Correct the rows, or name other"
+    ):
         pairs(rows, **settings)
 
 
@@ -129,6 +132,8 @@ def test_answers_that_are_too_long_are_dropped_cut_or_an_error(pairs: Any, caplo
     assert "cut the answers of 1 examples at data.max_tokens 10" in caplog.text
     with pytest.raises(DataError, match=r"line 1: prompt and answer have 22 tokens, more than data.max_tokens 10"):
         pairs(rows, max_tokens=10, too_long="error")
+    with pytest.raises(DataError, match=r"no example left .* Raise data.max_tokens"):
+        pairs(rows[:1], max_tokens=10)
 
 
 def test_answers_that_are_equal_once_they_are_cut_are_no_pair(pairs: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -152,6 +157,13 @@ def test_answers_that_are_equal_once_they_are_cut_are_no_pair(pairs: Any, caplog
         ([pair(7, "a", "b")], {}, r"neither text nor chat"),
         ([pair("p", "a", "b", m="wide")], {"margin": "m"}, r"line 1: column m holds 'wide', which is not a number"),
         ([pair("p", "a", "b", m=None)], {"margin": "m"}, r"column m holds None"),
+        ([pair("p", "a", "b", m=math.nan)], {"margin": "m"}, r"line 1: column m holds nan.* Correct or remove the row"),
+        ([{"chosen": "a", "rejected": "b"}], {}, r"no column prompt. It has chosen, rejected; .* or set it to null if"),
+        (
+            [{"prompt": "p", "response": x, "r": 1} for x in "abc"],
+            {"rating": "r"},
+            r"makes no pair: .* different ratings in the column r \(1\), over 1 different prompts. Name another column",
+        ),
         (
             [pair("p", user("a"), assistant("b"))],
             {},

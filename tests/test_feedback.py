@@ -1,5 +1,6 @@
 """Sources of reward, and what is said of those that fail."""
 
+import json
 import textwrap
 from dataclasses import replace
 
@@ -13,6 +14,8 @@ from fastppo.data import PromptSet
 from fastppo.errors import FastPPOError
 from fastppo.feedback import Responses, RewardError, load_functions, load_judge, load_sources, score
 from fastppo.feedback.score import _decode
+from fastppo.feedback.sources import shared_sources
+from fastppo.models import ModelError
 from fastppo.residency import Residency
 from fastppo.world import World, start_world
 
@@ -144,6 +147,20 @@ def test_a_reward_model_with_two_labels_is_an_error(tmp_path):
         sources(Config(rewards=(RewardConfig(model=path),)))
 
 
+def test_a_language_model_is_no_reward_model_also_where_its_config_does_not_tell(tmp_path):
+    """Transformers would give it a score head of random numbers."""
+    path = tiny.saved(tmp_path / "causal", tiny.causal(num_labels=1))
+    with pytest.raises(
+        ModelError, match=r"rewards.model = .* is a LlamaForCausalLM and no reward .*train_reward.py --model.path"
+    ):
+        sources(Config(rewards=(RewardConfig(model=path),)))
+    settings = json.loads((tmp_path / "causal/config.json").read_text())
+    del settings["architectures"]
+    (tmp_path / "causal/config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=r"1 weights of LlamaForSequenceClassification are not .* \(score.weight\)"):
+        sources(Config(rewards=(RewardConfig(model=path),)))
+
+
 def test_an_ensemble_says_the_mean_or_the_least_of_its_members(tmp_path):
     paths = tuple(tiny.saved(tmp_path / str(i), tiny.classifier(seed=i)) for i in range(3))
     alone = torch.stack([scored(_with_dtype(Config(rewards=(RewardConfig(model=p),)))).scores for p in paths])
@@ -208,6 +225,20 @@ def test_a_judge_scores_the_same_responses_and_changes_no_score(tmp_path, monkey
     assert found.shaped.tolist() == [0.5] * 3
     assert found.judged.tolist() == [2 * len(r) + 1 for r in ("a", "bcd", "ef")]
     assert scored(Config(rewards=config.rewards)).judged.isnan().all()
+
+
+def test_a_judge_that_is_the_reward_is_warned_of_and_another_is_not(tmp_path, monkeypatch, caplog):
+    tiny.saved(tmp_path / "one", tiny.classifier())
+    monkeypatch.chdir(tmp_path)
+    rewards = (RewardConfig(model="one"), RewardConfig(pattern="b"))
+    for judge, warned in (
+        (RewardConfig(ensemble=("./one", "two")), [str(tmp_path / "one")]),
+        (RewardConfig(pattern="b"), ["b"]),
+        (RewardConfig(pattern="c"), []),
+    ):
+        assert shared_sources(Config(rewards=rewards, health=HealthConfig(judge=(judge,)))) == warned
+    scored(Config(rewards=rewards[1:], health=HealthConfig(judge=rewards[1:])))
+    assert "health.judge and rewards both have b: a judge that is the reward itself" in caplog.text
 
 
 @pytest.mark.parametrize(

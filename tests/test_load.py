@@ -73,6 +73,17 @@ def test_a_folder_without_a_model_is_an_error(tmp_path):
         load(str(tmp_path))
 
 
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub():
+    with pytest.raises(ModelError, match=r"actor.model = runs/sft/model: there is no such directory. Give a Hugging"):
+        load("runs/sft/model")
+
+
+def test_weights_that_files_lack_are_not_made_up(tmp_path):
+    """Transformers would begin the vocabulary head of a reward model's backbone at random."""
+    with pytest.raises(ModelError, match=r"actor.model = .*: 1 weights of LlamaForCausalLM .* \(lm_head.weight\)"):
+        load(tiny.saved(tmp_path, tiny.classifier()))
+
+
 def test_more_upper_layers_than_there_are_is_an_error(model):
     with pytest.raises(ModelError, match="has 3 layers"):
         load(model, "--actor.train", "4")

@@ -17,13 +17,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from fastppo.attention import Spans
 from fastppo.config import Config, DataConfig, LoraConfig, OptimConfig, PPOConfig, PtxConfig, ZeroConfig
 from fastppo.footprint import Footprint, _Live
-from fastppo.load import Source, load_causal, outline
+from fastppo.load import load_causal
 from fastppo.lora import add_adapters
 from fastppo.memory import Batch, Bytes, Member, head_workspace, model_states, shares
 from fastppo.microbatch import pack_even
 from fastppo.models import Policy, fuse_head
 from fastppo.ops import WORKSPACE_BYTES
 from fastppo.trainable import set_trainable
+from fastppo.weights import Source, outline
 
 CPU = torch.device("cpu")
 

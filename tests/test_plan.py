@@ -11,6 +11,7 @@ import torch
 from architectures import preset
 
 from fastppo import plan
+from fastppo.cast import cast_of
 from fastppo.cli import parse
 from fastppo.config import Config
 from fastppo.load import load_causal
@@ -51,8 +52,8 @@ def test_the_models_of_the_judge_are_counted_as_those_of_the_reward(settings: li
     model = tiny.saved(tmp_path / "reward", tiny.classifier())
     judge = f'[{{"ensemble": ["{model}", "{model}"]}}, {{"function": "a:b"}}]'
     config = parse([*settings, "--rewards", f'[{{"model": "{model}"}}]', "--health.judge", judge])
-    found = {member.name: member.size.parameters for member in plan.cast_of(config, cpu=True)}
-    names = [member.name for member in plan.cast_of(config, cpu=True)]
+    found = {member.name: member.size.parameters for member in cast_of(config, cpu=True)}
+    names = [member.name for member in cast_of(config, cpu=True)]
     assert names == ["actor", "critic", "reference", "reward 1", "judge 1", "judge 1"]
     assert found["judge 1"] == found["reward 1"] > 0
 
@@ -89,7 +90,7 @@ def test_a_preset_fits_the_machine_it_is_for(tmp_path: Path, name: str, gpus: in
 
 
 def test_with_adapters_there_is_no_reference(settings: list[str]) -> None:
-    names = [m.name for m in plan.cast_of(parse([*settings, "--actor.lora.rank", "8"]), cpu=True)]
+    names = [m.name for m in cast_of(parse([*settings, "--actor.lora.rank", "8"]), cpu=True)]
     assert names == ["actor", "critic"]
 
 

@@ -172,6 +172,24 @@ def test_a_service_that_dies_costs_the_run_nothing(tmp_path, forks, ranks):
     assert whole_runs.records(folder / "broken") == whole_runs.records(folder / "straight")
 
 
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (b'{"scores": []}', "returned 0 numbers for 2 responses"),
+        (b'{"scores": [NaN, NaN]}', "returned nan for response 0"),
+        (b"<html>Welcome</html>", "answered with something that is not JSON: '<html>Welcome</html>'"),
+    ],
+)
+def test_what_a_service_says_wrong_ends_all_ranks_with_the_reason(tmp_path, forks, said, words):
+    folder = whole_runs.prepare(tmp_path)
+    with service(lambda body: (200, said)) as (url, _):
+        rewards = json.dumps([{"url": url, "retries": 0}])
+        run = forks.start(whole_runs.settings(folder, folder / "out", rewards=rewards), ranks=2)
+        assert forks.wait(run, 60) == [1, 1], run.text()
+    for log in run.logs:
+        assert f"rewards.url = {url} {words}" in log.read_text() and "Traceback" not in log.read_text()
+
+
 @pytest.fixture(scope="module")
 def reward_server(tmp_path_factory):
     path = tiny.saved(tmp_path_factory.mktemp("reward") / "model", tiny.classifier())

@@ -1,6 +1,7 @@
 """Every rule between the settings of the stages before PPO refuses what it should, with the reason."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,6 +67,23 @@ def test_settings_of_both_that_cannot_work_are_refused(settings: dict[str, Any],
             validate(changed(config, **settings), 2)  # type: ignore[operator]
         for word in words:
             assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "setting"),
+    [
+        ('{"train_batch_size": 32}', "batch_size"),
+        ('{"train_micro_batch_size_per_gpu": 4}', "microbatch_tokens"),
+        ('{"optimizer": {"params": {"lr": 0.1}}}', "model.lr"),
+    ],
+)
+def test_what_a_raw_deepspeed_file_may_not_say_is_named_as_the_command_names_it(
+    tmp_path: Path, raw: str, setting: str
+) -> None:
+    (tmp_path / "raw.json").write_text(raw)
+    for config, validate in ((PAIRS, validate_reward), (ANSWERS, validate_sft)):
+        with pytest.raises(ConfigError, match=rf"follows from {setting}\. Set {setting}, and take"):
+            validate(changed(config, zero__deepspeed=str(tmp_path / "raw.json")))  # type: ignore[operator]
 
 
 def test_both_answers_of_a_pair_must_fit_one_microbatch() -> None:

@@ -154,6 +154,9 @@ class RewardTrainingConfig:
     attention: Literal["auto", "flash", "sdpa"] = "auto"
     """What computes attention: `flash` flash-attn (CUDA, bf16), `sdpa` PyTorch; `auto` flash-attn where it can be used
     and PyTorch elsewhere, which the log says."""
+    plan: Literal["check", "warn", "off"] = "check"
+    """Before the model loads, the memory that it needs in learning and in evaluation is computed and shown. `check`
+    refuses a run that does not fit, `warn` says so and goes on, `off` leaves the computation out."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: PairsConfig = field(default_factory=PairsConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -195,6 +198,9 @@ class SFTConfig:
     attention: Literal["auto", "flash", "sdpa"] = "auto"
     """What computes attention: `flash` flash-attn (CUDA, bf16), `sdpa` PyTorch; `auto` flash-attn where it can be used
     and PyTorch elsewhere, which the log says."""
+    plan: Literal["check", "warn", "off"] = "check"
+    """Before the model loads, the memory that it needs in learning and in evaluation is computed and shown. `check`
+    refuses a run that does not fit, `warn` says so and goes on, `off` leaves the computation out."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: AnswersConfig = field(default_factory=AnswersConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

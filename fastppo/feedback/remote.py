@@ -103,5 +103,5 @@ def _unreachable(where: str, config: RewardConfig, error: requests.RequestExcept
     if isinstance(error, requests.Timeout):
         return f"{name} did not answer within {config.timeout:g} s ({where}.timeout)"
     if isinstance(error, requests.ConnectionError):
-        return f"{name} cannot be reached or broke off ({type(error).__name__}); is the service running there?"
+        return f"{name} cannot be reached or broke off ({type(error).__name__}), so see whether the service runs there"
     return f"{name} could not be asked ({error})"

@@ -1,0 +1,160 @@
+"""Around the updates of a stage before PPO: what it begins with, and the loop that trains, evaluates and saves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+from fastppo.checkpoint import Checkpoints
+from fastppo.cli import dump
+from fastppo.config import RewardTrainingConfig, SFTConfig
+from fastppo.data import batches
+from fastppo.examples import Examples
+from fastppo.folder import continue_folder, fresh_folder
+from fastppo.learner import Learner
+from fastppo.nodes import check_output_is_shared
+from fastppo.plan import check_plan
+from fastppo.resume import find_checkpoint
+from fastppo.stop import watching
+from fastppo.supervised import Objective, Training, recall_trunk, total_steps, update
+from fastppo.track import Stages, Tracker
+from fastppo.trunk import TrunkStates
+from fastppo.world import World
+
+log = logging.getLogger("fastppo")
+
+C = TypeVar("C", RewardTrainingConfig, SFTConfig)
+
+
+@dataclass(frozen=True)
+class Stage(Generic[C]):
+    """What a stage before PPO has in hand before its first update."""
+
+    config: C
+    world: World
+    learner: Learner
+    examples: Examples  # to train on
+    heldout: Examples
+    checkpoints: Checkpoints
+    run: Training  # where it is; the one part that changes
+    order: Iterator[list[int]]  # batches of examples, from where the run is onwards
+    trunk: TrunkStates  # of the training examples
+    heldout_trunk: TrunkStates
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output)
+
+    @property
+    def steps(self) -> int:
+        return total_steps(self.config, self.examples)
+
+
+class Evaluation(Protocol):
+    """A model on held-out examples."""
+
+    @property
+    def loss(self) -> float: ...
+
+    def metrics(self) -> dict[str, float]: ...
+
+
+E = TypeVar("E", bound=Evaluation)
+
+
+def set_up(
+    config: C,
+    world: World,
+    assemble: Callable[[C, World], Learner],
+    load: Callable[..., tuple[Examples, Examples]],
+) -> Stage[C]:
+    """The stage's folder, its model and its examples, and where it is if it is resumed.
+
+    load: `examples.load_pairs` or its sister. What can be wrong is looked at in the order of what it costs to find out.
+    """
+    output, found = Path(config.output), find_checkpoint(config, world)
+    if world.rank == 0:
+        fresh_folder(output) if found is None else continue_folder(output, found.sizes)
+        (output / "config.yaml").write_text(dump(config), encoding="utf-8")
+    check_output_is_shared(output, world)
+    check_plan(config, world)
+    learner = assemble(config, world)
+    examples, heldout = load(config.data, learner.tokenizer, heldout=config.eval.examples, context=learner.context)
+    checkpoints = Checkpoints(config, {"model": learner.engine}, (examples.tokens, heldout.tokens), world)
+    run = checkpoints.load(found, Training.begin(config.seed, world.rank))
+    order = batches(examples, size=config.batch_size, seed=config.seed, shuffle=config.data.shuffle)
+    return Stage(
+        config=config,
+        world=world,
+        learner=learner,
+        examples=examples,
+        heldout=heldout,
+        checkpoints=checkpoints,
+        run=run,
+        trunk=recall_trunk(learner, examples, list(islice(order, run.step)), config, world),
+        heldout_trunk=recall_trunk(learner, heldout, [], config, world),
+        order=order,
+    )
+
+
+def run_stage(
+    stage: Stage[C],
+    objective: Objective,
+    *,
+    statistics: Sequence[str],
+    count: Callable[[list[int]], int],
+    evaluate: Callable[[Learner, Examples, TrunkStates, C, World], E],
+    leave: Callable[[Stage[C], E | None], None],
+) -> None:
+    """Update, evaluate on held-out examples, and leave the model with the lowest held-out loss behind.
+
+    statistics: names of what the objective sums over a batch; count: over how many (pairs, response tokens) their
+    means and the loss's are taken; leave: exports the model as it was evaluated, or as it is if it never was. Raises
+    Stopped where the run was told to stop; what it has done is saved then.
+    """
+    config, world, run, steps, times = stage.config, stage.world, stage.run, stage.steps, Stages({})
+    with (
+        watching(world),
+        Tracker(stage.output, config.track, steps=steps, rank=world.rank, done=run.step) as tracker,
+        stage.checkpoints.saved_when_stopped(run),
+    ):
+
+        def evaluate_if_due() -> None:
+            due = run.step in (0, steps) or (config.eval.every and run.step % config.eval.every == 0)
+            if config.eval.examples and due and run.evaluated < run.step:
+                found = evaluate(stage.learner, stage.heldout, stage.heldout_trunk, config, world)
+                tracker.log_evaluation(run.step, found.metrics())
+                if run.add_evaluation(found.loss):
+                    leave(stage, found)
+
+        evaluate_if_due()
+        while run.step < steps and not run.is_done(config.patience):
+            rows = next(stage.order)
+            with tracker.profile(run.step + 1), times("learning"):
+                done = update(
+                    stage.learner,
+                    stage.examples,
+                    rows,
+                    objective,
+                    stage.trunk,
+                    config,
+                    normalizer=count(rows),
+                    step=run.step,
+                    steps=steps,
+                    skipped=run.skipped,
+                    world=world,
+                )
+            means = dict(zip(statistics, (done.sums / count(rows)).tolist(), strict=True))
+            tracker.log(run.step + 1, means | done.metrics() | times.take())
+            run.end_step(done.skipped)
+            evaluate_if_due()
+            stage.checkpoints.save_if_due(run)
+
+    if run.best_step < 0:
+        leave(stage, None)
+    elif world.rank == 0:
+        log.info("lowest held-out loss: %.4f, after step %d of %d", run.best, run.best_step, run.step)

@@ -1,0 +1,117 @@
+"""The plan of the stages before PPO: what their one model needs, and a run that does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import stage_runs
+import tiny
+import torch
+from architectures import ACTORS, directory
+
+from fastppo import plan, train_reward, train_sft
+from fastppo.cli import REWARD, SFT, Command, parse
+from fastppo.config import AnyConfig
+from fastppo.fit import Plan, make_plan
+from fastppo.machine import Machine
+from fastppo.memory import Bytes
+from fastppo.world import start_world
+
+COMMANDS: dict[str, Command[Any]] = {"pairs": REWARD, "answers": SFT}
+SMALL, LARGE = Machine(1, 1, 24 * 10**9, 128 * 10**9), Machine(8, 1, 40 * 10**9, 10**12)
+
+
+@pytest.fixture(scope="module")
+def seven_billion(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return directory(tmp_path_factory.mktemp("7b"), *ACTORS["7b"])
+
+
+def config_of(kind: str, model: str, **changes: Any) -> AnyConfig:
+    fixed = {"model.path": model, "data.path": "x.jsonl", "batch_size": 64}
+    given = fixed | {name.replace("__", "."): value for name, value in changes.items()}
+    config: AnyConfig = parse([part for k, v in given.items() for part in (f"--{k}", str(v))], COMMANDS[kind])
+    return config
+
+
+def held(found: Plan, stage: str = "learning") -> Bytes:
+    (places,) = (share.places for share in found.shares if share.stage == stage)
+    return places.gpu
+
+
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_zero_and_adapters_take_memory_away(seven_billion: str, kind: str) -> None:
+    fixed = {"optim__activation_checkpointing": "true"}
+    whole = make_plan(config_of(kind, seven_billion, **fixed), LARGE)
+    assert held(whole).optimizer == pytest.approx(12 * 7.6e9 / 8, rel=0.1)
+    split = make_plan(config_of(kind, seven_billion, zero__stage=3, **fixed), LARGE)
+    assert held(split).states < held(whole).states / 3 and split.fits and not whole.fits
+    adapted = make_plan(config_of(kind, seven_billion, model__lora__rank=16, **fixed), LARGE)
+    assert held(adapted).optimizer < held(whole).optimizer / 50 and adapted.fits
+
+
+def test_only_a_language_model_has_logits_and_a_trained_head_alone_no_activations(seven_billion: str) -> None:
+    scored, written = (held(make_plan(config_of(kind, seven_billion), LARGE)) for kind in COMMANDS)
+    assert written.workspace - scored.workspace > 2 * 8192 * 3584  # of the head: gradients of its states at least
+    head = held(make_plan(config_of("pairs", seven_billion, model__train="head", keep_trunk_gb=0), LARGE))
+    assert head.optimizer == 12 * 3584 // 8 and head.activations < scored.activations / 20
+
+
+def test_kept_trunks_are_bounded_by_the_setting_and_by_the_examples_there_can_be(seven_billion: str) -> None:
+    def kept(**changes: Any) -> int:
+        some, none = (
+            held(make_plan(config_of("pairs", seven_billion, model__train="head", **more), LARGE)).activations
+            for more in (changes, changes | {"keep_trunk_gb": 0})
+        )
+        return some - none
+
+    assert kept(eval__examples=0) == 2 * 10**9
+    assert kept(eval__examples=0, steps=1, batch_size=8) == 8 * 2 * 1024 * 3584 * 2
+    assert kept(eval__examples=2, data__limit=4) == (4 + 2) * 2 * 1024 * 3584 * 2
+    assert kept(zero__stage=3) == 0
+
+
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_a_run_that_does_not_fit_is_told_what_to_change_in_its_own_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    command, model = COMMANDS[kind], directory(tmp_path, *ACTORS["1.3b"])
+    argv = ["--command", command.script.removesuffix(".py"), "--model.path", model, "--data.path", "x.jsonl"]
+    machine = ["--gpus", "1", "--gpu-memory", "24GB", "--host-memory", "128GB"]
+    with pytest.raises(SystemExit) as stop:
+        plan.main([*argv, *machine])
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and "this run does not fit: " in error
+    change = error.partition("The smallest change that fits: ")[2].split()
+    assert make_plan(parse([*argv[2:], *change], command), SMALL).fits
+    config_of(kind, model, **dict(zip((name[2:] for name in change[::2]), change[1::2], strict=True)))
+
+
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_training_is_refused_before_the_model_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """There is a config and no weights; the message of loading them would be another."""
+    tiny.causal().config.save_pretrained(tmp_path / "model")
+    argv = stage_runs.settings(tmp_path, kind, plan="check")
+    train: Any = train_reward.train if kind == "pairs" else train_sft.train
+    monkeypatch.setattr(plan, "this_machine", lambda *args, **kwargs: Machine(1, 1, None, 2 * 10**8))
+    with pytest.raises(plan.PlanError, match=r"host memory are needed .*--plan warn"):
+        train(parse(argv, COMMANDS[kind]), start_world(1))
+    assert "evaluation" in capsys.readouterr().out
+
+
+def test_a_run_that_fits_goes_through_with_its_plan_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = stage_runs.prepare(tmp_path)
+    argv = stage_runs.settings(folder, "pairs", plan="check", steps=1, eval__examples=4)
+    train_reward.train(parse(argv, REWARD), start_world(1))
+    assert "host: 1.0" in (shown := capsys.readouterr().out) and "fits" in shown
+    assert (folder / "out/reward_model/model.safetensors").is_file()
+
+
+def test_the_plan_begins_from_a_reward_model_as_training_does(tmp_path: Path) -> None:
+    classifier = tiny.classifier()
+    found = make_plan(config_of("pairs", tiny.saved(tmp_path, classifier), optim__dtype="fp32"), LARGE)
+    assert held(found).weights == sum(p.numel() * p.element_size() for p in classifier.parameters())
+    assert classifier.dtype == torch.float32
