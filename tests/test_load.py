@@ -74,8 +74,8 @@ def test_a_folder_without_a_model_is_an_error(tmp_path):
 
 
 def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub():
-    with pytest.raises(ModelError, match=r"actor.model = runs/sft/model: there is no such directory. Give a Hugging"):
-        load("runs/sft/model")
+    with pytest.raises(ModelError, match=r"actor.model = runs/no-such-run/model: there is no such directory. Give a Hugging"):
+        load("runs/no-such-run/model")
 
 
 def test_weights_that_files_lack_are_not_made_up(tmp_path):
