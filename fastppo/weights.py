@@ -50,6 +50,12 @@ class Source:
 
 WAYS = "Give a Hugging Face hub name, a directory made by save_pretrained, or a directory with gguf_file."
 
+# What the quickstart's stages hand on, and the command that leaves it.
+LEFT_BY = {
+    "runs/quickstart-sft/model": "deepspeed fastppo/train_sft.py --config quickstart-sft",
+    "runs/quickstart-reward/reward_model": "deepspeed fastppo/train_reward.py --config quickstart-reward",
+}
+
 
 def load_tokenizer(
     setting: str, name: str, gguf_file: str | None = None, revision: str | None = None
@@ -98,7 +104,9 @@ def _check_name(source: Source) -> None:
     """Raises ModelError for a path that is not there and can be no name on the hub, of which its errors say little."""
     packaged = source.name.startswith(PREFIX)
     if not packaged and not HUB_NAME.fullmatch(source.name) and not Path(source.name).exists():
-        raise ModelError(f"{source}: there is no such directory. {WAYS}")
+        stage = LEFT_BY.get(str(Path(source.name)))
+        way = WAYS if stage is None else f"It is left by `{stage}`, and `make demo` runs all stages of the quickstart."
+        raise ModelError(f"{source}: there is no such directory. {way}")
 
 
 def load_classifier_config(source: Source) -> PreTrainedConfig:

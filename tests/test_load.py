@@ -7,7 +7,7 @@ import torch
 from fastppo.cli import parse
 from fastppo.load import load_policies
 from fastppo.models import ModelError
-from fastppo.weights import Source, load_config
+from fastppo.weights import LEFT_BY, Source, load_config
 
 CPU = torch.device("cpu")
 
@@ -75,8 +75,19 @@ def test_a_folder_without_a_model_is_an_error(tmp_path):
 
 
 def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub():
-    with pytest.raises(ModelError, match=r"actor.model = runs/no-such-run/model: there is no such directory. Give a Hugging"):
+    with pytest.raises(
+        ModelError, match=r"actor.model = runs/no-such-run/model: there is no such directory. Give a Hugging"
+    ):
         load("runs/no-such-run/model")
+
+
+@pytest.mark.parametrize(("path", "command"), LEFT_BY.items())
+def test_what_a_stage_of_the_quickstart_leaves_is_missed_with_the_command_that_leaves_it(
+    path, command, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)  # where no stage has run
+    with pytest.raises(ModelError, match=rf"{path}: there is no such directory. It is left by `{command}`"):
+        load(path)
 
 
 def test_weights_that_files_lack_are_not_made_up(tmp_path):
