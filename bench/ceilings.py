@@ -20,6 +20,9 @@ CARDS = {
 }
 
 
+LEAD = 4_000_000  # cycles, some 2 ms, that a GPU waits for the host to have launched what is timed
+
+
 class Ceilings(NamedTuple):
     device: str
     bandwidth: float  # bytes/s
@@ -46,14 +49,19 @@ def ceilings(device: torch.device) -> Ceilings:
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """One call, until the device has finished it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    """One call: on a GPU that of its kernels, from the first to the last, by CUDA events."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    torch.cuda._sleep(LEAD)
+    first.record()
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    last.record()
+    torch.cuda.synchronize(device)
+    return float(first.elapsed_time(last)) / 1e3
 
 
 def median_seconds(call: Callable[[], object], device: torch.device, rounds: int = 7) -> float:

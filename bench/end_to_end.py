@@ -5,6 +5,8 @@
 
 A step: 64 prompts of 32 random tokens, 64 new tokens each with no stop token, 4 epochs of one minibatch. Policy,
 reference, critic and reward model are random 4-layer Llamas (hidden 256, intermediate 512, 4 heads, vocabulary 4,096).
+With `--size 1b`, for a GPU, they have the shape of Llama-3.2-1B, and a step has 128 prompts of 128 tokens and 256 new
+tokens each, 1 epoch.
 With `--trl`, an interpreter that has trl==0.29.1, runs of the two alternate and each pair gives a ratio.
 """
 
@@ -16,13 +18,32 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
-VOCABULARY, PROMPTS, PROMPT_TOKENS, RESPONSE_TOKENS = 4_096, 64, 32, 64
 
 
-def make_inputs(folder: Path) -> None:
+class Size(NamedTuple):
+    vocabulary: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    prompts: int
+    prompt_tokens: int
+    response_tokens: int
+    epochs: int
+    microbatch_tokens: int
+
+
+SIZES = {
+    "small": Size(4_096, 256, 512, 4, 4, 4, 64, 32, 64, 4, 8_192),
+    "1b": Size(128_256, 2048, 8192, 16, 32, 8, 128, 128, 256, 1, 16_384),
+}
+
+
+def make_inputs(folder: Path, size: Size) -> None:
     """Random models and prompts as files, so that the bench runs what a user runs."""
     import torch
     from tokenizers import Tokenizer, models
@@ -35,30 +56,34 @@ def make_inputs(folder: Path) -> None:
 
     torch.manual_seed(0)
     shape = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, bos_token_id=None, eos_token_id=None, pad_token_id=None, num_labels=1,
+        vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.kv_heads,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None, num_labels=1, dtype="bfloat16",
     )  # fmt: skip
-    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size.vocabulary)}, unk_token="w0"))
     from tokenizers.pre_tokenizers import Whitespace
 
     backend.pre_tokenizer = Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     for name, kind in (("actor", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)):
-        kind.from_config(shape).save_pretrained(folder / name)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = kind.from_config(shape)
+        model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    tokens = torch.randint(VOCABULARY, (PROMPTS * 4, PROMPT_TOKENS)).tolist()
+    tokens = torch.randint(size.vocabulary, (size.prompts * 4, size.prompt_tokens)).tolist()
     lines = [json.dumps({"prompt": " ".join(f"w{t}" for t in row)}) for row in tokens]
     (folder / "prompts.jsonl").write_text("\n".join(lines))
 
 
-def run_fastppo(folder: Path, dtype: str, steps: int) -> list[dict[str, float]]:
+def run_fastppo(folder: Path, size: Size, dtype: str, steps: int) -> list[dict[str, float]]:
     """The metrics of each step but the first."""
     settings = {
         "output": str(folder / "run"), "steps": steps, "threads": 2, "actor.model": str(folder / "actor"),
         "rewards": json.dumps([{"model": str(folder / "reward")}]), "data.path": str(folder / "prompts.jsonl"),
-        "data.max_prompt_tokens": PROMPT_TOKENS, "sampling.max_new_tokens": RESPONSE_TOKENS,
-        "sampling.ignore_eos": "true", "sampling.rows": PROMPTS, "ppo.batch_size": PROMPTS, "ppo.epochs": 4,
-        "ppo.minibatches": 1, "optim.dtype": dtype, "eval.prompts": 0, "track.tensorboard": "false",
+        "data.max_prompt_tokens": size.prompt_tokens, "sampling.max_new_tokens": size.response_tokens,
+        "sampling.ignore_eos": "true", "sampling.rows": size.prompts, "ppo.batch_size": size.prompts,
+        "ppo.epochs": size.epochs, "ppo.minibatches": 1, "ppo.microbatch_tokens": size.microbatch_tokens,
+        "optim.dtype": dtype, "eval.prompts": 0, "track.tensorboard": "false",
     }  # fmt: skip
     arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     subprocess.run([sys.executable, "-m", "fastppo.train", *arguments], check=True, stdout=sys.stderr)
@@ -73,10 +98,11 @@ def run_trl(python: str, dtype: str, steps: int) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Seconds of a PPO step on the CPU, stage by stage.")
+    parser = argparse.ArgumentParser(description="Seconds of a PPO step, stage by stage.")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--steps", type=int, default=5, help="steps of a run; the first is not counted (at least 2)")
     parser.add_argument("--rounds", type=int, default=1, help="runs, alternating with TRL's")
+    parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--trl", help="a Python interpreter that has trl==0.29.1")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -85,16 +111,19 @@ def main() -> None:
     theirs: list[float] = []
     ratios: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        make_inputs(Path(folder))
+        make_inputs(Path(folder), SIZES[options.size])
         for _ in range(options.rounds):
-            mine = run_fastppo(Path(folder), options.dtype, options.steps)
+            mine = run_fastppo(Path(folder), SIZES[options.size], options.dtype, options.steps)
             steps += mine
             if options.trl:
                 seconds = run_trl(options.trl, options.dtype, options.steps)
                 theirs += seconds
                 ratios.append(statistics.median(seconds) / statistics.median(s["time/step"] for s in mine))
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     names = [name for name in steps[0] if name.startswith("time/")]
-    result: dict[str, Any] = {"dtype": options.dtype, "device": "CPU"}
+    result: dict[str, Any] = {"size": options.size, "dtype": options.dtype, "device": device}
     result |= {name: round(statistics.median(s[name] for s in steps), 3) for name in names}
     for name in names:
         print(f"{name:<20} {result[name]:8.3f} s")

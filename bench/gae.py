@@ -1,9 +1,12 @@
 """GAE on the CPU against its targets: `python bench/gae.py [ROUNDS]`. Medians of paired rounds; the last line is JSON.
 
+With `--gpu`, its bandwidth there: 64,000,000 tokens, against torch.add.
+
 512 sequences of 1 to 2,000 tokens, and one of 4,000,000 against 4,000 of 1,000. The ceiling is memory, 16 bytes a token
 at the bandwidth of torch.add(a, b, out=c).
 """
 
+import functools
 import json
 import os
 import resource
@@ -15,6 +18,7 @@ os.environ.setdefault("OMP_PROC_BIND", "true")  # two threads that share a core 
 
 import gae_baselines as baselines
 import torch
+from ceilings import median_seconds
 
 from fastppo import ops
 
@@ -72,6 +76,27 @@ def seconds(threads, repetitions, call):
     return statistics.median(quiet or others)
 
 
+def on_gpu() -> None:
+    """Bytes that must move, over the time of CUDA's events. Median of 20 calls."""
+    device = torch.device("cuda")
+    print(f"{torch.cuda.get_device_name()}; fp32 unless said")
+    a, b, c = (torch.randn(1 << 27, device=device) for _ in range(3))
+    add = 12 * len(a) / median_seconds(lambda: torch.add(a, b, out=c), device, 20)
+    print(f"{'torch.add':44} {add / 1e9:8,.0f} GB/s")
+    result = {"torch.add": add / 1e9}
+    for name, length in (("sequences of 1,000", 1_000), ("sequences of 8,000", 8_000), ("one sequence", 64_000_000)):
+        rewards, values, starts = (x.to(device) for x in baselines.packed([length] * (64_000_000 // length)))
+        mask = torch.rand(len(rewards), device=device) < 0.9
+        for kind, options in {"": {}, ", mask": {"mask": mask}, ", bf16": {}}.items():
+            packed = (rewards.bfloat16(), values.bfloat16()) if kind == ", bf16" else (rewards, values)
+            moved = len(rewards) * (2 * packed[0].element_size() + 8 + len(options))
+            call = functools.partial(ops.gae, *packed, starts, gamma=GAMMA, lam=LAM, **options)
+            speed = moved / median_seconds(call, device, 20)
+            result[name + kind] = speed / 1e9
+            print(f"{name + kind:44} {speed / 1e9:8,.0f} GB/s, {speed / add:.2f} of torch.add's", flush=True)
+    print(json.dumps(result))
+
+
 def main(rounds: int) -> None:
     tokens, measured = cases()
     times = {name: [] for name in measured}
@@ -90,4 +115,7 @@ def main(rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 15)
+    if "--gpu" in sys.argv:
+        on_gpu()
+    else:
+        main(int(sys.argv[1]) if len(sys.argv) > 1 else 15)

@@ -2,41 +2,45 @@
 
     python bench/head.py --rounds 5
 
-M = 2,048 tokens, H = 576, V = 49,152, bf16, two threads. Memory is the process's peak over what inputs, gradients (that
+M = 2,048 tokens, H = 576, V = 49,152, bf16, two threads; on a GPU, where there is one, M = 8,192, H = 4,096 and
+V = 128,256. Memory is the process's peak, or that of torch's allocator, over what inputs, gradients (that
 of the weight in fp32) and the workspace take; its ceiling is 1.1. Time is paired with the same chunks' three products,
 the weight's gradient summed in fp32, and one `torch.compile`d pass from logits to their gradient; its ceiling is 1.1.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # read by torch when it is imported
 
 import torch
+from ceilings import seconds
 from torch import Tensor
 
 from fastppo import linear, ops
 
-M, H, V = 2_048, 576, 49_152
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+M, H, V = (2_048, 576, 49_152) if DEVICE.type == "cpu" else (8_192, 4_096, 128_256)
+WORKSPACE = ops.WORKSPACE_BYTES if DEVICE.type == "cpu" else ops.GPU_WORKSPACE_BYTES
 OPTIONS = {"temperature": 1.0, "clip_low": 0.2, "clip_high": 0.2, "entropy_coef": 0.01}
 
 
 def inputs(tokens: int) -> tuple[Tensor, ...]:
     """hidden, weight, targets, old logprobs, advantages"""
     torch.manual_seed(0)
-    hidden = torch.randn(tokens, H, dtype=torch.bfloat16).requires_grad_()
-    weight = (torch.randn(V, H, dtype=torch.bfloat16) / H**0.5).requires_grad_()
-    return hidden, weight, torch.randint(V, (tokens,)), torch.full((tokens,), -11.0), torch.randn(tokens)
+    hidden = torch.randn(tokens, H, dtype=torch.bfloat16, device=DEVICE).requires_grad_()
+    weight = (torch.randn(V, H, dtype=torch.bfloat16, device=DEVICE) / H**0.5).requires_grad_()
+    targets, old = torch.randint(V, (tokens,), device=DEVICE), torch.full((tokens,), -11.0, device=DEVICE)
+    return hidden, weight, targets, old, torch.randn(tokens, device=DEVICE)
 
 
 def update(hidden: Tensor, weight: Tensor, *tokens: Tensor) -> None:
     """fastppo's."""
-    normalizer = torch.tensor(float(len(hidden)))
+    normalizer = torch.tensor(float(len(hidden)), device=DEVICE)
     loss, _ = ops.linear_policy_loss(hidden, weight, *tokens, **OPTIONS, normalizer=normalizer)
     torch.autograd.grad(loss, [hidden, weight])
 
@@ -51,7 +55,7 @@ def compiled_pass(logits: Tensor, targets: Tensor, old: Tensor, advantages: Tens
     inside = torch.where(advantages > 0, ratio < 1 + OPTIONS["clip_high"], ratio > 1 - OPTIONS["clip_low"])
     slope = torch.where(inside, -advantages * ratio, 0.0)[:, None]
     d = -slope * p + OPTIONS["entropy_coef"] * p * (log_p + entropy)
-    columns = torch.arange(V)
+    columns = torch.arange(V, device=DEVICE)
     return ((d + torch.where(columns == targets[:, None], slope, 0.0)) / M).to(logits.dtype)
 
 
@@ -60,48 +64,58 @@ def products(hidden: Tensor, weight: Tensor, *tokens: Tensor) -> None:
     """The same chunks, by torch alone."""
     d_hidden, total = torch.empty_like(hidden), None
     head, none = linear.Head(hidden, weight, None), linear.Head(None, None, None)
-    for rows, logits, _ in linear.chunks(head, none, ops.WORKSPACE_BYTES):
+    for rows, logits, _ in linear.chunks(head, none, WORKSPACE):
         dz = compiled_pass(logits, *(x[rows] for x in tokens))
         torch.mm(dz, weight, out=d_hidden[rows])
         part = dz.t() @ hidden[rows]
         total = part.float() if total is None else total.add_(part)
 
 
-def resident(kind: str) -> int:
-    """Bytes of this process in memory: VmRSS now, VmHWM at the most since the mark was set."""
+def in_use(most: bool = False) -> int:
+    """Bytes of this process in memory, or of the GPU in tensors: now, or at the most since `mark`."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated() if most else torch.cuda.memory_allocated()
+    kind = "VmHWM" if most else "VmRSS"
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[kind].split()[0]) * 1024
+
+
+def mark() -> None:
+    """From here on the most is counted."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def memory(tokens: tuple[Tensor, ...]) -> float:
     """Peak of an update over inputs, gradients and workspace; a small update before it warms up."""
     update(*inputs(64))
     size = sum(x.numel() * x.element_size() for x in tokens)
-    before = resident("VmRSS")  # with the inputs
-    Path("/proc/self/clear_refs").write_text("5")  # sets the mark
+    before = in_use()  # with the inputs
+    mark()
     update(*tokens)
     gradients = tokens[0].numel() * 2 + tokens[1].numel() * 4
-    return (resident("VmHWM") - before + size) / (size + gradients + ops.WORKSPACE_BYTES)
-
-
-def seconds(run: Callable[..., None], tokens: tuple[Tensor, ...]) -> float:
-    start = time.perf_counter()
-    run(*tokens)
-    return time.perf_counter() - start
+    return (in_use(most=True) - before + size) / (size + gradients + WORKSPACE)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Memory and time of linear_policy_loss, on the CPU.")
+    parser = argparse.ArgumentParser(description="Memory and time of linear_policy_loss.")
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     tokens = inputs(M)
     used = memory(tokens)
-    pairs = [(seconds(update, tokens), seconds(products, tokens)) for _ in range(rounds + 1)][1:]
+    calls = [functools.partial(call, *tokens) for call in (update, products)]
+    pairs = [[seconds(call, DEVICE) for call in calls] for _ in range(rounds + 1)][1:]
     mine, theirs = (statistics.median(pair[i] for pair in pairs) for i in (0, 1))
     ratio = statistics.median(m / t for m, t in pairs)
     print(f"peak memory, of inputs + gradients + workspace: {used:.2f}")
     print(f"fastppo {mine:.3f} s, products and a compiled pass {theirs:.3f} s, ratio {ratio:.2f} (paired median)")
-    print(json.dumps({"memory": round(used, 3), "seconds": round(mine, 4), "ratio": round(ratio, 3), "device": "CPU"}))
+    print(
+        json.dumps(
+            {"memory": round(used, 3), "seconds": round(mine, 4), "ratio": round(ratio, 3), "device": DEVICE.type}
+        )
+    )
 
 
 if __name__ == "__main__":

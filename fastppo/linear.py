@@ -82,7 +82,7 @@ class Products:
         elif total.dtype == hidden.dtype:
             torch.addmm(total, dz, hidden, out=total)
         elif total.device.type == "cuda":
-            total += torch.mm(dz, hidden, out_dtype=torch.float32)
+            torch.addmm(total, dz, hidden, out_dtype=torch.float32, out=total)
         else:
             for first in range(0, len(total), SLICE_ROWS):
                 some = slice(first, first + SLICE_ROWS)

@@ -45,7 +45,10 @@ from fastppo.stats import PolicyStats, TokenStats, ValueStats
 
 log = logging.getLogger("fastppo")
 
-WORKSPACE_BYTES = 256 << 20  # for the logits of a chunk of rows; `linear_*` take no more, whatever M
+# For the logits of a chunk of rows; `linear_*` take no more, whatever M. On a GPU a chunk needs some 2,000 rows for its
+# products to take longer than the weight's gradient, in fp32, takes to be read and written once more.
+WORKSPACE_BYTES = 256 << 20
+GPU_WORKSPACE_BYTES = 1 << 30
 
 KlKind = Literal["exact", "k2", "k3"]
 
@@ -153,7 +156,7 @@ def linear_logprobs(
     scale: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
     if _by_reference(hidden):
         return reference.linear_logprobs(**head, **scale)
-    return _token_stats(torch.ops.fastppo.linear_logprobs(**head, **scale, workspace=WORKSPACE_BYTES))
+    return _token_stats(torch.ops.fastppo.linear_logprobs(**head, **scale, workspace=_workspace(hidden)))
 
 
 def policy_loss(
@@ -273,7 +276,7 @@ def linear_policy_loss(
         return reference.linear_policy_loss(**arguments)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     loss, sums, ratio_max, *_ = torch.ops.fastppo.linear_policy_loss(
-        **arguments, workspace=WORKSPACE_BYTES, wanted=wanted
+        **arguments, workspace=_workspace(hidden), wanted=wanted
     )
     return loss, PolicyStats(sums.detach(), ratio_max.detach())
 
@@ -378,6 +381,10 @@ def _token_stats(stats: Tensor) -> TokenStats:
         return TokenStats(logprobs, entropy, lse, None, None, None)
     ref_logprobs, kl, ref_lse, _, _ = against
     return TokenStats(logprobs, entropy, lse, ref_logprobs.detach(), ref_lse.detach(), kl)
+
+
+def _workspace(like: Tensor) -> int:
+    return GPU_WORKSPACE_BYTES if like.is_cuda else WORKSPACE_BYTES
 
 
 def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:

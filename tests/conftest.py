@@ -15,6 +15,8 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     # Triton's kernels run on the CPU then. It is read when triton is first imported; nothing else here runs any.
     os.environ["TRITON_INTERPRET"] = "1"
+# Every test means the CPU but those of the kernels, which name the GPU, and of test_on_gpu.py, which unsets this.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 settings.register_profile("fastppo", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("fastppo")
@@ -31,6 +33,7 @@ def triton_on_cpu() -> Iterator[None]:
         yield
 
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 COMPILED = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's tests run Triton compiled")
 
 

@@ -54,10 +54,13 @@ def responses(roles: Roles) -> Scored:
 
 def step(config: Config, world: World, *, plan: list[list[Minibatch]] | None = None) -> Step:
     roles = assemble(config, world)
+    roles.residency.enter("sampling")
     scored = responses(roles)
     plan = plan or plan_step(scored.rollout.packed.lengths, config, 0, world.ranks, roles.attention)
+    roles.residency.enter("experience")
     experience = estimate(scored, roles, plan[0], config, config.ppo.kl_coef, world)
     texts = Texts.load(config, roles.tokenizer, context=None, attention=roles.attention)
+    roles.residency.enter("learning")
     updates = learn(experience, roles, plan, config, step=0, beta=config.ppo.kl_coef, world=world, texts=texts)
     parameters = {}
     for name, engine in (("actor", roles.actor), ("critic", roles.critic)):

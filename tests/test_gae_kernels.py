@@ -1,4 +1,7 @@
-"""GAE's CUDA kernels, run thread for thread on the CPU by tests/simt: numbers, bits, traffic, races, bounds."""
+"""GAE's CUDA kernels, run thread for thread on the CPU by tests/simt: numbers, bits, traffic, races, bounds.
+
+What numbers and bits are asked for holds on a GPU too, where there is one.
+"""
 
 import ctypes
 import faulthandler
@@ -8,16 +11,21 @@ import re
 import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import NEEDS_GPU
 from gae_cases import EACH_LENGTH, GAE_CASES, GaeCase, assert_alone_as_together, assert_right
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native import ROOT, SIMT, simt_kernel
 from torch import Tensor
+
+from fastppo import _C, ops
 
 DTYPES = [torch.float32, torch.bfloat16]
 POINTERS = ("rewards", "values", "cu_seqlens", "bootstrap", "mask", "advantages", "returns")
@@ -72,10 +80,26 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     return Kernels(simt_kernel(SIMT / "gae.cpp", tmp_path_factory.mktemp("simt") / "gae.so", "-O2"))
 
 
+def on_gpu(*packed: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """`ops.gae` on the GPU, of the host's tensors."""
+    tensors = {name: x.cuda() if isinstance(x, Tensor) else x for name, x in options.items()}
+    advantages, returns = ops.gae(*(x.cuda() for x in packed), **tensors)
+    return advantages.cpu(), returns.cpu()
+
+
+@pytest.fixture(scope="session", params=["simulated", pytest.param("GPU", marks=NEEDS_GPU)])
+def gae(request: pytest.FixtureRequest) -> Callable[..., tuple[Tensor, Tensor]]:
+    if request.param == "simulated":
+        return request.getfixturevalue("kernels")
+    if not _C.built()["cuda_archs"]:
+        pytest.fail("fastppo._C was built without its CUDA sources; `make clean test` builds it again")
+    return on_gpu
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("case", GAE_CASES, ids=str)
-def test_every_case_is_as_good_as_the_oracle(kernels: Kernels, case: GaeCase, dtype: torch.dtype) -> None:
-    assert_right(kernels, case.build(dtype))
+def test_every_case_is_as_good_as_the_oracle(gae: Any, case: GaeCase, dtype: torch.dtype) -> None:
+    assert_right(gae, case.build(dtype))
 
 
 @settings(max_examples=30)
@@ -88,21 +112,19 @@ def test_every_case_is_as_good_as_the_oracle(kernels: Kernels, case: GaeCase, dt
     bf16=st.booleans(),
 )
 def test_any_lengths_and_masks_are_as_good_as_the_oracle(
-    kernels: Kernels, lengths: list[int], gamma: float, lam: float, seed: int, kept: float, bf16: bool
+    gae: Any, lengths: list[int], gamma: float, lam: float, seed: int, kept: float, bf16: bool
 ) -> None:
     random = torch.Generator().manual_seed(seed)
     arguments = GaeCase(str(seed), tuple(lengths), gamma, lam, bootstrap=True).build(DTYPES[bf16])
     arguments["mask"] = torch.rand(sum(lengths), generator=random) < kept
-    assert_right(kernels, arguments)
+    assert_right(gae, arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mask", ["", "some", "ends", "runs"])
-def test_a_sequence_does_not_depend_on_its_neighbours_or_its_alignment(
-    kernels: Kernels, mask: str, dtype: torch.dtype
-) -> None:
+def test_a_sequence_does_not_depend_on_its_neighbours_or_its_alignment(gae: Any, mask: str, dtype: torch.dtype) -> None:
     case = GaeCase("alone", (*EACH_LENGTH, 40_000, 7, 12_288, 4096), mask=mask, bootstrap=True)
-    assert_alone_as_together(kernels, case.build(dtype))
+    assert_alone_as_together(gae, case.build(dtype))
 
 
 def test_blocks_may_run_in_any_order(kernels: Kernels) -> None:
@@ -209,6 +231,15 @@ def test_a_wrong_cu_seqlens_stops_the_kernel_before_it_reads(kernels: Kernels, s
     """An assertion on the device: there the host learns of it at its next call."""
     dead, errors = in_a_fork(lambda: kernels(torch.zeros(4), torch.zeros(4), torch.tensor(starts), gamma=1.0, lam=1.0))
     assert dead and message in errors
+
+
+@NEEDS_GPU
+def test_on_a_gpu_the_host_is_told_of_a_wrong_cu_seqlens() -> None:
+    """In a process of its own, since no other kernel can run after it."""
+    call = "ops.gae(torch.zeros(4).cuda(), torch.zeros(4).cuda(), torch.tensor([0, 3]).cuda(), gamma=1.0, lam=1.0)"
+    code = f"import torch; from fastppo import ops; {call}; torch.cuda.synchronize()"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode != 0 and "cu_seqlens must end at the length of rewards" in found.stderr
 
 
 def in_a_fork(call: Callable[[], object]) -> tuple[bool, str]:
