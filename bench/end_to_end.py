@@ -39,7 +39,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "small": Size(4_096, 256, 512, 4, 4, 4, 64, 32, 64, 4, 8_192),
-    "1b": Size(128_256, 2048, 8192, 16, 32, 8, 128, 128, 256, 1, 16_384),
+    "1b": Size(128_256, 2048, 8192, 16, 32, 8, 128, 128, 256, 1, 8_192),
 }
 
 
@@ -70,6 +70,8 @@ def make_inputs(folder: Path, size: Size) -> None:
             model = kind.from_config(shape)
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+        del model
+    torch.cuda.empty_cache()  # the run is another process, and needs the memory
     tokens = torch.randint(size.vocabulary, (size.prompts * 4, size.prompt_tokens)).tolist()
     lines = [json.dumps({"prompt": " ".join(f"w{t}" for t in row)}) for row in tokens]
     (folder / "prompts.jsonl").write_text("\n".join(lines))

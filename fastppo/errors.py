@@ -7,6 +7,9 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+import torch
 
 
 class FastPPOError(ValueError):
@@ -22,13 +25,20 @@ ANOTHER_RANK = (
     "timed out",
 )
 
+LESS_MEMORY = (
+    "Smaller microbatches (ppo.microbatch_tokens; microbatch_tokens before PPO), fewer sampling.rows,"
+    " optim.activation_checkpointing, a higher zero.stage and zero.offload each take less, and `python -m fastppo.plan`"
+    " shows how much every stage needs."
+)
+
 
 @contextmanager
 def exit_with_message(rank: int) -> Iterator[None]:
     """Print what went wrong and leave with status 1 at once, so that the launcher ends the other ranks.
 
-    Of a `FastPPOError` the message is shown; a collective that broke since another rank failed gets one line, so that
-    the other's error is the one that is seen; anything else is a fault of ours and shows its traceback.
+    Of a `FastPPOError` the message is shown; of a GPU without memory, where that was and what takes less; a collective
+    that broke since another rank failed gets one line, so that the other's error is the one that is seen; anything else
+    is a fault of ours and shows its traceback.
     """
     try:
         yield
@@ -36,6 +46,11 @@ def exit_with_message(rank: int) -> Iterator[None]:
         where = "" if rank == 0 else f" (rank {rank})"
         if isinstance(error, FastPPOError):
             print(f"fastppo{where}: {error}", file=sys.stderr)
+        elif isinstance(error, torch.OutOfMemoryError):
+            told, _, _ = str(error).partition(
+                " If reserved but unallocated"
+            )  # the rest is about the allocator's settings
+            print(f"fastppo{where}, in {_innermost(error)}: {told} {LESS_MEMORY}", file=sys.stderr)
         elif isinstance(error, RuntimeError) and any(words in str(error) for words in ANOTHER_RANK):
             print(
                 f"fastppo (rank {rank}): another rank has ended or does not answer, so this one ends too"
@@ -48,3 +63,11 @@ def exit_with_message(rank: int) -> Iterator[None]:
         sys.stderr.flush()
         sys.stdout.flush()
         os._exit(1)  # a rank that waits for the others in a collective would hold up an orderly exit for minutes
+
+
+def _innermost(error: Exception) -> str:
+    """The module of fastppo that was at work when the error was raised, as `fastppo/learn.py`."""
+    here = Path(__file__).parent
+    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    ours = [file for file in files if here in file.parents and file != Path(__file__)]
+    return ours[-1].relative_to(here.parent).as_posix() if ours else "code around it"

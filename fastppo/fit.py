@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from fastppo.cast import cast_of
 from fastppo.config import AnyConfig, Config
-from fastppo.machine import Machine
+from fastppo.machine import CONTEXT, Machine
 from fastppo.memory import Member, Places, Share, by_stage, shares
 from fastppo.stage_memory import stage_shares
 
 # What a process takes before it holds a tensor: Python and the libraries, on a GPU the CUDA context and NCCL.
-PROCESS_HOST, PROCESS_GPU = 1 << 30, 1 << 30
+PROCESS_HOST, PROCESS_GPU = 1 << 30, CONTEXT
 # The part of a GPU that PyTorch's allocator can fill; the rest is lost between blocks of different sizes.
 FILLED = 0.95
 

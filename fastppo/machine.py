@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+log = logging.getLogger("fastppo")
+
+# What the driver and a CUDA context of ours take at most; `fit` counts them.
+CONTEXT = 1 << 30
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -28,11 +33,20 @@ class Machine:
 
 
 def this_machine(gpus: int | None, nodes: int, *, cpu: bool) -> Machine:
-    """Memory of the first GPU and what the host has free; gpus: ranks on each node, all GPUs or one when left out."""
+    """Memory of this process's GPU and what the host has free; gpus: ranks on each node, all GPUs or 1 if left out."""
     if cpu:
         return Machine(gpus or 1, nodes, None, _host_memory())
-    total = torch.cuda.get_device_properties(0).total_memory
-    return Machine(gpus or torch.cuda.device_count(), nodes, total, _host_memory())
+    return Machine(gpus or torch.cuda.device_count(), nodes, _gpu_memory(), _host_memory())
+
+
+def _gpu_memory() -> int:
+    """Bytes of this process's GPU, less what other processes hold of it."""
+    free, total = torch.cuda.mem_get_info()
+    others = total - free - torch.cuda.memory_reserved() - CONTEXT
+    if others <= 0:
+        return total
+    log.warning("other processes hold %.1f of the GPU's %.1f GB (nvidia-smi lists them)", others / 1e9, total / 1e9)
+    return total - others
 
 
 def _host_memory() -> int:

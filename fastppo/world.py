@@ -93,7 +93,7 @@ def _forget_shared_memory() -> None:
     DeepSpeed never does, so that every run, killed or not, would leave them in memory, and a run on the same port could
     begin with what a killed one has left there.
     """
-    dist.barrier()  # by then all ranks have mapped it
+    _barrier()  # by then all ranks have mapped it
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{dist.get_rank()}"
     Path("/dev/shm", name).unlink(missing_ok=True)
@@ -102,8 +102,13 @@ def _forget_shared_memory() -> None:
 def stop_world() -> None:
     """Leave the run's processes in order, and together: rank 0 keeps the store that the others still use."""
     if dist.is_initialized():
-        dist.barrier()
+        _barrier()
         dist.destroy_process_group()
+
+
+def _barrier() -> None:
+    """NCCL is told this rank's GPU; it would guess one from the rank's number, and may wait for ever if it is wrong."""
+    dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 def all_gather(part: T, world: World) -> list[T]:

@@ -144,6 +144,24 @@ train.learn = failing
     assert "another rank has ended" in first and "Traceback" not in first
 
 
+def test_a_gpu_without_memory_is_a_message_with_the_way_out(forks, folder):
+    before = """
+import torch
+from fastppo import learn
+def full(*args, **kwargs):
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 192.00 MiB. Process 7 has 5.69 GiB memory in use."
+        " If reserved but unallocated memory is large try setting PYTORCH_CUDA_ALLOC_CONF"
+    )
+learn._accumulate = full
+"""
+    run = forks.start(whole_runs.settings(folder, folder / "full"), 1, before)
+    assert forks.wait(run, 60) == [1], run.text()
+    assert "Traceback" not in run.text()
+    assert "in fastppo/learn.py: CUDA out of memory. Tried to allocate 192.00 MiB. Process 7 has 5.69" in run.text()
+    assert "ppo.microbatch_tokens" in run.text() and "PYTORCH_CUDA_ALLOC_CONF" not in run.text()
+
+
 def test_a_rank_that_does_not_answer_is_waited_for_no_longer_than_timeout(forks, folder):
     before = """
 import os, time
