@@ -7,13 +7,21 @@ STEPS  ?=
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 pip   := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+short := $(if $(STEPS),--steps $(STEPS))
 ready := .venv/ready-$(shell cat constraints.txt pyproject.toml setup.py csrc/* | sha256sum | cut -c1-16)
 
 .PHONY: demo test setup lint types format build bench cuda clean
 
-# PPO on film reviews; `make demo STEPS=2` for a short one.
+# SFT, a reward model and PPO on film reviews, and a report; `make demo STEPS=2` for short ones.
 demo: setup
-	deepspeed fastppo/train.py --config quickstart $(if $(STEPS),--steps $(STEPS))
+	@echo '== 1 of 3, SFT: a language model learns how film reviews begin and go on'
+	deepspeed fastppo/train_sft.py --config quickstart-sft $(short)
+	@echo '== 2 of 3, reward model: which of two film reviews is the favourable one?'
+	deepspeed fastppo/train_reward.py --config quickstart-reward $(short)
+	@echo '== 3 of 3, PPO: the language model learns to write what the reward model likes'
+	deepspeed fastppo/train.py --config quickstart $(short)
+	@echo '== The report of the PPO run, to be opened in a browser:'
+	@python -m fastppo.report runs/quickstart
 
 test: setup
 	OMP_NUM_THREADS=1 pytest --quiet --numprocesses $(JOBS) --dist loadfile

@@ -1,61 +1,124 @@
-"""The quickstart over several seeds, against what it promises; a soak of minutes a seed.
+"""The quickstart's PPO over several seeds, against what it promises; a soak of minutes a seed.
 
     python bench/quickstart_seeds.py --seeds 1 2 3
+    python bench/quickstart_seeds.py --seeds 1 2 3 --hacked
 
-On 64 fixed held-out prompts at temperature 1 the mean score must rise by 0.4 or by half of the distance from its start
-to 1, while KL (k1, summed over a response) stays at most 10, the responses' perplexity under the reference at most 1.5
-times its start, and distinct-2 at least 0.8 of its start. Exits with 1 if a seed falls short.
+It starts from what the two stages before PPO left (`make demo` runs all three), the same for every seed. On 64 fixed
+held-out prompts at temperature 1 the mean score must rise by 0.4 and the judge by 0.2, while KL (k1, summed over a
+response) stays at most 15, the responses' perplexity under the reference at most 1.5 times its start and distinct-2 at
+least 0.8 of its start; and no alarm may be raised. With --hacked the penalty is all but gone (`quickstart-hacked`): an
+alarm must end the run with exit status 3, and no batch may have a distinct-2 below half of that of the first three.
+Exits with 1 if a seed falls short.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fastppo.folder import ALARMS, METRICS, read_lines
+from fastppo.respond import ENDED
+from fastppo.weights import LEFT_BY
+
+Verdict = tuple[dict[str, str], list[str]]  # a row of the table, and the promises that were broken
 
 
-def run(seed: int, output: Path, settings: list[str]) -> dict[str, float]:
-    """One run, and what changed on the held-out prompts."""
-    command = ["deepspeed", "fastppo/train.py", "--config", "quickstart", "--seed", str(seed), "--output", str(output)]
+def run(preset: str, seed: int, output: Path, settings: list[str]) -> tuple[int, float]:
+    """Exit status and seconds of one run."""
+    command = ["deepspeed", "fastppo/train.py", "--config", preset, "--seed", str(seed), "--output", str(output)]
     start = time.monotonic()
-    subprocess.run([*command, *settings], check=True, stdout=sys.stderr)
-    seconds = time.monotonic() - start
-    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    before, *_, after = (r for r in records if "eval/score" in r)
-    return {
-        "seed": seed,
-        "score before": before["eval/score"],
-        "score after": after["eval/score"],
-        "KL": after["eval/kl"],
-        "perplexity ratio": after["eval/ref_perplexity"] / before["eval/ref_perplexity"],
-        "distinct-2 ratio": after["eval/distinct_2"] / before["eval/distinct_2"],
-        "seconds": seconds,
+    status = subprocess.run([*command, *settings], stdout=sys.stderr, check=False).returncode
+    return status, time.monotonic() - start
+
+
+def plain(status: int, metrics: list[dict[str, Any]], alarms: list[dict[str, Any]], output: Path) -> Verdict:
+    """What changed on the held-out prompts."""
+    before, *_, after = (record for record in metrics if "eval/score" in record)
+    perplexity, distinct = (after[f"eval/{x}"] / before[f"eval/{x}"] for x in ("ref_perplexity", "distinct_2"))
+    row = {f"{x} {when}": f"{r[f'eval/{x}']:.2f}" for x in ("score", "judge") for when, r in _around(before, after)}
+    row |= {
+        "KL a response": f"{after['eval/kl']:.2f}",
+        "perplexity, of its start": f"{perplexity:.2f}",
+        "distinct-2, of its start": f"{distinct:.2f}",
+        "alarms": str(len(alarms)),
     }
+    promises = {
+        "exit status 0": status == 0,
+        "score + 0.4": after["eval/score"] - before["eval/score"] >= 0.4,
+        "judge + 0.2": after["eval/judge"] - before["eval/judge"] >= 0.2,
+        "KL at most 15": after["eval/kl"] <= 15,
+        "perplexity at most 1.5 of its start": perplexity <= 1.5,
+        "distinct-2 at least 0.8 of its start": distinct >= 0.8,
+        "no alarm": not alarms,
+    }
+    return row, [name for name, kept in promises.items() if not kept]
 
 
-def holds(row: dict[str, float]) -> bool:
-    """Whether a seed did what the quickstart promises."""
-    rise, missing = row["score after"] - row["score before"], 1 - row["score before"]
-    drift = row["KL"] <= 10 and row["perplexity ratio"] <= 1.5 and row["distinct-2 ratio"] >= 0.8
-    return rise >= min(0.4, missing / 2) and drift
+def hacked(status: int, metrics: list[dict[str, Any]], alarms: list[dict[str, Any]], output: Path) -> Verdict:
+    """Which alarm ended the run and where it went back to; score and judge are those of held-out prompts."""
+    evaluated = {record["step"]: record for record in metrics if "eval/score" in record}
+    before, after = evaluated[0], evaluated[max(evaluated)]
+    distinct = [record["health/distinct_2"] for record in metrics if "health/distinct_2" in record]
+    lowest = min(distinct) / fmean(distinct[:3])
+    acted = [alarm for alarm in alarms if alarm["level"] == "act"]
+    row = {
+        "ended by": ", ".join(alarm["figure"] for alarm in acted) or "nothing",
+        "at step": str(acted[0]["step"]) if acted else str(metrics[-1]["step"]),
+        "lowest distinct-2, of its start": f"{lowest:.2f}",
+    }
+    row |= {f"{x} {when}": f"{r[f'eval/{x}']:.2f}" for x in ("score", "judge") for when, r in _around(before, after)}
+    best = _best(output, min(alarm["good"] for alarm in acted), evaluated) if acted else None
+    row["back to step"] = "-" if best is None else str(best)
+    row["judge there"] = "-" if best is None else f"{evaluated[best]['eval/judge']:.2f}"
+    promises = {
+        f"exit status {ENDED}": status == ENDED,
+        "distinct-2 at least half of its start": lowest >= 0.5,
+        "a checkpoint from before": best is not None,
+    }
+    return row, [name for name, kept in promises.items() if not kept]
+
+
+def _around(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [("before", before), ("after", after)]
+
+
+def _best(output: Path, good: int, evaluated: dict[int, dict[str, Any]]) -> int | None:
+    """The step of the checkpoint that the judge likes best, up to step `good` (`respond.checkpoint_before`)."""
+    steps = [int(path.name[5:]) for path in (output / "checkpoints").glob(f"step-{'[0-9]' * 8}")]
+    return max((s for s in steps if s <= good), key=lambda s: (evaluated[s]["eval/judge"], s), default=None)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The quickstart over several seeds.")
+    parser = argparse.ArgumentParser(description="The quickstart's PPO over several seeds.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--output", type=Path, default=Path("runs/seeds"))
+    parser.add_argument("--hacked", action="store_true", help="the preset that an alarm must end")
+    parser.add_argument("--output", type=Path, help="runs/seeds or runs/seeds-hacked when left out")
     options, settings = parser.parse_known_args()
-    rows = [run(seed, options.output / str(seed), settings) for seed in options.seeds]
-    names = list(rows[0])
-    print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
+    if missing := [f"{path}, which `{command}` leaves" for path, command in LEFT_BY.items() if not Path(path).exists()]:
+        sys.exit(f"There is no {' and no '.join(missing)}. `make demo` runs both stages before PPO, and PPO.")
+    preset, judge = ("quickstart-hacked", hacked) if options.hacked else ("quickstart", plain)
+    folder = options.output or Path("runs/seeds-hacked" if options.hacked else "runs/seeds")
+    soak(preset, judge, options.seeds, folder, settings)
+
+
+def soak(preset: str, judge: Callable[..., Verdict], seeds: list[int], folder: Path, settings: list[str]) -> None:
+    rows, broken = [], []
+    for seed in seeds:
+        output = folder / str(seed)
+        status, seconds = run(preset, seed, output, settings)
+        if status not in (0, ENDED):
+            sys.exit(f"seed {seed}: the run failed with exit status {status}")
+        row, short = judge(status, read_lines(output / METRICS), read_lines(output / ALARMS), output)
+        rows.append({"seed": str(seed)} | row | {"seconds": f"{seconds:.0f}"})
+        broken += [f"seed {seed} breaks a promise: {promise}" for promise in short]
+    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
     for row in rows:
-        print(
-            "| "
-            + " | ".join(f"{row[name]:.0f}" if name in ("seed", "seconds") else f"{row[name]:.2f}" for name in names)
-            + " |"
-        )
-    sys.exit(0 if all(map(holds, rows)) else 1)
+        print("| " + " | ".join(row.values()) + " |")
+    sys.exit("\n".join(broken) or 0)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def watch(
     """Take the figures of a step into `kept`, and see which of them is beyond a level."""
     window, judged = config.health.window, bool(config.health.judge)
     kept.add(figures(experience, exact_kl=config.ppo.kl_kind == "exact"))
-    kept.add({"approx_kl": max(u.approx_kl for u in updates)})
+    kept.add({"approx_kl": fmean(u.approx_kl for u in updates)})
     if judged:
         kept.add({"judge_gap": judge_gap(kept, window), "judge_turn": judge_turn(kept)})
     shown = [name for name in FIGURES if name in kept.history and (judged or name != "judge")]

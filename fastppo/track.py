@@ -31,9 +31,11 @@ from fastppo.wandb_run import wandb_run
 log = logging.getLogger("fastppo")
 
 # What the display shows of a step and of an evaluation; the files hold every metric.
-OF_STEP = {"score": "score {:.3f}", "kl": "KL {:.3f}", "loss": "loss {:.3f}", "accuracy": "accuracy {:.3f}"}
-OF_STEP |= {"tokens_per_second": "{:,.0f} tokens/s"}
-OF_EVALUATION = {"score": "held-out score {:.3f}", "score_error": "+/- {:.3f}", "kl": "KL {:.3f}"}
+OF_STEP = {"score": "score {:.3f}", "health/judge": "judge {:.3f}", "kl": "KL {:.3f}", "loss": "loss {:.3f}"}
+OF_STEP |= {"accuracy": "accuracy {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"}
+OF_STAGES = {f"time/{stage}": f"{stage} {{:.1f}} s" for stage in ("sampling", "feedback", "learning")}
+OF_EVALUATION = {"score": "held-out score {:.3f}", "score_error": "+/- {:.3f}", "judge": "judge {:.3f}"}
+OF_EVALUATION |= {"kl": "KL {:.3f}"}
 OF_EVALUATION |= {"loss": "held-out loss {:.3f}", "perplexity": "perplexity {:.2f}", "accuracy": "accuracy {:.3f}"}
 OF_EVALUATION |= {"accuracy_low": "(95%: {:.3f}", "accuracy_high": "to {:.3f})"}
 OF_EVALUATION |= {"calibration_error": "calibration error {:.3f}"}
@@ -44,6 +46,7 @@ KNOWN_NOISE = (
     "Token indices sequence length is longer than",  # fastppo.data checks lengths, and drops or refuses
 )
 
+WIDE = 140  # columns of a terminal from which the bar has room for the seconds of the stages
 SHOWN_CELLS = 300  # columns of the terminal for one text in the table of samples; samples.jsonl holds all of it
 
 
@@ -97,7 +100,10 @@ class Tracker:
 
         JSON has no NaN and no infinity; both are written as null.
         """
-        text = _summary(OF_STEP, metrics) + self._time_left(step)
+        parts = [_summary(OF_STEP, metrics), self._time_left(step)]
+        if self._bar is None or self._bar.console.width >= WIDE:
+            parts.append(_summary(OF_STAGES, metrics))
+        text = "  ".join(part for part in parts if part)
         self._write(step, metrics)
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, description=text, refresh=True)
@@ -174,7 +180,7 @@ class Tracker:
         if not first_step < step < self._steps:
             return ""
         seconds = (now - first_time) / (step - first_step) * (self._steps - step)
-        return f"  {timedelta(seconds=round(seconds))} left"
+        return f"{timedelta(seconds=round(seconds))} left"
 
     @contextmanager
     def profile(self, step: int) -> Iterator[None]:

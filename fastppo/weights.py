@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -48,6 +50,12 @@ class Source:
 
 WAYS = "Give a Hugging Face hub name, a directory made by save_pretrained, or a directory with gguf_file."
 
+# What the quickstart's stages hand on, and the command that leaves it.
+LEFT_BY = {
+    "runs/quickstart-sft/model": "deepspeed fastppo/train_sft.py --config quickstart-sft",
+    "runs/quickstart-reward/reward_model": "deepspeed fastppo/train_reward.py --config quickstart-reward",
+}
+
 
 def load_tokenizer(
     setting: str, name: str, gguf_file: str | None = None, revision: str | None = None
@@ -70,9 +78,10 @@ def load_config(source: Source) -> PreTrainedConfig:
     """
     _check_name(source)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            source.place, gguf_file=source.gguf_file, revision=source.revision
-        )
+        if source.gguf_file:
+            config = copy.deepcopy(_gguf_config(source.place, source.gguf_file, source.revision))
+        else:
+            config = AutoConfig.from_pretrained(source.place, revision=source.revision)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{source}: no model could be loaded from there ({_first_line(error)}). {WAYS}") from error
     for key, value in config.to_dict().items():
@@ -81,11 +90,23 @@ def load_config(source: Source) -> PreTrainedConfig:
     return config
 
 
+@cache
+def _gguf_config(place: str, file: str, revision: str | None) -> PreTrainedConfig:
+    """The config of a GGUF file, kept: transformers takes seconds to read one, and a run asks several times.
+
+    Callers alter theirs, so they take a copy.
+    """
+    config: PreTrainedConfig = AutoConfig.from_pretrained(place, gguf_file=file, revision=revision)
+    return config
+
+
 def _check_name(source: Source) -> None:
     """Raises ModelError for a path that is not there and can be no name on the hub, of which its errors say little."""
     packaged = source.name.startswith(PREFIX)
     if not packaged and not HUB_NAME.fullmatch(source.name) and not Path(source.name).exists():
-        raise ModelError(f"{source}: there is no such directory. {WAYS}")
+        stage = LEFT_BY.get(str(Path(source.name)))
+        way = WAYS if stage is None else f"It is left by `{stage}`, and `make demo` runs all stages of the quickstart."
+        raise ModelError(f"{source}: there is no such directory. {way}")
 
 
 def load_classifier_config(source: Source) -> PreTrainedConfig:

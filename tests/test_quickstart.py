@@ -1,10 +1,54 @@
-"""The quickstart's reward."""
+"""The quickstart: its stages fit together, its hacked twin differs in the penalty alone, and its judge tells praise."""
 
+import dataclasses
 import sys
 
 import pytest
 
-from fastppo.quickstart import _analyzer, favourable, favourable_once
+from fastppo.cli import REWARD, SFT, parse
+from fastppo.config import HealthConfig, RewardConfig
+from fastppo.quickstart import _analyzer, favourable
+from fastppo.weights import LEFT_BY
+
+JUDGE = RewardConfig(function="fastppo.quickstart:favourable")
+
+
+def test_each_stage_takes_what_the_ones_before_leave() -> None:
+    sft, reward = parse(["--config", "quickstart-sft"], SFT), parse(["--config", "quickstart-reward"], REWARD)
+    ppo = parse(["--config", "quickstart"])
+    left = [f"{sft.output}/model", f"{reward.output}/reward_model"]
+    assert [ppo.actor.model, *(source.model for source in ppo.rewards)] == left == list(LEFT_BY)
+    assert all(command.startswith("deepspeed fastppo/train_") for command in LEFT_BY.values())
+    assert (sft.model.path, sft.model.gguf_file) == (reward.model.path, reward.model.gguf_file)
+    assert ppo.actor.train == sft.model.train  # so that the layers below are still those of the reward model
+    assert {ppo.data.path, sft.data.path, reward.data.path} == {ppo.data.path}
+    assert ppo.health.judge == (JUDGE,)
+
+
+def test_what_the_reward_model_has_read_is_as_long_as_prompt_and_response() -> None:
+    reward, ppo = parse(["--config", "quickstart-reward"], REWARD), parse(["--config", "quickstart"])
+    assert ppo.sampling.min_new_tokens == ppo.sampling.max_new_tokens and not reward.data.eos
+    assert ppo.data.first_tokens is not None
+    length = ppo.data.first_tokens + ppo.sampling.max_new_tokens
+    assert length == reward.data.last_tokens == reward.data.max_tokens
+    assert length == parse(["--config", "quickstart-sft"], SFT).data.max_tokens
+
+
+def test_the_hacked_quickstart_has_less_penalty_more_steps_and_levels_that_end_it() -> None:
+    plain, hacked = parse(["--config", "quickstart"]), parse(["--config", "quickstart-hacked"])
+    assert hacked.ppo.kl_coef < plain.ppo.kl_coef / 100 and hacked.steps > plain.steps
+    assert not plain.health.alarms and hacked.health.alarms
+    assert {alarm.action for alarm in hacked.health.alarms} == {"stop"}
+    same = dataclasses.replace(
+        hacked,
+        output=plain.output,
+        steps=plain.steps,
+        ppo=dataclasses.replace(hacked.ppo, kl_coef=plain.ppo.kl_coef),
+        health=HealthConfig(judge=hacked.health.judge),
+        eval=dataclasses.replace(hacked.eval, every=plain.eval.every),  # the best checkpoint is chosen among several
+        checkpoint=plain.checkpoint,
+    )
+    assert same == plain
 
 
 def test_favourable_texts_score_higher_than_unfavourable_ones() -> None:
@@ -12,12 +56,6 @@ def test_favourable_texts_score_higher_than_unfavourable_ones() -> None:
     scores = favourable(["This is"] * 4, responses, label=["1"] * 4)
     assert all(type(score) is float and -1 <= score <= 1 for score in scores)
     assert scores[0] > 0.5 > scores[1] == scores[3] == 0 > -0.5 > scores[2]
-
-
-def test_the_judge_counts_praise_that_is_said_again_as_less_where_the_reward_counts_it_as_more() -> None:
-    once, again = "I loved it.", "I loved it. I loved it. I loved it. I loved it."
-    reward, judge = (rate(["This"] * 3, [once, again, ""]) for rate in (favourable, favourable_once))
-    assert reward[1] > reward[0] > 0 and judge[0] > 2 * judge[1] > 0 and judge[2] == 0
 
 
 def test_a_missing_vader_is_told_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

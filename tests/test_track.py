@@ -32,13 +32,14 @@ from fastppo.track import (
 )
 
 STEP = {"score": 0.5, "kl": 1.25, "tokens_per_second": 1234.6, "time/step": 2.0}
+STAGES = {"time/sampling": 2.14, "time/feedback": 0.3, "time/experience": 0.6, "time/learning": 3.2}
 LINES = TrackConfig(tensorboard=False, progress="never")
 
 
-def be_a_terminal(monkeypatch: pytest.MonkeyPatch, *, stdout: bool = True) -> None:
-    """80 columns. For a test's body, since pytest replaces its captured streams after the fixtures."""
+def be_a_terminal(monkeypatch: pytest.MonkeyPatch, *, stdout: bool = True, columns: int = 80) -> None:
+    """For a test's body, since pytest replaces its captured streams after the fixtures."""
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: stdout)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
 
@@ -146,13 +147,26 @@ def test_without_a_terminal_a_step_is_one_plain_line(
     assert (out.isascii(), "\x1b" in out, "\r" in out, err) == (True, False, False, "")
 
 
+def test_a_line_shows_the_judge_where_there_is_one_and_the_seconds_of_the_stages(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    judged = STEP | STAGES | {"health/judge": 0.25}
+    with Tracker(tmp_path, LINES, steps=3, rank=0) as tracker:
+        tracker.log_evaluation(0, {"score": 0.125, "score_error": 0.05, "judge": 0.2, "kl": 0.0})
+        tracker.log(1, judged)
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == "step 0/3  held-out score 0.125  +/- 0.050  judge 0.200  KL 0.000"
+    told = "score 0.500  judge 0.250  KL 1.250  1,235 tokens/s  sampling 2.1 s  feedback 0.3 s  learning 3.2 s"
+    assert lines[1] == f"step 1/3  {told}"
+
+
 def test_on_a_terminal_a_bar_shows_step_score_kl_speed_and_time_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     be_a_terminal(monkeypatch)
     with Tracker(tmp_path, TrackConfig(tensorboard=False), steps=1000, rank=0) as tracker:
-        tracker.log(997, STEP)
-        tracker.log(998, STEP)
+        tracker.log(997, STEP | STAGES)
+        tracker.log(998, STEP | STAGES)
         tracker.log_evaluation(998, {"score": 0.25})
     out = capsys.readouterr().out
     assert "\x1b[" in out
@@ -160,6 +174,18 @@ def test_on_a_terminal_a_bar_shows_step_score_kl_speed_and_time_left(
     for part in ("step 998/1000 ", "score 0.500", "KL 1.250", "1,235 tokens/s", "0:00:00 left"):
         assert part in last  # nothing is cut off at 80 columns
     assert out.count("held-out score 0.250") == 1
+
+
+def test_on_a_wide_terminal_the_bar_shows_the_seconds_of_the_stages_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    be_a_terminal(monkeypatch, columns=140)
+    with Tracker(tmp_path, TrackConfig(tensorboard=False), steps=1000, rank=0) as tracker:
+        tracker.log(997, STEP)
+        tracker.log(998, STEP | STAGES | {"health/judge": 0.25})
+    last = Text.from_ansi(capsys.readouterr().out).plain.splitlines()[-1]
+    for part in ("step 998/1000 ", "judge 0.250", "0:00:00 left", "learning 3.2 s"):
+        assert part in last
 
 
 def test_log_lines_appear_above_the_bar(

@@ -38,8 +38,8 @@ class Figure(NamedTuple):
     warn: float  # the level that warns where the settings give none
 
 
-# Runs of the quickstart go some half of the way to these: distinct-1 to 0.78, distinct-2 to 0.91 and entropy to 0.82 of
-# their start, KL to 0.5 a token. Their batches are small, 32 responses of 20 tokens, and so as noisy as any.
+# The quickstart may go beyond none of these: bench/quickstart_seeds.py holds it to that. Its batches are small, 32
+# responses of 20 tokens, and so as noisy as any.
 FIGURES: dict[FigureName, Figure] = {
     "entropy": Figure("lower", "times start", 0.5),
     "distinct_1": Figure("lower", "times start", 0.6),
@@ -58,7 +58,7 @@ FIGURES: dict[FigureName, Figure] = {
     "judge_turn": Figure("higher", "value", 2.6),
     "length_correlation": Figure("either", "value", 0.7),
     "rewarded_phrase": Figure("higher", "value", 0.4),
-    "approx_kl": Figure("higher", "value", 0.5),
+    "approx_kl": Figure("higher", "value", 1.0),
 }
 
 
