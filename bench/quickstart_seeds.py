@@ -5,7 +5,7 @@
 
 It starts from what the two stages before PPO left (`make demo` runs all three), the same for every seed. On 64 fixed
 held-out prompts at temperature 1 the mean score must rise by 0.4 and the judge by 0.2, while KL (k1, summed over a
-response) stays at most 15, the responses' perplexity under the reference at most 1.5 times its start and distinct-2 at
+response) stays at most 12, the responses' perplexity under the reference at most 1.5 times its start and distinct-2 at
 least 0.8 of its start; and no alarm may be raised. With --hacked the penalty is all but gone (`quickstart-hacked`): an
 alarm must end the run with exit status 3, and no batch may have a distinct-2 below half of that of the first three.
 Exits with 1 if a seed falls short.
@@ -50,7 +50,7 @@ def plain(status: int, metrics: list[dict[str, Any]], alarms: list[dict[str, Any
         "exit status 0": status == 0,
         "score + 0.4": after["eval/score"] - before["eval/score"] >= 0.4,
         "judge + 0.2": after["eval/judge"] - before["eval/judge"] >= 0.2,
-        "KL at most 15": after["eval/kl"] <= 15,
+        "KL at most 12": after["eval/kl"] <= 12,
         "perplexity at most 1.5 of its start": perplexity <= 1.5,
         "distinct-2 at least 0.8 of its start": distinct >= 0.8,
         "no alarm": not alarms,

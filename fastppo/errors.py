@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 
 class FastPPOError(ValueError):
     """Something that the user can put right. The message names what is wrong, its value and the way out."""
@@ -46,7 +44,7 @@ def exit_with_message(rank: int) -> Iterator[None]:
         where = "" if rank == 0 else f" (rank {rank})"
         if isinstance(error, FastPPOError):
             print(f"fastppo{where}: {error}", file=sys.stderr)
-        elif isinstance(error, torch.OutOfMemoryError):
+        elif type(error).__name__ == "OutOfMemoryError":  # torch's; the report imports this module, and no torch
             told, _, _ = str(error).partition(
                 " If reserved but unallocated"
             )  # the rest is about the allocator's settings
