@@ -58,7 +58,7 @@ FIGURES: dict[FigureName, Figure] = {
     "judge_turn": Figure("higher", "value", 2.6),
     "length_correlation": Figure("either", "value", 0.7),
     "rewarded_phrase": Figure("higher", "value", 0.4),
-    "approx_kl": Figure("higher", "value", 1.0),
+    "approx_kl": Figure("higher", "value", 0.5),
 }
 
 
