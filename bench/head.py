@@ -25,7 +25,7 @@ from fastppo import linear, ops
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 M, H, V = (2_048, 576, 49_152) if DEVICE.type == "cpu" else (8_192, 4_096, 128_256)
-WORKSPACE = ops.WORKSPACE_BYTES if DEVICE.type == "cpu" else ops.GPU_WORKSPACE_BYTES
+WORKSPACE = ops.workspace_bytes(cpu=DEVICE.type == "cpu")
 OPTIONS = {"temperature": 1.0, "clip_low": 0.2, "clip_high": 0.2, "entropy_coef": 0.01}
 
 
@@ -111,11 +111,8 @@ def main() -> None:
     ratio = statistics.median(m / t for m, t in pairs)
     print(f"peak memory, of inputs + gradients + workspace: {used:.2f}")
     print(f"fastppo {mine:.3f} s, products and a compiled pass {theirs:.3f} s, ratio {ratio:.2f} (paired median)")
-    print(
-        json.dumps(
-            {"memory": round(used, 3), "seconds": round(mine, 4), "ratio": round(ratio, 3), "device": DEVICE.type}
-        )
-    )
+    result = {"memory": round(used, 3), "seconds": round(mine, 4), "ratio": round(ratio, 3), "device": DEVICE.type}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

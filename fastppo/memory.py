@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from fastppo.config import AnyConfig, Config
 from fastppo.footprint import Footprint
-from fastppo.ops import GPU_WORKSPACE_BYTES, WORKSPACE_BYTES
+from fastppo.ops import workspace_bytes
 from fastppo.rollout.inprocess import bucket
 
 STAGES = ("sampling", "feedback", "experience", "learning")
@@ -193,7 +193,7 @@ def head_workspace(size: Footprint, tokens: int, *, reference: bool, gradient: b
     As `fastppo.linear` allocates them: logits of a chunk of rows, the weight's gradient in fp32 if there are several.
     """
     row = size.vocabulary * size.bytes
-    rows = max(1, (WORKSPACE_BYTES if size.on_cpu else GPU_WORKSPACE_BYTES) // (2 * row))
+    rows = max(1, workspace_bytes(cpu=size.on_cpu) // (2 * row))
     rows = -(-tokens // max(1, -(-tokens // rows)))
     logits = rows * row * (2 if reference else 1)
     if not gradient:

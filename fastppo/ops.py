@@ -53,6 +53,11 @@ GPU_WORKSPACE_BYTES = 1 << 30
 KlKind = Literal["exact", "k2", "k3"]
 
 
+def workspace_bytes(*, cpu: bool) -> int:
+    """What the logits of a chunk may take, on the CPU or on a GPU."""
+    return WORKSPACE_BYTES if cpu else GPU_WORKSPACE_BYTES
+
+
 def gae(
     rewards: Tensor,
     values: Tensor,
@@ -156,7 +161,9 @@ def linear_logprobs(
     scale: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
     if _by_reference(hidden):
         return reference.linear_logprobs(**head, **scale)
-    return _token_stats(torch.ops.fastppo.linear_logprobs(**head, **scale, workspace=_workspace(hidden)))
+    return _token_stats(
+        torch.ops.fastppo.linear_logprobs(**head, **scale, workspace=workspace_bytes(cpu=not hidden.is_cuda))
+    )
 
 
 def policy_loss(
@@ -276,7 +283,7 @@ def linear_policy_loss(
         return reference.linear_policy_loss(**arguments)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     loss, sums, ratio_max, *_ = torch.ops.fastppo.linear_policy_loss(
-        **arguments, workspace=_workspace(hidden), wanted=wanted
+        **arguments, workspace=workspace_bytes(cpu=not hidden.is_cuda), wanted=wanted
     )
     return loss, PolicyStats(sums.detach(), ratio_max.detach())
 
@@ -381,10 +388,6 @@ def _token_stats(stats: Tensor) -> TokenStats:
         return TokenStats(logprobs, entropy, lse, None, None, None)
     ref_logprobs, kl, ref_lse, _, _ = against
     return TokenStats(logprobs, entropy, lse, ref_logprobs.detach(), ref_lse.detach(), kl)
-
-
-def _workspace(like: Tensor) -> int:
-    return GPU_WORKSPACE_BYTES if like.is_cuda else WORKSPACE_BYTES
 
 
 def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
