@@ -45,9 +45,7 @@ def exit_with_message(rank: int) -> Iterator[None]:
         if isinstance(error, FastPPOError):
             print(f"fastppo{where}: {error}", file=sys.stderr)
         elif type(error).__name__ == "OutOfMemoryError":  # torch's; the report imports this module, and no torch
-            told, _, _ = str(error).partition(
-                " If reserved but unallocated"
-            )  # the rest is about the allocator's settings
+            told, _, _ = str(error).partition(" If reserved")  # what follows is about the allocator's settings
             print(f"fastppo{where}, in {_innermost(error)}: {told} {LESS_MEMORY}", file=sys.stderr)
         elif isinstance(error, RuntimeError) and any(words in str(error) for words in ANOTHER_RANK):
             print(

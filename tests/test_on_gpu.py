@@ -90,8 +90,8 @@ def prepared(tmp_path_factory):
 
 
 SETTINGS = {
-    "nothing moves": {"zero__stage": 0, "optim__dtype": "fp32"},
-    "all that can move does": {"zero__stage": 3, "zero__offload": "cpu", "optim__dtype": "bf16"},
+    "stage 0": {"zero__stage": 0, "optim__dtype": "fp32"},
+    "stage 3, optimizer on the host": {"zero__stage": 3, "zero__offload": "cpu", "optim__dtype": "bf16"},
 }
 
 
