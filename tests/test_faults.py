@@ -120,9 +120,7 @@ def test_a_rank_that_is_killed_ends_the_other_and_not_a_hang(forks, folder):
     while not (output / "metrics.jsonl").exists() or len(whole_runs.records(output)) < 2:
         time.sleep(0.02)
     os.kill(run.ranks[1], signal.SIGKILL)
-    start = time.monotonic()
-    assert forks.wait(run, 60) == [1, -9], run.text()
-    assert time.monotonic() - start < 60
+    assert forks.wait(run) == [1, -9], run.text()
     assert re.search("another rank has ended|has lost the run's store|no sign of life", run.text())
 
 
@@ -138,7 +136,7 @@ def failing(*args, **kwargs):
 train.learn = failing
 """
     run = forks.start(whole_runs.settings(folder, folder / "failed"), 2, before)
-    assert forks.wait(run, 60) == [1, 1], run.text()
+    assert forks.wait(run) == [1, 1], run.text()
     first, second = (log.read_text() for log in run.logs)
     assert "LookupError: the cause" in second
     assert "another rank has ended" in first and "Traceback" not in first
@@ -156,7 +154,7 @@ def full(*args, **kwargs):
 learn._accumulate = full
 """
     run = forks.start(whole_runs.settings(folder, folder / "full"), 1, before)
-    assert forks.wait(run, 60) == [1], run.text()
+    assert forks.wait(run) == [1], run.text()
     assert "Traceback" not in run.text()
     assert "in fastppo/learn.py: CUDA out of memory. Tried to allocate 192.00 MiB. Process 7 has 5.69" in run.text()
     assert "ppo.microbatch_tokens" in run.text() and "PYTORCH_CUDA_ALLOC_CONF" not in run.text()
@@ -170,10 +168,10 @@ if os.environ["RANK"] == "1":
     train.learn = lambda *args, **kwargs: time.sleep(600)
 """
     run = forks.start(whole_runs.settings(folder, folder / "slow", timeout=5), 2, before)
-    while not run.logs[0].exists() or "does not answer" not in run.logs[0].read_text():
-        time.sleep(0.1)
-    os.kill(run.ranks[1], signal.SIGKILL)
-    assert forks.wait(run, 60) == [1, -9], run.text()
+    assert forks.wait(run) == [1, 1], run.text()
+    first, second = (log.read_text() for log in run.logs)
+    assert "does not answer" in first and "Traceback" not in first
+    assert re.search("has lost the run's store|another rank has ended", second)  # though it is held up for 600 s
 
 
 def test_rules_hold_for_the_defaults(model):

@@ -163,7 +163,7 @@ def test_a_service_that_dies_costs_the_run_nothing(tmp_path, forks, ranks):
         forks.run(settings("straight", url), ranks)
         with service(dying) as (other, asked):
             run = forks.start(settings("broken", other), ranks)
-            assert forks.wait(run, 60) == [1] * ranks, run.text()
+            assert forks.wait(run) == [1] * ranks, run.text()
         assert (
             f"rewards.url = {other} answered with status 502: '<html>Bad Gateway</html>'. Tried 2 times." in run.text()
         )
@@ -185,7 +185,7 @@ def test_what_a_service_says_wrong_ends_all_ranks_with_the_reason(tmp_path, fork
     with service(lambda body: (200, said)) as (url, _):
         rewards = json.dumps([{"url": url, "retries": 0}])
         run = forks.start(whole_runs.settings(folder, folder / "out", rewards=rewards), ranks=2)
-        assert forks.wait(run, 60) == [1, 1], run.text()
+        assert forks.wait(run) == [1, 1], run.text()
     for log in run.logs:
         assert f"rewards.url = {url} {words}" in log.read_text() and "Traceback" not in log.read_text()
 
