@@ -17,6 +17,7 @@ from fastppo.errors import FastPPOError
 log = logging.getLogger("fastppo")
 
 METRICS = "metrics.jsonl"  # a folder with this file is a run's
+CONFIG = "config.yaml"
 RESPONSES = "responses.jsonl"
 ALARMS = "alarms.jsonl"
 LINES = (METRICS, RESPONSES, ALARMS)  # what grows with the steps, and goes back with them when a run is resumed
@@ -29,17 +30,22 @@ class RunFolderError(FastPPOError):
 def fresh_folder(output: Path) -> Path:
     """Make `output` an empty run folder and return it; an earlier run there is moved aside to `output`.1, .2, ...
 
+    A run that ended before its first line, like one whose config is wrong, leaves nothing to keep: its folder is taken.
     To be called by rank 0 alone, before the other ranks touch the folder.
     Raises RunFolderError if `output` holds something else than a run, or cannot be made.
     """
     try:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if output.exists() and not (output.is_dir() and _is_unused(output)):
             _move_aside(output)
         output.mkdir(parents=True, exist_ok=True)
         (output / METRICS).touch()
     except OSError as error:
         raise RunFolderError(f"output = {output} cannot be made ({error.strerror}). Give another --output.") from error
     return output
+
+
+def _is_unused(folder: Path) -> bool:
+    return {path.name for path in folder.iterdir()} <= {METRICS, CONFIG} and not any(sizes(folder).values())
 
 
 def _move_aside(output: Path) -> None:

@@ -14,7 +14,7 @@ from fastppo.config import Config
 from fastppo.data import PromptSet, batches, load_prompts
 from fastppo.evaluate import evaluate, samples
 from fastppo.feedback import Source, load_functions, load_judge, load_sources
-from fastppo.folder import continue_folder, fresh_folder
+from fastppo.folder import CONFIG, continue_folder, fresh_folder
 from fastppo.health import Alarm
 from fastppo.learn import Update
 from fastppo.metrics import step_metrics
@@ -86,7 +86,7 @@ def set_up(config: Config, world: World) -> Setup:
     output, found = Path(config.output), find_checkpoint(config, world)
     if world.rank == 0:
         fresh_folder(output) if found is None else continue_folder(output, found.sizes)
-        (output / "config.yaml").write_text(dump(config), encoding="utf-8")
+        (output / CONFIG).write_text(dump(config), encoding="utf-8")
     check_output_is_shared(output, world)
     check_plan(config, world)
     roles = assemble(config, world)

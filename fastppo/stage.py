@@ -14,7 +14,7 @@ from fastppo.cli import dump
 from fastppo.config import RewardTrainingConfig, SFTConfig
 from fastppo.data import batches
 from fastppo.examples import Examples
-from fastppo.folder import continue_folder, fresh_folder
+from fastppo.folder import CONFIG, continue_folder, fresh_folder
 from fastppo.learner import Learner
 from fastppo.nodes import check_output_is_shared
 from fastppo.plan import check_plan
@@ -79,7 +79,7 @@ def set_up(
     output, found = Path(config.output), find_checkpoint(config, world)
     if world.rank == 0:
         fresh_folder(output) if found is None else continue_folder(output, found.sizes)
-        (output / "config.yaml").write_text(dump(config), encoding="utf-8")
+        (output / CONFIG).write_text(dump(config), encoding="utf-8")
     check_output_is_shared(output, world)
     check_plan(config, world)
     learner = assemble(config, world)

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from fastppo.errors import FastPPOError
+from fastppo.folder import CONFIG
 
 
 class WandbError(FastPPOError):
@@ -22,7 +23,7 @@ def wandb_run(output: Path, project: str) -> Any:
     """
     import wandb  # seconds of imports that not every run wants; fastppo.rules has seen that it is there
 
-    settings, known = output / "config.yaml", output / "wandb-id.txt"
+    settings, known = output / CONFIG, output / "wandb-id.txt"
     try:
         run = wandb.init(
             project=project,

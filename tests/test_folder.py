@@ -28,11 +28,21 @@ def test_an_empty_folder_is_taken_as_it_is(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_a_run_that_ended_before_its_first_line_leaves_no_folder_behind(tmp_path: Path) -> None:
+    output = fresh_folder(tmp_path / "run")
+    (output / "config.yaml").write_text("steps: 1")
+    fresh_folder(output)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    (output / "metrics.jsonl").write_text('{"step": 1}\n')
+    fresh_folder(output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.1"]
+
+
 def test_what_is_not_a_run_is_never_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter").touch()
     (tmp_path / "file").touch()
-    fresh_folder(tmp_path / "here")
+    (fresh_folder(tmp_path / "here") / "metrics.jsonl").write_text('{"step": 1}\n')
     monkeypatch.chdir(tmp_path / "here")
     for output in (tmp_path / "thesis", tmp_path / "file", tmp_path / "file" / "run", Path()):
         with pytest.raises(RunFolderError, match=r"^output = .* Give another --output\.$"):

@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 
 import yaml
 
-from fastppo.folder import ALARMS, METRICS, RESPONSES, RunFolderError, read_lines
+from fastppo.folder import ALARMS, CONFIG, METRICS, RESPONSES, RunFolderError, read_lines
 from fastppo.report.curves import Curve
 
 Record = dict[str, Any]
@@ -62,7 +62,7 @@ def _read_run(folder: Path, name: str) -> Run:
     responses = _read(folder / RESPONSES)
     return Run(
         name=name,
-        settings=_settings(folder / "config.yaml"),
+        settings=_settings(folder / CONFIG),
         metrics=_read(folder / METRICS),
         alarms=_read(folder / ALARMS),
         heldout=[r for r in responses if r.get("of") == "heldout"],
