@@ -1,0 +1,130 @@
+"""The ops are strict about their arguments, and name the wrong one."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from fastppo import ops
+
+TOKENS = torch.zeros(4)
+HIDDEN, WEIGHT, TARGETS = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.int64)
+ONE = torch.tensor(1.0)
+GOOD: dict[str, dict[str, Any]] = {
+    "gae": {"rewards": TOKENS, "values": TOKENS, "cu_seqlens": torch.tensor([0, 1, 4]), "gamma": 1.0, "lam": 0.9},
+    "token_logprobs": {"logits": torch.zeros(4, 5), "targets": TARGETS},
+    "linear_logprobs": {"hidden": HIDDEN, "weight": WEIGHT, "targets": TARGETS},
+    "policy_loss": {"logprobs": TOKENS, "old_logprobs": TOKENS, "advantages": TOKENS}
+    | {"clip_low": 0.2, "clip_high": 0.2, "normalizer": ONE},
+    "linear_policy_loss": {"hidden": HIDDEN, "weight": WEIGHT, "targets": TARGETS, "old_logprobs": TOKENS}
+    | {"advantages": TOKENS, "temperature": 1.0, "clip_low": 0.2, "clip_high": 0.2, "normalizer": ONE},
+    "value_loss": {"values": TOKENS, "old_values": TOKENS, "returns": TOKENS, "normalizer": ONE},
+    "sample_tokens": {"logits": torch.zeros(4, 5), "seed": 1, "stream": TARGETS, "offset": TARGETS},
+}
+WRONG_TARGETS = [
+    ("targets", TARGETS + 5, ValueError, r"targets, shape \(4,\), lie in \[5, 5\]; a vocabulary of 5"),
+    ("targets", TARGETS - 1, ValueError, r"targets, shape \(4,\), lie in \[-1, -1\]"),
+    ("targets", TARGETS[1:], ValueError, r"targets has shape \(3,\); expected \(4,\)"),
+    ("targets", TARGETS.int(), TypeError, "targets has dtype torch.int32"),
+    ("targets", TARGETS.to("meta"), ValueError, "targets is on meta"),
+    ("temperature", 0.0, ValueError, "temperature is 0.0"),
+    ("temperature", math.nan, ValueError, "temperature is nan"),
+    ("softcap", -1.0, ValueError, "softcap is -1.0"),
+]
+WRONG_HEAD = [
+    ("hidden", torch.zeros(4, 2), ValueError, r"weight has shape \(5, 3\); expected \(5, 2\)"),
+    ("hidden", torch.zeros(4), ValueError, r"hidden has shape \(4,\); expected two dimensions"),
+    ("weight", torch.zeros(0, 3), ValueError, r"weight has shape \(0, 3\)"),
+    ("weight", WEIGHT.bfloat16(), TypeError, "weight has dtype torch.bfloat16 and hidden torch.float32"),
+    ("weight", WEIGHT.to("meta"), ValueError, "weight is on meta and hidden on cpu"),
+    ("bias", torch.zeros(4), ValueError, r"bias has shape \(4,\); expected \(5,\)"),
+    ("ref_hidden", HIDDEN, ValueError, "ref_weight is None"),
+    ("ref_weight", WEIGHT, ValueError, "ref_hidden is None"),
+]
+WRONG_LOSS = [
+    ("advantages", TOKENS.long(), TypeError, "advantages has dtype torch.int64"),
+    ("advantages", TOKENS[1:], ValueError, r"advantages has shape \(3,\)"),
+    ("old_logprobs", TOKENS[:, None], ValueError, r"old_logprobs has shape \(4, 1\); expected one dimension"),
+    ("mask", TOKENS, TypeError, "mask has dtype torch.float32; expected torch.bool"),
+    ("mask", TOKENS[1:].bool(), ValueError, r"mask has shape \(3,\)"),
+    ("normalizer", 4.0, TypeError, "normalizer is float"),
+    ("normalizer", torch.tensor(4), TypeError, "normalizer is torch.int64"),
+    ("normalizer", torch.ones(1), ValueError, r"normalizer has shape \(1,\)"),
+    ("normalizer", torch.tensor(0.0), ValueError, "normalizer is 0.0"),
+    ("clip_low", 1.5, ValueError, r"clip_low is 1.5; it must be in \[0, 1\]"),
+    ("clip_high", -0.1, ValueError, "clip_high is -0.1"),
+    ("dual_clip", 1.0, ValueError, "dual_clip is 1.0"),
+    ("entropy_coef", math.inf, ValueError, "entropy_coef is inf"),
+]
+WRONG: dict[str, list[tuple[str, Any, type[Exception], str]]] = {
+    "gae": [
+        ("rewards", TOKENS[:, None], ValueError, r"rewards has shape \(4, 1\)"),
+        ("values", TOKENS[1:], ValueError, r"values has shape \(3,\)"),
+        ("values", TOKENS.long(), TypeError, "values has dtype torch.int64"),
+        ("cu_seqlens", torch.tensor([1, 4]), ValueError, "cu_seqlens runs from 1 to 4; expected 0 to 4"),
+        ("cu_seqlens", torch.tensor([0, 3]), ValueError, "cu_seqlens runs from 0 to 3"),
+        ("cu_seqlens", torch.tensor([0, 3, 2, 4]), ValueError, "cu_seqlens falls from 3 to 2 at index 2"),
+        ("cu_seqlens", torch.tensor([0.0, 4.0]), TypeError, "cu_seqlens has dtype torch.float32"),
+        ("cu_seqlens", torch.empty(0).long(), ValueError, r"cu_seqlens has shape \(0,\)"),
+        ("cu_seqlens", torch.tensor([0, 4], device="meta"), ValueError, "cu_seqlens is on meta"),
+        ("gamma", 1.1, ValueError, "gamma is 1.1"),
+        ("lam", -0.1, ValueError, "lam is -0.1"),
+        ("lam", math.nan, ValueError, "lam is nan"),
+        ("bootstrap", TOKENS, ValueError, r"bootstrap has shape \(4,\); expected \(2,\)"),
+        ("mask", TOKENS, TypeError, "mask has dtype"),
+    ],
+    "token_logprobs": [
+        *WRONG_TARGETS,
+        ("logits", torch.zeros(4, 0), ValueError, r"logits has shape \(4, 0\)"),
+        ("logits", torch.zeros(4, 5).long(), TypeError, "logits has dtype torch.int64"),
+        ("ref_logits", torch.zeros(4, 6), ValueError, r"ref_logits has shape \(4, 6\)"),
+    ],
+    "linear_logprobs": WRONG_TARGETS + WRONG_HEAD,
+    "policy_loss": [
+        *WRONG_LOSS,
+        ("entropy", TOKENS[1:], ValueError, r"entropy has shape \(3,\)"),
+        ("entropy_coef", 0.1, ValueError, "entropy_coef is 0.1 and entropy is None"),
+        ("kl_coef", 0.1, ValueError, "kl_coef is 0.1 and kl is None"),
+    ],
+    "linear_policy_loss": [
+        *WRONG_TARGETS,
+        *WRONG_HEAD,
+        *WRONG_LOSS,
+        ("ref_logprobs", TOKENS[1:], ValueError, r"ref_logprobs has shape \(3,\)"),
+        ("kl_coef", 0.1, ValueError, "kl_coef is 0.1 and kl_kind 'exact', which needs ref_hidden and ref_weight"),
+        ("kl_kind", "k1", ValueError, "kl_kind is 'k1', whose expected gradient is zero"),
+        ("kl_kind", "k4", ValueError, "kl_kind is 'k4'; it must be"),
+    ],
+    "value_loss": [
+        ("returns", TOKENS[1:], ValueError, r"returns has shape \(3,\)"),
+        ("clip", 0.0, ValueError, "clip is 0.0"),
+        ("normalizer", torch.tensor(math.nan), ValueError, "normalizer is nan"),
+        ("mask", TOKENS, TypeError, "mask has dtype"),
+    ],
+    "sample_tokens": [
+        ("logits", torch.zeros(5), ValueError, r"logits has shape \(5,\)"),
+        ("temperature", -1.0, ValueError, "temperature is -1.0"),
+        ("stream", TARGETS.int(), TypeError, "stream has dtype torch.int32"),
+        ("stream", TARGETS[1:], ValueError, r"stream has shape \(3,\)"),
+        ("offset", TARGETS[1:], ValueError, r"offset has shape \(3,\)"),
+    ],
+}
+
+
+@pytest.mark.parametrize("op", GOOD)
+def test_good_arguments_are_taken(op: str) -> None:
+    getattr(ops, op)(**GOOD[op])
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "value", "error", "message"), [(op, *case) for op, cases in WRONG.items() for case in cases]
+)
+def test_a_wrong_argument_is_named(op: str, name: str, value: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        getattr(ops, op)(**(GOOD[op] | {name: value}))
+
+
+def test_a_sampled_kl_needs_the_reference_s_log_probabilities() -> None:
+    with pytest.raises(ValueError, match="kl_kind 'k3', which needs ref_logprobs"):
+        ops.linear_policy_loss(**GOOD["linear_policy_loss"], kl_coef=0.1, kl_kind="k3")
