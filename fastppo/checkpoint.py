@@ -58,7 +58,7 @@ class Checkpoints:
         """
         self._config, self._engines, self._world, self._enter = config, engines, world, enter
         self._output = Path(config.output)
-        self._folder = self._output / "checkpoints"
+        self.folder = self._output / "checkpoints"  # where they are
         digest, counts = hashlib.sha256(), []
         for part in data:
             counts.append(str(len(part)))
@@ -72,7 +72,7 @@ class Checkpoints:
     def load(self, found: Found | None, run: R) -> R:
         """The run as it begins, goes on or goes back to, with the engines' weights and optimizers as they were."""
         if self._world.rank == 0:
-            durable.remove_unfinished(self._folder)
+            durable.remove_unfinished(self.folder)
         if found is None:
             return run
         if found.about["prompts"] != self._prompts:
@@ -99,14 +99,21 @@ class Checkpoints:
         return run
 
     def _set_aside_newer(self, folder: Path) -> None:
-        """Checkpoints beyond the one resumed from, damaged or not wanted, must not be what `auto` takes next time."""
-        for path in self._folder.glob("step-*"):
+        """Checkpoints beyond the one gone back to, damaged or not wanted, must not be what `auto` takes next time.
+
+        Of all that were ever set aside as many stay as of the others: a run that goes back often fills no disk.
+        """
+        for path in self.folder.glob("step-*"):
             if NAME.fullmatch(path.name) and path.name > folder.name:
                 n = 1
                 while (aside := path.with_name(f"aside-{path.name}.{n}")).exists():
                     n += 1
                 path.rename(aside)
                 log.warning("%s is beyond where this run goes on; it is now %s", path, aside.name)
+        keep = self._config.checkpoint.keep_last + self._config.checkpoint.keep_best
+        asides = sorted(self.folder.glob("aside-*"), key=lambda path: path.stat().st_mtime)  # when each was written
+        for path in asides[: max(len(asides) - keep, 0)]:
+            _remove(path)
 
     def save_if_due(self, run: Run) -> None:
         """A checkpoint every `checkpoint.every` steps. A failure is logged, unless `checkpoint.on_error` says stop."""
@@ -135,12 +142,12 @@ class Checkpoints:
             if error is not None:
                 newest = self._newest()
                 raise CheckpointError(f"{error} What is left is {newest or 'nothing to resume from'}.") from None
-            log.info("saved; --resume auto goes on from %s", self._folder / run.name)
+            log.info("saved; --resume auto goes on from %s", self.folder / run.name)
             raise
 
     def _save(self, run: Run) -> str | None:
         """Write a checkpoint; returns what went wrong, the same on every rank. Nothing older is deleted then."""
-        folder = self._folder / run.name
+        folder = self.folder / run.name
         if self._agree(str(folder.exists()) if self._world.rank == 0 else None) == "True":
             return None  # written before, or resumed from
         error = self._agree(self._attempt(lambda: durable.begin(folder)))
@@ -155,10 +162,10 @@ class Checkpoints:
             error = next((e for e, _ in parts if e is not None), None)
             if error is None:
                 files = [file for _, part in parts for file in part]
-                error = self._agree(self._attempt(lambda: self._finish(writer.folder, folder, files)))
+                error = self._agree(self._attempt(lambda: self._finish(writer.folder, folder, files, run.good)))
         if error is None:
             return None
-        self._attempt(lambda: durable.remove_unfinished(self._folder))
+        self._attempt(lambda: durable.remove_unfinished(self.folder))
         return f"The checkpoint {folder} could not be written ({error})."
 
     def _save_shared(self, run: Run, writer: durable.Writer) -> None:
@@ -178,12 +185,12 @@ class Checkpoints:
                 return f"{error.strerror or error}"
         return None
 
-    def _finish(self, draft: Path, folder: Path, files: list[durable.File]) -> None:
+    def _finish(self, draft: Path, folder: Path, files: list[durable.File], good: int | None) -> None:
         for name in LINES:
             if (self._output / name).exists():
                 durable.sync(self._output / name)
         durable.finish(draft, folder, files)
-        self._prune()
+        self._prune(good)
 
     def _about(self, run: Run) -> dict[str, Any]:
         return {
@@ -197,21 +204,30 @@ class Checkpoints:
         }
 
     def _newest(self) -> Path | None:
-        return max((p for p in self._folder.glob("step-*") if NAME.fullmatch(p.name)), default=None)
+        return max((p for p in self.folder.glob("step-*") if NAME.fullmatch(p.name)), default=None)
 
-    def _prune(self) -> None:
-        """Keep the newest and the best; a checkpoint that cannot be deleted is none the worse for it."""
+    def _prune(self, good: int | None) -> None:
+        """Keep the newest, the best, and the one that an alarm would go back to, `good` steps or fewer.
+
+        A checkpoint that cannot be deleted is none the worse for it.
+        """
         keep = self._config.checkpoint
-        names = sorted(p.name for p in self._folder.glob("step-*") if NAME.fullmatch(p.name))
-        scores = {name: held_out_score(self._folder / name) for name in names} if keep.keep_best else {}
+        names = sorted(p.name for p in self.folder.glob("step-*") if NAME.fullmatch(p.name))
+        scores = {name: held_out_score(self.folder / name) for name in names} if keep.keep_best else {}
         best = sorted((name for name, score in scores.items() if score is not None), key=lambda n: (scores[n], n))
         kept = {*names[-keep.keep_last :], *best[max(len(best) - keep.keep_best, 0) :]}
+        if good is not None:  # none within a step, which may have learned from the batch that went bad
+            kept.update([name for name in names if name <= f"step-{good:08d}" and "update" not in name][-1:])
         for name in names:
             if name not in kept:
-                try:
-                    durable.remove(self._folder / name)
-                except OSError as error:
-                    log.warning("%s could not be deleted (%s)", self._folder / name, error.strerror)
+                _remove(self.folder / name)
+
+
+def _remove(path: Path) -> None:
+    try:
+        durable.remove(path)
+    except OSError as error:
+        log.warning("%s could not be deleted (%s)", path, error.strerror)
 
 
 def export(

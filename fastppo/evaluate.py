@@ -68,7 +68,7 @@ def evaluate(
         "score_std": float(scores.std(correction=0)),
         "score_error": float(scores.std(correction=0)) / math.sqrt(count),
         "kl": float(surprise[0]) / count,
-        "ref_perplexity": math.exp(float(surprise[1]) / tokens),
+        "ref_perplexity": float((surprise[1] / tokens).exp()),
         "distinct_2": distinct(ngrams(packed.responses.numpy(), packed.response_lengths.numpy(), 2)[1]),
         "response_length": tokens / count,
         "ended": float(scored.rollout.ended.double().mean()),

@@ -22,7 +22,9 @@ from fastppo.learn import Update, kl_limit
 
 TREND = 10  # steps over which the judge must fall
 LEAST = 6  # steps without which there is no trend
+ERRORS = 4.0  # standard errors by which it must fall
 REST = 10  # steps after which an alarm that stays on is raised again
+GO_BACK = ("roll_back", "stop")  # actions that need a checkpoint from before
 OF_REWARD = ("judge", "judge_gap", "judge_turn", "length_correlation", "rewarded_phrase")
 
 
@@ -36,7 +38,7 @@ class Alarm:
     threshold: float  # the level in the figure's own unit
     level: str  # warn or act
     action: str | None  # what is done beside warning
-    good: int  # the last step at whose end the figure was within the level, and had been for a whole window
+    good: int  # the last step at whose end the figure had been within the level for a whole window
     message: str
 
 
@@ -45,8 +47,9 @@ class Health:
     """What a run has seen of its health so far."""
 
     history: dict[str, list[float]] = field(default_factory=dict)  # of each figure, one value a step
-    raised: dict[str, int] = field(default_factory=dict)  # figure and action -> the step of its last alarm
+    raised: dict[str, int] = field(default_factory=dict)  # a rule -> the step of its last alarm
     alarms: list[Alarm] = field(default_factory=list)
+    good: int | None = None  # the step up to which every figure that may end or take back the run has been good
     roll_backs: int = 0
 
     @property
@@ -63,9 +66,10 @@ class Health:
         return fmean(values) if values else math.nan
 
     def spread(self, name: str, window: int) -> float:
-        """The standard deviation of the score's or the judge's single numbers in the first steps; NaN if they are
-        equal."""
-        return math.sqrt(fmean(x * x for x in self.history[f"{name}_std"][:window])) or math.nan
+        """The standard deviation of the score's or the judge's single numbers in the first steps in which they
+        differ: a rule that no response keeps at first says the same of all. NaN while there is no such step."""
+        spreads = [x for x in self.history[f"{name}_std"] if x > 0][:window]
+        return math.sqrt(fmean(x * x for x in spreads)) if spreads else math.nan
 
     def state(self) -> dict[str, Any]:
         return asdict(self)
@@ -92,11 +96,15 @@ def watch(
     """Take the figures of a step into `kept`, and see which of them is beyond a level."""
     window, judged = config.health.window, bool(config.health.judge)
     kept.add(figures(experience, exact_kl=config.ppo.kl_kind == "exact"))
-    kept.add({"approx_kl": fmean(u.approx_kl for u in updates)})
+    applied = [update.approx_kl for update in updates if not update.skipped]
+    kept.add({"approx_kl": fmean(applied) if applied else math.nan})
     if judged:
-        kept.add({"judge_gap": judge_gap(kept, window), "judge_turn": judge_turn(kept)})
+        turn = judge_turn(kept, responses=len(experience.packed), window=window)
+        kept.add({"judge_gap": judge_gap(kept, window), "judge_turn": turn})
     shown = [name for name in FIGURES if name in kept.history and (judged or name != "judge")]
-    alarms = [alarm for rule in _rules(config.health, shown) if (alarm := _alarm(rule, kept, window)) is not None]
+    rules = _rules(config.health, shown)
+    alarms = [alarm for rule in rules if (alarm := _alarm(rule, kept, window)) is not None]
+    kept.good = min((_good(rule, kept, window) for rule in rules if rule.action in GO_BACK), default=None)
     alarms += _stopped_epoch(updates, kept, config.health)
     if any(alarm.figure in OF_REWARD for alarm in alarms):
         alarms = [_with_phrases(alarm, experience, tokenizer) for alarm in alarms]
@@ -116,17 +124,21 @@ def judge_gap(kept: Health, window: int) -> float:
     return proxy - judge
 
 
-def judge_turn(kept: Health) -> float:
+def judge_turn(kept: Health, *, responses: int, window: int) -> float:
     """How surely the judge falls while the score still rises: over-optimisation as in Gao et al. (2022, figure 1).
 
     The Mann-Kendall statistic z of the last ten means of the judge, with its sign turned (2.33: one row of ten in a
-    hundred falls so by chance); 0 where it does not fall or where the score's Theil-Sen slope is not positive. Both
-    depend on the order of pairs alone, so an odd batch or two decide nothing.
+    hundred falls so by chance); 0 where the score's Theil-Sen slope is not positive, or where the judge's, over these
+    steps, falls by less than four standard errors of a mean of so many responses. z alone takes means that stay near
+    the ones before, as those of a policy that wanders do, for a trend. Both slope and z hold the order of pairs
+    against each other, so an odd batch or two decide nothing.
     """
     score, judge = (kept.history[name][-TREND:] for name in ("score", "judge"))
     if len(judge) < LEAST or slope(score) <= 0:
         return 0.0
-    return max(-trend(judge), 0.0)
+    fall = -slope(judge) * (len(judge) - 1)
+    small = fall < ERRORS * kept.spread("judge", window) / math.sqrt(responses)
+    return 0.0 if small else max(-trend(judge), 0.0)
 
 
 def trend(values: Sequence[float]) -> float:
@@ -157,14 +169,13 @@ def _alarm(rule: AlarmConfig, kept: Health, window: int) -> Alarm | None:
     """The alarm of a rule at this step, if its figure is beyond the level and it has not been raised lately."""
     values, step = kept.history[rule.figure], kept.steps
     recent, figure = values[-window:], FIGURES[rule.figure]
-    if len(values) < window + (figure.level_is != "value") or not all(map(math.isfinite, recent)):
+    if len(values) < window + (figure.level_is != "value") or any(map(math.isnan, recent)):
         return None
-    value, threshold, name = median(recent), _threshold(rule, kept, window), f"{rule.figure} {rule.action}"
+    value, threshold, name = median(recent), _threshold(rule, kept, window), f"{rule.figure} {rule.action} {rule.level}"
     if not _beyond(rule, value, threshold) or step - kept.raised.get(name, -REST) < REST:
         return None
     kept.raised[name] = step
-    inside = [not _beyond(rule, x, threshold) for x in values]
-    good = next((n for n in range(len(values), 0, -1) if all(inside[max(n - window, 0) : n])), 0)
+    good = _good(rule, kept, window)
     action = None if rule.action == "warn" else rule.action
     return Alarm(
         step=step,
@@ -176,6 +187,17 @@ def _alarm(rule: AlarmConfig, kept: Health, window: int) -> Alarm | None:
         good=good,
         message=_message(rule, kept, value, threshold, good, window),
     )
+
+
+def _good(rule: AlarmConfig, kept: Health, window: int) -> int:
+    """The last step at whose end the figure had been within the level for a whole window; 0 if there is none."""
+    values, threshold = kept.history[rule.figure], _threshold(rule, kept, window)
+    within = 0  # steps on end, going backwards
+    for step in range(len(values), 0, -1):
+        within = 0 if _beyond(rule, values[step - 1], threshold) else within + 1
+        if within == min(window, step + within - 1):
+            return step + within - 1
+    return 0
 
 
 def _threshold(rule: AlarmConfig, kept: Health, window: int) -> float:
@@ -206,7 +228,8 @@ def _message(rule: AlarmConfig, kept: Health, value: float, threshold: float, go
     text = f"{rule.figure} is {value:.4g}, the median of {window} steps, {side} {threshold:.4g}{start}"
     if rule.figure == "judge_turn":
         text += f"; {_peak(kept)}"
-    return f"{text}. It was last within the level at step {good}."
+    last = f"Step {good} was the last to end a whole window within it" if good else "It never was within it"
+    return f"{text}. {last}."
 
 
 def _peak(kept: Health) -> str:

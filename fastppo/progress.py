@@ -13,11 +13,12 @@ from fastppo.batch import Experience, Moments, Packed
 from fastppo.config import Config
 from fastppo.estimate import recall_trunk
 from fastppo.evaluate import Evaluation
-from fastppo.health import Health
+from fastppo.health import Alarm, Health
 from fastppo.learn import Update
 from fastppo.microbatch import plan_step
 from fastppo.ppo import KLController
 from fastppo.roles import Roles
+from fastppo.since import Since
 from fastppo.world import World
 
 State = dict[str, Any]
@@ -63,6 +64,10 @@ class Run(Protocol):
     @property
     def score(self) -> float | None: ...
 
+    @property
+    def good(self) -> int | None:
+        """The step that an alarm would go back to, or before it; None if none would."""
+
     def state(self) -> State: ...
 
     def restore(self, state: State, own: State) -> None: ...
@@ -87,6 +92,7 @@ class Progress:
     seconds: dict[str, float] = field(default_factory=dict)  # of the next step's stages
     health: Health = field(default_factory=Health)
     random: State = field(default_factory=random_state)  # as it was where the run would go on
+    ended: Since | None = None  # by an alarm; where the run went back to
 
     @staticmethod
     def begin(config: Config, rank: int) -> Progress:
@@ -103,6 +109,10 @@ class Progress:
         """The held-out score, where the run is at an evaluation."""
         here = self.evaluated == self.step and self.experience is None
         return self.evaluations[-1].held_out if self.evaluations and here else None
+
+    @property
+    def good(self) -> int | None:
+        return self.health.good
 
     def add_evaluation(self, evaluation: Evaluation) -> None:
         self.evaluations = [*self.evaluations[:1], evaluation]
@@ -144,6 +154,12 @@ class Progress:
         self.health = Health.of(state["health"])
         kept = state["experience"]
         self.experience = kept and Experience(**kept | {"packed": Packed(**kept["packed"]), "trunk": _no_trunk})
+
+    def recall(self, since: Since) -> None:
+        """What the run that went back to where this one is knew beyond it."""
+        self.beta.value = since.kl_coef
+        self.health.roll_backs = since.roll_backs
+        self.health.alarms = [Alarm(**alarm) for alarm in since.alarms]
 
 
 def _no_trunk(role: Any, packed: Packed, sequences: torch.Tensor) -> None:

@@ -9,15 +9,18 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
 from fastppo import durable
 from fastppo.checkpoint import Checkpoints
 from fastppo.config import Config
-from fastppo.health import Alarm
+from fastppo.folder import ALARMS, sizes
+from fastppo.health import GO_BACK, Alarm
 from fastppo.progress import Progress
-from fastppo.resume import Found, held_out_score
+from fastppo.resume import Found, held_out_score, levels
+from fastppo.since import Since
 from fastppo.track import Tracker
 from fastppo.world import World, all_gather
 
@@ -43,16 +46,20 @@ def respond(
         return "go on"
     at, beta = f"step {run.step + 1}", run.beta.value
     rolling = alarm.action == "roll_back" and run.health.roll_backs < health.roll_backs
-    good = min(other.good for other in alarms if other.action == alarm.action)
+    good = min(other.good for other in alarms if other.action in GO_BACK)
     found = checkpoint_before(good, config, world, best=not rolling)
     if found is not None:
         _go_back(found, run, checkpoints)
     if found is None or not rolling:
         _say(world, logging.ERROR, f"{at}: the run ends here: {alarm.message} {_where(found, good, alarm, run)}")
+        if found is not None:
+            run.ended = replace(_since(found, run, config), ended=f"{at}: {alarm.message}", levels=levels(config))
         return "ended"
     run.health.roll_backs += 1
     run.beta.value = max(beta, run.beta.value) * health.raise_kl
     tracker.go_back(run.step, found.sizes)
+    if world.rank == 0:
+        _since(found, run, config).write(found.folder.parent)
     _say(
         world,
         logging.WARNING,
@@ -83,6 +90,13 @@ def _go_back(found: Found, run: Progress, checkpoints: Checkpoints) -> None:
     alarms, roll_backs = run.health.alarms, run.health.roll_backs
     checkpoints.load(found, run)
     run.health.alarms, run.health.roll_backs = alarms, roll_backs
+
+
+def _since(found: Found, run: Progress, config: Config) -> Since:
+    """What the run, which has gone back there, knows beyond it."""
+    lines = found.sizes | {ALARMS: sizes(Path(config.output))[ALARMS]}
+    alarms = [asdict(alarm) for alarm in run.health.alarms]
+    return Since(found.folder.name, run.beta.value, run.health.roll_backs, alarms, lines)
 
 
 def checkpoint_before(step: int, config: Config, world: World, *, best: bool = False) -> Found | None:

@@ -17,6 +17,7 @@ from fastppo import __version__, durable
 from fastppo.config import AnyConfig, Config
 from fastppo.errors import FastPPOError
 from fastppo.folder import LINES
+from fastppo.since import Since, read_since
 from fastppo.world import World, all_gather
 
 log = logging.getLogger("fastppo")
@@ -49,11 +50,17 @@ class Found:
 
     folder: Path
     about: Mapping[str, Any]
+    since: Since | None = None  # what the run that went back to it knows beyond it
 
     @property
     def sizes(self) -> dict[str, int]:
         """Bytes of the run's files of lines at that time."""
-        return {name: int(self.about["bytes"][name]) for name in LINES}
+        then = self.about["bytes"] if self.since is None else self.since.bytes
+        return {name: int(then[name]) for name in LINES}
+
+    def ended(self, config: Config) -> str | None:
+        """Why an alarm has ended the run; None if none has, or the settings of alarms are others now."""
+        return self.since.ended if self.since is not None and self.since.levels == levels(config) else None
 
 
 def find_checkpoint(config: AnyConfig, world: World) -> Found | None:
@@ -72,7 +79,7 @@ def find_checkpoint(config: AnyConfig, world: World) -> Found | None:
             about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
             _check_fit(folder, about, config, world)
             log.info("going on from %s", folder)
-            return Found(folder, about)
+            return Found(folder, about, read_since(folder))
         problems.append(f"{folder} cannot be used: {problem}.")
         log.error(problems[-1])
     if problems:
@@ -156,6 +163,11 @@ def settings(config: AnyConfig) -> dict[str, Any]:
                 yield prefix + name, json.loads(json.dumps(value))
 
     return dict(flat(dataclasses.asdict(config), ""))
+
+
+def levels(config: Config) -> dict[str, Any]:
+    """The settings by which alarms end a run."""
+    return {name: value for name, value in settings(config).items() if name.startswith(ALARMED)}
 
 
 def versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from fastppo.roles import Roles, assemble
 from fastppo.rollout import stop_ids
 from fastppo.track import Stages, Tracker, show_samples, write_samples
 from fastppo.world import World
+
+log = logging.getLogger("fastppo")
 
 
 @dataclass(frozen=True)
@@ -76,14 +79,22 @@ class Step(NamedTuple):
     alarms: list[Alarm]
 
 
-def set_up(config: Config, world: World) -> Setup:
+def set_up(config: Config, world: World) -> Setup | None:
     """The run's folder, models, sources of reward and prompts, and its progress if it is resumed.
 
-    What can be wrong is looked at in the order of what it costs to find out.
+    None if an alarm has ended the run, and would again. What can be wrong is looked at in the order of what it costs to
+    find out.
     """
     load_functions(config.rewards)  # a typo in a function's name should not cost the minutes of loading models
     load_functions(config.health.judge, "health.judge")
     output, found = Path(config.output), find_checkpoint(config, world)
+    if found is not None and (reason := found.ended(config)) is not None:
+        log.error(
+            "an alarm has ended this run, at %s It is at %s, and goes on from there with other health.alarms.",
+            reason,
+            found.folder,
+        )
+        return None
     if world.rank == 0:
         fresh_folder(output) if found is None else continue_folder(output, found.sizes)
         (output / CONFIG).write_text(dump(config), encoding="utf-8")
@@ -102,6 +113,8 @@ def set_up(config: Config, world: World) -> Setup:
     learned = [data.tokens, heldout.tokens, *([] if texts is None else [texts.examples.tokens])]
     checkpoints = Checkpoints(config, roles.saved, learned, world, enter=roles.residency.enter)
     progress = checkpoints.load(found, Progress.begin(config, world.rank))
+    if found is not None and found.since is not None:
+        progress.recall(found.since)
     recall_experience(progress, roles, config, world)
     return Setup(
         config=config,
@@ -170,3 +183,5 @@ def finish(setup: Setup) -> None:
         write_samples(setup.output / "samples.jsonl", shown)
         show_samples(shown[: config.eval.show])
     export(trained, roles.tokenizer, setup.output / "actor", config.actor.lora)
+    if setup.progress.ended is not None:
+        setup.progress.ended.write(setup.checkpoints.folder)

@@ -66,6 +66,10 @@ class Training:
         """What `checkpoint.keep_best` compares: the higher the better; None where this step was not evaluated best."""
         return -self.best if self.best_step == self.step else None
 
+    @property
+    def good(self) -> None:
+        """Nothing here goes back."""
+
     def add_evaluation(self, loss: float) -> bool:
         """Whether the held-out loss is the lowest of a trained model so far."""
         self.evaluated, self.random = self.step, random_state()

@@ -38,6 +38,8 @@ def train(config: Config, world: World) -> bool:
     has done is saved then.
     """
     setup = set_up(config, world)
+    if setup is None:
+        return False
     run, checkpoints, prompts = setup.progress, setup.checkpoints, setup.prompts()
     with watching(world), setup.tracker() as tracker, checkpoints.saved_when_stopped(run):
         evaluate_if_due(setup, tracker)

@@ -1,5 +1,6 @@
 """Figures of a batch against numbers worked out by hand, or by the definition, slowly."""
 
+import dataclasses
 import math
 from collections import Counter
 
@@ -91,11 +92,13 @@ def test_self_bleu_of_many_responses_is_that_of_a_sample_always_the_same():
 
 
 def test_rank_correlation_sees_order_alone_and_ties_share_their_rank():
-    x = np.array([1.0, 2.0, 3.0, 4.0])
+    x = np.arange(8.0)
     assert rank_correlation(x, np.exp(x)) == pytest.approx(1)
     assert rank_correlation(x, -(x**3)) == pytest.approx(-1)
-    assert rank_correlation(x, np.array([1.0, 2.0, 2.0, 3.0])) == pytest.approx(4.5 / math.sqrt(5 * 4.5))
-    assert math.isnan(rank_correlation(x, np.ones(4)))
+    tied = np.array([0.0, 1.0, 2.0, 2.0, 2.0, 5.0, 6.0, 7.0])
+    assert rank_correlation(x, tied) == pytest.approx(40 / math.sqrt(42 * 40))
+    assert math.isnan(rank_correlation(x, np.ones(8)))
+    assert math.isnan(rank_correlation(x[:7], x[:7]))  # so few are often in order by chance
 
 
 def test_kl_and_perplexity_come_from_the_logprobs():
@@ -104,7 +107,13 @@ def test_kl_and_perplexity_come_from_the_logprobs():
     assert found["kl_token"] == pytest.approx(0.25) and found["kl_sequence"] == pytest.approx(0.5)
     assert found["perplexity"] == pytest.approx(math.exp(2.25))
     assert found["entropy"] == pytest.approx(3.0) and "kl_exact" not in found
-    assert figures(experience, exact_kl=True)["kl_exact"] == pytest.approx(0.25)
+    exact = figures(dataclasses.replace(experience, kl=torch.tensor([0.5, 0.5, 0.5, 1.5])), exact_kl=True)
+    assert exact["kl_exact"] == pytest.approx(0.75) and exact["kl_exact_sequence"] == pytest.approx(1.5)
+
+
+def test_what_the_reference_would_never_write_has_an_infinite_perplexity():
+    far = dataclasses.replace(batch([[5, 6]]), ref_logprobs=torch.tensor([-3000.0, -10.0]))
+    assert figures(far, exact_kl=False)["perplexity"] == math.inf
 
 
 @given(st.integers(0, 1000))

@@ -10,10 +10,11 @@ import made_up_batches as made_up
 import numpy as np
 import pytest
 import tiny
+import torch
 
 from fastppo.config import AlarmConfig, Config, HealthConfig, PPOConfig, RewardConfig
 from fastppo.config.health import FIGURES
-from fastppo.health import Health, slope, trend, watch
+from fastppo.health import Health, judge_turn, slope, trend, watch
 
 TOKENIZER = tiny.tokenizer()
 JUDGED = HealthConfig(judge=(RewardConfig(function="mine:judge"),))
@@ -56,7 +57,7 @@ ILLNESSES = {
     made_up.length_pays: ["length_correlation"],
     made_up.a_phrase_pays: ["rewarded_phrase"],
 }
-SEEN_APART = {"kl_sequence", "approx_kl"}  # below
+SEEN_APART = {"kl_sequence", "kl_exact_sequence", "approx_kl"}  # below
 
 
 @pytest.mark.parametrize(("illness", "figures"), ILLNESSES.items(), ids=lambda value: getattr(value, "__name__", ""))
@@ -68,9 +69,76 @@ def test_each_illness_is_seen_in_the_figures_meant_for_it(illness, figures, seed
     assert all(f"{alarm.figure} is" in alarm.message for alarm in alarms)
 
 
+def far_off(experience, far):
+    return made_up.it_drifts(experience, 4 * far)
+
+
 def test_drift_of_whole_responses_and_of_an_update_are_seen_too():
-    assert "kl_sequence" in {a.figure for a in run(made_up.it_drifts, config(AlarmConfig("kl_sequence", 30.0))).alarms}
+    whole = ("kl_sequence", "kl_exact_sequence")
+    assert {a.figure for a in run(far_off).alarms} >= set(whole)
+    sooner = run(made_up.it_drifts, config(*(AlarmConfig(name, 30.0) for name in whole)))
+    assert {a.figure for a in sooner.alarms} >= set(whole)
     assert {a.figure for a in run(approx_kl=1.2).alarms} == {"approx_kl"}
+
+
+def never_by_the_reference(experience, far):
+    ref_logprobs = experience.ref_logprobs.clone()
+    ref_logprobs[0] = -math.inf
+    return dataclasses.replace(experience, ref_logprobs=ref_logprobs)
+
+
+def test_a_figure_that_is_infinite_is_beyond_its_level():
+    alarms = run(never_by_the_reference).alarms
+    assert {"kl_token", "perplexity"} <= {a.figure for a in alarms}
+    assert {a.value for a in alarms if a.figure == "perplexity"} == {math.inf}
+
+
+def test_shorter_responses_that_pay_are_seen_as_longer_ones_are():
+    def shortness_pays(experience, far):
+        return dataclasses.replace(experience, scores=-made_up.length_pays(experience, far).scores)
+
+    alarm = next(a for a in run(shortness_pays).alarms if a.figure == "length_correlation")
+    assert alarm.value < -0.7
+
+
+def test_the_judge_turns_only_while_the_score_rises():
+    def both_fall(experience, far):
+        return dataclasses.replace(experience, scores=experience.scores - far, judged=experience.judged - far)
+
+    assert not {"judge_turn", "judge_gap"} & {a.figure for a in run(both_fall).alarms}
+
+
+def test_a_judge_that_wanders_has_not_turned():
+    """Means near those before look like trends to a test that takes them as independent."""
+    turns = 0
+    for seed in range(20):
+        chance, kept, mean = np.random.default_rng(seed), Health(), 0.0
+        for step in range(50):
+            mean = 0.8 * mean + 0.6 * chance.normal(0, 1 / math.sqrt(32))
+            kept.add({"score": 0.01 * step, "judge": mean, "judge_std": 1.0})
+            turns += judge_turn(kept, responses=32, window=3) > 2.6
+    assert turns <= 3  # of 1,000 steps; 60 if the size of the fall did not count
+
+
+def test_a_judge_that_says_the_same_of_all_at_first_has_a_gap_once_it_does_not():
+    def silent(experience, far):
+        return dataclasses.replace(experience, judged=torch.zeros_like(experience.judged))
+
+    kept, settings = Health(), config()
+    for step in range(1, 8):
+        experience = made_up.healthy(step)
+        watch(experience if step > 5 else silent(experience, 1), [made_up.update()], kept, settings, TOKENIZER)
+    gaps = kept.history["judge_gap"]
+    assert all(map(math.isnan, gaps[:5])) and all(map(math.isfinite, gaps[5:]))
+
+
+def test_updates_that_were_not_applied_do_not_hide_how_far_the_others_went():
+    kept = Health()
+    skipped = dataclasses.replace(made_up.update(math.nan), skipped=1)
+    checkup = watch(made_up.healthy(1), [made_up.update(0.3), skipped], kept, config(), TOKENIZER)
+    assert checkup.metrics["health/approx_kl"] == pytest.approx(0.3)
+    none = watch(made_up.healthy(2), [skipped], kept, config(), TOKENIZER)
+    assert math.isnan(none.metrics["health/approx_kl"]) and none.alarms == []
 
 
 def test_the_approximate_kl_of_a_step_is_the_mean_of_its_updates():
@@ -125,6 +193,29 @@ def test_a_level_of_the_settings_takes_the_place_of_the_standing_warning_or_take
     assert "entropy" not in {a.figure for a in run(made_up.entropy_falls, config(AlarmConfig("entropy"))).alarms}
     both = run(made_up.entropy_falls, config(AlarmConfig("entropy", 0.4, "raise_kl"))).alarms
     assert {(a.level, a.action) for a in both if a.figure == "entropy"} == {("warn", None), ("act", "raise_kl")}
+
+
+def test_two_levels_of_one_figure_both_speak():
+    two = config(AlarmConfig("entropy", 0.9), AlarmConfig("entropy", 0.4))
+    alarms = [a for a in run(made_up.entropy_falls, two).alarms if a.figure == "entropy"]
+    first, second = (
+        min(a.step for a in alarms if a.threshold == x) for x in sorted({a.threshold for a in alarms})[::-1]
+    )
+    assert first < second
+
+
+def test_what_would_go_back_is_known_before_there_is_an_alarm():
+    """So that its checkpoint is kept; for actions that go back alone."""
+    stop = config(AlarmConfig("distinct_2", 0.8, "stop"))
+    assert run(settings=stop).good == STEPS and run().good is None
+    kept = run(made_up.one_response, stop)
+    alarm = next(a for a in kept.alarms if a.action == "stop")
+    assert kept.good == alarm.good and f"Step {alarm.good} was the last to end a whole window" in alarm.message
+    odd = Health()
+    odd_batches(odd, stop, {20, 22})
+    assert odd.good == 30
+    odd_batches(odd := Health(), stop, {28, 30})
+    assert odd.good == 27  # 29 is within the level, its window is not
 
 
 def test_levels_have_the_unit_of_their_figure():

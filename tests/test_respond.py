@@ -11,6 +11,8 @@ from forks import Forks
 from safetensors.torch import load_file
 from test_checkpoint import STOP_AT, assert_same_run
 
+from fastppo.since import Since, SinceError, read_since
+
 # From step 5 on distinct-2 is 0.1, until the run has rolled back `cured` times.
 ILL = """
 from fastppo import health, train
@@ -26,6 +28,20 @@ train.watch = watch
 """
 QUIET = {"eval__prompts": 0, "eval__every": 0}
 SETTINGS = {"steps": 8, "optim__dtype": "fp32", "critic__kind": "shared", "checkpoint__keep_last": 4, "eval__every": 2}
+# Told to stop as soon as the run has rolled back, when nothing new is there to be saved.
+STOP_THERE = """
+from fastppo import stop, train
+
+responded = train.respond
+
+def respond(*arguments):
+    done = responded(*arguments)
+    if done == "rolled back":
+        stop._watch.asked.set()
+    return done
+
+train.respond = respond
+"""
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +94,16 @@ def test_a_run_rolls_back_to_before_it_fell_ill_and_goes_on_with_a_higher_beta(f
     assert_same_run(output, stopped)
     assert (output / "alarms.jsonl").read_text() == (stopped / "alarms.jsonl").read_text()
 
+    at_once = folder / "rolled-and-stopped-at-once"
+    argv = settings(folder, at_once, "roll_back", resume="auto", checkpoint__keep_last=1)
+    run = forks.start(argv, 2, ILL.format(cured=1) + STOP_THERE)
+    assert forks.wait(run) == [0, 0] and "the run rolls back to" in run.text(), run.text()
+    assert max(whole_runs.checkpoints(at_once)) == "step-00000004"  # kept, though 5 was newer
+    run = forks.start(argv, 2, ILL.format(cured=1))
+    assert forks.wait(run) == [0, 0] and "the run rolls back to" not in run.text(), run.text()
+    assert_same_run(output, at_once)
+    assert (output / "alarms.jsonl").read_text() == (at_once / "alarms.jsonl").read_text()
+
 
 def test_a_run_whose_weights_are_split_rolls_back(folder, forks):
     output = folder / "split"
@@ -119,7 +145,29 @@ def test_a_run_that_an_alarm_ends_leaves_the_best_actor_from_before(folder, fork
     before = whole_runs.records(output), (output / "alarms.jsonl").read_text()
     again = forks.start(argv, 1, ILL.format(cured=1))
     assert forks.wait(again) == [3], again.text()
+    assert "an alarm has ended this run, at step 6: distinct_2 is 0.1" in again.text()
+    assert "actor.model" not in again.text()  # nothing is loaded for it
     assert (whole_runs.records(output), (output / "alarms.jsonl").read_text()) == before
+    forks.run([*argv, "--health.alarms", "[]"], 1, ILL.format(cured=1))
+    assert [r["step"] for r in steps(output)] == list(range(1, 9))
+
+
+def test_what_a_run_that_went_back_knows_is_whole_or_named(tmp_path):
+    since = Since("step-00000004", 0.2, 1, [], {"metrics.jsonl": 7}, levels={"health.window": 3})
+    since.write(tmp_path)
+    assert read_since(tmp_path / "step-00000004") == since and read_since(tmp_path / "step-00000005") is None
+    (tmp_path / "since.json").write_text('{"checkpoint": "step-0')
+    with pytest.raises(SinceError, match=r"since\.json cannot be read .* the run goes on as if neither had been"):
+        read_since(tmp_path / "step-00000004")
+
+
+def test_of_checkpoints_that_were_set_aside_a_few_stay(folder, forks):
+    output = folder / "aside"
+    fixed = {"checkpoint__keep_last": 1, "health__roll_backs": 4} | QUIET
+    run = forks.start(settings(folder, output, "roll_back", **fixed), 1, ILL.format(cured=3))
+    assert forks.wait(run) == [0], run.text()
+    assert run.text().count("it is now aside") == 3
+    assert len([n for n in whole_runs.checkpoints(output) if n.startswith("aside")]) == 1
 
 
 def test_a_run_without_a_checkpoint_from_before_ends_as_it_is(folder, forks):
