@@ -116,7 +116,10 @@ class Tracker:
         self._print(step, _summary(OF_EVALUATION, metrics))
 
     def log_alarms(self, alarms: Iterable[Mapping[str, Any]]) -> None:
-        """Record alarms (`fastppo.health`) in `alarms.jsonl`, one a line, in TensorBoard as text, and in the log."""
+        """Record alarms (`fastppo.health`) in `alarms.jsonl`, one a line, and in the log.
+
+        TensorBoard has them as text, and Weights & Biases as alerts, of which it tells the user.
+        """
         if self._alarms is None:
             return
         for alarm in alarms:
@@ -124,6 +127,8 @@ class Tracker:
             log.warning("step %d: %s", alarm["step"], alarm["message"])
             if self._writer is not None:
                 self._writer.add_text(f"alarms/{alarm['figure']}", alarm["message"], alarm["step"])
+            if self._wandb is not None:
+                self._wandb.alert(title=alarm["figure"], text=f"step {alarm['step']}: {alarm['message']}", level="WARN")
         self._alarms.flush()
 
     def go_back(self, step: int, then: Mapping[str, int]) -> None:

@@ -40,6 +40,9 @@ class StandIn(ModuleType):
     def log(self, values: dict[str, float]) -> None:
         self.calls.append(("log", values))
 
+    def alert(self, title: str, text: str, level: str) -> None:
+        self.calls.append(("alert", (title, text, level)))
+
     def finish(self) -> None:
         self.calls.append(("finish", None))
 
@@ -55,13 +58,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_every_metric_is_logged_over_the_ppo_step_and_the_run_is_finished(
+def test_metrics_are_logged_over_the_ppo_step_and_alarms_told_and_the_run_is_finished(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wandb = installed(monkeypatch, StandIn())
     with Tracker(folder, ASKED, steps=1, rank=0) as tracker:
         tracker.log_evaluation(0, {"score": 0.25})
         tracker.log(1, {"score": 0.5})
+        tracker.log_alarms([{"step": 1, "figure": "entropy", "message": "entropy is 0.1"}])
     assert (wandb.given["project"], wandb.given["name"], wandb.given["dir"]) == ("films", folder.name, str(folder))
     assert wandb.given["config"]["seed"] == 7
     assert wandb.calls == [
@@ -69,6 +73,7 @@ def test_every_metric_is_logged_over_the_ppo_step_and_the_run_is_finished(
         ("define", ("*", "step")),
         ("log", {"step": 0, "eval/score": 0.25}),
         ("log", {"step": 1, "score": 0.5}),
+        ("alert", ("entropy", "step 1: entropy is 0.1", "WARN")),
         ("finish", None),
     ]
 
