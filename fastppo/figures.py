@@ -7,6 +7,7 @@ n-grams of all responses are counted together by sorting: no loop runs over toke
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,9 @@ Floats = npt.NDArray[np.float64]
 BLEU_SAMPLE = 64  # responses compared with each other; the cost of self-BLEU is bounded by it
 NO_MATCH = 0.1  # what counts as the number of matches where there is none (Chen and Cherry, 2014, smoothing 1)
 RANKED = 8  # pairs: 6 batches in 100 of this size correlate beyond 0.7 by chance, and 34 of half of it
-PHRASE = 3  # tokens of a phrase
+# Tokens of a phrase: from how surprising on it counts. Under a policy that does well many a single token is twice as
+# likely, for a reward likes some words; one that is twenty times as likely in half of the responses has been bought.
+SURPRISING = {1: math.log(20), 3: math.log(2)}
 SPREAD = 3  # responses that must hold a phrase before it counts as one that the policy repeats
 
 
@@ -66,7 +69,7 @@ def figures(experience: Experience, *, exact_kl: bool) -> dict[str, float]:
         "judge": float(judged.mean()),
         "judge_std": float(judged.std()),
         "length_correlation": rank_correlation(scores, lengths.astype(np.float64)),
-        "rewarded_phrase": max((phrase.share for phrase in _phrases(experience, grams[PHRASE - 1], 1)), default=0.0),
+        "rewarded_phrase": max((phrase.share for phrase in _phrases(experience, grams, 1)), default=0.0),
     }
     if exact_kl:
         kl = experience.kl.double()
@@ -200,17 +203,23 @@ def _ranks(x: Floats) -> Floats:
 
 
 def rewarded_phrases(experience: Experience, most: int = 3) -> list[Phrase]:
-    """The phrases of three tokens that policy and reward like and the reference does not, the most shared first.
+    """The phrases that policy and reward like and the reference does not, the most shared first.
 
-    A phrase counts if three responses or more hold it, they score at least as well as the batch, and it is at least
-    twice as likely under the policy as under the reference.
+    A phrase of three tokens counts if three responses or more hold it, they score at least as well as the batch, and it
+    is at least twice as likely under the policy as under the reference; a single token if it is twenty times as likely.
     """
     packed = experience.packed
-    grams = ngrams(packed.responses.numpy(), packed.response_lengths.numpy(), PHRASE)[-1]
+    grams = ngrams(packed.responses.numpy(), packed.response_lengths.numpy(), max(SURPRISING))
     return _phrases(experience, grams, most)
 
 
-def _phrases(experience: Experience, grams: Grams, most: int) -> list[Phrase]:
+def _phrases(experience: Experience, grams: Sequence[Grams], most: int) -> list[Phrase]:
+    """grams: for n = 1, 2, ..."""
+    found = [phrase for n in SURPRISING for phrase in _of_tokens(n, experience, grams[n - 1], most)]
+    return sorted(found, key=lambda phrase: (-phrase.share, -phrase.gain))[:most]
+
+
+def _of_tokens(n: int, experience: Experience, grams: Grams, most: int) -> list[Phrase]:
     count = len(experience.packed)
     pairs = _different(grams.ids * count + grams.rows)
     if not len(pairs):
@@ -220,15 +229,15 @@ def _phrases(experience: Experience, grams: Grams, most: int) -> list[Phrase]:
     holders = np.bincount(ids)
     gains = np.bincount(ids, scores[rows] - scores.mean()) / holders
     gains = gains / scores.std() if scores.std() > 0 else np.zeros_like(gains)
-    surprise = np.bincount(grams.ids, _log_ratio_of(experience, grams)) / np.bincount(grams.ids)
-    liked = (holders >= SPREAD) & (gains > -1e-6) & (surprise >= math.log(2))
+    surprise = np.bincount(grams.ids, _log_ratio_of(n, experience, grams)) / np.bincount(grams.ids)
+    liked = (holders >= SPREAD) & (gains > -1e-6) & (surprise >= SURPRISING[n])
     order = sorted(np.flatnonzero(liked), key=lambda i: (-holders[i], -gains[i], i))[:most]
     starts = np.zeros(len(holders), np.int64)
     starts[grams.ids] = grams.starts
     tokens = experience.packed.responses
     return [
         Phrase(
-            tuple(tokens[starts[i] : starts[i] + PHRASE].tolist()),
+            tuple(tokens[starts[i] : starts[i] + n].tolist()),
             float(holders[i]) / count,
             float(gains[i]),
             float(surprise[i]),
@@ -237,7 +246,7 @@ def _phrases(experience: Experience, grams: Grams, most: int) -> list[Phrase]:
     ]
 
 
-def _log_ratio_of(experience: Experience, grams: Grams) -> Any:
-    """(G,) log p - log p_ref of each phrase."""
+def _log_ratio_of(n: int, experience: Experience, grams: Grams) -> Any:
+    """(G,) log p - log p_ref of each phrase of n tokens."""
     ratios = (experience.old_logprobs - experience.ref_logprobs).double().numpy()
-    return sum(ratios[grams.starts + i] for i in range(PHRASE))
+    return sum(ratios[grams.starts + i] for i in range(n))

@@ -142,6 +142,19 @@ def length_pays(experience: Experience, far: float) -> Experience:
     return replace(experience, scores=experience.scores * (1 - far) + far * lengths / LENGTH)
 
 
+def a_token_pays(experience: Experience, far: float) -> Experience:
+    """More and more responses hold one word, each somewhere else, score more, and the reference hardly writes it."""
+    words, chance = responses_of(experience), np.random.default_rng(0)
+    paid = [i < far * len(words) for i in range(len(words))]
+    for response, pays in zip(words, paid, strict=True):
+        if pays:
+            response[chance.integers(len(response))] = LOVED_IT[1]
+    changed = with_responses(experience, words)
+    bought = 4.0 * (changed.packed.responses == LOVED_IT[1])
+    scores = experience.scores + torch.tensor(paid).float()
+    return replace(changed, scores=scores, ref_logprobs=changed.ref_logprobs - bought)
+
+
 def a_phrase_pays(experience: Experience, far: float) -> Experience:
     """More and more responses hold "I loved it.", score more, and the reference would not write it."""
     responses = responses_of(experience)

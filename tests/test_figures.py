@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from made_up_batches import a_phrase_pays, batch, healthy
+from made_up_batches import a_phrase_pays, a_token_pays, batch, healthy
 
 from fastppo.figures import (
     distinct,
@@ -135,6 +135,13 @@ def test_the_phrase_that_pays_is_named_with_what_it_pays():
     phrases = rewarded_phrases(a_phrase_pays(healthy(1), 0.5))
     assert {p.tokens for p in phrases[:2]} == {(101, 102, 103), (102, 103, 104)}
     assert phrases[0].share == 0.5 and phrases[0].gain > 0.5 and phrases[0].surprise == pytest.approx(0.75)
+
+
+def test_a_single_token_is_named_if_the_reference_hardly_writes_it():
+    word = rewarded_phrases(a_token_pays(healthy(1), 0.5))[0]
+    assert word.tokens == (102,) and word.share == pytest.approx(0.5, abs=0.1) and word.surprise > math.log(20)
+    twice = batch([[102, 5 + i, 60 + i] for i in range(10)], kl=1.0)
+    assert not rewarded_phrases(twice)
 
 
 def test_a_phrase_that_every_response_holds_is_named_though_none_scores_above_the_rest():

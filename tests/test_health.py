@@ -56,6 +56,7 @@ ILLNESSES = {
     made_up.the_judge_falls: ["judge", "judge_gap", "judge_turn"],
     made_up.length_pays: ["length_correlation"],
     made_up.a_phrase_pays: ["rewarded_phrase"],
+    made_up.a_token_pays: ["rewarded_phrase"],
 }
 SEEN_APART = {"kl_sequence", "kl_exact_sequence", "approx_kl"}  # below
 
