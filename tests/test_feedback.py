@@ -79,6 +79,14 @@ def test_a_tensor_is_as_good_as_a_list(tmp_path, monkeypatch):
         ("return [1, 'high', 2]", r"returned 'high' \(str\), not a number, for response 1"),
         ("return 3.0", "returned float, not one number for each response"),
         ("return None", "returned NoneType"),
+        ("return '123'", "returned str, not one number for each response"),
+        ("return b'123'", "returned bytes, not one number for each response"),
+        ("return dict.fromkeys(responses, 1.0)", "returned dict, not one number for each response"),
+        ("return {1.0, 2.0, 3.0}", "returned set, not one number for each response"),
+        ("return [1, 1e39, 2]", r"returned 1e\+39, beyond what fp32 holds, for response 1: 'bcd'"),
+        ("return [1, -(10**400), 2]", "returned -1000.*, beyond what fp32 holds, for response 1"),
+        ("return [1, 10**5000, 2]", "returned something that cannot be written out, beyond what fp32 holds"),
+        ("import decimal; return [decimal.Decimal('sNaN')] * 3", r"'sNaN'\) \(Decimal\), not a number, for response 0"),
         ("raise KeyError('label')", r"raised KeyError: 'label' \(mine.py:2\)"),
     ],
 )
@@ -86,6 +94,16 @@ def test_a_function_that_fails_is_named_with_what_it_did(tmp_path, monkeypatch, 
     with pytest.raises(RewardError, match=words) as raised:
         scores(tmp_path, monkeypatch, body)
     assert "mine.py:reward" in str(raised.value)
+
+
+def test_the_largest_number_of_fp32_is_a_score_and_so_is_a_bool(tmp_path, monkeypatch):
+    largest = torch.finfo(torch.float32).max
+    assert scores(tmp_path, monkeypatch, f"return [{largest!r}, True, False]") == [largest, 1, 0]
+
+
+def test_a_weighted_sum_beyond_fp32_is_an_error_with_what_each_source_said(tmp_path, monkeypatch):
+    with pytest.raises(RewardError, match=r"rewards: .*response 1 of the batch is 3e\+38 \* 2 = 6e\+38, beyond"):
+        scores(tmp_path, monkeypatch, "return [1, 2, 0]", weight=3e38)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ def check_rewards(config: Config) -> None:
 
 
 KINDS = ("function", "model", "ensemble", "pattern", "url")
+LARGEST_WEIGHT = (2 - 2**-23) * 2.0**127  # fp32 holds no larger number
 OF_URL = ("timeout", "retries", "request_size", "concurrency")
 
 
@@ -49,8 +50,10 @@ def check_sources(where: str, sources: Sequence[RewardConfig]) -> None:
         _check_kind(name, source)
         if source.function is not None and not all(source.function.rpartition(":")[::2]):
             raise ConfigError(f"{name}.function is {source.function}; write module:function or file.py:function.")
-        if not math.isfinite(source.weight):
-            raise ConfigError(f"{name}.weight is {source.weight}; it must be a finite number.")
+        if not abs(source.weight) <= LARGEST_WEIGHT:
+            raise ConfigError(f"{name}.weight is {source.weight}; it must be a number that fp32 holds.")
+    if sources and not any(source.weight for source in sources):
+        raise ConfigError(f"{where} all have weight 0: every score would be 0. Give one of them another weight.")
 
 
 def _check_kind(where: str, source: RewardConfig) -> None:
