@@ -3,6 +3,7 @@
 import json
 import textwrap
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import tiny
@@ -13,6 +14,7 @@ from fastppo.config import Config, DataConfig, HealthConfig, PPOConfig, RewardCo
 from fastppo.data import PromptSet
 from fastppo.errors import FastPPOError
 from fastppo.feedback import Responses, RewardError, load_functions, load_judge, load_sources, score
+from fastppo.feedback.model import ensemble
 from fastppo.feedback.score import _decode
 from fastppo.feedback.sources import shared_sources
 from fastppo.models import ModelError
@@ -159,10 +161,12 @@ def test_a_rank_without_responses_has_no_scores(tmp_path):
     assert [list(source(seen)) for source, _ in sources(config)] == [[], [], []]
 
 
-def test_a_reward_model_with_two_labels_is_an_error(tmp_path):
+def test_a_reward_model_with_two_labels_is_an_error_that_names_its_setting(tmp_path):
     path = tiny.saved(tmp_path / "reward", tiny.classifier(labels=2))
-    with pytest.raises(ValueError, match="has 2 labels"):
+    with pytest.raises(ModelError, match=r"^rewards.model = .* has 2 labels"):
         sources(Config(rewards=(RewardConfig(model=path),)))
+    with pytest.raises(ModelError, match=r"^rewards.ensemble = .* has 2 labels"):
+        sources(Config(rewards=(RewardConfig(ensemble=(path, path)),)))
 
 
 def test_a_language_model_is_no_reward_model_also_where_its_config_does_not_tell(tmp_path):
@@ -185,6 +189,19 @@ def test_an_ensemble_says_the_mean_or_the_least_of_its_members(tmp_path):
     for combine, expected in (("mean", alone.mean(0)), ("min", alone.amin(0))):
         config = _with_dtype(Config(rewards=(RewardConfig(ensemble=paths, combine=combine),)))
         assert torch.allclose(scored(config).scores, expected, atol=1e-6)
+
+
+def test_an_ensemble_asks_all_members_before_it_fails():
+    """Each of them gathers something from all ranks, on which others may not have failed."""
+    asked = []
+
+    def member(name):
+        asked.append(name)
+        raise RewardError(name)
+
+    with pytest.raises(RewardError, match="first"):
+        ensemble([partial(lambda name, _: member(name), name) for name in ("first", "second")], "mean")(None)
+    assert asked == ["first", "second"]
 
 
 @pytest.mark.parametrize(

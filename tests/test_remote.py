@@ -5,16 +5,13 @@ import logging
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.request import urlopen
 
 import pytest
 import requests
 import tiny
 import torch
-import whole_runs
-from forks import Forks
+from services import lengths, service, serving
 
 from fastppo.batch import pack
 from fastppo.config import RewardConfig
@@ -31,42 +28,6 @@ RESPONSES = Responses([f"p{i}" for i in range(5)], TEXTS, {"answer": [1, 2, 3, 4
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
     monkeypatch.setattr(remote_module, "FIRST_WAIT", 0.0)
-
-
-@contextmanager
-def serving(server):
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-@contextmanager
-def service(answer):
-    """A server that answers each request's JSON with `answer(body)`: (status, bytes), or None to break off."""
-    asked = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            said = answer(asked[-1])
-            if said is not None:
-                self.send_response(said[0])
-                self.end_headers()
-                self.wfile.write(said[1])
-
-        def log_message(self, *args):
-            pass
-
-    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as url:
-        yield url, asked
-
-
-def lengths(body):
-    return 200, json.dumps({"scores": [len(r) for r in body["responses"]]}).encode()
 
 
 def ask(url, **settings):
@@ -135,59 +96,6 @@ def test_the_number_of_a_response_is_that_in_the_batch_and_not_in_its_request():
     with service(answer) as (url, _), pytest.raises(RewardError) as raised:
         ask(url, request_size=2, concurrency=1, retries=0)
     assert "inf for response 3: 'abcd'" in str(raised.value)
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    with Forks(tmp_path_factory.mktemp("logs")) as forks:
-        yield forks
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_service_that_dies_costs_the_run_nothing(tmp_path, forks, ranks):
-    """Every rank ends with the reason, and the run resumed with a service elsewhere ends as if none had died."""
-    folder, broken = whole_runs.prepare(tmp_path), threading.Event()
-
-    def dying(body):
-        dead = broken.is_set() or (len(asked) > 8 and "prompt" in body["prompts"][-1])
-        if dead:
-            broken.set()
-        return (502, b"<html>Bad Gateway</html>") if dead else lengths(body)
-
-    def settings(output, url):
-        rewards = json.dumps([{"url": url, "retries": 1, "request_size": 2}])
-        changes = {"rewards": rewards, "ppo__score_normalise": "true", "optim__dtype": "fp32", "checkpoint__every": 0}
-        return whole_runs.settings(folder, folder / output, **changes)
-
-    with service(lengths) as (url, _):
-        forks.run(settings("straight", url), ranks)
-        with service(dying) as (other, asked):
-            run = forks.start(settings("broken", other), ranks)
-            assert forks.wait(run) == [1] * ranks, run.text()
-        assert (
-            f"rewards.url = {other} answered with status 502: '<html>Bad Gateway</html>'. Tried 2 times." in run.text()
-        )
-        assert "a source of reward failed at step" in run.text() and "Traceback" not in run.text()
-        forks.run([*settings("broken", url), "--resume", "auto"], ranks)
-    assert whole_runs.records(folder / "broken") == whole_runs.records(folder / "straight")
-
-
-@pytest.mark.parametrize(
-    ("said", "words"),
-    [
-        (b'{"scores": []}', "returned 0 numbers for 2 responses"),
-        (b'{"scores": [NaN, NaN]}', "returned nan for response 0"),
-        (b"<html>Welcome</html>", "answered with something that is not JSON: '<html>Welcome</html>'"),
-    ],
-)
-def test_what_a_service_says_wrong_ends_all_ranks_with_the_reason(tmp_path, forks, said, words):
-    folder = whole_runs.prepare(tmp_path)
-    with service(lambda body: (200, said)) as (url, _):
-        rewards = json.dumps([{"url": url, "retries": 0}])
-        run = forks.start(whole_runs.settings(folder, folder / "out", rewards=rewards), ranks=2)
-        assert forks.wait(run) == [1, 1], run.text()
-    for log in run.logs:
-        assert f"rewards.url = {url} {words}" in log.read_text() and "Traceback" not in log.read_text()
 
 
 @pytest.fixture(scope="module")

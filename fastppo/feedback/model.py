@@ -67,7 +67,7 @@ class ModelSource:
 
 
 def ensemble(members: Sequence[Source], combine: str) -> Source:
-    """`mean` or `min` of what the members say of each response.
+    """`mean` or `min` of what the members say of each response. Raises the first RewardError of a member.
 
     The minimum is the cautious choice: a response must please all members, and a flaw that one of them has cannot be
     exploited alone (Coste et al., 2023, "Reward model ensembles help mitigate overoptimization", worst-case
@@ -75,7 +75,16 @@ def ensemble(members: Sequence[Source], combine: str) -> Source:
     """
 
     def source(responses: Responses) -> list[float]:
-        said = torch.tensor([member(responses) for member in members], dtype=torch.float64)  # (members, B)
+        answers: list[Sequence[float]] = []
+        failed: list[RewardError] = []
+        for member in members:  # all of them, whatever one says: their collectives need every rank
+            try:
+                answers.append(member(responses))
+            except RewardError as error:
+                failed.append(error)
+        if failed:
+            raise failed[0]
+        said = torch.tensor(answers, dtype=torch.float64)  # (members, B)
         together = said.amin(0) if combine == "min" else said.mean(0)
         numbers: list[float] = together.tolist()
         return numbers

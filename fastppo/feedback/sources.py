@@ -81,9 +81,9 @@ def _load(
     if reward.url is not None:
         return remote_source(reward, where)
 
-    def model(name: str) -> Source:
+    def model(name: str, setting: str) -> Source:
         dtype = DTYPES[config.optim.dtype]
-        loaded, theirs = load_reward(name, dtype, world.device, frozen_partitions(config), where)
+        loaded, theirs = load_reward(name, dtype, world.device, frozen_partitions(config), setting)
         frozen = Frozen(loaded, config.optim, config.zero)
         residency.add("rewards", frozen)
         return ModelSource(
@@ -93,9 +93,9 @@ def _load(
             budget=config.ppo.microbatch_tokens,
             zero=config.zero,
             world=world,
-            name=f"{where}.model = {name}",
+            name=f"{setting} = {name}",
         )
 
     if reward.model is not None:
-        return model(reward.model)
-    return ensemble([model(name) for name in reward.ensemble], reward.combine)
+        return model(reward.model, f"{where}.model")
+    return ensemble([model(name, f"{where}.ensemble") for name in reward.ensemble], reward.combine)
