@@ -13,7 +13,7 @@ from fastppo.batch import Moments, Rollout, pack
 from fastppo.config import Config, DataConfig, HealthConfig, PPOConfig, RewardConfig
 from fastppo.data import PromptSet
 from fastppo.errors import FastPPOError
-from fastppo.feedback import Responses, RewardError, load_functions, load_judge, load_sources, score
+from fastppo.feedback import Responses, RewardError, load_judge, load_sources, score
 from fastppo.feedback.model import ensemble
 from fastppo.feedback.score import _decode
 from fastppo.feedback.sources import shared_sources
@@ -106,26 +106,6 @@ def test_the_largest_number_of_fp32_is_a_score_and_so_is_a_bool(tmp_path, monkey
 def test_a_weighted_sum_beyond_fp32_is_an_error_with_what_each_source_said(tmp_path, monkeypatch):
     with pytest.raises(RewardError, match=r"rewards: .*response 1 of the batch is 3e\+38 \* 2 = 6e\+38, beyond"):
         scores(tmp_path, monkeypatch, "return [1, 2, 0]", weight=3e38)
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("nowhere:reward", "could not be imported"),
-        ("nowhere.py:reward", "no file nowhere.py"),
-        ("textwrap:nothing", "has no function nothing; it has: .*indent"),
-        ("textwrap", "module:function"),
-    ],
-)
-def test_a_function_that_is_not_there_is_an_error_before_anything_loads(name, words):
-    with pytest.raises(RewardError, match=words):
-        load_functions([RewardConfig(function=name)])
-
-
-def test_a_function_is_found_in_the_folder_of_the_run(tmp_path, monkeypatch):
-    (tmp_path / "my_rewards_here.py").write_text("def reward(**_): return []")
-    monkeypatch.chdir(tmp_path)
-    assert load_functions([RewardConfig(function="my_rewards_here:reward")])
 
 
 def test_a_reward_model_scores_the_last_token_of_each_sequence(tmp_path):

@@ -11,8 +11,9 @@ class RewardConfig:
     """One source of reward. Exactly one of function, model, ensemble, pattern and url is set."""
 
     function: str | None = None
-    """`module:function` or `file.py:function`; called with prompts, responses and the data's columns; returns one
-    number each."""
+    """`module:function` or `file.py:function`, which may import modules beside it; called with prompts, responses and
+    all columns of the data but those of these two names, or the ones among them that it names; returns one number
+    (true and false are 1 and 0) for each response."""
     model: str | None = None
     """An `AutoModelForSequenceClassification` with one label: hub name or directory. It may use a tokenizer of its
     own."""

@@ -23,12 +23,14 @@ from fastppo.world import World
 log = logging.getLogger("fastppo")
 
 
-def load_functions(rewards: Sequence[RewardConfig], where: str = "rewards") -> dict[str, Source]:
-    """The Python functions among the sources, imported. Done before any model loads, so a typo costs no minutes.
+def load_functions(rewards: Sequence[RewardConfig], where: str = "rewards") -> None:
+    """Import the Python functions among the sources. Done before any model loads, so a typo costs no minutes.
 
     where: the setting that the sources belong to, for errors.
     """
-    return {r.function: function_source(r.function, where) for r in rewards if r.function is not None}
+    for reward in rewards:
+        if reward.function is not None:
+            function_source(reward.function, where)
 
 
 def load_sources(
