@@ -1,8 +1,8 @@
 """Serve a reward model over HTTP: `python -m fastppo.serve_reward --model DIR`, for `rewards.url`.
 
-POST `{"prompts": [...], "responses": [...]}`, columns being ignored; the answer is `{"scores": [...]}`, or
-`{"error": "..."}` with status 400 for a request that is wrong and 500 for a model that fails. GET tells which model it
-is.
+POST `{"prompts": [text, ...], "responses": [text, ...], "ended": [true, ...]}`, columns being ignored; the answer is
+`{"scores": [...]}`, or `{"error": "..."}` with status 400 for a request that is wrong and 500 for a model that fails.
+Without `ended` all responses are taken as cut, so that the model sees no EOS. GET tells which model it is.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import logging
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from jsonargparse import auto_cli
@@ -26,9 +26,17 @@ from fastppo.models import RewardModel
 from fastppo.weights import DTYPES
 from fastppo.world import World
 
+T = TypeVar("T")
+
 log = logging.getLogger("fastppo")
 
 LARGEST = 64 << 20  # bytes of a request
+
+
+class _Asked(NamedTuple):
+    prompts: list[str]
+    responses: list[str]
+    ended: list[bool]
 
 
 class RewardServer(ThreadingHTTPServer):
@@ -40,9 +48,9 @@ class RewardServer(ThreadingHTTPServer):
         super().__init__(address, _Handler)
         self.name, self.source, self.turn = name, source, Lock()
 
-    def scores(self, prompts: list[str], responses: list[str]) -> list[float]:
+    def scores(self, asked: _Asked) -> list[float]:
         with self.turn:
-            return self.source.scores(self.source.tokenised(prompts, responses), responses) if responses else []
+            return self.source.scores(self.source.tokenised(*asked), asked.responses) if asked.responses else []
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -54,8 +62,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         try:
-            prompts, responses = _read(self.rfile.read(self._length()))
-            self._answer(200, {"scores": self.server.scores(prompts, responses)})
+            asked = _read(self.rfile.read(self._length()))
+            self._answer(200, {"scores": self.server.scores(asked)})
         except ValueError as error:  # RewardError is one
             self.close_connection = True  # of a request that is too long the rest was not read
             self._answer(400, {"error": str(error)})
@@ -81,22 +89,25 @@ class _Handler(BaseHTTPRequestHandler):
         log.debug(format, *args)
 
 
-def _read(body: bytes) -> tuple[list[str], list[str]]:
-    """prompts and responses of a request. Raises ValueError for anything else than what the protocol says."""
+def _read(body: bytes) -> _Asked:
+    """What a request asks. Raises ValueError for anything else than what the protocol says."""
     try:
         said = json.loads(body)
     except ValueError as error:
         raise ValueError(f"the request is not JSON: {error}") from None
-    prompts, responses = (said.get(name) if isinstance(said, dict) else None for name in ("prompts", "responses"))
-    if not (_texts(prompts) and _texts(responses)):
-        raise ValueError('a request is {"prompts": [text, ...], "responses": [text, ...]}')
-    if len(prompts) != len(responses):
-        raise ValueError(f"the request has {len(prompts)} prompts and {len(responses)} responses")
-    return prompts, responses
+    prompts, responses, ended = (
+        said.get(name) if isinstance(said, dict) else None for name in ("prompts", "responses", "ended")
+    )
+    if not (_list_of(str, prompts) and _list_of(str, responses) and (ended is None or _list_of(bool, ended))):
+        raise ValueError('a request is {"prompts": [text, ...], "responses": [text, ...], "ended": [true, ...]}')
+    ended = [False] * len(responses) if ended is None else ended
+    if not len(prompts) == len(responses) == len(ended):
+        raise ValueError(f"the request has {len(prompts)} prompts, {len(responses)} responses and {len(ended)} ended")
+    return _Asked(prompts, responses, ended)
 
 
-def _texts(value: object) -> TypeGuard[list[str]]:
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+def _list_of(kind: type[T], value: object) -> TypeGuard[list[T]]:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
 def serve(

@@ -124,7 +124,7 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text_anew(tmp_path):
     config = _with_dtype(Config(rewards=(RewardConfig(model=path),)))
     found = scored(config).scores
     model, other = tiny.classifier(vocabulary=258), tiny.tokenizer(("<more>",))
-    texts = [p + r for p, r in zip(PROMPTS.texts, ("a", "bcd", "ef"), strict=True)]
+    texts = [p + r for p, r in zip(PROMPTS.texts, ("a<eos>", "bcd<eos>", "ef"), strict=True)]  # the last was cut
     with torch.no_grad():
         expected = [float(model(torch.tensor([other(t)["input_ids"]])).logits) for t in texts]
     assert found.tolist() == pytest.approx(expected, abs=1e-5)
@@ -137,7 +137,7 @@ def test_a_rank_without_responses_has_no_scores(tmp_path):
     config = _with_dtype(Config(rewards=(RewardConfig(model=same), RewardConfig(model=other), *functions)))
     nothing = Rollout(pack([], []), torch.zeros(0), torch.zeros(0, dtype=torch.bool), torch.arange(0))
     assert _decode(nothing.packed, TOKENIZER) == []
-    seen = Responses([], [], {}, nothing.packed)
+    seen = Responses([], [], [], {}, nothing.packed)
     assert [list(source(seen)) for source, _ in sources(config)] == [[], [], []]
 
 

@@ -13,6 +13,7 @@ from fastppo.feedback.function import function_source
 RESPONSES = Responses(
     prompts=["one", "two"],
     texts=["b", "a"],
+    ended=[True, False],
     columns={"prompt": ["one", "two"], "answer": [["x"], ["y"]]},
     packed=pack([[1]] * 2, [1] * 2),
 )

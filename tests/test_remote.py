@@ -22,7 +22,9 @@ from fastppo.load import load_reward
 from fastppo.serve_reward import LARGEST, RewardServer, alone
 
 TEXTS = ["abc", "a", "ab", "abcd", "abcde"]
-RESPONSES = Responses([f"p{i}" for i in range(5)], TEXTS, {"answer": [1, 2, 3, 4, 5]}, pack([[1]] * 5, [1] * 5))
+ENDED = [True, True, False, True, False]
+COLUMNS = {"answer": [1, 2, 3, 4, 5]}
+RESPONSES = Responses([f"p{i}" for i in range(5)], TEXTS, ENDED, COLUMNS, pack([[1]] * 5, [1] * 5))
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +41,8 @@ def test_responses_go_out_in_parts_and_scores_come_back_in_order():
         assert ask(url, request_size=2, concurrency=3) == [3, 1, 2, 4, 5]
     parts = sorted(asked, key=lambda body: body["prompts"])
     assert [body["responses"] for body in parts] == [["abc", "a"], ["ab", "abcd"], ["abcde"]]
-    assert parts[1] == {"prompts": ["p2", "p3"], "responses": ["ab", "abcd"], "columns": {"answer": [3, 4]}}
+    texts = {"prompts": ["p2", "p3"], "responses": ["ab", "abcd"]}
+    assert parts[1] == texts | {"ended": [False, True], "columns": {"answer": [3, 4]}}
 
 
 def test_requests_run_at_the_same_time():
@@ -109,7 +112,7 @@ def reward_server(tmp_path_factory):
 
 def test_our_server_says_what_its_model_says(reward_server):
     url, source = reward_server
-    packed = source.tokenised(RESPONSES.prompts, RESPONSES.texts)
+    packed = source.tokenised(RESPONSES.prompts, TEXTS, ENDED)
     assert ask(url, request_size=2) == pytest.approx(source.scores(packed, TEXTS), abs=1e-5)
     assert json.load(urlopen(url)) == {"model": "tiny"}
 
@@ -140,7 +143,9 @@ def test_the_command_serves_a_model_and_says_where_and_why_not(tmp_path):
         (b"prompts", "not JSON"),
         (b'{"prompts": ["a"]}', "a request is"),
         (b'{"prompts": ["a"], "responses": [1]}', "a request is"),
-        (b'{"prompts": ["a"], "responses": []}', "1 prompts and 0 responses"),
+        (b'{"prompts": ["a"], "responses": []}', "1 prompts, 0 responses and 0 ended"),
+        (b'{"prompts": ["a"], "responses": ["b"], "ended": [1]}', '"ended": [true, ...]'),
+        (b'{"prompts": ["a"], "responses": ["b"], "ended": []}', "1 responses and 0 ended"),
         (b"", f"1 to {LARGEST} bytes"),
         (json.dumps({"prompts": ["a" * 200], "responses": ["b"]}).encode(), "201 tokens do not fit"),
     ],

@@ -15,8 +15,9 @@ class RewardConfig:
     all columns of the data but those of these two names, or the ones among them that it names; returns one number
     (true and false are 1 and 0) for each response."""
     model: str | None = None
-    """An `AutoModelForSequenceClassification` with one label: hub name or directory. It may use a tokenizer of its
-    own."""
+    """An `AutoModelForSequenceClassification` with one label: hub name or directory. With another tokenizer than the
+    actor's it reads the text, chat prompts as the actor's template writes them, and its own EOS behind a response that
+    ended."""
     ensemble: tuple[str, ...] = ()
     """Several such models, two or more; `combine` says what they say together."""
     combine: Literal["mean", "min"] = "mean"
@@ -25,8 +26,8 @@ class RewardConfig:
     """A regular expression: 1 for a response in which it is found, else 0. `{column}` in it stands for that column of
     the data, taken literally."""
     url: str | None = None
-    """A service that is sent prompts, responses and columns as JSON and answers with scores; `python -m
-    fastppo.serve_reward` is one."""
+    """A service that is sent prompts, responses, whether they ended, and columns as JSON and answers with scores;
+    `python -m fastppo.serve_reward` is one."""
     timeout: float = 60.0
     """Seconds that the service may take for one request."""
     retries: int = 4

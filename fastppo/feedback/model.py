@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastppo.batch import Packed, pack
 from fastppo.config import ZeroConfig
+from fastppo.conversation import plain_tokens
 from fastppo.engine import Frozen, even_passes
 from fastppo.feedback.responses import Responses, RewardError, Source, checked
 from fastppo.microbatch import IDLE, pack_alone
@@ -38,11 +39,13 @@ class ModelSource:
         self.name = name
         self.same = actors is not None and tokenizer.get_vocab() == actors.get_vocab()
         self.context = getattr(model.module.model.config, "max_position_embeddings", None)
+        if not self.same and tokenizer.eos_token_id is None:
+            raise RewardError(f"{name}: its tokenizer has no EOS token, with which a response ends. Give it one.")
         if actors is not None and not self.same:
             log.info("%s has a tokenizer of its own: prompts and responses are tokenised anew for it", name)
 
     def __call__(self, responses: Responses) -> list[float]:
-        packed = responses.packed if self.same else self.tokenised(responses.prompts, responses.texts)
+        packed = responses.packed if self.same else self.tokenised(responses.prompts, responses.texts, responses.ended)
         return self.scores(packed, responses.texts)
 
     def scores(self, packed: Packed, texts: Sequence[str]) -> list[float]:
@@ -58,11 +61,19 @@ class ModelSource:
             scores[part] = self.model(piece.to(self.world.device)).cpu()[: len(part)]
         return checked(self.name, scores, texts)
 
-    def tokenised(self, prompts: Sequence[str], responses: Sequence[str]) -> Packed:
-        """Prompts and responses, joined as text, in the model's own tokens."""
-        texts = [p + r for p, r in zip(prompts, responses, strict=True)]
-        encoded = self.tokenizer(texts)["input_ids"] if texts else []  # tokenizers take no empty list
-        tokens = [ids or [self.tokenizer.eos_token_id] for ids in encoded]
+    def tokenised(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> Packed:
+        """Prompts and responses in the model's own tokens, the EOS behind those responses that ended.
+
+        These are the tokens that it is given where it has the actor's tokenizer, but for what text does not tell:
+        special tokens within a response; that it was written in other tokens than its text is split into, or cut
+        within a character; that it ended with another token than this EOS; that a chat template leaves out the BOS
+        which the tokenizer puts before a text.
+        """
+        starts = plain_tokens(prompts, self.tokenizer)
+        texts = self.tokenizer(list(responses), add_special_tokens=False)["input_ids"] if responses else []
+        eos, tokens = self.tokenizer.eos_token_id, []
+        for start, text, has_ended in zip(starts, texts, ended, strict=True):
+            tokens.append([*start, *text, eos] if has_ended else [*start, *text] or [eos])
         return pack(tokens, [1] * len(tokens))
 
 

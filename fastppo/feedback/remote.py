@@ -1,8 +1,9 @@
 """A service on the network as a source of reward.
 
-It is sent `{"prompts": [...], "responses": [...], "columns": {name: [...]}}` by POST and answers
-`{"scores": [...]}`, one finite number for each response. An error has another status than 200 and may say more in
-`{"error": "..."}`. `fastppo.serve_reward` serves a reward model that way.
+It is sent `{"prompts": [...], "responses": [...], "ended": [...], "columns": {name: [...]}}` by POST and answers
+`{"scores": [...]}`, one finite number for each response. `ended` is false for a response that was cut at its maximum
+length. An error has another status than 200 and may say more in `{"error": "..."}`. `fastppo.serve_reward` serves a
+reward model that way.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ def _part(responses: Responses, start: int, size: int) -> dict[str, Any]:
     return {
         "prompts": responses.prompts[rows],
         "responses": responses.texts[rows],
+        "ended": responses.ended[rows],
         "columns": {name: column[rows] for name, column in responses.columns.items()},
     }
 

@@ -24,8 +24,9 @@ class RewardError(FastPPOError):
 class Responses:
     """B responses as text, and for reward models with the actor's tokenizer the tokens themselves."""
 
-    prompts: list[str]
-    texts: list[str]
+    prompts: list[str]  # chat as the actor's template writes it
+    texts: list[str]  # without special tokens, and so without the EOS
+    ended: list[bool]  # False where the response was cut at its maximum length
     columns: dict[str, list[Any]]  # every other column of the data, one value a response
     packed: Packed
 

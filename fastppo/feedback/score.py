@@ -37,6 +37,7 @@ def score(
     responses = Responses(
         prompts=[prompts.texts[row] for row in rows],
         texts=_decode(rollout.packed, tokenizer),
+        ended=rollout.ended.tolist(),
         columns={name: [column[row] for row in rows] for name, column in prompts.columns.items()},
         packed=rollout.packed,
     )
