@@ -19,17 +19,25 @@ def serving(server):
 
 @contextmanager
 def service(answer):
-    """A server that answers each request's JSON with `answer(body)`: (status, bytes), or None to break off."""
+    """A server that answers each request's JSON with `answer(body)`: (status, bytes) or (status, bytes, headers).
+
+    None breaks off; a function gets the handler and writes what it likes.
+    """
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             said = answer(asked[-1])
-            if said is not None:
-                self.send_response(said[0])
+            if callable(said):
+                said(self)
+            elif said is not None:
+                status, text, headers = (*said, {})[:3]
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(said[1])
+                self.wfile.write(text)
 
         def log_message(self, *args):
             pass

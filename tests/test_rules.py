@@ -70,7 +70,14 @@ def test_the_defaults_and_the_quickstart_are_allowed(monkeypatch: pytest.MonkeyP
         (dict(rewards=(RewardConfig(ensemble=("m",)),)), ["rewards[0].ensemble has one model, m"]),
         (dict(rewards=(RewardConfig(pattern="("),)), ["rewards[0].pattern is (", "no regular expression"]),
         (dict(rewards=(RewardConfig(url="host:80"),)), ["rewards[0].url is host:80", "http://"]),
-        (dict(rewards=(RewardConfig(url="http://a", retries=-1),)), ["rewards[0].retries is -1", "0 or more"]),
+        (dict(rewards=(RewardConfig(url="http://:80"),)), ["rewards[0].url is http://:80", "name a host"]),
+        (
+            dict(rewards=(RewardConfig(url="http://a:99999"),)),
+            ["url is http://a:99999", "Port out of range"],
+        ),
+        (dict(rewards=(RewardConfig(url="http://[::1"),)), ["rewards[0].url is http://[::1", "Invalid IPv6"]),
+        (dict(rewards=(RewardConfig(url="http://a", retries=-1),)), ["rewards[0].retries is -1", "0 to 1000"]),
+        (dict(rewards=(RewardConfig(url="http://a", timeout=86401.0),)), ["timeout is 86401.0", "0.001 to 86400"]),
         (dict(rewards=(RewardConfig(model="m", timeout=5.0),)), ["rewards[0].timeout is 5.0", "belongs to url"]),
         (dict(ppo__length_penalty=0.1), ["length_penalty is 0.1", "length_limit is not set"]),
         (dict(ppo__length_limit=99), ["length_limit is 99", "length_penalty 0.0"]),
@@ -190,6 +197,15 @@ def test_each_minibatch_needs_a_response_for_each_rank() -> None:
     validate(config, ranks=4)
     with pytest.raises(ConfigError, match=r"minibatch of 4 responses cannot be spread over 5 ranks.* multiple of 10"):
         validate(config, ranks=5)
+
+
+def test_the_tries_of_a_request_take_no_longer_than_other_ranks_wait() -> None:
+    judge = (RewardConfig(url="http://a", timeout=9.0, retries=2),)  # 3 tries, and pauses of 0.5 and 1 s
+    config = changed(health__judge=judge, timeout=28.5)
+    validate(config)
+    validate(changed(health__judge=judge, timeout=29.0), ranks=2)
+    with pytest.raises(ConfigError, match=r"health.judge\[0\].timeout is 9 .*retries 2: .* 28.5 s .* timeout is 28.5"):
+        validate(config, ranks=2)
 
 
 def test_each_rank_takes_as_many_texts() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before a service is asked again: at first, and at most
+
 
 @dataclass(frozen=True)
 class RewardConfig:
@@ -29,9 +31,10 @@ class RewardConfig:
     """A service that is sent prompts, responses, whether they ended, and columns as JSON and answers with scores;
     `python -m fastppo.serve_reward` is one."""
     timeout: float = 60.0
-    """Seconds that the service may take for one request."""
+    """Seconds from a request to the end of its answer."""
     retries: int = 4
-    """How often a request that failed is tried again, after 0.5 seconds and then twice as long each time."""
+    """How often a request that failed is tried again, after 0.5 seconds and then twice as long each time, up to 30; or
+    after what a status 429 or 503 says in Retry-After, if that is longer."""
     request_size: int = 16
     """Responses in one request."""
     concurrency: int = 4

@@ -46,7 +46,7 @@ def checked(name: str, answer: Any, texts: Sequence[str], first: int = 0) -> lis
     for i, (number, text) in enumerate(zip(numbers, texts, strict=True), start=first):
         problem = _problem(number)
         if problem is not None:
-            raise RewardError(f"{name} returned {_shown(number)}{problem} for response {i}: {text[:200]!r}")
+            raise RewardError(f"{name} returned {shown(number)}{problem} for response {i}: {text[:200]!r}")
     return [float(n) for n in numbers]
 
 
@@ -76,7 +76,8 @@ def _problem(number: Any) -> str | None:
     return beyond if math.isfinite(size) else ""
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value in an error."""
     try:
         return repr(value)[:200]
     except Exception:  # Python writes out no integer of thousands of digits
