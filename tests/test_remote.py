@@ -1,28 +1,20 @@
 """A service on the network as a source of reward: what it is asked, and what it can do wrong."""
 
-import json
 import logging
-import subprocess
-import sys
 import threading
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date
-from urllib.request import urlopen
 
 import pytest
 import requests
-import tiny
-import torch
-from services import lengths, service, serving
+from services import lengths, service
 
 from fastppo.batch import pack
 from fastppo.config import RewardConfig
 from fastppo.feedback import Responses, RewardError
 from fastppo.feedback import remote as remote_module
 from fastppo.feedback.remote import remote_source
-from fastppo.load import load_reward
-from fastppo.serve_reward import LARGEST, RewardServer, alone
 
 TEXTS = ["abc", "a", "ab", "abcd", "abcde"]
 ENDED = [True, True, False, True, False]
@@ -181,58 +173,3 @@ def test_the_number_of_a_response_is_that_in_the_batch_and_not_in_its_request():
     with service(answer) as (url, _), pytest.raises(RewardError) as raised:
         ask(url, request_size=2, concurrency=1, retries=0)
     assert "inf for response 3: 'abcd'" in str(raised.value)
-
-
-@pytest.fixture(scope="module")
-def reward_server(tmp_path_factory):
-    path = tiny.saved(tmp_path_factory.mktemp("reward") / "model", tiny.classifier())
-    model, tokenizer = load_reward(path, torch.float32, torch.device("cpu"))
-    source = alone(model, tokenizer, 100, torch.device("cpu"))
-    with serving(RewardServer(("127.0.0.1", 0), "tiny", source)) as url:
-        yield url, source
-
-
-def test_our_server_says_what_its_model_says(reward_server):
-    url, source = reward_server
-    packed = source.tokenised(RESPONSES.prompts, TEXTS, ENDED)
-    assert ask(url, request_size=2) == pytest.approx(source.scores(packed, TEXTS), abs=1e-5)
-    assert json.load(urlopen(url)) == {"model": "tiny"}
-
-
-def test_the_command_serves_a_model_and_says_where_and_why_not(tmp_path):
-    command = [sys.executable, "-m", "fastppo.serve_reward", "--dtype", "fp32", "--model"]
-    one = tiny.saved(tmp_path / "one", tiny.classifier())
-    two = tiny.saved(tmp_path / "two", tiny.classifier(labels=2))
-
-    def refused(*arguments):
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True)
-        assert done.returncode == 1 and "Traceback" not in done.stderr
-        return done.stderr
-
-    with subprocess.Popen([*command, one, "--port", "0"], stdout=subprocess.PIPE, text=True) as server:
-        try:
-            url = server.stdout.readline().split()[-1]
-            assert len(ask(url)) == len(TEXTS)
-            assert "cannot be listened on (Address already in use)" in refused(one, "--port", url.rpartition(":")[2])
-        finally:
-            server.terminate()
-    assert "has 2 labels" in refused(two)
-
-
-@pytest.mark.parametrize(
-    ("body", "words"),
-    [
-        (b"prompts", "not JSON"),
-        (b'{"prompts": ["a"]}', "a request is"),
-        (b'{"prompts": ["a"], "responses": [1]}', "a request is"),
-        (b'{"prompts": ["a"], "responses": []}', "1 prompts, 0 responses and 0 ended"),
-        (b'{"prompts": ["a"], "responses": ["b"], "ended": [1]}', '"ended": [true, ...]'),
-        (b'{"prompts": ["a"], "responses": ["b"], "ended": []}', "1 responses and 0 ended"),
-        (b"", f"1 to {LARGEST} bytes"),
-        (json.dumps({"prompts": ["a" * 200], "responses": ["b"]}).encode(), "201 tokens do not fit"),
-    ],
-)
-def test_our_server_refuses_a_wrong_request_with_the_reason_and_goes_on(reward_server, body, words):
-    answer = requests.post(reward_server[0], data=body, timeout=20)
-    assert answer.status_code == 400 and words in answer.json()["error"]
-    assert ask(reward_server[0])

@@ -19,6 +19,10 @@ from fastppo.world import World, all_gather
 log = logging.getLogger("fastppo")
 
 
+class TooLong(RewardError):
+    """A prompt and response that do not fit the model."""
+
+
 class ModelSource:
     """A reward model. With the actor's tokenizer it reads the very tokens; with another, the text anew."""
 
@@ -52,7 +56,7 @@ class ModelSource:
         """One number for each sequence; texts: the responses, to name one in an error. All ranks call it."""
         longest = max(all_gather(int(packed.lengths.max()) if len(packed) else 0, self.world))
         if self.context is not None and longest > self.context:
-            raise RewardError(
+            raise TooLong(
                 f"a prompt and response of {longest} tokens do not fit {self.name}, which takes {self.context}"
             )
         scores = torch.zeros(len(packed))
