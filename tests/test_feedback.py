@@ -186,18 +186,37 @@ def test_an_ensemble_asks_all_members_before_it_fails():
 
 @pytest.mark.parametrize(
     ("pattern", "expected"),
-    [("b", [0, 1, 0]), ("^.{2,3}$", [0, 1, 1]), ("(?i)BC", [0, 1, 0]), ("^{last}$", [1, 0, 1])],
+    [
+        ("b", [0, 1, 0]),
+        ("^.{2,3}$", [0, 1, 1]),
+        ("(?i)BC", [0, 1, 0]),
+        ("^{last}$", [1, 0, 1]),
+        (r"\{last}|a", [1, 0, 0]),
+        (r"\\{last}|a", [1, 0, 0]),
+        ("[{last}]", [1, 0, 0]),
+        ("^{twice}{2}$", [0, 0, 1]),
+        ("{none}|.", [0, 0, 1]),
+    ],
 )
 def test_a_pattern_is_looked_for_in_each_response_with_its_own_columns(pattern, expected):
-    prompts = replace(PROMPTS, columns={"last": ["a", ".", "ef"]})
+    columns = {"last": ["a", ".", "ef"], "twice": ["aa", "bc", "e|f"], "none": [None, "", "ef"]}
+    prompts = replace(PROMPTS, columns=columns)
     asked = sources(Config(rewards=(RewardConfig(pattern=pattern),)))
-    found = score(rollout(), prompts, asked, TOKENIZER, PPOConfig(), Moments(), start_world(1))
+    responses = ("a", "bcd", "e|fe|f" if "twice" in pattern else "ef")
+    found = score(rollout(responses), prompts, asked, TOKENIZER, PPOConfig(), Moments(), start_world(1))
     assert found.scores.tolist() == expected
 
 
-def test_a_pattern_with_a_column_that_the_data_lacks_is_an_error():
-    with pytest.raises(RewardError, match=r"names the column nothing, which the data lacks; it has: .*answer"):
-        scored(Config(rewards=(RewardConfig(pattern="{nothing}"),)))
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("{nothing}", r"names the column nothing, which the data lacks; it has: .*answer.* write \\\{nothing\} for"),
+        ("(?<={prompt}|a)b", "is no regular expression once it is filled, .*look-behind requires fixed-width"),
+    ],
+)
+def test_a_pattern_that_cannot_be_filled_is_an_error(pattern, words):
+    with pytest.raises(RewardError, match=words):
+        scored(Config(rewards=(RewardConfig(pattern=pattern),)))
 
 
 def test_sources_are_added_by_weight_and_kept_apart():

@@ -26,7 +26,7 @@ class RewardConfig:
     """`mean` of an ensemble, or its minimum: what pleases one member alone is no gain then."""
     pattern: str | None = None
     """A regular expression: 1 for a response in which it is found, else 0. `{column}` in it stands for that column of
-    the data, taken literally."""
+    the data, taken literally; where the column is null or empty, the response gets 0. `\\{column}` is braces."""
     url: str | None = None
     """A service that is sent prompts, responses, whether they ended, and columns as JSON and answers with scores;
     `python -m fastppo.serve_reward` is one."""

@@ -74,7 +74,7 @@ def _check_kind(where: str, source: RewardConfig) -> None:
     if source.pattern is not None:
         try:
             re.compile(source.pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ConfigError(f"{where}.pattern is {source.pattern}, no regular expression: {error}.") from None
     if source.url is not None:
         _check_url(f"{where}.url", source.url)
