@@ -40,7 +40,7 @@ def write(tmp_path, monkeypatch):
     return _write
 
 
-def ask(name="mine.py:reward"):
+def ask(name="own_reward.py:reward"):
     return function_source(name)(RESPONSES)
 
 
@@ -73,19 +73,19 @@ def test_a_function_is_found_in_the_folder_of_the_run(write):
     ],
 )
 def test_a_function_gets_what_it_names_or_everything(write, parameters, expression):
-    write(mine=f"def reward({parameters}):\n    return {expression}")
+    write(own_reward=f"def reward({parameters}):\n    return {expression}")
     assert ask() == [1, 2]
 
 
 def test_a_parameter_that_is_no_column_is_an_error_with_the_columns(write):
-    write(mine="def reward(responses, label): return [1, 2]")
+    write(own_reward="def reward(responses, label): return [1, 2]")
     with pytest.raises(RewardError, match=r"takes label, .* there are: prompts, responses, prompt, answer"):
         ask()
 
 
 def test_what_a_function_changes_no_other_source_sees(write):
     write(
-        mine="""
+        own_reward="""
         def reward(responses, answer):
             responses.sort()
             answer[0].append("z")
@@ -99,31 +99,37 @@ def test_what_a_function_changes_no_other_source_sees(write):
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ("return (1 / 0 for r in responses)", r"raised ZeroDivisionError: division by zero \(mine.py:3\)"),
-        ("raise SystemExit('no key')", r"raised SystemExit: no key \(mine.py:3\)"),
-        ("return [int(r) for r in responses]", r"raised ValueError: .* \(mine.py:3\)"),
-        ("return [json.loads(r) for r in responses]", r"raised JSONDecodeError: .* \(mine.py:3\)"),
+        ("return (1 / 0 for r in responses)", r"raised ZeroDivisionError: division by zero \(own_reward.py:3\)"),
+        ("raise SystemExit('no key')", r"raised SystemExit: no key \(own_reward.py:3\)"),
+        ("return [int(r) for r in responses]", r"raised ValueError: .* \(own_reward.py:3\)"),
+        ("return [json.loads(r) for r in responses]", r"raised JSONDecodeError: .* \(own_reward.py:3\)"),
         ("return helper.fails()", r"raised KeyError: 'deep' \(helper.py:2\)"),
     ],
 )
 def test_a_failure_is_named_by_the_innermost_line_of_the_users_own(write, body, words):
-    write(mine=f"import helper, json\ndef reward(responses):\n    {body}", helper="def fails():\n    return {}['deep']")
+    write(
+        own_reward=f"import helper, json\ndef reward(responses):\n    {body}",
+        helper="def fails():\n    return {}['deep']",
+    )
     with pytest.raises(RewardError, match=words):
         ask()
 
 
 @pytest.mark.parametrize("body", ["raise SystemExit(3)", "import no_such_module", "def ("])
 def test_a_file_that_cannot_be_imported_leaves_no_module(write, body):
-    write(mine=body)
-    with pytest.raises(RewardError, match=r"mine.py could not be imported \((SystemExit|ModuleNotFound|Syntax)"):
+    write(own_reward=body)
+    with pytest.raises(RewardError, match=r"own_reward.py could not be imported \((SystemExit|ModuleNotFound|Syntax)"):
         ask()
-    assert "mine" not in sys.modules
+    assert "own_reward" not in sys.modules
 
 
 def test_a_file_is_imported_once_however_many_name_it(write):
-    write(mine="import counted\ncounted.times += 1\ndef reward(**_): return [counted.times] * 2", counted="times = 0")
-    load_functions([RewardConfig(function="mine.py:reward")] * 2)
-    assert ask() == ask("./mine.py:reward") == [1, 1]
+    write(
+        own_reward="import counted\ncounted.times += 1\ndef reward(**_): return [counted.times] * 2",
+        counted="times = 0",
+    )
+    load_functions([RewardConfig(function="own_reward.py:reward")] * 2)
+    assert ask() == ask("./own_reward.py:reward") == [1, 1]
 
 
 def test_a_file_is_a_module_of_its_own_also_where_another_has_its_name(write, tmp_path):
@@ -139,9 +145,9 @@ def test_a_file_is_a_module_of_its_own_also_where_another_has_its_name(write, tm
         def reward(responses):
             return [pickle.loads(pickle.dumps(Score(2.0))).value for _ in responses]
         """
-    write(mine=text, json=text)
+    write(own_reward=text, json=text)
     (tmp_path / "other").mkdir()
-    (tmp_path / "other/mine.py").write_text("def reward(**_): return [5, 6]")
-    assert ask("mine.py:reward") == ask("json.py:reward") == [2, 2]
-    assert ask("other/mine.py:reward") == ask("other/mine.py:reward") == [5, 6]
-    assert hasattr(sys.modules["json"], "loads") and {"json_2", "mine_2"} <= set(sys.modules)
+    (tmp_path / "other/own_reward.py").write_text("def reward(**_): return [5, 6]")
+    assert ask("own_reward.py:reward") == ask("json.py:reward") == [2, 2]
+    assert ask("other/own_reward.py:reward") == ask("other/own_reward.py:reward") == [5, 6]
+    assert hasattr(sys.modules["json"], "loads") and {"json_2", "own_reward_2"} <= set(sys.modules)
