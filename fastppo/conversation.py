@@ -37,7 +37,7 @@ def answered(
     for value in (prompt or "", answer):
         if not isinstance(value, str):
             raise DataError(f"{where} hold neither text nor chat messages ({{role, content}}), but {_shown(value)}.")
-    start = tuple(tokenizer(prompt or "")["input_ids"])
+    start = tuple(plain_tokens([prompt or ""], tokenizer)[0])
     if not answer.strip():
         return Answered(start, ())
     text = tokenizer(answer, add_special_tokens=False)["input_ids"][-(config.last_tokens or 0) :]
@@ -64,22 +64,41 @@ def are_messages(value: Any) -> bool:
     )
 
 
+def plain_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Texts in which prompts begin, with the BOS if the tokenizer puts one before a text; none gets a second one."""
+    encoded = (
+        tokenizer(list(texts), return_attention_mask=False)["input_ids"] if texts else []
+    )  # it takes no empty list
+    bos = tokenizer.bos_token_id
+    return [ids[1:] if ids[:2] == [bos, bos] else ids for ids in encoded]
+
+
 def template_tokens(
     messages: Messages, where: str, tokenizer: PreTrainedTokenizerBase, *, to_be_answered: bool
 ) -> tuple[int, ...]:
     """Messages through the tokenizer's chat template; `to_be_answered`: with its words for where an answer begins."""
+    return tuple(_through_template(messages, where, tokenizer, to_be_answered, tokenize=True))
+
+
+def template_text(messages: Messages, where: str, tokenizer: PreTrainedTokenizerBase, *, to_be_answered: bool) -> str:
+    """The text of these tokens, with the template's markers."""
+    return str(_through_template(messages, where, tokenizer, to_be_answered, tokenize=False))
+
+
+def _through_template(
+    messages: Messages, where: str, tokenizer: PreTrainedTokenizerBase, to_be_answered: bool, tokenize: bool
+) -> Any:
     if tokenizer.chat_template is None:
         raise DataError(
             f"{where} is chat, but the tokenizer has no chat template. Use an instruction-tuned model's tokenizer, or"
             " plain text with a chat of auto or never."
         )
     try:
-        ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=to_be_answered, tokenize=True, return_dict=False
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=to_be_answered, tokenize=tokenize, return_dict=False
         )
     except Exception as error:  # a template may raise what it likes
         raise DataError(f"{where} is refused by the tokenizer's chat template: {error}") from error
-    return tuple(ids)
 
 
 def _as_messages(value: Any, role: str, config: ExamplesConfig, where: str) -> Messages:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastppo.config import DataConfig
-from fastppo.conversation import are_messages, template_tokens
+from fastppo.conversation import are_messages, plain_tokens, template_text, template_tokens
 from fastppo.table import DataError, Table, read_table
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class PromptSet:
     """P prompts, and what a reward function is told about each."""
 
     tokens: tuple[tuple[int, ...], ...]  # P prompts
-    texts: tuple[str, ...]  # P; plain text as in the data; chat and cut prompts decoded, without special tokens
+    texts: tuple[str, ...]  # P; as in the data; cut ones decoded, without BOS; chat as the template writes it
     columns: dict[str, list[Any]]  # every column of the data, P raw values each: chat as messages, CSV as text
 
     def __len__(self) -> int:
@@ -126,31 +126,23 @@ def _prompts(table: Table, rows: list[int], config: DataConfig, tokenizer: PreTr
     """The rows that make usable prompts, in the given order."""
     values = table.column(config.column)
     chats = {row for row in rows if config.chat == "always" or not isinstance(values[row], str)}
-    tokens = {row: _chat_tokens(values[row], table.where(row), config, tokenizer) for row in chats}
-    plain = [row for row in rows if row not in chats]
-    for row in plain:
-        if not values[row].strip() and config.first_tokens is None:
-            raise DataError(f"{table.where(row)}: the prompt in column {config.column} is empty.")
-    starts = _plain_tokens([values[row] for row in plain], config.first_tokens, tokenizer)
-    tokens.update(zip(plain, starts, strict=True))
-
+    made = {row: _chat_prompt(row, table, config, tokenizer) for row in chats}
+    made |= _plain_prompts([row for row in rows if row not in chats], table, config, tokenizer)
     kept = []
     short = long = 0
     for row in rows:
-        ids, is_chat = tokens[row], row in chats
-        if len(ids) > config.max_prompt_tokens:
+        length = len(made[row].tokens)
+        if length > config.max_prompt_tokens:
             if config.too_long == "error":
                 raise DataError(
-                    f"{table.where(row)}: the prompt has {len(ids)} tokens, more than data.max_prompt_tokens"
+                    f"{table.where(row)}: the prompt has {length} tokens, more than data.max_prompt_tokens"
                     f" {config.max_prompt_tokens}. Raise it, or set data.too_long to drop."
                 )
             long += 1
-        elif not is_chat and len(ids) < (config.first_tokens or 0):
+        elif row not in chats and length < (config.first_tokens or 0):
             short += 1
-        elif is_chat or config.first_tokens is not None:
-            kept.append(_Prompt(row, ids, str(tokenizer.decode(list(ids), skip_special_tokens=True))))
         else:
-            kept.append(_Prompt(row, ids, values[row]))
+            kept.append(made[row])
     _report(table, config, len(rows), short, long)
     return kept
 
@@ -167,6 +159,19 @@ def _report(table: Table, config: DataConfig, rows: int, short: int, long: int) 
         log.info("%s: reward functions do not receive %s; the names are taken", table.source, ", ".join(clash))
 
 
+def _plain_prompts(
+    rows: list[int], table: Table, config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> dict[int, _Prompt]:
+    texts = [table.column(config.column)[row] for row in rows]
+    for row, text in zip(rows, texts, strict=True):
+        if not text.strip() and config.first_tokens is None:
+            raise DataError(f"{table.where(row)}: the prompt in column {config.column} is empty.")
+    encoded = list(_plain_tokens(texts, config.first_tokens, tokenizer))
+    if config.first_tokens is not None:
+        texts = [_cut_text(ids, tokenizer) for ids in encoded]
+    return {row: _Prompt(row, ids, text) for row, ids, text in zip(rows, encoded, texts, strict=True)}
+
+
 def _plain_tokens(texts: list[str], first: int | None, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, ...]]:
     """The tokens of each text, or only the first so many.
 
@@ -176,17 +181,21 @@ def _plain_tokens(texts: list[str], first: int | None, tokenizer: PreTrainedToke
     text if some more follow them, and where none do the whole text is tokenized.
     """
     starts = texts if first is None else [text[: 8 * first] for text in texts]
-    encoded = tokenizer(starts, return_attention_mask=False)["input_ids"] if texts else []
-    for text, start, ids in zip(texts, starts, encoded, strict=True):
+    for text, start, ids in zip(texts, starts, plain_tokens(starts, tokenizer), strict=True):
         if first is not None and len(start) < len(text) and len(ids) < first + 8:
-            ids = tokenizer(text, return_attention_mask=False)["input_ids"]
+            ids = plain_tokens([text], tokenizer)[0]
         yield tuple(ids[:first])
 
 
-def _chat_tokens(value: Any, where: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def _cut_text(ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a prompt's first tokens. Its BOS is left out, as whoever tokenizes the text puts one there."""
+    return str(tokenizer.decode(list(ids[1:] if ids[:1] == (tokenizer.bos_token_id,) else ids)))
+
+
+def _chat_prompt(row: int, table: Table, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> _Prompt:
     """A list of messages, or with `chat: always` a text, through the tokenizer's chat template."""
+    value, where = table.column(config.column)[row], f"{table.where(row)}: the prompt in column {config.column}"
     messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
-    where = f"{where}: the prompt in column {config.column}"
     if not are_messages(messages):
         raise DataError(
             f"{where} is neither text nor a list of chat messages ({{role, content}}), but {str(value)[:80]!r}"
@@ -198,4 +207,5 @@ def _chat_tokens(value: Any, where: str, config: DataConfig, tokenizer: PreTrain
         raise DataError(f"{where} is empty.")
     if messages[-1]["role"] == "assistant":
         raise DataError(f"{where} ends with an assistant's message: it holds the answer already. Remove that message.")
-    return template_tokens(messages, where, tokenizer, to_be_answered=True)
+    ids = template_tokens(messages, where, tokenizer, to_be_answered=True)
+    return _Prompt(row, ids, template_text(messages, where, tokenizer, to_be_answered=True))

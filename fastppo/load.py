@@ -94,20 +94,24 @@ def _partitions(config: AnyConfig, place: Place) -> Partitions:
 
 
 def load_reward(
-    name: str, dtype: torch.dtype, device: torch.device, partitions: Partitions = None, where: str = "rewards"
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    partitions: Partitions = None,
+    setting: str = "rewards.model",
 ) -> tuple[RewardModel, PreTrainedTokenizerBase]:
-    """A sequence classifier with one label, and its tokenizer; where: the setting it belongs to, for errors."""
-    source = Source(f"{where}.model", name)
+    """A sequence classifier with one label, and its tokenizer; setting: the one that names it, for errors."""
+    source = Source(setting, name)
     load_classifier_config(source)
     model = load_model(AutoModelForSequenceClassification, source, dtype, device, partitions)
     if not hasattr(model, "score"):
         raise ModelError(
-            f"{where}.model = {name} ({type(model).__name__}) has no `score` head on a causal backbone;"
-            f" wrap it in a reward function ({where}.function) instead."
+            f"{source} ({type(model).__name__}) has no `score` head on a causal backbone; wrap it in a reward function"
+            " (rewards.function) instead."
         )
     if partitions is None:
         check_packing(model)
-    return RewardModel(model).requires_grad_(False).eval(), load_tokenizer(f"{where}.model", name)
+    return RewardModel(model).requires_grad_(False).eval(), load_tokenizer(setting, name)
 
 
 def _load_reference(

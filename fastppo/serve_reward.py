@@ -1,17 +1,19 @@
 """Serve a reward model over HTTP: `python -m fastppo.serve_reward --model DIR`, for `rewards.url`.
 
-POST `{"prompts": [...], "responses": [...]}`, columns being ignored; the answer is `{"scores": [...]}`, or
-`{"error": "..."}` with status 400 for a request that is wrong and 500 for a model that fails. GET tells which model it
-is.
+POST `{"prompts": [text, ...], "responses": [text, ...], "ended": [true, ...]}`, columns being ignored; the answer is
+`{"scores": [...]}`, or `{"error": "..."}` with status 400 for a request that is wrong and 500 for a model that fails.
+Without `ended` all responses are taken as cut, so that the model sees no EOS. GET tells which model it is.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socket import AF_INET, AF_INET6
 from threading import Lock
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
 from jsonargparse import auto_cli
@@ -20,7 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from fastppo.config import OptimConfig, ZeroConfig
 from fastppo.engine import Frozen
 from fastppo.errors import FastPPOError, exit_with_message
-from fastppo.feedback.model import ModelSource
+from fastppo.feedback import RewardError
+from fastppo.feedback.model import ModelSource, TooLong
 from fastppo.load import load_reward
 from fastppo.models import RewardModel
 from fastppo.weights import DTYPES
@@ -28,7 +31,15 @@ from fastppo.world import World
 
 log = logging.getLogger("fastppo")
 
+REQUEST = '{"prompts": [text, ...], "responses": [text, ...], "ended": [true, ...]}'
+SURROGATE = re.compile("[\ud800-\udfff]")
 LARGEST = 64 << 20  # bytes of a request
+
+
+class _Asked(NamedTuple):
+    prompts: list[str]
+    responses: list[str]
+    ended: list[bool]
 
 
 class RewardServer(ThreadingHTTPServer):
@@ -37,37 +48,55 @@ class RewardServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, address: tuple[str, int], name: str, source: ModelSource):
+        self.address_family = AF_INET6 if ":" in address[0] else AF_INET
         super().__init__(address, _Handler)
         self.name, self.source, self.turn = name, source, Lock()
 
-    def scores(self, prompts: list[str], responses: list[str]) -> list[float]:
+    def scores(self, asked: _Asked) -> list[float]:
         with self.turn:
-            return self.source.scores(self.source.tokenised(prompts, responses), responses) if responses else []
+            return self.source.scores(self.source.tokenised(*asked), asked.responses) if asked.responses else []
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: RewardServer
     protocol_version = "HTTP/1.1"
 
+    def handle(self) -> None:
+        try:
+            super().handle()
+        except ConnectionError as error:
+            log.debug("a client gave up: %s", error)
+
     def do_GET(self) -> None:
         self._answer(200, {"model": self.server.name})
 
     def do_POST(self) -> None:
         try:
-            prompts, responses = _read(self.rfile.read(self._length()))
-            self._answer(200, {"scores": self.server.scores(prompts, responses)})
-        except ValueError as error:  # RewardError is one
+            asked = _read(self.rfile.read(self._length()))
+        except ValueError as error:
             self.close_connection = True  # of a request that is too long the rest was not read
             self._answer(400, {"error": str(error)})
+        else:
+            self._answer(*self._scored(asked))
+
+    def _scored(self, asked: _Asked) -> tuple[int, dict[str, Any]]:
+        """Status and answer."""
+        try:
+            return 200, {"scores": self.server.scores(asked)}
+        except TooLong as error:
+            return 400, {"error": str(error)}
+        except RewardError as error:  # a NaN, which may be none another time
+            log.error("a request failed: %s", error)
+            return 500, {"error": str(error)}
         except Exception as error:
             log.exception("a request failed")
-            self._answer(500, {"error": f"{type(error).__name__}: {error}"})
+            return 500, {"error": f"{type(error).__name__}: {error}"}
 
     def _length(self) -> int:
-        length = int(self.headers.get("Content-Length") or 0)
-        if not 0 < length <= LARGEST:
-            raise ValueError(f"a request has a body of 1 to {LARGEST} bytes and says so; this one has {length}")
-        return length
+        said = self.headers.get("Content-Length") or "0"
+        if not (said.isdecimal() and len(said) < 20 and 0 < int(said) <= LARGEST):
+            raise ValueError(f"a request has a body of 1 to {LARGEST} bytes and says so; this one says {said[:20]!r}")
+        return int(said)
 
     def _answer(self, status: int, said: dict[str, Any]) -> None:
         body = json.dumps(said).encode()
@@ -81,18 +110,26 @@ class _Handler(BaseHTTPRequestHandler):
         log.debug(format, *args)
 
 
-def _read(body: bytes) -> tuple[list[str], list[str]]:
-    """prompts and responses of a request. Raises ValueError for anything else than what the protocol says."""
+def _read(body: bytes) -> _Asked:
+    """What a request asks. Raises ValueError for anything else than what the protocol says."""
     try:
         said = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"the request is not JSON: {error}") from None
-    prompts, responses = (said.get(name) if isinstance(said, dict) else None for name in ("prompts", "responses"))
+    said = said if isinstance(said, dict) else {}
+    prompts, responses = said.get("prompts"), said.get("responses")
     if not (_texts(prompts) and _texts(responses)):
-        raise ValueError('a request is {"prompts": [text, ...], "responses": [text, ...]}')
-    if len(prompts) != len(responses):
-        raise ValueError(f"the request has {len(prompts)} prompts and {len(responses)} responses")
-    return prompts, responses
+        raise ValueError(f"a request is {REQUEST}")
+    ended = said.get("ended", [False] * len(responses))
+    if not (isinstance(ended, list) and all(isinstance(item, bool) for item in ended)):
+        raise ValueError(f"a request is {REQUEST}")
+    if not len(prompts) == len(responses) == len(ended):
+        raise ValueError(f"the request has {len(prompts)} prompts, {len(responses)} responses and {len(ended)} ended")
+    for name, texts in (("prompt", prompts), ("response", responses)):
+        for i, text in enumerate(texts):
+            if half := SURROGATE.search(text):
+                raise ValueError(f"{name} {i} has half a character at {half.start()}, the lone surrogate {half[0]!r}")
+    return _Asked(prompts, responses, ended)
 
 
 def _texts(value: object) -> TypeGuard[list[str]]:
@@ -111,14 +148,19 @@ def serve(
     Args:
         model: An `AutoModelForSequenceClassification` with one label: hub name or directory.
         host: Address to listen on. Other machines reach 0.0.0.0, and so does anybody: there is no password.
-        port: 0 takes a free one, which is printed.
+        port: 0 to 65535; 0 takes a free one, which is printed.
         dtype: Type of weights and activations.
         microbatch_tokens: Tokens of one forward pass.
     """
+    if not 0 <= port <= 65535:
+        raise FastPPOError(f"--port is {port}; it must be 0 to 65535.")
+    if microbatch_tokens < 1:
+        raise FastPPOError(f"--microbatch_tokens is {microbatch_tokens}; it must be 1 or more.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded, tokenizer = load_reward(model, DTYPES[dtype], device)
+    loaded, tokenizer = load_reward(model, DTYPES[dtype], device, setting="--model")
     with RewardServer((host, port), model, alone(loaded, tokenizer, microbatch_tokens, device)) as server:
-        print(f"{model} answers on http://{host}:{server.server_port}", flush=True)
+        name = f"[{host}]" if ":" in host else host
+        print(f"{model} answers on http://{name}:{server.server_port}", flush=True)
         server.serve_forever()
 
 

@@ -72,7 +72,7 @@ def test_messages_go_through_the_chat_template(load: Any, tokenizer: PreTrainedT
     rows = [{"talk": user("the film"), "prompt": 7}]
     train, _ = load(rows, column="talk")
     assert tokenizer.decode(list(train.tokens[0])) == "<s>user: the film\n<s>assistant: "
-    assert train.texts == ("user: the film\nassistant: ",)
+    assert train.texts == ("<s>user: the film\n<s>assistant: ",)
     assert train.columns == {"talk": [user("the film")], "prompt": [7]}
 
 
@@ -84,7 +84,7 @@ def test_chat_always_makes_text_one_user_message(load: Any) -> None:
 
 def test_messages_and_texts_may_be_mixed(load: Any) -> None:
     train, _ = load(["the film", user("was"), "actors"])
-    assert train.texts == ("the film", "user: was\nassistant: ", "actors")
+    assert train.texts == ("the film", "<s>user: was\n<s>assistant: ", "actors")
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_first_tokens_cuts_texts_and_leaves_out_short_ones(load: Any, tokenizer:
     long = "the film was wonderful and the actors were wonderful"
     train, _ = load([long, "the", user("the")], first_tokens=3)
     assert train.tokens[0] == tuple(tokenizer(long)["input_ids"][:3])
-    assert train.texts == ("the film was", "user: the\nassistant: ")
+    assert train.texts == ("the film was", "<s>user: the\n<s>assistant: ")
     assert train.columns["prompt"] == [long, user("the")]
 
 

@@ -3,6 +3,7 @@
 import json
 import textwrap
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import tiny
@@ -12,7 +13,8 @@ from fastppo.batch import Moments, Rollout, pack
 from fastppo.config import Config, DataConfig, HealthConfig, PPOConfig, RewardConfig
 from fastppo.data import PromptSet
 from fastppo.errors import FastPPOError
-from fastppo.feedback import Responses, RewardError, load_functions, load_judge, load_sources, score
+from fastppo.feedback import Responses, RewardError, load_judge, load_sources, score
+from fastppo.feedback.model import ensemble
 from fastppo.feedback.score import _decode
 from fastppo.feedback.sources import shared_sources
 from fastppo.models import ModelError
@@ -79,6 +81,14 @@ def test_a_tensor_is_as_good_as_a_list(tmp_path, monkeypatch):
         ("return [1, 'high', 2]", r"returned 'high' \(str\), not a number, for response 1"),
         ("return 3.0", "returned float, not one number for each response"),
         ("return None", "returned NoneType"),
+        ("return '123'", "returned str, not one number for each response"),
+        ("return b'123'", "returned bytes, not one number for each response"),
+        ("return dict.fromkeys(responses, 1.0)", "returned dict, not one number for each response"),
+        ("return {1.0, 2.0, 3.0}", "returned set, not one number for each response"),
+        ("return [1, 1e39, 2]", r"returned 1e\+39, beyond what fp32 holds, for response 1: 'bcd'"),
+        ("return [1, -(10**400), 2]", "returned -1000.*, beyond what fp32 holds, for response 1"),
+        ("return [1, 10**5000, 2]", "returned something that cannot be written out, beyond what fp32 holds"),
+        ("import decimal; return [decimal.Decimal('sNaN')] * 3", r"'sNaN'\) \(Decimal\), not a number, for response 0"),
         ("raise KeyError('label')", r"raised KeyError: 'label' \(mine.py:2\)"),
     ],
 )
@@ -88,24 +98,14 @@ def test_a_function_that_fails_is_named_with_what_it_did(tmp_path, monkeypatch, 
     assert "mine.py:reward" in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("nowhere:reward", "could not be imported"),
-        ("nowhere.py:reward", "no file nowhere.py"),
-        ("textwrap:nothing", "has no function nothing; it has: .*indent"),
-        ("textwrap", "module:function"),
-    ],
-)
-def test_a_function_that_is_not_there_is_an_error_before_anything_loads(name, words):
-    with pytest.raises(RewardError, match=words):
-        load_functions([RewardConfig(function=name)])
+def test_the_largest_number_of_fp32_is_a_score_and_so_is_a_bool(tmp_path, monkeypatch):
+    largest = torch.finfo(torch.float32).max
+    assert scores(tmp_path, monkeypatch, f"return [{largest!r}, True, False]") == [largest, 1, 0]
 
 
-def test_a_function_is_found_in_the_folder_of_the_run(tmp_path, monkeypatch):
-    (tmp_path / "my_rewards_here.py").write_text("def reward(**_): return []")
-    monkeypatch.chdir(tmp_path)
-    assert load_functions([RewardConfig(function="my_rewards_here:reward")])
+def test_a_weighted_sum_beyond_fp32_is_an_error_with_what_each_source_said(tmp_path, monkeypatch):
+    with pytest.raises(RewardError, match=r"rewards: .*response 1 of the batch is 3e\+38 \* 2 = 6e\+38, beyond"):
+        scores(tmp_path, monkeypatch, "return [1, 2, 0]", weight=3e38)
 
 
 def test_a_reward_model_scores_the_last_token_of_each_sequence(tmp_path):
@@ -124,7 +124,8 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text_anew(tmp_path):
     config = _with_dtype(Config(rewards=(RewardConfig(model=path),)))
     found = scored(config).scores
     model, other = tiny.classifier(vocabulary=258), tiny.tokenizer(("<more>",))
-    texts = [p + r for p, r in zip(PROMPTS.texts, ("a", "bcd", "ef"), strict=True)]
+    model.config.pad_token_id = None  # it is the EOS's, which transformers would pass over
+    texts = [p + r for p, r in zip(PROMPTS.texts, ("a<eos>", "bcd<eos>", "ef"), strict=True)]  # the last was cut
     with torch.no_grad():
         expected = [float(model(torch.tensor([other(t)["input_ids"]])).logits) for t in texts]
     assert found.tolist() == pytest.approx(expected, abs=1e-5)
@@ -137,14 +138,16 @@ def test_a_rank_without_responses_has_no_scores(tmp_path):
     config = _with_dtype(Config(rewards=(RewardConfig(model=same), RewardConfig(model=other), *functions)))
     nothing = Rollout(pack([], []), torch.zeros(0), torch.zeros(0, dtype=torch.bool), torch.arange(0))
     assert _decode(nothing.packed, TOKENIZER) == []
-    seen = Responses([], [], {}, nothing.packed)
+    seen = Responses([], [], [], {}, nothing.packed)
     assert [list(source(seen)) for source, _ in sources(config)] == [[], [], []]
 
 
-def test_a_reward_model_with_two_labels_is_an_error(tmp_path):
+def test_a_reward_model_with_two_labels_is_an_error_that_names_its_setting(tmp_path):
     path = tiny.saved(tmp_path / "reward", tiny.classifier(labels=2))
-    with pytest.raises(ValueError, match="has 2 labels"):
+    with pytest.raises(ModelError, match=r"^rewards.model = .* has 2 labels"):
         sources(Config(rewards=(RewardConfig(model=path),)))
+    with pytest.raises(ModelError, match=r"^rewards.ensemble = .* has 2 labels"):
+        sources(Config(rewards=(RewardConfig(ensemble=(path, path)),)))
 
 
 def test_a_language_model_is_no_reward_model_also_where_its_config_does_not_tell(tmp_path):
@@ -169,20 +172,52 @@ def test_an_ensemble_says_the_mean_or_the_least_of_its_members(tmp_path):
         assert torch.allclose(scored(config).scores, expected, atol=1e-6)
 
 
+def test_an_ensemble_asks_all_members_before_it_fails():
+    """Each of them gathers something from all ranks, on which others may not have failed."""
+    asked = []
+
+    def member(name):
+        asked.append(name)
+        raise RewardError(name)
+
+    with pytest.raises(RewardError, match="first"):
+        ensemble([partial(lambda name, _: member(name), name) for name in ("first", "second")], "mean")(None)
+    assert asked == ["first", "second"]
+
+
 @pytest.mark.parametrize(
     ("pattern", "expected"),
-    [("b", [0, 1, 0]), ("^.{2,3}$", [0, 1, 1]), ("(?i)BC", [0, 1, 0]), ("^{last}$", [1, 0, 1])],
+    [
+        ("b", [0, 1, 0]),
+        ("^.{2,3}$", [0, 1, 1]),
+        ("(?i)BC", [0, 1, 0]),
+        ("^{last}$", [1, 0, 1]),
+        (r"\{last}|a", [1, 0, 0]),
+        (r"\\{last}|a", [1, 0, 0]),
+        ("[{last}]", [1, 0, 0]),
+        ("^{twice}{2}$", [0, 0, 1]),
+        ("{none}|.", [0, 0, 1]),
+    ],
 )
 def test_a_pattern_is_looked_for_in_each_response_with_its_own_columns(pattern, expected):
-    prompts = replace(PROMPTS, columns={"last": ["a", ".", "ef"]})
+    columns = {"last": ["a", ".", "ef"], "twice": ["aa", "bc", "e|f"], "none": [None, "", "ef"]}
+    prompts = replace(PROMPTS, columns=columns)
     asked = sources(Config(rewards=(RewardConfig(pattern=pattern),)))
-    found = score(rollout(), prompts, asked, TOKENIZER, PPOConfig(), Moments(), start_world(1))
+    responses = ("a", "bcd", "e|fe|f" if "twice" in pattern else "ef")
+    found = score(rollout(responses), prompts, asked, TOKENIZER, PPOConfig(), Moments(), start_world(1))
     assert found.scores.tolist() == expected
 
 
-def test_a_pattern_with_a_column_that_the_data_lacks_is_an_error():
-    with pytest.raises(RewardError, match=r"names the column nothing, which the data lacks; it has: .*answer"):
-        scored(Config(rewards=(RewardConfig(pattern="{nothing}"),)))
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("{nothing}", r"names the column nothing, which the data lacks; it has: .*answer.* write \\\{nothing\} for"),
+        ("(?<={prompt}|a)b", "is no regular expression once it is filled, .*look-behind requires fixed-width"),
+    ],
+)
+def test_a_pattern_that_cannot_be_filled_is_an_error(pattern, words):
+    with pytest.raises(RewardError, match=words):
+        scored(Config(rewards=(RewardConfig(pattern=pattern),)))
 
 
 def test_sources_are_added_by_weight_and_kept_apart():

@@ -1,72 +1,30 @@
 """A service on the network as a source of reward: what it is asked, and what it can do wrong."""
 
-import json
 import logging
-import subprocess
-import sys
 import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.request import urlopen
+from contextlib import suppress
+from dataclasses import replace
+from datetime import date
 
 import pytest
 import requests
-import tiny
-import torch
-import whole_runs
-from forks import Forks
+from services import lengths, service
 
 from fastppo.batch import pack
 from fastppo.config import RewardConfig
 from fastppo.feedback import Responses, RewardError
 from fastppo.feedback import remote as remote_module
 from fastppo.feedback.remote import remote_source
-from fastppo.load import load_reward
-from fastppo.serve_reward import LARGEST, RewardServer, alone
 
 TEXTS = ["abc", "a", "ab", "abcd", "abcde"]
-RESPONSES = Responses([f"p{i}" for i in range(5)], TEXTS, {"answer": [1, 2, 3, 4, 5]}, pack([[1]] * 5, [1] * 5))
+ENDED = [True, True, False, True, False]
+COLUMNS = {"answer": [1, 2, 3, 4, 5]}
+RESPONSES = Responses([f"p{i}" for i in range(5)], TEXTS, ENDED, COLUMNS, pack([[1]] * 5, [1] * 5))
 
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
     monkeypatch.setattr(remote_module, "FIRST_WAIT", 0.0)
-
-
-@contextmanager
-def serving(server):
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-@contextmanager
-def service(answer):
-    """A server that answers each request's JSON with `answer(body)`: (status, bytes), or None to break off."""
-    asked = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            said = answer(asked[-1])
-            if said is not None:
-                self.send_response(said[0])
-                self.end_headers()
-                self.wfile.write(said[1])
-
-        def log_message(self, *args):
-            pass
-
-    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as url:
-        yield url, asked
-
-
-def lengths(body):
-    return 200, json.dumps({"scores": [len(r) for r in body["responses"]]}).encode()
 
 
 def ask(url, **settings):
@@ -78,7 +36,8 @@ def test_responses_go_out_in_parts_and_scores_come_back_in_order():
         assert ask(url, request_size=2, concurrency=3) == [3, 1, 2, 4, 5]
     parts = sorted(asked, key=lambda body: body["prompts"])
     assert [body["responses"] for body in parts] == [["abc", "a"], ["ab", "abcd"], ["abcde"]]
-    assert parts[1] == {"prompts": ["p2", "p3"], "responses": ["ab", "abcd"], "columns": {"answer": [3, 4]}}
+    texts = {"prompts": ["p2", "p3"], "responses": ["ab", "abcd"]}
+    assert parts[1] == texts | {"ended": [False, True], "columns": {"answer": [3, 4]}}
 
 
 def test_requests_run_at_the_same_time():
@@ -108,6 +67,8 @@ def test_a_request_that_fails_is_tried_again(failure, caplog):
         ((200, b'{"scores": [1, NaN, 2, 3, 4]}'), "returned nan for response 1: 'a'"),
         ((200, b'{"scores": [1, null, 2, 3, 4]}'), "returned None (NoneType), not a number, for response 1"),
         ((200, b"<html><body>Welcome</body></html>"), "not JSON: '<html><body>Welcome"),
+        ((200, b"[" * 100_000), "not JSON: '[[[["),
+        ((200, b'{"scores": [' + b"1" * 5000 + b"]}"), "not JSON: '{"),
         ((200, b"[1, 2, 3, 4, 5]"), 'must answer {"scores": [...]}, and answered \'[1, 2'),
         ((500, b'{"error": "out of memory"}'), "answered with status 500: out of memory. Tried 2 times."),
         ((404, b"<h1>nothing here</h1>"), "answered with status 404: '<h1>nothing here</h1>'. Tried 1 time."),
@@ -128,6 +89,83 @@ def test_a_slow_service_is_waited_for_no_longer_than_its_timeout():
         done.set()
 
 
+def test_a_service_that_sends_a_byte_now_and_then_is_waited_for_no_longer_than_its_timeout():
+    done = threading.Event()
+
+    def drip(handler):
+        with suppress(ConnectionError):
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+            while not done.wait(0.05):
+                handler.wfile.write(b" ")
+
+    with service(lambda body: drip) as (url, _):
+        with pytest.raises(RewardError, match=r"did not answer within 0\.3 s"):
+            ask(url, timeout=0.3, retries=0)
+        done.set()
+
+
+def test_a_hopeless_answer_ends_the_asking_though_other_requests_hang():
+    hanging, done = threading.Event(), threading.Event()
+
+    def answer(body):
+        if body["prompts"] == ["p1"]:
+            hanging.wait(60)
+            return 404, b"gone"
+        hanging.set()
+        done.wait(60)
+
+    with service(answer) as (url, asked):
+        with pytest.raises(RewardError, match=r"answered with status 404: 'gone'. Tried 1 time\."):
+            ask(url, request_size=1, concurrency=2, retries=5)
+        assert sorted(body["prompts"][0] for body in asked) == ["p0", "p1"] and not done.is_set()
+        done.set()
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_service_says_when_to_ask_again_within_limits(status, monkeypatch, caplog):
+    monkeypatch.setattr(remote_module, "LONGEST_WAIT", 0.1)
+    answers = [(status, b"", {"Retry-After": "7"})]
+    with service(lambda body: answers.pop() if answers else lengths(body)) as (url, _):
+        assert ask(url, retries=1) == [3, 1, 2, 4, 5]
+    assert "trying again in 0.1 s" in caplog.text
+
+
+@pytest.mark.parametrize("status", [301, 302, 303])
+def test_a_redirect_that_drops_the_request_is_named_with_the_address_to_give(status):
+    with service(lambda body: (status, b"", {"Location": "/elsewhere"})) as (url, asked):
+        with pytest.raises(RewardError) as raised:
+            ask(url, retries=3)
+        words = f"redirects with status {status} to {url}/elsewhere, which turns the request into one without a body"
+        assert words in str(raised.value) and len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (
+            "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed (_ssl.c:1)",
+            r"accepted \(self-signed\)",
+        ),
+        ("[SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:1)", "does not speak TLS .*begins with http://"),
+    ],
+)
+def test_what_is_wrong_with_https_is_named(said, words, monkeypatch):
+    def refuse(*_, **__):
+        raise requests.exceptions.SSLError(said)
+
+    monkeypatch.setattr(requests.Session, "post", refuse)
+    with pytest.raises(RewardError, match=words):
+        ask("https://127.0.0.1:9", retries=0)
+
+
+@pytest.mark.parametrize("value", [date(2020, 1, 2), b"bytes", float("nan"), [{"inner": float("inf")}]])
+def test_a_column_that_json_cannot_say_is_named_and_nothing_is_asked(value):
+    responses = replace(RESPONSES, columns={"answer": [1, 2, 3, 4, value]})
+    with service(lengths) as (url, asked), pytest.raises(RewardError) as raised:
+        remote_source(RewardConfig(url=url, request_size=2))(responses)
+    assert f"cannot say {value!r} ({type(value).__name__}) of the column answer" in str(raised.value) and not asked
+
+
 def test_the_number_of_a_response_is_that_in_the_batch_and_not_in_its_request():
     def answer(body):
         return (200, b'{"scores": [0, 1e999]}') if "ab" in body["responses"] else lengths(body)
@@ -135,109 +173,3 @@ def test_the_number_of_a_response_is_that_in_the_batch_and_not_in_its_request():
     with service(answer) as (url, _), pytest.raises(RewardError) as raised:
         ask(url, request_size=2, concurrency=1, retries=0)
     assert "inf for response 3: 'abcd'" in str(raised.value)
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    with Forks(tmp_path_factory.mktemp("logs")) as forks:
-        yield forks
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_service_that_dies_costs_the_run_nothing(tmp_path, forks, ranks):
-    """Every rank ends with the reason, and the run resumed with a service elsewhere ends as if none had died."""
-    folder, broken = whole_runs.prepare(tmp_path), threading.Event()
-
-    def dying(body):
-        dead = broken.is_set() or (len(asked) > 8 and "prompt" in body["prompts"][-1])
-        if dead:
-            broken.set()
-        return (502, b"<html>Bad Gateway</html>") if dead else lengths(body)
-
-    def settings(output, url):
-        rewards = json.dumps([{"url": url, "retries": 1, "request_size": 2}])
-        changes = {"rewards": rewards, "ppo__score_normalise": "true", "optim__dtype": "fp32", "checkpoint__every": 0}
-        return whole_runs.settings(folder, folder / output, **changes)
-
-    with service(lengths) as (url, _):
-        forks.run(settings("straight", url), ranks)
-        with service(dying) as (other, asked):
-            run = forks.start(settings("broken", other), ranks)
-            assert forks.wait(run) == [1] * ranks, run.text()
-        assert (
-            f"rewards.url = {other} answered with status 502: '<html>Bad Gateway</html>'. Tried 2 times." in run.text()
-        )
-        assert "a source of reward failed at step" in run.text() and "Traceback" not in run.text()
-        forks.run([*settings("broken", url), "--resume", "auto"], ranks)
-    assert whole_runs.records(folder / "broken") == whole_runs.records(folder / "straight")
-
-
-@pytest.mark.parametrize(
-    ("said", "words"),
-    [
-        (b'{"scores": []}', "returned 0 numbers for 2 responses"),
-        (b'{"scores": [NaN, NaN]}', "returned nan for response 0"),
-        (b"<html>Welcome</html>", "answered with something that is not JSON: '<html>Welcome</html>'"),
-    ],
-)
-def test_what_a_service_says_wrong_ends_all_ranks_with_the_reason(tmp_path, forks, said, words):
-    folder = whole_runs.prepare(tmp_path)
-    with service(lambda body: (200, said)) as (url, _):
-        rewards = json.dumps([{"url": url, "retries": 0}])
-        run = forks.start(whole_runs.settings(folder, folder / "out", rewards=rewards), ranks=2)
-        assert forks.wait(run) == [1, 1], run.text()
-    for log in run.logs:
-        assert f"rewards.url = {url} {words}" in log.read_text() and "Traceback" not in log.read_text()
-
-
-@pytest.fixture(scope="module")
-def reward_server(tmp_path_factory):
-    path = tiny.saved(tmp_path_factory.mktemp("reward") / "model", tiny.classifier())
-    model, tokenizer = load_reward(path, torch.float32, torch.device("cpu"))
-    source = alone(model, tokenizer, 100, torch.device("cpu"))
-    with serving(RewardServer(("127.0.0.1", 0), "tiny", source)) as url:
-        yield url, source
-
-
-def test_our_server_says_what_its_model_says(reward_server):
-    url, source = reward_server
-    packed = source.tokenised(RESPONSES.prompts, RESPONSES.texts)
-    assert ask(url, request_size=2) == pytest.approx(source.scores(packed, TEXTS), abs=1e-5)
-    assert json.load(urlopen(url)) == {"model": "tiny"}
-
-
-def test_the_command_serves_a_model_and_says_where_and_why_not(tmp_path):
-    command = [sys.executable, "-m", "fastppo.serve_reward", "--dtype", "fp32", "--model"]
-    one = tiny.saved(tmp_path / "one", tiny.classifier())
-    two = tiny.saved(tmp_path / "two", tiny.classifier(labels=2))
-
-    def refused(*arguments):
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True)
-        assert done.returncode == 1 and "Traceback" not in done.stderr
-        return done.stderr
-
-    with subprocess.Popen([*command, one, "--port", "0"], stdout=subprocess.PIPE, text=True) as server:
-        try:
-            url = server.stdout.readline().split()[-1]
-            assert len(ask(url)) == len(TEXTS)
-            assert "cannot be listened on (Address already in use)" in refused(one, "--port", url.rpartition(":")[2])
-        finally:
-            server.terminate()
-    assert "has 2 labels" in refused(two)
-
-
-@pytest.mark.parametrize(
-    ("body", "words"),
-    [
-        (b"prompts", "not JSON"),
-        (b'{"prompts": ["a"]}', "a request is"),
-        (b'{"prompts": ["a"], "responses": [1]}', "a request is"),
-        (b'{"prompts": ["a"], "responses": []}', "1 prompts and 0 responses"),
-        (b"", f"1 to {LARGEST} bytes"),
-        (json.dumps({"prompts": ["a" * 200], "responses": ["b"]}).encode(), "201 tokens do not fit"),
-    ],
-)
-def test_our_server_refuses_a_wrong_request_with_the_reason_and_goes_on(reward_server, body, words):
-    answer = requests.post(reward_server[0], data=body, timeout=20)
-    assert answer.status_code == 400 and words in answer.json()["error"]
-    assert ask(reward_server[0])

@@ -64,11 +64,20 @@ def test_the_defaults_and_the_quickstart_are_allowed(monkeypatch: pytest.MonkeyP
         (dict(rewards=(RewardConfig(model="m"), RewardConfig(function="ab"))), ["rewards[1].function is ab", "module"]),
         (dict(rewards=(RewardConfig(function="a:"),)), ["a:", "module:function"]),
         (dict(rewards=(RewardConfig(model="m", weight=float("inf")),)), ["rewards[0].weight is inf"]),
+        (dict(rewards=(RewardConfig(model="m", weight=4e38),)), ["rewards[0].weight is 4e+38", "fp32"]),
+        (dict(rewards=(RewardConfig(model="m", weight=0.0),)), ["rewards all have weight 0"]),
         (dict(rewards=(RewardConfig(model="m", combine="min"),)), ["combine is min", "belongs to ensemble"]),
         (dict(rewards=(RewardConfig(ensemble=("m",)),)), ["rewards[0].ensemble has one model, m"]),
         (dict(rewards=(RewardConfig(pattern="("),)), ["rewards[0].pattern is (", "no regular expression"]),
         (dict(rewards=(RewardConfig(url="host:80"),)), ["rewards[0].url is host:80", "http://"]),
-        (dict(rewards=(RewardConfig(url="http://a", retries=-1),)), ["rewards[0].retries is -1", "0 or more"]),
+        (dict(rewards=(RewardConfig(url="http://:80"),)), ["rewards[0].url is http://:80", "name a host"]),
+        (
+            dict(rewards=(RewardConfig(url="http://a:99999"),)),
+            ["url is http://a:99999", "Port out of range"],
+        ),
+        (dict(rewards=(RewardConfig(url="http://[::1"),)), ["rewards[0].url is http://[::1", "Invalid IPv6"]),
+        (dict(rewards=(RewardConfig(url="http://a", retries=-1),)), ["rewards[0].retries is -1", "0 to 1000"]),
+        (dict(rewards=(RewardConfig(url="http://a", timeout=86401.0),)), ["timeout is 86401.0", "0.001 to 86400"]),
         (dict(rewards=(RewardConfig(model="m", timeout=5.0),)), ["rewards[0].timeout is 5.0", "belongs to url"]),
         (dict(ppo__length_penalty=0.1), ["length_penalty is 0.1", "length_limit is not set"]),
         (dict(ppo__length_limit=99), ["length_limit is 99", "length_penalty 0.0"]),
@@ -160,6 +169,7 @@ def test_settings_that_cannot_work_are_refused_with_a_reason(settings: dict[str,
         dict(critic__kind="shared", critic__lr=1e-3, critic__warmup_steps=100),
         dict(critic__gguf_file="g", critic__model="m"),
         dict(actor__train="*.mlp.*,*.norm.*"),
+        dict(rewards=(RewardConfig(model="m", weight=0.0), RewardConfig(pattern="a", weight=1e-9))),
         dict(rewards=(RewardConfig(model="m", weight=-0.5), RewardConfig(function="dir/file.py:f"))),
         dict(ppo__value_clip=None, ppo__dual_clip=3.0, ppo__score_clip=5.0),
         dict(track__profile_steps=(1, 100)),
@@ -189,6 +199,15 @@ def test_each_minibatch_needs_a_response_for_each_rank() -> None:
     validate(config, ranks=4)
     with pytest.raises(ConfigError, match=r"minibatch of 4 responses cannot be spread over 5 ranks.* multiple of 10"):
         validate(config, ranks=5)
+
+
+def test_the_tries_of_a_request_take_no_longer_than_other_ranks_wait() -> None:
+    judge = (RewardConfig(url="http://a", timeout=9.0, retries=2),)  # 3 tries, and pauses of 0.5 and 1 s
+    config = changed(health__judge=judge, timeout=28.5)
+    validate(config)
+    validate(changed(health__judge=judge, timeout=29.0), ranks=2)
+    with pytest.raises(ConfigError, match=r"health.judge\[0\].timeout is 9 .*retries 2: .* 28.5 s .* timeout is 28.5"):
+        validate(config, ranks=2)
 
 
 def test_each_rank_takes_as_many_texts() -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from fastppo.batch import Moments, Packed, Rollout, Scored, concatenate
 from fastppo.config import PPOConfig
 from fastppo.data import PromptSet
-from fastppo.feedback.responses import Responses, RewardError, Source
+from fastppo.feedback.responses import LARGEST, Responses, RewardError, Source
 from fastppo.world import World, all_gather
 
 SMALLEST_STD = 1e-6  # a source that says the same of all responses would be divided by 0
@@ -31,17 +31,18 @@ def score(
     """Ask the sources about this rank's responses; returns those of all ranks, in the order of the prompts.
 
     moments: of the scores that the run has had; judge: sources that nothing learns from. Raises RewardError on every
-    rank if a source failed on one of them, so that none is left waiting for it.
+    rank if a source failed on one of them, so that none is left waiting for it, or if a weighted sum is beyond fp32.
     """
     rows = rollout.sources.tolist()
     responses = Responses(
         prompts=[prompts.texts[row] for row in rows],
         texts=_decode(rollout.packed, tokenizer),
+        ended=rollout.ended.tolist(),
         columns={name: [column[row] for row in rows] for name, column in prompts.columns.items()},
         packed=rollout.packed,
     )
-    by_source, scores = _ask_all(sources, responses, world)
-    judged = _ask_all(judge, responses, world)[1] if judge else torch.full_like(scores, math.nan)
+    by_source, scores = _ask_all("rewards", sources, responses, world)
+    judged = _ask_all("health.judge", judge, responses, world)[1] if judge else torch.full_like(scores, math.nan)
     everyone = concatenate(all_gather(rollout, world))
     moments = moments.add(scores)
     return Scored(everyone, by_source, scores, shape(scores, everyone, moments, ppo), moments, judged)
@@ -63,10 +64,23 @@ def shape(scores: Tensor, rollout: Rollout, moments: Moments, ppo: PPOConfig) ->
     return scores
 
 
-def _ask_all(sources: Sequence[tuple[Source, float]], responses: Responses, world: World) -> tuple[Tensor, Tensor]:
-    """What each of the S sources says of the responses of all ranks, (B, S) fp32, and the weighted sum, (B,)."""
+def _ask_all(
+    where: str, sources: Sequence[tuple[Source, float]], responses: Responses, world: World
+) -> tuple[Tensor, Tensor]:
+    """What each of the S sources says of the responses of all ranks, (B, S) fp32, and the weighted sum, (B,) fp32.
+
+    where: the setting that the sources belong to, for errors.
+    """
     by_source = torch.stack([_ask(source, responses, world) for source, _ in sources], dim=1)
-    return by_source, by_source @ torch.tensor([weight for _, weight in sources], dtype=torch.float32)
+    weights = [weight for _, weight in sources]
+    sums = by_source.double() @ torch.tensor(weights, dtype=torch.float64)
+    for i in (sums.abs() > LARGEST).nonzero().flatten().tolist()[:1]:
+        said = [f"{weight:g} * {x:g}" for weight, x in zip(weights, by_source[i].tolist(), strict=True)]
+        raise RewardError(
+            f"{where}: the weighted sum for response {i} of the batch is {' + '.join(said)} = {float(sums[i]):g},"
+            " beyond what fp32 holds. Lower the weights, or scale what the sources say."
+        )
+    return by_source, sums.float()
 
 
 def _ask(source: Source, responses: Responses, world: World) -> Tensor:

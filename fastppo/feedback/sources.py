@@ -23,12 +23,14 @@ from fastppo.world import World
 log = logging.getLogger("fastppo")
 
 
-def load_functions(rewards: Sequence[RewardConfig], where: str = "rewards") -> dict[str, Source]:
-    """The Python functions among the sources, imported. Done before any model loads, so a typo costs no minutes.
+def load_functions(rewards: Sequence[RewardConfig], where: str = "rewards") -> None:
+    """Import the Python functions among the sources. Done before any model loads, so a typo costs no minutes.
 
     where: the setting that the sources belong to, for errors.
     """
-    return {r.function: function_source(r.function, where) for r in rewards if r.function is not None}
+    for reward in rewards:
+        if reward.function is not None:
+            function_source(reward.function, where)
 
 
 def load_sources(
@@ -81,9 +83,9 @@ def _load(
     if reward.url is not None:
         return remote_source(reward, where)
 
-    def model(name: str) -> Source:
+    def model(name: str, setting: str) -> Source:
         dtype = DTYPES[config.optim.dtype]
-        loaded, theirs = load_reward(name, dtype, world.device, frozen_partitions(config), where)
+        loaded, theirs = load_reward(name, dtype, world.device, frozen_partitions(config), setting)
         frozen = Frozen(loaded, config.optim, config.zero)
         residency.add("rewards", frozen)
         return ModelSource(
@@ -93,9 +95,9 @@ def _load(
             budget=config.ppo.microbatch_tokens,
             zero=config.zero,
             world=world,
-            name=f"{where}.model = {name}",
+            name=f"{setting} = {name}",
         )
 
     if reward.model is not None:
-        return model(reward.model)
-    return ensemble([model(name) for name in reward.ensemble], reward.combine)
+        return model(reward.model, f"{where}.model")
+    return ensemble([model(name, f"{where}.ensemble") for name in reward.ensemble], reward.combine)

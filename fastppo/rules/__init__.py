@@ -10,7 +10,7 @@ import math
 
 from fastppo.config import Config
 from fastppo.rules.data import check_data, check_sampling
-from fastppo.rules.feedback import check_rewards
+from fastppo.rules.feedback import check_rewards, check_waiting
 from fastppo.rules.health import check_health
 from fastppo.rules.learning import check_batch, check_kl, check_ptx, check_schedule, check_zero
 from fastppo.rules.models import check_models
@@ -67,3 +67,4 @@ def validate(config: Config, ranks: int = 1) -> None:
     check_checkpoints(config)
     check_tracking(config)
     check_health(config)
+    check_waiting(config, ranks)

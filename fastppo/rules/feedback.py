@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from fastppo.config import Config, ConfigError, RewardConfig
+from fastppo.config.feedback import FIRST_WAIT, LONGEST_WAIT
 
 
 def check_rewards(config: Config) -> None:
@@ -39,7 +40,8 @@ def check_rewards(config: Config) -> None:
 
 
 KINDS = ("function", "model", "ensemble", "pattern", "url")
-OF_URL = ("timeout", "retries", "request_size", "concurrency")
+LARGEST_WEIGHT = (2 - 2**-23) * 2.0**127  # fp32 holds no larger number
+OF_URL = (("timeout", 0.001, 86400), ("retries", 0, 1000), ("request_size", 1, math.inf), ("concurrency", 1, 1000))
 
 
 def check_sources(where: str, sources: Sequence[RewardConfig]) -> None:
@@ -49,8 +51,10 @@ def check_sources(where: str, sources: Sequence[RewardConfig]) -> None:
         _check_kind(name, source)
         if source.function is not None and not all(source.function.rpartition(":")[::2]):
             raise ConfigError(f"{name}.function is {source.function}; write module:function or file.py:function.")
-        if not math.isfinite(source.weight):
-            raise ConfigError(f"{name}.weight is {source.weight}; it must be a finite number.")
+        if not abs(source.weight) <= LARGEST_WEIGHT:
+            raise ConfigError(f"{name}.weight is {source.weight}; it must be a number that fp32 holds.")
+    if sources and not any(source.weight for source in sources):
+        raise ConfigError(f"{where} all have weight 0: every score would be 0. Give one of them another weight.")
 
 
 def _check_kind(where: str, source: RewardConfig) -> None:
@@ -60,7 +64,7 @@ def _check_kind(where: str, source: RewardConfig) -> None:
         what = " and ".join(f"{kind} is {getattr(source, kind)}" for kind in given) or "none is set"
         raise ConfigError(f"{where} needs exactly one of {', '.join(KINDS)}; {what}.")
     kind, default = given[0], RewardConfig()
-    for names, owner in ((("combine",), "ensemble"), (OF_URL, "url")):
+    for names, owner in ((("combine",), "ensemble"), ([name for name, *_ in OF_URL], "url")):
         for name in names:
             value = getattr(source, name)
             if kind != owner and value != getattr(default, name):
@@ -70,10 +74,35 @@ def _check_kind(where: str, source: RewardConfig) -> None:
     if source.pattern is not None:
         try:
             re.compile(source.pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ConfigError(f"{where}.pattern is {source.pattern}, no regular expression: {error}.") from None
-    if source.url is not None and urlsplit(source.url).scheme not in ("http", "https"):
-        raise ConfigError(f"{where}.url is {source.url}; it must begin with http:// or https://.")
-    for name, least in (("timeout", 0.001), ("retries", 0), ("request_size", 1), ("concurrency", 1)):
-        if not least <= getattr(source, name) < math.inf:
-            raise ConfigError(f"{where}.{name} is {getattr(source, name)}; it must be {least} or more.")
+    if source.url is not None:
+        _check_url(f"{where}.url", source.url)
+    for name, least, most in OF_URL:
+        if not least <= getattr(source, name) <= most:
+            range_ = f"{least} or more" if most == math.inf else f"{least} to {most}"
+            raise ConfigError(f"{where}.{name} is {getattr(source, name)}; it must be {range_}.")
+
+
+def _check_url(name: str, url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port  # which is looked at here
+    except ValueError as error:
+        raise ConfigError(f"{name} is {url}, which is no address: {error}.") from None
+    if parts.scheme not in ("http", "https") or not host:
+        raise ConfigError(f"{name} is {url}; it must begin with http:// or https:// and name a host.")
+
+
+def check_waiting(config: Config, ranks: int) -> None:
+    """All tries of one request together; a rank that waits for them longer than the others wait for it loses them."""
+    groups = (("rewards", config.rewards), ("health.judge", config.health.judge))
+    for name, source in ((f"{where}[{i}]", source) for where, group in groups for i, source in enumerate(group)):
+        pauses = sum(min(FIRST_WAIT * 2**n, LONGEST_WAIT) for n in range(source.retries))
+        longest = source.timeout * (source.retries + 1) + pauses
+        if ranks > 1 and source.url is not None and longest >= config.timeout:
+            raise ConfigError(
+                f"{name}.timeout is {source.timeout:g} and {name}.retries {source.retries}: one request may take"
+                f" {longest:g} s with its pauses, but timeout is {config.timeout:g}, and then the other ranks give up."
+                f" Raise timeout above {longest:g}, or lower one of these."
+            )
