@@ -66,10 +66,9 @@ def are_messages(value: Any) -> bool:
 
 def plain_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Texts in which prompts begin, with the BOS if the tokenizer puts one before a text; none gets a second one."""
-    encoded = (
-        tokenizer(list(texts), return_attention_mask=False)["input_ids"] if texts else []
-    )  # it takes no empty list
-    bos = tokenizer.bos_token_id
+    if not texts:  # tokenizers take no empty list
+        return []
+    encoded, bos = tokenizer(list(texts), return_attention_mask=False)["input_ids"], tokenizer.bos_token_id
     return [ids[1:] if ids[:2] == [bos, bos] else ids for ids in encoded]
 
 
