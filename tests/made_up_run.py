@@ -130,7 +130,8 @@ def alarms(steps: int) -> list[dict[str, Any]]:
     late = [
         {"step": step, "figure": "health/distinct_2", "value": 0.7, "threshold": 0.75, "level": "warn", "action": None}
         | {"message": f"distinct-2 is low {HOSTILE}"}
-        for step in (steps - 12, steps - 11, steps - 10)
+        for step in range(steps - 30, steps, 10)
+        if step > 0
     ]
     stop = {"step": steps, "figure": "judge_gap", "value": 0.6, "threshold": 0.5, "level": "act", "action": "stop"}
     return [*late, stop | {"message": "the judge falls while the score rises: the run ends; the best is step-00000030"}]

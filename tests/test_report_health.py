@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from made_up_run import write_run
 from report_page import Parsed, runs
 
 from fastppo import health
+from fastppo.report import health as report_health
 from fastppo.report import stats
 from fastppo.report.frontier import turning_point
 from fastppo.report.health import episodes
@@ -29,9 +31,19 @@ def shown(hacked: Path) -> Parsed:
     return Parsed(page(runs(hacked)))
 
 
+def test_an_alarm_that_stays_on_is_one_and_one_that_comes_back_another() -> None:
+    assert report_health.REST == health.REST
+    steps = [*range(100, 251, 10), 261]
+    alarms = [{"step": n, "figure": "entropy", "level": "warn", "action": None, "message": ""} for n in steps]
+    run = Run("made up", settings={}, metrics=[{"step": 500}], alarms=alarms, heldout=[], training=[])
+    assert [e.when for e in episodes(run)] == ["steps 100 to 250", "step 261"]
+    long = replace(run, metrics=[{"step": 1100}])
+    assert [e.when for e in episodes(long)] == ["steps 100 to 261"]
+
+
 def test_alarms_that_follow_each_other_are_one(hacked: Path, shown: Parsed) -> None:
     first, second = episodes(runs(hacked)[0])
-    assert (first.first, first.last, first.figure, first.level) == (48, 50, "distinct_2", "warn")
+    assert (first.first, first.last, first.figure, first.level) == (30, 50, "distinct_2", "warn")
     assert (second.when, second.action, second.threshold) == ("step 60", "stop", 0.5)
     assert {"alarm-0-0", "alarm-0-1"} <= set(shown.ids)
     flags = [(a["href"], (a["class"] or "").split()[1]) for a in shown.all("a", "flag")]

@@ -28,6 +28,9 @@ TITLES = {
 }
 
 
+REST = 10  # steps after which the trainer raises an alarm that stays on again
+
+
 def figures(runs: Sequence[Run], charts: Charts) -> str:
     """A chart of each health figure, with the alarms that it gave."""
     names = dict.fromkeys(name for run in runs for name in run.names if name.startswith("health/"))
@@ -75,13 +78,15 @@ class Episode:
 
 
 def episodes(run: Run) -> list[Episode]:
-    """The alarms of a run. Those of one kind count as one while no more than a hundredth of the run lies between."""
+    """The alarms of a run. Those of one kind count as one while no more lies between than `REST` steps, or a hundredth
+    of the run, so that a chart of a long run has room for their signs."""
+    gap = max(REST, run.steps // 100)
     found: list[Episode] = []
     newest: dict[tuple[str, str, str], int] = {}
     for alarm in run.alarms:
         episode, kind = _episode(alarm)
         at = newest.get(kind)
-        if at is not None and episode.first - found[at].last <= max(1, run.steps // 100):
+        if at is not None and episode.first - found[at].last <= gap:
             found[at] = replace(found[at], last=episode.first)
         else:
             newest[kind] = len(found)

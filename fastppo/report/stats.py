@@ -1,4 +1,4 @@
-"""What a row of numbers says beyond its noise. As `fastppo.health` has it, which a report cannot import: it has torch."""
+"""What a row of numbers says beyond its noise. `fastppo.health` has the same, but a report may not import torch."""
 
 from __future__ import annotations
 
