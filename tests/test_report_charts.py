@@ -34,7 +34,9 @@ def test_ticks_are_round_and_within_the_axis(low: float, high: float, expected: 
     assert ticks(0, 2, 5, whole=True) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("values", [[0.0], [5.0, 5.0], [-1e-9, 1e-9], [1e6, 1e6 + 1], [3.0, math.pi * 1e5]])
+@pytest.mark.parametrize(
+    "values", [[0.0], [5.0, 5.0], [-1e-9, 1e-9], [1e6, 1e6 + 1], [3.0, math.pi * 1e5], [0.0, 5e-324], [-1e100, 1e100]]
+)
 def test_an_axis_holds_its_values_and_has_ticks(values: list[float]) -> None:
     low, high = span(values)
     assert low < min(values) and max(values) < high

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from made_up_run import write_run
-from report_page import Parsed, runs
+from report_page import Parsed, charts, runs
 
 from fastppo.folder import RunFolderError
 from fastppo.report.__main__ import main, write_report
@@ -48,19 +49,70 @@ def test_a_long_run_makes_a_small_file(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").stat().st_size < 2e6
 
 
+HELD = {"of": "heldout", "step": 1, "prompt": "p", "response": "r", "score": 0.5}
+TRAINED = {"of": "training", "step": 1, "prompt": "p", "tokens": ["a", "b"], "advantages": [0.1, None], "score": None}
+ALARM = {"step": 1, "figure": "entropy", "level": "act", "action": "stop", "message": "m"}
+ALARM |= {"value": 1.0, "threshold": 2.0}
+
+
+def without(record: dict[str, Any], name: str) -> str:
+    return json.dumps({key: value for key, value in record.items() if key != name})
+
+
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("name", "line", "words"),
     [
-        ('{"step": 1}\n{"step": 2, "sco\n{"step": 3}\n', "metrics.jsonl, line 2: this is not JSON"),
-        ('{"step": 1}\n{"score": 2}\n', "metrics.jsonl, line 2: this has no whole number as its step"),
+        ("metrics", '{"step": 2, "sco', "this is not JSON"),
+        ("metrics", '{"score": 2}', "this has no whole number as its step. Mend the line, or remove it."),
+        ("metrics", '{"step": true}', "this has no whole number as its step"),
+        ("metrics", '{"step": -1}', "this has no whole number as its step"),
+        ("metrics", f'{{"step": {10**400}}}', "this has no whole number as its step"),
+        ("metrics", '{"step": 2, "score": "high"}', "this has no number as its score"),
+        ("metrics", '{"step": 2, "score": [1]}', "this has no number as its score"),
+        ("alarms", without(ALARM, "message"), "this has no text as its message"),
+        ("alarms", json.dumps(ALARM | {"value": "1"}), "this has no number as its value"),
+        ("alarms", json.dumps(ALARM | {"action": 1}), "this has no text or null as its action"),
+        ("responses", without(HELD, "prompt"), "this has no text as its prompt"),
+        ("responses", json.dumps(HELD | {"prompt": None}), "this has no text as its prompt"),
+        ("responses", json.dumps(HELD | {"response": None}), "this has no text as its response"),
+        ("responses", json.dumps(HELD | {"score": "0.5"}), "this has no number as its score"),
+        ("responses", json.dumps(HELD | {"of": []}), "this has no heldout or training as its of"),
+        ("responses", without(TRAINED, "advantages"), "this has no list of numbers as its advantages"),
+        ("responses", json.dumps(TRAINED | {"tokens": [1, 2]}), "this has no list of texts as its tokens"),
+        ("responses", json.dumps(TRAINED | {"tokens": ["a"]}), "this has no advantage for each of its tokens"),
+        ("reliability", '{"pairs": 3}', "this has no number as its predicted"),
     ],
 )
-def test_a_broken_line_is_named(content: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "metrics.jsonl").write_text(content)
+def test_a_damaged_line_is_named(
+    name: str, line: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bins = {"pairs": 0, "predicted": None, "observed": None, "observed_low": 0, "observed_high": 1}
+    sound = {"metrics": [{"step": 1}], "alarms": [ALARM], "responses": [HELD, TRAINED], "reliability": [bins]}
+    for file, records in sound.items():
+        (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    main([str(tmp_path), "--output", str(tmp_path / "sound.html")])
+    with open(tmp_path / f"{name}.jsonl", "a") as file:
+        file.write(line + "\n")
     with pytest.raises(SystemExit, match="2"):
         main([str(tmp_path)])
-    assert words in capsys.readouterr().err
+    assert f"{name}.jsonl, line {len(sound[name]) + 1}: {words}" in capsys.readouterr().err
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("number", ["Infinity", "-Infinity", "NaN", "1e999", "9" * 400, "1e101"])
+def test_numbers_without_bounds_are_gaps_wherever_they_stand(number: str, tmp_path: Path) -> None:
+    names = ("score", "kl", "health/judge", "time/step")
+    lines = {
+        "metrics": [{"step": 1, "x": "X"} | dict.fromkeys(names, 1), {"step": 2} | dict.fromkeys(names, "X")],
+        "alarms": [ALARM | {"value": "X", "threshold": "X"}],
+        "responses": [HELD | {"score": "X"}, TRAINED | {"advantages": ["X", 1]}],
+    }
+    for file, records in lines.items():
+        text = "".join(json.dumps(record) + "\n" for record in records).replace('"X"', number)
+        (tmp_path / f"{file}.jsonl").write_text(text)
+    parsed = Parsed(page(runs(tmp_path)))
+    assert charts(parsed)["Score"]["lines"][0]["y"] == [1]
+    assert "inf" not in parsed.text.lower() and "x" not in [title.lower() for title in charts(parsed)]
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -34,8 +34,9 @@ def shown(hacked: Path) -> Parsed:
 def test_an_alarm_that_stays_on_is_one_and_one_that_comes_back_another() -> None:
     assert report_health.REST == health.REST
     steps = [*range(100, 251, 10), 261]
-    alarms = [{"step": n, "figure": "entropy", "level": "warn", "action": None, "message": ""} for n in steps]
-    run = Run("made up", settings={}, metrics=[{"step": 500}], alarms=alarms, heldout=[], training=[])
+    alarm = {"figure": "entropy", "value": 1, "threshold": 2, "level": "warn", "action": None, "message": ""}
+    alarms = [{"step": n} | alarm for n in steps]
+    run = Run("made up", metrics=[{"step": 500}], alarms=alarms)
     assert [e.when for e in episodes(run)] == ["steps 100 to 250", "step 261"]
     long = replace(run, metrics=[{"step": 1100}])
     assert [e.when for e in episodes(long)] == ["steps 100 to 261"]
@@ -60,7 +61,7 @@ def judged(judge: Sequence[float], score: Sequence[float]) -> Run:
         {"step": n, "kl": 0.1 * n, "health/judge": j, "score": s}
         for n, (j, s) in enumerate(zip(judge, score, strict=True), start=1)
     ]
-    return Run("made up", settings={}, metrics=metrics, alarms=[], heldout=[], training=[])
+    return Run("made up", metrics=metrics)
 
 
 def marked(judge: Callable[[float], float], runs: int = 100, steps: int = 36) -> float:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fastppo.report.curves import number
+from fastppo.report.lines import Record
 from fastppo.report.plot import SIGNS, Charts, Flag, Level, Line
-from fastppo.report.run import Record, Run, is_number
+from fastppo.report.run import Run
 from fastppo.report.texts import text
 
 TITLES = {
@@ -96,12 +97,10 @@ def episodes(run: Run) -> list[Episode]:
 
 def _episode(alarm: Record) -> tuple[Episode, tuple[str, str, str]]:
     """An alarm alone, and its kind."""
-    figure = str(alarm.get("figure", "")).removeprefix("health/")
-    level = "act" if alarm.get("level") == "act" else "warn"
-    action = str(alarm.get("action") or "none").replace("_", " ")
-    value, threshold = (float(x) if is_number(x := alarm.get(name)) else None for name in ("value", "threshold"))
-    step = alarm["step"]
-    episode = Episode(step, step, figure, level, value, threshold, action, str(alarm.get("message", "")))
+    figure, step = alarm["figure"].removeprefix("health/"), alarm["step"]
+    level = "act" if alarm["level"] == "act" else "warn"
+    action = (alarm["action"] or "none").replace("_", " ")
+    episode = Episode(step, step, figure, level, alarm["value"], alarm["threshold"], action, alarm["message"])
     return episode, (figure, level, action)
 
 
