@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from made_up_run import write_run
@@ -17,6 +18,7 @@ from fastppo.report import health as report_health
 from fastppo.report import stats
 from fastppo.report.frontier import turning_point
 from fastppo.report.health import episodes
+from fastppo.report.levels import levels
 from fastppo.report.page import page
 from fastppo.report.run import Run
 
@@ -48,9 +50,68 @@ def test_alarms_that_follow_each_other_are_one(hacked: Path, shown: Parsed) -> N
     assert (second.when, second.action, second.threshold) == ("step 60", "stop", 0.5)
     assert {"alarm-0-0", "alarm-0-1"} <= set(shown.ids)
     flags = [(a["href"], (a["class"] or "").split()[1]) for a in shown.all("a", "flag")]
-    # the one that acted is on score and KL too
-    assert flags == [("#alarm-0-1", "act")] * 2 + [("#alarm-0-0", "warn"), ("#alarm-0-1", "act")]
-    assert len(shown.all("path", "level")) == 2
+    # the one that acted is on score, judge and KL too
+    assert flags == [("#alarm-0-1", "act")] * 3 + [("#alarm-0-0", "warn"), ("#alarm-0-1", "act")]
+
+
+# Levels
+
+
+def watched(figure: str, values: Sequence[float | None], **settings: Any) -> Run:
+    metrics = [{"step": n, f"health/{figure}": value} for n, value in enumerate(values, start=1)]
+    given = {"health.window": 3, "health.alarms": []} | {f"health.{name}": value for name, value in settings.items()}
+    return Run("made up", settings=given, metrics=metrics)
+
+
+@pytest.mark.parametrize(
+    ("figure", "values", "ys", "text"),
+    [
+        ("entropy", [4.0, None, 2.0, 0.1], (1.5,), "▲ warns below 1.5"),  # times start
+        ("self_bleu", [0.1, 0.2, 0.3, 0.9], (0.5,), "▲ warns above 0.5"),  # from start
+        ("length_spread", [0.5, 0.6, 0.4], (0.25,), "▲ warns below 0.25"),
+        ("kl_token", [0.1], (1.0,), "▲ warns above 1"),  # value
+        ("length_correlation", [0.1], (0.7, -0.7), "▲ warns beyond ±0.7"),
+    ],
+)
+def test_the_standing_level_is_told_in_the_figures_own_unit(
+    figure: str, values: list[float | None], ys: tuple[float, ...], text: str
+) -> None:
+    [level] = levels([watched(figure, values)], figure)
+    assert level.ys == pytest.approx(ys)
+    assert (level.level, level.text) == ("warn", text)
+
+
+@pytest.mark.parametrize("figure", ["entropy", "judge"])
+def test_a_level_that_is_not_known_yet_or_never_is_not_told(figure: str) -> None:
+    short = watched(figure, [1.0, 2.0])
+    assert levels([short], figure) == []
+    alarm = {"step": 2, "figure": figure, "value": 1, "threshold": 0.3, "level": "warn", "action": None, "message": ""}
+    [level] = levels([replace(short, alarms=[alarm])], figure)
+    assert (level.ys, level.text) == ((0.3,), "▲ warns below 0.3")
+
+
+def test_settings_add_levels_and_take_the_standing_ones_place() -> None:
+    def told(*alarms: dict[str, Any]) -> list[str]:
+        run = watched("entropy", [2.0], window=1, alarms=[{"figure": "entropy"} | alarm for alarm in alarms])
+        return [level.text for level in levels([run], "entropy")]
+
+    stop, warn = {"level": 0.8, "action": "stop"}, {"level": 0.9, "action": "warn"}
+    assert told(stop) == ["▲ warns below 1", "■ stops below 1.6"]
+    assert told(stop, warn) == ["■ stops below 1.6", "▲ warns below 1.8"]
+    assert told(warn | {"level": None}) == []
+    assert levels([replace(watched("entropy", [2.0] * 3), settings={})], "entropy") == []
+
+
+def test_two_runs_have_each_its_level() -> None:
+    [level] = levels([watched("entropy", [2.0] * 3), watched("entropy", [3.0] * 3)], "entropy")
+    assert (level.ys, level.text) == ((1.0, 1.5), "▲ warns below 1 or 1.5")
+
+
+def test_a_healthy_chart_shows_a_level_that_is_near_and_tells_one_that_is_far() -> None:
+    near = page([watched("length_correlation", [0.1, -0.2, 0.1])])
+    assert near.count('class="level warn"') == 2 and "▲ warns beyond ±0.7" in near
+    far = page([watched("kl_sequence", [0.1, 0.2, 0.3])])
+    assert 'class="level' not in far and "▲ warns above 100" in far
 
 
 # The judge's turning point

@@ -6,41 +6,35 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fastppo.report.curves import number
+from fastppo.report.levels import levels
 from fastppo.report.lines import Record
-from fastppo.report.plot import SIGNS, Charts, Flag, Level, Line
+from fastppo.report.plot import SIGNS, Charts, Flag, Line, grid
 from fastppo.report.run import Run
 from fastppo.report.texts import text
+from fastppo.report.titles import quantity
 
-TITLES = {
-    "entropy": ("Entropy", "nats a token"),
-    "distinct_1": ("Distinct-1", "different words of all words"),
-    "distinct_2": ("Distinct-2", "different pairs of all pairs"),
-    "distinct_3": ("Distinct-3", "different triples of all triples"),
-    "self_bleu": ("Self-BLEU", "likeness of responses to each other"),
-    "repetition": ("Repetition", "within a response"),
-    "duplicates": ("Duplicates", "share of responses"),
-    "length_spread": ("Length spread", "standard deviation of lengths"),
-    "kl_token": ("KL", "nats a token"),
-    "kl_sequence": ("KL", "nats a response"),
-    "perplexity": ("Perplexity", "of responses, under the reference"),
-    "judge": ("Judge", "held-out, never trained on"),
-    "judge_gap": ("Gap", "between proxy and judge"),
-    "length_correlation": ("Length correlation", "of reward and length"),
-}
-
-
+COLUMNS = ("step", "level", "figure", "value", "threshold", "action", "message")
 REST = 10  # steps after which the trainer raises an alarm that stays on again
 
 
+def health(runs: Sequence[Run], charts: Charts) -> str:
+    if not any(run.is_watched for run in runs):
+        return ""
+    note = (
+        f'<p class="note">{SIGNS["warn"]} a warning, {SIGNS["act"]} an alarm that acts; dashed: the level of each,'
+        " where it is near.</p>"
+    )
+    return alarms(runs) + note + grid(figures(runs, charts))
+
+
 def figures(runs: Sequence[Run], charts: Charts) -> str:
-    """A chart of each health figure, with the alarms that it gave."""
+    """A chart of each health figure, with its levels and the alarms that it gave."""
     names = dict.fromkeys(name for run in runs for name in run.names if name.startswith("health/"))
     drawn = []
     for name in names:
         figure = name.removeprefix("health/")
-        title, note = TITLES.get(figure, (figure.replace("_", " ").capitalize(), ""))
         lines = [Line(run.name, run.curve(name), i) for i, run in enumerate(runs)]
-        drawn.append(charts.draw(title, note, lines, flags=flags(runs, figure), levels=levels(runs, figure)))
+        drawn.append(charts.draw(quantity(name), lines, flags=flags(runs, figure), levels=levels(runs, figure)))
     return "".join(drawn)
 
 
@@ -52,12 +46,6 @@ def flags(runs: Sequence[Run], *figures: str) -> list[Flag]:
         for n, e in enumerate(episodes(run))
         if (e.figure in figures if figures else e.level == "act")
     ]
-
-
-def levels(runs: Sequence[Run], figure: str) -> list[Level]:
-    """The thresholds that alarms of a figure name, each once."""
-    found = {(e.threshold, e.level): None for run in runs for e in episodes(run) if e.figure == figure}
-    return [Level(y, level) for y, level in found if y is not None]
 
 
 @dataclass(frozen=True)
@@ -111,10 +99,8 @@ def alarms(runs: Sequence[Run]) -> str:
         return '<p class="good">No alarm was raised.</p>'
     body = "".join(_row(f"alarm-{i}-{n}", _whose(i, run) if len(runs) > 1 else "", e) for i, run, n, e in rows)
     return (
-        f'<p class="note">{SIGNS["warn"]} a warning, {SIGNS["act"]} an alarm that acted; dashed: its threshold.</p>'
         '<div class="scroll" tabindex="0" role="group" aria-label="Alarms"><table class="alarms"><thead><tr>'
-        "<th>step<th>level<th>figure<th>value<th>threshold<th>action<th>message</thead>"
-        f"<tbody>{body}</tbody></table></div>"
+        f"{''.join(f'<th>{column}' for column in COLUMNS)}</thead><tbody>{body}</tbody></table></div>"
     )
 
 
@@ -123,9 +109,14 @@ def _whose(i: int, run: Run) -> str:
 
 
 def _row(key: str, whose: str, episode: Episode) -> str:
-    e, sign = episode, SIGNS[episode.level]
-    return (
-        f'<tr id="{key}"><td>{e.when.partition(" ")[2]}<td><span class="level-{e.level}">{sign} {e.level}</span>'
-        f"<td>{text(e.figure)}<td>{number(e.value)}<td>{number(e.threshold)}<td>{text(e.action)}"
-        f'<td dir="auto">{whose}{text(e.message)}'
+    e = episode
+    cells = (
+        e.when.partition(" ")[2],
+        f'<span class="level-{e.level}">{SIGNS[e.level]} {e.level}</span>',
+        text(e.figure),
+        number(e.value),
+        number(e.threshold),
+        text(e.action),
     )
+    row = "".join(f'<td data-of="{column}">{cell}' for column, cell in zip(COLUMNS, cells, strict=False))
+    return f'<tr id="{key}">{row}<td data-of="{COLUMNS[-1]}" dir="auto">{whose}{text(e.message)}'

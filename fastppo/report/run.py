@@ -41,6 +41,11 @@ class Run:
         return Curve([float(step) for step, _ in rows], [None if y is None else float(y) for _, y in rows])
 
     @property
+    def is_watched(self) -> bool:
+        """Whether the run has health figures, or alarms."""
+        return bool(self.alarms) or any(name.startswith("health/") for name in self.names)
+
+    @property
     def steps(self) -> int:
         """Steps done."""
         return max((record["step"] for record in self.metrics), default=0)
