@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from fastppo.config import Config
+from fastppo.config import Config, RewardTrainingConfig, SFTConfig
 from fastppo.report import texts
 from fastppo.report.curves import number
 from fastppo.report.run import Run, flat
@@ -18,7 +18,7 @@ def settings(runs: Sequence[Run]) -> str:
     """Every setting; marked is what is not the default, and for two runs the differences come first."""
     if not any(run.settings for run in runs):
         return ""
-    defaults = [flat(dataclasses.asdict(Config()))] * len(runs)
+    defaults = [_defaults(run) for run in runs]
     names = list(dict.fromkeys(name for run in runs for name in run.settings))
     different = [n for n in names if len({_yaml(run.settings.get(n)) for run in runs}) > 1]
     head = ""
@@ -37,6 +37,12 @@ def settings(runs: Sequence[Run]) -> str:
     note = '<p class="note">Bold is what is not the default.</p>'
     whole = f'{note}<div class="groups">{tables}</div>'
     return f"{head}<details><summary>All settings</summary>{whole}</details>" if head else whole
+
+
+def _defaults(run: Run) -> dict[str, Any]:
+    """Those of the command that has the most of the run's settings."""
+    commands = [flat(dataclasses.asdict(config())) for config in (Config, RewardTrainingConfig, SFTConfig)]
+    return max(commands, key=lambda command: len(command.keys() & run.settings.keys()))
 
 
 def _is_of(name: str, group: str) -> bool:
