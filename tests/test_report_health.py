@@ -21,6 +21,7 @@ from fastppo.report.health import episodes
 from fastppo.report.levels import levels
 from fastppo.report.page import page
 from fastppo.report.run import Run
+from fastppo.report.tiles import ending
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,40 @@ def test_a_healthy_chart_shows_a_level_that_is_near_and_tells_one_that_is_far() 
     assert near.count('class="level warn"') == 2 and "▲ warns beyond ±0.7" in near
     far = page([watched("kl_sequence", [0.1, 0.2, 0.3])])
     assert 'class="level' not in far and "▲ warns above 100" in far
+
+
+# The end
+
+
+def stopped(action: str, steps: int, *alarm_steps: int, roll_backs: int = 1) -> Run:
+    alarm = {"figure": "judge", "value": 1, "threshold": 2, "level": "act", "action": action, "message": "it fell"}
+    alarms = [{"step": step} | alarm for step in alarm_steps]
+    return Run("made up", {"health.roll_backs": roll_backs}, metrics=[{"step": steps, "score": 1}], alarms=alarms)
+
+
+def test_a_run_that_an_alarm_ended_says_so_at_the_top(tmp_path: Path) -> None:
+    html = page(runs(write_run(tmp_path / "hacked")))
+    top = html.partition("<nav")[0]
+    assert '<a href="#alarm-0-1">■ Ended by an alarm of judge_gap at step 60</a>' in top
+    assert "the judge falls while the score rises" in top and "Done: stop" in top
+    assert "Ended" not in page(runs(write_run(tmp_path / "sound", hacked=False))).partition("<nav")[0]
+
+
+@pytest.mark.parametrize(
+    ("run", "ended"),
+    [
+        (stopped("stop", 30, 30), 30),
+        (stopped("stop", 31, 30), None),  # it was resumed with other alarms
+        (stopped("raise_kl", 30, 30), None),
+        (stopped("roll_back", 30, 30), None),
+        (stopped("roll_back", 50, 30, 50), 50),  # it may not roll back once more
+        (stopped("roll_back", 20, 30, 50, roll_backs=2), None),
+    ],
+)
+def test_only_an_alarm_that_ends_a_run_is_said_to_have(run: Run, ended: int | None) -> None:
+    found = ending(run)
+    assert (found[1].last if found else None) == ended
+    assert ("Ended by an alarm" in page([run])) == (ended is not None)
 
 
 # The judge's turning point

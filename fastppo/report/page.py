@@ -50,7 +50,7 @@ def page(runs: Sequence[Run]) -> str:
 <button id="theme" type="button" hidden>theme: auto</button>
 <h1>{tiles.names(runs)}</h1>
 <p class="state">{tiles.state(runs)} · written {datetime.now():%Y-%m-%d %H:%M}</p>
-{tiles.tiles(runs)}
+{tiles.endings(runs)}{tiles.tiles(runs)}
 </header>
 <nav aria-label="Sections">{links}</nav>
 <main>

@@ -1,4 +1,4 @@
-"""What a reader sees first: where a run stands, and its few most telling numbers."""
+"""What a reader sees first: where a run stands, the alarm that ended it, and its few most telling numbers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from html import escape
 from statistics import fmean
 
 from fastppo.report.curves import duration, number
-from fastppo.report.health import episodes
+from fastppo.report.health import Episode, episodes
+from fastppo.report.plot import SIGNS
 from fastppo.report.run import Run
+from fastppo.report.texts import text
 
 
 def names(runs: Sequence[Run]) -> str:
@@ -28,6 +30,28 @@ def state(runs: Sequence[Run]) -> str:
 def _done(run: Run) -> str:
     whole = run.settings.get("steps")
     return f"{run.steps} of {whole} steps" if isinstance(whole, int) else f"{run.steps} steps"
+
+
+def endings(runs: Sequence[Run]) -> str:
+    """For each run that an alarm has ended, which and when."""
+    found = [(i, run, *ended) for i, run in enumerate(runs) if (ended := ending(run))]
+    return "".join(
+        f'<p class="ended">{f"{swatch(i)}{text(run.name)}: " if len(runs) > 1 else ""}<a href="#alarm-{i}-{n}">'
+        f"{SIGNS['act']} Ended by an alarm of {text(e.figure)} at step {e.last}</a> <span>{text(e.message)}</span>"
+        f"<span>Done: {text(e.action)}; the actor is that of the best checkpoint from before, if one is left.</span>"
+        "</p>"
+        for i, run, n, e in found
+    )
+
+
+def ending(run: Run) -> tuple[int, Episode] | None:
+    """The alarm that ended the run, with its place among the episodes; None if it went on, or may roll back."""
+    allowed = run.settings.get("health.roll_backs")
+    ends = {"stop"}
+    if isinstance(allowed, int) and sum(alarm["action"] == "roll_back" for alarm in run.alarms) > allowed:
+        ends.add("roll back")
+    found = [(n, e) for n, e in enumerate(episodes(run)) if e.action in ends and e.last >= run.steps]
+    return found[-1] if found else None
 
 
 def tiles(runs: Sequence[Run]) -> str:
