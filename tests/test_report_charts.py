@@ -66,7 +66,7 @@ def test_a_chart_without_a_point_is_none() -> None:
 def test_points_without_a_neighbour_are_dots_in_both_runs() -> None:
     one, other = Curve([1.0], [2.0]), Curve([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [2.0, None, 3.0, None, 5.0, 6.0])
     html = Charts().draw(Quantity("t"), [Line("a", one, 0), Line("b", other, 1)])
-    dots = dict(re.findall(r'class="alone run(\d)" d="([^"]+)"', html))
+    dots = dict(re.findall(r'class="lone run(\d)" d="([^"]+)"', html))
     assert {run: path.count("h0") for run, path in dots.items()} == {"0": 1, "1": 2}
     [line] = re.findall(r'class="line run1" d="[^"]*(M[^"M]+)"', html)
     assert line.count(",") == 2

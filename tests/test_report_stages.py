@@ -71,5 +71,7 @@ def test_calibration_is_a_chart_of_the_bins_that_have_pairs(reward: str, sft: st
     assert line["x"] == pytest.approx([0.525 + 0.05 * n for n in range(9)])
     assert line["y"] == pytest.approx([0.5 + 0.045 * n for n in range(9)])
     figure = reward[reward.index("<b>Calibration</b>") :].partition("</figure>")[0]
-    assert 'class="mark"' in figure and 'class="bars run0" d="M' in figure
+    assert 'class="bars run0" d="M' in figure
+    [diagonal] = re.findall(r'class="mark" d="M0,(\d+)L1000,(\d+)"', figure)  # to the height of 1, at the top
+    assert int(diagonal[0]) > 600 and diagonal[1] == "0"
     assert "Calibration" not in charts(Parsed(sft))

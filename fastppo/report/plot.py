@@ -86,7 +86,8 @@ class Charts:
         if not drawn:
             return ""
         xs = [x for line in drawn for x, _ in line.curve.points]
-        (left, right), (low, high) = x_range or span(xs, room=0.0), _heights(shown, drawn, levels)
+        left, right = x_range or span(xs, room=0.0)
+        low, high = _heights(shown, drawn, levels, (left, right) if diagonal else ())
         place = _Place(left, right, low, high)
         key = f"chart{len(self.data)}"
         whole = x_title == "step"
@@ -103,8 +104,7 @@ class Charts:
         behind = [_level(y, level, place) for level in levels for y in level.ys if low <= y <= high]
         behind += [f'<path class="mark" d="M{place.x(x):.0f},0V{SIZE}"/>' for x, _ in marks]
         if diagonal:
-            ends = max(left, low), min(right, high)
-            behind.append(f'<path class="mark" d="{_path(Curve(ends, ends), place)}"/>')
+            behind.append(f'<path class="mark" d="{_path(Curve((left, right), (left, right)), place)}"/>')
         said = [f'<em class="{level.level}">{escape(level.text)}</em>' for level in levels]
         said += [f"<em>{escape(text)}</em>" for _, text in marks if text]
         label = f"{shown.title}, {shown.note}. {'; '.join(map(_in_words, drawn))}."
@@ -114,7 +114,8 @@ class Charts:
 <div class="plot" role="slider" tabindex="0" aria-label="{escape(label)}" aria-valuemin="{left:g}" \
 aria-valuemax="{right:g}" aria-valuenow="{right:g}">
 <svg viewBox="0 0 {SIZE} {SIZE}" preserveAspectRatio="none" aria-hidden="true"><g class="grid">{grid}</g>
-{"".join(behind)}{"".join(_drawn(line, curve, place, smoothed) for line, curve in curves)}</svg>
+{"".join(behind)}{"".join(_drawn(line, curve, place, smoothed) for line, curve in curves)}\
+{"".join(_lone(line, curve, place, smoothed) for line, curve in curves)}</svg>
 {"".join(f'<span class="y" style="bottom:{place.up(y):.1f}%">{short_number(y)}</span>' for y in y_ticks)}
 {"".join(f'<span class="x" style="left:{place.right_of(x):.1f}%">{short_number(x)}</span>' for x in x_ticks)}
 {"".join(_flag(flag, place) for flag in flags)}<i class="cursor" hidden></i></div>
@@ -122,9 +123,11 @@ aria-valuemax="{right:g}" aria-valuenow="{right:g}">
 </figure>"""
 
 
-def _heights(shown: Quantity, lines: Sequence[Line], levels: Sequence[Level]) -> tuple[float, float]:
+def _heights(
+    shown: Quantity, lines: Sequence[Line], levels: Sequence[Level], others: Sequence[float]
+) -> tuple[float, float]:
     """The y axis: it holds all numbers, and the levels that leave them `LEAST_SHARE` of it, within what is possible."""
-    ys = [end for line in lines for x, y in line.curve.points for end in (y, *line.bars.get(x, ()))]
+    ys = [end for line in lines for x, y in line.curve.points for end in (y, *line.bars.get(x, ()))] + [*others]
     low, high = min(ys), max(ys)
     reach = (high - low) / LEAST_SHARE
     near = [y for level in levels for y in level.ys if high - reach <= y <= low + reach]
@@ -171,23 +174,26 @@ def _drawn(line: Line, curve: Curve, place: _Place, smoothed: bool) -> str:
             f'<path class="core{many}" d="{_dots(curve, place)}"/>'
         )
     if line.steps or not smoothed:
-        return _stroke("line", line, curve, place) + _stroke("alone", line, _alone(curve), place)
-    mean = thin(smooth(line.curve), 400)
-    return "".join(
-        _stroke(kind, line, points, place) for kind, points in (("raw", curve), ("line", mean), ("alone", _alone(mean)))
+        return f'<path class="line run{line.run}" d="{_path(curve, place)}"/>'
+    return (
+        f'<path class="raw run{line.run}" d="{_path(curve, place)}"/>'
+        f'<path class="line run{line.run}" d="{_path(_mean(line), place)}"/>'
     )
 
 
-def _stroke(kind: str, line: Line, curve: Curve, place: _Place) -> str:
-    path = _dots(curve, place) if kind == "alone" else _path(curve, place)
-    return f'<path class="{kind} run{line.run}" d="{path}"/>' if path else ""
+def _mean(line: Line) -> Curve:
+    return thin(smooth(line.curve), 400)
 
 
-def _alone(curve: Curve) -> Curve:
-    """The points without a neighbour, which a line does not show."""
-    y = [None, *curve.y, None]
-    alone = [i for i in range(len(curve)) if y[i + 1] is not None and y[i] is y[i + 2] is None]
-    return Curve([curve.x[i] for i in alone], [curve.y[i] for i in alone])
+def _lone(line: Line, curve: Curve, place: _Place, smoothed: bool) -> str:
+    """Dots for the points without a neighbour, which a line does not show."""
+    if line.dots:
+        return ""
+    shown = _mean(line) if smoothed and not line.steps else curve
+    y = [None, *shown.y, None]
+    alone = [i for i in range(len(shown)) if y[i + 1] is not None and y[i] is y[i + 2] is None]
+    points = Curve([shown.x[i] for i in alone], [shown.y[i] for i in alone])
+    return f'<path class="lone run{line.run}" d="{_dots(points, place)}"/>' if alone else ""
 
 
 def _path(curve: Curve, place: _Place) -> str:
