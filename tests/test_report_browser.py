@@ -18,6 +18,8 @@ pytestmark = pytest.mark.skipif(chromium() is None, reason="there is no Chromium
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     one, other = write_run(folder / "hacked"), write_run(folder / "sound", 40, seed=1, hacked=False)
+    name = "qwen2_5_7b_instruct_helpful_ppo_lr1e6_kl002_seed"
+    write_report([write_run(folder / f"{name}{seed}", seed=seed) for seed in (1, 2)], folder / "long.html")
     write_report([one], folder / "one.html")
     write_report([one, other], folder / "two.html")
     return folder
@@ -41,6 +43,41 @@ def test_it_opens_without_a_word_in_the_console_and_fits(
     assert tab.js("[innerWidth, document.documentElement.scrollWidth]") == [width, width]
     paper = tab.js("getComputedStyle(document.documentElement).backgroundColor")
     assert paper == ("rgb(20, 22, 26)" if dark else "rgb(250, 249, 246)")
+
+
+@pytest.mark.parametrize("width", [360, 800])
+def test_names_of_any_length_fit(width: int, folder: Path, tab: Page) -> None:
+    tab.open(folder / "long.html", width=width)
+    tab.js("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+    assert tab.js("document.documentElement.scrollWidth") == width
+
+
+def test_a_phone_shows_every_cell_of_an_alarm(folder: Path, tab: Page) -> None:
+    tab.open(folder / "one.html", width=360)
+    assert tab.js("document.querySelector('.scroll').scrollWidth <= document.querySelector('.scroll').clientWidth")
+    cells = "[...document.querySelectorAll('.alarms td')]"
+    assert tab.js(f"{cells}.every((cell) => cell.getBoundingClientRect().right <= innerWidth)")
+    before = "getComputedStyle(document.querySelectorAll('.alarms td')[4], '::before').content"
+    assert "threshold" in tab.js(before)
+
+
+@pytest.mark.parametrize("width", [800, 1280])
+def test_tiles_and_large_charts_fill_their_rows(width: int, folder: Path, tab: Page) -> None:
+    tab.open(folder / "one.html", width=width)
+    for row in (".tiles", ".grid.large"):
+        rights = tab.js(LAST_OF_ROWS % row)
+        assert rights and max(rights) - min(rights) < 1
+
+
+# How far each row of boxes reaches to the right.
+LAST_OF_ROWS = """(() => {
+  const rows = {};
+  for (const box of document.querySelector('%s').children) {
+    const {top, right} = box.getBoundingClientRect();
+    rows[top] = Math.max(rows[top] ?? 0, right);
+  }
+  return Object.values(rows);
+})()"""
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -60,7 +60,7 @@ def smooth(curve: Curve, window: int | None = None) -> Curve:
 def span(values: Sequence[float], room: float = 0.06) -> tuple[float, float]:
     """An axis that holds all values, with this share of room at both ends; never empty."""
     low, high = min(values), max(values)
-    spare = (high - low) * room if high > low else abs(high) * 0.05 or 0.5
+    spare = (high - low) * room if high - low > 1e-100 else max(abs(high) * 0.05, 1e-9) if high else 0.5
     return low - spare, high + spare
 
 

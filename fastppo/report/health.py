@@ -6,37 +6,35 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fastppo.report.curves import number
-from fastppo.report.plot import SIGNS, Charts, Flag, Level, Line
-from fastppo.report.run import Record, Run, is_number
+from fastppo.report.levels import levels
+from fastppo.report.lines import Record
+from fastppo.report.plot import SIGNS, Charts, Flag, Line, grid
+from fastppo.report.run import Run
 from fastppo.report.texts import text
+from fastppo.report.titles import quantity
 
-TITLES = {
-    "entropy": ("Entropy", "nats a token"),
-    "distinct_1": ("Distinct-1", "different words of all words"),
-    "distinct_2": ("Distinct-2", "different pairs of all pairs"),
-    "distinct_3": ("Distinct-3", "different triples of all triples"),
-    "self_bleu": ("Self-BLEU", "likeness of responses to each other"),
-    "repetition": ("Repetition", "within a response"),
-    "duplicates": ("Duplicates", "share of responses"),
-    "length_spread": ("Length spread", "standard deviation of lengths"),
-    "kl_token": ("KL", "nats a token"),
-    "kl_sequence": ("KL", "nats a response"),
-    "perplexity": ("Perplexity", "of responses, under the reference"),
-    "judge": ("Judge", "held-out, never trained on"),
-    "judge_gap": ("Gap", "between proxy and judge"),
-    "length_correlation": ("Length correlation", "of reward and length"),
-}
+COLUMNS = ("step", "level", "figure", "value", "threshold", "action", "message")
+REST = 10  # steps after which the trainer raises an alarm that stays on again
+
+
+def health(runs: Sequence[Run], charts: Charts) -> str:
+    if not any(run.is_watched for run in runs):
+        return ""
+    note = (
+        f'<p class="note">{SIGNS["warn"]} a warning, {SIGNS["act"]} an alarm that acts; dashed: the level of each,'
+        " where it is near.</p>"
+    )
+    return alarms(runs) + note + grid(figures(runs, charts))
 
 
 def figures(runs: Sequence[Run], charts: Charts) -> str:
-    """A chart of each health figure, with the alarms that it gave."""
+    """A chart of each health figure, with its levels and the alarms that it gave."""
     names = dict.fromkeys(name for run in runs for name in run.names if name.startswith("health/"))
     drawn = []
     for name in names:
         figure = name.removeprefix("health/")
-        title, note = TITLES.get(figure, (figure.replace("_", " ").capitalize(), ""))
         lines = [Line(run.name, run.curve(name), i) for i, run in enumerate(runs)]
-        drawn.append(charts.draw(title, note, lines, flags=flags(runs, figure), levels=levels(runs, figure)))
+        drawn.append(charts.draw(quantity(name), lines, flags=flags(runs, figure), levels=levels(runs, figure)))
     return "".join(drawn)
 
 
@@ -48,12 +46,6 @@ def flags(runs: Sequence[Run], *figures: str) -> list[Flag]:
         for n, e in enumerate(episodes(run))
         if (e.figure in figures if figures else e.level == "act")
     ]
-
-
-def levels(runs: Sequence[Run], figure: str) -> list[Level]:
-    """The thresholds that alarms of a figure name, each once."""
-    found = {(e.threshold, e.level): None for run in runs for e in episodes(run) if e.figure == figure}
-    return [Level(y, level) for y, level in found if y is not None]
 
 
 @dataclass(frozen=True)
@@ -75,13 +67,15 @@ class Episode:
 
 
 def episodes(run: Run) -> list[Episode]:
-    """The alarms of a run. Those of one kind count as one while no more than a hundredth of the run lies between."""
+    """The alarms of a run. Those of one kind count as one while no more lies between than `REST` steps, or a hundredth
+    of the run, so that a chart of a long run has room for their signs."""
+    gap = max(REST, run.steps // 100)
     found: list[Episode] = []
     newest: dict[tuple[str, str, str], int] = {}
     for alarm in run.alarms:
         episode, kind = _episode(alarm)
         at = newest.get(kind)
-        if at is not None and episode.first - found[at].last <= max(1, run.steps // 100):
+        if at is not None and episode.first - found[at].last <= gap:
             found[at] = replace(found[at], last=episode.first)
         else:
             newest[kind] = len(found)
@@ -91,12 +85,10 @@ def episodes(run: Run) -> list[Episode]:
 
 def _episode(alarm: Record) -> tuple[Episode, tuple[str, str, str]]:
     """An alarm alone, and its kind."""
-    figure = str(alarm.get("figure", "")).removeprefix("health/")
-    level = "act" if alarm.get("level") == "act" else "warn"
-    action = str(alarm.get("action") or "none").replace("_", " ")
-    value, threshold = (float(x) if is_number(x := alarm.get(name)) else None for name in ("value", "threshold"))
-    step = alarm["step"]
-    episode = Episode(step, step, figure, level, value, threshold, action, str(alarm.get("message", "")))
+    figure, step = alarm["figure"].removeprefix("health/"), alarm["step"]
+    level = "act" if alarm["level"] == "act" else "warn"
+    action = (alarm["action"] or "none").replace("_", " ")
+    episode = Episode(step, step, figure, level, alarm["value"], alarm["threshold"], action, alarm["message"])
     return episode, (figure, level, action)
 
 
@@ -107,10 +99,8 @@ def alarms(runs: Sequence[Run]) -> str:
         return '<p class="good">No alarm was raised.</p>'
     body = "".join(_row(f"alarm-{i}-{n}", _whose(i, run) if len(runs) > 1 else "", e) for i, run, n, e in rows)
     return (
-        f'<p class="note">{SIGNS["warn"]} a warning, {SIGNS["act"]} an alarm that acted; dashed: its threshold.</p>'
         '<div class="scroll" tabindex="0" role="group" aria-label="Alarms"><table class="alarms"><thead><tr>'
-        "<th>step<th>level<th>figure<th>value<th>threshold<th>action<th>message</thead>"
-        f"<tbody>{body}</tbody></table></div>"
+        f"{''.join(f'<th>{column}' for column in COLUMNS)}</thead><tbody>{body}</tbody></table></div>"
     )
 
 
@@ -119,9 +109,14 @@ def _whose(i: int, run: Run) -> str:
 
 
 def _row(key: str, whose: str, episode: Episode) -> str:
-    e, sign = episode, SIGNS[episode.level]
-    return (
-        f'<tr id="{key}"><td>{e.when.partition(" ")[2]}<td><span class="level-{e.level}">{sign} {e.level}</span>'
-        f"<td>{text(e.figure)}<td>{number(e.value)}<td>{number(e.threshold)}<td>{text(e.action)}"
-        f'<td dir="auto">{whose}{text(e.message)}'
+    e = episode
+    cells = (
+        e.when.partition(" ")[2],
+        f'<span class="level-{e.level}">{SIGNS[e.level]} {e.level}</span>',
+        text(e.figure),
+        number(e.value),
+        number(e.threshold),
+        text(e.action),
     )
+    row = "".join(f'<td data-of="{column}">{cell}' for column, cell in zip(COLUMNS, cells, strict=False))
+    return f'<tr id="{key}">{row}<td data-of="{COLUMNS[-1]}" dir="auto">{whose}{text(e.message)}'

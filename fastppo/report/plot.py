@@ -13,8 +13,11 @@ from html import escape
 from typing import Any
 
 from fastppo.report.curves import SMOOTHED_FROM, Curve, number, short_number, smooth, span, thin, ticks
+from fastppo.report.titles import Quantity
 
 SIZE = 1000
+RINGS = 12
+LEAST_SHARE = 1 / 8  # of a chart's height for its numbers; a level that would leave less is told in words alone
 SIGNS = {"warn": "\N{BLACK UP-POINTING TRIANGLE}", "act": "\N{BLACK SQUARE}"}  # of alarms; not by colour alone
 
 
@@ -27,7 +30,12 @@ class Line:
     run: int = 0  # 0 or 1, for its colour
     dots: bool = False  # single points, as of evaluations
     steps: Sequence[float] = ()  # of the points, where x is something else
-    errors: Mapping[float, float] = field(default_factory=dict)  # x -> how far a point's bar reaches up and down
+    bars: Mapping[float, tuple[float, float]] = field(default_factory=dict)  # x -> between which numbers y may lie
+
+    @property
+    def is_cloud(self) -> bool:
+        """Whether its dots are too many to be rings."""
+        return self.dots and len(self.curve) > RINGS
 
 
 @dataclass(frozen=True)
@@ -42,10 +50,16 @@ class Flag:
 
 @dataclass(frozen=True)
 class Level:
-    """A horizontal line, such as a threshold."""
+    """Horizontal lines, and a sentence about them."""
 
-    y: float
-    level: str
+    ys: Sequence[float]
+    level: str  # warn or act
+    text: str
+
+
+def grid(figures: str, kind: str = "") -> str:
+    """Charts beside and below each other; empty without one."""
+    return f'<div class="grid {kind}">{figures}</div>' if figures else ""
 
 
 @dataclass
@@ -56,8 +70,7 @@ class Charts:
 
     def draw(
         self,
-        title: str,
-        note: str,
+        shown: Quantity,
         lines: Sequence[Line],
         *,
         flags: Sequence[Flag] = (),
@@ -65,42 +78,61 @@ class Charts:
         x_title: str = "step",
         x_range: tuple[float, float] | None = None,
         marks: Sequence[tuple[float, str]] = (),
+        diagonal: bool = False,
         kind: str = "small",
     ) -> str:
-        """A figure; empty if no line has a point. note: what is shown, with its unit. marks: verticals, named."""
+        """A figure; empty if no line has a point. marks: verticals, named; diagonal: where y is x."""
         drawn = [line for line in lines if line.curve.points]
         if not drawn:
             return ""
         xs = [x for line in drawn for x, _ in line.curve.points]
-        ys = [y + s * line.errors.get(x, 0.0) for line in drawn for x, y in line.curve.points for s in (-1, 1)]
-        (left, right), (low, high) = x_range or span(xs, room=0.0), span(ys + [level.y for level in levels])
+        left, right = x_range or span(xs, room=0.0)
+        low, high = _heights(shown, drawn, levels, (left, right) if diagonal else ())
         place = _Place(left, right, low, high)
         key = f"chart{len(self.data)}"
         whole = x_title == "step"
         x_ticks, y_ticks = ticks(left, right, 5, whole), ticks(low, high, 3 if kind == "small" else 4)
-        shown = [(line, thin(line.curve)) for line in drawn]
+        curves = [(line, thin(line.curve)) for line in drawn]
         self.data[key] = {
-            "title": title,
+            "title": shown.title,
             "x": x_title,
             "range": [left, right],
-            "lines": [_numbers(line, curve, place) for line, curve in shown],
+            "lines": [_numbers(line, curve, place) for line, curve in curves],
         }
         grid = "".join(f'<path d="M0,{place.y(y):.0f}H{SIZE}"/>' for y in y_ticks)
         smoothed = max(len(line.curve) for line in drawn) >= SMOOTHED_FROM
-        curves = "".join(_drawn(line, curve, place, smoothed) for line, curve in shown)
-        label = f"{title}, {note}. {'; '.join(map(_in_words, drawn))}."
+        behind = [_level(y, level, place) for level in levels for y in level.ys if low <= y <= high]
+        behind += [f'<path class="mark" d="M{place.x(x):.0f},0V{SIZE}"/>' for x, _ in marks]
+        if diagonal:
+            behind.append(f'<path class="mark" d="{_path(Curve((left, right), (left, right)), place)}"/>')
+        said = [f'<em class="{level.level}">{escape(level.text)}</em>' for level in levels]
+        said += [f"<em>{escape(text)}</em>" for _, text in marks if text]
+        label = f"{shown.title}, {shown.note}. {'; '.join(map(_in_words, drawn))}."
         return f"""<figure class="chart {kind}" id="{key}">
-<figcaption><b>{escape(title)}</b> <span>{escape(note)}</span></figcaption>
+<figcaption><b>{escape(shown.title)}</b> <span>{escape(shown.note)}</span></figcaption>
 {_key(drawn)}
 <div class="plot" role="slider" tabindex="0" aria-label="{escape(label)}" aria-valuemin="{left:g}" \
 aria-valuemax="{right:g}" aria-valuenow="{right:g}">
 <svg viewBox="0 0 {SIZE} {SIZE}" preserveAspectRatio="none" aria-hidden="true"><g class="grid">{grid}</g>
-{"".join(_level(level, place) for level in levels)}{"".join(_mark(x, place) for x, _ in marks)}{curves}</svg>
+{"".join(behind)}{"".join(_drawn(line, curve, place, smoothed) for line, curve in curves)}\
+{"".join(_lone(line, curve, place, smoothed) for line, curve in curves)}</svg>
 {"".join(f'<span class="y" style="bottom:{place.up(y):.1f}%">{short_number(y)}</span>' for y in y_ticks)}
 {"".join(f'<span class="x" style="left:{place.right_of(x):.1f}%">{short_number(x)}</span>' for x in x_ticks)}
 {"".join(_flag(flag, place) for flag in flags)}<i class="cursor" hidden></i></div>
-<p class="axis"><span>{escape(x_title)}</span>{"".join(f"<em>{escape(text)}</em>" for _, text in marks if text)}</p>
+<p class="axis"><span>{escape(x_title)}</span>{"".join(said)}</p>
 </figure>"""
+
+
+def _heights(
+    shown: Quantity, lines: Sequence[Line], levels: Sequence[Level], others: Sequence[float]
+) -> tuple[float, float]:
+    """The y axis: it holds all numbers, and the levels that leave them `LEAST_SHARE` of it, within what is possible."""
+    ys = [end for line in lines for x, y in line.curve.points for end in (y, *line.bars.get(x, ()))] + [*others]
+    low, high = min(ys), max(ys)
+    reach = (high - low) / LEAST_SHARE
+    near = [y for level in levels for y in level.ys if high - reach <= y <= low + reach]
+    least, most = span(ys + near)
+    return max(least, min(shown.low, low)), min(most, max(shown.high, high))
 
 
 @dataclass(frozen=True)
@@ -131,33 +163,45 @@ def _drawn(line: Line, curve: Curve, place: _Place, smoothed: bool) -> str:
     """The curve; if smoothed, faintly, with its running mean over it."""
     if line.dots:
         bars = "".join(
-            f"M{place.x(x):.0f},{place.y(y - e):.0f}V{place.y(y + e):.0f}"
-            for x, y in curve.points
-            if (e := line.errors.get(x))
+            f"M{place.x(x):.0f},{place.y(line.bars[x][0]):.0f}V{place.y(line.bars[x][1]):.0f}"
+            for x, _ in curve.points
+            if x in line.bars
         )
-        many = " many" if len(curve) > 12 else ""
+        many = " many" if line.is_cloud else ""
         return (
             f'<path class="bars run{line.run}" d="{bars}"/><path class="halo{many}" d="{_dots(curve, place)}"/>'
             f'<path class="dots{many} run{line.run}" d="{_dots(curve, place)}"/>'
+            f'<path class="core{many}" d="{_dots(curve, place)}"/>'
         )
     if line.steps or not smoothed:
         return f'<path class="line run{line.run}" d="{_path(curve, place)}"/>'
-    mean = thin(smooth(line.curve), 400)
     return (
         f'<path class="raw run{line.run}" d="{_path(curve, place)}"/>'
-        f'<path class="line run{line.run}" d="{_path(mean, place)}"/>'
+        f'<path class="line run{line.run}" d="{_path(_mean(line), place)}"/>'
     )
+
+
+def _mean(line: Line) -> Curve:
+    return thin(smooth(line.curve), 400)
+
+
+def _lone(line: Line, curve: Curve, place: _Place, smoothed: bool) -> str:
+    """Dots for the points without a neighbour, which a line does not show."""
+    if line.dots:
+        return ""
+    shown = _mean(line) if smoothed and not line.steps else curve
+    y = [None, *shown.y, None]
+    alone = [i for i in range(len(shown)) if y[i + 1] is not None and y[i] is y[i + 2] is None]
+    points = Curve([shown.x[i] for i in alone], [shown.y[i] for i in alone])
+    return f'<path class="lone run{line.run}" d="{_dots(points, place)}"/>' if alone else ""
 
 
 def _path(curve: Curve, place: _Place) -> str:
     parts, pen = [], "M"
-    for i, (x, y) in enumerate(zip(curve.x, curve.y, strict=True)):
-        if y is None:
-            pen = "M"
-            continue
-        alone = pen == "M" and (i + 1 == len(curve) or curve.y[i + 1] is None)
-        parts.append(f"{pen}{place.x(x):.0f},{place.y(y):.0f}" + ("h0" if alone else ""))
-        pen = "L"
+    for x, y in zip(curve.x, curve.y, strict=True):
+        if y is not None:
+            parts.append(f"{pen}{place.x(x):.0f},{place.y(y):.0f}")
+        pen = "M" if y is None else "L"
     return "".join(parts)
 
 
@@ -166,12 +210,8 @@ def _dots(curve: Curve, place: _Place) -> str:
     return "".join(f"M{place.x(x):.0f},{place.y(y):.0f}h0" for x, y in curve.points)
 
 
-def _level(level: Level, place: _Place) -> str:
-    return f'<path class="level {level.level}" d="M0,{place.y(level.y):.0f}H{SIZE}"/>'
-
-
-def _mark(x: float, place: _Place) -> str:
-    return f'<path class="mark" d="M{place.x(x):.0f},0V{SIZE}"/>'
+def _level(y: float, level: Level, place: _Place) -> str:
+    return f'<path class="level {level.level}" d="M0,{place.y(y):.0f}H{SIZE}"/>'
 
 
 def _flag(flag: Flag, place: _Place) -> str:
@@ -184,12 +224,12 @@ def _flag(flag: Flag, place: _Place) -> str:
 
 def _key(lines: Sequence[Line]) -> str:
     """The lines' names with their last values, which page.js replaces by those under the pointer."""
-    items = "".join(
-        f'<li><i class="swatch run{line.run}{" dot" if line.dots else ""}"></i>{escape(line.label * (len(lines) > 1))}'
-        f" <b>{number(line.curve.points[-1][1])}</b></li>"
-        for line in lines
-    )
-    return f'<ul class="key">{items}<li class="at">last</li></ul>'
+    items = []
+    for line in lines:
+        swatch = f"swatch run{line.run}{' dot' * line.dots}{' many' * line.is_cloud}"
+        label, last = line.label if len(lines) > 1 else "", number(line.curve.points[-1][1])
+        items.append(f'<li><i class="{swatch}"></i>{escape(label)} <b>{last}</b></li>')
+    return f'<ul class="key">{"".join(items)}<li class="at">last</li></ul>'
 
 
 def _in_words(line: Line) -> str:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import yaml
 
-from fastppo.folder import ALARMS, CONFIG, METRICS, RESPONSES, RunFolderError, read_lines
+from fastppo.folder import ALARMS, CONFIG, METRICS, RESPONSES, RunFolderError
 from fastppo.report.curves import Curve
+from fastppo.report.lines import Record, read_alarms, read_metrics, read_reliability, read_responses
 
-Record = dict[str, Any]
+RELIABILITY = "reliability.jsonl"
 
 
 @dataclass(frozen=True)
@@ -21,22 +22,28 @@ class Run:
     """What a run's folder holds."""
 
     name: str  # as the report calls it
-    settings: dict[str, Any]  # dotted name -> value; empty without a config.yaml
-    metrics: list[Record]  # one for each step, and one for each evaluation with names behind eval/
-    alarms: list[Record]  # step, figure, value, threshold, level, action, message
-    heldout: list[Record]  # step, prompt, response, score
-    training: list[Record]  # step, prompt, tokens, advantages, score
+    settings: dict[str, Any] = field(default_factory=dict)  # dotted name -> value; empty without a config.yaml
+    metrics: list[Record] = field(default_factory=list)  # one a step, and one an evaluation: eval/NAME
+    alarms: list[Record] = field(default_factory=list)  # step, figure, value, threshold, level, action, message
+    heldout: list[Record] = field(default_factory=list)  # step, prompt, response, score
+    training: list[Record] = field(default_factory=list)  # step, prompt, tokens, advantages, score
+    reliability: list[Record] = field(default_factory=list)  # pairs, predicted, observed, observed_low, observed_high
 
     @cached_property
     def names(self) -> list[str]:
         """Every metric that has a number, in the order of its first appearance."""
-        found = {name: None for record in self.metrics for name, value in record.items() if is_number(value)}
+        found = {name: None for record in self.metrics for name, value in record.items() if value is not None}
         return [name for name in found if name != "step"]
 
     def curve(self, name: str) -> Curve:
         """A metric over the steps; None where it was not finite. Empty if there is no such metric."""
         rows = [(r["step"], r[name]) for r in self.metrics if name in r]
-        return Curve([float(step) for step, _ in rows], [float(y) if is_number(y) else None for _, y in rows])
+        return Curve([float(step) for step, _ in rows], [None if y is None else float(y) for _, y in rows])
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether the run has health figures, or alarms."""
+        return bool(self.alarms) or any(name.startswith("health/") for name in self.names)
 
     @property
     def steps(self) -> int:
@@ -59,24 +66,16 @@ def _read_run(folder: Path, name: str) -> Run:
         raise RunFolderError(
             f"{folder} is not the folder of a run: it has no {METRICS}. Give the --output that a run was started with."
         )
-    responses = _read(folder / RESPONSES)
+    heldout, training = read_responses(folder / RESPONSES)
     return Run(
         name=name,
         settings=_settings(folder / CONFIG),
-        metrics=_read(folder / METRICS),
-        alarms=_read(folder / ALARMS),
-        heldout=[r for r in responses if r.get("of") == "heldout"],
-        training=[r for r in responses if r.get("of") == "training"],
+        metrics=read_metrics(folder / METRICS),
+        alarms=read_alarms(folder / ALARMS),
+        heldout=heldout,
+        training=training,
+        reliability=read_reliability(folder / RELIABILITY),
     )
-
-
-def _read(path: Path) -> list[Record]:
-    """The lines of a file in the order of their steps; none if it is not there."""
-    records = read_lines(path) if path.exists() else []
-    for number, record in enumerate(records, start=1):
-        if not isinstance(record.get("step"), int):
-            raise RunFolderError(f"{path}, line {number}: this has no whole number as its step. Remove the line.")
-    return sorted(records, key=lambda record: int(record["step"]))
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -95,7 +94,3 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return found
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)

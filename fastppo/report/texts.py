@@ -11,7 +11,8 @@ from html import escape
 from typing import Any
 
 from fastppo.report.curves import number
-from fastppo.report.run import Record, Run
+from fastppo.report.lines import Record
+from fastppo.report.run import Run
 
 COLUMNS = 8  # steps shown of a run, evenly spaced, the first and the last among them
 TOKENS = 400  # shown of a response

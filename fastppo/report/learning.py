@@ -1,0 +1,88 @@
+"""What a run learns: its metrics over the steps, and the evaluations on held-out data laid over them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fastppo.report.curves import Curve
+from fastppo.report.health import flags
+from fastppo.report.plot import Charts, Line, grid
+from fastppo.report.run import Run
+from fastppo.report.titles import Quantity, quantity
+
+MAIN = ("score", "judge", "kl", "loss", "accuracy")
+SMALL = (
+    "entropy",
+    "response_length",
+    "ended",
+    "reward",
+    "explained_variance",
+    "clip_fraction",
+    "approx_kl",
+    "ratio_max",
+    "policy_loss",
+    "value_loss",
+    "ptx_loss",
+    "actor_grad_norm",
+    "critic_grad_norm",
+    "kl_coef",
+    "actor_lr",
+    "ref_perplexity",
+    "distinct_2",
+    "perplexity",
+    "calibration_error",
+    "score_chosen",
+    "score_rejected",
+    "grad_norm",
+    "lr",
+)
+OF_HEALTH = {"judge": "health/judge"}  # metrics that training has under another name
+ELSEWHERE = ("time/", "health/", "tokens_per_second")  # metrics with a section of their own
+ENDS = ("_error", "_low", "_high")  # metrics that are drawn as the bars of another
+CALIBRATION = Quantity("Calibration", "share of pairs that are right; bars: 95%", 0.0, 1.0)
+
+
+def learning(runs: Sequence[Run], charts: Charts) -> str:
+    """The charts of training and evaluation, the most telling first; the rest folds away."""
+    names = dict.fromkeys(name.removeprefix("eval/") for run in runs for name in run.names)
+    rest = [name for name in names if name not in (*MAIN, *SMALL) and not name.startswith(ELSEWHERE)]
+    rest = [name for name in rest if not any(name.removesuffix(end) in names for end in ENDS if name.endswith(end))]
+    main = grid("".join(_both(runs, charts, name, "large") for name in MAIN), "large")
+    small = grid(_calibration(runs, charts) + "".join(_both(runs, charts, name) for name in SMALL))
+    more = grid("".join(_both(runs, charts, name) for name in rest))
+    if (main or small) and more:
+        return f"{main}{small}<details><summary>More metrics</summary>{more}</details>"
+    return main + small + more or "<p>No step has been recorded yet.</p>"
+
+
+def _both(runs: Sequence[Run], charts: Charts, name: str, kind: str = "small") -> str:
+    """A metric over the steps and, as dots, the evaluations' metric of the same name."""
+    lines = []
+    for i, run in enumerate(runs):
+        whose = f"{run.name}, " if len(runs) > 1 else ""
+        lines.append(Line(f"{whose}training", run.curve(OF_HEALTH.get(name, name)), i))
+        lines.append(Line(f"{whose}held-out", run.curve(f"eval/{name}"), i, dots=True, bars=_bars(run, name)))
+    shown = quantity(name)
+    if any(line.bars for line in lines):
+        of_error = any(run.curve(f"eval/{name}_error").points for run in runs)
+        shown = shown._replace(note=f"{shown.note}; bars: {'standard error' if of_error else '95%'}")
+    return charts.draw(shown, lines, flags=flags(runs) if kind == "large" else (), kind=kind)
+
+
+def _bars(run: Run, name: str) -> Mapping[float, tuple[float, float]]:
+    """Of each evaluation: its interval, or its error on both sides."""
+    error, low, high = (dict(run.curve(f"eval/{name}{end}").points) for end in ENDS)
+    around = {x: (y - error[x], y + error[x]) for x, y in run.curve(f"eval/{name}").points if x in error}
+    return around | {x: (low[x], high[x]) for x in low.keys() & high.keys()}
+
+
+def _calibration(runs: Sequence[Run], charts: Charts) -> str:
+    """How often a reward model is right, by how sure it is."""
+    lines = []
+    for i, run in enumerate(runs):
+        bins = [b for b in run.reliability if b["predicted"] is not None and b["observed"] is not None]
+        curve = Curve([b["predicted"] for b in bins], [b["observed"] for b in bins])
+        ends = {b["predicted"]: (b["observed_low"], b["observed_high"]) for b in bins}
+        bars = {x: (low, high) for x, (low, high) in ends.items() if low is not None and high is not None}
+        lines.append(Line(f"{run.name}, held-out" if len(runs) > 1 else "held-out", curve, i, dots=True, bars=bars))
+    return charts.draw(CALIBRATION, lines, x_title="predicted probability", x_range=(0.5, 1.0), diagonal=True)

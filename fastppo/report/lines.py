@@ -1,0 +1,121 @@
+"""The lines of a run's files, each held to what it must have, so that what is damaged is named.
+
+A number may be null, which is one that was not finite. Infinity, and what is larger than `LARGEST`, are read as null.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from fastppo.folder import RunFolderError, read_lines
+
+Record = dict[str, Any]
+LARGEST = 1e100  # sums of numbers up to this are finite, in charts and in means
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Finite, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number_or_null(value: Any) -> bool:
+    return value is None or is_number(value)
+
+
+def _is_text_or_null(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and is_number(value) and value >= 0
+
+
+def _is_kind(value: Any) -> bool:
+    return value in ("heldout", "training")
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_number_or_null, value))
+
+
+Kinds = Mapping[str, tuple[Callable[[Any], bool], str]]  # of fields: whether a value is right, and what it must be
+
+TEXT, NUMBER = (_is_text, "text"), (_is_number_or_null, "number")
+STEP: Kinds = {"step": (_is_step, "whole number")}
+ALARM: Kinds = {
+    **STEP,
+    **dict.fromkeys(("figure", "level", "message"), TEXT),
+    **dict.fromkeys(("value", "threshold"), NUMBER),
+    "action": (_is_text_or_null, "text or null"),
+}
+RESPONSE: Kinds = {**STEP, "of": (_is_kind, "heldout or training"), "prompt": TEXT, "score": NUMBER}
+OF: Mapping[str, Kinds] = {
+    "heldout": {"response": TEXT},
+    "training": {"tokens": (_are_texts, "list of texts"), "advantages": (_are_numbers, "list of numbers")},
+}
+BIN: Kinds = dict.fromkeys(("pairs", "predicted", "observed", "observed_low", "observed_high"), NUMBER)
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """In the order of their steps; every other field is a number or None. Raises RunFolderError, as all of these."""
+    records = _read(path, STEP)
+    for number, record in enumerate(records, start=1):
+        _check(path, number, record, dict.fromkeys(record.keys() - STEP.keys(), NUMBER))
+    return _by_step(records)
+
+
+def read_alarms(path: Path) -> list[Record]:
+    return _by_step(_read(path, ALARM))
+
+
+def read_responses(path: Path) -> tuple[list[Record], list[Record]]:
+    """The held-out ones, and those of training."""
+    records = _read(path, RESPONSE)
+    for number, record in enumerate(records, start=1):
+        _check(path, number, record, OF[record["of"]])
+        if len(record.get("tokens", ())) != len(record.get("advantages", ())):
+            raise _damaged(path, number, "advantage for each of its tokens")
+    heldout, training = ([record for record in records if record["of"] == kind] for kind in OF)
+    return _by_step(heldout), _by_step(training)
+
+
+def read_reliability(path: Path) -> list[Record]:
+    return _read(path, BIN)
+
+
+def _read(path: Path, kinds: Kinds) -> list[Record]:
+    """None if the file is not there."""
+    records = [{name: _finite(value) for name, value in r.items()} for r in (read_lines(path) if path.exists() else [])]
+    for number, record in enumerate(records, start=1):
+        _check(path, number, record, kinds)
+    return records
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, int | float) and not abs(value) <= LARGEST else value
+
+
+def _check(path: Path, number: int, record: Record, kinds: Kinds) -> None:
+    for name, (is_right, what) in kinds.items():
+        if name not in record or not is_right(record[name]):
+            raise _damaged(path, number, f"{what} as its {name}")
+
+
+def _damaged(path: Path, number: int, lacks: str) -> RunFolderError:
+    return RunFolderError(f"{path}, line {number}: this has no {lacks}. Mend the line, or remove it.")
+
+
+def _by_step(records: list[Record]) -> list[Record]:
+    return sorted(records, key=lambda record: int(record["step"]))

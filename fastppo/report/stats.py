@@ -1,0 +1,18 @@
+"""What a row of numbers says beyond its noise. `fastppo.health` has the same, but a report may not import torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+
+
+def trend(values: Sequence[float]) -> float:
+    """The Mann-Kendall statistic: about normal with variance 1 without a trend, positive where values rise.
+
+    z = (S - sign S) / sqrt(var S), S the pairs that rise less those that fall, var S corrected for ties (Kendall).
+    """
+    n, rising = len(values), sum((b > a) - (b < a) for a, b in combinations(values, 2))
+    ties = [values.count(x) for x in set(values)]
+    variance = (n * (n - 1) * (2 * n + 5) - sum(t * (t - 1) * (2 * t + 5) for t in ties)) / 18
+    return (rising - (rising > 0) + (rising < 0)) / math.sqrt(variance) if variance else 0.0
