@@ -37,6 +37,7 @@ HEALTH = {
     "kl_token": Quantity("KL to the reference", "sampled, nats a token"),
     "kl_sequence": Quantity("KL to the reference", "sampled, nats a response"),
     "kl_exact": _size("Exact KL to the reference", "nats a token"),
+    "kl_exact_sequence": _size("Exact KL to the reference", "nats a response"),
     "perplexity": _size("Perplexity", "of responses, under the reference"),
     "judge": Quantity("Judge", "mean of the responses, never trained on"),
     "judge_gap": Quantity("Judge gap", "rise of the score less that of the judge, deviations"),
