@@ -175,19 +175,25 @@ def _with_score_head(causal: PreTrainedModel, weight: torch.Tensor) -> PreTraine
 
 
 def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Name another token than EOS for padding.
+    """Name another token than EOS for padding, one that the model has an embedding of.
 
     Transformers takes a padded sequence's score at its last token that is no padding. Answers end with EOS, which many
-    tokenizers pad with too; the score would come from the token before it.
+    tokenizers pad with too; the score would come from the token before it. And it loads no model whose padding lies
+    beyond its embedding, as a token does that was added to the tokenizer alone.
     """
     names = (tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token)
-    padding = next((name for name in names if name is not None and name != tokenizer.eos_token), None)
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in names if name not in (None, tokenizer.eos_token)}
+    rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    padding = next((name for name, number in ids.items() if number < rows), None)
     if padding is None:
-        log.warning("the tokenizer has no token to pad with but EOS: give the exported reward model one text at a time")
+        log.warning(
+            "the tokenizer has no token to pad with but EOS and what the model has no embedding of: give the exported"
+            " reward model one text at a time"
+        )
         model.config.pad_token_id = None
         return
     tokenizer.pad_token = padding
-    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = ids[padding]
 
 
 def _prepare(role: Policy | RewardModel, optim: OptimConfig, partitions: Partitions) -> None:

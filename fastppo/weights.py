@@ -27,6 +27,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # on the Hugging Face hub: of a model, or of its owner and the model
 
+# What transformers raises for a model that it cannot make or read; torch asserts that padding has an embedding.
+UNREADABLE = (OSError, ValueError, KeyError, ImportError, SafetensorError, AssertionError)
+
 Partitions = dict[str, Any] | None  # of `partition_config`; None: the model is whole on every rank
 
 
@@ -155,8 +158,8 @@ def _load_parts(
         files = None if source.gguf_file else weight_files(source.place, source.revision)
         if files is not None and getattr(config, "quantization_config", None) is None:
             return stream(auto, source.place, files, config, dtype, partitions, source.revision)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{source}: its weights could not be loaded ({_first_line(error)})") from error
+    except UNREADABLE as error:
+        raise _unreadable(source, config, error) from error
     log.warning(
         "%s: these weights are not plain safetensors, so each rank holds the whole model while it loads. What"
         " save_pretrained has written once is read in parts.",
@@ -173,8 +176,8 @@ def _load_whole(auto: Any, source: Source, config: PreTrainedConfig, dtype: torc
         model, found = auto.from_pretrained(
             source.place, config=config, revision=source.revision, dtype=dtype, output_loading_info=True, **gguf
         )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise ModelError(f"{source}: its weights could not be loaded ({_first_line(error)})") from error
+    except UNREADABLE as error:
+        raise _unreadable(source, config, error) from error
     if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers in their place
         some = ", ".join(missing[:4]) + ", ..." * (len(missing) > 4)
         raise ModelError(
@@ -192,8 +195,19 @@ def outline(auto: Any, source: Source, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return auto.from_config(config, dtype=dtype).eval()  # type: ignore[no-any-return]
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{source}: its weights could not be loaded ({_first_line(error)})") from error
+    except UNREADABLE as error:
+        raise _unreadable(source, config, error) from error
+
+
+def _unreadable(source: Source, config: PreTrainedConfig, error: Exception) -> ModelError:
+    text = config.get_text_config()
+    way = ""
+    if isinstance(error, AssertionError) and (text.pad_token_id or 0) >= text.vocab_size:
+        way = (
+            f" Its config.json names token {text.pad_token_id} for padding and has embeddings of {text.vocab_size}:"
+            " write the id of another token there as pad_token_id, or null."
+        )
+    return ModelError(f"{source}: its weights could not be loaded ({_first_line(error)}).{way}")
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:

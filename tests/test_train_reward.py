@@ -209,3 +209,29 @@ def test_the_command_says_what_is_wrong_and_fails(
     found = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert found.returncode == status, found.stderr
     assert words in found.stderr and "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("named", "used"), [({"pad_token": "[PAD]", "unk_token": "!"}, "!"), ({"pad_token": "[PAD]"}, None)]
+)
+def test_no_token_beyond_the_embedding_is_for_padding(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, named: dict[str, str], used: str | None
+) -> None:
+    """As with Llama-2, to whose tokenizer users add one that the model does not know."""
+    tiny.causal().save_pretrained(tmp_path)
+    tokenizer = tiny.tokenizer(("[PAD]",))
+    tokenizer.add_special_tokens(named)
+    tokenizer.save_pretrained(tmp_path)
+    model, found = load_scorer(ModelConfig(path=str(tmp_path)), OptimConfig(dtype="fp32"), 1, CPU)
+    model.model.save_pretrained(tmp_path / "left")
+    config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "left").config
+    assert config.pad_token_id == (None if used is None else found.convert_tokens_to_ids(used))
+    assert ("one text at a time" in caplog.text) == (used is None)
+
+
+def test_a_reward_model_whose_padding_has_no_embedding_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    path = tiny.saved(tmp_path, tiny.classifier())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"pad_token_id": 257}))
+    with pytest.raises(ModelError, match=r"rewards.model = .* names token 257 for padding and has embeddings of 257: w"):
+        load_reward(path, torch.float32, CPU)
