@@ -193,6 +193,7 @@ def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
         model.config.pad_token_id = None
         return
     tokenizer.pad_token = padding
+    tokenizer.padding_side = "right"  # with padding before a text its absolute positions, as GPT-2 has them, would shift
     model.config.pad_token_id = ids[padding]
 
 

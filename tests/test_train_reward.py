@@ -235,3 +235,14 @@ def test_a_reward_model_whose_padding_has_no_embedding_is_refused_with_the_way_o
     (tmp_path / "config.json").write_text(json.dumps(config | {"pad_token_id": 257}))
     with pytest.raises(ModelError, match=r"rewards.model = .* names token 257 for padding and has embeddings of 257: w"):
         load_reward(path, torch.float32, CPU)
+
+
+def test_the_exports_tokenizer_pads_behind_a_text(tmp_path: Path) -> None:
+    """With padding before it the absolute positions of GPT-2 would shift, and scores with them."""
+    tiny.causal("gpt2", vocab_size=258).save_pretrained(tmp_path)
+    tokenizer = tiny.tokenizer(("<pad>",))
+    tokenizer.pad_token, tokenizer.padding_side = "<pad>", "left"
+    tokenizer.save_pretrained(tmp_path)
+    _, found = load_scorer(ModelConfig(path=str(tmp_path)), OptimConfig(dtype="fp32"), 1, CPU)
+    found.save_pretrained(tmp_path / "left")
+    assert AutoTokenizer.from_pretrained(tmp_path / "left").padding_side == "right"
