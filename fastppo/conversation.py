@@ -15,10 +15,15 @@ Messages = list[dict[str, Any]]
 
 
 class Answered(NamedTuple):
-    """A prompt and an answer to it."""
+    """A prompt and an answer to it, or why they cannot be learned from."""
 
     prompt: tuple[int, ...]  # ends where the answer begins; of chat, with the template's words for that
     answer: tuple[int, ...]  # with the EOS, or of chat the token that ends a turn; empty if the answer has no text
+    problem: str | None = None
+
+
+def unusable(problem: str) -> Answered:
+    return Answered((), (), problem)
 
 
 def answered(
@@ -68,18 +73,27 @@ def template_tokens(
     messages: Messages, where: str, tokenizer: PreTrainedTokenizerBase, *, to_be_answered: bool
 ) -> tuple[int, ...]:
     """Messages through the tokenizer's chat template; `to_be_answered`: with its words for where an answer begins."""
+    return _tokens(template_text(messages, where, tokenizer, to_be_answered=to_be_answered), tokenizer)
+
+
+def template_text(
+    messages: Messages, where: str, tokenizer: PreTrainedTokenizerBase, *, to_be_answered: bool
+) -> str:
+    """What `template_tokens` makes tokens of."""
     if tokenizer.chat_template is None:
         raise DataError(
             f"{where} is chat, but the tokenizer has no chat template. Use an instruction-tuned model's tokenizer, or"
             " plain text with a chat of auto or never."
         )
     try:
-        ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=to_be_answered, tokenize=True, return_dict=False
-        )
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=to_be_answered, tokenize=False))
     except Exception as error:  # a template may raise what it likes
         raise DataError(f"{where} is refused by the tokenizer's chat template: {error}") from error
-    return tuple(ids)
+
+
+def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Of text that has its special tokens already, or is to have none."""
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _as_messages(value: Any, role: str, config: ExamplesConfig, where: str) -> Messages:
@@ -100,21 +114,30 @@ def _last_turn(messages: Messages, config: ExamplesConfig, where: str, tokenizer
     line break that many templates write behind it is never seen.
     """
     if messages[-1]["role"] != "assistant":
-        raise DataError(f"{where} ends with a message of {messages[-1]['role']}; the answer must be the assistant's.")
+        return unusable("the last message is not the assistant's")
     if len(messages) == 1:
-        raise DataError(f"{where} is a message of the assistant with none before it to be answered.")
-    prompt = template_tokens(messages[:-1], where, tokenizer, to_be_answered=True)
+        return unusable("no message before the assistant's")
+    asked = template_text(messages[:-1], where, tokenizer, to_be_answered=True)
+    prompt = _tokens(asked, tokenizer)
     if not messages[-1]["content"].strip():
         return Answered(prompt, ())
-    whole = template_tokens(messages, where, tokenizer, to_be_answered=False)
-    if whole[: len(prompt)] != prompt:
-        raise DataError(
-            f"{where}: the tokenizer's chat template writes the messages before the answer in another way once it is"
-            " there, so what a model is asked in sampling is not what it would learn. Use another template, or give"
-            " plain text."
-        )
-    answer = _ended(whole[len(prompt) :], tokenizer)
+    whole = template_text(messages, where, tokenizer, to_be_answered=False)
+    if not whole.startswith(asked):
+        return unusable("the chat template writes the messages before an answer in another way once it is there")
+    answer = _ended(_behind(prompt, asked, whole, tokenizer), tokenizer)
     return Answered(prompt, answer if config.eos else answer[:-1])
+
+
+def _behind(prompt: tuple[int, ...], asked: str, whole: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens of what `whole` adds to `asked`, whose own are `prompt`.
+
+    Tokenizers may join the template's last line break with one that the answer begins with. In sampling that cannot be,
+    since the prompt is given: the answer's tokens are its own then.
+    """
+    tokens = _tokens(whole, tokenizer)
+    if tokens[: len(prompt)] == prompt:
+        return tokens[len(prompt) :]
+    return _tokens(whole.removeprefix(asked), tokenizer)
 
 
 def _ended(answer: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

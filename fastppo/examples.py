@@ -159,7 +159,7 @@ def _usable(table: Table, config: ExamplesConfig, read: Reader) -> list[Example]
         problem = _problem(candidate)
         if problem is not None and config.unusable == "error":
             raise DataError(f"{candidate.where}: {problem}. Remove the row, or set {config.group}.unusable to drop.")
-        longest = max(len(prompt) + len(answer) for prompt, answer in candidate.answers)
+        longest = max(len(each.prompt) + len(each.answer) for each in candidate.answers)
         if problem is None and longest > config.max_tokens:
             if config.too_long == "error":
                 raise DataError(
@@ -195,29 +195,34 @@ def _way(dropped: Counter[str], config: ExamplesConfig) -> str:
     columns = "data.chosen and data.rejected" if isinstance(config, PairsConfig) else "data.response"
     if any("data.max_tokens" in reason for reason in dropped):
         return "Raise data.max_tokens, or where prompts leave room for answers set data.too_long to cut."
+    if any("chat template" in reason for reason in dropped):
+        return "Use a tokenizer with another chat template, or give plain text."
     return f"Correct the rows, or name other columns with {columns}."
 
 
 def _problem(candidate: Candidate) -> str | None:
-    if any(not answer for _, answer in candidate.answers):
+    answers = candidate.answers
+    if (problem := next((each.problem for each in answers if each.problem is not None), None)) is not None:
+        return problem
+    if any(not each.answer for each in answers):
         return "an empty answer"
-    if len(candidate.answers) == 2 and candidate.answers[0] == candidate.answers[1]:
+    if len(answers) == 2 and answers[0] == answers[1]:
         return "the two answers are equal"
-    if any(len(prompt) + len(answer) < 2 for prompt, answer in candidate.answers):
+    if any(len(each.prompt) + len(each.answer) < 2 for each in answers):
         return "a single token, which nothing predicts"
     return None
 
 
 def _cut(candidate: Candidate, longest: int) -> Candidate:
     """The first `longest` tokens of each prompt with its answer; the end is missing then, and so is the EOS."""
-    cut = tuple(Answered(prompt, answer[: max(longest - len(prompt), 0)]) for prompt, answer in candidate.answers)
-    return candidate._replace(answers=cut)
+    cut = (each._replace(answer=each.answer[: max(longest - len(each.prompt), 0)]) for each in candidate.answers)
+    return candidate._replace(answers=tuple(cut))
 
 
 def _example(candidate: Candidate) -> Example:
-    sequences = tuple((*prompt, *answer) for prompt, answer in candidate.answers)
+    sequences = tuple((*each.prompt, *each.answer) for each in candidate.answers)
     # without a prompt, and without a BOS, nothing predicts the first token
-    lengths = tuple(len(answer) if prompt else len(answer) - 1 for prompt, answer in candidate.answers)
+    lengths = tuple(len(each.answer) if each.prompt else len(each.answer) - 1 for each in candidate.answers)
     return Example(sequences, lengths, candidate.margin)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import tiny
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from fastppo.config import AnswersConfig, PairsConfig
 from fastppo.examples import Examples, load_answers, load_pairs
@@ -167,9 +169,9 @@ def test_answers_that_are_equal_once_they_are_cut_are_no_pair(pairs: Any, caplog
         (
             [pair("p", user("a"), assistant("b"))],
             {},
-            r"ends with a message of user; the answer must be the assist",
+            r"1 \(the last message is not the assistant's\)",
         ),
-        ([pair(None, assistant("a"), assistant("b"))], {}, r"with none before it to be answered"),
+        ([pair(None, assistant("a"), assistant("b"))], {"prompt": None}, r"1 \(no message before the assistant's\)"),
         ([pair(user("p"), "a", "b")], {"chat": "never"}, r"data.chat is never"),
         ([pair("p", "a", "b")], {"heldout": 2}, r"has 1 usable examples, but eval.examples asks for 2"),
         ([pair("p", "a", "b")], {"heldout": 1}, r"leaves none to train on"),
@@ -239,11 +241,39 @@ def test_responses_that_cannot_be_used_are_named(answers: Any, rows: list[Any], 
         answers(rows, **settings)
 
 
-def test_a_template_that_rewrites_the_prompt_is_refused(answers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    template = "{{ messages | length }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+def test_a_conversation_that_the_template_rewrites_is_dropped_and_counted_or_an_error(
+    answers: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    template = (
+        "{% if messages | length > 2 %}{{ messages | length }}{% endif %}"
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
     monkeypatch.setattr(TOKENIZER, "chat_template", template)
-    with pytest.raises(DataError, match=r"template writes the messages before the answer in another way"):
-        answers([{"talk": user("one") + assistant("two")}], messages="talk")
+    talk = user("one") + assistant("two") + user("three") + assistant("four")
+    rows = [{"talk": user("one") + assistant("two")}, {"talk": talk}]
+    train, _ = answers(rows, messages="talk")
+    assert set(texts(train)) == {"<user>one<assistant>two<eos>"}
+    reason = "the chat template writes the messages before an answer in another way once it is there"
+    assert f"left out 1 of 3 examples: 1 ({reason})" in caplog.text
+    with pytest.raises(DataError, match=rf"line 2, column talk: {reason}. Remove the row, or set data.unusable"):
+        answers(rows, messages="talk", unusable="error")
+    monkeypatch.setattr(TOKENIZER, "chat_template", "{{ messages | length }}{{ messages[0].content }}")
+    with pytest.raises(DataError, match=rf"{reason}\)\. Use a tokenizer with another chat template, or give plain"):
+        answers(rows, messages="talk")
+
+
+def test_an_answer_keeps_its_own_line_breaks_though_the_tokenizer_would_join_them(tmp_path: Path) -> None:
+    """In sampling the prompt's tokens are given, the template's last line break among them."""
+    backend = Tokenizer(models.BPE(vocab={"<eos>": 0, "\n": 1, "\n\n": 2, "q": 3, "a": 4}, merges=[("\n", "\n")]))
+    template = (
+        "{% for m in messages %}q{{ '\\n' }}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}q{{ '\\n' }}{% endif %}"
+    )
+    joining = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", chat_template=template)
+    path = written(tmp_path, [{"talk": user("q") + assistant(answer)} for answer in ("a", "\na", "\n\na")])
+    train, _ = load_answers(AnswersConfig(path=path, messages="talk"), joining, heldout=0, context=None)
+    assert sorted(train.tokens) == [[3, 1, 3, 3, 1, *answer, 4, 0] for answer in ([1], [2], [])]
 
 
 def test_nothing_is_said_of_data_that_is_all_used(pairs: Any, caplog: pytest.LogCaptureFixture) -> None:
