@@ -76,9 +76,7 @@ def template_tokens(
     return _tokens(template_text(messages, where, tokenizer, to_be_answered=to_be_answered), tokenizer)
 
 
-def template_text(
-    messages: Messages, where: str, tokenizer: PreTrainedTokenizerBase, *, to_be_answered: bool
-) -> str:
+def template_text(messages: Messages, where: str, tokenizer: PreTrainedTokenizerBase, *, to_be_answered: bool) -> str:
     """What `template_tokens` makes tokens of."""
     if tokenizer.chat_template is None:
         raise DataError(

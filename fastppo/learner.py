@@ -26,7 +26,17 @@ from fastppo.microbatch import IDLE
 from fastppo.models import Backbone, ModelError, Policy, RewardModel, check_packing, fuse_head, keep_trunk
 from fastppo.preference import initial_head
 from fastppo.trunk import TrunkStates, trunk_depth
-from fastppo.weights import DTYPES, Partitions, Source, is_classifier, load_config, load_model, load_tokenizer, outline
+from fastppo.weights import (
+    DTYPES,
+    Partitions,
+    Source,
+    check_one_label,
+    is_classifier,
+    load_config,
+    load_model,
+    load_tokenizer,
+    outline,
+)
 from fastppo.world import World
 
 log = logging.getLogger("fastppo")
@@ -112,11 +122,8 @@ def load_scorer(
     tokenizer = load_tokenizer("model.path", name, config.gguf_file, config.revision)
     loaded_config = load_config(source)
     if is_classifier(loaded_config):
-        if loaded_config.num_labels != 1:
-            raise ModelError(
-                f"model.path = {name} has {loaded_config.num_labels} labels; a reward model has one, the score. Start"
-                " from a language model, or from a classifier with num_labels=1."
-            )
+        way = "Start from a language model, or from a classifier with num_labels=1."
+        check_one_label(source, loaded_config, way)
         model = load_model(AutoModelForSequenceClassification, source, dtype, device, partitions)
         if partitions is None:
             check_packing(model)
@@ -193,7 +200,9 @@ def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
         model.config.pad_token_id = None
         return
     tokenizer.pad_token = padding
-    tokenizer.padding_side = "right"  # with padding before a text its absolute positions, as GPT-2 has them, would shift
+    tokenizer.padding_side = (
+        "right"  # with padding before a text its absolute positions, as GPT-2 has them, would shift
+    )
     model.config.pad_token_id = ids[padding]
 
 

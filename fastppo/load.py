@@ -38,6 +38,8 @@ from fastppo.weights import (
     DTYPES,
     Partitions,
     Source,
+    check_one_label,
+    context_of,
     is_classifier,
     load_classifier_config,
     load_config,
@@ -61,8 +63,9 @@ def load_policies(
     dtype = DTYPES[config.optim.dtype]
     actor, critic = config.actor, config.critic
     tokenizer = load_tokenizer("actor.model", actor.model, actor.gguf_file, actor.revision)
+    check_models(config, tokenizer)
     base = _load_actor(config, dtype, device, trained_partitions(config))
-    reference = _load_reference(config, base, tokenizer, dtype, device)
+    reference = _load_reference(config, base, dtype, device)
     value_model = None if critic.kind == "shared" else _load_critic(config, base, dtype, device)
     policy = Policy(base, ValueHead(width_of(base), dtype, device) if critic.kind == "shared" else None)
     choose_trained(policy, "actor", actor, actor.model, actor.revision, config.seed)
@@ -76,6 +79,52 @@ def load_policies(
         for role in filter(None, (policy, value_model)):
             role.model.gradient_checkpointing_enable({"use_reentrant": False})
     return policy, value_model, reference, tokenizer
+
+
+def check_models(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Whether the models beside the actor fit it, as far as their configs and tokenizers tell, without their weights.
+
+    tokenizer: the actor's. Raises ModelError.
+    """
+    critic, reference = config.critic, config.reference
+    if reference.model is not None:
+        source = Source("reference.model", reference.model, reference.gguf_file)
+        reason = "KL between the two means nothing"
+        way = "Use a reference with the actor's tokenizer; usually the SFT model that the actor starts from."
+        _check_reader(source, config, tokenizer, reason, way)
+    if critic.kind == "separate" and critic.model is not None:
+        source = Source("critic.model", critic.model, critic.gguf_file)
+        if is_classifier(found := load_config(source)):
+            check_one_label(source, found, "Start from a language model, or from a classifier with num_labels=1.")
+        reason = "it would read other words than the actor writes"
+        way = "Use a model with the actor's tokenizer, or leave out critic.model to start from the actor's weights."
+        _check_reader(source, config, tokenizer, reason, way)
+
+
+def _check_reader(source: Source, config: Config, tokenizer: PreTrainedTokenizerBase, reason: str, way: str) -> None:
+    """Whether a model can read what the actor is asked and writes; reason, way: of another tokenizer, for errors."""
+    theirs, own, shape = (
+        load_tokenizer(source.setting, source.name, source.gguf_file),
+        config.actor,
+        load_config(source),
+    )
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise ModelError(
+            f"{source} has another tokenizer than actor.model = {own.model} ({len(theirs)} and {len(tokenizer)}"
+            f" tokens), so {reason}. {way}"
+        )
+    rows, written = (c.get_text_config().vocab_size for c in (shape, load_config(_actor_source(config))))
+    written = min(written, max(tokenizer.get_vocab().values()) + 1)
+    if rows < written:
+        raise ModelError(
+            f"{source} has embeddings of {rows} tokens, and the actor writes {written} different ones. {way}"
+        )
+    prompt, response, context = config.data.max_prompt_tokens, config.sampling.max_new_tokens, context_of(shape)
+    if context is not None and prompt + response > context:
+        raise ModelError(
+            f"data.max_prompt_tokens {prompt} + sampling.max_new_tokens {response} = {prompt + response} tokens, but"
+            f" the context of {source} holds {context}. Lower one of the two, or give another model."
+        )
 
 
 def trained_partitions(config: AnyConfig) -> Partitions:
@@ -110,13 +159,7 @@ def load_reward(
     return RewardModel(model).requires_grad_(False).eval(), load_tokenizer(f"{where}.model", name)
 
 
-def _load_reference(
-    config: Config,
-    actor: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Policy:
+def _load_reference(config: Config, actor: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> Policy:
     reference, partitions = config.reference, frozen_partitions(config)
     if reference.model is None and config.actor.lora.rank:
         own = Policy(actor)
@@ -125,13 +168,6 @@ def _load_reference(
     if reference.model is None:
         model = copy.deepcopy(actor) if partitions is None else _second_actor(config, actor, dtype, device, partitions)
     else:
-        theirs = load_tokenizer("reference.model", reference.model, reference.gguf_file)
-        if theirs.get_vocab() != tokenizer.get_vocab():
-            raise ModelError(
-                f"reference.model = {reference.model} has another tokenizer than actor.model = {config.actor.model}"
-                f" ({len(theirs)} and {len(tokenizer)} tokens), so KL between the two means nothing."
-                " Use a reference with the actor's tokenizer; usually the SFT model that the actor starts from."
-            )
         source = Source("reference.model", reference.model, reference.gguf_file)
         model = _load_causal(source, dtype, device, partitions)
     return Policy(model).requires_grad_(False).eval()
@@ -149,10 +185,6 @@ def _load_critic(config: Config, actor: PreTrainedModel, dtype: torch.dtype, dev
         source = Source("critic.model", critic.model, critic.gguf_file)
         if is_classifier(load_config(source)):  # start from a reward model: V(s) begins as its score
             model = load_model(AutoModelForSequenceClassification, source, dtype, device, partitions)
-            if model.config.num_labels != 1:
-                raise ModelError(
-                    f"critic.model = {critic.model} has {model.config.num_labels} labels; a critic needs one"
-                )
             if partitions is None:
                 check_packing(model)
             head = ValueHead(width_of(model), dtype, device)
@@ -207,9 +239,12 @@ def _load_causal(source: Source, dtype: torch.dtype, device: torch.device, parti
 
 
 def _load_actor(config: Config, dtype: torch.dtype, device: torch.device, partitions: Partitions) -> PreTrainedModel:
+    return _load_causal(_actor_source(config), dtype, device, partitions)
+
+
+def _actor_source(config: Config) -> Source:
     actor = config.actor
-    source = Source("actor.model", actor.model, actor.gguf_file, actor.revision)
-    return _load_causal(source, dtype, device, partitions)
+    return Source("actor.model", actor.model, actor.gguf_file, actor.revision)
 
 
 def _second_actor(

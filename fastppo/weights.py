@@ -121,16 +121,24 @@ def load_classifier_config(source: Source) -> PreTrainedConfig:
             " has no score head, and a random one would score at random. Train one from it with"
             f" fastppo/train_reward.py --model.path {source.name}, and give what that leaves."
         )
-    if config.num_labels != 1:
-        raise ModelError(
-            f"{source} has {config.num_labels} labels; a reward model has one, the score. Train one with num_labels=1,"
-            " or wrap this classifier in a reward function that picks a label's logit."
-        )
+    way = "Train one with num_labels=1, or wrap this classifier in a reward function that picks a label's logit."
+    check_one_label(source, config, way)
     return config
 
 
 def is_classifier(config: PreTrainedConfig) -> bool:
     return (config.architectures or [""])[0].endswith("ForSequenceClassification")
+
+
+def check_one_label(source: Source, config: PreTrainedConfig, way: str) -> None:
+    """Raises ModelError for a classifier with more labels or fewer, with this way out."""
+    if config.num_labels != 1:
+        raise ModelError(f"{source} has {config.num_labels} labels; a reward model has one, the score. {way}")
+
+
+def context_of(config: PreTrainedConfig) -> int | None:
+    """The longest sequence that a model takes, in tokens; None if its config does not tell."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_model(
