@@ -29,22 +29,24 @@ def unusable(problem: str) -> Answered:
 def answered(
     prompt: Any, answer: Any, config: ExamplesConfig, where: str, tokenizer: PreTrainedTokenizerBase
 ) -> Answered:
-    """The tokens of a prompt (text, messages or None) and an answer (text or messages).
+    """The tokens of a prompt (text or messages) and an answer (text or messages); None is a missing value.
 
     Messages as an answer are the assistant's, or the whole conversation if they begin with another role; `prompt` is
-    not looked at then. where: for errors, the row and the column. Raises `DataError`.
+    not looked at then. where: for errors, the row and the columns. Raises `DataError`.
     """
-    if are_messages(answer) and answer[0]["role"] != "assistant":
-        prompt = None
+    whole = are_messages(answer) and answer[0]["role"] != "assistant"
+    if _is_missing(prompt) and config.prompt is not None and not whole:
+        return unusable("an empty prompt")
+    if _is_missing(answer):
+        return unusable("an empty answer")
+    prompt = None if whole else prompt
     if config.chat == "always" or isinstance(prompt, list) or isinstance(answer, list):
         asked = [] if prompt is None else _as_messages(prompt, "user", config, where)
         return _last_turn([*asked, *_as_messages(answer, "assistant", config, where)], config, where, tokenizer)
     for value in (prompt or "", answer):
         if not isinstance(value, str):
-            raise DataError(f"{where} hold neither text nor chat messages ({{role, content}}), but {_shown(value)}.")
+            raise _neither(where, value)
     start = tuple(tokenizer(prompt or "")["input_ids"])
-    if not answer.strip():
-        return Answered(start, ())
     text = tokenizer(answer, add_special_tokens=False)["input_ids"][-(config.last_tokens or 0) :]
     return Answered(start, (*text, _eos(tokenizer)) if config.eos else tuple(text))
 
@@ -52,11 +54,16 @@ def answered(
 def turns(messages: Any, config: ExamplesConfig, where: str, tokenizer: PreTrainedTokenizerBase) -> list[Answered]:
     """Each message of the assistant in a conversation, as the answer to all that stands before it."""
     if isinstance(messages, str):
-        raise DataError(f"{where} holds text and no chat messages ({{role, content}}): {_shown(messages)}.")
+        raise DataError(
+            f"{where} holds text and no chat messages ({{role, content}}): {_shown(messages)}. Name another column, or"
+            f" set {config.group}.messages to null and name those of prompt and response."
+        )
+    if _is_missing(messages):
+        return [unusable("an empty conversation")]
     messages = _as_messages(messages, "user", config, where)
     spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not spoken:
-        raise DataError(f"{where} has no message of the assistant, so there is nothing to learn.")
+        return [unusable("no message of the assistant")]
     return [_last_turn(messages[: i + 1], config, where, tokenizer) for i in spoken]
 
 
@@ -67,6 +74,11 @@ def are_messages(value: Any) -> bool:
         and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value)
         and all(isinstance(m.get("content"), str) for m in value)
     )
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether a table's value is null, or says nothing."""
+    return value is None or value == [] or (isinstance(value, str) and not value.strip())
 
 
 def template_tokens(
@@ -97,7 +109,7 @@ def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 def _as_messages(value: Any, role: str, config: ExamplesConfig, where: str) -> Messages:
     messages = [{"role": role, "content": value}] if isinstance(value, str) else value
     if not are_messages(messages):
-        raise DataError(f"{where} hold neither text nor chat messages ({{role, content}}), but {_shown(value)}.")
+        raise _neither(where, value)
     if config.chat == "never":
         raise DataError(
             f"{where} is a list of chat messages, and {config.group}.chat is never. Set it to auto or always."
@@ -150,6 +162,13 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise DataError(f"the tokenizer ({type(tokenizer).__name__}) has no EOS token, with which an answer ends.")
     return int(tokenizer.eos_token_id)
+
+
+def _neither(where: str, value: Any) -> DataError:
+    return DataError(
+        f"{where}: {_shown(value)} is neither text nor chat messages ({{role, content}}). Correct or remove the row, or"
+        " name another column."
+    )
 
 
 def _shown(value: Any) -> str:

@@ -229,15 +229,14 @@ def _example(candidate: Candidate) -> Example:
 def _pairs(table: Table, config: PairsConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Candidate]:
     prompts = _prompts(table, config)
     answers = (_column(table, config, "chosen"), _column(table, config, "rejected"))
-    margins = [0.0] * len(table) if config.margin is None else _column(table, config, "margin")
+    margins = None if config.margin is None else _column(table, config, "margin")
     for row in _order(table, config):
-        where = table.where(row)
-        margin = margins[row] if config.margin is None else _number(margins[row], f"{where}: column {config.margin}")
+        margin = 0.0 if margins is None else _number(margins[row], _where(table, row, config.margin))
         both = (
-            answered(prompts[row], column[row], config, f"{where}, columns {config.prompt} and {name}", tokenizer)
+            answered(prompts[row], column[row], config, _where(table, row, config.prompt, name), tokenizer)
             for column, name in zip(answers, (config.chosen, config.rejected), strict=True)
         )
-        yield Candidate(where, tuple(both), margin)
+        yield Candidate(_where(table, row, config.prompt, config.chosen, config.rejected), tuple(both), margin)
 
 
 def _rated_pairs(table: Table, config: PairsConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Candidate]:
@@ -247,7 +246,7 @@ def _rated_pairs(table: Table, config: PairsConfig, tokenizer: PreTrainedTokeniz
     answers, ratings = _column(table, config, "answer"), _column(table, config, "rating")
     of_prompt: dict[str, list[tuple[float, int]]] = {}
     for row in _order(table, config):
-        rating = _number(ratings[row], f"{table.where(row)}: column {config.rating}")
+        rating = _number(ratings[row], _where(table, row, config.rating))
         of_prompt.setdefault(json.dumps(prompts[row]), []).append((rating, row))
     pairs = []
     for rated in of_prompt.values():
@@ -262,12 +261,12 @@ def _rated_pairs(table: Table, config: PairsConfig, tokenizer: PreTrainedTokeniz
         )
     random.Random(f"{config.split_seed}").shuffle(pairs)
     for rows in pairs:
-        wheres = [f"{table.where(row)}, columns {config.prompt} and {config.answer}" for row in rows]
+        wheres = [_where(table, row, config.prompt, config.answer) for row in rows]
         both = (
             answered(prompts[row], answers[row], config, where, tokenizer)
             for row, where in zip(rows, wheres, strict=True)
         )
-        yield Candidate(f"{table.where(rows[0])} and {table.where(rows[1])}", tuple(both))
+        yield Candidate(f"{table.where(rows[0])} and {wheres[1]}", tuple(both))
 
 
 def _few(values: Sequence[Any]) -> str:
@@ -280,14 +279,21 @@ def _answers(table: Table, config: AnswersConfig, tokenizer: PreTrainedTokenizer
     if config.messages is not None:
         conversations = _column(table, config, "messages")
         for row in _order(table, config):
-            where = f"{table.where(row)}, column {config.messages}"
+            where = _where(table, row, config.messages)
             for turn in turns(conversations[row], config, where, tokenizer):
                 yield Candidate(where, (turn,))
         return
     prompts, responses = _prompts(table, config), _column(table, config, "response")
     for row in _order(table, config):
-        where = f"{table.where(row)}, columns {config.prompt} and {config.response}"
+        where = _where(table, row, config.prompt, config.response)
         yield Candidate(where, (answered(prompts[row], responses[row], config, where, tokenizer),))
+
+
+def _where(table: Table, row: int, *columns: str | None) -> str:
+    """A row and its columns, for messages. None: a column that is not asked for."""
+    *others, last = [name for name in columns if name is not None]
+    named = f"columns {', '.join(others)} and {last}" if others else f"column {last}"
+    return f"{table.where(row)}, {named}"
 
 
 def _prompts(table: Table, config: ExamplesConfig) -> list[Any]:

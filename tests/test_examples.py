@@ -92,6 +92,11 @@ def test_rated_answers_to_the_same_prompt_become_pairs_and_none_is_used_twice(pa
     assert found == {("aa3<eos>", "aa1<eos>"), ("bb3<eos>", "bb1<eos>")}  # 2 and 2 are no preference
 
 
+def test_rated_answers_without_a_prompt_are_no_pair(pairs: Any) -> None:
+    rows = [{"prompt": p, "response": f"{p}{r}", "score": r} for p in ("a", None) for r in (1, 2)]
+    assert texts(pairs(rows, rating="score")[0]) == ["aa2<eos>", "aa1<eos>"]
+
+
 def test_reviews_become_pairs_by_their_label(pairs: Any) -> None:
     rows = [{"text": f"{'good' if i % 2 else 'bad'} {i}", "label": str(i % 2)} for i in range(40)]
     train, heldout = pairs(rows, heldout=5, prompt=None, answer="text", rating="label", eos=False, last_tokens=6)
@@ -108,6 +113,12 @@ def test_reviews_become_pairs_by_their_label(pairs: Any) -> None:
         ([pair("p", "same", "same")], {}, r"the two answers are equal"),
         ([pair("p", "a", " \n")], {}, r"an empty answer"),
         ([pair("p", "", "b")], {}, r"an empty answer"),
+        ([pair("p", "a", None)], {}, r"an empty answer"),
+        ([pair("p", [], "b")], {}, r"an empty answer"),
+        ([pair(None, "a", "b")], {}, r"an empty prompt"),
+        ([pair(" ", "a", "b")], {}, r"an empty prompt"),
+        ([pair([], assistant("a"), assistant("b"))], {}, r"an empty prompt"),
+        ([{"chosen": "a", "rejected": "b"}], {}, r"an empty prompt"),
         ([pair(user("p"), assistant(""), assistant("b"))], {}, r"an empty answer"),
     ],
 )
@@ -117,7 +128,11 @@ def test_a_pair_that_teaches_nothing_is_dropped_and_counted_or_an_error(
     train, _ = pairs([*rows, pair("p", "a", "b")], **settings)
     assert len(train) == 1
     assert f"left out 1 of 2 examples: 1 ({words})" in caplog.text
-    with pytest.raises(DataError, match=rf"line 1: {words}. Remove the row, or set data.unusable to drop"):
+    rows = [{"prompt": None} | row for row in rows]  # the column is there if another row has it
+    with pytest.raises(
+        DataError,
+        match=rf"line 1, columns prompt, chosen and rejected: {words}. Remove the row, or set data.unusable to drop",
+    ):
         pairs(rows, unusable="error", **settings)
     with pytest.raises(
         DataError, match=rf"no example left to learn from: 1 \({words}\). Correct the rows, or name other"
@@ -132,7 +147,7 @@ def test_answers_that_are_too_long_are_dropped_cut_or_an_error(pairs: Any, caplo
     cut = texts(pairs(rows, max_tokens=10, too_long="cut")[0])
     assert set(cut) == {"p" + "a" * 9, "pb<eos>", "pc<eos>", "pd<eos>"}  # what was cut has no EOS
     assert "cut the answers of 1 examples at data.max_tokens 10" in caplog.text
-    with pytest.raises(DataError, match=r"line 1: prompt and answer have 22 tokens, more than data.max_tokens 10"):
+    with pytest.raises(DataError, match=r"rejected: prompt and answer have 22 tokens, more than data.max_tokens 10"):
         pairs(rows, max_tokens=10, too_long="error")
     with pytest.raises(DataError, match=r"no example left .* Raise data.max_tokens"):
         pairs(rows[:1], max_tokens=10)
@@ -154,12 +169,15 @@ def test_answers_that_are_equal_once_they_are_cut_are_no_pair(pairs: Any, caplog
             {},
             r"no column rejected. It has .*; name one with data.rejected",
         ),
-        ([pair("p", 3, "b")], {}, r"line 1, columns prompt and chosen hold neither text nor chat.*'3' \(int\)"),
-        ([pair("p", None, "b")], {}, r"columns prompt and chosen hold neither text.*NoneType"),
+        (
+            [pair("p", 3, "b")],
+            {},
+            r"line 1, columns prompt and chosen: '3' \(int\) is neither text nor chat.* name another",
+        ),
         ([pair(7, "a", "b")], {}, r"neither text nor chat"),
-        ([pair("p", "a", "b", m="wide")], {"margin": "m"}, r"line 1: column m holds 'wide', which is not a number"),
+        ([pair("p", "a", "b", m="wide")], {"margin": "m"}, r"line 1, column m holds 'wide', which is not a number"),
         ([pair("p", "a", "b", m=None)], {"margin": "m"}, r"column m holds None"),
-        ([pair("p", "a", "b", m=math.nan)], {"margin": "m"}, r"line 1: column m holds nan.* Correct or remove the row"),
+        ([pair("p", "a", "b", m=math.nan)], {"margin": "m"}, r"line 1, column m holds nan.* Correct or remove the row"),
         ([{"chosen": "a", "rejected": "b"}], {}, r"no column prompt. It has chosen, rejected; .* or set it to null if"),
         (
             [{"prompt": "p", "response": x, "r": 1} for x in "abc"],
@@ -231,8 +249,12 @@ def test_the_turn_ends_where_the_template_ends_it(answers: Any, monkeypatch: pyt
     ("rows", "settings", "words"),
     [
         ([{"prompt": "p", "response": ""}], {}, r"an empty answer"),
-        ([{"talk": "text"}], {"messages": "talk"}, r"column talk holds text and no chat messages"),
+        ([{"talk": "text"}], {"messages": "talk"}, r"column talk holds text and no chat.* set data.messages to null"),
         ([{"talk": user("a")}], {"messages": "talk"}, r"no message of the assistant"),
+        ([{"talk": None}], {"messages": "talk"}, r"1 \(an empty conversation\)"),
+        ([{"talk": []}], {"messages": "talk"}, r"1 \(an empty conversation\)"),
+        ([{"talk": None}], {"messages": "talk", "unusable": "error"}, r"line 1, column talk: an empty conversation. R"),
+        ([{"response": None}], {"prompt": None, "unusable": "error"}, r"line 1, column response: an empty answer. Rem"),
         ([{"prompt": "p"}], {}, r"no column response"),
     ],
 )

@@ -194,7 +194,7 @@ def test_a_reward_model_with_two_labels_is_refused(tmp_path: Path) -> None:
     ("changes", "status", "words"),
     [
         ({"model__pth": "x"}, 2, "model.pth; did you mean model.path"),
-        ({"data__path": "same.jsonl", "data__unusable": "error"}, 1, "line 1: the two answers are equal"),
+        ({"data__path": "same.jsonl", "data__unusable": "error"}, 1, "chosen and rejected: the two answers are equal"),
     ],
 )
 def test_the_command_says_what_is_wrong_and_fails(
