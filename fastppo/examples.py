@@ -192,12 +192,21 @@ def _usable(table: Table, config: ExamplesConfig, read: Reader) -> list[Example]
 
 def _way(dropped: Counter[str], config: ExamplesConfig) -> str:
     """Out of having no example left."""
-    columns = "data.chosen and data.rejected" if isinstance(config, PairsConfig) else "data.response"
-    if any("data.max_tokens" in reason for reason in dropped):
-        return "Raise data.max_tokens, or where prompts leave room for answers set data.too_long to cut."
+    group = config.group
+    if any(f"{group}.max_tokens" in reason for reason in dropped):
+        return f"Raise {group}.max_tokens, or where prompts leave room for answers set {group}.too_long to cut."
     if any("chat template" in reason for reason in dropped):
         return "Use a tokenizer with another chat template, or give plain text."
-    return f"Correct the rows, or name other columns with {columns}."
+    names = ", ".join(f"{group}.{name}" for name in _columns(config))
+    return f"Correct the rows, or name other columns ({names})."
+
+
+def _columns(config: ExamplesConfig) -> tuple[str, ...]:
+    """The settings that name the columns of a row."""
+    if isinstance(config, PairsConfig):
+        return ("prompt", "chosen", "rejected") if config.rating is None else ("prompt", "answer")
+    assert isinstance(config, AnswersConfig)
+    return ("prompt", "response") if config.messages is None else ("messages",)
 
 
 def _problem(candidate: Candidate) -> str | None:

@@ -171,7 +171,10 @@ def test_ranks_share_the_texts_in_as_many_microbatches(folder, ranks):
 
 def test_texts_are_read_as_the_settings_say(folder, tmp_path):
     turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
-    rows = [{"q": "ab", "a": "xyz", "talk": [*turns, {"role": "assistant", "content": "dd"}]}, {"q": "", "a": "v" * 40}]
+    rows = [
+        {"q": "ab", "a": "xyz", "none": None, "talk": [*turns, {"role": "assistant", "content": "dd"}]},
+        {"q": "", "a": "v" * 40},
+    ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -188,6 +191,9 @@ def test_texts_are_read_as_the_settings_say(folder, tmp_path):
     assert read("--ptx.response", "talk", "--ptx.max_tokens", "50").response_lengths.tolist() == [3]
     for more, words in (
         ([], "no column text. .*name one with ptx.response"),
+        (["--ptx.response", "none"], r"no example left .*empty answer.* columns \(ptx.prompt, ptx.response\)"),
+        (["--ptx.messages", "none"], r"no example left .*empty conversation.* columns \(ptx.messages\)"),
+        (["--ptx.response", "a", "--ptx.max_tokens", "3", "--ptx.too_long", "drop"], "Raise ptx.max_tokens, .*ptx.too"),
         (["--ptx.response", "talk", "--ptx.chat", "never"], "ptx.chat is never"),
         (["--ptx.response", "a", "--ptx.max_tokens", "3", "--ptx.too_long", "error"], "more than ptx.max_tokens 3"),
     ):
