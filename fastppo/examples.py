@@ -105,7 +105,7 @@ def load_texts(config: PtxConfig, tokenizer: PreTrainedTokenizerBase, *, context
     answers = _TextConfig(**{name: getattr(config, name) for name in own})
     _check_context(answers, context)
     read = partial(_answers, config=answers, tokenizer=tokenizer)
-    texts = _together(_usable(read_table(config.path, config.name, config.split), answers, read), 1)
+    texts = _together(_usable(read_table(config.path, config.name, config.split), answers, read, config.limit), 1)
     log.info("%s: %d texts of %d tokens to learn beside", config.path, len(texts), len(texts.packed.tokens))
     return texts
 
@@ -122,12 +122,12 @@ def _load(
     config: ExamplesConfig, read: Reader, each: int, heldout: int, context: int | None
 ) -> tuple[Examples, Examples]:
     _check_context(config, context)
-    found = _usable(read_table(config.path, config.name, config.split), config, read)
+    found = _usable(read_table(config.path, config.name, config.split), config, read, config.limit)
     if config.eval_path is None:
         chosen = found[:heldout]
     else:
         name = config.name if config.eval_path == config.path else None
-        chosen = _usable(read_table(config.eval_path, name, config.eval_split), config, read)[:heldout]
+        chosen = _usable(read_table(config.eval_path, name, config.eval_split), config, read, heldout)
     if len(chosen) < heldout:
         raise DataError(
             f"{config.eval_path or config.path} has {len(chosen)} usable examples, but eval.examples asks for"
@@ -150,7 +150,7 @@ def _together(examples: Sequence[Example], each: int) -> Examples:
     return Examples(pack(sequences, lengths), each, torch.tensor([example.margin for example in examples]))
 
 
-def _usable(table: Table, config: ExamplesConfig, read: Reader) -> list[Example]:
+def _usable(table: Table, config: ExamplesConfig, read: Reader, limit: int | None) -> list[Example]:
     """The examples that can be learned from, at most `limit`; one log line tells what was left out or cut."""
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
@@ -176,7 +176,7 @@ def _usable(table: Table, config: ExamplesConfig, read: Reader) -> list[Example]
             dropped[problem] += 1
             continue
         examples.append(_example(candidate))
-        if len(examples) == config.limit:
+        if len(examples) == limit:
             break
     reasons = ", ".join(f"{count} ({reason})" for reason, count in dropped.items())
     if not examples:

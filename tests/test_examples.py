@@ -215,6 +215,14 @@ def test_the_heldout_pairs_depend_on_the_split_seed_alone(pairs: Any) -> None:
     assert texts(pairs(rows, heldout=8, split_seed=1)[1]) != chosen
 
 
+def test_a_limit_is_on_what_is_trained_on_and_not_on_a_heldout_file_of_its_own(pairs: Any, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = written(tmp_path / "other", [pair("p", f"c{i}", f"d{i}") for i in range(20)])
+    rows = [pair("p", f"a{i}", f"b{i}") for i in range(20)]
+    train, heldout = pairs(rows, heldout=15, limit=5, eval_path=other)
+    assert (len(train), len(heldout)) == (5, 15)
+
+
 def test_a_response_is_learned_with_its_prompt_before_it(answers: Any) -> None:
     train, _ = answers([{"prompt": "ask ", "response": "tell"}])
     assert texts(train) == ["ask tell<eos>"]
