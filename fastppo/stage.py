@@ -110,7 +110,7 @@ def run_stage(
     evaluate: Callable[[Learner, Examples, TrunkStates, C, World], E],
     leave: Callable[[Stage[C], E | None], None],
 ) -> None:
-    """Update, evaluate on held-out examples, and leave the model with the lowest held-out loss behind.
+    """Update, evaluate on held-out examples, and leave the trained model with the lowest held-out loss behind.
 
     statistics: names of what the objective sums over a batch; count: over how many (pairs, response tokens) their
     means and the loss's are taken; leave: exports the model as it was evaluated, or as it is if it never was. Raises
@@ -156,5 +156,18 @@ def run_stage(
 
     if run.best_step < 0:
         leave(stage, None)
-    elif world.rank == 0:
+    if run.step > 0 and run.evaluated >= 0 and world.rank == 0:
+        _tell_best(run, config)
+
+
+def _tell_best(run: Training, config: RewardTrainingConfig | SFTConfig) -> None:
+    if run.best < run.start:
         log.info("lowest held-out loss: %.4f, after step %d of %d", run.best, run.best_step, run.step)
+        return
+    log.warning(
+        "the held-out loss was %.4f before training and never lower after it (at best %.4f): the exported model is no"
+        " better than its start. Lower model.lr (%g), train less of the model (model.train), or give more data.",
+        run.start,
+        run.best,
+        config.model.lr,
+    )

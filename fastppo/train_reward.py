@@ -48,7 +48,7 @@ def bradley_terry(pairs: Examples, config: RewardTrainingConfig) -> Objective:
 
 
 def train(config: RewardTrainingConfig, world: World) -> None:
-    """A whole run: update, evaluate on held-out pairs, and leave the model with the lowest held-out loss behind.
+    """A whole run: update, evaluate on held-out pairs, and leave the trained model with the lowest held-out loss.
 
     Raises Stopped where it was told to stop; what it has done is saved then.
     """

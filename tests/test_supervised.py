@@ -193,7 +193,7 @@ def test_other_data_and_other_evaluations_are_not_resumed(folder: Path, forks: F
 
 def test_patience_counts_evaluations_without_a_lower_loss() -> None:
     run = Training.begin(seed=1, rank=0)
-    assert not run.add_evaluation(1.0) and run.score is None  # of the model as it came
+    assert not run.add_evaluation(1.5) and run.score is None  # of the model as it came
     for loss, better, done in ((1.2, True, False), (1.3, False, False), (1.1, True, False), (1.1, False, False)):
         run.end_step(skipped=0)
         assert (run.add_evaluation(loss), run.is_done(2)) == (better, done)
@@ -203,3 +203,11 @@ def test_patience_counts_evaluations_without_a_lower_loss() -> None:
     again = Training.begin(seed=2, rank=0)
     again.restore(run.state(), run.random)
     assert dataclasses.asdict(again).keys() == dataclasses.asdict(run).keys() and again.state() == run.state()
+
+
+def test_patience_counts_evaluations_of_a_model_worse_than_its_start_though_the_best_is_left() -> None:
+    run = Training.begin(seed=1, rank=0)
+    run.add_evaluation(1.0)
+    for loss, better, done in ((7.0, True, False), (6.0, True, True)):
+        run.end_step(skipped=0)
+        assert (run.add_evaluation(loss), run.is_done(2)) == (better, done)
