@@ -124,7 +124,7 @@ def test_the_config_of_the_run_is_left_and_makes_the_same_run(folder: Path, trai
 
 def test_a_run_ends_early_and_leaves_the_best_model(folder: Path, tmp_path: Path, heldout: Examples) -> None:
     """At this rate the loss rises and falls at random."""
-    changes = {"model__lr": 0.3, "optim__schedule": "constant", "eval__every": 1, "patience": 2, "epochs": 20}
+    changes = {"model__lr": 0.05, "optim__schedule": "constant", "eval__every": 1, "patience": 2, "epochs": 20}
     output = run(folder, tmp_path / "early", **changes)
     start, *losses = [record["eval/loss"] for record in evaluations(output)]
     best = losses.index(min(losses))
@@ -134,6 +134,16 @@ def test_a_run_ends_early_and_leaves_the_best_model(folder: Path, tmp_path: Path
         chosen, rejected = model(heldout.packed).view(-1, 2).unbind(1)
     found = -torch.nn.functional.logsigmoid(chosen - rejected).mean()
     assert float(found) == pytest.approx(losses[best], rel=1e-3, abs=1e-4)
+
+
+def test_a_model_that_scores_all_alike_is_half_right_and_left_with_a_warning(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fastppo.learner.initial_head", lambda width, seed: torch.zeros(1, width))
+    output = run(folder, tmp_path / "alike", model__lr=0, steps=1)
+    assert [r["accuracy"] for r in records(output) if "accuracy" in r] == [0.5]
+    assert {r["eval/accuracy"] for r in evaluations(output)} == {0.5}
+    assert "the scores of all 64 evaluated answers are equal" in caplog.text
 
 
 def test_the_head_alone_may_train_on_features_that_are_kept(folder: Path, tmp_path: Path) -> None:
