@@ -160,7 +160,7 @@ def test_later_epochs_move_the_ratio(model, world):
 
 
 def test_a_separate_critics_warm_up_leaves_the_actor_alone(model, world):
-    warm = step(config_of(model, "--critic.warmup_steps", "1"), world)
+    warm = step(config_of(model, "--critic.warmup_steps", "1", "--steps", "2"), world)
     moved = change(warm.parameters, model, world)
     assert max(v for n, v in moved.items() if n.startswith("actor.")) == 0.0
     assert max(v for n, v in moved.items() if n.startswith("critic.")) > 0.0
@@ -177,7 +177,7 @@ def test_a_separate_critics_warm_up_leaves_the_actor_alone(model, world):
 )
 def test_a_shared_critics_warm_up_trains_the_value_head_alone(model, world, dtype, zero):
     settings = ["--critic.kind", "shared", "--optim.dtype", dtype, *zero]
-    warm = step(config_of(model, *settings, "--critic.warmup_steps", "1"), world)
+    warm = step(config_of(model, *settings, "--critic.warmup_steps", "1", "--steps", "2"), world)
     still = step(config_of(model, *settings, "--actor.lr", "0", "--critic.lr", "0"), world)
     moved = {n for n in warm.parameters if not torch.equal(warm.parameters[n], still.parameters[n])}
     assert moved == {"actor.value_head.weight", "actor.value_head.bias"}

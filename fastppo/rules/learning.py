@@ -112,13 +112,13 @@ def check_kl(config: Config) -> None:
 
 def check_schedule(config: Config) -> None:
     steps, critic_steps, warmup = config.steps, config.critic.warmup_steps, config.optim.warmup_steps
-    updates = steps * config.ppo.epochs * config.ppo.minibatches
-    if critic_steps > steps:
+    updates = steps * config.ppo.epochs * config.ppo.minibatches  # of a run that only evaluates, none
+    if 0 < steps <= critic_steps:
         raise ConfigError(
             f"critic.warmup_steps is {critic_steps} and steps {steps}: the critic alone would train in the whole run."
             " Lower critic.warmup_steps or raise steps."
         )
-    if 0 < updates < warmup:  # a run of no steps only evaluates
+    if 0 < updates < warmup:
         raise ConfigError(
             f"optim.warmup_steps is {warmup}, but the run has {updates} updates (steps {steps} x ppo.epochs"
             f" {config.ppo.epochs} x ppo.minibatches {config.ppo.minibatches}): the learning rate would never reach"
