@@ -22,7 +22,7 @@ from fastppo.microbatch import Minibatch, imbalance
 from fastppo.nodes import check_output_is_shared
 from fastppo.plan import check_plan
 from fastppo.ppo import step_rates
-from fastppo.progress import Progress, recall_experience
+from fastppo.progress import Progress, random_state, recall_experience, set_random_state
 from fastppo.ptx import Texts
 from fastppo.responses import heldout_responses, training_responses
 from fastppo.resume import find_checkpoint
@@ -128,10 +128,12 @@ def evaluate_if_due(setup: Setup, tracker: Tracker) -> None:
     found = evaluate(setup.roles, setup.heldout, setup.sources, setup.stop_ids, config, setup.world, setup.judge)
     metrics = found.metrics
     if setup.roles.average is not None:
+        after = random_state()  # a reward function that draws numbers goes on as if the average were not there
         with setup.roles.average.in_place():
             averaged = evaluate(
                 setup.roles, setup.heldout, setup.sources, setup.stop_ids, config, setup.world, setup.judge
             )
+        set_random_state(after)
         metrics = metrics | {f"average/{name}": value for name, value in averaged.metrics.items()}
     run.add_evaluation(found)
     tracker.log_evaluation(run.step, metrics)
