@@ -185,8 +185,8 @@ def _usable(table: Table, config: ExamplesConfig, read: Reader, limit: int | Non
         count = dropped.total()
         log.warning("%s: left out %d of %d examples: %s", table.source, count, count + len(examples), reasons)
     if cut:
-        limit = f"{config.group}.max_tokens {config.max_tokens}"
-        log.warning("%s: cut the answers of %d examples at %s", table.source, cut, limit)
+        bound = f"{config.group}.max_tokens {config.max_tokens}"
+        log.warning("%s: cut the answers of %d examples at %s", table.source, cut, bound)
     return examples
 
 

@@ -50,10 +50,8 @@ from fastppo.weights import (
 log = logging.getLogger("fastppo")
 
 
-def load_policies(
-    config: Config, device: torch.device
-) -> tuple[Policy, Critic | None, Policy, PreTrainedTokenizerBase]:
-    """Actor, separate critic (None where it shares the actor's backbone), reference, and the tokenizer of all three.
+def load_policies(config: Config, device: torch.device) -> tuple[Policy, Critic | None, Policy]:
+    """Actor, separate critic (None where it shares the actor's backbone) and reference, as `check_models` has them.
 
     Where two start from the same weights, they are read once and copied. Weights that LoRA leaves frozen in both are
     shared instead: a critic has the actor's parameters below its own adapters, and the reference is the actor's very
@@ -62,8 +60,6 @@ def load_policies(
     """
     dtype = DTYPES[config.optim.dtype]
     actor, critic = config.actor, config.critic
-    tokenizer = load_tokenizer("actor.model", actor.model, actor.gguf_file, actor.revision)
-    check_models(config, tokenizer)
     base = _load_actor(config, dtype, device, trained_partitions(config))
     reference = _load_reference(config, base, dtype, device)
     value_model = None if critic.kind == "shared" else _load_critic(config, base, dtype, device)
@@ -78,11 +74,22 @@ def load_policies(
     if config.optim.activation_checkpointing:
         for role in filter(None, (policy, value_model)):
             role.model.gradient_checkpointing_enable({"use_reentrant": False})
-    return policy, value_model, reference, tokenizer
+    return policy, value_model, reference
+
+
+def load_actor_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """That of critic and reference too."""
+    actor = config.actor
+    return load_tokenizer("actor.model", actor.model, actor.gguf_file, actor.revision)
+
+
+def actor_context(config: Config) -> int | None:
+    """The longest sequence that the actor takes, in tokens; None if its config does not tell."""
+    return context_of(load_config(_actor_source(config)))
 
 
 def check_models(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Whether the models beside the actor fit it, as far as their configs and tokenizers tell, without their weights.
+    """Whether the models of a run are there and fit the actor, as far as can be told without their weights.
 
     tokenizer: the actor's. Raises ModelError.
     """
@@ -99,6 +106,9 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         reason = "it would read other words than the actor writes"
         way = "Use a model with the actor's tokenizer, or leave out critic.model to start from the actor's weights."
         _check_reader(source, config, tokenizer, reason, way)
+    for where, sources in (("rewards", config.rewards), ("health.judge", config.health.judge)):
+        for name in (name for each in sources for name in (each.model, *each.ensemble) if name is not None):
+            load_classifier_config(Source(f"{where}.model", name))
 
 
 def _check_reader(source: Source, config: Config, tokenizer: PreTrainedTokenizerBase, reason: str, way: str) -> None:

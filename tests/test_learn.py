@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from ppo_step import config_of, step
+from ppo_step import config_of, roles_of, step
 
 from fastppo.learn import check_first_ratio
 from fastppo.microbatch import Minibatch, plan_step
-from fastppo.roles import assemble
 from fastppo.world import start_world
 
 
@@ -244,6 +243,6 @@ def test_an_update_beyond_the_level_of_approximate_kl_is_not_applied_and_the_las
     one = step(config_of(model, *twice, *stop), world)
     assert [u.stopped for u in one.updates] == [False, True] and one.updates[1].approx_kl > 1e-5
     config = config_of(model, *twice)
-    plan = plan_step(one.experience.packed.lengths, config, 0, 1, assemble(config, world).attention)
+    plan = plan_step(one.experience.packed.lengths, config, 0, 1, roles_of(config, world).attention)
     first = step(config, world, plan=[plan[0][:1]])
     assert difference(one.parameters, first.parameters) == 0

@@ -147,7 +147,7 @@ def test_what_the_model_knew_is_kept(folder, world, tmp_path):
 
 
 def texts_of(folder, *arguments):
-    return Texts.load(mixed(folder, *arguments), tiny.tokenizer(), context=None, attention=0.0)
+    return Texts.load(mixed(folder, *arguments), tiny.tokenizer(), context=None)
 
 
 def test_which_texts_an_update_has_depends_on_the_seed_and_its_number_alone(folder):
@@ -163,7 +163,7 @@ def test_which_texts_an_update_has_depends_on_the_seed_and_its_number_alone(fold
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_ranks_share_the_texts_in_as_many_microbatches(folder, ranks):
     texts = texts_of(folder, "--ppo.microbatch_tokens", "40", "--ppo.batch_size", "8")
-    shares = [texts.microbatches([*range(8)], World(rank, ranks, torch.device("cpu"))) for rank in range(ranks)]
+    shares = [texts.microbatches([*range(8)], 0.0, World(rank, ranks, torch.device("cpu"))) for rank in range(ranks)]
     assert len({len(share) for share in shares}) == 1
     assert sorted(int(i) for share in shares for part in share for i in part) == [*range(8)]
     assert all(int(texts.examples.lengths[part].sum()) <= 40 for share in shares for part in share)

@@ -13,6 +13,7 @@ import torch
 import whole_runs
 from forks import Forks
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from fastppo import train_reward, train_sft
 from fastppo.cli import REWARD, SFT, parse
@@ -51,7 +52,8 @@ def updated(
     argv = stage_runs.settings(folder, kind, margin=0.3, **changes) if kind == "pairs" else None
     argv = argv or stage_runs.settings(folder, kind, **changes)
     config = parse(argv, REWARD if kind == "pairs" else SFT)
-    learner = assemble_scorer(config, world) if kind == "pairs" else assemble_learner(config, world)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    learner = (assemble_scorer if kind == "pairs" else assemble_learner)(config, world, tokenizer)
     load = load_pairs if kind == "pairs" else load_answers
     examples, _ = load(config.data, learner.tokenizer, heldout=0, context=None)
     objective = bradley_terry(examples, config) if kind == "pairs" else negative_logprob

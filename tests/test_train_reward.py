@@ -21,7 +21,7 @@ from fastppo.config import Config, ModelConfig, OptimConfig, PPOConfig, RewardCo
 from fastppo.data import PromptSet
 from fastppo.examples import Examples, load_pairs
 from fastppo.feedback import load_sources, score
-from fastppo.learner import load_scorer
+from fastppo.learner import load_scorer, set_padding
 from fastppo.load import load_reward
 from fastppo.models import ModelError
 from fastppo.preference import initial_head
@@ -172,7 +172,7 @@ def test_a_run_with_other_settings_goes_through(folder: Path, tmp_path: Path, ch
 
 
 def test_a_new_head_is_that_of_its_seed_and_the_backbone_the_language_models(folder: Path) -> None:
-    model, _ = load_scorer(ModelConfig(path=str(folder / "model")), OptimConfig(dtype="fp32"), 5, CPU)
+    model = load_scorer(ModelConfig(path=str(folder / "model")), OptimConfig(dtype="fp32"), 5, CPU)
     assert torch.equal(model.head.weight, initial_head(tiny.WIDTH, 5))
     assert torch.equal(model.model.model.norm.weight, tiny.causal(vocab_size=258).model.norm.weight)
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -181,13 +181,13 @@ def test_a_new_head_is_that_of_its_seed_and_the_backbone_the_language_models(fol
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "gemma2"])
 def test_other_families_get_a_head_too(tmp_path: Path, family: str) -> None:
     path = tiny.saved(tmp_path / family, tiny.causal(family))
-    model, _ = load_scorer(ModelConfig(path=path, train="head"), OptimConfig(dtype="fp32"), 1, CPU)
+    model = load_scorer(ModelConfig(path=path, train="head"), OptimConfig(dtype="fp32"), 1, CPU)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["model.score.weight"]
     assert not any(p.is_meta for p in model.parameters())
 
 
 def test_training_may_go_on_from_a_reward_model(trained: Path) -> None:
-    model, _ = load_scorer(ModelConfig(path=str(trained / "reward_model")), OptimConfig(dtype="fp32"), 5, CPU)
+    model = load_scorer(ModelConfig(path=str(trained / "reward_model")), OptimConfig(dtype="fp32"), 5, CPU)
     again = AutoModelForSequenceClassification.from_pretrained(trained / "reward_model")
     assert torch.equal(model.head.weight, again.score.weight)
 
@@ -231,11 +231,11 @@ def test_no_token_beyond_the_embedding_is_for_padding(
     tiny.causal().save_pretrained(tmp_path)
     tokenizer = tiny.tokenizer(("[PAD]",))
     tokenizer.add_special_tokens(named)
-    tokenizer.save_pretrained(tmp_path)
-    model, found = load_scorer(ModelConfig(path=str(tmp_path)), OptimConfig(dtype="fp32"), 1, CPU)
+    model = load_scorer(ModelConfig(path=str(tmp_path)), OptimConfig(dtype="fp32"), 1, CPU)
+    set_padding(model.model, tokenizer)
     model.model.save_pretrained(tmp_path / "left")
     config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "left").config
-    assert config.pad_token_id == (None if used is None else found.convert_tokens_to_ids(used))
+    assert config.pad_token_id == (None if used is None else tokenizer.convert_tokens_to_ids(used))
     assert ("one text at a time" in caplog.text) == (used is None)
 
 
@@ -255,6 +255,8 @@ def test_the_exports_tokenizer_pads_behind_a_text(tmp_path: Path) -> None:
     tokenizer = tiny.tokenizer(("<pad>",))
     tokenizer.pad_token, tokenizer.padding_side = "<pad>", "left"
     tokenizer.save_pretrained(tmp_path)
-    _, found = load_scorer(ModelConfig(path=str(tmp_path)), OptimConfig(dtype="fp32"), 1, CPU)
+    model = load_scorer(ModelConfig(path=str(tmp_path)), OptimConfig(dtype="fp32"), 1, CPU)
+    found = AutoTokenizer.from_pretrained(tmp_path)
+    set_padding(model.model, found)
     found.save_pretrained(tmp_path / "left")
     assert AutoTokenizer.from_pretrained(tmp_path / "left").padding_side == "right"
