@@ -121,6 +121,7 @@ def test_the_defaults_and_the_quickstart_are_allowed(monkeypatch: pytest.MonkeyP
         (dict(ptx__coef=0.1, ptx__path="t", ptx__messages="m", ptx__chat="never"), ["ptx.messages is m", "chat never"]),
         (dict(critic__warmup_steps=100), ["critic.warmup_steps is 100", "steps 100"]),
         (dict(optim__warmup_steps=401), ["optim.warmup_steps is 401", "400 updates"]),
+        (dict(optim__warmup_steps=361, critic__warmup_steps=10), ["optim.warmup_steps is 361", "360 updates"]),
         (dict(track__profile_steps=(1, 101)), ["profile_steps", "101", "1 to 100"]),
         (dict(track__profile_steps=(0,)), ["profile_steps", "step 0"]),
         (dict(zero__stage=0), ["zero.stage is 0", "bf16", "zero.stage to 1", "fp32"]),
