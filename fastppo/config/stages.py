@@ -60,8 +60,8 @@ class ExamplesConfig:
     """An example longer than `max_tokens`: `drop` leaves it out, `cut` takes the answer's end away (and its EOS), both
     report how many; `error` stops."""
     unusable: Literal["drop", "error"] = "drop"
-    """An example with an empty answer, or a pair with equal ones: `drop` leaves it out and reports how many, `error`
-    stops."""
+    """An example whose prompt or answer is empty or missing, a conversation without an answer or one that the chat
+    template rewrites, a pair with equal answers: `drop` leaves it out and reports how many, `error` stops."""
     shuffle: bool = True
     """Shuffle with the run's seed, anew in every pass over the data."""
     eval_path: str | None = None
@@ -72,7 +72,7 @@ class ExamplesConfig:
     split_seed: int = 0
     """Seed of the held-out choice, apart from `seed` so that runs with other seeds are evaluated on the same examples."""
     limit: int | None = None
-    """Use at most this many examples of `path`, held-out ones included, taken after a shuffle by `split_seed`."""
+    """Use at most this many examples of `path`, those held out of it included, taken after a shuffle by `split_seed`."""
 
 
 @dataclass(frozen=True)
