@@ -113,18 +113,15 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _check_reader(source: Source, config: Config, tokenizer: PreTrainedTokenizerBase, reason: str, way: str) -> None:
     """Whether a model can read what the actor is asked and writes; reason, way: of another tokenizer, for errors."""
-    theirs, own, shape = (
-        load_tokenizer(source.setting, source.name, source.gguf_file),
-        config.actor,
-        load_config(source),
-    )
-    if theirs.get_vocab() != tokenizer.get_vocab():
+    actor, vocabulary = _actor_source(config), tokenizer.get_vocab()
+    theirs = load_tokenizer(source.setting, source.name, source.gguf_file)
+    if theirs.get_vocab() != vocabulary:
         raise ModelError(
-            f"{source} has another tokenizer than actor.model = {own.model} ({len(theirs)} and {len(tokenizer)}"
-            f" tokens), so {reason}. {way}"
+            f"{source} has another tokenizer than {actor} ({len(theirs)} and {len(tokenizer)} tokens), so {reason}."
+            f" {way}"
         )
-    rows, written = (c.get_text_config().vocab_size for c in (shape, load_config(_actor_source(config))))
-    written = min(written, max(tokenizer.get_vocab().values()) + 1)
+    shape, own = load_config(source).get_text_config(), load_config(actor).get_text_config()
+    rows, written = shape.vocab_size, min(own.vocab_size, max(vocabulary.values()) + 1)
     if rows < written:
         raise ModelError(
             f"{source} has embeddings of {rows} tokens, and the actor writes {written} different ones. {way}"
