@@ -143,10 +143,14 @@ class Engine:
         return float(norm)
 
     def step(self, learning_rates: Sequence[float], *, apply: bool = True) -> None:
-        """Clip, update, clear the gradients; without `apply` the weights and the optimizer stay as they were."""
+        """Clip, update, clear the gradients; without `apply` the weights and the optimizer stay as they were.
+
+        So do those of a group whose rate is 0: Adam counts its steps, and after steps without a gradient the first with
+        one would be too small, or too large.
+        """
         for group, i in zip(self._optimizer.param_groups, self._kept, strict=True):
-            group["lr"] = learning_rates[i]
-        with contextlib.nullcontext() if apply else _at_rest(self._adam):
+            group["lr"] = learning_rates[i] if apply else 0.0
+        with _resting_at_rate_0(self._adam):
             self._engine.step()
 
     def states(self) -> list[Tensor]:
@@ -189,13 +193,23 @@ def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _at_rest(optimizer: Any) -> Iterator[None]:
-    """Within this context the optimizer's step does nothing.
+def _resting_at_rate_0(optimizer: Any) -> Iterator[None]:
+    """Within this context the optimizer's step leaves out the groups whose rate is 0.
 
-    DeepSpeed's own runs on around it and clears the gradients, at every ZeRO stage alike. A subclass with a switch
-    would do, but DeepSpeed warns of optimizers that it does not know.
+    DeepSpeed's own runs on around it and clears the gradients, at every ZeRO stage alike. A subclass would do, but
+    DeepSpeed warns of optimizers that it does not know.
     """
-    optimizer.step = lambda closure=None: None
+    step = optimizer.step
+
+    def step_of_the_others(closure: None = None) -> None:
+        groups = optimizer.param_groups
+        optimizer.param_groups = [group for group in groups if group["lr"] > 0]
+        try:
+            step()
+        finally:
+            optimizer.param_groups = groups
+
+    optimizer.step = step_of_the_others
     try:
         yield
     finally:

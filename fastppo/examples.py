@@ -105,7 +105,7 @@ def load_texts(config: PtxConfig, tokenizer: PreTrainedTokenizerBase, *, context
     answers = _TextConfig(**{name: getattr(config, name) for name in own})
     _check_context(answers, context)
     read = partial(_answers, config=answers, tokenizer=tokenizer)
-    texts = _together(_usable(read_table(config.path, config.name, config.split), answers, read), 1)
+    texts = _together(_usable(read_table(config.path, config.name, config.split), answers, read, config.limit), 1)
     log.info("%s: %d texts of %d tokens to learn beside", config.path, len(texts), len(texts.packed.tokens))
     return texts
 
@@ -122,12 +122,12 @@ def _load(
     config: ExamplesConfig, read: Reader, each: int, heldout: int, context: int | None
 ) -> tuple[Examples, Examples]:
     _check_context(config, context)
-    found = _usable(read_table(config.path, config.name, config.split), config, read)
+    found = _usable(read_table(config.path, config.name, config.split), config, read, config.limit)
     if config.eval_path is None:
         chosen = found[:heldout]
     else:
         name = config.name if config.eval_path == config.path else None
-        chosen = _usable(read_table(config.eval_path, name, config.eval_split), config, read)[:heldout]
+        chosen = _usable(read_table(config.eval_path, name, config.eval_split), config, read, heldout)
     if len(chosen) < heldout:
         raise DataError(
             f"{config.eval_path or config.path} has {len(chosen)} usable examples, but eval.examples asks for"
@@ -150,7 +150,7 @@ def _together(examples: Sequence[Example], each: int) -> Examples:
     return Examples(pack(sequences, lengths), each, torch.tensor([example.margin for example in examples]))
 
 
-def _usable(table: Table, config: ExamplesConfig, read: Reader) -> list[Example]:
+def _usable(table: Table, config: ExamplesConfig, read: Reader, limit: int | None) -> list[Example]:
     """The examples that can be learned from, at most `limit`; one log line tells what was left out or cut."""
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
@@ -159,7 +159,7 @@ def _usable(table: Table, config: ExamplesConfig, read: Reader) -> list[Example]
         problem = _problem(candidate)
         if problem is not None and config.unusable == "error":
             raise DataError(f"{candidate.where}: {problem}. Remove the row, or set {config.group}.unusable to drop.")
-        longest = max(len(prompt) + len(answer) for prompt, answer in candidate.answers)
+        longest = max(len(each.prompt) + len(each.answer) for each in candidate.answers)
         if problem is None and longest > config.max_tokens:
             if config.too_long == "error":
                 raise DataError(
@@ -176,7 +176,7 @@ def _usable(table: Table, config: ExamplesConfig, read: Reader) -> list[Example]
             dropped[problem] += 1
             continue
         examples.append(_example(candidate))
-        if len(examples) == config.limit:
+        if len(examples) == limit:
             break
     reasons = ", ".join(f"{count} ({reason})" for reason, count in dropped.items())
     if not examples:
@@ -185,54 +185,67 @@ def _usable(table: Table, config: ExamplesConfig, read: Reader) -> list[Example]
         count = dropped.total()
         log.warning("%s: left out %d of %d examples: %s", table.source, count, count + len(examples), reasons)
     if cut:
-        limit = f"{config.group}.max_tokens {config.max_tokens}"
-        log.warning("%s: cut the answers of %d examples at %s", table.source, cut, limit)
+        bound = f"{config.group}.max_tokens {config.max_tokens}"
+        log.warning("%s: cut the answers of %d examples at %s", table.source, cut, bound)
     return examples
 
 
 def _way(dropped: Counter[str], config: ExamplesConfig) -> str:
     """Out of having no example left."""
-    columns = "data.chosen and data.rejected" if isinstance(config, PairsConfig) else "data.response"
-    if any("data.max_tokens" in reason for reason in dropped):
-        return "Raise data.max_tokens, or where prompts leave room for answers set data.too_long to cut."
-    return f"Correct the rows, or name other columns with {columns}."
+    group = config.group
+    if any(f"{group}.max_tokens" in reason for reason in dropped):
+        return f"Raise {group}.max_tokens, or where prompts leave room for answers set {group}.too_long to cut."
+    if any("chat template" in reason for reason in dropped):
+        return "Use a tokenizer with another chat template, or give plain text."
+    names = ", ".join(f"{group}.{name}" for name in _columns(config))
+    return f"Correct the rows, or name other columns ({names})."
+
+
+def _columns(config: ExamplesConfig) -> tuple[str, ...]:
+    """The settings that name the columns of a row."""
+    if isinstance(config, PairsConfig):
+        return ("prompt", "chosen", "rejected") if config.rating is None else ("prompt", "answer")
+    assert isinstance(config, AnswersConfig)
+    return ("prompt", "response") if config.messages is None else ("messages",)
 
 
 def _problem(candidate: Candidate) -> str | None:
-    if any(not answer for _, answer in candidate.answers):
+    answers = candidate.answers
+    if (problem := next((each.problem for each in answers if each.problem is not None), None)) is not None:
+        return problem
+    if any(not each.answer for each in answers):
         return "an empty answer"
-    if len(candidate.answers) == 2 and candidate.answers[0] == candidate.answers[1]:
+    if len(answers) == 2 and answers[0] == answers[1]:
         return "the two answers are equal"
-    if any(len(prompt) + len(answer) < 2 for prompt, answer in candidate.answers):
+    if any(len(each.prompt) + len(each.answer) < 2 for each in answers):
         return "a single token, which nothing predicts"
     return None
 
 
 def _cut(candidate: Candidate, longest: int) -> Candidate:
     """The first `longest` tokens of each prompt with its answer; the end is missing then, and so is the EOS."""
-    cut = tuple(Answered(prompt, answer[: max(longest - len(prompt), 0)]) for prompt, answer in candidate.answers)
-    return candidate._replace(answers=cut)
+    cut = (each._replace(answer=each.answer[: max(longest - len(each.prompt), 0)]) for each in candidate.answers)
+    return candidate._replace(answers=tuple(cut))
 
 
 def _example(candidate: Candidate) -> Example:
-    sequences = tuple((*prompt, *answer) for prompt, answer in candidate.answers)
+    sequences = tuple((*each.prompt, *each.answer) for each in candidate.answers)
     # without a prompt, and without a BOS, nothing predicts the first token
-    lengths = tuple(len(answer) if prompt else len(answer) - 1 for prompt, answer in candidate.answers)
+    lengths = tuple(len(each.answer) if each.prompt else len(each.answer) - 1 for each in candidate.answers)
     return Example(sequences, lengths, candidate.margin)
 
 
 def _pairs(table: Table, config: PairsConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Candidate]:
     prompts = _prompts(table, config)
     answers = (_column(table, config, "chosen"), _column(table, config, "rejected"))
-    margins = [0.0] * len(table) if config.margin is None else _column(table, config, "margin")
+    margins = None if config.margin is None else _column(table, config, "margin")
     for row in _order(table, config):
-        where = table.where(row)
-        margin = margins[row] if config.margin is None else _number(margins[row], f"{where}: column {config.margin}")
+        margin = 0.0 if margins is None else _number(margins[row], _where(table, row, config.margin))
         both = (
-            answered(prompts[row], column[row], config, f"{where}, columns {config.prompt} and {name}", tokenizer)
+            answered(prompts[row], column[row], config, _where(table, row, config.prompt, name), tokenizer)
             for column, name in zip(answers, (config.chosen, config.rejected), strict=True)
         )
-        yield Candidate(where, tuple(both), margin)
+        yield Candidate(_where(table, row, config.prompt, config.chosen, config.rejected), tuple(both), margin)
 
 
 def _rated_pairs(table: Table, config: PairsConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Candidate]:
@@ -242,7 +255,7 @@ def _rated_pairs(table: Table, config: PairsConfig, tokenizer: PreTrainedTokeniz
     answers, ratings = _column(table, config, "answer"), _column(table, config, "rating")
     of_prompt: dict[str, list[tuple[float, int]]] = {}
     for row in _order(table, config):
-        rating = _number(ratings[row], f"{table.where(row)}: column {config.rating}")
+        rating = _number(ratings[row], _where(table, row, config.rating))
         of_prompt.setdefault(json.dumps(prompts[row]), []).append((rating, row))
     pairs = []
     for rated in of_prompt.values():
@@ -257,12 +270,12 @@ def _rated_pairs(table: Table, config: PairsConfig, tokenizer: PreTrainedTokeniz
         )
     random.Random(f"{config.split_seed}").shuffle(pairs)
     for rows in pairs:
-        wheres = [f"{table.where(row)}, columns {config.prompt} and {config.answer}" for row in rows]
+        wheres = [_where(table, row, config.prompt, config.answer) for row in rows]
         both = (
             answered(prompts[row], answers[row], config, where, tokenizer)
             for row, where in zip(rows, wheres, strict=True)
         )
-        yield Candidate(f"{table.where(rows[0])} and {table.where(rows[1])}", tuple(both))
+        yield Candidate(f"{table.where(rows[0])} and {wheres[1]}", tuple(both))
 
 
 def _few(values: Sequence[Any]) -> str:
@@ -275,14 +288,21 @@ def _answers(table: Table, config: AnswersConfig, tokenizer: PreTrainedTokenizer
     if config.messages is not None:
         conversations = _column(table, config, "messages")
         for row in _order(table, config):
-            where = f"{table.where(row)}, column {config.messages}"
+            where = _where(table, row, config.messages)
             for turn in turns(conversations[row], config, where, tokenizer):
                 yield Candidate(where, (turn,))
         return
     prompts, responses = _prompts(table, config), _column(table, config, "response")
     for row in _order(table, config):
-        where = f"{table.where(row)}, columns {config.prompt} and {config.response}"
+        where = _where(table, row, config.prompt, config.response)
         yield Candidate(where, (answered(prompts[row], responses[row], config, where, tokenizer),))
+
+
+def _where(table: Table, row: int, *columns: str | None) -> str:
+    """A row and its columns, for messages. None: a column that is not asked for."""
+    *others, last = [name for name in columns if name is not None]
+    named = f"columns {', '.join(others)} and {last}" if others else f"column {last}"
+    return f"{table.where(row)}, {named}"
 
 
 def _prompts(table: Table, config: ExamplesConfig) -> list[Any]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,21 @@ class RunFolderError(FastPPOError):
     """A folder that cannot be the run's, or a file in it that cannot be read. The message names the way out."""
 
 
+def check_folder(output: Path) -> None:
+    """Whether `fresh_folder` can take `output`, as far as a look tells. Raises RunFolderError."""
+    with _told(output):
+        if not output.exists() or _is_unused(output):
+            return
+        if not (output / METRICS).is_file():
+            raise RunFolderError(
+                f"output = {output} exists and is not the folder of a run (it has no {METRICS}). Give another --output."
+            )
+        if Path.cwd().is_relative_to(output.resolve()):
+            raise RunFolderError(
+                f"output = {output} is the folder that you are in, or above it. Give another --output."
+            )
+
+
 def fresh_folder(output: Path) -> Path:
     """Make `output` an empty run folder and return it; an earlier run there is moved aside to `output`.1, .2, ...
 
@@ -34,29 +50,31 @@ def fresh_folder(output: Path) -> Path:
     To be called by rank 0 alone, before the other ranks touch the folder.
     Raises RunFolderError if `output` holds something else than a run, or cannot be made.
     """
-    try:
-        if output.exists() and not (output.is_dir() and _is_unused(output)):
+    check_folder(output)
+    with _told(output):
+        if output.exists() and not _is_unused(output):
             _move_aside(output)
         output.mkdir(parents=True, exist_ok=True)
         (output / METRICS).touch()
-    except OSError as error:
-        raise RunFolderError(f"output = {output} cannot be made ({error.strerror}). Give another --output.") from error
     return output
 
 
-def _is_unused(folder: Path) -> bool:
-    return {path.name for path in folder.iterdir()} <= {METRICS, CONFIG} and not any(sizes(folder).values())
+@contextmanager
+def _told(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(f"output = {output} cannot be made ({error.strerror}). Give another --output.") from error
+
+
+def _is_unused(output: Path) -> bool:
+    if not output.is_dir():
+        return False
+    return {path.name for path in output.iterdir()} <= {METRICS, CONFIG} and not any(sizes(output).values())
 
 
 def _move_aside(output: Path) -> None:
-    if not (output / METRICS).is_file():
-        raise RunFolderError(
-            f"output = {output} exists and is not the folder of a run (it has no {METRICS}). Give another --output."
-        )
-    where = output.resolve()
-    if Path.cwd().is_relative_to(where):
-        raise RunFolderError(f"output = {output} is the folder that you are in, or above it. Give another --output.")
-    n = 1
+    where, n = output.resolve(), 1
     while (aside := where.with_name(f"{where.name}.{n}")).exists():
         n += 1
     where.rename(aside)

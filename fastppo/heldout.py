@@ -47,6 +47,12 @@ class PairEvaluation:
         return self.chosen - self.rejected
 
     @property
+    def tells_nothing_apart(self) -> bool:
+        """Whether all answers score the same."""
+        scores = torch.cat([self.chosen, self.rejected])
+        return bool((scores == scores[0]).all())
+
+    @property
     def loss(self) -> float:
         return float(preference_loss(self.chosen, self.rejected, self.margins).mean())
 

@@ -197,7 +197,7 @@ def _jobs(
     if roles.critic is None and train_actor:
         return [(roles.actor, [policy_term, value_term], [actor_rate, critic_rate])]
     if roles.critic is None:
-        return [(roles.actor, [value_head_term], [0.0, critic_rate])]
+        return [(roles.actor, [value_head_term], [actor_rate, critic_rate])]
     critic: tuple[Engine, list[Term], list[float]] = (roles.critic, [value_term], [critic_rate])
     return [(roles.actor, [policy_term], [actor_rate]), critic] if train_actor else [critic]
 

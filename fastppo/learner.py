@@ -26,7 +26,16 @@ from fastppo.microbatch import IDLE
 from fastppo.models import Backbone, ModelError, Policy, RewardModel, check_packing, fuse_head, keep_trunk
 from fastppo.preference import initial_head
 from fastppo.trunk import TrunkStates, trunk_depth
-from fastppo.weights import DTYPES, Partitions, Source, is_classifier, load_config, load_model, load_tokenizer, outline
+from fastppo.weights import (
+    DTYPES,
+    Partitions,
+    Source,
+    check_one_label,
+    is_classifier,
+    load_config,
+    load_model,
+    outline,
+)
 from fastppo.world import World
 
 log = logging.getLogger("fastppo")
@@ -45,12 +54,6 @@ class Learner:
         return model
 
     @property
-    def context(self) -> int | None:
-        """The longest sequence that the model takes, in tokens; None if its config does not tell."""
-        config = self.model.model.config.get_text_config()
-        return getattr(config, "max_position_embeddings", None)
-
-    @property
     def bytes_of_state(self) -> int:
         """Of one token's hidden state."""
         return int(self.model.model.config.get_text_config().hidden_size) * self.model.model.dtype.itemsize
@@ -67,82 +70,83 @@ class Learner:
         return packed, trunk(self.model, packed, sequences)
 
 
-def assemble_scorer(config: RewardTrainingConfig, world: World) -> Learner:
-    """Load a reward model that is to be trained and put an engine under it."""
+def assemble_scorer(config: RewardTrainingConfig, world: World, tokenizer: PreTrainedTokenizerBase) -> Learner:
+    """Load a reward model that is to be trained and put an engine under it. tokenizer: its own, set to pad with."""
     check_nvme(config.zero)
     choose_attention(config.attention, DTYPES[config.optim.dtype], world.device)
     partitions = trained_partitions(config)
-    model, tokenizer = load_scorer(config.model, config.optim, config.seed, world.device, partitions)
+    model = load_scorer(config.model, config.optim, config.seed, world.device, partitions)
+    set_padding(model.model, tokenizer)
     head = {id(parameter) for parameter in model.head.parameters()}
     backbone = [parameter for parameter in model.parameters() if id(parameter) not in head]
     return Learner(Engine(model, [backbone, list(model.head.parameters())], config.optim, config.zero), tokenizer)
 
 
-def assemble_learner(config: SFTConfig, world: World) -> Learner:
-    """Load a language model that is to be trained and put an engine under it."""
+def assemble_learner(config: SFTConfig, world: World, tokenizer: PreTrainedTokenizerBase) -> Learner:
+    """Load a language model that is to be trained and put an engine under it. tokenizer: its own."""
     check_nvme(config.zero)
     choose_attention(config.attention, DTYPES[config.optim.dtype], world.device)
     partitions = trained_partitions(config)
-    model, tokenizer = load_learner(config.model, config.optim, config.seed, world.device, partitions)
+    model = load_learner(config.model, config.optim, config.seed, world.device, partitions)
     return Learner(Engine(model, [list(model.parameters())], config.optim, config.zero), tokenizer)
 
 
 def load_learner(
     config: ModelConfig, optim: OptimConfig, seed: int, device: torch.device, partitions: Partitions = None
-) -> tuple[Policy, PreTrainedTokenizerBase]:
+) -> Policy:
     """The language model of a supervised start. seed: of its adapters, with LoRA."""
-    tokenizer = load_tokenizer("model.path", config.path, config.gguf_file, config.revision)
     dtype = DTYPES[optim.dtype]
     model = load_causal("model.path", config.path, config.gguf_file, config.revision, dtype, device, partitions)
     policy = Policy(model)
     choose_trained(policy, "model", config, config.path, config.revision, seed)
     _prepare(policy, optim, partitions)
-    return policy, tokenizer
+    return policy
 
 
 def load_scorer(
     config: ModelConfig, optim: OptimConfig, seed: int, device: torch.device, partitions: Partitions = None
-) -> tuple[RewardModel, PreTrainedTokenizerBase]:
+) -> RewardModel:
     """A reward model to be trained: a language model with a new score head, or a reward model as it is.
 
     seed: of a new head, and of adapters.
     """
-    name, dtype = config.path, DTYPES[optim.dtype]
-    source = Source("model.path", name, config.gguf_file, config.revision)
-    tokenizer = load_tokenizer("model.path", name, config.gguf_file, config.revision)
-    loaded_config = load_config(source)
-    if is_classifier(loaded_config):
-        if loaded_config.num_labels != 1:
-            raise ModelError(
-                f"model.path = {name} has {loaded_config.num_labels} labels; a reward model has one, the score. Start"
-                " from a language model, or from a classifier with num_labels=1."
-            )
+    source, dtype = model_source(config), DTYPES[optim.dtype]
+    if _starts_as_scorer(source):
         model = load_model(AutoModelForSequenceClassification, source, dtype, device, partitions)
         if partitions is None:
             check_packing(model)
     else:
-        causal = load_causal("model.path", name, config.gguf_file, config.revision, dtype, device, partitions)
+        causal = load_causal("model.path", config.path, config.gguf_file, config.revision, dtype, device, partitions)
         model = _with_score_head(causal, initial_head(width_of(causal), seed).to(device, dtype))
-    _set_padding(model, tokenizer)
     scorer = _scorer(model, config, seed)
     _prepare(scorer, optim, partitions)
-    return scorer, tokenizer
+    return scorer
+
+
+def model_source(config: ModelConfig) -> Source:
+    return Source("model.path", config.path, config.gguf_file, config.revision)
+
+
+def _starts_as_scorer(source: Source) -> bool:
+    """Whether a reward model starts from a reward model, else a language model. Raises ModelError for a classifier."""
+    config = load_config(source)
+    if is_classifier(config):
+        check_one_label(source, config, "Start from a language model, or from a classifier with num_labels=1.")
+    return is_classifier(config)
 
 
 def outline_learner(config: SFTConfig) -> Policy:
     """The model of `load_learner` on the meta device: every module and shape, and what of it trains, no weights."""
     model, dtype = config.model, DTYPES[config.optim.dtype]
-    source = Source("model.path", model.path, model.gguf_file, model.revision)
-    policy = Policy(fuse_head(outline(AutoModelForCausalLM, source, dtype)))
+    policy = Policy(fuse_head(outline(AutoModelForCausalLM, model_source(model), dtype)))
     choose_trained(policy, "model", model, model.path, model.revision, config.seed)
     return policy
 
 
 def outline_scorer(config: RewardTrainingConfig) -> RewardModel:
     """The model of `load_scorer` on the meta device."""
-    dtype = DTYPES[config.optim.dtype]
-    source = Source("model.path", config.model.path, config.model.gguf_file, config.model.revision)
-    if is_classifier(load_config(source)):
+    source, dtype = model_source(config.model), DTYPES[config.optim.dtype]
+    if _starts_as_scorer(source):
         model = outline(AutoModelForSequenceClassification, source, dtype)
     else:
         causal = outline(AutoModelForCausalLM, source, dtype)
@@ -174,20 +178,29 @@ def _with_score_head(causal: PreTrainedModel, weight: torch.Tensor) -> PreTraine
     return cast(PreTrainedModel, model.eval())
 
 
-def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Name another token than EOS for padding.
+def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Name another token than EOS for padding, one that the model has an embedding of.
 
     Transformers takes a padded sequence's score at its last token that is no padding. Answers end with EOS, which many
-    tokenizers pad with too; the score would come from the token before it.
+    tokenizers pad with too; the score would come from the token before it. And it loads no model whose padding lies
+    beyond its embedding, as a token does that was added to the tokenizer alone.
     """
     names = (tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token)
-    padding = next((name for name in names if name is not None and name != tokenizer.eos_token), None)
+    rows, ids = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings, tokenizer.get_vocab()
+    usable = (name for name in names if name is not None and name != tokenizer.eos_token and ids[name] < rows)
+    padding = next(usable, None)
     if padding is None:
-        log.warning("the tokenizer has no token to pad with but EOS: give the exported reward model one text at a time")
+        log.warning(
+            "the tokenizer has no token to pad with but EOS and what the model has no embedding of: give the exported"
+            " reward model one text at a time"
+        )
         model.config.pad_token_id = None
         return
     tokenizer.pad_token = padding
-    model.config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.padding_side = (
+        "right"  # with padding before a text its absolute positions, as GPT-2 has them, would shift
+    )
+    model.config.pad_token_id = ids[padding]
 
 
 def _prepare(role: Policy | RewardModel, optim: OptimConfig, partitions: Partitions) -> None:

@@ -38,6 +38,8 @@ from fastppo.weights import (
     DTYPES,
     Partitions,
     Source,
+    check_one_label,
+    context_of,
     is_classifier,
     load_classifier_config,
     load_config,
@@ -48,10 +50,8 @@ from fastppo.weights import (
 log = logging.getLogger("fastppo")
 
 
-def load_policies(
-    config: Config, device: torch.device
-) -> tuple[Policy, Critic | None, Policy, PreTrainedTokenizerBase]:
-    """Actor, separate critic (None where it shares the actor's backbone), reference, and the tokenizer of all three.
+def load_policies(config: Config, device: torch.device) -> tuple[Policy, Critic | None, Policy]:
+    """Actor, separate critic (None where it shares the actor's backbone) and reference, as `check_models` has them.
 
     Where two start from the same weights, they are read once and copied. Weights that LoRA leaves frozen in both are
     shared instead: a critic has the actor's parameters below its own adapters, and the reference is the actor's very
@@ -60,9 +60,8 @@ def load_policies(
     """
     dtype = DTYPES[config.optim.dtype]
     actor, critic = config.actor, config.critic
-    tokenizer = load_tokenizer("actor.model", actor.model, actor.gguf_file, actor.revision)
     base = _load_actor(config, dtype, device, trained_partitions(config))
-    reference = _load_reference(config, base, tokenizer, dtype, device)
+    reference = _load_reference(config, base, dtype, device)
     value_model = None if critic.kind == "shared" else _load_critic(config, base, dtype, device)
     policy = Policy(base, ValueHead(width_of(base), dtype, device) if critic.kind == "shared" else None)
     choose_trained(policy, "actor", actor, actor.model, actor.revision, config.seed)
@@ -75,7 +74,64 @@ def load_policies(
     if config.optim.activation_checkpointing:
         for role in filter(None, (policy, value_model)):
             role.model.gradient_checkpointing_enable({"use_reentrant": False})
-    return policy, value_model, reference, tokenizer
+    return policy, value_model, reference
+
+
+def load_actor_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """That of critic and reference too."""
+    actor = config.actor
+    return load_tokenizer("actor.model", actor.model, actor.gguf_file, actor.revision)
+
+
+def actor_context(config: Config) -> int | None:
+    """The longest sequence that the actor takes, in tokens; None if its config does not tell."""
+    return context_of(load_config(_actor_source(config)))
+
+
+def check_models(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Whether the models of a run are there and fit the actor, as far as can be told without their weights.
+
+    tokenizer: the actor's. Raises ModelError.
+    """
+    critic, reference = config.critic, config.reference
+    if reference.model is not None:
+        source = Source("reference.model", reference.model, reference.gguf_file)
+        reason = "KL between the two means nothing"
+        way = "Use a reference with the actor's tokenizer; usually the SFT model that the actor starts from."
+        _check_reader(source, config, tokenizer, reason, way)
+    if critic.kind == "separate" and critic.model is not None:
+        source = Source("critic.model", critic.model, critic.gguf_file)
+        if is_classifier(found := load_config(source)):
+            check_one_label(source, found, "Start from a language model, or from a classifier with num_labels=1.")
+        reason = "it would read other words than the actor writes"
+        way = "Use a model with the actor's tokenizer, or leave out critic.model to start from the actor's weights."
+        _check_reader(source, config, tokenizer, reason, way)
+    for where, sources in (("rewards", config.rewards), ("health.judge", config.health.judge)):
+        for name in (name for each in sources for name in (each.model, *each.ensemble) if name is not None):
+            load_classifier_config(Source(f"{where}.model", name))
+
+
+def _check_reader(source: Source, config: Config, tokenizer: PreTrainedTokenizerBase, reason: str, way: str) -> None:
+    """Whether a model can read what the actor is asked and writes; reason, way: of another tokenizer, for errors."""
+    actor, vocabulary = _actor_source(config), tokenizer.get_vocab()
+    theirs = load_tokenizer(source.setting, source.name, source.gguf_file)
+    if theirs.get_vocab() != vocabulary:
+        raise ModelError(
+            f"{source} has another tokenizer than {actor} ({len(theirs)} and {len(tokenizer)} tokens), so {reason}."
+            f" {way}"
+        )
+    shape, own = load_config(source).get_text_config(), load_config(actor).get_text_config()
+    rows, written = shape.vocab_size, min(own.vocab_size, max(vocabulary.values()) + 1)
+    if rows < written:
+        raise ModelError(
+            f"{source} has embeddings of {rows} tokens, and the actor writes {written} different ones. {way}"
+        )
+    prompt, response, context = config.data.max_prompt_tokens, config.sampling.max_new_tokens, context_of(shape)
+    if context is not None and prompt + response > context:
+        raise ModelError(
+            f"data.max_prompt_tokens {prompt} + sampling.max_new_tokens {response} = {prompt + response} tokens, but"
+            f" the context of {source} holds {context}. Lower one of the two, or give another model."
+        )
 
 
 def trained_partitions(config: AnyConfig) -> Partitions:
@@ -114,13 +170,7 @@ def load_reward(
     return RewardModel(model).requires_grad_(False).eval(), load_tokenizer(setting, name)
 
 
-def _load_reference(
-    config: Config,
-    actor: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Policy:
+def _load_reference(config: Config, actor: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> Policy:
     reference, partitions = config.reference, frozen_partitions(config)
     if reference.model is None and config.actor.lora.rank:
         own = Policy(actor)
@@ -129,13 +179,6 @@ def _load_reference(
     if reference.model is None:
         model = copy.deepcopy(actor) if partitions is None else _second_actor(config, actor, dtype, device, partitions)
     else:
-        theirs = load_tokenizer("reference.model", reference.model, reference.gguf_file)
-        if theirs.get_vocab() != tokenizer.get_vocab():
-            raise ModelError(
-                f"reference.model = {reference.model} has another tokenizer than actor.model = {config.actor.model}"
-                f" ({len(theirs)} and {len(tokenizer)} tokens), so KL between the two means nothing."
-                " Use a reference with the actor's tokenizer; usually the SFT model that the actor starts from."
-            )
         source = Source("reference.model", reference.model, reference.gguf_file)
         model = _load_causal(source, dtype, device, partitions)
     return Policy(model).requires_grad_(False).eval()
@@ -153,10 +196,6 @@ def _load_critic(config: Config, actor: PreTrainedModel, dtype: torch.dtype, dev
         source = Source("critic.model", critic.model, critic.gguf_file)
         if is_classifier(load_config(source)):  # start from a reward model: V(s) begins as its score
             model = load_model(AutoModelForSequenceClassification, source, dtype, device, partitions)
-            if model.config.num_labels != 1:
-                raise ModelError(
-                    f"critic.model = {critic.model} has {model.config.num_labels} labels; a critic needs one"
-                )
             if partitions is None:
                 check_packing(model)
             head = ValueHead(width_of(model), dtype, device)
@@ -211,9 +250,12 @@ def _load_causal(source: Source, dtype: torch.dtype, device: torch.device, parti
 
 
 def _load_actor(config: Config, dtype: torch.dtype, device: torch.device, partitions: Partitions) -> PreTrainedModel:
+    return _load_causal(_actor_source(config), dtype, device, partitions)
+
+
+def _actor_source(config: Config) -> Source:
     actor = config.actor
-    source = Source("actor.model", actor.model, actor.gguf_file, actor.revision)
-    return _load_causal(source, dtype, device, partitions)
+    return Source("actor.model", actor.model, actor.gguf_file, actor.revision)
 
 
 def _second_actor(

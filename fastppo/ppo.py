@@ -92,16 +92,20 @@ def learning_rate(peak: float, update: int, total: int, warmup: int, schedule: L
 
 
 def step_rates(config: Config, step: int) -> list[tuple[float, float]]:
-    """Learning rates (actor's, critic's) of each update of PPO step `step`, counted from 0."""
+    """Learning rates (actor's, critic's) of each update of PPO step `step`, counted from 0.
+
+    The actor's schedule begins with its first update; while the critic warms up, its rate is 0.
+    """
     optim, each = config.optim, config.ppo.epochs * config.ppo.minibatches
-    total = config.steps * each
-    return [
-        (
-            learning_rate(config.actor.lr, update, total, optim.warmup_steps, optim.schedule),
-            learning_rate(config.critic.lr, update, total, optim.warmup_steps, optim.schedule),
-        )
-        for update in range(step * each, (step + 1) * each)
-    ]
+    total, first = config.steps * each, config.critic.warmup_steps * each
+
+    def rate(peak: float, update: int, begin: int) -> float:
+        if update < begin:
+            return 0.0
+        return learning_rate(peak, update - begin, total - begin, optim.warmup_steps, optim.schedule)
+
+    updates = range(step * each, (step + 1) * each)
+    return [(rate(config.actor.lr, update, first), rate(config.critic.lr, update, 0)) for update in updates]
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:

@@ -63,9 +63,17 @@ class Centring:
         return scores.double() - hidden.double() @ self.shift
 
 
+def rightness(gaps: Tensor) -> Tensor:
+    """1 for a pair whose chosen answer scores higher, 0 for one whose rejected does; a tie is half right.
+
+    gaps (P,): chosen - rejected -> (P,) in their dtype.
+    """
+    return (gaps.sign() + 1) / 2
+
+
 def accuracy(gaps: Tensor) -> float:
-    """The share of pairs whose chosen answer scores higher; a tie is half right. gaps (P,): chosen - rejected."""
-    return float((gaps > 0).double().mean() + (gaps == 0).double().mean() / 2)
+    """The share of pairs that are right. gaps (P,)."""
+    return float(rightness(gaps.double()).mean())
 
 
 def wilson_interval(share: float, count: int, z: float = Z) -> tuple[float, float]:
@@ -126,5 +134,4 @@ def bootstrap_interval(
 def _sorted_into_bins(gaps: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
     """Each pair's probability, whether it is right, both fp64, and its bin, int64; all (P,)."""
     sure = torch.sigmoid(gaps.double().abs())
-    right = (gaps > 0).double() + (gaps == 0).double() / 2
-    return sure, right, ((sure - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    return sure, rightness(gaps.double()), ((sure - 0.5) * 2 * bins).long().clamp(max=bins - 1)

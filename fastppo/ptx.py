@@ -21,7 +21,7 @@ from fastppo.data import batches
 from fastppo.engine import Engine
 from fastppo.examples import Examples, load_texts
 from fastppo.microbatch import pack_even
-from fastppo.models import token_stats
+from fastppo.models import attention_ratio, token_stats
 from fastppo.world import World, all_sum
 
 
@@ -33,28 +33,28 @@ class Texts:
     coef: float  # gamma
     batch_size: int  # texts in an update, over all ranks
     microbatch_tokens: int
-    attention: float  # as in `microbatch.work`
     seed: int
 
     @staticmethod
-    def load(
-        config: Config, tokenizer: PreTrainedTokenizerBase, *, context: int | None, attention: float
-    ) -> Texts | None:
+    def load(config: Config, tokenizer: PreTrainedTokenizerBase, *, context: int | None) -> Texts | None:
         """None where `ptx.coef` is 0. context: the actor's longest sequence, in tokens. Raises `DataError`."""
         if config.ptx.coef == 0:
             return None
         examples = load_texts(config.ptx, tokenizer, context=context)
         ptx, budget = config.ptx, config.ppo.microbatch_tokens
-        return Texts(examples, ptx.coef, ptx.batch_size, budget, attention, config.seed)
+        return Texts(examples, ptx.coef, ptx.batch_size, budget, config.seed)
 
     def from_update(self, number: int) -> Iterator[list[int]]:
         """The texts of each update from this one of the run on, counted from 0: a function of seed and number alone."""
         return batches(self.examples, size=self.batch_size, seed=self.seed, shuffle=True, start=number)
 
-    def microbatches(self, texts: list[int], world: World) -> tuple[Tensor, ...]:
-        """This rank's share of an update's texts; each rank has as many microbatches, as ZeRO-3 asks."""
+    def microbatches(self, texts: list[int], attention: float, world: World) -> tuple[Tensor, ...]:
+        """This rank's share of an update's texts; each rank has as many microbatches, as ZeRO-3 asks.
+
+        attention: as in `microbatch.work`.
+        """
         lengths = self.examples.lengths
-        packed = pack_even(torch.tensor(texts), lengths, self.microbatch_tokens, world.ranks, self.attention)
+        packed = pack_even(torch.tensor(texts), lengths, self.microbatch_tokens, world.ranks, attention)
         return packed[world.rank :: world.ranks]
 
 
@@ -67,7 +67,7 @@ def add_gradient(texts: Texts, chosen: list[int], actor: Engine, world: World) -
     examples = texts.examples
     tokens = int(examples.response_lengths[chosen].sum())
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for part in texts.microbatches(chosen, world):
+    for part in texts.microbatches(chosen, attention_ratio(actor.module.model), world):
         stop.check(world)
         packed = examples.packed.select(part).to(world.device)
         loss = actor(packed, partial(negative_logprob, packed.responses))

@@ -43,23 +43,17 @@ class Roles:
         return policy
 
     @property
-    def context(self) -> int | None:
-        """The longest sequence that the actor takes, in tokens; None if its config does not tell."""
-        config = self.policy.model.config.get_text_config()
-        return getattr(config, "max_position_embeddings", None)
-
-    @property
     def attention(self) -> float:
         """What attention costs beside the actor's weights, for an even plan (`microbatch.work`)."""
         return attention_ratio(self.policy.model)
 
 
-def assemble(config: Config, world: World) -> Roles:
-    """Load the models of a run and put an engine under each."""
+def assemble(config: Config, world: World, tokenizer: PreTrainedTokenizerBase) -> Roles:
+    """Load the models of a run and put an engine under each. tokenizer: `load_actor_tokenizer`'s."""
     zero, residency = config.zero, Residency(config, world.device)
     check_nvme(zero)
     choose_attention(config.attention, DTYPES[config.optim.dtype], world.device)
-    policy, critic, reference, tokenizer = load_policies(config, world.device)
+    policy, critic, reference = load_policies(config, world.device)
     value_head = [] if policy.value_head is None else list(policy.value_head.parameters())
     gathered = GatheredPolicy(policy, zero.stage)
     actor = Engine(policy, [list(policy.model.parameters()), value_head], config.optim, zero)

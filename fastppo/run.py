@@ -15,15 +15,16 @@ from fastppo.config import Config
 from fastppo.data import PromptSet, batches, load_prompts
 from fastppo.evaluate import evaluate, samples
 from fastppo.feedback import Source, load_functions, load_judge, load_sources
-from fastppo.folder import CONFIG, continue_folder, fresh_folder
+from fastppo.folder import CONFIG, check_folder, continue_folder, fresh_folder
 from fastppo.health import Alarm
 from fastppo.learn import Update
+from fastppo.load import actor_context, check_models, load_actor_tokenizer
 from fastppo.metrics import step_metrics
 from fastppo.microbatch import Minibatch, imbalance
 from fastppo.nodes import check_output_is_shared
 from fastppo.plan import check_plan
 from fastppo.ppo import step_rates
-from fastppo.progress import Progress, recall_experience
+from fastppo.progress import Progress, random_state, recall_experience, set_random_state
 from fastppo.ptx import Texts
 from fastppo.responses import heldout_responses, training_responses
 from fastppo.resume import find_checkpoint
@@ -83,7 +84,7 @@ def set_up(config: Config, world: World) -> Setup | None:
     """The run's folder, models, sources of reward and prompts, and its progress if it is resumed.
 
     None if an alarm has ended the run, and would again. What can be wrong is looked at in the order of what it costs to
-    find out.
+    find out. An earlier run in the folder is moved aside when only the weights are left to be read.
     """
     load_functions(config.rewards)  # a typo in a function's name should not cost the minutes of loading models
     load_functions(config.health.judge, "health.judge")
@@ -95,21 +96,25 @@ def set_up(config: Config, world: World) -> Setup | None:
             found.folder,
         )
         return None
+    if found is None:
+        check_folder(output)
+    check_plan(config, world)
+    tokenizer, context = load_actor_tokenizer(config), actor_context(config)
+    check_models(config, tokenizer)
+    data, heldout = load_prompts(
+        config.data,
+        tokenizer,
+        prompts_heldout=config.eval.prompts,
+        context=context,
+        reserve=config.sampling.max_new_tokens,
+    )
+    texts = Texts.load(config, tokenizer, context=context)
     if world.rank == 0:
         fresh_folder(output) if found is None else continue_folder(output, found.sizes)
         (output / CONFIG).write_text(dump(config), encoding="utf-8")
     check_output_is_shared(output, world)
-    check_plan(config, world)
-    roles = assemble(config, world)
-    data, heldout = load_prompts(
-        config.data,
-        roles.tokenizer,
-        prompts_heldout=config.eval.prompts,
-        context=roles.context,
-        reserve=config.sampling.max_new_tokens,
-    )
-    sources, judge = (load(config, roles.tokenizer, world, roles.residency) for load in (load_sources, load_judge))
-    texts = Texts.load(config, roles.tokenizer, context=roles.context, attention=roles.attention)
+    roles = assemble(config, world, tokenizer)
+    sources, judge = (load(config, tokenizer, world, roles.residency) for load in (load_sources, load_judge))
     learned = [data.tokens, heldout.tokens, *([] if texts is None else [texts.examples.tokens])]
     checkpoints = Checkpoints(config, roles.saved, learned, world, enter=roles.residency.enter)
     progress = checkpoints.load(found, Progress.begin(config, world.rank))
@@ -125,7 +130,7 @@ def set_up(config: Config, world: World) -> Setup | None:
         data=data,
         heldout=heldout,
         texts=texts,
-        stop_ids=stop_ids(roles.policy, roles.tokenizer, config.sampling),
+        stop_ids=stop_ids(roles.policy, tokenizer, config.sampling),
         checkpoints=checkpoints,
         progress=progress,
         stages=Stages(progress.seconds, roles.residency.enter),
@@ -141,10 +146,12 @@ def evaluate_if_due(setup: Setup, tracker: Tracker) -> None:
     found = evaluate(setup.roles, setup.heldout, setup.sources, setup.stop_ids, config, setup.world, setup.judge)
     metrics = found.metrics
     if setup.roles.average is not None:
+        after = random_state()  # a reward function that draws numbers goes on as if the average were not there
         with setup.roles.average.in_place():
             averaged = evaluate(
                 setup.roles, setup.heldout, setup.sources, setup.stop_ids, config, setup.world, setup.judge
             )
+        set_random_state(after)
         metrics = metrics | {f"average/{name}": value for name, value in averaged.metrics.items()}
     run.add_evaluation(found)
     tracker.log_evaluation(run.step, metrics)

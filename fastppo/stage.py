@@ -9,13 +9,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
+from transformers import PreTrainedTokenizerBase
+
 from fastppo.checkpoint import Checkpoints
 from fastppo.cli import dump
 from fastppo.config import RewardTrainingConfig, SFTConfig
 from fastppo.data import batches
 from fastppo.examples import Examples
-from fastppo.folder import CONFIG, continue_folder, fresh_folder
-from fastppo.learner import Learner
+from fastppo.folder import CONFIG, check_folder, continue_folder, fresh_folder
+from fastppo.learner import Learner, model_source
 from fastppo.nodes import check_output_is_shared
 from fastppo.plan import check_plan
 from fastppo.resume import find_checkpoint
@@ -23,6 +25,7 @@ from fastppo.stop import watching
 from fastppo.supervised import Objective, Training, recall_trunk, total_steps, update
 from fastppo.track import Stages, Tracker
 from fastppo.trunk import TrunkStates
+from fastppo.weights import context_of, load_config, load_tokenizer
 from fastppo.world import World
 
 log = logging.getLogger("fastppo")
@@ -69,21 +72,27 @@ E = TypeVar("E", bound=Evaluation)
 def set_up(
     config: C,
     world: World,
-    assemble: Callable[[C, World], Learner],
+    assemble: Callable[[C, World, PreTrainedTokenizerBase], Learner],
     load: Callable[..., tuple[Examples, Examples]],
 ) -> Stage[C]:
     """The stage's folder, its model and its examples, and where it is if it is resumed.
 
     load: `examples.load_pairs` or its sister. What can be wrong is looked at in the order of what it costs to find out.
+    An earlier run in the folder is moved aside when only the weights are left to be read.
     """
     output, found = Path(config.output), find_checkpoint(config, world)
+    if found is None:
+        check_folder(output)
+    check_plan(config, world)
+    model = config.model
+    tokenizer = load_tokenizer("model.path", model.path, model.gguf_file, model.revision)
+    context = context_of(load_config(model_source(model)))
+    examples, heldout = load(config.data, tokenizer, heldout=config.eval.examples, context=context)
     if world.rank == 0:
         fresh_folder(output) if found is None else continue_folder(output, found.sizes)
         (output / CONFIG).write_text(dump(config), encoding="utf-8")
     check_output_is_shared(output, world)
-    check_plan(config, world)
-    learner = assemble(config, world)
-    examples, heldout = load(config.data, learner.tokenizer, heldout=config.eval.examples, context=learner.context)
+    learner = assemble(config, world, tokenizer)
     checkpoints = Checkpoints(config, {"model": learner.engine}, (examples.tokens, heldout.tokens), world)
     run = checkpoints.load(found, Training.begin(config.seed, world.rank))
     order = batches(examples, size=config.batch_size, seed=config.seed, shuffle=config.data.shuffle)
@@ -110,7 +119,7 @@ def run_stage(
     evaluate: Callable[[Learner, Examples, TrunkStates, C, World], E],
     leave: Callable[[Stage[C], E | None], None],
 ) -> None:
-    """Update, evaluate on held-out examples, and leave the model with the lowest held-out loss behind.
+    """Update, evaluate on held-out examples, and leave the trained model with the lowest held-out loss behind.
 
     statistics: names of what the objective sums over a batch; count: over how many (pairs, response tokens) their
     means and the loss's are taken; leave: exports the model as it was evaluated, or as it is if it never was. Raises
@@ -156,5 +165,18 @@ def run_stage(
 
     if run.best_step < 0:
         leave(stage, None)
-    elif world.rank == 0:
+    if run.step > 0 and run.evaluated >= 0 and world.rank == 0:
+        _tell_best(run, config)
+
+
+def _tell_best(run: Training, config: RewardTrainingConfig | SFTConfig) -> None:
+    if run.best < run.start:
         log.info("lowest held-out loss: %.4f, after step %d of %d", run.best, run.best_step, run.step)
+        return
+    log.warning(
+        "the held-out loss was %.4f before training and never lower after it (at best %.4f): the exported model is no"
+        " better than its start. Lower model.lr (%g), train less of the model (model.train), or give more data.",
+        run.start,
+        run.best,
+        config.model.lr,
+    )

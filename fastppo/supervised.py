@@ -45,9 +45,10 @@ class Training:
 
     step: int = 0  # updates done
     skipped: int = 0  # updates in a row that were not applied
-    best: float = math.inf  # lowest held-out loss
-    best_step: int = -1  # where that was; -1 before the first evaluation of a trained model
-    waited: int = 0  # evaluations since then
+    start: float = math.inf  # held-out loss before training
+    best: float = math.inf  # lowest held-out loss of a trained model
+    best_step: int = -1  # where that was; -1 before the first evaluation of one
+    waited: int = 0  # evaluations since the lowest loss of all, the start's included
     evaluated: int = -1  # after which update the last evaluation was
     random: State = field(default_factory=random_state)
 
@@ -71,12 +72,16 @@ class Training:
         """Nothing here goes back."""
 
     def add_evaluation(self, loss: float) -> bool:
-        """Whether the held-out loss is the lowest of a trained model so far."""
+        """Whether the held-out loss is the lowest of a trained model so far.
+
+        The start is not exported if nothing is better: it is there already, and a new score head scores at random.
+        """
         self.evaluated, self.random = self.step, random_state()
         if self.step == 0:
+            self.start = loss
             return False
+        self.waited = 0 if loss < min(self.start, self.best) else self.waited + 1
         better = loss < self.best
-        self.waited = 0 if better else self.waited + 1
         if better:
             self.best, self.best_step = loss, self.step
         return better

@@ -6,6 +6,7 @@ comes out is a sequence classifier with one label, which `rewards[].model` of PP
 
 from __future__ import annotations
 
+import logging
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -26,7 +27,7 @@ from fastppo.examples import Examples, load_pairs
 from fastppo.gathered import whole_state
 from fastppo.heldout import PairEvaluation, evaluate_pairs, write_reliability
 from fastppo.learner import assemble_scorer
-from fastppo.preference import centring_loss, preference_loss
+from fastppo.preference import centring_loss, preference_loss, rightness
 from fastppo.stage import Stage, run_stage, set_up
 from fastppo.stop import Stopped
 from fastppo.supervised import Objective
@@ -34,21 +35,24 @@ from fastppo.track import setup_logging
 from fastppo.trunk import TrunkStates
 from fastppo.world import World, start_world, stop_world
 
+log = logging.getLogger("fastppo")
+
 
 def bradley_terry(pairs: Examples, config: RewardTrainingConfig) -> Objective:
-    """The loss of a microbatch of pairs, and sums over them: loss, pairs with the right order, scores of both."""
+    """The loss of a microbatch of pairs, and sums over them: loss, how many are right, scores of both."""
 
     def objective(role: Any, hidden: Tensor, *, packed: Packed, part: Tensor) -> tuple[Tensor, Tensor]:
         chosen, rejected = role.head(hidden).view(-1, 2).unbind(1)
         losses = preference_loss(chosen, rejected, pairs.margins[part].to(hidden.device) + config.margin)
         loss = losses + config.centre_coef * centring_loss(chosen, rejected)
-        return loss.sum(), torch.stack([losses.sum(), (chosen > rejected).sum(), chosen.sum(), rejected.sum()])
+        right = rightness(chosen - rejected)
+        return loss.sum(), torch.stack([losses.sum(), right.sum(), chosen.sum(), rejected.sum()])
 
     return objective
 
 
 def train(config: RewardTrainingConfig, world: World) -> None:
-    """A whole run: update, evaluate on held-out pairs, and leave the model with the lowest held-out loss behind.
+    """A whole run: update, evaluate on held-out pairs, and leave the trained model with the lowest held-out loss.
 
     Raises Stopped where it was told to stop; what it has done is saved then.
     """
@@ -74,6 +78,13 @@ def leave(stage: Stage[RewardTrainingConfig], evaluation: PairEvaluation | None)
         evaluation = evaluate_pairs(learner, stage.examples.first(config.batch_size), TrunkStates(), config, world)
     state = whole_state(learner.model.model, world)
     if world.rank == 0:
+        if evaluation.tells_nothing_apart:
+            log.warning(
+                "the scores of all %d evaluated answers are equal, so the exported reward model tells nothing apart:"
+                " PPO would learn nothing from it. Train for longer or at another model.lr (%g), and look at the data.",
+                2 * len(evaluation.gaps),
+                config.model.lr,
+            )
         if evaluation.centring is not None:
             state["score.weight"] = evaluation.centring.weight(state["score.weight"])
         export(learner.model, learner.tokenizer, stage.output / "reward_model", config.model.lora, state)

@@ -37,7 +37,7 @@ def negative_logprob(role: Any, hidden: Tensor, *, packed: Packed, part: Tensor)
 
 
 def train(config: SFTConfig, world: World) -> None:
-    """A whole run: update, evaluate on held-out responses, and leave the model with the lowest held-out loss behind.
+    """A whole run: update, evaluate on held-out responses, and leave the trained model with the lowest held-out loss.
 
     Raises Stopped where it was told to stop; what it has done is saved then.
     """

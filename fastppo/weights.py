@@ -27,6 +27,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # on the Hugging Face hub: of a model, or of its owner and the model
 
+# What transformers raises for a model that it cannot make or read; torch asserts that padding has an embedding.
+UNREADABLE = (OSError, ValueError, KeyError, ImportError, SafetensorError, AssertionError)
+
 Partitions = dict[str, Any] | None  # of `partition_config`; None: the model is whole on every rank
 
 
@@ -118,16 +121,24 @@ def load_classifier_config(source: Source) -> PreTrainedConfig:
             " has no score head, and a random one would score at random. Train one from it with"
             f" fastppo/train_reward.py --model.path {source.name}, and give what that leaves."
         )
-    if config.num_labels != 1:
-        raise ModelError(
-            f"{source} has {config.num_labels} labels; a reward model has one, the score. Train one with num_labels=1,"
-            " or wrap this classifier in a reward function that picks a label's logit."
-        )
+    way = "Train one with num_labels=1, or wrap this classifier in a reward function that picks a label's logit."
+    check_one_label(source, config, way)
     return config
 
 
 def is_classifier(config: PreTrainedConfig) -> bool:
     return (config.architectures or [""])[0].endswith("ForSequenceClassification")
+
+
+def check_one_label(source: Source, config: PreTrainedConfig, way: str) -> None:
+    """Raises ModelError for a classifier with more labels or fewer, with this way out."""
+    if config.num_labels != 1:
+        raise ModelError(f"{source} has {config.num_labels} labels; a reward model has one, the score. {way}")
+
+
+def context_of(config: PreTrainedConfig) -> int | None:
+    """The longest sequence that a model takes, in tokens; None if its config does not tell."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_model(
@@ -155,8 +166,8 @@ def _load_parts(
         files = None if source.gguf_file else weight_files(source.place, source.revision)
         if files is not None and getattr(config, "quantization_config", None) is None:
             return stream(auto, source.place, files, config, dtype, partitions, source.revision)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{source}: its weights could not be loaded ({_first_line(error)})") from error
+    except UNREADABLE as error:
+        raise _unreadable(source, config, error) from error
     log.warning(
         "%s: these weights are not plain safetensors, so each rank holds the whole model while it loads. What"
         " save_pretrained has written once is read in parts.",
@@ -173,8 +184,8 @@ def _load_whole(auto: Any, source: Source, config: PreTrainedConfig, dtype: torc
         model, found = auto.from_pretrained(
             source.place, config=config, revision=source.revision, dtype=dtype, output_loading_info=True, **gguf
         )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise ModelError(f"{source}: its weights could not be loaded ({_first_line(error)})") from error
+    except UNREADABLE as error:
+        raise _unreadable(source, config, error) from error
     if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers in their place
         some = ", ".join(missing[:4]) + ", ..." * (len(missing) > 4)
         raise ModelError(
@@ -192,8 +203,19 @@ def outline(auto: Any, source: Source, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return auto.from_config(config, dtype=dtype).eval()  # type: ignore[no-any-return]
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{source}: its weights could not be loaded ({_first_line(error)})") from error
+    except UNREADABLE as error:
+        raise _unreadable(source, config, error) from error
+
+
+def _unreadable(source: Source, config: PreTrainedConfig, error: Exception) -> ModelError:
+    text = config.get_text_config()
+    way = ""
+    if isinstance(error, AssertionError) and (text.pad_token_id or 0) >= text.vocab_size:
+        way = (
+            f" Its config.json names token {text.pad_token_id} for padding and has embeddings of {text.vocab_size}:"
+            " write the id of another token there as pad_token_id, or null."
+        )
+    return ModelError(f"{source}: its weights could not be loaded ({_first_line(error)}).{way}")
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:

@@ -19,6 +19,7 @@ from fastppo.config import Config
 from fastppo.engine import gathered
 from fastppo.estimate import estimate
 from fastppo.learn import Update, learn
+from fastppo.load import load_actor_tokenizer
 from fastppo.microbatch import Minibatch, plan_step
 from fastppo.ptx import Texts
 from fastppo.roles import Roles, assemble
@@ -43,6 +44,10 @@ def config_of(model: str, *arguments: str) -> Config:
     return parse([*fixed, *small, *short, *once, *arguments])
 
 
+def roles_of(config: Config, world: World) -> Roles:
+    return assemble(config, world, load_actor_tokenizer(config))
+
+
 def responses(roles: Roles) -> Scored:
     """Responses of many lengths and a made-up score for each."""
     config = config_of("none").sampling
@@ -53,13 +58,13 @@ def responses(roles: Roles) -> Scored:
 
 
 def step(config: Config, world: World, *, plan: list[list[Minibatch]] | None = None) -> Step:
-    roles = assemble(config, world)
+    roles = roles_of(config, world)
     roles.residency.enter("sampling")
     scored = responses(roles)
     plan = plan or plan_step(scored.rollout.packed.lengths, config, 0, world.ranks, roles.attention)
     roles.residency.enter("experience")
     experience = estimate(scored, roles, plan[0], config, config.ppo.kl_coef, world)
-    texts = Texts.load(config, roles.tokenizer, context=None, attention=roles.attention)
+    texts = Texts.load(config, roles.tokenizer, context=None)
     roles.residency.enter("learning")
     updates = learn(experience, roles, plan, config, step=0, beta=config.ppo.kl_coef, world=world, texts=texts)
     parameters = {}

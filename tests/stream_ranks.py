@@ -105,7 +105,7 @@ def roles(model: str, reward: str) -> None:
     start()
     fixed = ["--actor.model", model, "--rewards", '[{"function": "a:b"}]', "--data.path", "x", "--optim.dtype", "fp32"]
     for more in ([], ["--critic.model", reward, "--reference.model", model]):
-        actor, critic, reference, _ = load_policies(parse([*fixed, *more, "--zero.stage", "3"]), CPU)
+        actor, critic, reference = load_policies(parse([*fixed, *more, "--zero.stage", "3"]), CPU)
         expected = load_policies(parse([*fixed, *more]), CPU)
         assert critic is not None and expected[1] is not None
         assert_same(actor.model, expected[0].model)

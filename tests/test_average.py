@@ -95,6 +95,12 @@ def test_a_run_evaluates_exports_and_resumes_it(run):
     assert evaluations[0]["eval/average/score"] is not None and len(evaluations) == 3
 
 
+def test_the_actor_is_the_one_without_it_though_the_reward_draws_random_numbers(run):
+    """Rewards are asked for the average's responses too."""
+    actor, without = exported(run("with"), "actor"), exported(run("without", actor__average="null"), "actor")
+    assert all(torch.equal(p, without[n]) for n, p in actor.items())
+
+
 def test_where_zero_splits_the_weights_it_is_the_same(run):
     whole = exported(run("whole", ranks=2), "actor-average")
     split = exported(run("split", ranks=2, zero__stage=3, zero__offload="cpu"), "actor-average")

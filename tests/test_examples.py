@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import tiny
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from fastppo.config import AnswersConfig, PairsConfig
 from fastppo.examples import Examples, load_answers, load_pairs
@@ -90,6 +92,11 @@ def test_rated_answers_to_the_same_prompt_become_pairs_and_none_is_used_twice(pa
     assert found == {("aa3<eos>", "aa1<eos>"), ("bb3<eos>", "bb1<eos>")}  # 2 and 2 are no preference
 
 
+def test_rated_answers_without_a_prompt_are_no_pair(pairs: Any) -> None:
+    rows = [{"prompt": p, "response": f"{p}{r}", "score": r} for p in ("a", None) for r in (1, 2)]
+    assert texts(pairs(rows, rating="score")[0]) == ["aa2<eos>", "aa1<eos>"]
+
+
 def test_reviews_become_pairs_by_their_label(pairs: Any) -> None:
     rows = [{"text": f"{'good' if i % 2 else 'bad'} {i}", "label": str(i % 2)} for i in range(40)]
     train, heldout = pairs(rows, heldout=5, prompt=None, answer="text", rating="label", eos=False, last_tokens=6)
@@ -106,6 +113,12 @@ def test_reviews_become_pairs_by_their_label(pairs: Any) -> None:
         ([pair("p", "same", "same")], {}, r"the two answers are equal"),
         ([pair("p", "a", " \n")], {}, r"an empty answer"),
         ([pair("p", "", "b")], {}, r"an empty answer"),
+        ([pair("p", "a", None)], {}, r"an empty answer"),
+        ([pair("p", [], "b")], {}, r"an empty answer"),
+        ([pair(None, "a", "b")], {}, r"an empty prompt"),
+        ([pair(" ", "a", "b")], {}, r"an empty prompt"),
+        ([pair([], assistant("a"), assistant("b"))], {}, r"an empty prompt"),
+        ([{"chosen": "a", "rejected": "b"}], {}, r"an empty prompt"),
         ([pair(user("p"), assistant(""), assistant("b"))], {}, r"an empty answer"),
     ],
 )
@@ -115,7 +128,11 @@ def test_a_pair_that_teaches_nothing_is_dropped_and_counted_or_an_error(
     train, _ = pairs([*rows, pair("p", "a", "b")], **settings)
     assert len(train) == 1
     assert f"left out 1 of 2 examples: 1 ({words})" in caplog.text
-    with pytest.raises(DataError, match=rf"line 1: {words}. Remove the row, or set data.unusable to drop"):
+    rows = [{"prompt": None} | row for row in rows]  # the column is there if another row has it
+    with pytest.raises(
+        DataError,
+        match=rf"line 1, columns prompt, chosen and rejected: {words}. Remove the row, or set data.unusable to drop",
+    ):
         pairs(rows, unusable="error", **settings)
     with pytest.raises(
         DataError, match=rf"no example left to learn from: 1 \({words}\). Correct the rows, or name other"
@@ -130,7 +147,7 @@ def test_answers_that_are_too_long_are_dropped_cut_or_an_error(pairs: Any, caplo
     cut = texts(pairs(rows, max_tokens=10, too_long="cut")[0])
     assert set(cut) == {"p" + "a" * 9, "pb<eos>", "pc<eos>", "pd<eos>"}  # what was cut has no EOS
     assert "cut the answers of 1 examples at data.max_tokens 10" in caplog.text
-    with pytest.raises(DataError, match=r"line 1: prompt and answer have 22 tokens, more than data.max_tokens 10"):
+    with pytest.raises(DataError, match=r"rejected: prompt and answer have 22 tokens, more than data.max_tokens 10"):
         pairs(rows, max_tokens=10, too_long="error")
     with pytest.raises(DataError, match=r"no example left .* Raise data.max_tokens"):
         pairs(rows[:1], max_tokens=10)
@@ -152,12 +169,15 @@ def test_answers_that_are_equal_once_they_are_cut_are_no_pair(pairs: Any, caplog
             {},
             r"no column rejected. It has .*; name one with data.rejected",
         ),
-        ([pair("p", 3, "b")], {}, r"line 1, columns prompt and chosen hold neither text nor chat.*'3' \(int\)"),
-        ([pair("p", None, "b")], {}, r"columns prompt and chosen hold neither text.*NoneType"),
+        (
+            [pair("p", 3, "b")],
+            {},
+            r"line 1, columns prompt and chosen: '3' \(int\) is neither text nor chat.* name another",
+        ),
         ([pair(7, "a", "b")], {}, r"neither text nor chat"),
-        ([pair("p", "a", "b", m="wide")], {"margin": "m"}, r"line 1: column m holds 'wide', which is not a number"),
+        ([pair("p", "a", "b", m="wide")], {"margin": "m"}, r"line 1, column m holds 'wide', which is not a number"),
         ([pair("p", "a", "b", m=None)], {"margin": "m"}, r"column m holds None"),
-        ([pair("p", "a", "b", m=math.nan)], {"margin": "m"}, r"line 1: column m holds nan.* Correct or remove the row"),
+        ([pair("p", "a", "b", m=math.nan)], {"margin": "m"}, r"line 1, column m holds nan.* Correct or remove the row"),
         ([{"chosen": "a", "rejected": "b"}], {}, r"no column prompt. It has chosen, rejected; .* or set it to null if"),
         (
             [{"prompt": "p", "response": x, "r": 1} for x in "abc"],
@@ -167,9 +187,9 @@ def test_answers_that_are_equal_once_they_are_cut_are_no_pair(pairs: Any, caplog
         (
             [pair("p", user("a"), assistant("b"))],
             {},
-            r"ends with a message of user; the answer must be the assist",
+            r"1 \(the last message is not the assistant's\)",
         ),
-        ([pair(None, assistant("a"), assistant("b"))], {}, r"with none before it to be answered"),
+        ([pair(None, assistant("a"), assistant("b"))], {"prompt": None}, r"1 \(no message before the assistant's\)"),
         ([pair(user("p"), "a", "b")], {"chat": "never"}, r"data.chat is never"),
         ([pair("p", "a", "b")], {"heldout": 2}, r"has 1 usable examples, but eval.examples asks for 2"),
         ([pair("p", "a", "b")], {"heldout": 1}, r"leaves none to train on"),
@@ -193,6 +213,14 @@ def test_the_heldout_pairs_depend_on_the_split_seed_alone(pairs: Any) -> None:
     chosen = texts(pairs(rows, heldout=8)[1])
     assert texts(pairs(rows, heldout=8, limit=20)[1]) == chosen
     assert texts(pairs(rows, heldout=8, split_seed=1)[1]) != chosen
+
+
+def test_a_limit_is_on_what_is_trained_on_and_not_on_a_heldout_file_of_its_own(pairs: Any, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = written(tmp_path / "other", [pair("p", f"c{i}", f"d{i}") for i in range(20)])
+    rows = [pair("p", f"a{i}", f"b{i}") for i in range(20)]
+    train, heldout = pairs(rows, heldout=15, limit=5, eval_path=other)
+    assert (len(train), len(heldout)) == (5, 15)
 
 
 def test_a_response_is_learned_with_its_prompt_before_it(answers: Any) -> None:
@@ -229,8 +257,12 @@ def test_the_turn_ends_where_the_template_ends_it(answers: Any, monkeypatch: pyt
     ("rows", "settings", "words"),
     [
         ([{"prompt": "p", "response": ""}], {}, r"an empty answer"),
-        ([{"talk": "text"}], {"messages": "talk"}, r"column talk holds text and no chat messages"),
+        ([{"talk": "text"}], {"messages": "talk"}, r"column talk holds text and no chat.* set data.messages to null"),
         ([{"talk": user("a")}], {"messages": "talk"}, r"no message of the assistant"),
+        ([{"talk": None}], {"messages": "talk"}, r"1 \(an empty conversation\)"),
+        ([{"talk": []}], {"messages": "talk"}, r"1 \(an empty conversation\)"),
+        ([{"talk": None}], {"messages": "talk", "unusable": "error"}, r"line 1, column talk: an empty conversation. R"),
+        ([{"response": None}], {"prompt": None, "unusable": "error"}, r"line 1, column response: an empty answer. Rem"),
         ([{"prompt": "p"}], {}, r"no column response"),
     ],
 )
@@ -239,11 +271,39 @@ def test_responses_that_cannot_be_used_are_named(answers: Any, rows: list[Any], 
         answers(rows, **settings)
 
 
-def test_a_template_that_rewrites_the_prompt_is_refused(answers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    template = "{{ messages | length }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+def test_a_conversation_that_the_template_rewrites_is_dropped_and_counted_or_an_error(
+    answers: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    template = (
+        "{% if messages | length > 2 %}{{ messages | length }}{% endif %}"
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
     monkeypatch.setattr(TOKENIZER, "chat_template", template)
-    with pytest.raises(DataError, match=r"template writes the messages before the answer in another way"):
-        answers([{"talk": user("one") + assistant("two")}], messages="talk")
+    talk = user("one") + assistant("two") + user("three") + assistant("four")
+    rows = [{"talk": user("one") + assistant("two")}, {"talk": talk}]
+    train, _ = answers(rows, messages="talk")
+    assert set(texts(train)) == {"<user>one<assistant>two<eos>"}
+    reason = "the chat template writes the messages before an answer in another way once it is there"
+    assert f"left out 1 of 3 examples: 1 ({reason})" in caplog.text
+    with pytest.raises(DataError, match=rf"line 2, column talk: {reason}. Remove the row, or set data.unusable"):
+        answers(rows, messages="talk", unusable="error")
+    monkeypatch.setattr(TOKENIZER, "chat_template", "{{ messages | length }}{{ messages[0].content }}")
+    with pytest.raises(DataError, match=rf"{reason}\)\. Use a tokenizer with another chat template, or give plain"):
+        answers(rows, messages="talk")
+
+
+def test_an_answer_keeps_its_own_line_breaks_though_the_tokenizer_would_join_them(tmp_path: Path) -> None:
+    """In sampling the prompt's tokens are given, the template's last line break among them."""
+    backend = Tokenizer(models.BPE(vocab={"<eos>": 0, "\n": 1, "\n\n": 2, "q": 3, "a": 4}, merges=[("\n", "\n")]))
+    template = (
+        "{% for m in messages %}q{{ '\\n' }}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}q{{ '\\n' }}{% endif %}"
+    )
+    joining = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", chat_template=template)
+    path = written(tmp_path, [{"talk": user("q") + assistant(answer)} for answer in ("a", "\na", "\n\na")])
+    train, _ = load_answers(AnswersConfig(path=path, messages="talk"), joining, heldout=0, context=None)
+    assert sorted(train.tokens) == [[3, 1, 3, 3, 1, *answer, 4, 0] for answer in ([1], [2], [])]
 
 
 def test_nothing_is_said_of_data_that_is_all_used(pairs: Any, caplog: pytest.LogCaptureFixture) -> None:

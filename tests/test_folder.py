@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastppo.folder import RunFolderError, as_line, continue_folder, fresh_folder, read_lines, sizes
+from fastppo.folder import RunFolderError, as_line, check_folder, continue_folder, fresh_folder, read_lines, sizes
 
 
 def test_an_earlier_run_is_moved_aside_as_often_as_needed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -47,6 +47,9 @@ def test_what_is_not_a_run_is_never_moved(tmp_path: Path, monkeypatch: pytest.Mo
     for output in (tmp_path / "thesis", tmp_path / "file", tmp_path / "file" / "run", Path()):
         with pytest.raises(RunFolderError, match=r"^output = .* Give another --output\.$"):
             fresh_folder(output)
+    for output in (tmp_path / "thesis", tmp_path / "file", Path()):
+        with pytest.raises(RunFolderError, match=r"^output = "):
+            check_folder(output)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "here", "thesis"]
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from ppo_step import config_of, step
+from ppo_step import config_of, responses, roles_of, step
 
-from fastppo.learn import check_first_ratio
+from fastppo.engine import gathered
+from fastppo.estimate import estimate
+from fastppo.learn import check_first_ratio, learn
 from fastppo.microbatch import Minibatch, plan_step
-from fastppo.roles import assemble
 from fastppo.world import start_world
 
 
@@ -160,7 +161,7 @@ def test_later_epochs_move_the_ratio(model, world):
 
 
 def test_a_separate_critics_warm_up_leaves_the_actor_alone(model, world):
-    warm = step(config_of(model, "--critic.warmup_steps", "1"), world)
+    warm = step(config_of(model, "--critic.warmup_steps", "1", "--steps", "2"), world)
     moved = change(warm.parameters, model, world)
     assert max(v for n, v in moved.items() if n.startswith("actor.")) == 0.0
     assert max(v for n, v in moved.items() if n.startswith("critic.")) > 0.0
@@ -177,10 +178,29 @@ def test_a_separate_critics_warm_up_leaves_the_actor_alone(model, world):
 )
 def test_a_shared_critics_warm_up_trains_the_value_head_alone(model, world, dtype, zero):
     settings = ["--critic.kind", "shared", "--optim.dtype", dtype, *zero]
-    warm = step(config_of(model, *settings, "--critic.warmup_steps", "1"), world)
+    warm = step(config_of(model, *settings, "--critic.warmup_steps", "1", "--steps", "2"), world)
     still = step(config_of(model, *settings, "--actor.lr", "0", "--critic.lr", "0"), world)
     moved = {n for n in warm.parameters if not torch.equal(warm.parameters[n], still.parameters[n])}
     assert moved == {"actor.value_head.weight", "actor.value_head.bias"}
+
+
+@pytest.mark.parametrize("zero", [["0"], ["1"], ["3"], ["2", "--zero.offload", "cpu"]], ids=lambda zero: ",".join(zero))
+def test_the_actors_first_update_after_a_shared_critics_warm_up_is_adams_first(model, world, zero):
+    """Which moves weights by the learning rate, whatever the gradient's size."""
+    settings = ["--critic.kind", "shared", "--optim.eps", "1e-12", "--ppo.epochs", "20", "--zero.stage", *zero]
+    config = config_of(model, *settings, "--critic.warmup_steps", "1", "--steps", "2")
+    roles = roles_of(config, world)
+    scored = responses(roles)
+    plan = plan_step(scored.rollout.packed.lengths, config, 0, 1, roles.attention)
+    experience = estimate(scored, roles, plan[0], config, 0.1, world)
+    weight = roles.policy.model.model.norm.weight
+    with gathered([weight]):
+        before = weight.detach().clone()
+    learn(experience, roles, plan, config, step=0, beta=0.1, world=world)
+    learn(experience, roles, plan[:1], config, step=1, beta=0.1, world=world)
+    with gathered([weight]):
+        moved = float((weight.detach() - before).abs().max())
+    assert moved == pytest.approx(config.actor.lr, rel=1e-3)
 
 
 def test_actor_and_critic_learn_at_rates_of_their_own(model, world):
@@ -244,6 +264,6 @@ def test_an_update_beyond_the_level_of_approximate_kl_is_not_applied_and_the_las
     one = step(config_of(model, *twice, *stop), world)
     assert [u.stopped for u in one.updates] == [False, True] and one.updates[1].approx_kl > 1e-5
     config = config_of(model, *twice)
-    plan = plan_step(one.experience.packed.lengths, config, 0, 1, assemble(config, world).attention)
+    plan = plan_step(one.experience.packed.lengths, config, 0, 1, roles_of(config, world).attention)
     first = step(config, world, plan=[plan[0][:1]])
     assert difference(one.parameters, first.parameters) == 0

@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from fastppo.cli import parse
-from fastppo.load import load_policies
+from fastppo.load import check_models, load_actor_tokenizer, load_policies
 from fastppo.models import ModelError
 from fastppo.weights import LEFT_BY, Source, load_config
 
@@ -19,7 +19,10 @@ def model(tmp_path_factory):
 
 def load(model, *arguments):
     fixed = ["--actor.model", model, "--rewards", '[{"function": "a:b"}]', "--data.path", "x", "--optim.dtype", "fp32"]
-    return load_policies(parse([*fixed, *arguments]), CPU)
+    fixed += ["--data.max_prompt_tokens", "64", "--sampling.max_new_tokens", "64"]
+    config = parse([*fixed, *arguments])
+    check_models(config, load_actor_tokenizer(config))
+    return load_policies(config, CPU)
 
 
 def same(one, other):
@@ -27,40 +30,62 @@ def same(one, other):
 
 
 def test_the_reference_is_a_frozen_copy_of_the_actor(model):
-    actor, _, reference, _ = load(model)
+    actor, _, reference = load(model)
     assert same(actor.model, reference.model)
     assert not {id(p) for p in actor.parameters()} & {id(p) for p in reference.parameters()}
     assert not any(p.requires_grad for p in reference.parameters())
 
 
 def test_a_separate_critic_starts_as_the_actors_backbone_with_a_value_head_of_zero(model):
-    actor, critic, _, _ = load(model)
+    actor, critic, _ = load(model)
     assert same(actor.model.base_model, critic.model)
     assert float(critic.value_head.weight.abs().sum()) == 0.0
 
 
 def test_a_shared_critic_is_a_value_head_on_the_actor(model):
-    actor, critic, _, _ = load(model, "--critic.kind", "shared")
+    actor, critic, _ = load(model, "--critic.kind", "shared")
     assert critic is None and actor.value_head is not None
 
 
 def test_a_critic_may_start_as_a_reward_model(model, tmp_path):
     reward = tiny.classifier()
-    _, critic, _, _ = load(model, "--critic.model", tiny.saved(tmp_path, reward))
+    _, critic, _ = load(model, "--critic.model", tiny.saved(tmp_path, reward))
     assert torch.equal(critic.value_head.weight, reward.score.weight)
 
 
 def test_tied_embeddings_are_tied_after_loading(tmp_path):
     path = tiny.saved(tmp_path, tiny.causal(tie_word_embeddings=True))
-    actor, _, reference, _ = load(path)
+    actor, _, reference = load(path)
     for policy in (actor, reference):
         assert policy.head.weight is policy.model.get_input_embeddings().weight
 
 
-def test_a_reference_with_another_tokenizer_is_an_error(model, tmp_path):
-    other = tiny.saved(tmp_path, tiny.causal(vocab_size=258), extra=("<more>",))
-    with pytest.raises(ModelError, match=r"another tokenizer .*258 and 257 tokens"):
-        load(model, "--reference.model", other)
+@pytest.mark.parametrize("role", ["reference", "critic"])
+@pytest.mark.parametrize(
+    ("shape", "extra", "words"),
+    [
+        ({"vocab_size": 258}, ("<more>",), r"has another tokenizer than actor.model = .* \(258 and 257 tokens\), so"),
+        ({"vocab_size": 200}, (), r"has embeddings of 200 tokens, and the actor writes 257 different ones. Use a"),
+        ({"max_position_embeddings": 64}, (), r"the context of {role}.model = .* holds 64. Lower one of the two"),
+    ],
+)
+def test_a_model_that_cannot_read_what_the_actor_writes_is_an_error(model, tmp_path, role, shape, extra, words):
+    other = tiny.saved(tmp_path, tiny.causal(**shape), extra=extra)
+    with pytest.raises(ModelError, match=words.replace("{role}", role)):
+        load(model, f"--{role}.model", other)
+
+
+def test_a_critic_with_more_embeddings_than_there_are_tokens_is_taken(model, tmp_path):
+    """Qwen2's models of different sizes differ in that."""
+    _, critic, _ = load(model, "--critic.model", tiny.saved(tmp_path, tiny.causal(vocab_size=300)))
+    assert critic.model.get_input_embeddings().num_embeddings == 300
+
+
+def test_a_critic_from_a_classifier_with_two_labels_is_refused_before_its_weights_are_read(model, tmp_path):
+    path = tiny.saved(tmp_path, tiny.classifier(labels=2))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"critic.model = .* has 2 labels; .*Start from a language model, or from a c"):
+        load(model, "--critic.model", path)
 
 
 @pytest.mark.parametrize("setting", ["actor.model", "reference.model", "critic.model"])

@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from ppo_step import config_of, responses, step
+from ppo_step import config_of, responses, roles_of, step
 from test_load import load
 from test_models import PACKED, objective
 from transformers import AutoModelForCausalLM
@@ -15,7 +15,6 @@ from fastppo.learn import learn
 from fastppo.lora import add_adapters
 from fastppo.microbatch import plan_step
 from fastppo.models import ModelError, Policy, adapters_off, fuse_head
-from fastppo.roles import assemble
 from fastppo.trainable import set_trainable
 from fastppo.world import start_world
 
@@ -123,9 +122,9 @@ def test_targets_that_leave_nothing_to_adapt_are_an_error(targets, train, words)
 
 
 def test_layers_below_the_lowest_adapter_are_a_trunk(model):
-    actor, _, reference, _ = load(model, "--actor.lora.rank", "2", "--actor.train", "1")
+    actor, _, reference = load(model, "--actor.lora.rank", "2", "--actor.train", "1")
     assert actor.trunk_depth == reference.trunk_depth == 2 and actor.trunk_owner == reference.trunk_owner
-    whole, _, _, _ = load(model, "--actor.lora.rank", "2")
+    whole, _, _ = load(model, "--actor.lora.rank", "2")
     assert whole.trunk_depth == 0
 
 
@@ -137,12 +136,12 @@ def storages(*roles):
 
 
 def test_actor_and_reference_are_one_copy_of_the_weights(model):
-    actor, _, reference, _ = load(model, "--actor.lora.rank", "2", "--critic.kind", "shared")
+    actor, _, reference = load(model, "--actor.lora.rank", "2", "--critic.kind", "shared")
     assert reference.model is actor.model and storages(reference).keys() <= storages(actor).keys()
 
 
 def test_actor_reference_and_critic_with_adapters_are_one_copy_of_the_weights(model):
-    actor, critic, reference, _ = load(model, "--actor.lora.rank", "2", "--critic.lora.rank", "2")
+    actor, critic, reference = load(model, "--actor.lora.rank", "2", "--critic.lora.rank", "2")
     frozen = {p.data_ptr() for p in critic.parameters() if not p.requires_grad}
     assert frozen <= storages(actor).keys()
     whole = sum(p.numel() for p in tiny.causal().parameters())
@@ -152,7 +151,7 @@ def test_actor_reference_and_critic_with_adapters_are_one_copy_of_the_weights(mo
 
 
 def test_a_critic_with_adapters_beside_an_actor_without_has_weights_of_its_own(model):
-    actor, critic, reference, _ = load(model, "--critic.lora.rank", "2")
+    actor, critic, reference = load(model, "--critic.lora.rank", "2")
     assert not storages(actor, reference).keys() & storages(critic).keys()
     assert {n for n, p in critic.named_parameters() if p.requires_grad and "lora_" not in n} == {
         "value_head.weight",
@@ -162,7 +161,7 @@ def test_a_critic_with_adapters_beside_an_actor_without_has_weights_of_its_own(m
 
 def test_a_reference_that_is_given_is_loaded_beside_the_adapters(model, tmp_path):
     other = tiny.saved(tmp_path, tiny.causal(seed=5))
-    actor, _, reference, _ = load(model, "--actor.lora.rank", "2", "--reference.model", other)
+    actor, _, reference = load(model, "--actor.lora.rank", "2", "--reference.model", other)
     assert not storages(actor).keys() & storages(reference).keys()
 
 
@@ -175,7 +174,7 @@ def lora_settings(*more):
 
 def test_the_reference_stays_while_the_actor_learns(model, world):
     config = config_of(model, *lora_settings("--critic.lora.rank", "4", "--ppo.epochs", "2"))
-    roles = assemble(config, world)
+    roles = roles_of(config, world)
     scored = responses(roles)
     plan = plan_step(scored.rollout.packed.lengths, config, 0, 1, roles.attention)
     before = estimate(scored, roles, plan[0], config, 0.1, world)
@@ -245,7 +244,7 @@ def saved(roles, folder):
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_checkpoint_holds_what_trains_and_fits_the_same_adapters_alone(world, tmp_path, tied):
     path = tiny.saved(tmp_path / "model", tiny.causal(tie_word_embeddings=tied))
-    roles = assemble(config_of(path, *lora_settings("--critic.kind", "shared")), world)
+    roles = roles_of(config_of(path, *lora_settings("--critic.kind", "shared")), world)
     trained = {n: p.clone() for n, p in roles.policy.named_parameters() if p.requires_grad}
     held = saved(roles, tmp_path)
     assert held.keys() - {"model.lm_head.weight"} == trained.keys()  # a tied weight is held by its second name
@@ -257,7 +256,7 @@ def test_a_checkpoint_holds_what_trains_and_fits_the_same_adapters_alone(world, 
     roles.actor.load(tmp_path, "actor")
     assert all(torch.equal(p, trained[n]) for n, p in roles.policy.named_parameters() if n in trained)
     fewer = ["--critic.kind", "shared", "--actor.lora.targets", "q_proj"]
-    other = assemble(config_of(path, *lora_settings(*fewer)), world)
+    other = roles_of(config_of(path, *lora_settings(*fewer)), world)
     with pytest.raises(KeyError, match=r"weights that do not fit: .*lora_A"):
         other.actor.load(tmp_path, "actor")
 

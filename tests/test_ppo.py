@@ -95,6 +95,19 @@ def test_actor_and_critic_have_learning_rates_of_their_own():
     assert step_rates(config, 1) == [(5e-4, 5e-3), (2.5e-4, 2.5e-3)]
 
 
+def test_the_actors_schedule_begins_with_its_first_update():
+    config = Config(
+        steps=5,
+        actor=ActorConfig(lr=1.0),
+        critic=CriticConfig(lr=1.0, warmup_steps=2),
+        ppo=PPOConfig(epochs=1, minibatches=1),
+        optim=OptimConfig(warmup_steps=2, schedule="linear"),
+    )
+    actor, critic = zip(*(rates for step in range(5) for rates in step_rates(config, step)), strict=True)
+    assert actor == (0.0, 0.0, 0.5, 1.0, 1.0)
+    assert critic == pytest.approx((0.5, 1.0, 1.0, 2 / 3, 1 / 3))
+
+
 def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_a_constant_one():
     returns = torch.randn(100, generator=torch.Generator().manual_seed(0))
     assert explained_variance(returns, returns) == 1.0

@@ -107,7 +107,7 @@ def test_without_a_coefficient_no_text_is_read(folder, world, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["separate", "shared"])
 def test_while_the_critic_warms_up_no_text_is_learned(folder, world, kind):
-    warm = ["--critic.kind", kind, "--critic.warmup_steps", "1"]
+    warm = ["--critic.kind", kind, "--critic.warmup_steps", "1", "--steps", "2"]
     done, without = step(mixed(folder, *warm), world), step(mixed(folder, *warm, "--ptx.path", "", coef=0), world)
     assert [u.ptx_loss for u in done.updates] == [0.0]
     assert difference(done.parameters, without.parameters) == 0
@@ -147,7 +147,7 @@ def test_what_the_model_knew_is_kept(folder, world, tmp_path):
 
 
 def texts_of(folder, *arguments):
-    return Texts.load(mixed(folder, *arguments), tiny.tokenizer(), context=None, attention=0.0)
+    return Texts.load(mixed(folder, *arguments), tiny.tokenizer(), context=None)
 
 
 def test_which_texts_an_update_has_depends_on_the_seed_and_its_number_alone(folder):
@@ -163,7 +163,7 @@ def test_which_texts_an_update_has_depends_on_the_seed_and_its_number_alone(fold
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_ranks_share_the_texts_in_as_many_microbatches(folder, ranks):
     texts = texts_of(folder, "--ppo.microbatch_tokens", "40", "--ppo.batch_size", "8")
-    shares = [texts.microbatches([*range(8)], World(rank, ranks, torch.device("cpu"))) for rank in range(ranks)]
+    shares = [texts.microbatches([*range(8)], 0.0, World(rank, ranks, torch.device("cpu"))) for rank in range(ranks)]
     assert len({len(share) for share in shares}) == 1
     assert sorted(int(i) for share in shares for part in share for i in part) == [*range(8)]
     assert all(int(texts.examples.lengths[part].sum()) <= 40 for share in shares for part in share)
@@ -171,7 +171,10 @@ def test_ranks_share_the_texts_in_as_many_microbatches(folder, ranks):
 
 def test_texts_are_read_as_the_settings_say(folder, tmp_path):
     turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
-    rows = [{"q": "ab", "a": "xyz", "talk": [*turns, {"role": "assistant", "content": "dd"}]}, {"q": "", "a": "v" * 40}]
+    rows = [
+        {"q": "ab", "a": "xyz", "none": None, "talk": [*turns, {"role": "assistant", "content": "dd"}]},
+        {"q": "", "a": "v" * 40},
+    ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -188,6 +191,9 @@ def test_texts_are_read_as_the_settings_say(folder, tmp_path):
     assert read("--ptx.response", "talk", "--ptx.max_tokens", "50").response_lengths.tolist() == [3]
     for more, words in (
         ([], "no column text. .*name one with ptx.response"),
+        (["--ptx.response", "none"], r"no example left .*empty answer.* columns \(ptx.prompt, ptx.response\)"),
+        (["--ptx.messages", "none"], r"no example left .*empty conversation.* columns \(ptx.messages\)"),
+        (["--ptx.response", "a", "--ptx.max_tokens", "3", "--ptx.too_long", "drop"], "Raise ptx.max_tokens, .*ptx.too"),
         (["--ptx.response", "talk", "--ptx.chat", "never"], "ptx.chat is never"),
         (["--ptx.response", "a", "--ptx.max_tokens", "3", "--ptx.too_long", "error"], "more than ptx.max_tokens 3"),
     ):

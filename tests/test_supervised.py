@@ -13,6 +13,7 @@ import torch
 import whole_runs
 from forks import Forks
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from fastppo import train_reward, train_sft
 from fastppo.cli import REWARD, SFT, parse
@@ -51,7 +52,8 @@ def updated(
     argv = stage_runs.settings(folder, kind, margin=0.3, **changes) if kind == "pairs" else None
     argv = argv or stage_runs.settings(folder, kind, **changes)
     config = parse(argv, REWARD if kind == "pairs" else SFT)
-    learner = assemble_scorer(config, world) if kind == "pairs" else assemble_learner(config, world)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    learner = (assemble_scorer if kind == "pairs" else assemble_learner)(config, world, tokenizer)
     load = load_pairs if kind == "pairs" else load_answers
     examples, _ = load(config.data, learner.tokenizer, heldout=0, context=None)
     objective = bradley_terry(examples, config) if kind == "pairs" else negative_logprob
@@ -193,7 +195,7 @@ def test_other_data_and_other_evaluations_are_not_resumed(folder: Path, forks: F
 
 def test_patience_counts_evaluations_without_a_lower_loss() -> None:
     run = Training.begin(seed=1, rank=0)
-    assert not run.add_evaluation(1.0) and run.score is None  # of the model as it came
+    assert not run.add_evaluation(1.5) and run.score is None  # of the model as it came
     for loss, better, done in ((1.2, True, False), (1.3, False, False), (1.1, True, False), (1.1, False, False)):
         run.end_step(skipped=0)
         assert (run.add_evaluation(loss), run.is_done(2)) == (better, done)
@@ -203,3 +205,11 @@ def test_patience_counts_evaluations_without_a_lower_loss() -> None:
     again = Training.begin(seed=2, rank=0)
     again.restore(run.state(), run.random)
     assert dataclasses.asdict(again).keys() == dataclasses.asdict(run).keys() and again.state() == run.state()
+
+
+def test_patience_counts_evaluations_of_a_model_worse_than_its_start_though_the_best_is_left() -> None:
+    run = Training.begin(seed=1, rank=0)
+    run.add_evaluation(1.0)
+    for loss, better, done in ((7.0, True, False), (6.0, True, True)):
+        run.end_step(skipped=0)
+        assert (run.add_evaluation(loss), run.is_done(2)) == (better, done)

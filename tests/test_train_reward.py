@@ -21,7 +21,7 @@ from fastppo.config import Config, ModelConfig, OptimConfig, PPOConfig, RewardCo
 from fastppo.data import PromptSet
 from fastppo.examples import Examples, load_pairs
 from fastppo.feedback import load_sources, score
-from fastppo.learner import load_scorer
+from fastppo.learner import load_scorer, set_padding
 from fastppo.load import load_reward
 from fastppo.models import ModelError
 from fastppo.preference import initial_head
@@ -124,16 +124,26 @@ def test_the_config_of_the_run_is_left_and_makes_the_same_run(folder: Path, trai
 
 def test_a_run_ends_early_and_leaves_the_best_model(folder: Path, tmp_path: Path, heldout: Examples) -> None:
     """At this rate the loss rises and falls at random."""
-    changes = {"model__lr": 0.3, "optim__schedule": "constant", "eval__every": 1, "patience": 2, "epochs": 20}
+    changes = {"model__lr": 0.05, "optim__schedule": "constant", "eval__every": 1, "patience": 2, "epochs": 20}
     output = run(folder, tmp_path / "early", **changes)
-    losses = [record["eval/loss"] for record in evaluations(output)][1:]
+    start, *losses = [record["eval/loss"] for record in evaluations(output)]
     best = losses.index(min(losses))
-    assert len(losses) == best + 1 + 2 < 80
+    assert losses[best] < start and len(losses) == best + 1 + 2 < 80
     model, _ = load_reward(str(output / "reward_model"), torch.float32, CPU)
     with torch.no_grad():
         chosen, rejected = model(heldout.packed).view(-1, 2).unbind(1)
     found = -torch.nn.functional.logsigmoid(chosen - rejected).mean()
     assert float(found) == pytest.approx(losses[best], rel=1e-3, abs=1e-4)
+
+
+def test_a_model_that_scores_all_alike_is_half_right_and_left_with_a_warning(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fastppo.learner.initial_head", lambda width, seed: torch.zeros(1, width))
+    output = run(folder, tmp_path / "alike", model__lr=0, steps=1)
+    assert [r["accuracy"] for r in records(output) if "accuracy" in r] == [0.5]
+    assert {r["eval/accuracy"] for r in evaluations(output)} == {0.5}
+    assert "the scores of all 64 evaluated answers are equal" in caplog.text
 
 
 def test_the_head_alone_may_train_on_features_that_are_kept(folder: Path, tmp_path: Path) -> None:
@@ -162,7 +172,7 @@ def test_a_run_with_other_settings_goes_through(folder: Path, tmp_path: Path, ch
 
 
 def test_a_new_head_is_that_of_its_seed_and_the_backbone_the_language_models(folder: Path) -> None:
-    model, _ = load_scorer(ModelConfig(path=str(folder / "model")), OptimConfig(dtype="fp32"), 5, CPU)
+    model = load_scorer(ModelConfig(path=str(folder / "model")), OptimConfig(dtype="fp32"), 5, CPU)
     assert torch.equal(model.head.weight, initial_head(tiny.WIDTH, 5))
     assert torch.equal(model.model.model.norm.weight, tiny.causal(vocab_size=258).model.norm.weight)
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -171,13 +181,13 @@ def test_a_new_head_is_that_of_its_seed_and_the_backbone_the_language_models(fol
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "gemma2"])
 def test_other_families_get_a_head_too(tmp_path: Path, family: str) -> None:
     path = tiny.saved(tmp_path / family, tiny.causal(family))
-    model, _ = load_scorer(ModelConfig(path=path, train="head"), OptimConfig(dtype="fp32"), 1, CPU)
+    model = load_scorer(ModelConfig(path=path, train="head"), OptimConfig(dtype="fp32"), 1, CPU)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["model.score.weight"]
     assert not any(p.is_meta for p in model.parameters())
 
 
 def test_training_may_go_on_from_a_reward_model(trained: Path) -> None:
-    model, _ = load_scorer(ModelConfig(path=str(trained / "reward_model")), OptimConfig(dtype="fp32"), 5, CPU)
+    model = load_scorer(ModelConfig(path=str(trained / "reward_model")), OptimConfig(dtype="fp32"), 5, CPU)
     again = AutoModelForSequenceClassification.from_pretrained(trained / "reward_model")
     assert torch.equal(model.head.weight, again.score.weight)
 
@@ -194,7 +204,7 @@ def test_a_reward_model_with_two_labels_is_refused(tmp_path: Path) -> None:
     ("changes", "status", "words"),
     [
         ({"model__pth": "x"}, 2, "model.pth; did you mean model.path"),
-        ({"data__path": "same.jsonl", "data__unusable": "error"}, 1, "line 1: the two answers are equal"),
+        ({"data__path": "same.jsonl", "data__unusable": "error"}, 1, "chosen and rejected: the two answers are equal"),
     ],
 )
 def test_the_command_says_what_is_wrong_and_fails(
@@ -209,3 +219,44 @@ def test_the_command_says_what_is_wrong_and_fails(
     found = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert found.returncode == status, found.stderr
     assert words in found.stderr and "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("named", "used"), [({"pad_token": "[PAD]", "unk_token": "!"}, "!"), ({"pad_token": "[PAD]"}, None)]
+)
+def test_no_token_beyond_the_embedding_is_for_padding(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, named: dict[str, str], used: str | None
+) -> None:
+    """As with Llama-2, to whose tokenizer users add one that the model does not know."""
+    tiny.causal().save_pretrained(tmp_path)
+    tokenizer = tiny.tokenizer(("[PAD]",))
+    tokenizer.add_special_tokens(named)
+    model = load_scorer(ModelConfig(path=str(tmp_path)), OptimConfig(dtype="fp32"), 1, CPU)
+    set_padding(model.model, tokenizer)
+    model.model.save_pretrained(tmp_path / "left")
+    config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "left").config
+    assert config.pad_token_id == (None if used is None else tokenizer.convert_tokens_to_ids(used))
+    assert ("one text at a time" in caplog.text) == (used is None)
+
+
+def test_a_reward_model_whose_padding_has_no_embedding_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    path = tiny.saved(tmp_path, tiny.classifier())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"pad_token_id": 257}))
+    with pytest.raises(
+        ModelError, match=r"rewards.model = .* names token 257 for padding and has embeddings of 257: w"
+    ):
+        load_reward(path, torch.float32, CPU)
+
+
+def test_the_exports_tokenizer_pads_behind_a_text(tmp_path: Path) -> None:
+    """With padding before it the absolute positions of GPT-2 would shift, and scores with them."""
+    tiny.causal("gpt2", vocab_size=258).save_pretrained(tmp_path)
+    tokenizer = tiny.tokenizer(("<pad>",))
+    tokenizer.pad_token, tokenizer.padding_side = "<pad>", "left"
+    tokenizer.save_pretrained(tmp_path)
+    model = load_scorer(ModelConfig(path=str(tmp_path)), OptimConfig(dtype="fp32"), 1, CPU)
+    found = AutoTokenizer.from_pretrained(tmp_path)
+    set_padding(model.model, found)
+    found.save_pretrained(tmp_path / "left")
+    assert AutoTokenizer.from_pretrained(tmp_path / "left").padding_side == "right"

@@ -88,6 +88,18 @@ def test_a_loss_that_is_not_finite_is_not_applied_and_too_many_end_the_run(
     assert records(once)[0]["skipped_updates"] == 0
 
 
+def test_a_model_no_better_than_its_start_is_left_with_a_warning(
+    folder: Path, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes = {"model__path": trained / "model", "model__lr": 1.0, "eval__every": 1, "patience": 2}
+    output = run(folder, tmp_path / "worse", **changes)
+    start, *losses = [record["eval/loss"] for record in evaluations(output)]
+    assert start < min(losses) and len(losses) == 2
+    words = f"was {start:.4f} before training and never lower after it (at best {min(losses):.4f}): the exported"
+    assert words in caplog.text and "Lower model.lr (1)" in caplog.text
+    assert (output / "model/model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -75,7 +75,7 @@ class OptimConfig:
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Type of weights and activations; with bf16 the optimizer keeps fp32 master weights."""
     warmup_steps: int = 0
-    """Updates over which the learning rate rises from 0."""
+    """Updates over which a learning rate rises from 0: of the actor, its first ones, after `critic.warmup_steps`."""
     schedule: Literal["linear", "constant"] = "linear"
     """`linear` falls to 0 at the end of the run."""
     betas: tuple[float, float] = (0.9, 0.95)

@@ -56,7 +56,8 @@ class CriticConfig:
     kind: Literal["separate", "shared"] = "separate"
     """`separate`: a model of its own; `shared`: a value head on the actor's backbone (one engine, less memory)."""
     model: str | None = None
-    """Weights of a separate critic: hub name, directory or `package:NAME`; the actor's when left out."""
+    """Weights of a separate critic: hub name, directory or `package:NAME`; the actor's when left out. It must share the
+    actor's tokenizer."""
     gguf_file: str | None = None
     """GGUF file inside `model`."""
     train: int | str = "all"

@@ -60,8 +60,8 @@ class ExamplesConfig:
     """An example longer than `max_tokens`: `drop` leaves it out, `cut` takes the answer's end away (and its EOS), both
     report how many; `error` stops."""
     unusable: Literal["drop", "error"] = "drop"
-    """An example with an empty answer, or a pair with equal ones: `drop` leaves it out and reports how many, `error`
-    stops."""
+    """An example whose prompt or answer is empty or missing, a conversation without an answer or one that the chat
+    template rewrites, a pair with equal answers: `drop` leaves it out and reports how many, `error` stops."""
     shuffle: bool = True
     """Shuffle with the run's seed, anew in every pass over the data."""
     eval_path: str | None = None
@@ -72,7 +72,7 @@ class ExamplesConfig:
     split_seed: int = 0
     """Seed of the held-out choice, apart from `seed` so that runs with other seeds are evaluated on the same examples."""
     limit: int | None = None
-    """Use at most this many examples of `path`, held-out ones included, taken after a shuffle by `split_seed`."""
+    """Use at most this many examples of `path`, those held out of it included, taken after a shuffle by `split_seed`."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class RewardTrainingConfig:
     """fastppo: a reward model from preference pairs (Bradley and Terry, 1952)."""
 
     output: str = "runs/reward"
-    """Folder of the run: config, metrics, the calibration, and the model with the lowest held-out loss in
+    """Folder of the run: config, metrics, the calibration, and the trained model with the lowest held-out loss in
     `output`/reward_model."""
     seed: int = 1
     """Seed of data order and of the score head's initial weights."""
@@ -140,7 +140,8 @@ class RewardTrainingConfig:
     """Coefficient of (chosen + rejected)^2 in the loss, which keeps scores near 0 while the model trains (Eisenstein et
     al., 2023)."""
     patience: int | None = 3
-    """Evaluations in a row without a lower held-out loss after which the run ends; never when null."""
+    """Evaluations in a row without a lower held-out loss, the start's included, after which the run ends; never when
+    null."""
     keep_trunk_gb: float = 2.0
     """Memory on each rank, in GB, for what the model's frozen lower layers hand up. Where it is enough for all pairs,
     each is computed once and kept for the other epochs."""
@@ -171,7 +172,7 @@ class SFTConfig:
     """fastppo: supervised fine-tuning on responses, where PPO starts from."""
 
     output: str = "runs/sft"
-    """Folder of the run: config, metrics, and the model with the lowest held-out loss in `output`/model."""
+    """Folder of the run: config, metrics, and the trained model with the lowest held-out loss in `output`/model."""
     seed: int = 1
     """Seed of the data order."""
     epochs: int = 1
@@ -184,7 +185,8 @@ class SFTConfig:
     """Token budget (prompt and response) of one forward and backward pass on one rank; the update does not depend on
     it."""
     patience: int | None = None
-    """Evaluations in a row without a lower held-out loss after which the run ends; never when null."""
+    """Evaluations in a row without a lower held-out loss, the start's included, after which the run ends; never when
+    null."""
     keep_trunk_gb: float = 2.0
     """Memory on each rank, in GB, for what the model's frozen lower layers hand up. Where it is enough for all examples,
     each is computed once and kept for the other epochs."""

@@ -112,17 +112,18 @@ def check_kl(config: Config) -> None:
 
 def check_schedule(config: Config) -> None:
     steps, critic_steps, warmup = config.steps, config.critic.warmup_steps, config.optim.warmup_steps
-    updates = steps * config.ppo.epochs * config.ppo.minibatches
-    if critic_steps > steps:
+    # of the actor; in a run that only evaluates, none
+    updates = (steps - critic_steps) * config.ppo.epochs * config.ppo.minibatches
+    if 0 < steps <= critic_steps:
         raise ConfigError(
             f"critic.warmup_steps is {critic_steps} and steps {steps}: the critic alone would train in the whole run."
             " Lower critic.warmup_steps or raise steps."
         )
-    if 0 < updates < warmup:  # a run of no steps only evaluates
+    if 0 < updates < warmup:
         raise ConfigError(
-            f"optim.warmup_steps is {warmup}, but the run has {updates} updates (steps {steps} x ppo.epochs"
-            f" {config.ppo.epochs} x ppo.minibatches {config.ppo.minibatches}): the learning rate would never reach"
-            " its peak. Lower warmup_steps or raise steps."
+            f"optim.warmup_steps is {warmup}, but the actor has {updates} updates ((steps {steps} - critic.warmup_steps"
+            f" {critic_steps}) x ppo.epochs {config.ppo.epochs} x ppo.minibatches {config.ppo.minibatches}): its"
+            " learning rate would never reach its peak. Lower optim.warmup_steps or raise steps."
         )
     for step in config.track.profile_steps:
         if not 1 <= step <= steps:
