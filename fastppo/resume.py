@@ -58,9 +58,18 @@ class Found:
         then = self.about["bytes"] if self.since is None else self.since.bytes
         return {name: int(then[name]) for name in LINES}
 
-    def ended(self, config: Config) -> str | None:
-        """Why an alarm has ended the run; None if none has, or the settings of alarms are others now."""
-        return self.since.ended if self.since is not None and self.since.levels == levels(config) else None
+    def ended(self, config: Config, world: World) -> bool:
+        """Whether an alarm has ended the run, and the settings of alarms are the same now; the log says why then."""
+        since = self.since
+        if since is None or since.ended is None or since.levels != levels(config):
+            return False
+        if world.rank == 0:
+            log.error(
+                "an alarm has ended this run, at %s It is at %s, and goes on from there with other health.alarms.",
+                since.ended,
+                self.folder,
+            )
+        return True
 
 
 def find_checkpoint(config: AnyConfig, world: World) -> Found | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,8 +31,6 @@ from fastppo.roles import Roles, assemble
 from fastppo.rollout import stop_ids
 from fastppo.track import Stages, Tracker, show_samples, write_samples
 from fastppo.world import World
-
-log = logging.getLogger("fastppo")
 
 
 @dataclass(frozen=True)
@@ -89,12 +86,7 @@ def set_up(config: Config, world: World) -> Setup | None:
     load_functions(config.rewards)  # a typo in a function's name should not cost the minutes of loading models
     load_functions(config.health.judge, "health.judge")
     output, found = Path(config.output), find_checkpoint(config, world)
-    if found is not None and (reason := found.ended(config)) is not None:
-        log.error(
-            "an alarm has ended this run, at %s It is at %s, and goes on from there with other health.alarms.",
-            reason,
-            found.folder,
-        )
+    if found is not None and found.ended(config, world):
         return None
     if found is None:
         check_folder(output)
