@@ -29,7 +29,7 @@ class RunFolderError(FastPPOError):
 
 
 def check_folder(output: Path) -> None:
-    """Whether `fresh_folder` can take `output`, as far as a look tells. Raises RunFolderError."""
+    """Whether `fresh_folder` can take `output`, as far as a look tells. For rank 0 alone. Raises RunFolderError."""
     with _told(output):
         if not output.exists() or _is_unused(output):
             return

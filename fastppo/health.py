@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import combinations
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
@@ -16,14 +15,14 @@ from transformers import PreTrainedTokenizerBase
 
 from fastppo.batch import Experience
 from fastppo.config import AlarmConfig, Config, HealthConfig
-from fastppo.config.health import FIGURES, FigureName
+from fastppo.config.health import FIGURES, REST, FigureName
 from fastppo.figures import figures, rewarded_phrases
 from fastppo.learn import Update, kl_limit
+from fastppo.trends import slope, trend
 
 TREND = 10  # steps over which the judge must fall
 LEAST = 6  # steps without which there is no trend
 ERRORS = 4.0  # standard errors by which it must fall
-REST = 10  # steps after which an alarm that stays on is raised again
 GO_BACK = ("roll_back", "stop")  # actions that need a checkpoint from before
 OF_REWARD = ("judge", "judge_gap", "judge_turn", "length_correlation", "rewarded_phrase")
 
@@ -141,22 +140,6 @@ def judge_turn(kept: Health, *, responses: int, window: int) -> float:
     return 0.0 if small else max(-trend(judge), 0.0)
 
 
-def trend(values: Sequence[float]) -> float:
-    """The Mann-Kendall statistic: about normal with variance 1 without a trend, positive where values rise.
-
-    z = (S - sign S) / sqrt(var S), S the pairs that rise less those that fall, var S corrected for ties (Kendall).
-    """
-    n, rising = len(values), sum((b > a) - (b < a) for a, b in combinations(values, 2))
-    ties = [values.count(x) for x in set(values)]
-    variance = (n * (n - 1) * (2 * n + 5) - sum(t * (t - 1) * (2 * t + 5) for t in ties)) / 18
-    return (rising - (rising > 0) + (rising < 0)) / math.sqrt(variance) if variance else 0.0
-
-
-def slope(values: Sequence[float]) -> float:
-    """The median slope of all pairs, a step (Theil, 1950; Sen, 1968)."""
-    return median((b - a) / (j - i) for (i, a), (j, b) in combinations(enumerate(values), 2))
-
-
 def _rules(health: HealthConfig, names: Sequence[FigureName]) -> list[AlarmConfig]:
     """The standing warnings that the settings leave, and the alarms that they add, of figures that there are."""
     own = {alarm.figure for alarm in health.alarms if alarm.action == "warn"}
@@ -204,14 +187,8 @@ def _threshold(rule: AlarmConfig, kept: Health, window: int) -> float:
     """The level in the figure's own unit."""
     assert rule.level is not None
     figure, start = FIGURES[rule.figure], kept.start(rule.figure, window)
-    if figure.level_is == "times start":
-        return rule.level * start
-    distance = rule.level if figure.worse == "higher" else -rule.level
-    if figure.level_is == "from start":
-        return start + distance
-    if figure.level_is == "deviations from start":
-        return start + distance * kept.spread(rule.figure, window)
-    return rule.level
+    spread = kept.spread(rule.figure, window) if figure.level_is == "deviations from start" else 0.0
+    return figure.threshold(rule.level, start, spread)
 
 
 def _beyond(rule: AlarmConfig, value: float, threshold: float) -> bool:

@@ -187,7 +187,7 @@ def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> N
     """
     names = (tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token)
     rows, ids = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings, tokenizer.get_vocab()
-    usable = (name for name in names if name is not None and name != tokenizer.eos_token and ids[name] < rows)
+    usable = (name for name in names if name is not None and name != tokenizer.eos_token and ids.get(name, rows) < rows)
     padding = next(usable, None)
     if padding is None:
         log.warning(
@@ -197,9 +197,7 @@ def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> N
         model.config.pad_token_id = None
         return
     tokenizer.pad_token = padding
-    tokenizer.padding_side = (
-        "right"  # with padding before a text its absolute positions, as GPT-2 has them, would shift
-    )
+    tokenizer.padding_side = "right"  # before a text it would shift absolute positions, as GPT-2 has them
     model.config.pad_token_id = ids[padding]
 
 

@@ -88,7 +88,7 @@ def set_up(config: Config, world: World) -> Setup | None:
     output, found = Path(config.output), find_checkpoint(config, world)
     if found is not None and found.ended(config, world):
         return None
-    if found is None:
+    if found is None and world.rank == 0:
         check_folder(output)
     check_plan(config, world)
     tokenizer, context = load_actor_tokenizer(config), actor_context(config)

@@ -81,7 +81,7 @@ def set_up(
     An earlier run in the folder is moved aside when only the weights are left to be read.
     """
     output, found = Path(config.output), find_checkpoint(config, world)
-    if found is None:
+    if found is None and world.rank == 0:
         check_folder(output)
     check_plan(config, world)
     model = config.model

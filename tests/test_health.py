@@ -14,7 +14,8 @@ import torch
 
 from fastppo.config import AlarmConfig, Config, HealthConfig, PPOConfig, RewardConfig
 from fastppo.config.health import FIGURES
-from fastppo.health import Health, judge_turn, slope, trend, watch
+from fastppo.health import Health, judge_turn, watch
+from fastppo.trends import slope, trend
 
 TOKENIZER = tiny.tokenizer()
 JUDGED = HealthConfig(judge=(RewardConfig(function="mine:judge"),))

@@ -13,9 +13,6 @@ import pytest
 from made_up_run import write_run
 from report_page import Parsed, runs
 
-from fastppo import health
-from fastppo.report import health as report_health
-from fastppo.report import stats
 from fastppo.report.frontier import turning_point
 from fastppo.report.health import episodes
 from fastppo.report.levels import levels
@@ -35,7 +32,6 @@ def shown(hacked: Path) -> Parsed:
 
 
 def test_an_alarm_that_stays_on_is_one_and_one_that_comes_back_another() -> None:
-    assert report_health.REST == health.REST
     steps = [*range(100, 251, 10), 261]
     alarm = {"figure": "entropy", "value": 1, "threshold": 2, "level": "warn", "action": None, "message": ""}
     alarms = [{"step": n} | alarm for n in steps]
@@ -202,14 +198,6 @@ def test_the_turning_point_is_where_the_judge_was_highest(tmp_path: Path) -> Non
     [(place, sentence)] = turning_point(runs(write_run(tmp_path / "hacked"))[0])
     assert 1.5 < place < 2.8  # the made-up judge is highest in the middle, at sqrt(12 * 0.5^1.4) = 2.1
     assert "the judge was highest at" in sentence
-
-
-def test_the_trend_is_that_of_the_alarm() -> None:
-    """The report has it again, as it may not import torch."""
-    chance = random.Random(0)
-    for n in range(2, 30):
-        row = [chance.randrange(10) / 3 for _ in range(n)]
-        assert stats.trend(row) == health.trend(row)
 
 
 def test_a_run_without_judge_alarms_or_health_has_no_empty_charts(tmp_path: Path) -> None:

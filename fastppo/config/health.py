@@ -38,6 +38,17 @@ class Figure(NamedTuple):
     level_is: Literal["times start", "from start", "deviations from start", "value"]
     warn: float  # the level that warns where the settings give none
 
+    def threshold(self, level: float, start: float, spread: float) -> float:
+        """A level in the figure's own unit. start: its mean in the first steps; spread: its deviation there."""
+        if self.level_is == "value":
+            return level
+        if self.level_is == "times start":
+            return level * start
+        distance = level if self.worse == "higher" else -level
+        return start + distance * (spread if self.level_is == "deviations from start" else 1.0)
+
+
+REST = 10  # steps after which an alarm that stays on is raised again
 
 # The quickstart may go beyond none of these: bench/quickstart_seeds.py holds it to that. Its batches are small, 32
 # responses of 20 tokens, and so as noisy as any.

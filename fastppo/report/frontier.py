@@ -9,8 +9,8 @@ from statistics import fmean
 from fastppo.report.curves import Curve, number, smooth, span
 from fastppo.report.plot import Charts, Line
 from fastppo.report.run import Run
-from fastppo.report.stats import trend
 from fastppo.report.titles import Quantity
+from fastppo.trends import trend
 
 DOTS = 400  # points of a run; of one with more steps each is the mean of some
 FEWEST = 6  # for running means

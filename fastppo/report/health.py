@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from fastppo.config.health import REST
 from fastppo.report.curves import number
 from fastppo.report.levels import levels
 from fastppo.report.lines import Record
@@ -14,7 +15,6 @@ from fastppo.report.texts import text
 from fastppo.report.titles import quantity
 
 COLUMNS = ("step", "level", "figure", "value", "threshold", "action", "message")
-REST = 10  # steps after which the trainer raises an alarm that stays on again
 
 
 def health(runs: Sequence[Run], charts: Charts) -> str:

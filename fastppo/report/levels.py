@@ -56,17 +56,14 @@ def _in_force(run: Run, figure: str) -> Iterator[tuple[float, str]]:
 
 
 def _threshold(run: Run, figure: str, kind: Figure, level: float) -> float | None:
-    """The level in the figure's own unit (`fastppo.health`); None while its start is not over, or not told."""
-    if kind.level_is == "value":
-        return level
+    """The level in the figure's own unit; None while its start is not over, or not told."""
     window = run.settings.get("health.window")
     first = list(islice(run.curve(f"health/{figure}").y, window)) if isinstance(window, int) and window > 0 else []
     finite = [y for y in first if y is not None]
-    if not finite or len(first) != window or kind.level_is == "deviations from start":
+    started = finite and len(first) == window and kind.level_is != "deviations from start"
+    if not (started or kind.level_is == "value"):
         return None
-    if kind.level_is == "times start":
-        return level * fmean(finite)
-    return fmean(finite) + (level if kind.worse == "higher" else -level)
+    return kind.threshold(level, fmean(finite) if finite else 0.0, 0.0)
 
 
 def _named(run: Run, figure: str) -> list[tuple[float, str]]:

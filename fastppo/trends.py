@@ -1,10 +1,11 @@
-"""What a row of numbers says beyond its noise. `fastppo.health` has the same, but a report may not import torch."""
+"""What a row of numbers says beyond its noise. Without torch, so that the report may ask too."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from itertools import combinations
+from statistics import median
 
 
 def trend(values: Sequence[float]) -> float:
@@ -16,3 +17,8 @@ def trend(values: Sequence[float]) -> float:
     ties = [values.count(x) for x in set(values)]
     variance = (n * (n - 1) * (2 * n + 5) - sum(t * (t - 1) * (2 * t + 5) for t in ties)) / 18
     return (rising - (rising > 0) + (rising < 0)) / math.sqrt(variance) if variance else 0.0
+
+
+def slope(values: Sequence[float]) -> float:
+    """The median slope of all pairs, a step (Theil, 1950; Sen, 1968)."""
+    return median((b - a) / (j - i) for (i, a), (j, b) in combinations(enumerate(values), 2))
