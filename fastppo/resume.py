@@ -138,7 +138,7 @@ def _check_fit(folder: Path, about: Mapping[str, Any], config: AnyConfig, world:
     free = (*FREE, *FREE_IN_PPO) if isinstance(config, Config) else FREE
     for name in sorted({*then, *now}):
         old, new = then.get(name, fresh.get(name)), now.get(name, fresh.get(name))
-        if old == new or name.startswith(free) or (name in SOURCES and _said_alike(old) == _said_alike(new)):
+        if old == new or _among(name, free) or (name in SOURCES and _said_alike(old) == _said_alike(new)):
             continue
         if name in ROUNDING:
             log.warning("%s was %s and is %s: the run goes on, but not bit for bit as it would have", name, old, new)
@@ -154,6 +154,11 @@ def _check_fit(folder: Path, about: Mapping[str, Any], config: AnyConfig, world:
     for library, old in about["versions"].items():
         if old != (new := versions()[library]):
             log.warning("%s was %s and is %s: bits may differ", library, old, new)
+
+
+def _among(name: str, settings: tuple[str, ...]) -> bool:
+    """Whether a setting is one of these, or of a group of these, whose name ends with a dot."""
+    return any(name == other or (other.endswith(".") and name.startswith(other)) for other in settings)
 
 
 def _said_alike(sources: Any) -> list[dict[str, Any]]:
