@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from fastppo.cli import parse
 from fastppo.config import Config, DataConfig, EvalConfig, OptimConfig, PPOConfig, SamplingConfig, ZeroConfig
 from fastppo.estimate import estimate
 from fastppo.feedback import load_sources
-from fastppo.footprint import Footprint
+from fastppo.footprint import Footprint, Pass
 from fastppo.learn import learn
 from fastppo.memory import Bytes, Member, by_stage
 from fastppo.microbatch import plan_step
@@ -151,6 +153,7 @@ def test_nothing_stays_after_a_step_that_the_plan_does_not_count(
 ) -> None:
     """Every tensor that is alive between two steps, on the CPU, where nothing moves."""
     bucket = 2_000
+    monkeypatch.setattr(Footprint, "passes", nothing_passes)
     (tmp_path / "small.json").write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": bucket}}))
     monkeypatch.setattr(memory, "REDUCE_BUCKET", bucket)
     config = settings(models, case)
@@ -164,6 +167,11 @@ def test_nothing_stays_after_a_step_that_the_plan_does_not_count(
     ) - gone(config)
     assert sum(now.values()) == pytest.approx(lasting, rel=0.03)
     assert roles.actor is not None
+
+
+def nothing_passes(self: Footprint, sequences: int, length: int, *, gradient: bool) -> Pass:
+    """Activations take time to be counted, and are not asked for."""
+    return Pass(0, 0)
 
 
 def gone(config: Config) -> int:
@@ -208,7 +216,10 @@ def by_name(members: list[Member], config: Config, ranks: int = 8) -> dict[str, 
 STAGE_3 = Config(zero=ZeroConfig(stage=3), optim=OptimConfig(activation_checkpointing=True))
 
 
-def test_the_copy_to_sample_from_is_counted_where_it_stays(seven_billion: dict[bool, list[Member]]) -> None:
+def test_the_copy_to_sample_from_is_counted_where_it_stays(
+    seven_billion: dict[bool, list[Member]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Footprint, "passes", nothing_passes)
     for cpu, members in seven_billion.items():
         size, found = members[0].size, by_name(members, STAGE_3)
         whole, split = size.parameters * size.bytes, size.parameters * size.bytes // 8
@@ -224,8 +235,9 @@ def test_the_copy_to_sample_from_is_counted_where_it_stays(seven_billion: dict[b
 
 
 def test_the_buffers_that_deepspeed_keeps_are_counted_of_each_role_in_every_stage(
-    seven_billion: dict[bool, list[Member]],
+    seven_billion: dict[bool, list[Member]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Footprint, "passes", nothing_passes)
     actor = seven_billion[False][0]
     both = [actor, replace(actor, name="critic")]
     for config, each in ((STAGE_3, 2 * memory.REDUCE_BUCKET), (Config(zero=ZeroConfig(stage=2)), 0)):
@@ -285,15 +297,21 @@ def test_what_trunks_handed_up_is_counted_of_each_role(tmp_path: Path) -> None:
     assert found["sampling"].buffers == found["feedback"].buffers == 0
 
 
-def kept_states() -> int:
+@pytest.fixture
+def kept_states(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Of how many sequences trunk states are kept anywhere."""
-    gc.collect()
-    found = [thing for thing in gc.get_objects() if isinstance(thing, TrunkStates)]
-    return sum(len(kept) for states in found for kept in states._kept.values())
+    made, there = TrunkStates.__init__, weakref.WeakSet[TrunkStates]()
+
+    def init(self: TrunkStates, **options: Any) -> None:
+        made(self, **options)
+        there.add(self)
+
+    monkeypatch.setattr(TrunkStates, "__init__", init)
+    return lambda: sum(len(kept) for states in there for kept in states._kept.values())
 
 
 def test_trunk_states_are_gone_once_a_batch_is_learned_from(
-    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch, kept_states: Callable[[], int]
 ) -> None:
     folder, found = whole_runs.prepare(tmp_path), []
     log_step, sample = train.log_step, train.sample
@@ -323,7 +341,7 @@ def test_trunk_states_are_gone_once_a_batch_is_learned_from(
 
 
 def test_an_evaluation_keeps_the_trunk_states_of_one_microbatch(
-    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch, kept_states: Callable[[], int]
 ) -> None:
     folder, found = whole_runs.prepare(tmp_path), []
     own = evaluate.token_stats
