@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fastppo import durable
+from fastppo import clock, durable
 from fastppo.attention import ATTENTION
 from fastppo.config import ActorLoraConfig, AnyConfig, Config, LoraConfig
 from fastppo.engine import Saved
@@ -199,6 +199,7 @@ class Checkpoints:
             "score": run.score,
             "bytes": sizes(self._output),
             "prompts": self._prompts,
+            "clock": clock.reading(),
             "versions": versions(),
             "config": settings(self._config),
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastppo.clock import strftime_now
 from fastppo.config import ExamplesConfig
 from fastppo.table import DataError
 
@@ -104,7 +105,9 @@ def template_text(messages: Messages, where: str, tokenizer: PreTrainedTokenizer
             " plain text with a chat of auto or never."
         )
     try:
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=to_be_answered, tokenize=False))
+        # What a template is given by name goes before transformers' own function of that name.
+        given: Any = {"add_generation_prompt": to_be_answered, "strftime_now": strftime_now}
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **given))
     except Exception as error:  # a template may raise what it likes
         raise DataError(f"{where} is refused by the tokenizer's chat template: {error}") from error
 

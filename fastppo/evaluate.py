@@ -82,10 +82,11 @@ def evaluate(
 @torch.no_grad()
 def _log_ratios(packed: Packed, roles: Roles, config: Config, world: World) -> Tensor:
     """(3,) fp64 sums over this rank's response tokens: log p - log p_ref, -log p_ref, entropy of p."""
-    sums, trunk = torch.zeros(3, dtype=torch.float64), TrunkStates()
+    sums = torch.zeros(3, dtype=torch.float64)
     parts = pack_alone(packed.lengths, config.ppo.microbatch_tokens)
     for part in even_passes(parts, config.zero, world):
         piece = (packed.select(part) if len(part) else IDLE).to(world.device)
+        trunk = TrunkStates()  # of this part alone: actor and reference share it, and nobody comes back to it
         objective = partial(token_stats, piece.responses, config.eval.temperature)
         policy, reference = (
             engine(piece, objective, trunk(engine.module, piece, part)) for engine in (roles.actor, roles.reference)

@@ -1,7 +1,8 @@
-"""What occupies the GPU in each stage. The table in `uses` decides, and nothing else.
+"""What occupies the GPU in each stage. The table in `uses` decides, here and in the plan (`fastppo.ppo_memory`).
 
-What a stage does not use rests in the host's memory until one comes that does. Moving out frees the storage below a
-tensor and moving in fills a new one, so that every view that DeepSpeed or autograd has of it stays good.
+What a stage does not use rests in the host's memory until one comes that does, or is given up where it is made anew
+each time (`REMADE`). Moving out frees the storage below a tensor and moving in fills a new one, so that every view that
+DeepSpeed or autograd has of it stays good.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor
 
 from fastppo.config import Config
+
+# The kinds of `uses` that whoever reads them fills first: nothing of them is kept while they are away.
+REMADE = frozenset({"gathered"})
 
 
 def uses(config: Config) -> dict[str, set[str]]:
@@ -77,17 +81,20 @@ class Residency:
         self._uses, self._device = uses(config), device
         self._moves = device.type != "cpu"
         self._parts: list[_Part] = []
+        self._stage = "loading"
 
-    def add(self, kind: str, owner: HasStates, *, keep: bool = True) -> None:
-        """kind: as in `uses`; keep: whether what `owner.states()` holds outlives the stages that do not use it."""
+    def add(self, kind: str, owner: HasStates) -> None:
+        """kind: as in `uses`. What the stage of now does not use leaves at once, to make room for what loads next."""
 
         def on_device() -> list[Tensor]:
             return [x for x in owner.states() if x.device.type == self._device.type]
 
-        self._parts.append(_Part(kind, on_device, keep))
+        self._parts.append(_Part(kind, on_device, kind not in REMADE))
+        self.enter(self._stage)
 
     def enter(self, stage: str) -> None:
         """From here on only what this stage uses is on the GPU, whatever was there before."""
+        self._stage = stage
         if not self._moves:
             return
         for part in self._parts:  # what leaves makes room for what comes

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,13 @@ class Found:
         """Bytes of the run's files of lines at that time."""
         then = self.about["bytes"] if self.since is None else self.since.bytes
         return {name: int(then[name]) for name in LINES}
+
+    @property
+    def clock(self) -> str:
+        """When its run began, for templates that write the date. Earlier versions did not keep it: they have refused to
+        go on on another day than that on which the run began, so the day is that on which this was written."""
+        written = datetime.fromtimestamp((self.folder / "about.json").stat().st_mtime)
+        return str(self.about.get("clock", written.isoformat(timespec="seconds")))
 
     def ended(self, config: Config, world: World) -> bool:
         """Whether an alarm has ended the run, and the settings of alarms are the same now; the log says why then."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from fastppo.batch import Experience, Prompts
 from fastppo.checkpoint import Checkpoints, export
 from fastppo.cli import dump
+from fastppo.clock import begin_clock
 from fastppo.config import Config
 from fastppo.data import PromptSet, batches, load_prompts
 from fastppo.evaluate import evaluate, samples
@@ -90,6 +91,7 @@ def set_up(config: Config, world: World) -> Setup | None:
         return None
     if found is None and world.rank == 0:
         check_folder(output)
+    begin_clock(None if found is None else found.clock, world)
     check_plan(config, world)
     tokenizer, context = load_actor_tokenizer(config), actor_context(config)
     check_models(config, tokenizer)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastppo.checkpoint import Checkpoints
 from fastppo.cli import dump
+from fastppo.clock import begin_clock
 from fastppo.config import RewardTrainingConfig, SFTConfig
 from fastppo.data import batches
 from fastppo.examples import Examples
@@ -83,6 +84,7 @@ def set_up(
     output, found = Path(config.output), find_checkpoint(config, world)
     if found is None and world.rank == 0:
         check_folder(output)
+    begin_clock(None if found is None else found.clock, world)
     check_plan(config, world)
     model = config.model
     tokenizer = load_tokenizer("model.path", model.path, model.gguf_file, model.revision)

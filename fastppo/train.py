@@ -81,6 +81,7 @@ def ppo_step(setup: Setup, prompts: Prompts) -> Step:
             skipped=run.skipped,
             texts=setup.texts,
         )
+        experience = run.drop_trunk()
     with stages("health"):
         health = watch(experience, updates, run.health, config, roles.tokenizer)
     return Step(experience, plan, updates, health.metrics, health.alarms)

@@ -19,10 +19,11 @@ from fastppo.config import Config, DataConfig, LoraConfig, OptimConfig, PPOConfi
 from fastppo.footprint import Footprint, _Live
 from fastppo.load import load_causal
 from fastppo.lora import add_adapters
-from fastppo.memory import Batch, Bytes, Member, head_workspace, model_states, shares
+from fastppo.memory import Batch, Bytes, Member, head_workspace, model_states
 from fastppo.microbatch import pack_even
 from fastppo.models import Policy, fuse_head
 from fastppo.ops import GPU_WORKSPACE_BYTES
+from fastppo.ppo_memory import shares
 from fastppo.trainable import set_trainable
 from fastppo.weights import Source, outline
 
