@@ -124,7 +124,6 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text_anew(tmp_path):
     config = _with_dtype(Config(rewards=(RewardConfig(model=path),)))
     found = scored(config).scores
     model, other = tiny.classifier(vocabulary=258), tiny.tokenizer(("<more>",))
-    model.config.pad_token_id = None  # it is the EOS's, which transformers would pass over
     texts = [p + r for p, r in zip(PROMPTS.texts, ("a<eos>", "bcd<eos>", "ef"), strict=True)]  # the last was cut
     with torch.no_grad():
         expected = [float(model(torch.tensor([other(t)["input_ids"]])).logits) for t in texts]
