@@ -13,9 +13,8 @@ from fastppo.batch import Moments, Rollout, pack
 from fastppo.config import Config, DataConfig, HealthConfig, PPOConfig, RewardConfig
 from fastppo.data import PromptSet
 from fastppo.errors import FastPPOError
-from fastppo.feedback import Responses, RewardError, load_judge, load_sources, score
+from fastppo.feedback import Responses, RewardError, load_judge, load_sources, response_texts, score
 from fastppo.feedback.model import ensemble
-from fastppo.feedback.score import _decode
 from fastppo.feedback.sources import shared_sources
 from fastppo.models import ModelError
 from fastppo.residency import Residency
@@ -136,7 +135,7 @@ def test_a_rank_without_responses_has_no_scores(tmp_path):
     functions = (RewardConfig(function="math:fsum"),)
     config = _with_dtype(Config(rewards=(RewardConfig(model=same), RewardConfig(model=other), *functions)))
     nothing = Rollout(pack([], []), torch.zeros(0), torch.zeros(0, dtype=torch.bool), torch.arange(0))
-    assert _decode(nothing.packed, TOKENIZER) == []
+    assert response_texts(nothing.packed, TOKENIZER) == []
     seen = Responses([], [], [], {}, nothing.packed)
     assert [list(source(seen)) for source, _ in sources(config)] == [[], [], []]
 
