@@ -237,6 +237,8 @@ def _allowed(kind: Any) -> str:
         return " or ".join(str(argument) for argument in arguments)
     if origin in (Union, UnionType):
         return " or ".join(_allowed(argument) for argument in arguments)
+    if origin is dict:
+        return """a mapping from names to values, as in '{"enable_thinking": false}'"""
     if origin is tuple:
         item = arguments[0]
         fields = [field.name for field in dataclasses.fields(item)] if dataclasses.is_dataclass(item) else None

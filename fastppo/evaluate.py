@@ -15,7 +15,7 @@ from fastppo.batch import Moments, Packed, Prompts
 from fastppo.config import Config
 from fastppo.data import PromptSet
 from fastppo.engine import even_passes
-from fastppo.feedback import Source, score
+from fastppo.feedback import Source, response_texts, score
 from fastppo.figures import distinct, ngrams
 from fastppo.microbatch import IDLE, pack_alone
 from fastppo.models import token_stats
@@ -62,7 +62,6 @@ def evaluate(
     surprise = sum(all_gather(own, world), torch.zeros(3, dtype=torch.float64))
     packed, scores = scored.rollout.packed, scored.scores.double()
     count, tokens = len(packed), int(packed.response_cu_seqlens[-1])
-    responses = packed.responses.split(packed.response_lengths.tolist())
     metrics = {
         "score": float(scores.mean()),
         "score_std": float(scores.std(correction=0)),
@@ -75,8 +74,7 @@ def evaluate(
     }
     if judge:
         metrics["judge"] = float(scored.judged.double().mean())
-    texts = roles.tokenizer.batch_decode([r.tolist() for r in responses], skip_special_tokens=True)
-    return Evaluation(metrics, scores.tolist(), list(texts))
+    return Evaluation(metrics, scores.tolist(), response_texts(packed, roles.tokenizer))
 
 
 @torch.no_grad()

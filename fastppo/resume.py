@@ -177,14 +177,15 @@ def _said_alike(sources: Any) -> list[dict[str, Any]]:
 def settings(config: AnyConfig) -> dict[str, Any]:
     """Every setting by its dotted name, as JSON has it."""
 
-    def flat(group: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for name, value in group.items():
-            if isinstance(value, dict):
-                yield from flat(value, f"{prefix}{name}.")
-            else:
+    def flat(group: Any, plain: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in plain.items():
+            inner = getattr(group, name)
+            if dataclasses.is_dataclass(inner):
+                yield from flat(inner, value, f"{prefix}{name}.")
+            else:  # a setting, which may be a mapping itself
                 yield prefix + name, json.loads(json.dumps(value))
 
-    return dict(flat(dataclasses.asdict(config), ""))
+    return dict(flat(config, dataclasses.asdict(config), ""))
 
 
 def levels(config: Config) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from fastppo.clock import begin_clock
 from fastppo.config import Config
 from fastppo.data import PromptSet, batches, load_prompts
 from fastppo.evaluate import evaluate, samples
-from fastppo.feedback import Source, load_functions, load_judge, load_sources
+from fastppo.feedback import Source, check_chats, load_functions, load_judge, load_sources
 from fastppo.folder import CONFIG, check_folder, continue_folder, fresh_folder
 from fastppo.health import Alarm
 from fastppo.learn import Update
@@ -29,7 +29,7 @@ from fastppo.ptx import Texts
 from fastppo.responses import heldout_responses, training_responses
 from fastppo.resume import find_checkpoint
 from fastppo.roles import Roles, assemble
-from fastppo.rollout import stop_ids
+from fastppo.rollout import named_stop_ids, stop_ids
 from fastppo.track import Stages, Tracker, show_samples, write_samples
 from fastppo.world import World
 
@@ -95,6 +95,7 @@ def set_up(config: Config, world: World) -> Setup | None:
     check_plan(config, world)
     tokenizer, context = load_actor_tokenizer(config), actor_context(config)
     check_models(config, tokenizer)
+    named_stop_ids(tokenizer, config.sampling)  # a text that is no token should not cost these minutes either
     data, heldout = load_prompts(
         config.data,
         tokenizer,
@@ -102,6 +103,7 @@ def set_up(config: Config, world: World) -> Setup | None:
         context=context,
         reserve=config.sampling.max_new_tokens,
     )
+    check_chats(config, tokenizer, data, heldout)
     texts = Texts.load(config, tokenizer, context=context)
     if world.rank == 0:
         fresh_folder(output) if found is None else continue_folder(output, found.sizes)

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastppo.batch import Moments, Packed, Rollout, Scored, concatenate
 from fastppo.config import PPOConfig
+from fastppo.continuation import decode_after
 from fastppo.data import PromptSet
 from fastppo.feedback.responses import LARGEST, Responses, RewardError, Source
 from fastppo.world import World, all_gather
@@ -36,10 +37,11 @@ def score(
     rows = rollout.sources.tolist()
     responses = Responses(
         prompts=[prompts.texts[row] for row in rows],
-        texts=_decode(rollout.packed, tokenizer),
+        texts=response_texts(rollout.packed, tokenizer),
         ended=rollout.ended.tolist(),
         columns={name: [column[row] for row in rows] for name, column in prompts.columns.items()},
         packed=rollout.packed,
+        messages=prompts.messages_of(rows),
     )
     by_source, scores = _ask_all("rewards", sources, responses, world)
     judged = _ask_all("health.judge", judge, responses, world)[1] if judge else torch.full_like(scores, math.nan)
@@ -97,9 +99,8 @@ def _ask(source: Source, responses: Responses, world: World) -> Tensor:
     return torch.cat([answer for answer in answers if isinstance(answer, Tensor)])
 
 
-def _decode(packed: Packed, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The responses' text, without special tokens."""
-    if not len(packed):
-        return []
-    parts = packed.responses.split(packed.response_lengths.tolist())
-    return list(tokenizer.batch_decode([part.tolist() for part in parts], skip_special_tokens=True))
+def response_texts(packed: Packed, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text by which each response goes on from its prompt, without special tokens."""
+    sequences = [part.tolist() for part in packed.tokens.split(packed.lengths.tolist())] if len(packed) else []
+    pairs = list(zip(sequences, packed.response_lengths.tolist(), strict=True))
+    return decode_after([ids[:-n] for ids, n in pairs], [ids[-n:] for ids, n in pairs], tokenizer)
