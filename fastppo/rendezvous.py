@@ -16,7 +16,7 @@ from datetime import timedelta
 from ipaddress import ip_address
 from threading import Thread
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from fastppo.launch import NEEDED, LaunchError
 
@@ -30,7 +30,7 @@ ANSWER = 10.0  # seconds that a store may take to answer, once somebody listens 
 POLL = 0.2
 
 
-def meet(timeout: float) -> dist.Store | None:
+def meet(timeout: float) -> Store | None:
     """Wait until every rank is there; returns the store, to be kept until torch has one of its own at that address.
 
     timeout: seconds, if the bounds above are to be lower. Raises LaunchError if a rank does not come, and
@@ -42,13 +42,13 @@ def meet(timeout: float) -> dist.Store | None:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     within = _Patience(min(ON_ONE_MACHINE if _on_one_machine(host, ranks) else ON_SEVERAL, timeout))
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun keeps the store then
-    store: dist.Store | None = None
+    store: Store | None = None
     if rank == 0 and not agents:
         # under a name that is this machine for certain; whether MASTER_ADDR leads here shows next
-        store = dist.TCPStore("localhost", port, ranks, True, timedelta(seconds=ANSWER), False, True)
+        store = TCPStore("localhost", port, ranks, True, timedelta(seconds=ANSWER), False, True)
     within.wait(lambda: _unanswered(host, port, rank))
     store = store or _client(host, port, rank, ranks)
-    said = dist.PrefixStore("fastppo/here", store)
+    said = PrefixStore("fastppo/here", store)
     said.set(str(rank), socket.gethostname())
     within.wait(lambda: _missing(said, rank, ranks, f"{host}:{port}"))
     return store
@@ -94,13 +94,13 @@ def _unanswered(host: str, port: int, rank: int) -> str | None:
     return None
 
 
-def _client(host: str, port: int, rank: int, ranks: int) -> dist.Store:
+def _client(host: str, port: int, rank: int, ranks: int) -> Store:
     """In a thread: with something else than a store at that port, torch would wait for it whatever the timeout."""
-    made: Future[dist.Store] = Future()
+    made: Future[Store] = Future()
 
     def connect() -> None:
         try:
-            made.set_result(dist.TCPStore(host, port, ranks, False, timedelta(seconds=ANSWER), False))
+            made.set_result(TCPStore(host, port, ranks, False, timedelta(seconds=ANSWER), False))
         except RuntimeError as error:  # DistError and its kin
             made.set_exception(error)
 
@@ -114,7 +114,7 @@ def _client(host: str, port: int, rank: int, ranks: int) -> dist.Store:
         ) from error
 
 
-def _missing(said: dist.Store, rank: int, ranks: int, where: str) -> str | None:
+def _missing(said: Store, rank: int, ranks: int, where: str) -> str | None:
     try:
         absent = [other for other in range(ranks) if not said.check([str(other)])]
     except RuntimeError as error:  # DistError and its kin
