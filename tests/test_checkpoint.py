@@ -146,6 +146,25 @@ def test_sigterm_to_one_rank_saves_and_ends_all_with_status_0(folder, forks, str
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
+def test_a_second_run_in_the_folder_of_one_that_runs_is_refused_and_changes_nothing(folder, forks, ranks):
+    output = folder / f"one-at-a-time-{ranks}"
+    argv = whole_runs.settings(folder, output, checkpoint__every=1, steps=1000)
+    run = forks.start(argv, ranks)
+    wait_for(lambda: (output / "metrics.jsonl").exists() and len(whole_runs.records(output)) > 2, run)
+    for more in ([], ["--resume", "auto"]):
+        second = forks.start([*argv, *more], ranks)
+        assert forks.wait(second) == [1] * ranks
+        text = second.text()
+        assert f"is in use by another run (process {run.ranks[0]} on {socket.gethostname()}" in text
+        assert "Traceback" not in text
+    os.kill(run.ranks[0], signal.SIGTERM)
+    assert forks.wait(run) == [0] * ranks, run.text()
+    steps = [record["step"] for record in whole_runs.records(output) if "policy_loss" in record]
+    assert steps == list(range(1, len(steps) + 1)) and not output.with_name(f"{output.name}.1").exists()
+    assert not (output / "run.lock").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_ctrl_c_saves_and_ends_all_ranks_with_status_0(folder, forks, straight, ranks):
     """The terminal sends SIGINT to all processes, and DeepSpeed's `launch` then SIGTERM to one after the other."""
     roles, output = "shared critic, fp32, stage 0", folder / f"interrupted-{ranks}"
