@@ -200,6 +200,40 @@ def test_a_second_ctrl_c_ends_at_once(folder, forks):
     assert "interrupted again, so nothing more is saved" in run.text() and "Traceback" not in run.text()
 
 
+SLOW_EXPORT = """
+import time
+from fastppo import leave
+real = leave.export
+def export(*args, **kwargs):
+    print("exporting", flush=True)
+    time.sleep(2)
+    real(*args, **kwargs)
+leave.export = export
+"""
+
+
+def test_a_run_that_is_told_to_stop_while_it_writes_its_model_writes_it_to_the_end(folder, forks):
+    output = folder / "told-late"
+    run = forks.start(whole_runs.settings(folder, output, steps=1, eval__prompts=0, eval__every=0), 2, SLOW_EXPORT)
+    wait_for(lambda: run.logs[0].exists() and "exporting" in run.text(), run)
+    for pid in run.ranks:
+        os.kill(pid, signal.SIGINT)
+    assert forks.wait(run) == [0, 0], run.text()
+    assert (output / "actor/model.safetensors").is_file() and "Traceback" not in run.text()
+
+
+def test_a_model_that_nothing_takes_ends_all_ranks_with_where_the_run_can_go_on(folder, forks):
+    output, before = folder / "nowhere", "from fastppo import leave\nleave.export = lambda *a, **k: 1 / 0\n"
+    before += "leave._free_name = lambda *a: None"
+    changes = {"steps": 1, "eval__prompts": 0, "eval__every": 0, "checkpoint__every": 0}
+    run = forks.start(whole_runs.settings(folder, output, **changes), 2, before)
+    assert forks.wait(run) == [1, 1], run.text()
+    for log in run.logs:
+        words = "could not be written (ZeroDivisionError: division by zero); nor elsewhere. Make room or"
+        assert words in log.read_text() and "--resume auto" in log.read_text() and "Traceback" not in log.read_text()
+    assert whole_runs.checkpoints(output) == ["step-00000001"]
+
+
 def test_ctrl_c_before_there_is_anything_to_save_is_one_line(folder, forks):
     before = "import time\nfrom fastppo import run\n"
     before += "run.check_models = lambda *_: (print('here', flush=True), time.sleep(600))"
