@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from fastppo import train, train_reward, train_sft
+from fastppo import rendezvous, train, train_reward, train_sft
 from fastppo.launch import LaunchError, check_launch
 
 
@@ -130,6 +130,23 @@ def test_who_is_waited_for_is_said_soon_and_not_for_half_an_hour(rank: int, addr
     waiting, *_, end = (line for line in said.splitlines() if words in line)
     assert "s now and at most 2 s." in waiting and end.startswith("fastppo") and "within 2 s." in end
     assert "`unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT`" in end
+
+
+@pytest.mark.parametrize(
+    ("host", "local", "one"),
+    [
+        ("127.0.0.1", "1", True),
+        ("localhost", "1", True),
+        ("10.0.0.1", "2", True),
+        ("10.0.0.1", "1", False),
+        (socket.gethostname(), "1", False),  # which /etc/hosts may have as 127.0.1.1
+    ],
+)
+def test_nodes_that_may_be_minutes_apart_are_told_from_ranks_of_one_command(
+    host: str, local: str, one: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_SIZE", local)
+    assert rendezvous._on_one_machine(host, 2) == one
 
 
 def test_something_else_that_listens_is_no_rank_0() -> None:
