@@ -21,7 +21,7 @@ from fastppo.microbatch import IDLE, pack_alone
 from fastppo.models import token_stats
 from fastppo.roles import Roles
 from fastppo.rollout import sample
-from fastppo.track import Sample
+from fastppo.samples import Sample
 from fastppo.trunk import TrunkStates
 from fastppo.world import World, all_gather
 

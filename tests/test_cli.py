@@ -66,7 +66,9 @@ def test_the_launchers_local_rank_is_ignored() -> None:
 def test_the_rules_are_checked_for_the_number_of_ranks(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "17")
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "17", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     assert "17 ranks" in message(capsys, *QUICKSTART)
 
 

@@ -15,7 +15,8 @@ class RewardConfig:
     function: str | None = None
     """`module:function` or `file.py:function`, which may import modules beside it; called with prompts, responses and
     all columns of the data but those of these two names, or the ones among them that it names; returns one number
-    (true and false are 1 and 0) for each response."""
+    (true and false are 1 and 0) for each response. A coroutine function is awaited; a parameter `completions` gets the
+    responses."""
     model: str | None = None
     """An `AutoModelForSequenceClassification` with one label: hub name or directory. It reads chat by its own template,
     if it has one. Else with another tokenizer than the actor's it reads the text, chat prompts as the actor's template

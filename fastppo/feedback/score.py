@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from fastppo.batch import Moments, Packed, Rollout, Scored, concatenate
 from fastppo.config import PPOConfig
 from fastppo.continuation import decode_after
 from fastppo.data import PromptSet
+from fastppo.feedback.function import FunctionSource, ask_at_once
 from fastppo.feedback.responses import LARGEST, Responses, RewardError, Source
 from fastppo.world import World, all_gather
 
@@ -73,7 +75,8 @@ def _ask_all(
 
     where: the setting that the sources belong to, for errors.
     """
-    by_source = torch.stack([_ask(source, responses, world) for source, _ in sources], dim=1)
+    awaited = _awaited([source for source, _ in sources], responses)
+    by_source = torch.stack([_ask(awaited.get(source, source), responses, world) for source, _ in sources], dim=1)
     weights = [weight for _, weight in sources]
     sums = by_source.double() @ torch.tensor(weights, dtype=torch.float64)
     for i in (sums.abs() > LARGEST).nonzero().flatten().tolist()[:1]:
@@ -83,6 +86,27 @@ def _ask_all(
             " beyond what fp32 holds. Lower the weights, or scale what the sources say."
         )
     return by_source, sums.float()
+
+
+def _awaited(sources: Sequence[Source], responses: Responses) -> dict[Source, Source]:
+    """For each coroutine function a source that says what it has answered, or why one of them has not.
+
+    They are awaited together, so several services that each takes its time over are asked at once.
+    """
+    functions = [source for source in sources if isinstance(source, FunctionSource) and source.is_async]
+    try:
+        answers = ask_at_once(functions, responses)
+    except RewardError as error:
+        return dict.fromkeys(functions, partial(_raise, error))
+    return {source: partial(_said, answer) for source, answer in answers.items()}
+
+
+def _raise(error: RewardError, responses: Responses) -> Sequence[float]:
+    raise error
+
+
+def _said(answer: Sequence[float], responses: Responses) -> Sequence[float]:
+    return answer
 
 
 def _ask(source: Source, responses: Responses, world: World) -> Tensor:
