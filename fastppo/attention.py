@@ -152,6 +152,7 @@ def attend(
     if isinstance(attention_mask, Chunks):
         _check_chunks(attention_mask.size, packed, cache)
     window = attention_mask.size if isinstance(attention_mask, Window) else sliding_window or 0  # as its own has it
+    _check_shapes(module, key, value, cache)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap or 0.0}
     flash = flash if flash is not None and flash.takes(module, query) else None
@@ -242,6 +243,17 @@ def _check_chunks(size: int, packed: Spans | None, cache: Cache | None) -> None:
             f"sequences of up to {longest} tokens, but this model attends within chunks of attention_chunk_size ="
             f" {size} tokens, which is computed for sequences of one chunk only. Make prompts and responses shorter."
         )
+
+
+def _check_shapes(module: nn.Module, key: Tensor, value: Tensor, cache: Cache | None) -> None:
+    """Whether keys and values (batch, heads, length, width) have one shape, and in all layers the cache's."""
+    asked = [(x.shape[1], x.shape[3]) for x in (key, value)]
+    held = asked[0] if cache is None else (cache.keys.shape[2], cache.keys.shape[4])
+    if asked == [held, held]:
+        return
+    makes = f"{type(module).__name__} makes keys of {asked[0]} and values of {asked[1]} (heads, width)"
+    cached = "" if cache is None else f", and the cache to sample with holds {held}, as the config says"
+    raise FastPPOError(f"{makes}{cached}. Use a model whose keys and values have one shape in all layers.")
 
 
 def _layout(*args: Any, config: Any = None, local_size: int | None = None, **kwargs: Any) -> Window | Chunks | None:

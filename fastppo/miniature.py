@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ log = logging.getLogger("fastppo")
 HEADS, FEED_FORWARD, EXPERTS, VOCABULARY = 4, 256, 8, 512
 WINDOW, SWITCH = 8, 16  # positions of a sliding window, and tokens up to which longrope turns by its short factors
 KINDS = 4  # a list with more different values, one for each layer, does not tell kinds of layers
+LARGEST = 10**9  # weights of a model that nobody knows how to make smaller
 
 # Names under which configs have the width of a feed-forward layer, the number of experts, a sliding window.
 WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "moe_intermediate_size", "shared_expert_intermediate_size")
@@ -34,29 +35,39 @@ def miniature(auto: Any, config: PreTrainedConfig, dtype: torch.dtype, device: t
     """Two layers, or as many as it takes to have each kind; a few heads of full width; random weights.
 
     auto: AutoModelForCausalLM or another such class. Windows and the lengths at which rotary frequencies switch are
-    short, so that a short sequence goes beyond them. Where a model's widths hang together in a way that is not known
-    here, they stay as they are and only layers are left out.
+    short, so that a short sequence goes beyond them. Where a model's sizes hang together in a way that is not known
+    here, they stay as they are and only layers are left out. Raises one of `MISFIT` if no model can be made.
     """
-    as_defined = {"dtype": dtype, "attn_implementation": "eager"}  # transformers' SDPA leaves out Gemma-2's softcap
-    steps: tuple[Callable[[PreTrainedConfig], object], ...] = (_shorten, _shallow, _narrow)
+    steps = (_shorten, _shallow, _few_words, _few_experts, _narrow)
     with torch.random.fork_rng(devices=[]):  # the run's own random numbers do not depend on it
         for count in range(len(steps), -1, -1):
-            torch.manual_seed(0)
+            small = copy.deepcopy(config)
             try:
-                small = copy.deepcopy(config)
                 for step in steps[:count]:
                     step(small)
-                model = auto.from_config(small, **as_defined)
-                break
+                return _made(auto, small, dtype).to(device)  # type: ignore[no-any-return]
             except MISFIT as error:
                 if count == 0:
                     raise
-                log.info("%s cannot be made smaller by %s (%s)", type(config).__name__, steps[count - 1].__doc__, error)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.dim() > 1 and "norm" not in name:
-                    parameter.mul_(4.0)  # fresh weights give logits so alike that a wrong one would not stand out
-    return model.to(device).eval()  # type: ignore[no-any-return]
+                log.info("%s cannot be tried with %s (%s)", type(config).__name__, steps[count - 1].__doc__, error)
+    raise AssertionError("the last of the loop returns or raises")
+
+
+def _made(auto: Any, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    """The model, if it is not too large and computes something on three tokens."""
+    as_defined = {"dtype": dtype, "attn_implementation": "eager"}  # transformers' SDPA leaves out Gemma-2's softcap
+    with torch.device("meta"):
+        size = sum(p.numel() for p in auto.from_config(copy.deepcopy(config), **as_defined).parameters())
+    if size > LARGEST:
+        raise ValueError(f"it has {size / 1e9:.1f} billion weights when all is made small that can be")
+    torch.manual_seed(0)
+    model = auto.from_config(config, **as_defined).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "norm" not in name:
+                parameter.mul_(4.0)  # fresh weights give logits so alike that a wrong one would not stand out
+        model.base_model(torch.tensor([[1, 2, 3]]), use_cache=False)
+    return model
 
 
 def _shorten(config: PreTrainedConfig) -> None:
@@ -84,7 +95,10 @@ def _shallow(config: PreTrainedConfig) -> None:
     if (getattr(text, "first_k_dense_replace", None) or 0) > 1:
         text.first_k_dense_replace = 1
     intervals = [n for name in INTERVALS if isinstance(n := getattr(text, name, None), int)]
-    text.num_hidden_layers = min(depth, max([1, *first_of_each, *intervals]) + 1)
+    kept = min(depth, max([1, *first_of_each, *intervals]) + 1)
+    if (getattr(text, "num_kv_shared_layers", None) or 0) > 0:  # the upper ones read keys and values of the lower ones
+        text.num_kv_shared_layers, kept = min(kept, text.num_kv_shared_layers), min(depth, 2 * kept)
+    text.num_hidden_layers = kept
     for name, values in lists.items():
         setattr(text, name, values[: text.num_hidden_layers])
 
@@ -98,8 +112,27 @@ def _lists_of_layers(text: PreTrainedConfig) -> Iterator[tuple[str, list[Any]]]:
             yield name, values
 
 
+def _few_words(config: PreTrainedConfig) -> None:
+    """a smaller vocabulary"""
+    text = config.get_text_config()
+    for name, value in list(vars(text).items()):
+        if "vocab_size" in name and isinstance(value, int):
+            setattr(text, name, min(value, VOCABULARY))
+        elif name in ("bos_token_id", "eos_token_id", "pad_token_id") and value is not None:
+            setattr(text, name, 0)
+
+
+def _few_experts(config: PreTrainedConfig) -> None:
+    """fewer experts"""
+    text = config.get_text_config()
+    chosen, groups = (getattr(text, name, None) or 1 for name in ("num_experts_per_tok", "n_group"))
+    for name in EXPERT_COUNTS:
+        if isinstance(count := getattr(text, name, None), int):
+            setattr(text, name, min(count, max(EXPERTS, chosen, 2 * groups)))
+
+
 def _narrow(config: PreTrainedConfig) -> None:
-    """fewer heads and experts, narrower layers, a smaller vocabulary"""
+    """fewer heads and narrower layers"""
     # Heads are not narrower: scales of rotary embeddings may come as lists of a head's width.
     text = config.get_text_config()
     heads, width = text.num_attention_heads, text.hidden_size
@@ -108,14 +141,19 @@ def _narrow(config: PreTrainedConfig) -> None:
     if key_heads is not None:
         text.num_key_value_heads = kept if key_heads == heads else kept // 2 if key_heads > 1 and kept == HEADS else 1
     text.num_attention_heads = kept
-    text.hidden_size = kept * (getattr(text, "head_dim", None) or width // heads)
+    text.hidden_size = kept * (_head_width(text) or width // heads)
     if getattr(text, "word_embed_proj_dim", None) == width:
         text.word_embed_proj_dim = text.hidden_size
-    for names, most in ((WIDTHS, FEED_FORWARD), (EXPERT_COUNTS, EXPERTS)):
-        for name in names:
-            if isinstance(getattr(text, name, None), int):
-                setattr(text, name, min(getattr(text, name), most))
-    text.vocab_size = min(text.vocab_size, VOCABULARY)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if getattr(text, name, None) is not None:
-            setattr(text, name, 0)
+    for name in WIDTHS:
+        value = getattr(text, name, None)
+        if isinstance(value, int):
+            setattr(text, name, min(value, FEED_FORWARD))
+        elif isinstance(value, list):  # of each layer (Gemma-3n)
+            setattr(text, name, [min(each, FEED_FORWARD) for each in value])
+
+
+def _head_width(text: PreTrainedConfig) -> int | None:
+    try:
+        return getattr(text, "head_dim", None)
+    except MISFIT:  # Gemma-4 has one for each type of layer, and its config refuses to name one
+        return None
