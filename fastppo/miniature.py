@@ -77,9 +77,10 @@ def _shorten(config: PreTrainedConfig) -> None:
         if isinstance(getattr(text, name, None), int) and getattr(text, name) > WINDOW:
             setattr(text, name, WINDOW)
     for rope in ropes(text):
-        if rope["rope_type"] != SWITCHES or rope["original_max_position_embeddings"] <= SWITCH:
+        own = rope.get("original_max_position_embeddings") or 0
+        if rope.get("rope_type") != SWITCHES or own <= SWITCH:
             continue
-        longer = text.max_position_embeddings / rope["original_max_position_embeddings"]
+        longer = text.max_position_embeddings / own
         text.max_position_embeddings = int(SWITCH * longer)
         for holder in (rope, vars(text)):
             if "original_max_position_embeddings" in holder:

@@ -28,8 +28,9 @@ def ropes(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
 
 def switch_of(config: PreTrainedConfig) -> int | None:
     """The most tokens of a sequence that is still turned by short factors; None where nothing depends on the length."""
-    lengths = [rope["original_max_position_embeddings"] for rope in ropes(config) if rope["rope_type"] == SWITCHES]
-    return min(lengths, default=None)
+    switching = [rope for rope in ropes(config) if rope.get("rope_type") == SWITCHES]
+    lengths = [rope.get("original_max_position_embeddings") for rope in switching]
+    return min((n for n in lengths if n is not None), default=None)
 
 
 class PerSequence(nn.Module):
@@ -46,13 +47,13 @@ class PerSequence(nn.Module):
         x: of the dtype and device wanted. Returns what `own` does, as a rule cos and sin, (1, N, width) each. Raises
         FastPPOError for a decode step beyond the switch: the keys in the cache are turned by other factors.
         """
-        own = self.own if layer_type is None else lambda *args: self.own(*args, layer_type)
+        of_layers = () if layer_type is None else (layer_type,)
         if isinstance(position_ids, FakeTensor):  # the plan wants shapes and no numbers
             name = "original_inv_freq" if layer_type is None else f"{layer_type}_original_inv_freq"
             width = 2 * len(getattr(self.own, name))
             return tuple(x.new_empty(*position_ids.shape, width) for _ in range(2))
         if int(position_ids.max()) < self.switch:
-            return own(x, position_ids)
+            return self.own(x, position_ids, *of_layers)
         if position_ids.shape[0] > 1:
             raise FastPPOError(
                 f"a sequence cannot be decoded beyond original_max_position_embeddings = {self.switch} tokens: from"
@@ -62,7 +63,7 @@ class PerSequence(nn.Module):
         long = (sequence.bincount() > self.switch)[sequence]  # (N,) bool
         groups = [where for where in (long, ~long) if bool(where.any())]
         order = torch.cat([where.nonzero()[:, 0] for where in groups]).argsort()
-        parts = [own(x, position_ids[:, where]) for where in groups]
+        parts = [self.own(x, position_ids[:, where], *of_layers) for where in groups]
         if isinstance(parts[0], Tensor):
             return torch.cat(parts, dim=1)[:, order]
         return tuple(torch.cat(part, dim=1)[:, order] for part in zip(*parts, strict=True))

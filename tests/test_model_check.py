@@ -21,6 +21,7 @@ from fastppo import attention, model_check
 from fastppo.batch import pack
 from fastppo.cli import PPO, parse
 from fastppo.config import Config, LoraConfig
+from fastppo.footprint import Footprint
 from fastppo.load import check_models, load_causal, load_reward
 from fastppo.lora import add_adapters
 from fastppo.model_check import check_kind, check_model
@@ -219,6 +220,13 @@ def test_decoding_beyond_the_rotary_switch_raises() -> None:
     policy = Policy(fuse_head(made(config_of("phi3"))))
     with pytest.raises(attention.FastPPOError, match="cannot be decoded beyond original_max_position_embeddings = 12"):
         policy.model.base_model.rotary_emb(torch.zeros(1), torch.full((4, 1), SWITCH))
+
+
+def test_the_plan_measures_a_model_with_longrope() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of("phi3"))
+    size = Footprint(Policy(fuse_head(model)), torch.float32, cpu=True)
+    assert size.passes(2, 8, gradient=True).kept > 0
 
 
 def test_sequences_of_one_chunk_are_the_longest_that_attention_by_chunks_takes() -> None:
