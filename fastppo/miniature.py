@@ -18,7 +18,7 @@ log = logging.getLogger("fastppo")
 HEADS, FEED_FORWARD, EXPERTS, VOCABULARY = 4, 256, 8, 512
 WINDOW, SWITCH = 8, 16  # positions of a sliding window, and tokens up to which longrope turns by its short factors
 KINDS = 4  # a list with more different values, one for each layer, does not tell kinds of layers
-LARGEST = 10**9  # weights of a model that nobody knows how to make smaller
+LARGEST = 5 * 10**8  # weights of a model that nobody knows how to make smaller
 
 # Names under which configs have the width of a feed-forward layer, the number of experts, a sliding window.
 WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "moe_intermediate_size", "shared_expert_intermediate_size")
@@ -28,7 +28,10 @@ WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size")
 INTERVALS = ("decoder_sparse_step", "interleave_moe_layer_step", "expert_layer_period", "attn_layer_period")
 
 # What transformers raises for widths that do not go together.
-MISFIT = (ValueError, RuntimeError, TypeError, AttributeError, IndexError, AssertionError, StrictDataclassError)
+MISFIT = (
+    *(ValueError, RuntimeError, TypeError, AttributeError, LookupError, AssertionError, ImportError),
+    StrictDataclassError,
+)
 
 
 def miniature(auto: Any, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -36,8 +39,9 @@ def miniature(auto: Any, config: PreTrainedConfig, dtype: torch.dtype, device: t
 
     auto: AutoModelForCausalLM or another such class. Windows and the lengths at which rotary frequencies switch are
     short, so that a short sequence goes beyond them. Where a model's sizes hang together in a way that is not known
-    here, they stay as they are and only layers are left out. Raises one of `MISFIT` if no model can be made.
+    here, they stay as they are and only layers are left out. Raises the first of `MISFIT` if no model can be made.
     """
+    first: Exception | None = None
     steps = (_shorten, _shallow, _few_words, _few_experts, _narrow)
     with torch.random.fork_rng(devices=[]):  # the run's own random numbers do not depend on it
         for count in range(len(steps), -1, -1):
@@ -47,10 +51,11 @@ def miniature(auto: Any, config: PreTrainedConfig, dtype: torch.dtype, device: t
                     step(small)
                 return _made(auto, small, dtype).to(device)  # type: ignore[no-any-return]
             except MISFIT as error:
-                if count == 0:
-                    raise
-                log.info("%s cannot be tried with %s (%s)", type(config).__name__, steps[count - 1].__doc__, error)
-    raise AssertionError("the last of the loop returns or raises")
+                first = first or error
+                without = steps[count - 1].__doc__ if count else "its own sizes"
+                log.info("%s cannot be tried with %s (%s)", type(config).__name__, without, error)
+    assert first is not None
+    raise first
 
 
 def _made(auto: Any, config: PreTrainedConfig, dtype: torch.dtype) -> Any:

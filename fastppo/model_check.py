@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastppo.attention import ATTENTION, Cache, uses_flash, without_flash
-from fastppo.batch import pack, segment_offsets
+from fastppo.batch import Packed, pack, segment_offsets
 from fastppo.errors import FastPPOError
 from fastppo.miniature import MISFIT, miniature
 from fastppo.models import Backbone, ModelError, Policy, fuse_head
@@ -128,6 +128,10 @@ class _Trial:
     def name(self) -> str:
         return type(self.model).__name__
 
+    @property
+    def packed(self) -> Packed:
+        return pack(self.sequences, [1] * len(self.sequences)).to(self.model.device)
+
     def own(self, sequence: tuple[int, ...]) -> Tensor:
         """What the model itself computes on one sequence, (n, V) logprobs or (n, H) hidden states."""
         network = self.model if self.causal else self.model.base_model
@@ -166,13 +170,13 @@ class _Trial:
 
 def _whole(trial: _Trial, role: Backbone, expected: dict[tuple[int, ...], Tensor], own: str) -> Tensor:
     """Compare packed rows with one sequence at a time; returns hidden states of all (N, H)."""
-    packed = pack(trial.sequences, [1] * len(trial.sequences)).to(role.device)
     try:
-        hidden = role.hidden(packed)
+        hidden = role.hidden(trial.packed)
+        found = trial.read(hidden)
     except Exception as error:
         raise trial.failed("its forward pass fails on packed rows", error) from error
     alone = torch.cat([expected[s] for s in trial.sequences])
-    if trial.differs(apart := trial.error(trial.read(hidden), alone)):
+    if trial.differs(apart := trial.error(found, alone)):
         raise trial.refused(_reason(_why_packed, trial, role, own), apart)
     return hidden
 
@@ -182,7 +186,7 @@ def _repeated(trial: _Trial, role: Backbone, whole: Tensor) -> None:
 
     Without a word, noise would make every ratio of two policies wrong.
     """
-    packed = pack(trial.sequences, [1] * len(trial.sequences)).to(role.device)
+    packed = trial.packed
     model: Any = role.model
     checkpointing = model.supports_gradient_checkpointing
     if checkpointing:
@@ -264,21 +268,20 @@ def _why_packed(trial: _Trial, role: Backbone, own: str) -> str:
     together, alone = states(*trial.sequences), joined([states(s) for s in trial.sequences])
     if (layer := _first_apart(trial, together, alone)) is not None:
         return f"{_layer(trial, layer)} mixes positions across packed sequences"
+    originals, last = [], []
     trial.model.set_attn_implementation(own)
-    originals = []
     for sequence in trial.sequences:
         with _handed_up(trial.model) as found:
-            trial.model.base_model(torch.tensor([sequence], device=role.device), use_cache=False)
+            output = trial.model.base_model(torch.tensor([sequence], device=role.device), use_cache=False)
         originals.append([layer[0].flatten(0, -2) for layer in found])
+        last.append(output.last_hidden_state[0])
     trial.model.set_attn_implementation(ATTENTION)
+    otherwise = f"computes something else through fastppo's causal attention than through its own ({own})"
     if (layer := _first_apart(trial, alone, joined(originals))) is not None:
-        return (
-            f"{_layer(trial, layer)} computes something else through fastppo's causal attention than through its own"
-            f" ({own}), on a single sequence too"
-        )
-    return (
-        "its outputs are not those of a linear head on the last layer's normed states (it scales them, or adds to them)"
-    )
+        return f"{_layer(trial, layer)} {otherwise}, on a single sequence too"
+    if trial.differs(trial.error(role.hidden(trial.packed).float(), torch.cat(last).float())):
+        return f"what it makes of its layers' states {otherwise}"
+    return "its outputs are not those of a linear head on its last states: it scales them, or adds to them"
 
 
 def _why_decoded(trial: _Trial, policy: Policy, sequences: tuple[tuple[int, ...], ...]) -> str:
