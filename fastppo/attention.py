@@ -6,14 +6,17 @@ every layer untouched:
 - `packed=Spans`: the row holds whole sequences end to end, and each attends to itself alone;
 - `cache=Cache`: as above in prefill, and one new position for each row in decode, at that row's own length.
 
-No model code is patched. What a model asks of its attention beyond causality is honoured (`sliding_window`,
-`softcap`) or refused: silently leaving it out would train another model than the one that was loaded.
+No model code is patched. What a model asks of its attention beyond causality is honoured (a window, whether it comes
+as `sliding_window` or in the mask alone; `softcap`) or refused: silently leaving it out would train another model than
+the one that was loaded.
 
 On CUDA flash-attn computes it where it can (`fastppo.flash`); elsewhere PyTorch does, and decode is an op.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -38,6 +41,20 @@ SHORT = 128
 
 # Keywords that models pass to every attention function and that carry nothing which packing would lose.
 _HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "is_causal", "dropout"}
+
+
+@dataclass(frozen=True)
+class Window:
+    """What stands for a mask that is more than causal: tokens see the newest `size` positions."""
+
+    size: int
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """What stands for a mask by which tokens see those of their own chunk of `size` positions (Llama-4)."""
+
+    size: int
 
 
 @dataclass(frozen=True)
@@ -106,7 +123,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Window | Chunks | Tensor | None,
     scaling: float | None = None,
     packed: Spans | None = None,
     cache: Cache | None = None,
@@ -117,7 +134,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Causal attention, the function that models call. query (batch, heads, length, width), fewer heads in key and
     value where the model groups them. Returns (batch, length, heads, width). Packed rows have batch 1, a decode step
-    has length 1. flash: computes all that it takes, see `compute_with`.
+    has length 1. attention_mask: what `_layout` made for this layer. flash: computes all that it takes, see
+    `compute_with`.
     """
     refused = sorted(name for name, given in unknown.items() if given is not None and name not in _HARMLESS)
     if refused:
@@ -126,8 +144,17 @@ def attend(
             " implement; leaving it out would compute another model. Use a model with plain causal attention,"
             " a sliding window or a soft cap."
         )
+    if isinstance(attention_mask, Tensor):
+        raise FastPPOError(
+            f"{type(module).__name__} gives its attention a mask of its own making, which packed attention would leave"
+            " out; that would compute another model. Use a model with plain causal attention or a sliding window."
+        )
+    if isinstance(attention_mask, Chunks):
+        _check_chunks(attention_mask.size, packed, cache)
+    window = attention_mask.size if isinstance(attention_mask, Window) else sliding_window or 0  # as its own has it
+    _check_shapes(module, key, value, cache)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    options: dict[str, Any] = {"scale": scale, "window": sliding_window or 0, "softcap": softcap or 0.0}
+    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap or 0.0}
     flash = flash if flash is not None and flash.takes(module, query) else None
     layer = getattr(module, "layer_idx", None)
     spans = packed if cache is None else cache.spans
@@ -208,8 +235,36 @@ def _fill(cache: Cache, layer: int | None, key: Tensor, value: Tensor) -> None:
         row += count
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """The layout says all that a mask would; building an (N, N) one would cost more than the attention."""
+def _check_chunks(size: int, packed: Spans | None, cache: Cache | None) -> None:
+    """Within one chunk, attention by chunks is causal attention; what would reach beyond it is refused."""
+    longest = packed.longest if packed is not None else 0 if cache is None else cache.keys.shape[3]
+    if longest > size:
+        raise FastPPOError(
+            f"sequences of up to {longest} tokens, but this model attends within chunks of attention_chunk_size ="
+            f" {size} tokens, which is computed for sequences of one chunk only. Make prompts and responses shorter."
+        )
+
+
+def _check_shapes(module: nn.Module, key: Tensor, value: Tensor, cache: Cache | None) -> None:
+    """Whether keys and values (batch, heads, length, width) have one shape, and in all layers the cache's."""
+    asked = [(x.shape[1], x.shape[3]) for x in (key, value)]
+    held = asked[0] if cache is None else (cache.keys.shape[2], cache.keys.shape[4])
+    if asked == [held, held]:
+        return
+    makes = f"{type(module).__name__} makes keys of {asked[0]} and values of {asked[1]} (heads, width)"
+    cached = "" if cache is None else f", and the cache to sample with holds {held}, as the config says"
+    raise FastPPOError(f"{makes}{cached}. Use a model whose keys and values have one shape in all layers.")
+
+
+def _layout(*args: Any, config: Any = None, local_size: int | None = None, **kwargs: Any) -> Window | Chunks | None:
+    """In the place of a mask, what of it the layout of rows does not tell: building an (N, N) one would cost more than
+    the attention. transformers calls it for each type of layer, and the model hands the result to those layers.
+
+    local_size: of a sliding window or of chunks; None for plain causal attention.
+    """
+    if local_size is None:
+        return None
+    return Window(local_size) if getattr(config, "sliding_window", None) == local_size else Chunks(local_size)
 
 
 def choose_attention(setting: Literal["auto", "flash", "sdpa"], dtype: torch.dtype, device: torch.device) -> None:
@@ -224,6 +279,22 @@ def compute_with(flash: FlashAttention | None) -> None:
     AttentionInterface.register(ATTENTION, partial(attend, flash=flash))
 
 
+def uses_flash() -> bool:
+    """Whether flash-attn computes what it can."""
+    return _flash is not None
+
+
+@contextmanager
+def without_flash() -> Iterator[None]:
+    """Within this context PyTorch computes all attention, as in fp32, which flash-attn does not know."""
+    chosen = _flash
+    compute_with(None)
+    try:
+        yield
+    finally:
+        compute_with(chosen)
+
+
 def asks_nothing(model: PreTrainedModel) -> bool:
     """Whether a decode step of the model never waits for the GPU to tell the host something, so that a CUDA graph can
     hold it. flash-attn asks nothing; PyTorch's side of `ops.attend_cached` does.
@@ -233,4 +304,4 @@ def asks_nothing(model: PreTrainedModel) -> bool:
 
 
 compute_with(None)
-AttentionMaskInterface.register(ATTENTION, _no_mask)
+AttentionMaskInterface.register(ATTENTION, _layout)

@@ -23,7 +23,7 @@ from fastppo.engine import Engine, check_nvme
 from fastppo.examples import Examples
 from fastppo.load import choose_trained, load_causal, trained_partitions, width_of
 from fastppo.microbatch import IDLE
-from fastppo.models import Backbone, ModelError, Policy, RewardModel, check_packing, fuse_head, keep_trunk
+from fastppo.models import Backbone, ModelError, Policy, RewardModel, fuse_head, keep_trunk
 from fastppo.preference import initial_head
 from fastppo.trunk import TrunkStates, trunk_depth
 from fastppo.weights import (
@@ -113,8 +113,6 @@ def load_scorer(
     source, dtype = model_source(config), DTYPES[optim.dtype]
     if _starts_as_scorer(source):
         model = load_model(AutoModelForSequenceClassification, source, dtype, device, partitions)
-        if partitions is None:
-            check_packing(model)
     else:
         causal = load_causal("model.path", config.path, config.gguf_file, config.revision, dtype, device, partitions)
         model = _with_score_head(causal, initial_head(width_of(causal), seed).to(device, dtype))

@@ -26,11 +26,11 @@ from fastppo.models import (
     Policy,
     RewardModel,
     ValueHead,
-    check_packing,
     copy_backbone,
     fuse_head,
     keep_trunk,
 )
+from fastppo.rotary import switch_of
 from fastppo.stream import copy_parts, gathered, partition_config
 from fastppo.trainable import set_trainable
 from fastppo.trunk import trunk_depth
@@ -94,6 +94,7 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer: the actor's. Raises ModelError.
     """
     critic, reference = config.critic, config.reference
+    _check_switch(_actor_source(config), config)
     if reference.model is not None:
         source = Source("reference.model", reference.model, reference.gguf_file)
         reason = "KL between the two means nothing"
@@ -132,6 +133,23 @@ def _check_reader(source: Source, config: Config, tokenizer: PreTrainedTokenizer
             f"data.max_prompt_tokens {prompt} + sampling.max_new_tokens {response} = {prompt + response} tokens, but"
             f" the context of {source} holds {context}. Lower one of the two, or give another model."
         )
+    _check_switch(source, config)
+
+
+def _check_switch(source: Source, config: Config) -> None:
+    """Whether what a model says of a token depends on how many follow, as it does where longrope switches.
+
+    Tokens drawn one by one, with the short factors, would be learned from with the long ones, as another policy's.
+    """
+    prompt, response = config.data.max_prompt_tokens, config.sampling.max_new_tokens
+    switch = switch_of(load_config(source))
+    if switch is not None and prompt + response > switch:
+        raise ModelError(
+            f"data.max_prompt_tokens {prompt} + sampling.max_new_tokens {response} = {prompt + response} tokens, but"
+            f" beyond original_max_position_embeddings = {switch} tokens {source} turns all tokens of a sequence by"
+            " other rotary factors (longrope), so it would not be the model any more that the first ones were drawn"
+            " from. Lower one of the two, or give a model without longrope."
+        )
 
 
 def trained_partitions(config: AnyConfig) -> Partitions:
@@ -165,8 +183,6 @@ def load_reward(
             f"{source} ({type(model).__name__}) has no `score` head on a causal backbone; wrap it in a reward function"
             " (rewards.function) instead."
         )
-    if partitions is None:
-        check_packing(model)
     return RewardModel(model).requires_grad_(False).eval(), load_tokenizer(setting, name)
 
 
@@ -196,8 +212,6 @@ def _load_critic(config: Config, actor: PreTrainedModel, dtype: torch.dtype, dev
         source = Source("critic.model", critic.model, critic.gguf_file)
         if is_classifier(load_config(source)):  # start from a reward model: V(s) begins as its score
             model = load_model(AutoModelForSequenceClassification, source, dtype, device, partitions)
-            if partitions is None:
-                check_packing(model)
             head = ValueHead(width_of(model), dtype, device)
             score = cast(nn.Linear, model.score).weight
             with gathered([score]):
@@ -234,7 +248,7 @@ def load_causal(
     device: torch.device,
     partitions: Partitions = None,
 ) -> PreTrainedModel:
-    """A causal language model with a fused head, checked on packed rows, dropout off.
+    """A causal language model with a fused head, its kind checked (`fastppo.model_check`), dropout off.
 
     partitions: what `partition_config` gives, for a model that is whole on no rank.
     """
@@ -242,11 +256,7 @@ def load_causal(
 
 
 def _load_causal(source: Source, dtype: torch.dtype, device: torch.device, partitions: Partitions) -> PreTrainedModel:
-    model = load_model(AutoModelForCausalLM, source, dtype, device, partitions)
-    if partitions is not None:
-        return fuse_head(model)
-    check_packing(model)  # which fuses the head
-    return model
+    return fuse_head(load_model(AutoModelForCausalLM, source, dtype, device, partitions))
 
 
 def _load_actor(config: Config, dtype: torch.dtype, device: torch.device, partitions: Partitions) -> PreTrainedModel:

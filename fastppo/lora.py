@@ -26,6 +26,8 @@ from fastppo.models import ModelError
 
 log = logging.getLogger("fastppo")
 
+PLAIN = (nn.Linear.forward, Conv1D.forward)  # a router may be a linear layer whose forward pass does more (PhiMoE)
+
 NAME = "default"  # peft's name of a model's only adapter
 
 
@@ -72,6 +74,7 @@ def add_adapters(
 def _targets(model: PreTrainedModel, role: str, targets: str) -> dict[str, nn.Linear | Conv1D]:
     """The linear layers that the setting names. The vocabulary head is none of them: `models.FusedHead` is its own."""
     linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
+    linear = {name: layer for name, layer in linear.items() if type(layer).forward in PLAIN}
     if targets == "all-linear":
         return linear
     found: set[str] = set()

@@ -21,6 +21,7 @@ from fastppo import ops
 from fastppo.attention import ATTENTION, Cache, Spans
 from fastppo.batch import Packed, pack
 from fastppo.errors import FastPPOError
+from fastppo.rotary import turn_each_sequence
 from fastppo.stats import TokenStats
 from fastppo.trunk import layers_of, passing, trunk_depth
 
@@ -97,9 +98,21 @@ class Backbone(nn.Module):
         super().__init__()
         self.model = model
         self.model.set_attn_implementation(ATTENTION)
+        turn_each_sequence(self.model, self.model.config)
         self.trunk_depth = 0  # lowest layers whose states may be kept, see `keep_trunk`
         self.trunk_owner = id(model)  # roles of one owner have the same trunk
         self.adapters = True  # False: a view of another role's model as it is without its LoRA adapters
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Train mode for nothing but what recomputes its activations, which asks for it; all else stays as in eval().
+
+        So whatever a model does at random while it trains is off: dropout, jitter and sampling in routers, layers that
+        are skipped. A policy that changes at random is another policy at every call, and ratios mean nothing.
+        """
+        super().train(mode)
+        for module in self.model.modules():
+            module.training = mode and bool(getattr(module, "gradient_checkpointing", False))
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -221,48 +234,6 @@ def fuse_head(model: PreTrainedModel) -> PreTrainedModel:
     bias = cast("nn.Parameter | None", linear.bias)
     model.set_output_embeddings(FusedHead(cast(nn.Parameter, linear.weight), bias, softcap))
     return model
-
-
-def check_packing(model: PreTrainedModel) -> None:
-    """Compare packed sequences with the model's own forward pass on one at a time, in logits or hidden states.
-
-    A model that needs more than causal attention over its own sequence (ALiBi, logit scaling, an attention of its
-    own outside transformers' registry) would train wrongly without a word; it is refused here.
-    """
-    own = model.config._attn_implementation
-    if not model._supports_attention_backend:
-        raise ModelError(
-            f"{type(model).__name__} does not take its attention from transformers' AttentionInterface, so it cannot"
-            " read packed rows. Llama, Qwen, Mistral, Gemma-2, Phi-3, GPT-2, OPT and GPT-NeoX do, among others."
-        )
-    causal = hasattr(model, "lm_head") or model.get_output_embeddings() is not None
-    vocabulary = model.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(0)
-    sequences = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (7, 3, 3, 12)]
-    packed = pack(sequences, [1] * len(sequences)).to(model.device)
-
-    def outputs(states: Any) -> Tensor:
-        rows: Tensor = states.logits[0].float().log_softmax(-1) if causal else states.last_hidden_state[0].float()
-        return rows
-
-    network = model if causal else model.base_model
-    with torch.no_grad():
-        alone = torch.cat(
-            [outputs(network(torch.tensor([s], device=model.device), use_cache=False)) for s in sequences]
-        )
-        if causal:
-            fuse_head(model)
-        hidden = Backbone(model).hidden(packed)
-        together = model.get_output_embeddings()(hidden).float().log_softmax(-1) if causal else hidden.float()
-    error = float((together - alone).abs().mean() / alone.std())
-    tolerance = 1e-3 if model.dtype == torch.float32 else 1e-1
-    if not error <= tolerance:
-        raise ModelError(
-            f"{type(model).__name__} computes something else on packed sequences than on one at a time: its outputs"
-            f" differ by {error:.2g} of their spread in the mean (tolerance {tolerance:g}, own attention {own!r}). It"
-            " cannot be trained without padding. Models with plain causal, sliding-window or soft-capped attention"
-            " through transformers' AttentionInterface can: Llama, Qwen, Mistral, Gemma-2, GPT-2, OPT, GPT-NeoX, ..."
-        )
 
 
 def attention_ratio(model: PreTrainedModel) -> float:

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.utils.quantization_config import GgufConfig
 
 from fastppo.locate import PREFIX, locate
-from fastppo.miniature import miniature
-from fastppo.models import ModelError, check_packing
+from fastppo.model_check import check_kind
+from fastppo.models import ModelError
 from fastppo.stream import partition, stream, weight_files
 
 log = logging.getLogger("fastppo")
@@ -74,11 +74,7 @@ def load_tokenizer(
 
 
 def load_config(source: Source) -> PreTrainedConfig:
-    """The model's config with every dropout off.
-
-    Off in the config and not by eval(): activation checkpointing needs train mode, and some models (OPT) drop
-    functionally in it. A policy that drops at random is another policy at every call, and ratios mean nothing.
-    """
+    """The model's config with every dropout off."""
     _check_name(source)
     try:
         if source.gguf_file:
@@ -87,9 +83,19 @@ def load_config(source: Source) -> PreTrainedConfig:
             config = AutoConfig.from_pretrained(source.place, revision=source.revision)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{source}: no model could be loaded from there ({_first_line(error)}). {WAYS}") from error
-    for key, value in config.to_dict().items():
-        if isinstance(value, float) and ("drop" in key):
-            setattr(config, key, 0.0)
+    return without_dropout(config)
+
+
+def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config with every dropout set to 0, in itself and not in a copy.
+
+    `Backbone.train` keeps modules in eval mode, but not those that recompute activations, and some of these (OPT's
+    layers) drop functionally. Whatever else a model does at random there, the check at load finds.
+    """
+    for part in (config, config.get_text_config()):
+        for key, value in part.to_dict().items():
+            if isinstance(value, float) and "drop" in key:
+                setattr(part, key, 0.0)
     return config
 
 
@@ -137,20 +143,25 @@ def check_one_label(source: Source, config: PreTrainedConfig, way: str) -> None:
 
 
 def context_of(config: PreTrainedConfig) -> int | None:
-    """The longest sequence that a model takes, in tokens; None if its config does not tell."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    """The longest sequence that a model takes, in tokens; None if its config does not tell.
+
+    One that attends within chunks (Llama-4) takes one chunk, see `attention.Chunks`.
+    """
+    text = config.get_text_config()
+    limits = [getattr(text, name, None) for name in ("max_position_embeddings", "attention_chunk_size")]
+    return min((n for n in limits if isinstance(n, int) and n > 0), default=None)
 
 
 def load_model(
     auto: Any, source: Source, dtype: torch.dtype, device: torch.device, partitions: Partitions
 ) -> PreTrainedModel:
-    """A model on `device`, not yet checked on packed rows; or one in partitions, of whose kind a small one was."""
+    """A model on `device`, or in partitions. That its kind can be trained is checked before (`fastppo.model_check`)."""
     config = load_config(source)
+    check_kind(auto, config, device, dtype)
     if partitions is None:
         model = _load_whole(auto, source, config, dtype)
         cast(nn.Module, model).to(device)
     else:
-        check_packing(miniature(auto, config, dtype, device))
         model = _load_parts(auto, source, config, dtype, partitions)
         for buffer in model.buffers():  # parameters are where DeepSpeed keeps them
             buffer.data = buffer.data.to(device)

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from flash_stand_in import FlashStandIn
+from transformers import AutoModelForCausalLM
 
 from fastppo import ops
 from fastppo.attention import choose_attention, compute_with
@@ -17,6 +18,7 @@ from fastppo.batch import Prompts, pack
 from fastppo.config import SamplingConfig
 from fastppo.errors import FastPPOError
 from fastppo.flash import FlashAttention, choose_flash
+from fastppo.model_check import check_kind
 from fastppo.models import Policy, fuse_head
 from fastppo.rollout import sample
 
@@ -117,6 +119,17 @@ def test_heads_too_wide_are_an_error_where_flash_attn_is_asked_for(flash):
     compute_with(FlashAttention(flash.flash_attn_varlen_func, flash.flash_attn_with_kvcache, required=True))
     with pytest.raises(FastPPOError, match=r"attention is flash.*width 264.*auto or sdpa"):
         Policy(tiny.causal(head_dim=264, dtype=torch.bfloat16)).hidden(PACKED)
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_the_check_at_load_is_in_fp32_by_sdpa_and_then_in_the_runs_dtype_by_flash_attn(required, flash, caplog):
+    compute_with(FlashAttention(flash.flash_attn_varlen_func, flash.flash_attn_with_kvcache, required=required))
+    config = tiny.causal("gemma2", sliding_window=6 + required).config
+    check_kind(AutoModelForCausalLM, config, CPU, torch.float32)
+    assert flash.varlen_calls == flash.cache_calls == 0
+    check_kind(AutoModelForCausalLM, config, CPU, torch.bfloat16)
+    assert flash.varlen_calls > 0 and flash.cache_calls > 0
+    assert not [r for r in caplog.records if "SDPA" in r.message]
 
 
 def install(monkeypatch, version="2.8.3"):

@@ -17,6 +17,7 @@ from fastppo.engine import Frozen, even_passes
 from fastppo.feedback.responses import Responses, RewardError, Source, checked
 from fastppo.microbatch import IDLE, pack_alone
 from fastppo.table import DataError
+from fastppo.weights import context_of
 from fastppo.world import World, all_gather
 
 log = logging.getLogger("fastppo")
@@ -54,7 +55,7 @@ class ModelSource:
         self.model, self.tokenizer, self.budget, self.zero, self.world = model, tokenizer, budget, zero, world
         self.name, self.template = name, template
         self.same = actors is not None and tokenizer.get_vocab() == actors.get_vocab()
-        self.context = getattr(model.module.model.config, "max_position_embeddings", None)
+        self.context = context_of(model.module.model.config)
         if not self.same and tokenizer.eos_token_id is None:
             raise RewardError(f"{name}: its tokenizer has no EOS token, with which a response ends. Give it one.")
         if actors is not None and not self.same:
