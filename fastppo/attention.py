@@ -126,6 +126,7 @@ def attend(
             " implement; leaving it out would compute another model. Use a model with plain causal attention,"
             " a sliding window or a soft cap."
         )
+    _check_widths(type(module).__name__, query, key, value, cache)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     options: dict[str, Any] = {"scale": scale, "window": sliding_window or 0, "softcap": softcap or 0.0}
     flash = flash if flash is not None and flash.takes(module, query) else None
@@ -133,13 +134,30 @@ def attend(
     spans = packed if cache is None else cache.spans
     if spans is None:
         if cache is None:
-            raise ValueError("packed attention needs the keyword packed=Spans or cache=Cache in the model's call")
+            raise FastPPOError(
+                f"{type(module).__name__} got neither packed=Spans nor cache=Cache: its model does not hand"
+                " down what it is called with, so it cannot read packed rows. Use a model that does, as most do."
+            )
         return _attend_cached(query, key, value, cache, layer, flash, options), None
     if cache is not None:
         _fill(cache, layer, key, value)
     if flash is not None:
         return flash.packed(query, key, value, spans.cu_seqlens, spans.longest, **options), None
     return _attend_packed(query, key, value, spans, **options), None
+
+
+def _check_widths(name: str, query: Tensor, key: Tensor, value: Tensor, cache: Cache | None) -> None:
+    """Raises FastPPOError for heads of several widths, or of others than the config tells."""
+    if value.shape[-1] != query.shape[-1]:
+        raise FastPPOError(
+            f"{name} has values of width {value.shape[-1]} and queries of width {query.shape[-1]}, as multi-head latent"
+            " attention does; packed attention knows one width. Use a model with one."
+        )
+    if cache is not None and (heads := tuple(key.shape[1::2])) != (told := tuple(cache.keys.shape[2::2])):
+        raise FastPPOError(
+            f"{name} has {heads[0]} key heads of width {heads[1]}, and its config tells of {told[0]} of width"
+            f" {told[1]}, by which the cache to sample from is made. Use a model whose config tells what it has."
+        )
 
 
 def _attend_cached(
@@ -173,7 +191,8 @@ def _attend_packed(
                 q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
             )
         outputs.append(out.transpose(1, 2).reshape(1, count * length, *out.shape[1::2]))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    # Contiguous, since some models view it in another shape: reshape copies nothing where there is one sequence.
+    return outputs[0].contiguous() if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 def _sequences(x: Tensor, start: int, count: int, length: int) -> Tensor:

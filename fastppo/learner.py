@@ -21,9 +21,9 @@ from fastppo.batch import Packed
 from fastppo.config import ModelConfig, OptimConfig, RewardTrainingConfig, SFTConfig
 from fastppo.engine import Engine, check_nvme
 from fastppo.examples import Examples
-from fastppo.load import choose_trained, load_causal, trained_partitions, width_of
+from fastppo.load import choose_trained, load_causal, trained_partitions
 from fastppo.microbatch import IDLE
-from fastppo.models import Backbone, ModelError, Policy, RewardModel, check_packing, fuse_head, keep_trunk
+from fastppo.models import Backbone, ModelError, Policy, RewardModel, check_packing, fuse_head, keep_trunk, width_of
 from fastppo.preference import initial_head
 from fastppo.trunk import TrunkStates, trunk_depth
 from fastppo.weights import (
@@ -56,7 +56,7 @@ class Learner:
     @property
     def bytes_of_state(self) -> int:
         """Of one token's hidden state."""
-        return int(self.model.model.config.get_text_config().hidden_size) * self.model.model.dtype.itemsize
+        return width_of(self.model.model) * self.model.model.dtype.itemsize
 
     def select(self, examples: Examples, part: Tensor, trunk: TrunkStates) -> tuple[Packed, Tensor | None]:
         """The sequences of these examples on the device, and what the trunk hands up for them.

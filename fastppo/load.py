@@ -30,6 +30,7 @@ from fastppo.models import (
     copy_backbone,
     fuse_head,
     keep_trunk,
+    width_of,
 )
 from fastppo.stream import copy_parts, gathered, partition_config
 from fastppo.trainable import set_trainable
@@ -264,7 +265,3 @@ def _second_actor(
     """The actor's starting weights once more, in partitions: copied, or read again where they are on disks."""
     second = copy_parts(AutoModelForCausalLM, actor, partitions)
     return _load_actor(config, dtype, device, partitions) if second is None else fuse_head(second)
-
-
-def width_of(model: PreTrainedModel) -> int:
-    return int(model.config.get_text_config().hidden_size)

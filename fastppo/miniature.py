@@ -10,6 +10,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from fastppo.model_code import model_code
+
 log = logging.getLogger("fastppo")
 
 HEADS, FEED_FORWARD, VOCABULARY = 4, 256, 512
@@ -21,17 +23,21 @@ MISFIT = (ValueError, RuntimeError, TypeError, AttributeError, IndexError, Asser
 def miniature(auto: Any, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Two layers, or as many as it takes to have each kind; a few heads of full width; random weights.
 
-    auto: AutoModelForCausalLM or another such class. Where a model's widths hang together in a way that is not known
-    here, they stay as they are and only layers are left out.
+    auto: AutoModelForCausalLM or another such class, or a model's own. Where a model's widths hang together in a way
+    that is not known here, they stay as they are and only layers are left out. Raises FastPPOError where its code does
+    not even take that.
     """
+    make = getattr(auto, "from_config", None) or auto._from_config
     as_defined = {"dtype": dtype, "attn_implementation": "eager"}  # transformers' SDPA leaves out Gemma-2's softcap
     with torch.random.fork_rng(devices=[]):  # the run's own random numbers do not depend on it
         torch.manual_seed(0)
         try:
-            model = auto.from_config(_narrow(_shallow(config)), **as_defined)
+            model = make(_narrow(_shallow(config)), **as_defined)
         except MISFIT as error:
             log.info("%s cannot be made narrower to try it on packed rows (%s)", type(config).__name__, error)
-            model = auto.from_config(_shallow(config), **as_defined)
+            way = "Only models that can be made small are tried before they are loaded; use zero.stage below 3."
+            with model_code(type(config).__name__, "made with few layers", way):
+                model = make(_shallow(config), **as_defined)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.dim() > 1 and "norm" not in name:
@@ -42,11 +48,13 @@ def miniature(auto: Any, config: PreTrainedConfig, dtype: torch.dtype, device: t
 def _shallow(config: PreTrainedConfig) -> PreTrainedConfig:
     config = copy.deepcopy(config)
     text = config.get_text_config()
-    kinds = list(getattr(text, "layer_types", None) or [])
+    depth = text.num_hidden_layers
+    lists = {name: x for name, x in text.to_dict().items() if isinstance(x, list) and len(x) == depth > 2}
+    kinds = [tuple(str(x[i]) for x in lists.values()) for i in range(depth)]  # what is said of each layer
     first_of_each = [kinds.index(kind) for kind in set(kinds)]
-    text.num_hidden_layers = min(text.num_hidden_layers, max([1, *first_of_each]) + 1)
-    if kinds:
-        text.layer_types = kinds[: text.num_hidden_layers]
+    text.num_hidden_layers = min(depth, max([1, *first_of_each]) + 1)
+    for name, values in lists.items():
+        setattr(text, name, values[: text.num_hidden_layers])
     return config
 
 

@@ -20,7 +20,9 @@ from transformers import PreTrainedModel
 from fastppo import ops
 from fastppo.attention import ATTENTION, Cache, Spans
 from fastppo.batch import Packed, pack
+from fastppo.demands import check_demands
 from fastppo.errors import FastPPOError
+from fastppo.model_code import in_words
 from fastppo.stats import TokenStats
 from fastppo.trunk import layers_of, passing, trunk_depth
 
@@ -220,6 +222,7 @@ def fuse_head(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+@in_words("read packed", "Packed rows have no attention mask, which such code may want to read; use another model.")
 def check_packing(model: PreTrainedModel) -> None:
     """Compare packed sequences with the model's own forward pass on one at a time, in logits or hidden states.
 
@@ -227,11 +230,7 @@ def check_packing(model: PreTrainedModel) -> None:
     own outside transformers' registry) would train wrongly without a word; it is refused here.
     """
     own = model.config._attn_implementation
-    if not model._supports_attention_backend:
-        raise ModelError(
-            f"{type(model).__name__} does not take its attention from transformers' AttentionInterface, so it cannot"
-            " read packed rows. Llama, Qwen, Mistral, Gemma-2, Phi-3, GPT-2, OPT and GPT-NeoX do, among others."
-        )
+    check_demands(model)
     causal = hasattr(model, "lm_head") or model.get_output_embeddings() is not None
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
@@ -260,6 +259,12 @@ def check_packing(model: PreTrainedModel) -> None:
             " cannot be trained without padding. Models with plain causal, sliding-window or soft-capped attention"
             " through transformers' AttentionInterface can: Llama, Qwen, Mistral, Gemma-2, GPT-2, OPT, GPT-NeoX, ..."
         )
+
+
+def width_of(model: PreTrainedModel) -> int:
+    """H, the width of the hidden states that a model's head reads. OPT's 350M projects its layers' to another one."""
+    head: Any = getattr(model, "score", None) or model.get_output_embeddings()
+    return int(getattr(head.weight, "ds_shape", head.weight.shape)[-1])
 
 
 def attention_ratio(model: PreTrainedModel) -> float:

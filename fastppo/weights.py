@@ -16,8 +16,10 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.quantization_config import GgufConfig
 
+from fastppo.demands import check_demands
 from fastppo.locate import PREFIX, locate
 from fastppo.miniature import miniature
+from fastppo.model_code import model_code
 from fastppo.models import ModelError, check_packing
 from fastppo.stream import partition, stream, weight_files
 
@@ -200,11 +202,15 @@ def _load_whole(auto: Any, source: Source, config: PreTrainedConfig, dtype: torc
 def outline(auto: Any, source: Source, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device: every module and shape, no weights. Raises ModelError as loading it would."""
     config = load_config(source)
-    try:
-        with torch.device("meta"):
-            return auto.from_config(config, dtype=dtype).eval()  # type: ignore[no-any-return]
-    except UNREADABLE as error:
-        raise _unreadable(source, config, error) from error
+    way = "Its config.json may lack what this kind of model needs, or be of another version of transformers."
+    with model_code(str(source), "made from its config", way):
+        try:
+            with torch.device("meta"):
+                model: PreTrainedModel = auto.from_config(config, dtype=dtype).eval()
+        except UNREADABLE as error:
+            raise _unreadable(source, config, error) from error
+    check_demands(model)
+    return model
 
 
 def _unreadable(source: Source, config: PreTrainedConfig, error: Exception) -> ModelError:
