@@ -14,8 +14,9 @@ from fastppo.learner import outline_learner, outline_scorer
 from fastppo.lora import add_adapters
 from fastppo.memory import Member
 from fastppo.models import Backbone, Critic, Policy, RewardModel, ValueHead, fuse_head, width_of
+from fastppo.source import Source
 from fastppo.trainable import set_trainable
-from fastppo.weights import DTYPES, Source, load_classifier_config, outline
+from fastppo.weights import DTYPES, load_classifier_config, outline
 
 
 def cast_of(config: AnyConfig, *, cpu: bool) -> list[Member]:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 
-from fastppo.errors import FastPPOError
+from fastppo.errors import ModelError
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")  # by transformers' common names
 WIDTHS = ("head_dim", "num_key_value_heads", "num_attention_heads")  # of the cache, one for all layers
 
 
 def check_demands(model: PreTrainedModel) -> None:
-    """Raises FastPPOError for an architecture that cannot be read packed. model: may be on the meta device."""
+    """Raises ModelError for an architecture that cannot be read packed. model: may be on the meta device."""
     name, config = type(model).__name__, model.config.get_text_config()
     if not model._supports_attention_backend:
-        raise FastPPOError(
+        raise ModelError(
             f"{name} does not take its attention from transformers' AttentionInterface, so it cannot"
             " read packed rows. Llama, Qwen, Mistral, Gemma-2, Phi-3, GPT-2, OPT and GPT-NeoX do, among others."
         )
@@ -23,18 +23,18 @@ def check_demands(model: PreTrainedModel) -> None:
         for width in WIDTHS:
             getattr(config, width, None)
     except AmbiguousGlobalPerLayerAttributeError:
-        raise FastPPOError(
+        raise ModelError(
             f"{name}: {width} differs from layer to layer, and the cache to sample from has one for all layers. Use a"
             " model whose layers have heads of one width."
         ) from None
     missing = [size for size in SIZES if not isinstance(getattr(config, size, None), int)]
     if missing:
-        raise FastPPOError(
+        raise ModelError(
             f"{name}: its config tells no {', '.join(missing)}, as one of an attention transformer does. Use a model"
             " of attention layers."
         )
     if model.base_model is model and model.get_output_embeddings() is not None:
-        raise FastPPOError(
+        raise ModelError(
             f"{name} has no backbone that could be called without its vocabulary head, so every token would cost its"
             " logits. Use a model that transformers splits into the two, as it does nearly all."
         )

@@ -25,11 +25,11 @@ from fastppo.load import choose_trained, load_causal, trained_partitions
 from fastppo.microbatch import IDLE
 from fastppo.models import Backbone, ModelError, Policy, RewardModel, check_packing, fuse_head, keep_trunk, width_of
 from fastppo.preference import initial_head
+from fastppo.source import Source
 from fastppo.trunk import TrunkStates, trunk_depth
 from fastppo.weights import (
     DTYPES,
     Partitions,
-    Source,
     check_one_label,
     is_classifier,
     load_config,

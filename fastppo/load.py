@@ -32,13 +32,13 @@ from fastppo.models import (
     keep_trunk,
     width_of,
 )
+from fastppo.source import Source
 from fastppo.stream import copy_parts, gathered, partition_config
 from fastppo.trainable import set_trainable
 from fastppo.trunk import trunk_depth
 from fastppo.weights import (
     DTYPES,
     Partitions,
-    Source,
     check_one_label,
     context_of,
     is_classifier,

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import transformers
 
-from fastppo.errors import FastPPOError
+from fastppo.errors import FastPPOError, ModelError
 
 OURS, THEIRS = Path(__file__).parent, Path(transformers.__file__).parent
 
@@ -23,7 +23,7 @@ OURS, THEIRS = Path(__file__).parent, Path(transformers.__file__).parent
 T = TypeVar("T")
 
 
-class ModelCodeError(FastPPOError):
+class ModelCodeError(ModelError):
     """The code of a model failed. The message names the model, what it was doing and what it raised."""
 
 

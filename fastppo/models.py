@@ -21,7 +21,7 @@ from fastppo import ops
 from fastppo.attention import ATTENTION, Cache, Spans
 from fastppo.batch import Packed, pack
 from fastppo.demands import check_demands
-from fastppo.errors import FastPPOError
+from fastppo.errors import ModelError as ModelError
 from fastppo.model_code import in_words
 from fastppo.stats import TokenStats
 from fastppo.trunk import layers_of, passing, trunk_depth
@@ -29,10 +29,6 @@ from fastppo.trunk import layers_of, passing, trunk_depth
 log = logging.getLogger("fastppo")
 
 T = TypeVar("T")
-
-
-class ModelError(FastPPOError):
-    """A model that cannot be loaded or used. The message names the setting and the way out."""
 
 
 class FusedHead(nn.Module):

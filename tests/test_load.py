@@ -7,7 +7,8 @@ import torch
 from fastppo.cli import parse
 from fastppo.load import check_models, load_actor_tokenizer, load_policies
 from fastppo.models import ModelError
-from fastppo.weights import LEFT_BY, Source, load_config
+from fastppo.source import LEFT_BY, Source
+from fastppo.weights import load_config
 
 CPU = torch.device("cpu")
 

@@ -23,8 +23,9 @@ from fastppo.memory import Batch, Bytes, Member, head_workspace, model_states, s
 from fastppo.microbatch import pack_even
 from fastppo.models import Policy, fuse_head
 from fastppo.ops import GPU_WORKSPACE_BYTES
+from fastppo.source import Source
 from fastppo.trainable import set_trainable
-from fastppo.weights import Source, outline
+from fastppo.weights import outline
 
 CPU = torch.device("cpu")
 
