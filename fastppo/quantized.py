@@ -16,20 +16,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastppo.errors import ModelError
 
-# What transformers unpacks at load (`dequantize` in its config of the form): the module that it needs for it, beside
-# those that are always here, and what installs that.
-UNPACKED: dict[str, tuple[str, str] | None] = {
-    "fp8": None,
-    "mxfp8": None,
-    "mxfp4": None,
-    "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
-}
-# What transformers unpacks after loading (`model.dequantize()`), and the package that does it.
-UNPACKS_ITSELF = {
-    "bitsandbytes_4bit": "bitsandbytes",
-    "bitsandbytes_8bit": "bitsandbytes",
-    "higgs": "flute-kernel",
-}
+# What transformers unpacks at load into plain modules (`dequantize` in its config of the form). compressed-tensors is
+# none of them: its unpacked layers keep their scales, and round what they read.
+UNPACKED = ("fp8", "mxfp8", "mxfp4")
+
+# Where `model.dequantize()` makes plain weights of a loaded model, and the package that loads it.
+UNPACKS_ITSELF = {"bitsandbytes_4bit": "bitsandbytes", "bitsandbytes_8bit": "bitsandbytes", "higgs": "flute-kernel"}
 
 # How the tensors end by which quantised weights are told: scales, zeros, packed rows.
 SCALES = (
@@ -55,32 +47,28 @@ def method_of(quantization: dict[str, Any]) -> str:
     if quantization.get("load_in_8bit"):
         return "bitsandbytes_8bit"
     method = quantization.get("quant_method")
-    return str(getattr(method, "value", method))
+    return "an unknown form" if method is None else str(getattr(method, "value", method))
 
 
 def check_quantization(source: str, name: str, quantization: dict[str, Any]) -> None:
     """Raises ModelError for weights that cannot be unpacked while they load. source, name: setting and model."""
     method = method_of(quantization)
     if method in UNPACKED:
-        needs = UNPACKED[method]
-        if needs is not None and find_spec(needs[0]) is None:
-            raise ModelError(
-                f"{source} is quantised ({method}), and the package that unpacks it is not installed."
-                f" Install it with: pip install {needs[1]}"
-            )
         return
-    if method in UNPACKS_ITSELF:
-        way = (
-            f"Dequantise it first (pip install {UNPACKS_ITSELF[method]}): AutoModelForCausalLM"
-            f'.from_pretrained("{name}").dequantize().save_pretrained("FOLDER"), its tokenizer into the same folder,'
-            " and give that; or give the checkpoint that it was quantised from."
+    way = "Give the checkpoint that it was quantised from, or dequantise it first"
+    if package := UNPACKS_ITSELF.get(method):
+        if find_spec(MODULES[package]) is None:
+            way += f" with {package}, which is not installed (pip install {package})"
+        way += (
+            f': AutoModelForCausalLM.from_pretrained("{name}").dequantize().save_pretrained("FOLDER"), its'
+            " tokenizer into the same folder, and give that."
         )
     else:
-        way = (
-            "Dequantise it first with the tools that made it, or give the checkpoint that it was quantised from. What"
-            f" is unpacked while it loads: {', '.join(UNPACKED)} and GGUF files."
-        )
+        way += f" with the tools that made it. Unpacked while they load are {', '.join(UNPACKED)} and GGUF files."
     raise ModelError(f"{source} is quantised ({method}), and such weights cannot be trained as they are. {way}")
+
+
+MODULES = {"bitsandbytes": "bitsandbytes", "flute-kernel": "flute"}  # what a package is imported as
 
 
 def unquantized(config: PreTrainedConfig) -> PreTrainedConfig:

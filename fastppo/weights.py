@@ -191,6 +191,9 @@ def _load_whole(auto: Any, source: Source, config: PreTrainedConfig, dtype: torc
         raise ModelError(f"{source}: {error}") from error
     if given or quantization is not None:
         forget_quantization(model)
+        if dtype == torch.float32:  # some forms are unpacked in bf16 whatever is asked for
+            for p in model.parameters():
+                p.data = p.data.float()
     check_plain(model)
     return cast(PreTrainedModel, model.eval())
 
