@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -39,6 +40,7 @@ from fastppo.trunk import trunk_depth
 from fastppo.weights import (
     DTYPES,
     Partitions,
+    check_embedded,
     check_one_label,
     context_of,
     is_classifier,
@@ -87,6 +89,13 @@ def load_actor_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 def actor_context(config: Config) -> int | None:
     """The longest sequence that the actor takes, in tokens; None if its config does not tell."""
     return context_of(load_config(_actor_source(config)))
+
+
+def check_actor_tokens(
+    config: Config, tokenizer: PreTrainedTokenizerBase, sequences: Iterable[Iterable[int]], what: str
+) -> None:
+    """Raises ModelError for a token that the actor has no embedding of; what: the setting that names the texts."""
+    check_embedded(_actor_source(config), tokenizer, sequences, what)
 
 
 def check_models(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -17,7 +17,7 @@ from fastppo.feedback import Source, load_functions, load_judge, load_sources
 from fastppo.folder import CONFIG, check_folder, continue_folder, fresh_folder
 from fastppo.health import Alarm
 from fastppo.learn import Update
-from fastppo.load import actor_context, check_models, load_actor_tokenizer
+from fastppo.load import actor_context, check_actor_tokens, check_models, load_actor_tokenizer
 from fastppo.metrics import step_metrics
 from fastppo.microbatch import Minibatch, imbalance
 from fastppo.nodes import check_output_is_shared
@@ -100,7 +100,10 @@ def set_up(config: Config, world: World) -> Setup | None:
         context=context,
         reserve=config.sampling.max_new_tokens,
     )
+    check_actor_tokens(config, tokenizer, (*data.tokens, *heldout.tokens), "data.path")
     texts = Texts.load(config, tokenizer, context=context)
+    if texts is not None:
+        check_actor_tokens(config, tokenizer, texts.examples.tokens, "ptx.path")
     if world.rank == 0:
         fresh_folder(output) if found is None else continue_folder(output, found.sizes)
         (output / CONFIG).write_text(dump(config), encoding="utf-8")

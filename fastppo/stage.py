@@ -25,7 +25,7 @@ from fastppo.stop import watching
 from fastppo.supervised import Objective, Training, recall_trunk, total_steps, update
 from fastppo.track import Stages, Tracker
 from fastppo.trunk import TrunkStates
-from fastppo.weights import context_of, load_config, load_tokenizer
+from fastppo.weights import check_embedded, context_of, load_config, load_tokenizer
 from fastppo.world import World
 
 log = logging.getLogger("fastppo")
@@ -88,6 +88,7 @@ def set_up(
     tokenizer = load_tokenizer("model.path", model.path, model.gguf_file, model.revision)
     context = context_of(load_config(model_source(model)))
     examples, heldout = load(config.data, tokenizer, heldout=config.eval.examples, context=context)
+    check_embedded(model_source(model), tokenizer, (*examples.tokens, *heldout.tokens), "data.path")
     if world.rank == 0:
         fresh_folder(output) if found is None else continue_folder(output, found.sizes)
         (output / CONFIG).write_text(dump(config), encoding="utf-8")

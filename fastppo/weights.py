@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, cast
 
@@ -73,6 +74,13 @@ def load_config(source: Source) -> PreTrainedConfig:
 
 
 def _read_config(source: Source) -> PreTrainedConfig:
+    config = _found_config(source)
+    with model_code(str(source), "used as a language model", "Give a causal language model of its own."):
+        config.get_text_config()  # of a model of several parts, of which it must be told which one writes
+    return config
+
+
+def _found_config(source: Source) -> PreTrainedConfig:
     check_name(source)
     try:
         if source.gguf_file:
@@ -123,6 +131,23 @@ def check_one_label(source: Source, config: PreTrainedConfig, way: str) -> None:
 def context_of(config: PreTrainedConfig) -> int | None:
     """The longest sequence that a model takes, in tokens; None if its config does not tell."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_embedded(
+    source: Source, tokenizer: PreTrainedTokenizerBase, sequences: Iterable[Iterable[int]], what: str
+) -> None:
+    """Raises ModelError for a token that the model has no embedding of, in sequences of token ids of its tokenizer.
+
+    what: the setting that names the texts. A tokenizer may know more tokens than its model where they are never used.
+    """
+    rows = load_config(source).get_text_config().vocab_size
+    highest = max((max(tokens, default=0) for tokens in sequences), default=0)
+    if highest >= rows:
+        raise ModelError(
+            f"{what}: a text holds token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}), and {source} has"
+            f" embeddings of {rows} tokens alone: its tokenizer was given more than the model. Resize the model's"
+            " embeddings (model.resize_token_embeddings(len(tokenizer)), and save both), or use its own tokenizer."
+        )
 
 
 def load_model(

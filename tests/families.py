@@ -128,6 +128,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "hrm_text": {"num_layers_per_stack": None, "num_hidden_layers": 2, "L_cycles": 1, "L_bp_cycles": [1]},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": 8},
@@ -173,6 +174,8 @@ def shrunk(config: PreTrainedConfig) -> dict[str, Any]:
             found[name] = SIZES[name]
         elif name == "use_sliding_window":
             found[name] = True
+        elif name in ("logits_scaling", "logit_scale"):  # 1 in a config's defaults, and never in a published model
+            found[name] = 0.25
         elif name.endswith(("token_id", "token_index")) and isinstance(value, int) and value >= 0:
             found[name] = 0
         elif "drop" in name and isinstance(value, float):

@@ -78,3 +78,13 @@ def test_a_model_that_reads_text_needs_an_eos(tokenizer, model):
     others.add_tokens("<more>")
     with pytest.raises(RewardError, match="its tokenizer has no EOS token"):
         reads(model, others, tokenizer)
+
+
+def test_a_token_that_the_model_has_no_embedding_of_is_an_error_that_names_it(tokenizer, model):
+    """As a tokenizer learns alone where its model's embeddings are not resized with it."""
+    grown = copy.deepcopy(tokenizer)
+    grown.add_special_tokens({"additional_special_tokens": ["<end of turn>"]})
+    source = reads(model, grown, None)
+    assert len(source.scores(source.tokenised(["a"], ["b"], [True]), ["b"])) == 1
+    with pytest.raises(RewardError, match=r"has embeddings of 260 tokens, and .* token 260 \('<end of turn>'\): its"):
+        source.scores(source.tokenised(["a<end of turn>"], ["b"], [True]), ["b"])

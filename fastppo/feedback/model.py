@@ -42,6 +42,7 @@ class ModelSource:
         self.model, self.tokenizer, self.budget, self.zero, self.world = model, tokenizer, budget, zero, world
         self.name = name
         self.same = actors is not None and tokenizer.get_vocab() == actors.get_vocab()
+        self.rows: int = model.module.model.config.get_text_config().vocab_size
         self.context = getattr(model.module.model.config, "max_position_embeddings", None)
         if not self.same and tokenizer.eos_token_id is None:
             raise RewardError(f"{name}: its tokenizer has no EOS token, with which a response ends. Give it one.")
@@ -58,6 +59,14 @@ class ModelSource:
         if self.context is not None and longest > self.context:
             raise TooLong(
                 f"a prompt and response of {longest} tokens do not fit {self.name}, which takes {self.context}"
+            )
+        highest = max(all_gather(int(packed.tokens.max()) if len(packed) else 0, self.world))
+        if highest >= self.rows:
+            token = self.tokenizer.convert_ids_to_tokens(highest)
+            raise RewardError(
+                f"{self.name} has embeddings of {self.rows} tokens, and a text for it holds token {highest}"
+                f" ({token!r}): its tokenizer was given more than the model. Resize its embeddings"
+                " (model.resize_token_embeddings(len(tokenizer)), and save both), or use its own tokenizer."
             )
         scores = torch.zeros(len(packed))
         for part in even_passes(pack_alone(packed.lengths, self.budget), self.zero, self.world):

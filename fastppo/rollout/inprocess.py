@@ -8,6 +8,7 @@ differently.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,8 @@ from fastppo.config import SamplingConfig
 from fastppo.errors import FastPPOError
 from fastppo.models import Policy
 from fastppo.rollout.graphs import StepGraphs
+
+log = logging.getLogger("fastppo")
 
 Response = tuple[list[int], list[float], bool]  # tokens, their logprobs, whether it ended by itself
 
@@ -38,7 +41,10 @@ def stop_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase, config: Samplin
         if token not in vocabulary:
             raise FastPPOError(f"sampling.stop_tokens: {token!r} is not one token of the actor's tokenizer")
         ids.add(vocabulary[token])
-    return sorted(ids)
+    rows = policy.model.config.get_text_config().vocab_size
+    if beyond := [i for i in sorted(ids) if i >= rows]:
+        log.warning("the actor has no embedding of the stop tokens %s, so it never writes one", beyond)
+    return sorted(ids - set(beyond))
 
 
 def sample(policy: Policy, prompts: Prompts, config: SamplingConfig, *, stop_ids: Sequence[int], seed: int) -> Rollout:
