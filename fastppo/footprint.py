@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
@@ -133,7 +133,7 @@ class _Live(TorchDispatchMode):
         self._sizes = {x.untyped_storage()._cdata: 0 for x in outside}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.aten._grouped_mm.default:  # its shapes are only told for bf16
+        if function is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor):  # which knows bf16 alone
             out: Any = _grouped_product(*args[:3])
         else:
             out = function(*args, **(kwargs or {}))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -265,7 +265,9 @@ def settings(folder: Path) -> Config:
 def planned(config: Config) -> str:
     """What the planner says of a model that it lets be run without it; nothing of one that it can plan."""
     try:
-        assert make_plan(config, Machine(1, 1, None, 1 << 40)).shares
+        for dtype in ("fp32", "bf16"):
+            optim = replace(config.optim, dtype=dtype)
+            assert make_plan(replace(config, optim=optim), Machine(1, 1, None, 1 << 40)).shares
     except FastPPOError as error:
         if "--plan off" not in str(error):
             raise

@@ -25,9 +25,6 @@ from fastppo.weights import load_config, load_model
 CPU = torch.device("cpu")
 SEQUENCES = ((5, 6, 7, 8, 9, 10, 11, 12), (9, 10), (11, 12, 13), (1, 2, 3))
 PACKED = pack(SEQUENCES, [7, 1, 2, 2])
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-tiny.FAMILIES["qwen3_moe"] = tiny.FAMILIES["qwen3"] | MOE
-tiny.FAMILIES["mixtral"] = {"num_local_experts": 4, "num_key_value_heads": 2}
 
 # name -> (how it is saved, the dtype of the run)
 STARTS = {
