@@ -88,7 +88,8 @@ def set_up(
     tokenizer = load_tokenizer("model.path", model.path, model.gguf_file, model.revision)
     context = context_of(load_config(model_source(model)))
     examples, heldout = load(config.data, tokenizer, heldout=config.eval.examples, context=context)
-    check_embedded(model_source(model), tokenizer, (*examples.tokens, *heldout.tokens), "data.path")
+    for part in (examples, heldout):
+        check_embedded(model_source(model), tokenizer, part.tokens, "data.path")
     if world.rank == 0:
         fresh_folder(output) if found is None else continue_folder(output, found.sizes)
         (output / CONFIG).write_text(dump(config), encoding="utf-8")
