@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
@@ -167,10 +168,13 @@ def _with_score_head(causal: PreTrainedModel, weight: torch.Tensor) -> PreTraine
     """The sequence classifier of a causal model's family, on the same backbone, with these head weights (1, H)."""
     config = copy.deepcopy(causal.config)
     config.num_labels = 1
+    none = f"{type(causal).__name__} has no sequence classifier with a `score` head in transformers"
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ModelError(f"{none}. Train a reward model from a family that has one: Llama, Qwen, Mistral, Gemma, ...")
     with torch.device("meta"):  # only the shell is wanted
         model = AutoModelForSequenceClassification.from_config(config)
     if not hasattr(model, "score"):
-        raise ModelError(f"{type(causal).__name__} has no sequence classifier with a `score` head in transformers")
+        raise ModelError(f"{none}. Train a reward model from a family that has one: Llama, Qwen, Mistral, Gemma, ...")
     setattr(model, model.base_model_prefix, causal.base_model)
     head = nn.Linear(weight.shape[1], 1, bias=False, device="meta")
     head.weight = nn.Parameter(weight)

@@ -66,14 +66,19 @@ def check_own_kind(source: Source, error: Exception) -> None:
             f" Use a model of an architecture that transformers {transformers.__version__} has; of many such models"
             " there are conversions, often with -hf in their name."
         ) from error
+    check_no_adapter(source)
+
+
+def check_no_adapter(source: Source) -> None:
+    """Raises ModelError for an adapter on the hub: beside a config.json, transformers loads the model that it names."""
+    if source.name.startswith(PREFIX) or Path(source.name).exists():  # seen by `check_name`
+        return
     try:
-        found = cached_file(
-            source.place, ADAPTER, revision=source.revision, _raise_exceptions_for_missing_entries=False
-        )
-    except (OSError, ValueError):  # no such place: the error at hand says so
+        found = cached_file(source.name, ADAPTER, revision=source.revision, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):  # there is no such place, or it cannot be reached, which its own files tell
         return
     if found is not None:
-        raise ModelError(_of_adapter(source, Path(found))) from error
+        raise ModelError(_of_adapter(source, Path(found)))
 
 
 def _of_adapter(source: Source, file: Path) -> str:

@@ -27,7 +27,7 @@ from fastppo.quantized import (
     quantization_of,
     unquantized,
 )
-from fastppo.source import WAYS, Source, check_name, check_own_kind
+from fastppo.source import WAYS, Source, check_name, check_no_adapter, check_own_kind
 from fastppo.stream import partition, stream, weight_files
 
 log = logging.getLogger("fastppo")
@@ -75,6 +75,7 @@ def load_config(source: Source) -> PreTrainedConfig:
 
 def _read_config(source: Source) -> PreTrainedConfig:
     config = _found_config(source)
+    check_no_adapter(source)
     with model_code(str(source), "used as a language model", "Give a causal language model of its own."):
         config.get_text_config()  # of a model of several parts, of which it must be told which one writes
     return config

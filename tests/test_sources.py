@@ -15,6 +15,7 @@ from fastppo.load import actor_context, check_models, load_actor_tokenizer
 from fastppo.machine import Machine
 from fastppo.plan import make_plan
 from fastppo.quantized import UNPACKED
+from fastppo.source import Source
 from fastppo.weights import load_config, load_tokenizer
 
 HERE = Machine(1, 1, None, 1 << 40)
@@ -43,11 +44,13 @@ ROLES = {
 }
 
 
-def refusal(role, path, good):
+def refusal(role, path, good, *, checked=True):
     """What a run says whose model of this role is at `path`: by its planner, and where that is off by its checks."""
     config = ROLES[role](path, good)
     with pytest.raises(FastPPOError) as told:
         make_plan(config, HERE)
+    if not checked:
+        return str(told.value)
     with pytest.raises(FastPPOError) as again:
         checks_without_a_plan(config)
     assert str(again.value) == str(told.value)
@@ -132,3 +135,28 @@ def test_a_model_that_transformers_has_is_taken_though_it_brings_code_too(good, 
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "configuration_own.Own"}}))
     assert make_plan(ROLES["actor"](path, good), HERE).shares
+
+
+def test_a_repository_with_a_config_and_an_adapter_holds_an_adapter(monkeypatch, tmp_path):
+    """Of which transformers would load the model that the adapter names, and put the adapter on it."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}))
+    asked = []
+
+    def cached(name, file, **_):
+        asked.append((name, file))
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("fastppo.source.cached_file", cached)
+    monkeypatch.setattr("fastppo.weights.AutoConfig.from_pretrained", lambda *_, **__: tiny.causal().config)
+    with pytest.raises(FastPPOError, match=r"actor.model = owner/both holds an adapter .* for some/base and no model"):
+        load_config(Source("actor.model", "owner/both"))
+    assert asked == [("owner/both", "adapter_config.json")]
+
+
+def test_a_family_without_a_classifier_trains_no_reward_model(good, tmp_path):
+    import families
+
+    families.save("ernie4_5", tmp_path)
+    assert "Ernie4_5ForCausalLM has no sequence classifier with a `score` head in transformers. Train a" in refusal(
+        "train_reward", str(tmp_path), good, checked=False
+    )
