@@ -59,7 +59,8 @@ def table(outcomes: list[Outcome]) -> str:
 
 def first_sentence(text: str) -> str:
     """Of a message the sentence that says why; what follows says what to do instead."""
-    return text.replace("|", "\\|").partition(". ")[0].rstrip(".")
+    lines = text.strip().splitlines() or [""]
+    return lines[-1].replace("|", "\\|").partition(". ")[0].rstrip(".")
 
 
 def main() -> None:
