@@ -152,7 +152,7 @@ def attend(
     if isinstance(attention_mask, Chunks):
         _check_chunks(attention_mask.size, packed, cache)
     window = attention_mask.size if isinstance(attention_mask, Window) else sliding_window or 0  # as its own has it
-    _check_shapes(module, key, value, cache)
+    _check_shapes(type(module).__name__, query, key, value, cache)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap or 0.0}
     flash = flash if flash is not None and flash.takes(module, query) else None
@@ -160,7 +160,10 @@ def attend(
     spans = packed if cache is None else cache.spans
     if spans is None:
         if cache is None:
-            raise ValueError("packed attention needs the keyword packed=Spans or cache=Cache in the model's call")
+            raise FastPPOError(
+                f"{type(module).__name__} got neither packed=Spans nor cache=Cache: its model does not hand"
+                " down what it is called with, so it cannot read packed rows. Use a model that does, as most do."
+            )
         return _attend_cached(query, key, value, cache, layer, flash, options), None
     if cache is not None:
         _fill(cache, layer, key, value)
@@ -200,7 +203,8 @@ def _attend_packed(
                 q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
             )
         outputs.append(out.transpose(1, 2).reshape(1, count * length, *out.shape[1::2]))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    # Contiguous, since some models view it in another shape: reshape copies nothing where there is one sequence.
+    return outputs[0].contiguous() if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 def _sequences(x: Tensor, start: int, count: int, length: int) -> Tensor:
@@ -245,15 +249,21 @@ def _check_chunks(size: int, packed: Spans | None, cache: Cache | None) -> None:
         )
 
 
-def _check_shapes(module: nn.Module, key: Tensor, value: Tensor, cache: Cache | None) -> None:
-    """Whether keys and values (batch, heads, length, width) have one shape, and in all layers the cache's."""
-    asked = [(x.shape[1], x.shape[3]) for x in (key, value)]
-    held = asked[0] if cache is None else (cache.keys.shape[2], cache.keys.shape[4])
-    if asked == [held, held]:
-        return
-    makes = f"{type(module).__name__} makes keys of {asked[0]} and values of {asked[1]} (heads, width)"
-    cached = "" if cache is None else f", and the cache to sample with holds {held}, as the config says"
-    raise FastPPOError(f"{makes}{cached}. Use a model whose keys and values have one shape in all layers.")
+def _check_shapes(name: str, query: Tensor, key: Tensor, value: Tensor, cache: Cache | None) -> None:
+    """Whether queries, keys and values (batch, heads, length, width) have one width, and in all layers the cache's."""
+    if value.shape[-1] != query.shape[-1]:
+        raise FastPPOError(
+            f"{name} has values of width {value.shape[-1]} and queries of width {query.shape[-1]}, as multi-head latent"
+            " attention does; packed attention knows one width. Use a model with one."
+        )
+    made = [(x.shape[1], x.shape[3]) for x in (key, value)]
+    held = made[0] if cache is None else (cache.keys.shape[2], cache.keys.shape[4])
+    if made != [held, held]:
+        cached = "" if cache is None else f", and the cache to sample with holds {held}, as the config says"
+        raise FastPPOError(
+            f"{name} makes keys of {made[0]} and values of {made[1]} (heads, width){cached}. Use a model whose keys and"
+            " values have one shape in all layers."
+        )
 
 
 def _layout(*args: Any, config: Any = None, local_size: int | None = None, **kwargs: Any) -> Window | Chunks | None:

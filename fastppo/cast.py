@@ -13,9 +13,10 @@ from fastppo.footprint import Footprint
 from fastppo.learner import outline_learner, outline_scorer
 from fastppo.lora import add_adapters
 from fastppo.memory import Member
-from fastppo.models import Backbone, Critic, Policy, RewardModel, ValueHead, fuse_head
+from fastppo.models import Backbone, Critic, Policy, RewardModel, ValueHead, fuse_head, width_of
+from fastppo.source import Source
 from fastppo.trainable import set_trainable
-from fastppo.weights import DTYPES, Source, load_classifier_config, outline
+from fastppo.weights import DTYPES, load_classifier_config, outline
 
 
 def cast_of(config: AnyConfig, *, cpu: bool) -> list[Member]:
@@ -76,7 +77,7 @@ def _critic(source: Source, dtype: torch.dtype) -> Critic:
 
 
 def _value_head(model: PreTrainedModel, dtype: torch.dtype) -> ValueHead:
-    return ValueHead(model.config.get_text_config().hidden_size, dtype, torch.device("meta"))
+    return ValueHead(width_of(model), dtype, torch.device("meta"))
 
 
 def _choose(role: Backbone, name: str, config: ActorConfig | CriticConfig) -> None:

@@ -16,6 +16,10 @@ class FastPPOError(ValueError):
     """Something that the user can put right. The message names what is wrong, its value and the way out."""
 
 
+class ModelError(FastPPOError):
+    """A model that cannot be loaded or used. The message names the setting and the way out."""
+
+
 # How gloo and NCCL put it that another rank has gone, or has not come.
 ANOTHER_RANK = (
     "Connection closed by peer",

@@ -10,21 +10,25 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastppo.attention import SHORT, Spans
-from fastppo.models import Backbone
+from fastppo.errors import FastPPOError
+from fastppo.miniature import MISFIT, miniature
+from fastppo.model_check import check_model
+from fastppo.model_code import raised_by_a_model, said
+from fastppo.models import Backbone, Critic, ModelError, width_of
 from fastppo.trunk import layers_of, trunk_depth
 
 
@@ -51,7 +55,7 @@ class Footprint:
         self.largest = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in role.modules())
         self.largest_trained = max((p.numel() for p in parameters if p.requires_grad), default=0)
         self.layers: int = config.num_hidden_layers
-        self.width: int = config.hidden_size
+        self.width = role.value_head.weight.shape[1] if isinstance(role, Critic) else width_of(model)
         self.vocabulary: int = config.vocab_size
         self.head_trains = head is not None and bool(next(head.parameters()).requires_grad)
         self.trunk = trunk_depth(model)
@@ -64,6 +68,22 @@ class Footprint:
 
     def passes(self, sequences: int, length: int, *, gradient: bool) -> Pass:
         """One pass over `sequences` sequences of `length` tokens each."""
+        try:
+            return self._from_two_layers(sequences, length, gradient)
+        except Exception as error:
+            if isinstance(error, FastPPOError) or not raised_by_a_model(error):
+                raise
+        try:  # layers that do not run without the others, as where they share keys
+            one, two = (self._passes(self.layers, n, length, gradient) for n in (1, 2))
+            more = sequences - 1
+            return Pass(one.kept + more * (two.kept - one.kept), one.peak + more * (two.peak - one.peak))
+        except Exception as error:
+            if isinstance(error, FastPPOError) or not raised_by_a_model(error):
+                raise
+            raise _why_not_counted(self._model, error) from error
+
+    def _from_two_layers(self, sequences: int, length: int, gradient: bool) -> Pass:
+        """The uppermost two layers are run, and those below taken for the same again."""
         depth = _layers_in_graph(self._model) if gradient else 1
         if depth == 0:  # nothing trains but a head on detached states
             gradient, depth = False, 1
@@ -115,7 +135,10 @@ class _Live(TorchDispatchMode):
         self._sizes = {x.untyped_storage()._cdata: 0 for x in outside}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor):  # which knows bf16 alone
+            out: Any = _grouped_product(*args[:3])
+        else:
+            out = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
@@ -128,6 +151,30 @@ class _Live(TorchDispatchMode):
 
     def _freed(self, name: int) -> None:
         self.now -= self._sizes.pop(name)
+
+
+def _grouped_product(one: Tensor, other: Tensor, ends: Tensor | None = None) -> Tensor:
+    """The product of experts' rows and weights, as a shape: rows (S, K) x (E, K, N), or (K, S) x (S, N) per expert."""
+    groups = [ends.shape[0]] if one.dim() == other.dim() == 2 and ends is not None else []
+    if one.dim() == 3:
+        groups = [one.shape[0]] if other.dim() == 3 else []
+    return one.new_empty([*groups, one.shape[-2], other.shape[-1]])
+
+
+def _why_not_counted(model: PreTrainedModel, error: Exception) -> FastPPOError:
+    """Of a model whose code fails without data: why it is refused, or that it cannot be counted but may be run."""
+    small = None
+    with suppress(*MISFIT):  # a model that cannot be cut down is only tried at its own size
+        small = miniature(type(model), model.config, torch.float32, torch.device("cpu"))
+    if small is not None:
+        try:
+            check_model(small)
+        except FastPPOError as refusal:
+            return refusal
+    return ModelError(
+        f"{type(model).__name__}: what it needs in memory cannot be counted before it is loaded, since its code raises"
+        f" {said(error)} without data. --plan off runs it without a plan."
+    )
 
 
 def _forget(parameter: Tensor) -> None:
@@ -145,7 +192,10 @@ def _layers_in_graph(model: PreTrainedModel) -> int:
     inside = {id(p) for p in layers.parameters()}
     heads = [head for head in (model.get_output_embeddings(), getattr(model, "score", None)) if head is not None]
     apart = inside | {id(p) for head in heads for p in head.parameters()}
-    embeddings = {id(p) for p in model.get_input_embeddings().parameters()}
+    try:
+        embeddings = {id(p) for p in model.get_input_embeddings().parameters()}
+    except NotImplementedError:  # the decoder of an encoder-decoder model, which hides them
+        return depth
     if any(p.requires_grad and (id(p) not in apart or id(p) in embeddings) and p.dim() > 1 for p in model.parameters()):
         return depth
     trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]

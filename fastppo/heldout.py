@@ -19,6 +19,7 @@ from fastppo.engine import even_passes
 from fastppo.examples import Examples
 from fastppo.learner import Learner
 from fastppo.microbatch import pack_even
+from fastppo.models import width_of
 from fastppo.preference import (
     Centring,
     accuracy,
@@ -97,7 +98,7 @@ def evaluate_pairs(
             scores, hidden = learner.engine(packed, lambda role, hidden: (role.head(hidden), hidden), below)
             sequences = pairs.sequences(part)
             seen.append((sequences, *(x.double().cpu()[: len(sequences)] for x in (scores, hidden))))
-    width = int(learner.model.model.config.get_text_config().hidden_size)
+    width = width_of(learner.model.model)
     totals = torch.zeros(width + 2, dtype=torch.float64)  # sum of hidden states, of scores, count
     for sequences, scores, hidden in seen:
         counted = (sequences % 2 == 0) if config.centre == "chosen" else torch.ones_like(sequences, dtype=torch.bool)

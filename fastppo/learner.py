@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
@@ -21,15 +22,15 @@ from fastppo.batch import Packed
 from fastppo.config import ModelConfig, OptimConfig, RewardTrainingConfig, SFTConfig
 from fastppo.engine import Engine, check_nvme
 from fastppo.examples import Examples
-from fastppo.load import choose_trained, load_causal, trained_partitions, width_of
+from fastppo.load import choose_trained, load_causal, trained_partitions
 from fastppo.microbatch import IDLE
-from fastppo.models import Backbone, ModelError, Policy, RewardModel, fuse_head, keep_trunk
+from fastppo.models import Backbone, ModelError, Policy, RewardModel, fuse_head, keep_trunk, width_of
 from fastppo.preference import initial_head
+from fastppo.source import Source
 from fastppo.trunk import TrunkStates, trunk_depth
 from fastppo.weights import (
     DTYPES,
     Partitions,
-    Source,
     check_one_label,
     is_classifier,
     load_config,
@@ -56,7 +57,7 @@ class Learner:
     @property
     def bytes_of_state(self) -> int:
         """Of one token's hidden state."""
-        return int(self.model.model.config.get_text_config().hidden_size) * self.model.model.dtype.itemsize
+        return width_of(self.model.model) * self.model.model.dtype.itemsize
 
     def select(self, examples: Examples, part: Tensor, trunk: TrunkStates) -> tuple[Packed, Tensor | None]:
         """The sequences of these examples on the device, and what the trunk hands up for them.
@@ -165,10 +166,13 @@ def _with_score_head(causal: PreTrainedModel, weight: torch.Tensor) -> PreTraine
     """The sequence classifier of a causal model's family, on the same backbone, with these head weights (1, H)."""
     config = copy.deepcopy(causal.config)
     config.num_labels = 1
+    none = f"{type(causal).__name__} has no sequence classifier with a `score` head in transformers"
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ModelError(f"{none}. Train a reward model from a family that has one: Llama, Qwen, Mistral, Gemma, ...")
     with torch.device("meta"):  # only the shell is wanted
         model = AutoModelForSequenceClassification.from_config(config)
     if not hasattr(model, "score"):
-        raise ModelError(f"{type(causal).__name__} has no sequence classifier with a `score` head in transformers")
+        raise ModelError(f"{none}. Train a reward model from a family that has one: Llama, Qwen, Mistral, Gemma, ...")
     setattr(model, model.base_model_prefix, causal.base_model)
     head = nn.Linear(weight.shape[1], 1, bias=False, device="meta")
     head.weight = nn.Parameter(weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -29,15 +30,17 @@ from fastppo.models import (
     copy_backbone,
     fuse_head,
     keep_trunk,
+    width_of,
 )
 from fastppo.rotary import switch_of
+from fastppo.source import Source
 from fastppo.stream import copy_parts, gathered, partition_config
 from fastppo.trainable import set_trainable
 from fastppo.trunk import trunk_depth
 from fastppo.weights import (
     DTYPES,
     Partitions,
-    Source,
+    check_embedded,
     check_one_label,
     context_of,
     is_classifier,
@@ -86,6 +89,13 @@ def load_actor_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 def actor_context(config: Config) -> int | None:
     """The longest sequence that the actor takes, in tokens; None if its config does not tell."""
     return context_of(load_config(_actor_source(config)))
+
+
+def check_actor_tokens(
+    config: Config, tokenizer: PreTrainedTokenizerBase, sequences: Iterable[Iterable[int]], what: str
+) -> None:
+    """Raises ModelError for a token that the actor has no embedding of; what: the setting that names the texts."""
+    check_embedded(_actor_source(config), tokenizer, sequences, what)
 
 
 def check_models(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -274,7 +284,3 @@ def _second_actor(
     """The actor's starting weights once more, in partitions: copied, or read again where they are on disks."""
     second = copy_parts(AutoModelForCausalLM, actor, partitions)
     return _load_actor(config, dtype, device, partitions) if second is None else fuse_head(second)
-
-
-def width_of(model: PreTrainedModel) -> int:
-    return int(model.config.get_text_config().hidden_size)

@@ -37,9 +37,10 @@ MISFIT = (
 def miniature(auto: Any, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Two layers, or as many as it takes to have each kind; a few heads of full width; random weights.
 
-    auto: AutoModelForCausalLM or another such class. Windows and the lengths at which rotary frequencies switch are
-    short, so that a short sequence goes beyond them. Where a model's sizes hang together in a way that is not known
-    here, they stay as they are and only layers are left out. Raises the first of `MISFIT` if no model can be made.
+    auto: AutoModelForCausalLM or another such class, or a model's own. Windows and the lengths at which rotary
+    frequencies switch are short, so that a short sequence goes beyond them. Where a model's sizes hang together in a
+    way that is not known here, they stay as they are and only layers are left out. Raises the first of `MISFIT` if no
+    model can be made.
     """
     first: Exception | None = None
     steps = (_shorten, _shallow, _few_words, _few_experts, _narrow)
@@ -61,12 +62,13 @@ def miniature(auto: Any, config: PreTrainedConfig, dtype: torch.dtype, device: t
 def _made(auto: Any, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
     """The model, if it is not too large and computes something on three tokens."""
     as_defined = {"dtype": dtype, "attn_implementation": "eager"}  # transformers' SDPA leaves out Gemma-2's softcap
+    make = getattr(auto, "from_config", None) or auto._from_config
     with torch.device("meta"):
-        size = sum(p.numel() for p in auto.from_config(copy.deepcopy(config), **as_defined).parameters())
+        size = sum(p.numel() for p in make(copy.deepcopy(config), **as_defined).parameters())
     if size > LARGEST:
         raise ValueError(f"it has {size / 1e9:.1f} billion weights when all is made small that can be")
     torch.manual_seed(0)
-    model = auto.from_config(config, **as_defined).eval()
+    model = make(config, **as_defined).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "norm" not in name:

@@ -19,8 +19,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastppo.attention import ATTENTION, Cache, uses_flash, without_flash
 from fastppo.batch import Packed, pack, segment_offsets
+from fastppo.demands import WORKS, check_demands, check_interface
 from fastppo.errors import FastPPOError
 from fastppo.miniature import MISFIT, miniature
+from fastppo.model_code import said, where
 from fastppo.models import Backbone, ModelError, Policy, fuse_head
 from fastppo.rotary import switch_of
 from fastppo.trunk import layers_of
@@ -32,11 +34,6 @@ log = logging.getLogger("fastppo")
 TOLERANCE, TOLERANCE_BF16 = 1e-3, 1e-1
 STEPS = 6  # of decode
 LONGEST, BEYOND = 64, 6  # tokens of the longest sequence tried, and how far beyond a window it goes
-
-WORKS = (
-    "Use a model with plain causal, sliding-window or soft-capped attention in all layers: Llama, Qwen,"
-    " Mistral, Gemma, Phi-3, Mixtral, GPT-2, OPT, GPT-NeoX and others."
-)
 
 _passed: set[tuple[str, str, str]] = set()  # what `check_kind` has found right in this process
 
@@ -53,7 +50,7 @@ def check_kind(auto: Any, config: PreTrainedConfig, device: torch.device, dtype:
         return
     kind = getattr(auto, "_model_mapping", {}).get(type(config), None)
     if isinstance(kind, type):
-        _check_interface(kind)  # before a model is made that nobody knows how to make small
+        check_interface(kind)  # before a model is made that nobody knows how to make small
     with torch.random.fork_rng():  # the run's own random numbers do not depend on it
         with without_flash():
             check_model(_small(auto, config, torch.float32, device))
@@ -75,9 +72,7 @@ def _small(auto: Any, config: PreTrainedConfig, dtype: torch.dtype, device: torc
 def check_model(model: PreTrainedModel) -> None:
     """Check this very model, in eval mode; a causal one has a fused head then. Raises ModelError."""
     own = model.config._attn_implementation
-    _check_interface(type(model))
-    if model.base_model is model:
-        raise ModelError(f"{type(model).__name__} has no backbone apart from its head, by `base_model_prefix`. {WORKS}")
+    check_demands(model)
     trial = _Trial.of(model)
     with torch.no_grad():
         expected = {s: trial.own(s) for s in sorted(trial.sequences, key=len)}  # longer ones may grow a rotary table
@@ -86,14 +81,6 @@ def check_model(model: PreTrainedModel) -> None:
         _repeated(trial, role, whole)
         if trial.causal:
             _decoded(trial, cast(Policy, role), expected, own)
-
-
-def _check_interface(kind: type[PreTrainedModel]) -> None:
-    if not kind._supports_attention_backend:
-        raise ModelError(
-            f"{kind.__name__} does not take all its attention from transformers' AttentionInterface, so it cannot read"
-            f" packed rows. {WORKS}"
-        )
 
 
 @dataclass(frozen=True)
@@ -163,9 +150,8 @@ class _Trial:
         """Of an error on the way: ours says all, including the way out, another library's its first line."""
         if isinstance(error, FastPPOError):
             return ModelError(f"{self.name} cannot be trained here: {error}")
-        lines = str(error).strip().splitlines()
-        found = f"{type(error).__name__}{f': {lines[0]}' if lines else ''}"
-        return ModelError(f"{self.name} cannot be trained here: {what} ({found}). {WORKS}")
+        raised = f"its code raises {said(error)}{where(error)}"
+        return ModelError(f"{self.name} cannot be trained here: {what}: {raised}. {WORKS}")
 
 
 def _whole(trial: _Trial, role: Backbone, expected: dict[tuple[int, ...], Tensor], own: str) -> Tensor:

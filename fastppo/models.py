@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from fastppo import ops
 from fastppo.attention import ATTENTION, Cache, Spans
 from fastppo.batch import Packed, pack
-from fastppo.errors import FastPPOError
+from fastppo.errors import ModelError as ModelError
 from fastppo.rotary import turn_each_sequence
 from fastppo.stats import TokenStats
 from fastppo.trunk import layers_of, passing, trunk_depth
@@ -28,10 +28,6 @@ from fastppo.trunk import layers_of, passing, trunk_depth
 log = logging.getLogger("fastppo")
 
 T = TypeVar("T")
-
-
-class ModelError(FastPPOError):
-    """A model that cannot be loaded or used. The message names the setting and the way out."""
 
 
 class FusedHead(nn.Module):
@@ -234,6 +230,12 @@ def fuse_head(model: PreTrainedModel) -> PreTrainedModel:
     bias = cast("nn.Parameter | None", linear.bias)
     model.set_output_embeddings(FusedHead(cast(nn.Parameter, linear.weight), bias, softcap))
     return model
+
+
+def width_of(model: PreTrainedModel) -> int:
+    """H, the width of the hidden states that a model's head reads. OPT's 350M projects its layers' to another one."""
+    head: Any = getattr(model, "score", None) or model.get_output_embeddings()
+    return int(getattr(head.weight, "ds_shape", head.weight.shape)[-1])
 
 
 def attention_ratio(model: PreTrainedModel) -> float:

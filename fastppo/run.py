@@ -21,7 +21,7 @@ from fastppo.folder import begin_folder, check_folder
 from fastppo.health import Alarm
 from fastppo.learn import Update
 from fastppo.leave import leave_model, settle
-from fastppo.load import actor_context, check_models, load_actor_tokenizer
+from fastppo.load import actor_context, check_actor_tokens, check_models, load_actor_tokenizer
 from fastppo.metrics import step_metrics
 from fastppo.microbatch import Minibatch, imbalance
 from fastppo.nodes import check_output_is_shared
@@ -110,7 +110,10 @@ def set_up(config: Config, world: World) -> Setup | None:
         reserve=config.sampling.max_new_tokens,
     )
     check_chats(config, tokenizer, data, heldout)
+    check_actor_tokens(config, tokenizer, (*data.tokens, *heldout.tokens), "data.path")
     texts = Texts.load(config, tokenizer, context=context)
+    if texts is not None:
+        check_actor_tokens(config, tokenizer, texts.examples.tokens, "ptx.path")
     if world.rank == 0:
         begin_folder(output, None if found is None else found.sizes, dump(config))
     check_output_is_shared(output, world)

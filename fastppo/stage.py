@@ -27,7 +27,7 @@ from fastppo.stop import watching
 from fastppo.supervised import Objective, Training, recall_trunk, total_steps, update
 from fastppo.track import Stages, Tracker
 from fastppo.trunk import TrunkStates
-from fastppo.weights import context_of, load_config, load_tokenizer
+from fastppo.weights import check_embedded, context_of, load_config, load_tokenizer
 from fastppo.world import World
 
 log = logging.getLogger("fastppo")
@@ -91,6 +91,8 @@ def set_up(
     tokenizer = load_tokenizer("model.path", model.path, model.gguf_file, model.revision)
     context = context_of(load_config(model_source(model)))
     examples, heldout = load(config.data, tokenizer, heldout=config.eval.examples, context=context)
+    for part in (examples, heldout):
+        check_embedded(model_source(model), tokenizer, part.tokens, "data.path")
     if world.rank == 0:
         begin_folder(output, None if found is None else found.sizes, dump(config))
     check_output_is_shared(output, world)

@@ -29,6 +29,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from transformers.utils.loading_report import LoadStateDictInfo
 
 import fastppo.world  # noqa: F401  first: it tells DeepSpeed which accelerator to take
+from fastppo.quantized import check_scales
 
 # isort: split
 import deepspeed
@@ -106,6 +107,7 @@ def stream(
             found.update(dict.fromkeys(reader.keys(), reader))
         plan = _match(outline, found)
         _refuse(outline, plan, found)
+        check_scales(plan.unexpected)
         model = _born_partitioned(auto, config, dtype, partitions)
         _tie(model, plan, found)
         _fill(model, outline, plan, found)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import cache
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,16 +14,25 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.quantization_config import GgufConfig
 
-from fastppo.locate import PREFIX, locate
+from fastppo.demands import check_demands
+from fastppo.locate import locate
 from fastppo.model_check import check_kind
+from fastppo.model_code import model_code
 from fastppo.models import ModelError
+from fastppo.quantized import (
+    check_plain,
+    check_quantization,
+    check_scales,
+    forget_quantization,
+    quantization_of,
+    unquantized,
+)
+from fastppo.source import WAYS, Source, check_name, check_no_adapter, check_own_kind
 from fastppo.stream import partition, stream, weight_files
 
 log = logging.getLogger("fastppo")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # on the Hugging Face hub: of a model, or of its owner and the model
 
 # What transformers raises for a model that it cannot make or read; torch asserts that padding has an embedding.
 UNREADABLE = (OSError, ValueError, KeyError, ImportError, SafetensorError, AssertionError)
@@ -33,57 +40,32 @@ UNREADABLE = (OSError, ValueError, KeyError, ImportError, SafetensorError, Asser
 Partitions = dict[str, Any] | None  # of `partition_config`; None: the model is whole on every rank
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a model's weights come from."""
-
-    setting: str  # its name in the config, for errors
-    name: str  # on the hub, a directory, or package:NAME
-    gguf_file: str | None = None
-    revision: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.setting} = {self.name}"
-
-    @property
-    def place(self) -> str:
-        """What transformers takes it by."""
-        return str(locate(self.name))
-
-
-WAYS = "Give a Hugging Face hub name, a directory made by save_pretrained, or a directory with gguf_file."
-
-# What the quickstart's stages hand on, and the command that leaves it.
-LEFT_BY = {
-    "runs/quickstart-sft/model": "deepspeed fastppo/train_sft.py --config quickstart-sft",
-    "runs/quickstart-reward/reward_model": "deepspeed fastppo/train_reward.py --config quickstart-reward",
-}
-
-
 def load_tokenizer(
     setting: str, name: str, gguf_file: str | None = None, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
     source = Source(setting, name, gguf_file, revision)
-    _check_name(source)
+    check_name(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(locate(name)), gguf_file=gguf_file, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(locate(name)), gguf_file=gguf_file, revision=revision, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
+        check_own_kind(source, error)
         raise ModelError(f"{source}: no tokenizer could be loaded ({_first_line(error)}). {WAYS}") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
 
 
 def load_config(source: Source) -> PreTrainedConfig:
-    """The model's config with every dropout off."""
-    _check_name(source)
-    try:
-        if source.gguf_file:
-            config = copy.deepcopy(_gguf_config(source.place, source.gguf_file, source.revision))
-        else:
-            config = AutoConfig.from_pretrained(source.place, revision=source.revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{source}: no model could be loaded from there ({_first_line(error)}). {WAYS}") from error
-    return without_dropout(config)
+    """The model's config with every dropout off, and without what it says of quantised weights.
+
+    Raises ModelError where no config can be read, and for weights that are quantised in a way that cannot be unpacked.
+    """
+    config = _read_config(source)
+    quantization = quantization_of(config)
+    if quantization is not None and not source.gguf_file:
+        check_quantization(str(source), source.name, quantization)
+    return unquantized(without_dropout(config))
 
 
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -99,6 +81,28 @@ def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
+def _read_config(source: Source) -> PreTrainedConfig:
+    config = _found_config(source)
+    check_no_adapter(source)
+    with model_code(str(source), "used as a language model", "Give a causal language model of its own."):
+        config.get_text_config()  # of a model of several parts, of which it must be told which one writes
+    return config
+
+
+def _found_config(source: Source) -> PreTrainedConfig:
+    check_name(source)
+    try:
+        if source.gguf_file:
+            return copy.deepcopy(_gguf_config(source.place, source.gguf_file, source.revision))
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            source.place, revision=source.revision, trust_remote_code=False
+        )
+        return config
+    except (OSError, ValueError, KeyError) as error:
+        check_own_kind(source, error)
+        raise ModelError(f"{source}: no model could be loaded from there ({_first_line(error)}). {WAYS}") from error
+
+
 @cache
 def _gguf_config(place: str, file: str, revision: str | None) -> PreTrainedConfig:
     """The config of a GGUF file, kept: transformers takes seconds to read one, and a run asks several times.
@@ -107,15 +111,6 @@ def _gguf_config(place: str, file: str, revision: str | None) -> PreTrainedConfi
     """
     config: PreTrainedConfig = AutoConfig.from_pretrained(place, gguf_file=file, revision=revision)
     return config
-
-
-def _check_name(source: Source) -> None:
-    """Raises ModelError for a path that is not there and can be no name on the hub, of which its errors say little."""
-    packaged = source.name.startswith(PREFIX)
-    if not packaged and not HUB_NAME.fullmatch(source.name) and not Path(source.name).exists():
-        stage = LEFT_BY.get(str(Path(source.name)))
-        way = WAYS if stage is None else f"It is left by `{stage}`, and `make demo` runs all stages of the quickstart."
-        raise ModelError(f"{source}: there is no such directory. {way}")
 
 
 def load_classifier_config(source: Source) -> PreTrainedConfig:
@@ -152,11 +147,29 @@ def context_of(config: PreTrainedConfig) -> int | None:
     return min((n for n in limits if isinstance(n, int) and n > 0), default=None)
 
 
+def check_embedded(
+    source: Source, tokenizer: PreTrainedTokenizerBase, sequences: Iterable[Iterable[int]], what: str
+) -> None:
+    """Raises ModelError for a token that the model has no embedding of, in sequences of token ids of its tokenizer.
+
+    what: the setting that names the texts. A tokenizer may know more tokens than its model where they are never used.
+    """
+    rows = load_config(source).get_text_config().vocab_size
+    highest = max((max(tokens, default=0) for tokens in sequences), default=0)
+    if highest >= rows:
+        raise ModelError(
+            f"{what}: a text holds token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}), and {source} has"
+            f" embeddings of {rows} tokens alone: its tokenizer was given more than the model. Resize the model's"
+            " embeddings (model.resize_token_embeddings(len(tokenizer)), and save both), or use its own tokenizer."
+        )
+
+
 def load_model(
     auto: Any, source: Source, dtype: torch.dtype, device: torch.device, partitions: Partitions
 ) -> PreTrainedModel:
     """A model on `device`, or in partitions. That its kind can be trained is checked before (`fastppo.model_check`)."""
     config = load_config(source)
+    outline(auto, source, dtype)  # what its modules and its config alone can tell comes first
     check_kind(auto, config, device, dtype)
     if partitions is None:
         model = _load_whole(auto, source, config, dtype)
@@ -175,7 +188,7 @@ def _load_parts(
 ) -> PreTrainedModel:
     try:
         files = None if source.gguf_file else weight_files(source.place, source.revision)
-        if files is not None and getattr(config, "quantization_config", None) is None:
+        if files is not None and quantization_of(_read_config(source)) is None:
             return stream(auto, source.place, files, config, dtype, partitions, source.revision)
     except UNREADABLE as error:
         raise _unreadable(source, config, error) from error
@@ -188,34 +201,71 @@ def _load_parts(
 
 
 def _load_whole(auto: Any, source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    gguf: dict[str, Any] = {}
+    given: dict[str, Any] = {}
+    quantization = None if source.gguf_file else quantization_of(_read_config(source))
     if source.gguf_file:
-        gguf = {"gguf_file": source.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+        given = {"gguf_file": source.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+    elif quantization is not None:
+        config = copy.deepcopy(config)
+        config.quantization_config = quantization | {"dequantize": True}
+    way = "Its files may be of another model than its config.json, or of another version of transformers."
+    with model_code(str(source), "loaded", way):
+        try:
+            model, found = auto.from_pretrained(
+                source.place,
+                config=config,
+                revision=source.revision,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below
+                trust_remote_code=False,
+                **given,
+            )
+        except UNREADABLE as error:
+            raise _unreadable(source, config, error) from error
+    _check_complete(source, model, found)
     try:
-        model, found = auto.from_pretrained(
-            source.place, config=config, revision=source.revision, dtype=dtype, output_loading_info=True, **gguf
+        check_scales(found["unexpected_keys"])
+    except ModelError as error:
+        raise ModelError(f"{source}: {error}") from error
+    if given or quantization is not None:
+        forget_quantization(model)
+        if dtype == torch.float32:  # some forms are unpacked in bf16 whatever is asked for
+            for p in model.parameters():
+                p.data = p.data.float()
+    check_plain(model)
+    return cast(PreTrainedModel, model.eval())
+
+
+def _check_complete(source: Source, model: PreTrainedModel, found: dict[str, Any]) -> None:
+    """Whether the files hold all weights in the right shapes: transformers would put random numbers in their place."""
+    if wrong := sorted(found["mismatched_keys"]):
+        some = "; ".join(f"{name} has {tuple(there)}, not {tuple(asked)}" for name, there, asked in wrong[:4])
+        raise ModelError(
+            f"{source}: {len(wrong)} tensors in its files do not have the shapes of its config.json ({some});"
+            " the two belong to different models, or one of them was changed alone, as vocab_size is where a"
+            " vocabulary grows."
         )
-    except UNREADABLE as error:
-        raise _unreadable(source, config, error) from error
-    if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers in their place
+    if missing := sorted(found["missing_keys"]):
         some = ", ".join(missing[:4]) + ", ..." * (len(missing) > 4)
         raise ModelError(
             f"{source}: {len(missing)} weights of {type(model).__name__} are not in its files ({some}). Give a"
             " checkpoint of this kind of model."
         )
-    if gguf:
-        _forget_quantization(model)
-    return cast(PreTrainedModel, model.eval())
 
 
 def outline(auto: Any, source: Source, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device: every module and shape, no weights. Raises ModelError as loading it would."""
     config = load_config(source)
-    try:
-        with torch.device("meta"):
-            return auto.from_config(config, dtype=dtype).eval()  # type: ignore[no-any-return]
-    except UNREADABLE as error:
-        raise _unreadable(source, config, error) from error
+    way = "Its config.json may lack what this kind of model needs, or be of another version of transformers."
+    with model_code(str(source), "made from its config", way):
+        try:
+            with torch.device("meta"):
+                model: PreTrainedModel = auto.from_config(config, dtype=dtype).eval()
+        except UNREADABLE as error:
+            raise _unreadable(source, config, error) from error
+    check_demands(model)
+    return model
 
 
 def _unreadable(source: Source, config: PreTrainedConfig, error: Exception) -> ModelError:
@@ -227,16 +277,6 @@ def _unreadable(source: Source, config: PreTrainedConfig, error: Exception) -> M
             " write the id of another token there as pad_token_id, or null."
         )
     return ModelError(f"{source}: its weights could not be loaded ({_first_line(error)}).{way}")
-
-
-def _forget_quantization(model: PreTrainedModel) -> None:
-    """The weights were unpacked at load; transformers would still refuse to train or save the model."""
-    for owner, attribute in ((model.config, "quantization_config"), (model, "hf_quantizer")):
-        if hasattr(owner, attribute):
-            delattr(owner, attribute)
-    for attribute in ("is_quantized", "quantization_method"):
-        if hasattr(model, attribute):
-            setattr(model, attribute, None)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,13 +1,21 @@
 """Loading the roles of a run."""
 
+import json
+
 import pytest
 import tiny
 import torch
 
-from fastppo.cli import parse
-from fastppo.load import check_models, load_actor_tokenizer, load_policies
+from fastppo.batch import Prompts, pack
+from fastppo.cli import REWARD, parse
+from fastppo.fit import make_plan
+from fastppo.learner import load_scorer
+from fastppo.load import check_actor_tokens, check_models, load_actor_tokenizer, load_policies, load_reward
+from fastppo.machine import Machine
 from fastppo.models import ModelError
-from fastppo.weights import LEFT_BY, Source, load_config
+from fastppo.rollout import sample, stop_ids
+from fastppo.source import LEFT_BY, Source
+from fastppo.weights import load_config
 
 CPU = torch.device("cpu")
 
@@ -17,10 +25,14 @@ def model(tmp_path_factory):
     return tiny.saved(tmp_path_factory.mktemp("model"), tiny.causal())
 
 
-def load(model, *arguments):
+def config_of(model, *arguments):
     fixed = ["--actor.model", model, "--rewards", '[{"function": "a:b"}]', "--data.path", "x", "--optim.dtype", "fp32"]
     fixed += ["--data.max_prompt_tokens", "64", "--sampling.max_new_tokens", "64"]
-    config = parse([*fixed, *arguments])
+    return parse([*fixed, *arguments])
+
+
+def load(model, *arguments):
+    config = config_of(model, *arguments)
     check_models(config, load_actor_tokenizer(config))
     return load_policies(config, CPU)
 
@@ -144,3 +156,66 @@ def test_a_gguf_file_is_unpacked_and_can_be_saved_again(tmp_path):
     found.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert same(found, again)
+
+
+# Vocabularies that do not go together
+
+
+def grown(folder, tokens=("<more>", "<most>")):
+    """A model whose tokenizer has learned tokens that it has no embeddings of."""
+    return tiny.saved(folder, tiny.causal(), extra=tokens)
+
+
+def test_a_prompt_with_a_token_beyond_the_embedding_is_an_error_that_names_it(tmp_path):
+    config = config_of(grown(tmp_path))
+    tokenizer = load_actor_tokenizer(config)
+    check_actor_tokens(config, tokenizer, [[5, 256], []], "data.path")  # what is never used does no harm
+    with pytest.raises(ModelError, match=r"data.path: a text holds token 258 \('<most>'\), and actor"):
+        check_actor_tokens(config, tokenizer, [[5], [7, 258]], "data.path")
+
+
+def test_a_stop_token_beyond_the_embedding_is_told_and_never_asked_for(tmp_path, caplog):
+    config = config_of(grown(tmp_path), "--sampling.stop_tokens", '["<more>"]', "--sampling.min_new_tokens", "3")
+    actor, _, _ = load_policies(config, CPU)
+    ids = stop_ids(actor, load_actor_tokenizer(config), config.sampling)
+    assert ids == [0] and "no embedding of the stop tokens [257]" in caplog.text
+    sample(actor, Prompts.of([(5, 6)], [0]), config.sampling, stop_ids=ids, seed=0)
+
+
+@pytest.mark.parametrize("size", [300, 200])
+@pytest.mark.parametrize("auto", ["actor.model", "rewards.model"])
+def test_a_vocab_size_that_the_weights_do_not_have_is_an_error_that_names_both(tmp_path, size, auto):
+    model = tiny.causal() if auto == "actor.model" else tiny.classifier()
+    tiny.saved(tmp_path, model)
+    said = json.loads((tmp_path / "config.json").read_text()) | {"vocab_size": size}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    load = {
+        "actor.model": lambda: load_policies(config_of(str(tmp_path)), CPU),
+        "rewards.model": lambda: load_reward(str(tmp_path), torch.float32, CPU),
+    }
+    words = rf"{auto} = .* do not have the shapes .*embed_tokens.weight has \(257, 32\), not \({size}, 32\)"
+    with pytest.raises(ModelError, match=words):
+        load[auto]()
+
+
+# Widths that do not go together
+
+
+@pytest.mark.parametrize("kind", ["separate", "shared"])
+def test_a_critic_reads_states_of_the_width_that_the_head_does(tmp_path, kind):
+    """OPT's 350M model projects its layers' states of 1,024 to the 512 of its embeddings."""
+    path = tiny.saved(tmp_path, tiny.causal("opt", word_embed_proj_dim=16))
+    assert make_plan(config_of(path, "--critic.kind", kind), Machine(1, 1, None, 1 << 40)).shares
+    actor, critic, _ = load(path, "--critic.kind", kind)
+    role = actor if critic is None else critic
+    packed = pack([(1, 2, 3)], [1])
+    assert role.value_head.weight.shape == (1, 16)
+    assert role(packed, lambda role, hidden: role.value_head(hidden)).shape == (1,)
+
+
+def test_a_reward_model_may_start_from_such_a_model(tmp_path):
+    tiny.saved(tmp_path, tiny.causal("opt", word_embed_proj_dim=16))
+    config = parse(["--model.path", str(tmp_path), "--data.path", "x", "--optim.dtype", "fp32"], REWARD)
+    assert make_plan(config, Machine(1, 1, None, 1 << 40)).shares
+    scorer = load_scorer(config.model, config.optim, 0, CPU)
+    assert scorer(pack([(1, 2, 3)], [1])).shape == (1,)

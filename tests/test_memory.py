@@ -24,8 +24,9 @@ from fastppo.microbatch import pack_even
 from fastppo.models import Policy, fuse_head
 from fastppo.ops import GPU_WORKSPACE_BYTES
 from fastppo.ppo_memory import shares
+from fastppo.source import Source
 from fastppo.trainable import set_trainable
-from fastppo.weights import Source, outline
+from fastppo.weights import outline
 
 CPU = torch.device("cpu")
 
@@ -87,7 +88,7 @@ def test_nvme_takes_the_states_that_the_host_would(seven_billion: Member) -> Non
     assert on_nvme.nvme == on_host.host and on_nvme.host.total == 0
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_those_of_a_real_pass(tmp_path: Path, family: str, checkpointing: bool) -> None:
     """Five layers and three sequences, extrapolated from at most two of each."""

@@ -8,7 +8,7 @@ import pytest
 from fastppo.cli import REWARD, SFT, parse
 from fastppo.config import HealthConfig, RewardConfig
 from fastppo.quickstart import _analyzer, favourable
-from fastppo.weights import LEFT_BY
+from fastppo.source import LEFT_BY
 
 JUDGE = RewardConfig(function="fastppo.quickstart:favourable")
 

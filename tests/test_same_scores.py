@@ -197,3 +197,14 @@ def test_a_model_that_reads_text_needs_an_eos(tokenizer):
     others.eos_token = None
     with pytest.raises(RewardError, match="its tokenizer has no EOS token"):
         reads(classifier(None, others), others, tokenizer)
+
+
+def test_a_token_that_the_model_has_no_embedding_of_is_an_error_that_names_it(tokenizer):
+    """As a tokenizer learns alone where its model's embeddings are not resized with it."""
+    grown = copy.deepcopy(tokenizer)
+    grown.add_tokens(["<more>", "<and more>"])  # the model has 262
+    grown.add_special_tokens({"additional_special_tokens": ["<end of turn>"]})
+    source = reads(classifier(None, tokenizer), grown, None)
+    assert len(source.scores(source.tokenised(["a"], ["b"], [True]), ["b"])) == 1
+    with pytest.raises(RewardError, match=r"has embeddings of \d+ tokens, and .* token \d+ \('<end of turn>'\): its"):
+        source.scores(source.tokenised(["a<end of turn>"], ["b"], [True]), ["b"])

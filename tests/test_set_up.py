@@ -101,3 +101,13 @@ def test_so_is_a_folder_that_another_run_is_in(start: Start, tmp_path: Path, com
 def test_a_classifier_with_two_labels_starts_no_reward_model(start: Start, tmp_path: Path, folder: Path) -> None:
     path = tiny.saved(folder / "two", tiny.classifier(labels=2))
     check_refusal(start, tmp_path, "model.path = .* has 2 labels", "pairs", model__path=path, plan="warn")
+
+
+@pytest.mark.parametrize("command", ["ppo", "pairs", "answers"])
+def test_texts_with_tokens_that_the_model_has_no_embedding_of_are_refused(
+    start: Start, tmp_path: Path, folder: Path, command: str
+) -> None:
+    path = tiny.saved(folder / "few", tiny.causal(vocab_size=50))
+    setting = "actor__model" if command == "ppo" else "model__path"
+    words = r"data.path: a text holds token \d+ \('.'\), and (actor.model|model.path) = .* of 50 tokens alone"
+    check_refusal(start, tmp_path, words, command, **{setting: path})

@@ -39,6 +39,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
 }
 
+# Families with experts, which only some tests want.
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
+    "qwen3_moe": FAMILIES["qwen3"] | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "gpt_oss": {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 32,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    },
+}
+
 
 def tokenizer(extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
     """One token a byte; `<eos>` ends a text. `extra` tokens make a vocabulary of another size."""
@@ -90,7 +104,7 @@ def _settings(family: str, settings: dict[str, Any]) -> dict[str, Any]:
         shape["intermediate_size"] = 64
     if family == "gpt2":
         del shape["intermediate_size"]
-    return shape | FAMILIES[family] | settings
+    return shape | (FAMILIES | EXPERTS)[family] | settings
 
 
 def _spread(model: PreTrainedModel) -> None:

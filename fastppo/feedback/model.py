@@ -56,6 +56,7 @@ class ModelSource:
         self.name, self.template = name, template
         self.same = actors is not None and tokenizer.get_vocab() == actors.get_vocab()
         self.context = context_of(model.module.model.config)
+        self.rows: int = model.module.model.config.get_text_config().vocab_size
         if not self.same and tokenizer.eos_token_id is None:
             raise RewardError(f"{name}: its tokenizer has no EOS token, with which a response ends. Give it one.")
         if actors is not None and not self.same:
@@ -79,6 +80,14 @@ class ModelSource:
         if self.context is not None and longest > self.context:
             raise TooLong(
                 f"a prompt and response of {longest} tokens do not fit {self.name}, which takes {self.context}"
+            )
+        highest = max(all_gather(int(packed.tokens.max()) if len(packed) else 0, self.world))
+        if highest >= self.rows:
+            token = self.tokenizer.convert_ids_to_tokens(highest)
+            raise RewardError(
+                f"{self.name} has embeddings of {self.rows} tokens, and a text for it holds token {highest}"
+                f" ({token!r}): its tokenizer was given more than the model. Resize its embeddings"
+                " (model.resize_token_embeddings(len(tokenizer)), and save both), or use its own tokenizer."
             )
         scores = torch.zeros(len(packed))
         for part in even_passes(pack_alone(packed.lengths, self.budget), self.zero, self.world):

@@ -9,6 +9,7 @@ differently.
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,8 @@ from fastppo.errors import FastPPOError
 from fastppo.models import Policy
 from fastppo.rollout.graphs import StepGraphs
 
+log = logging.getLogger("fastppo")
+
 Response = tuple[list[int], list[float], bool]  # tokens, their logprobs, whether it ended by itself
 
 BUCKETS = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -34,8 +37,11 @@ def stop_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase, config: Samplin
     if config.ignore_eos:
         return []
     own = getattr(policy.model.generation_config, "eos_token_id", None)
-    ids = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
-    return sorted(ids | {*named_stop_ids(tokenizer, config)})
+    ids = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, *named_stop_ids(tokenizer, config)}
+    rows = policy.model.config.get_text_config().vocab_size
+    if beyond := sorted(i for i in ids - {None} if i >= rows):
+        log.warning("the actor has no embedding of the stop tokens %s, so it never writes one", beyond)
+    return sorted(ids - {None, *beyond})
 
 
 def named_stop_ids(tokenizer: PreTrainedTokenizerBase, config: SamplingConfig) -> list[int]:
