@@ -136,7 +136,7 @@ def policy_loss(
     advantage = kept(advantages.detach())
     ratio = log_ratio.exp()
     unclipped = ratio * advantage
-    bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantage
+    bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantage  # two numbers, or two tensors
     clipped = bounded < unclipped
     objective = torch.where(clipped, bounded, unclipped)
     dual_clipped = torch.zeros_like(keep)
@@ -148,15 +148,19 @@ def policy_loss(
     zero = torch.zeros_like(total)
     entropy_sum = zero if entropy is None else kept(entropy).sum()
     kl_sum = zero if kl is None else kept(kl).sum()
-    if entropy_coef != 0.0:
-        total = total - entropy_coef * entropy_sum
-    if kl_coef != 0.0:
-        total = total + kl_coef * kl_sum
+    total = total - term(entropy_coef, entropy_sum) + term(kl_coef, kl_sum)
     approximate_kl = kept(ratio - 1.0 - log_ratio).sum()  # k3 of old against new policy, Schulman 2020
     counts = (clipped.sum(), dual_clipped.sum(), kept(ratio).sum(), keep.sum())
     sums = torch.stack([s.detach().to(total) for s in (-objective.sum(), entropy_sum, kl_sum, approximate_kl, *counts)])
     ratio_max = kept(ratio).detach().max() if ratio.numel() else zero
     return total / normalizer, PolicyStats(sums, ratio_max)
+
+
+def term(coefficient: float | Tensor, total: Tensor) -> Tensor:
+    """coefficient total, and 0 where the coefficient is: 0 times an infinite KL is a NaN."""
+    if isinstance(coefficient, Tensor):
+        return torch.where(coefficient == 0.0, 0.0, coefficient * total)
+    return coefficient * total if coefficient != 0.0 else torch.zeros_like(total)
 
 
 def linear_policy_loss(
