@@ -172,7 +172,9 @@ def policy_loss(
     check_mask(mask, logprobs, "logprobs")
     for name, coef, tensor in (("entropy", entropy_coef, entropy), ("kl", kl_coef, kl)):
         if tensor is None and not is_off(coef):
-            raise ValueError(f"{name}_coef is {coef} and {name} is None; give {name} or set {name}_coef to 0")
+            raise ValueError(
+                f"{name}_coef is {coef} and {name} is None; give {name} or set {name}_coef to the number 0"
+            )
     coefficients: dict[str, Any] = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
     coefficients |= {"entropy_coef": entropy_coef, "kl_coef": kl_coef}
     check_coefficients(logprobs, "logprobs", **coefficients)

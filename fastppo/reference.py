@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastppo.philox import uniform
@@ -101,8 +100,8 @@ def linear_logprobs(
     """`token_logprobs` of logits = hidden weight^T + bias, and of the reference's, whole: (M, V) twice."""
     ref_logits = None
     if ref_hidden is not None and ref_weight is not None:
-        ref_logits = F.linear(ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach())
-    logits = F.linear(hidden, weight, bias)
+        ref_logits = project(ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach())
+    logits = project(hidden, weight, bias)
     return token_logprobs(logits, targets, temperature=temperature, softcap=softcap, ref_logits=ref_logits)
 
 
@@ -303,6 +302,11 @@ def attend_cached(
     weights = scores.masked_fill(~visible[:, None, None], float("-inf")).softmax(-1).to(value.dtype)
     out: Tensor = weights @ value_cache[rows]
     return out.flatten(1, 2)
+
+
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(M, H), (V, H), (V,) -> (M, V). Not F.linear, for which ZeRO stage 3 puts a function without forward mode."""
+    return hidden @ weight.t() if bias is None else torch.addmm(bias, hidden, weight.t())
 
 
 def scaled(logits: Tensor, temperature: float, softcap: float | None) -> Tensor:

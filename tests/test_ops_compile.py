@@ -103,5 +103,5 @@ def test_a_coefficient_may_pass_through_zero_while_it_changes() -> None:
 def test_a_wrong_argument_is_named_in_a_compiled_call_too() -> None:
     run, _ = compiled("policy_loss")
     call = make("policy_loss", 6)
-    with pytest.raises(Exception, match="clip_low is 1.5"):
+    with pytest.raises(Exception, match=r"clip_low is 1\.5"):
         run(**(call.all() | {"clip_low": 1.5}))

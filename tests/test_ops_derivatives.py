@@ -117,11 +117,9 @@ def test_vmap_gives_what_a_loop_gives(op: str) -> None:
     torch.testing.assert_close(mapped, torch.stack([total(call, y).detach() for y in x]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [*KERNEL_DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("op", [op for op in OPS if op != "attend_cached"])
 def test_only_what_is_differentiable_says_so(op: str, dtype: torch.dtype) -> None:
-    if op == "attend_cached" and dtype in (torch.float16, torch.float64):
-        pytest.skip("attend_cached takes fp32 and bf16")
     call = make(op, 5, dtype=dtype)
     given = {
         name: x.detach().clone().requires_grad_()
@@ -131,6 +129,11 @@ def test_only_what_is_differentiable_says_so(op: str, dtype: torch.dtype) -> Non
     }
     for i, output in enumerate(outputs_of(op, given)):
         assert output is None or output.requires_grad == (i in DIFFERENTIABLE[op]), f"output {i}"
+
+
+def test_attention_over_a_cache_carries_no_gradients() -> None:
+    given = {n: x.requires_grad_() if n in ("query", "key") else x for n, x in make("attend_cached", 5).plain().items()}
+    assert not ops.attend_cached(**given).requires_grad
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op != "attend_cached"])
