@@ -24,6 +24,13 @@ struct Heads {  // (rows, heads, width), the last dimension dense
   const T* at(int64_t row, int64_t head) const { return data + row * row_stride + head * head_stride; }
 };
 
+template <typename T>
+struct Cache {  // (rows, kv heads, positions, width), the last dimension dense
+  T* data;
+  int64_t row_stride, head_stride, stride;
+  T* at(int64_t row, int64_t head) const { return data + row * row_stride + head * head_stride; }
+};
+
 struct Span {  // positions [start, stop) of a cache row that one active row sees
   int64_t row, start, stop;
 };
@@ -31,9 +38,10 @@ struct Span {  // positions [start, stop) of a cache row that one active row see
 template <typename T>
 struct Call {
   Heads<T> query, key, value;
-  T *key_cache, *value_cache, *out;
+  Cache<T> key_cache, value_cache;
+  T* out;
   const Span* spans;
-  int64_t kv_heads, group, width, padded, capacity, scores;
+  int64_t kv_heads, group, width, padded, scores;
   float scale, softcap;
 };
 
@@ -50,7 +58,10 @@ void require_heads(const Tensor& x, const char* name, const Tensor& query, int64
 void require_cache(const Tensor& x, const char* name, const Tensor& query) {
   REQUIRE(x.dim() == 4 && x.size(3) == query.size(2), name, " has shape ", shape(x),
           ", expected (rows, kv heads, positions, ", query.size(2), ")");
-  REQUIRE(x.is_contiguous(), name, " must be contiguous");
+  REQUIRE(x.stride(3) == 1, name, " must be dense in its last dimension");
+  for (int64_t i = 0; i < 3; ++i) {
+    REQUIRE(x.size(i) <= 1 || x.stride(i) != 0, name, " is expanded: what is written at one place stands at others");
+  }
   REQUIRE(x.scalar_type() == query.scalar_type(), name, " must have the dtype of query");
 }
 
@@ -88,6 +99,11 @@ Heads<T> heads_of(const Tensor& x) {
 }
 
 template <typename T>
+Cache<T> cache_of(const Tensor& x) {
+  return {static_cast<T*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+template <typename T>
 void run(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& key_cache,
          const Tensor& value_cache, const Tensor& out, const std::vector<Span>& spans, double scale, double softcap) {
   const int64_t kv_heads = key.size(1), group = query.size(1) / kv_heads, width = query.size(2);
@@ -101,15 +117,14 @@ void run(const Tensor& query, const Tensor& key, const Tensor& value, const Tens
   const Call<T> call{heads_of<T>(query),
                      heads_of<T>(key),
                      heads_of<T>(value),
-                     static_cast<T*>(key_cache.data_ptr()),
-                     static_cast<T*>(value_cache.data_ptr()),
+                     cache_of<T>(key_cache),
+                     cache_of<T>(value_cache),
                      static_cast<T*>(out.data_ptr()),
                      spans.data(),
                      kv_heads,
                      group,
                      width,
                      padded,
-                     key_cache.size(2),
                      scores,
                      static_cast<float>(scale),
                      static_cast<float>(softcap)};
@@ -163,7 +178,7 @@ Tensor attend_cached(const Tensor& query, const Tensor& key, const Tensor& value
 // attends to that row's positions 0 .. lengths[row], the last `window` of them if that is not 0:
 // softmax(scale * q k) v, with q k capped to softcap * tanh(q k / softcap) if that is not 0. Sums are fp32.
 //   query (R, heads, width), key and value (R, kv heads, width), fp32 or bf16, dense in the last dimension
-//   key_cache, value_cache (rows, kv heads, positions, width), contiguous, written in place
+//   key_cache, value_cache (rows, kv heads, positions, width), dense in the last dimension, written in place
 //   lengths (rows,) and rows (R,), int32 or int64: positions already there, and the cache row of each active row
 // Returns (R, heads, width) in the query's dtype. A row's result depends on nothing but that row, bit for bit.
 STABLE_TORCH_LIBRARY_FRAGMENT(fastppo, m) {

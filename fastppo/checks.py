@@ -2,7 +2,8 @@
 
 Each raises a TypeError for a wrong dtype and a ValueError for a wrong shape, device or value, and names the argument,
 what it is and what it must be. Values of tensors are looked at on the CPU only, where no device has to be waited for,
-and not while torch.compile traces, when there are none.
+and not while torch.compile traces, when there are none. Sizes are read from shapes, since `len` would tie a compiled
+graph to one size.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import math
 import torch
 from torch import Tensor
 
+Coefficient = float | Tensor  # a number, or a floating tensor without dimensions that holds it
 
-def check_kl_kind(kl_kind: str, kl_coef: float, has_head: bool, has_logprobs: bool) -> None:
+
+def check_kl_kind(kl_kind: str, kl_coef: Coefficient, has_head: bool, has_logprobs: bool) -> None:
     if kl_kind == "k1":
         raise ValueError(
             "kl_kind is 'k1', whose expected gradient is zero; use 'exact', 'k2' or 'k3', or k1 in the reward"
@@ -21,7 +24,7 @@ def check_kl_kind(kl_kind: str, kl_coef: float, has_head: bool, has_logprobs: bo
     if kl_kind not in ("exact", "k2", "k3"):
         raise ValueError(f"kl_kind is {kl_kind!r}; it must be 'exact', 'k2' or 'k3'")
     needs, has = ("ref_hidden and ref_weight", has_head) if kl_kind == "exact" else ("ref_logprobs", has_logprobs)
-    if kl_coef != 0.0 and not has:
+    if not is_off(kl_coef) and not has:
         raise ValueError(f"kl_coef is {kl_coef} and kl_kind {kl_kind!r}, which needs {needs}")
 
 
@@ -35,8 +38,8 @@ def check_reference(
         missing = "ref_hidden" if ref_hidden is None else "ref_weight"
         raise ValueError(f"{missing} is None; a reference needs both ref_hidden and ref_weight")
     check_head(ref_hidden, ref_weight, ref_bias, "ref_")
-    check_shape("ref_hidden", ref_hidden, (len(hidden), ref_weight.shape[1]), "a row for each row of hidden")
-    check_shape("ref_weight", ref_weight, (len(weight), ref_weight.shape[1]), "a row for each row of weight")
+    check_shape("ref_hidden", ref_hidden, (hidden.shape[0], ref_weight.shape[1]), "a row for each row of hidden")
+    check_shape("ref_weight", ref_weight, (weight.shape[0], ref_weight.shape[1]), "a row for each row of weight")
     check_device("ref_hidden", ref_hidden, hidden, "hidden")
 
 
@@ -45,11 +48,11 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str)
     like = f"{prefix}hidden"
     for name, tensor, letter, least in ((like, hidden, "M", 0), (f"{prefix}weight", weight, "V", 1)):
         check_floating(name, tensor)
-        if tensor.ndim != 2 or len(tensor) < least:
+        if tensor.ndim != 2 or tensor.shape[0] < least:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected two dimensions, ({letter}, H)")
-    check_shape(f"{prefix}weight", weight, (len(weight), hidden.shape[1]), f"(V, H) with the H of {like}")
+    check_shape(f"{prefix}weight", weight, (weight.shape[0], hidden.shape[1]), f"(V, H) with the H of {like}")
     if bias is not None:
-        check_shape(f"{prefix}bias", bias, (len(weight),), f"one number for each row of {prefix}weight")
+        check_shape(f"{prefix}bias", bias, (weight.shape[0],), f"one number for each row of {prefix}weight")
     for name, part in ((f"{prefix}weight", weight), (f"{prefix}bias", bias)):
         if part is None:
             continue
@@ -90,7 +93,7 @@ def check_mask(mask: Tensor | None, like: Tensor, like_name: str) -> None:
         return
     if mask.dtype != torch.bool:
         raise TypeError(f"mask has dtype {mask.dtype}; expected torch.bool, True where a token counts")
-    check_shape("mask", mask, (len(like),), f"one entry for each row of {like_name}")
+    check_shape("mask", mask, (like.shape[0],), f"one entry for each row of {like_name}")
     check_device("mask", mask, like, like_name)
 
 
@@ -117,15 +120,22 @@ def check_starts(cu_seqlens: Tensor, tokens: int) -> None:
 
 
 def check_policy_options(
-    clip_low: float, clip_high: float, dual_clip: float | None, entropy_coef: float, kl_coef: float
+    clip_low: Coefficient,
+    clip_high: Coefficient,
+    dual_clip: Coefficient | None,
+    entropy_coef: Coefficient,
+    kl_coef: Coefficient,
 ) -> None:
     check_range("clip_low", clip_low, 0.0, 1.0)
     check_range("clip_high", clip_high, 0.0, math.inf)
-    if dual_clip is not None and not 1.0 < dual_clip < math.inf:
-        raise ValueError(f"dual_clip is {dual_clip}; it must be finite and above 1, or None")
+    if dual_clip is not None:
+        known = value_of("dual_clip", dual_clip)
+        if known is not None and not 1.0 < known < math.inf:
+            raise ValueError(f"dual_clip is {known}; it must be finite and above 1, or None")
     for name, coef in (("entropy_coef", entropy_coef), ("kl_coef", kl_coef)):
-        if not math.isfinite(coef):
-            raise ValueError(f"{name} is {coef}; it must be finite")
+        known = value_of(name, coef)
+        if known is not None and not -math.inf < known < math.inf:  # not isfinite: torch.compile cannot trace it
+            raise ValueError(f"{name} is {known}; it must be finite")
 
 
 def check_normalizer(normalizer: Tensor, like: Tensor, like_name: str) -> None:
@@ -138,20 +148,61 @@ def check_normalizer(normalizer: Tensor, like: Tensor, like_name: str) -> None:
         check_positive("normalizer", normalizer.item())
 
 
-def check_scale(temperature: float, softcap: float | None) -> None:
+def check_scale(temperature: Coefficient, softcap: float | None) -> None:
     check_positive("temperature", temperature)
     if softcap is not None:
+        check_number("softcap", softcap, "a constant of the model")
         check_positive("softcap", softcap)
 
 
-def check_positive(name: str, value: float) -> None:
-    if not 0.0 < value < math.inf:
-        raise ValueError(f"{name} is {value}; it must be finite and above 0")
+def check_positive(name: str, value: Coefficient) -> None:
+    known = value_of(name, value)
+    if known is not None and not 0.0 < known < math.inf:
+        raise ValueError(f"{name} is {known}; it must be finite and above 0")
 
 
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high or value == math.inf:  # not isinf: torch.compile cannot trace it
-        raise ValueError(f"{name} is {value}; it must be in [{low:g}, {high:g}]" + (" and finite" * math.isinf(high)))
+def check_range(name: str, value: Coefficient, low: float, high: float) -> None:
+    known = value_of(name, value)
+    if known is None:
+        return
+    if not low <= known <= high or known == math.inf:  # not isinf: torch.compile cannot trace it
+        raise ValueError(f"{name} is {known}; it must be in [{low:g}, {high:g}]" + (" and finite" * math.isinf(high)))
+
+
+def check_number(name: str, value: object, what: str) -> None:
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} is a tensor; it is {what}, given as a number")
+
+
+def check_coefficients(like: Tensor, like_name: str, **coefficients: Coefficient | None) -> None:
+    """Where a coefficient is a tensor: that one can be read where the op runs, and that no gradient is expected."""
+    for name, value in coefficients.items():
+        if not isinstance(value, Tensor):
+            continue
+        value_of(name, value)
+        if value.device.type != "cpu":  # the host reads what is there, whatever device the others are on
+            check_device(name, value, like, like_name)
+        check_constant(name, value)
+
+
+def check_constant(name: str, value: object) -> None:
+    """What the op gives no gradient, and cannot take for a constant without saying so."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(f"{name} requires a gradient, and the op gives it none; give {name}.detach()")
+
+
+def value_of(name: str, value: Coefficient) -> float | None:
+    """A coefficient's value, None where nobody looks at it."""
+    if not isinstance(value, Tensor):
+        return value
+    check_floating(name, value)
+    check_shape(name, value, (), "a number, or a tensor without dimensions")
+    return value.item() if _may_be_read(value) else None
+
+
+def is_off(coefficient: Coefficient) -> bool:
+    """Whether a term is left out. One whose coefficient is a tensor never is: no host may look at it."""
+    return not isinstance(coefficient, Tensor) and coefficient == 0.0
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
@@ -162,6 +213,12 @@ def check_floating(name: str, tensor: Tensor) -> None:
 def check_int64(name: str, tensor: Tensor) -> None:
     if tensor.dtype != torch.int64:
         raise TypeError(f"{name} has dtype {tensor.dtype} and shape {tuple(tensor.shape)}; expected torch.int64")
+
+
+def check_not_expanded(name: str, tensor: Tensor) -> None:
+    """For what is written to."""
+    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ValueError(f"{name} is expanded, strides {tensor.stride()}: entries that are written share their memory")
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
@@ -177,4 +234,6 @@ def check_device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> Non
 
 
 def _may_be_read(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not torch._C._functorch.is_batchedtensor(tensor)  # of vmap: a tensor's value is one of many

@@ -1,20 +1,25 @@
-"""What torch.library is told of each op beyond its kernels: fake kernels, gradients, and the Triton kernels for CUDA.
+"""What torch.library is told of each op beyond its kernels: fake kernels, the Triton kernels for CUDA, and overloads.
 
-Schemas and CPU kernels are `fastppo._C`'s (csrc/), the chunked heads `fastppo.linear`'s. An op's arguments are taken as
-checked by `fastppo.ops`.
+Schemas and CPU kernels are `fastppo._C`'s (csrc/), the chunked heads `fastppo.linear`'s, gradients
+`fastppo.derivatives`'. An op's arguments are taken as checked by `fastppo.ops`.
+Each op with coefficients stands twice, for the same kernels: `fastppo::NAME` takes them as numbers, of which a compiler
+would make constants, and `fastppo::NAME.tensors` as tensors without dimensions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 import fastppo._C  # registers torch.ops.fastppo.*
 from fastppo import linear
+from fastppo.overloads import COEFFICIENTS
 
 # Ops with a Triton kernel, each in the file of its name in kernels/.
 TRITON = (
@@ -30,8 +35,10 @@ TRITON = (
 # GAE's CUDA kernels are linked where torch is a CUDA build and nvcc was found.
 GAE_DEVICES = ("cpu", "meta", "cuda") if fastppo._C.built()["cuda_archs"] else ("cpu", "meta")
 
-# Rows of vocabulary_forward's stats, as far as they have gradients, in the order of vocabulary_backward's upstream.
-LOGPROBS, ENTROPY, LSE, KL = 0, 1, 2, 6
+# Ops that have coefficients.
+OF_TENSORS = (*TRITON, "gae", *(op.__name__ for op in linear.OPS))
+
+_library = torch.library.Library("fastppo", "FRAGMENT")
 
 
 def launcher(op: str) -> Any:
@@ -39,74 +46,120 @@ def launcher(op: str) -> Any:
     return getattr(import_module(f"fastppo.kernels.{op}"), op)
 
 
-for _op in TRITON:
-    torch.library.impl(f"fastppo::{_op}", "CUDA")(lambda *args, _op=_op: launcher(_op)(*args))
+def kernel(op: str) -> Any:
+    """The op that takes its coefficients as numbers."""
+    return getattr(torch.ops.fastppo, op).default
+
+
+def overloads(op: str) -> tuple[str, ...]:
+    """An op's names for torch.library: with coefficients as numbers, and as tensors where it has any."""
+    return (op, f"{op}.tensors") if op in OF_TENSORS else (op,)
+
+
+def reading(op: str) -> Callable[..., Any]:
+    """The kernel of numbers for coefficients in tensors that the host can read without waiting for a device."""
+    run = kernel(op)
+    places = [i for i, argument in enumerate(run._schema.arguments) if argument.name in COEFFICIENTS]
+
+    def read(*arguments: Any) -> Any:
+        values = list(arguments)
+        for i in places:
+            values[i] = None if values[i] is None else values[i].item()
+        return run(*values)
+
+    return read
+
+
+for _op in linear.OPS:
+    _library.define(torch.library.infer_schema(_op, mutates_args=(), op_name=_op.__name__))
+for _op_name in OF_TENSORS:
+    _schema = str(kernel(_op_name)._schema).removeprefix(f"fastppo::{_op_name}(")
+    _schema = re.sub(rf"\b(?:float|int)(\??) ({'|'.join(COEFFICIENTS)})\b", r"Tensor\1 \2", _schema)
+    _library.define(f"{_op_name}.tensors({_schema}")
+for _op in linear.OPS:  # written in torch: the same for any device, and for coefficients of either kind
+    for _name in overloads(_op.__name__):
+        _library.impl(_name, _disable_dynamo(_op), "CompositeExplicitAutograd")
+for _op_name in (*TRITON, "gae"):
+    _library.impl(f"{_op_name}.tensors", reading(_op_name), "CompositeExplicitAutograd")
+for _op_name in TRITON:
+    for _name in overloads(_op_name):
+        _library.impl(_name, lambda *args, _op=_op_name: launcher(_op)(*args), "CUDA")
 
 
 # Fake kernels: shapes and dtypes without data
 
 
-@torch.library.register_fake("fastppo::vocabulary_forward")
-def _(logits: Tensor, targets: Tensor, temperature: float, softcap: float | None, ref_logits: Tensor | None) -> Tensor:
-    rows = linear.STATS if ref_logits is None else linear.STATS_WITH_REFERENCE
-    return logits.new_empty(rows, len(logits), dtype=torch.float32)
+def fake(op: str) -> Callable[[Callable[..., Any]], None]:
+    """Registers the fake kernel of an op and of its overload."""
+
+    def register(function: Callable[..., Any]) -> None:
+        for name in overloads(op):
+            torch.library.register_fake(f"fastppo::{name}", function, lib=_library)
+
+    return register
 
 
-@torch.library.register_fake("fastppo::vocabulary_backward")
+@fake("vocabulary_forward")
+def _(logits: Tensor, *arguments: Any) -> Tensor:
+    rows = linear.STATS if arguments[-1] is None else linear.STATS_WITH_REFERENCE
+    return logits.new_empty(rows, logits.shape[0], dtype=torch.float32)
+
+
+@fake("vocabulary_backward")
 def _(*arguments: Any) -> None: ...
 
 
-@torch.library.register_fake("fastppo::policy_loss_in_chunk")
+@fake("policy_loss_in_chunk")
 def _(*arguments: Any) -> None: ...
 
 
-@torch.library.register_fake("fastppo::accumulate")
+@fake("accumulate")
 def _(*arguments: Any) -> None: ...
 
 
-@torch.library.register_fake("fastppo::policy_loss")
+@fake("policy_loss")
 def _(logprobs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *_totals(logprobs), logprobs.new_empty(len(logprobs), dtype=torch.float32)
+    return *_totals(logprobs), logprobs.new_empty(logprobs.shape[0], dtype=torch.float32)
 
 
-@torch.library.register_fake("fastppo::sum_tokens")
+@fake("sum_tokens")
 def _(token_stats: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _totals(token_stats)
 
 
-@torch.library.register_fake("fastppo::value_loss")
+@fake("value_loss")
 def _(values: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     loss, _, _ = _totals(values)
-    return loss, loss.new_empty(7), loss.new_empty(len(values))
+    return loss, loss.new_empty(7), loss.new_empty(values.shape[0])
 
 
-@torch.library.register_fake("fastppo::sample_tokens")
+@fake("sample_tokens")
 def _(logits: Tensor, stream: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(stream), stream.new_empty(len(stream), dtype=torch.float32)
+    return torch.empty_like(stream), stream.new_empty(stream.shape[0], dtype=torch.float32)
 
 
-@torch.library.register_fake("fastppo::gae")
+@fake("gae")
 def _(rewards: Tensor, *arguments: Any) -> Tensor:
-    return rewards.new_empty(2, len(rewards), dtype=torch.float32)
+    return rewards.new_empty(2, rewards.shape[0], dtype=torch.float32)
 
 
-@torch.library.register_fake("fastppo::attend_cached")
+@fake("attend_cached")
 def _(query: Tensor, *arguments: Any) -> Tensor:
     return query.new_empty(query.shape)
 
 
-@linear.linear_logprobs.register_fake
+@fake("linear_logprobs")
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *reference: Any) -> Tensor:
     rows = linear.STATS if reference[0] is None else linear.STATS_WITH_REFERENCE
-    return hidden.new_empty(rows, len(hidden), dtype=torch.float32)
+    return hidden.new_empty(rows, hidden.shape[0], dtype=torch.float32)
 
 
-@linear.linear_logprobs_backward.register_fake
+@fake("linear_logprobs_backward")
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _gradients_like(hidden, weight, bias, rest[-1])
 
 
-@linear.linear_policy_loss.register_fake
+@fake("linear_policy_loss")
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     return *_totals(hidden), *_gradients_like(hidden, weight, bias, rest[-1])
 
@@ -122,92 +175,6 @@ def _gradients_like(
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     made = [hidden.new_empty(shape if want else (0,)) for shape, want in zip(shapes, wanted, strict=True)]
     return made[0], made[1], made[2]
-
-
-# Gradients
-
-
-def _save_vocabulary(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    logits, targets, ctx.temperature, ctx.softcap, ref_logits = inputs
-    ctx.save_for_backward(logits, targets, ref_logits, output)
-
-
-def _vocabulary_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    logits, targets, ref_logits, stats = ctx.saved_tensors
-    out = torch.empty_like(logits)
-    torch.ops.fastppo.vocabulary_backward(
-        logits, targets, stats, _upstream(grad), ctx.temperature, ctx.softcap, ref_logits, out
-    )
-    return out, None, None, None, None
-
-
-def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.temperature, ctx.softcap, ctx.workspace = inputs
-    ctx.save_for_backward(*tensors, output)
-
-
-def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    wanted = list(ctx.needs_input_grad[:3])
-    made = linear.linear_logprobs_backward(
-        *ctx.saved_tensors, _upstream(grad), ctx.temperature, ctx.softcap, ctx.workspace, wanted
-    )
-    return *(g if want else None for g, want in zip(made, wanted, strict=True)), *(None,) * 7
-
-
-def _upstream(grad: Tensor) -> Tensor:
-    """Of stats' gradient the rows that reach the logits, (4, M)."""
-    kl = grad[KL] if len(grad) > linear.STATS else torch.zeros_like(grad[LSE])
-    return torch.stack((grad[LOGPROBS], grad[ENTROPY], grad[LSE], kl))
-
-
-def _save_linear_policy_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.wanted = inputs[-1]
-    ctx.save_for_backward(*output[3:])
-
-
-def _linear_policy_loss_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    made = zip(ctx.saved_tensors, ctx.wanted, strict=True)
-    # On the CPU a look at a number costs less than a pass over the weight's gradient. A compiler's tensors have none.
-    once = type(upstream) is Tensor and upstream.device.type == "cpu" and upstream.item() == 1.0
-    return *((g if once else (g * upstream).to(g.dtype)) if want else None for g, want in made), *(None,) * 19
-
-
-def _save_policy_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logprobs, _, _, entropy, kl, mask, normalizer, *_, ctx.entropy_coef, ctx.kl_coef = inputs
-    ctx.dtypes = [None if x is None else x.dtype for x in (logprobs, entropy, kl)]
-    ctx.save_for_backward(output[3], mask, normalizer)
-
-
-def _policy_loss_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    d_logprobs, mask, normalizer = ctx.saved_tensors
-    each = (upstream / normalizer).expand(len(d_logprobs))
-    each = each if mask is None else each * mask
-    made = (d_logprobs * upstream, -ctx.entropy_coef * each, ctx.kl_coef * each)
-    logprobs, entropy, kl = (
-        g.to(dtype) if dtype is not None and needed else None
-        for g, dtype, needed in zip(made, ctx.dtypes, (ctx.needs_input_grad[i] for i in (0, 3, 4)), strict=True)
-    )
-    return logprobs, None, None, entropy, kl, *(None,) * 7
-
-
-def _save_value_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(output[2])
-
-
-def _value_loss_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    (d_values,) = ctx.saved_tensors
-    return (d_values * upstream).to(ctx.dtype), *(None,) * 5
-
-
-for _name, _backward, _save in (
-    ("vocabulary_forward", _vocabulary_backward, _save_vocabulary),
-    ("linear_logprobs", _linear_backward, _save_linear),
-    ("linear_policy_loss", _linear_policy_loss_backward, _save_linear_policy_loss),
-    ("policy_loss", _policy_loss_backward, _save_policy_loss),
-    ("value_loss", _value_loss_backward, _save_value_loss),
-):
-    torch.library.register_autograd(f"fastppo::{_name}", _backward, setup_context=_save)
 
 
 def backend(device: torch.device) -> str:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
+
+from fastppo.overloads import overload
 
 # Weight gradients of several chunks are summed in fp32. A product of a few thousand vocabulary rows at a time is
 # still in the cache when it is added, where one of the whole vocabulary would go through memory twice.
@@ -59,7 +60,7 @@ class Products:
     def __init__(self, head: Head, wanted: Sequence[bool], several: bool) -> None:
         assert head.hidden is not None and head.weight is not None
         self.hidden, self.weight, self.several = head.hidden, head.weight, several
-        self.d_hidden = torch.empty_like(self.hidden) if wanted[0] else None
+        self.d_hidden = self.hidden.new_empty(self.hidden.shape) if wanted[0] else None
         self.d_weight: Tensor | None = None
         if wanted[1]:  # one chunk's product rounds once and needs no sum
             dtype = torch.float32 if several else self.weight.dtype
@@ -95,7 +96,6 @@ class Products:
         return hidden, weight, bias
 
 
-@custom_op("fastppo::linear_logprobs", mutates_args=())
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -109,14 +109,14 @@ def linear_logprobs(
     workspace: int,
 ) -> Tensor:
     """`vocabulary_forward` of a head's logits: (5, M) or, with a reference, (10, M) fp32."""
+    forward = overload("vocabulary_forward", temperature)
     ref_head = Head(ref_hidden, ref_weight, ref_bias)
     stats = hidden.new_empty(STATS if ref_hidden is None else STATS_WITH_REFERENCE, len(hidden), dtype=torch.float32)
     for rows, logits, ref_logits in chunks(Head(hidden, weight, bias), ref_head, workspace):
-        stats[:, rows] = torch.ops.fastppo.vocabulary_forward(logits, targets[rows], temperature, softcap, ref_logits)
+        stats[:, rows] = forward(logits, targets[rows], temperature, softcap, ref_logits)
     return stats
 
 
-@custom_op("fastppo::linear_logprobs_backward", mutates_args=())
 def linear_logprobs_backward(
     hidden: Tensor,
     weight: Tensor,
@@ -137,17 +137,15 @@ def linear_logprobs_backward(
     upstream: (4, M) fp32, the gradients by logprobs, entropy, lse and kl.
     """
     head, ref_head = Head(hidden, weight, bias), Head(ref_hidden, ref_weight, ref_bias)
+    backward = overload("vocabulary_backward", temperature)
     products: Products | None = None
     for rows, logits, ref_logits in chunks(head, ref_head, workspace):
         products = products or Products(head, wanted, several=rows.stop < len(hidden))
-        torch.ops.fastppo.vocabulary_backward(
-            logits, targets[rows], stats[:, rows], upstream[:, rows], temperature, softcap, ref_logits, logits
-        )
+        backward(logits, targets[rows], stats[:, rows], upstream[:, rows], temperature, softcap, ref_logits, logits)
         products.add(rows, logits)
     return (products or Products(head, wanted, several=False)).result()
 
 
-@custom_op("fastppo::linear_policy_loss", mutates_args=())
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -179,10 +177,11 @@ def linear_policy_loss(
     """
     head, ref_head = Head(hidden, weight, bias), Head(ref_hidden, ref_weight, ref_bias)
     token_stats = hidden.new_empty(8, len(hidden), dtype=torch.float32)
+    loss_in_chunk = overload("policy_loss_in_chunk", temperature)
     products: Products | None = None
     for rows, logits, ref_logits in chunks(head, ref_head, workspace):
         products = products or Products(head, wanted, several=rows.stop < len(hidden))
-        torch.ops.fastppo.policy_loss_in_chunk(
+        loss_in_chunk(
             logits,
             targets[rows],
             old_logprobs[rows],
@@ -203,5 +202,10 @@ def linear_policy_loss(
             token_stats[:, rows],
         )
         products.add(rows, logits)
-    loss, sums, ratio_max = torch.ops.fastppo.sum_tokens(token_stats, entropy_coef, kl_coef, normalizer)
+    loss, sums, ratio_max = overload("sum_tokens", kl_coef)(token_stats, entropy_coef, kl_coef, normalizer)
     return loss, sums, ratio_max, *(products or Products(head, wanted, several=False)).result()
+
+
+# Registered by `fastppo.library` as fastppo::NAME. The coefficients, annotated as the schema's floats, may be tensors
+# without dimensions: they are only handed on.
+OPS = (linear_logprobs, linear_logprobs_backward, linear_policy_loss)

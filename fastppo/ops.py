@@ -1,49 +1,60 @@
 """The ops of PPO, and the only door to what computes them.
 
 A function here checks its arguments, before anything runs, and then calls a kernel: C++ (csrc/) on the CPU, Triton
-(kernels/) or, for GAE, CUDA (csrc/) on a GPU, each a `torch.library` op with a fake kernel and gradients
-(`fastppo.library`). fp64, for tests of gradients, runs `fastppo.reference`. The log says once what the ops run on.
+(kernels/) or, for GAE, CUDA (csrc/) on a GPU, each a `torch.library` op with a fake kernel (`fastppo.library`) and
+gradients (`fastppo.derivatives`). fp64, for tests of gradients, runs `fastppo.reference`. The log says once what the
+ops run on.
 
 M tokens, vocabulary V, hidden size H, B sequences, R rows. Floating inputs are fp32, bf16, fp16 or fp64; statistics,
-losses and sums are fp32, fp64 for fp64 inputs. All tensors of a call are on one device. A wrong dtype is a TypeError, a
-wrong shape, device or value a ValueError, which names the argument. M may be 0.
+losses and sums are fp32, fp64 for fp64 inputs. All tensors of a call are on one device, in any layout. A wrong dtype is
+a TypeError, a wrong shape, device or value a ValueError, which names the argument. M may be 0.
 Values of tensors are looked at where that costs nothing: on the CPU. On CUDA a kernel that finds `cu_seqlens` wrong
 stops with an assertion that says so.
+
+Coefficients (temperature, clips, entropy_coef, kl_coef, gamma, lam) are numbers, or tensors without dimensions, on the
+CPU or with the others, which are read where the op runs and receive no gradient: a graph holds for each of their
+values. torch.compile traces each op whole, once for all sizes and coefficients when told that they are dynamic, else
+once more. softcap, scale and what else belongs to a model are numbers, and constants of a compiled graph.
+
+Gradients are those of reverse mode, once. What else there is of derivatives (create_graph, forward mode, torch.func's
+grad and jvp) raises NotImplementedError; fp64 inputs have all of them. What a docstring gives no gradient is constant.
 """
 
 from __future__ import annotations
 
-import logging
-from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fastppo import library, reference
+from fastppo import derivatives as derivatives  # registers the gradients
+from fastppo import reference
+from fastppo.backend import by_reference
 from fastppo.checks import (
-    check_cu_seqlens,
+    Coefficient,
+    check_coefficients,
+    check_constant,
     check_device,
-    check_floating,
     check_head,
-    check_int64,
     check_kl_kind,
     check_logits,
     check_mask,
     check_normalizer,
     check_policy_options,
     check_positive,
-    check_range,
     check_reference,
     check_scale,
     check_shape,
-    check_starts,
     check_targets,
     check_tokens,
+    is_off,
 )
+from fastppo.coefficients import numbers
+from fastppo.gradient_free import attend_cached as attend_cached
+from fastppo.gradient_free import gae as gae
+from fastppo.gradient_free import sample_tokens as sample_tokens
+from fastppo.overloads import overload
 from fastppo.stats import PolicyStats, TokenStats, ValueStats
-
-log = logging.getLogger("fastppo")
 
 # For the logits of a chunk of rows; `linear_*` take no more, whatever M. On a GPU a chunk needs some 2,000 rows for its
 # products to take longer than the weight's gradient, in fp32, takes to be read and written once more.
@@ -58,57 +69,11 @@ def workspace_bytes(*, cpu: bool) -> int:
     return WORKSPACE_BYTES if cpu else GPU_WORKSPACE_BYTES
 
 
-def gae(
-    rewards: Tensor,
-    values: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    gamma: float,
-    lam: float,
-    bootstrap: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Advantages and returns of packed sequences (Schulman et al. 2016, eq. 11 and 16).
-
-    rewards, values: (M,) floating; cu_seqlens: (B+1,) int32 or int64, from 0 to M, never falling; gamma, lam in [0, 1];
-    bootstrap: (B,) the value after each sequence's last token, 0 when left out; mask: (M,) bool, False for a token that
-    is passed over: its reward and value are ignored, its outputs are 0, and the next token's value and advantage reach
-    the one before it. Returns (advantages, returns), (M,) each, not differentiable.
-    """
-    check_tokens("rewards", rewards, rewards)
-    check_tokens("values", values, rewards, "rewards")
-    check_mask(mask, rewards, "rewards")
-    check_cu_seqlens(cu_seqlens, rewards)
-    check_range("gamma", gamma, 0.0, 1.0)
-    check_range("lam", lam, 0.0, 1.0)
-    if bootstrap is not None:
-        check_floating("bootstrap", bootstrap)
-        check_shape("bootstrap", bootstrap, (len(cu_seqlens) - 1,), "one value for each sequence of cu_seqlens")
-        check_device("bootstrap", bootstrap, rewards, "rewards")
-    fp64 = _by_reference(rewards) or values.dtype == torch.float64
-    if fp64 or rewards.device.type not in library.GAE_DEVICES:
-        check_starts(cu_seqlens, len(rewards))
-        _log_once(f"gae on {rewards.device} in {rewards.dtype}: reference Python, as fastppo._C has no kernel for that")
-        return reference.gae(rewards, values, cu_seqlens, gamma=gamma, lam=lam, bootstrap=bootstrap, mask=mask)
-    dtype = torch.bfloat16 if rewards.dtype == values.dtype == torch.bfloat16 else torch.float32
-    out: Tensor = torch.ops.fastppo.gae(
-        _dense(rewards, dtype),
-        _dense(values, dtype),
-        _dense(cu_seqlens, cu_seqlens.dtype),
-        gamma,
-        lam,
-        None if bootstrap is None else _dense(bootstrap, torch.float32),
-        None if mask is None else _dense(mask, torch.bool),
-    )
-    advantages, returns = out.unbind()
-    return advantages, returns
-
-
 def token_logprobs(
     logits: Tensor,
     targets: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: Coefficient = 1.0,
     softcap: float | None = None,
     ref_logits: Tensor | None = None,
 ) -> TokenStats:
@@ -122,15 +87,17 @@ def token_logprobs(
     check_logits("logits", logits)
     check_targets(targets, logits.shape[0], logits.shape[1], logits, "logits")
     check_scale(temperature, softcap)
+    check_coefficients(logits, "logits", temperature=temperature)
     if ref_logits is not None:
         check_logits("ref_logits", ref_logits)
         check_shape("ref_logits", ref_logits, tuple(logits.shape), "the shape of logits")
         check_device("ref_logits", ref_logits, logits, "logits")
-    scale: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
-    if _by_reference(logits):
+    scale = numbers(logits, temperature=temperature) | {"softcap": softcap}
+    if by_reference(logits):
         return reference.token_logprobs(logits, targets, ref_logits=ref_logits, **scale)
     (ref_logits,) = _detached(ref_logits)
-    return _token_stats(torch.ops.fastppo.vocabulary_forward(logits, targets, ref_logits=ref_logits, **scale))
+    forward = overload("vocabulary_forward", scale["temperature"])
+    return _token_stats(forward(logits, targets, ref_logits=ref_logits, **scale))
 
 
 def linear_logprobs(
@@ -138,7 +105,7 @@ def linear_logprobs(
     weight: Tensor,
     targets: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: Coefficient = 1.0,
     bias: Tensor | None = None,
     softcap: float | None = None,
     ref_hidden: Tensor | None = None,
@@ -154,16 +121,16 @@ def linear_logprobs(
     check_head(hidden, weight, bias, "")
     check_targets(targets, hidden.shape[0], weight.shape[0], hidden, "hidden")
     check_scale(temperature, softcap)
+    check_coefficients(hidden, "hidden", temperature=temperature)
     check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
     ref_hidden, ref_weight, ref_bias = _detached(ref_hidden, ref_weight, ref_bias)
     head: dict[str, Any] = {"hidden": hidden, "weight": weight, "bias": bias, "targets": targets}
     head |= {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
-    scale: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
-    if _by_reference(hidden):
+    scale = numbers(hidden, temperature=temperature) | {"softcap": softcap}
+    if by_reference(hidden):
         return reference.linear_logprobs(**head, **scale)
-    return _token_stats(
-        torch.ops.fastppo.linear_logprobs(**head, **scale, workspace=workspace_bytes(cpu=not hidden.is_cuda))
-    )
+    forward = overload("linear_logprobs", scale["temperature"])
+    return _token_stats(forward(**head, **scale, workspace=workspace_bytes(cpu=not hidden.is_cuda)))
 
 
 def policy_loss(
@@ -171,13 +138,13 @@ def policy_loss(
     old_logprobs: Tensor,
     advantages: Tensor,
     *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None = None,
+    clip_low: Coefficient,
+    clip_high: Coefficient,
+    dual_clip: Coefficient | None = None,
     entropy: Tensor | None = None,
-    entropy_coef: float = 0.0,
+    entropy_coef: Coefficient = 0.0,
     kl: Tensor | None = None,
-    kl_coef: float = 0.0,
+    kl_coef: Coefficient = 0.0,
     normalizer: Tensor,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
@@ -201,22 +168,22 @@ def policy_loss(
             check_tokens(name, tensor, logprobs, "logprobs")
     check_policy_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef)
     check_normalizer(normalizer, logprobs, "logprobs")
+    check_constant("normalizer", normalizer)
     check_mask(mask, logprobs, "logprobs")
     for name, coef, tensor in (("entropy", entropy_coef, entropy), ("kl", kl_coef, kl)):
-        if coef != 0.0 and tensor is None:
-            raise ValueError(f"{name}_coef is {coef} and {name} is None; give {name} or set {name}_coef to 0")
+        if tensor is None and not is_off(coef):
+            raise ValueError(
+                f"{name}_coef is {coef} and {name} is None; give {name} or set {name}_coef to the number 0"
+            )
+    coefficients: dict[str, Any] = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
+    coefficients |= {"entropy_coef": entropy_coef, "kl_coef": kl_coef}
+    check_coefficients(logprobs, "logprobs", **coefficients)
     old_logprobs, advantages = old_logprobs.detach(), advantages.detach()
     tokens |= {"logprobs": logprobs, "old_logprobs": old_logprobs, "advantages": advantages, "mask": mask}
-    options: dict[str, Any] = {
-        "clip_low": clip_low,
-        "clip_high": clip_high,
-        "dual_clip": dual_clip,
-        "entropy_coef": entropy_coef,
-    }
-    options |= {"kl_coef": kl_coef, "normalizer": normalizer}
-    if _by_reference(logprobs):
+    options = numbers(logprobs, **coefficients) | {"normalizer": normalizer}
+    if by_reference(logprobs):
         return reference.policy_loss(**tokens, **options)
-    loss, sums, ratio_max, _ = torch.ops.fastppo.policy_loss(**tokens, **options)
+    loss, sums, ratio_max, _ = overload("policy_loss", options["kl_coef"])(**tokens, **options)
     return loss, PolicyStats(sums.detach(), ratio_max.detach())
 
 
@@ -227,12 +194,12 @@ def linear_policy_loss(
     old_logprobs: Tensor,
     advantages: Tensor,
     *,
-    temperature: float,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None = None,
-    entropy_coef: float = 0.0,
-    kl_coef: float = 0.0,
+    temperature: Coefficient,
+    clip_low: Coefficient,
+    clip_high: Coefficient,
+    dual_clip: Coefficient | None = None,
+    entropy_coef: Coefficient = 0.0,
+    kl_coef: Coefficient = 0.0,
     kl_kind: KlKind = "exact",
     ref_logprobs: Tensor | None = None,
     ref_hidden: Tensor | None = None,
@@ -258,6 +225,7 @@ def linear_policy_loss(
             check_tokens(name, tensor, hidden, "hidden")
     check_policy_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef)
     check_normalizer(normalizer, hidden, "hidden")
+    check_constant("normalizer", normalizer)
     check_mask(mask, hidden, "hidden")
     check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
     check_kl_kind(kl_kind, kl_coef, ref_hidden is not None, ref_logprobs is not None)
@@ -271,18 +239,15 @@ def linear_policy_loss(
     head |= {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
     tokens: dict[str, Any] = {"old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs}
     tokens = {name: None if x is None else x.detach().to(statistics) for name, x in tokens.items()}
-    options: dict[str, Any] = {
-        "temperature": temperature,
-        "softcap": softcap,
-        "clip_low": clip_low,
-        "clip_high": clip_high,
-    }
-    options |= {"dual_clip": dual_clip, "entropy_coef": entropy_coef, "kl_coef": kl_coef, "kl_kind": kl_kind}
+    coefficients: dict[str, Any] = {"temperature": temperature, "clip_low": clip_low, "clip_high": clip_high}
+    coefficients |= {"dual_clip": dual_clip, "entropy_coef": entropy_coef, "kl_coef": kl_coef}
+    check_coefficients(hidden, "hidden", **coefficients)
+    options = numbers(hidden, **coefficients) | {"softcap": softcap, "kl_kind": kl_kind}
     arguments = head | tokens | options | {"normalizer": normalizer, "mask": mask}
-    if _by_reference(hidden):
+    if by_reference(hidden):
         return reference.linear_policy_loss(**arguments)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    loss, sums, ratio_max, *_ = torch.ops.fastppo.linear_policy_loss(
+    loss, sums, ratio_max, *_ = overload("linear_policy_loss", options["kl_coef"])(
         **arguments, workspace=workspace_bytes(cpu=not hidden.is_cuda), wanted=wanted
     )
     return loss, PolicyStats(sums.detach(), ratio_max.detach())
@@ -293,7 +258,7 @@ def value_loss(
     old_values: Tensor,
     returns: Tensor,
     *,
-    clip: float | None = None,
+    clip: Coefficient | None = None,
     normalizer: Tensor,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, ValueStats]:
@@ -307,78 +272,18 @@ def value_loss(
     check_tokens("old_values", old_values, values, "values")
     check_tokens("returns", returns, values, "values")
     check_normalizer(normalizer, values, "values")
+    check_constant("normalizer", normalizer)
     check_mask(mask, values, "values")
     if clip is not None:
         check_positive("clip", clip)
+        check_coefficients(values, "values", clip=clip)
     old_values, returns = old_values.detach(), returns.detach()
     arguments: dict[str, Any] = {"values": values, "old_values": old_values, "returns": returns, "mask": mask}
-    arguments |= {"normalizer": normalizer, "clip": clip}
-    if _by_reference(values):
+    arguments |= {"normalizer": normalizer} | numbers(values, clip=clip)
+    if by_reference(values):
         return reference.value_loss(**arguments)
-    loss, sums, _ = torch.ops.fastppo.value_loss(**arguments)
+    loss, sums, _ = overload("value_loss", arguments["clip"])(**arguments)
     return loss, ValueStats(sums.detach())
-
-
-def sample_tokens(
-    logits: Tensor, *, temperature: float = 1.0, seed: int, stream: Tensor, offset: Tensor | int
-) -> tuple[Tensor, Tensor]:
-    """Draw one token a row from softmax(logits / temperature).
-
-    logits: (R, V) floating, each row with a finite entry, -inf for tokens that may not be drawn; seed: taken modulo
-    2^64; stream: (R,) int64, prompt index * n + sample index; offset: (R,) int64, or one int for all rows: the
-    token's position. A row's result depends on its own logits and (seed, stream, offset) alone, bit for bit. The random
-    number is Philox4x32-10's with key (seed) and counter (offset, stream): see `fastppo.philox.uniform`.
-    Returns tokens, (R,) int64, and their log probabilities, (R,) fp32.
-    """
-    check_logits("logits", logits)
-    check_scale(temperature, None)
-    if isinstance(offset, int):
-        offset = torch.full_like(stream, offset)
-    for name, tensor in (("stream", stream), ("offset", offset)):
-        check_int64(name, tensor)
-        check_shape(name, tensor, (len(logits),), "one number for each row of logits")
-        check_device(name, tensor, logits, "logits")
-    arguments: dict[str, Any] = {"logits": logits, "stream": stream, "offset": offset, "temperature": temperature}
-    if _by_reference(logits):
-        tokens, logprobs = reference.sample_tokens(**arguments, seed=seed)
-    else:
-        seed = (seed + 2**63) % 2**64 - 2**63  # as an int64
-        tokens, logprobs = torch.ops.fastppo.sample_tokens(**arguments, seed=seed)
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(logprobs.isfinite().all()):
-        row = int((~logprobs.isfinite()).nonzero()[0])
-        raise ValueError(f"row {row} of logits holds NaN or +inf, or no finite entry: nothing can be drawn from it")
-    return tokens, logprobs
-
-
-def attend_cached(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    lengths: Tensor,
-    rows: Tensor,
-    *,
-    scale: float,
-    window: int = 0,
-    softcap: float = 0.0,
-) -> Tensor:
-    """Append one position to each active row of a key/value cache, and attend to all positions of that row.
-
-    query: (R, heads, D) fp32 or bf16; key, value: (R, kv heads, D), heads being a multiple of kv heads; key_cache,
-    value_cache: (rows, kv heads, T, D), written at each row's own length; lengths: (rows,) int64, positions held, below
-    T and left as they are; rows: (R,) int64, each active row's place in the cache; window: newest positions seen, 0 for
-    all; softcap: s -> softcap tanh(s / softcap) on scores, 0 for none. Returns (R, heads, D), not differentiable. On
-    the CPU a row's result does not depend on the other rows, bit for bit. Bad arguments raise ValueError there.
-    """
-    if query.device.type == "cpu":
-        kernel = torch.ops.fastppo.attend_cached
-        out: Tensor = kernel(query, key, value, key_cache, value_cache, lengths, rows, scale, window, softcap)
-        return out
-    _log_once(f"attend_cached on {query.device}: reference PyTorch, as its kernel is the CPU's")
-    return reference.attend_cached(
-        query, key, value, key_cache, value_cache, lengths, rows, scale=scale, window=window, softcap=softcap
-    )
 
 
 def _token_stats(stats: Tensor) -> TokenStats:
@@ -390,30 +295,5 @@ def _token_stats(stats: Tensor) -> TokenStats:
     return TokenStats(logprobs, entropy, lse, ref_logprobs.detach(), ref_lse.detach(), kl)
 
 
-def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` for a kernel that is not differentiable."""
-    if x.dtype == dtype and x.is_contiguous() and not x.requires_grad:
-        return x  # the three calls below take longer than GAE of a thousand tokens
-    return x.detach().to(dtype).contiguous()
-
-
 def _detached(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if x is None else x.detach() for x in tensors)
-
-
-def _by_reference(like: Tensor) -> bool:
-    """Whether the oracle itself computes: for fp64, which no kernel takes. Says once what the ops run on."""
-    if not torch.compiler.is_compiling():
-        _say_backend(like.device, like.dtype)
-    return like.dtype == torch.float64
-
-
-@cache
-def _say_backend(device: torch.device, dtype: torch.dtype) -> None:
-    found = "reference PyTorch, as no kernel takes fp64" if dtype == torch.float64 else library.backend(device)
-    log.info("ops on %s in %s: %s", device, str(dtype).removeprefix("torch."), found)
-
-
-@cache
-def _log_once(message: str) -> None:
-    log.info(message)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastppo.philox import uniform
@@ -101,8 +100,8 @@ def linear_logprobs(
     """`token_logprobs` of logits = hidden weight^T + bias, and of the reference's, whole: (M, V) twice."""
     ref_logits = None
     if ref_hidden is not None and ref_weight is not None:
-        ref_logits = F.linear(ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach())
-    logits = F.linear(hidden, weight, bias)
+        ref_logits = project(ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach())
+    logits = project(hidden, weight, bias)
     return token_logprobs(logits, targets, temperature=temperature, softcap=softcap, ref_logits=ref_logits)
 
 
@@ -136,7 +135,7 @@ def policy_loss(
     advantage = kept(advantages.detach())
     ratio = log_ratio.exp()
     unclipped = ratio * advantage
-    bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantage
+    bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantage  # two numbers, or two tensors
     clipped = bounded < unclipped
     objective = torch.where(clipped, bounded, unclipped)
     dual_clipped = torch.zeros_like(keep)
@@ -148,15 +147,19 @@ def policy_loss(
     zero = torch.zeros_like(total)
     entropy_sum = zero if entropy is None else kept(entropy).sum()
     kl_sum = zero if kl is None else kept(kl).sum()
-    if entropy_coef != 0.0:
-        total = total - entropy_coef * entropy_sum
-    if kl_coef != 0.0:
-        total = total + kl_coef * kl_sum
+    total = total - term(entropy_coef, entropy_sum) + term(kl_coef, kl_sum)
     approximate_kl = kept(ratio - 1.0 - log_ratio).sum()  # k3 of old against new policy, Schulman 2020
     counts = (clipped.sum(), dual_clipped.sum(), kept(ratio).sum(), keep.sum())
     sums = torch.stack([s.detach().to(total) for s in (-objective.sum(), entropy_sum, kl_sum, approximate_kl, *counts)])
     ratio_max = kept(ratio).detach().max() if ratio.numel() else zero
     return total / normalizer, PolicyStats(sums, ratio_max)
+
+
+def term(coefficient: float | Tensor, total: Tensor) -> Tensor:
+    """coefficient total, and 0 where the coefficient is: 0 times an infinite KL is a NaN."""
+    if isinstance(coefficient, Tensor):
+        return torch.where(coefficient == 0.0, 0.0, coefficient * total)
+    return coefficient * total if coefficient != 0.0 else torch.zeros_like(total)
 
 
 def linear_policy_loss(
@@ -299,6 +302,11 @@ def attend_cached(
     weights = scores.masked_fill(~visible[:, None, None], float("-inf")).softmax(-1).to(value.dtype)
     out: Tensor = weights @ value_cache[rows]
     return out.flatten(1, 2)
+
+
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(M, H), (V, H), (V,) -> (M, V). Not F.linear, for which ZeRO stage 3 puts a function without forward mode."""
+    return hidden @ weight.t() if bias is None else torch.addmm(bias, hidden, weight.t())
 
 
 def scaled(logits: Tensor, temperature: float, softcap: float | None) -> Tensor:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastppo.kernels.row import check_tokens
+from fastppo.kernels.row import check_tokens, number, operand
 from fastppo.kernels.sums import TOKEN_BLOCK, finish, store_partials
 
 LOG_RATIO_MAX = tl.constexpr(20.0)
@@ -21,11 +21,11 @@ def policy_loss(
     kl: Tensor | None,
     mask: Tensor | None,
     normalizer: Tensor,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    entropy_coef: float,
-    kl_coef: float,
+    clip_low: float | Tensor,
+    clip_high: float | Tensor,
+    dual_clip: float | Tensor | None,
+    entropy_coef: float | Tensor,
+    kl_coef: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`fastppo.reference.policy_loss` (Schulman et al. 2017, eq. 7; Ye et al. 2020, eq. 5) and its gradient.
 
@@ -49,9 +49,9 @@ def policy_loss(
                 partials,
                 d_logprobs,
                 tokens,
-                float(clip_low),
-                float(clip_high),
-                dual_clip,
+                operand(clip_low, logprobs),
+                operand(clip_high, logprobs),
+                None if dual_clip is None else operand(dual_clip, logprobs),
                 BLOCK=TOKEN_BLOCK,
                 num_warps=8,
             )
@@ -125,11 +125,12 @@ def clipped_objective(logprob, old_logprob, advantage, clip_low, clip_high, dual
     log_ratio = clamp(difference, -LOG_RATIO_MAX, LOG_RATIO_MAX)
     ratio = tl.exp(log_ratio)
     unclipped = ratio * advantage
-    bounded = clamp(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantage
+    bounded = clamp(ratio, 1.0 - number(clip_low), 1.0 + number(clip_high)) * advantage
     clipped = bounded < unclipped
     objective = tl.where(clipped, bounded, unclipped)
     held = clipped
     if dual_clip is not None:
+        dual_clip = number(dual_clip)
         dual_clipped = (advantage < 0) & (objective < dual_clip * advantage)
         objective = tl.where(dual_clipped, dual_clip * advantage, objective)
         held = held | dual_clipped

@@ -15,6 +15,8 @@ from fastppo.kernels.row import (
     check_logits,
     check_tokens,
     gradient_slopes,
+    number,
+    operand,
     read_row,
     tile_columns,
     tiling,
@@ -30,13 +32,13 @@ def policy_loss_in_chunk(
     old_logprobs: Tensor,
     advantages: Tensor,
     normalizer: Tensor,
-    temperature: float,
+    temperature: float | Tensor,
     softcap: float | None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    entropy_coef: float,
-    kl_coef: float,
+    clip_low: float | Tensor,
+    clip_high: float | Tensor,
+    dual_clip: float | Tensor | None,
+    entropy_coef: float | Tensor,
+    kl_coef: float | Tensor,
     kl_kind: str,
     ref_logprobs: Tensor | None,
     ref_logits: Tensor | None,
@@ -78,16 +80,16 @@ def policy_loss_in_chunk(
             token_stats.stride(0),
             token_stats.stride(1),
             vocabulary,
-            float(temperature),
+            operand(temperature, logits),
             softcap,
-            float(clip_low),
-            float(clip_high),
-            dual_clip,
-            float(entropy_coef),
-            float(kl_coef),
+            operand(clip_low, logits),
+            operand(clip_high, logits),
+            None if dual_clip is None else operand(dual_clip, logits),
+            operand(entropy_coef, logits),
+            operand(kl_coef, logits),
             KL_KIND=kl_kind,
             GRADIENT=gradient,
-            REF_GRADIENT=kl_coef != 0.0,
+            REF_GRADIENT=isinstance(kl_coef, Tensor) or kl_coef != 0.0,
             UNIT=policy.unit,
             REF_UNIT=ref.unit,
             BLOCK=block,
@@ -154,6 +156,7 @@ def policy_loss_in_chunk_kernel(
     if mask is not None:
         keep = tl.load(mask + m) != 0
     if keep:
+        temperature = number(temperature)
         target = tl.load(targets + m)
         u_target, _ = capped(tl.load(logits + target).to(tl.float32), softcap)
         rate = LOG2_E / temperature
@@ -175,6 +178,7 @@ def policy_loss_in_chunk_kernel(
         for i in tl.static_range(8):
             tl.store(token_stats + stats_stride * i, stats[i])
         if GRADIENT:
+            entropy_coef, kl_coef = number(entropy_coef), number(kl_coef)
             share = 1.0 / tl.load(normalizer)
             g_logprob = (kl_coef * kl_slope - slope) * share
             g_kl = 0.0

@@ -75,6 +75,12 @@ def log_once(message: str) -> None:
     logging.getLogger("fastppo").warning(message)
 
 
+def operand(coefficient: float | Tensor, like: Tensor) -> float | Tensor:
+    """A coefficient for a kernel on the device of `like`: a tensor there, which `number` reads, or a number."""
+    there = isinstance(coefficient, Tensor) and coefficient.device == like.device
+    return coefficient if there else float(coefficient)
+
+
 def check_logits(name: str, logits: Tensor, like: Tensor) -> None:
     if logits.dtype not in DTYPES:
         raise TypeError(f"{name} has dtype {logits.dtype}; these kernels take fp32, bf16 and fp16")
@@ -89,6 +95,15 @@ def check_tokens(rows: int, **tokens: Tensor | None) -> None:
     for name, tensor in tokens.items():
         if tensor is not None and tensor.shape != (rows,):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected ({rows},)")
+
+
+@triton.jit
+def number(coefficient):
+    """fp32, from a number or a pointer to one."""
+    value = tl.to_tensor(coefficient)
+    if value.dtype.is_ptr():
+        value = tl.load(value).to(tl.float32)
+    return value
 
 
 @triton.jit

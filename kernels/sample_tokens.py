@@ -15,6 +15,8 @@ from fastppo.kernels.row import (
     capped_tile,
     check_logits,
     check_tokens,
+    number,
+    operand,
     tile_columns,
     tiling,
 )
@@ -23,7 +25,7 @@ PART = 256  # columns whose probability is summed; those of the chosen part are 
 
 
 def sample_tokens(
-    logits: Tensor, stream: Tensor, offset: Tensor, temperature: float, seed: int
+    logits: Tensor, stream: Tensor, offset: Tensor, temperature: float | Tensor, seed: int | Tensor
 ) -> tuple[Tensor, Tensor]:
     """`fastppo.reference.sample_tokens` (Devroye 1986, ch. III.2), with the u of `fastppo.philox.uniform`.
 
@@ -51,8 +53,8 @@ def sample_tokens(
             logprobs,
             policy.stride,
             vocabulary,
-            float(temperature),
-            (seed + 2**63) % 2**64 - 2**63,
+            operand(temperature, logits),
+            (int(seed) + 2**63) % 2**64 - 2**63,
             UNIT=policy.unit,
             BLOCK=block,
             WIDTH=width,
@@ -82,6 +84,7 @@ def sample_tokens_kernel(
 ):
     m = tl.program_id(0).to(tl.int64)  # offsets pass 2^31
     logits += m * stride * UNIT
+    temperature = number(temperature)
     rate = LOG2_E / temperature
     columns = tile_columns(BLOCK, WIDTH, WIDTH)
     peaks = tl.full((TILES, BLOCK // PART), LOWEST, tl.float32)  # of each part, in the vocabulary's order

@@ -11,7 +11,7 @@ from fastppo.kernels.sums import TOKEN_BLOCK, finish
 
 
 def sum_tokens(
-    token_stats: Tensor, entropy_coef: float, kl_coef: float, normalizer: Tensor
+    token_stats: Tensor, entropy_coef: float | Tensor, kl_coef: float | Tensor, normalizer: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over tokens, and the loss (sums[0] - entropy_coef sums[1] + kl_coef sums[2]) / normalizer.
 

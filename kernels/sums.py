@@ -7,11 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastppo.kernels.row import number, operand
+
 TOKEN_BLOCK = 1024  # tokens of a partial sum, of 8 warps
 
 
 def finish(
-    partials: Tensor, sums: int, normalizer: Tensor, entropy_coef: float, kl_coef: float
+    partials: Tensor, sums: int, normalizer: Tensor, entropy_coef: float | Tensor, kl_coef: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Adds up partial sums, (sums + 1, blocks) fp32, the last row of which holds maxima >= 0.
 
@@ -30,8 +32,8 @@ def finish(
             total,
             maximum,
             partials.shape[1],
-            float(entropy_coef),
-            float(kl_coef),
+            operand(entropy_coef, partials),
+            operand(kl_coef, partials),
             SUMS=sums,
             CHUNK=128,
             num_warps=4,
@@ -43,6 +45,7 @@ def finish(
 def finish_kernel(
     partials, normalizer, loss, sums, maximum, blocks, entropy_coef, kl_coef, SUMS: tl.constexpr, CHUNK: tl.constexpr
 ):
+    entropy_coef, kl_coef = number(entropy_coef), number(kl_coef)
     row = tl.arange(0, 8)
     column = tl.arange(0, CHUNK)
     total = tl.zeros((8, CHUNK), tl.float64)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastppo.kernels.policy_loss import clamp, load_kept
-from fastppo.kernels.row import check_tokens
+from fastppo.kernels.row import check_tokens, number, operand
 from fastppo.kernels.sums import TOKEN_BLOCK, finish, store_partials
 
 
@@ -18,7 +18,7 @@ def value_loss(
     returns: Tensor,
     mask: Tensor | None,
     normalizer: Tensor,
-    clip: float | None,
+    clip: float | Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`fastppo.reference.value_loss` (Schulman et al. 2017, eq. 9; clip: Ziegler et al. 2019) and its gradient.
 
@@ -32,10 +32,11 @@ def value_loss(
     blocks = triton.cdiv(tokens, TOKEN_BLOCK)
     partials = torch.empty(8, blocks, dtype=torch.float32, device=values.device)
     d_values = torch.empty(tokens, dtype=torch.float32, device=values.device)
+    limit = None if clip is None else operand(clip, values)
     if blocks:
         with torch.cuda.device_of(values):
             value_loss_kernel[(blocks,)](
-                *inputs, normalizer, partials, d_values, tokens, clip, BLOCK=TOKEN_BLOCK, num_warps=8
+                *inputs, normalizer, partials, d_values, tokens, limit, BLOCK=TOKEN_BLOCK, num_warps=8
             )
     loss, sums, _ = finish(partials, 7, normalizer, 0.0, 0.0)
     return loss, sums, d_values
@@ -56,6 +57,7 @@ def value_loss_kernel(values, old_values, returns, mask, normalizer, partials, d
     clipped = inside & False
     loss, slope = error, difference
     if clip is not None:
+        clip = number(clip)
         old_value = load_kept(old_values, i, keep)
         moved = value - old_value
         clipped_difference = old_value + clamp(moved, -clip, clip) - target

@@ -13,6 +13,8 @@ from fastppo.kernels.row import (
     check_logits,
     check_tokens,
     gradient_slopes,
+    number,
+    operand,
     tile_columns,
     tiling,
     write_row,
@@ -24,7 +26,7 @@ def vocabulary_backward(
     targets: Tensor,
     stats: Tensor,
     grad: Tensor,
-    temperature: float,
+    temperature: float | Tensor,
     softcap: float | None,
     ref_logits: Tensor | None,
     out: Tensor,
@@ -68,7 +70,7 @@ def vocabulary_backward(
             grad.stride(1),
             rows,
             vocabulary,
-            float(temperature),
+            operand(temperature, logits),
             softcap,
             UNIT=policy.unit,
             REF_UNIT=ref.unit,
@@ -107,6 +109,7 @@ def vocabulary_backward_kernel(
     m = tl.program_id(0).to(tl.int64)  # offsets pass 2^31
     logits += m * stride * UNIT
     out += m * out_stride * OUT_UNIT
+    temperature = number(temperature)
     target = tl.load(targets + m)
     grad += m * grad_token_stride
     g_logprob = tl.load(grad)

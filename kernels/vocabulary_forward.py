@@ -13,6 +13,8 @@ from fastppo.kernels.row import (
     capped,
     check_logits,
     check_tokens,
+    number,
+    operand,
     read_row,
     tile_columns,
     tiling,
@@ -20,7 +22,7 @@ from fastppo.kernels.row import (
 
 
 def vocabulary_forward(
-    logits: Tensor, targets: Tensor, temperature: float, softcap: float | None, ref_logits: Tensor | None
+    logits: Tensor, targets: Tensor, temperature: float | Tensor, softcap: float | None, ref_logits: Tensor | None
 ) -> Tensor:
     """Statistics of z = softcap tanh(logits / softcap) / temperature at each row.
 
@@ -51,7 +53,7 @@ def vocabulary_forward(
             ref.stride,
             rows,
             vocabulary,
-            float(temperature),
+            operand(temperature, logits),
             softcap,
             UNIT=policy.unit,
             REF_UNIT=ref.unit,
@@ -83,6 +85,7 @@ def vocabulary_forward_kernel(
     logits += m * stride * UNIT
     if ref_logits is not None:
         ref_logits += m * ref_stride * REF_UNIT
+    temperature = number(temperature)
     target = tl.load(targets + m)
     u_target, _ = capped(tl.load(logits + target).to(tl.float32), softcap)
     peak, log_total, mean, ref_peak, ref_log_total, ref_mean = read_row(

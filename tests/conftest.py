@@ -29,7 +29,8 @@ def triton_on_cpu() -> Iterator[None]:
 
     with torch.library._scoped_library("fastppo", "IMPL") as overriding:
         for op in library.TRITON:
-            overriding.impl(op, library.launcher(op), "CPU", allow_override=True)
+            for name in library.overloads(op):
+                overriding.impl(name, library.launcher(op), "CPU", allow_override=True)
         yield
 
 

@@ -198,7 +198,7 @@ def test_no_active_row_is_no_work() -> None:
         ({"value": torch.zeros(3, 2, 64).double()}, "value must have the dtype of query"),
         ({"key_cache": torch.zeros(4, 2, 40, 64).bfloat16()}, "key_cache must have the dtype of query"),
         ({"key_cache": torch.zeros(2, 40, 64)}, r"key_cache has shape \(2, 40, 64\)"),
-        ({"value_cache": torch.zeros(4, 2, 64, 40).transpose(2, 3)}, "value_cache must be contiguous"),
+        ({"value_cache": torch.zeros(4, 2, 64, 40).transpose(2, 3)}, "value_cache must be dense"),
         ({"value_cache": torch.zeros(4, 2, 41, 64)}, r"value_cache has shape \(4, 2, 41, 64\), key_cache \(4, 2, 40"),
         ({"lengths": torch.zeros(4)}, "lengths must be int32 or int64"),
         ({"lengths": torch.zeros(3, dtype=torch.int64)}, r"lengths has shape \(3,\), expected \(4,\)"),

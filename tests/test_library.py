@@ -9,8 +9,9 @@ import torch
 from cases import LinearCase, VocabularyCase
 from torch import Tensor, nn
 
-from fastppo import ops
+from fastppo import library, ops
 from fastppo.models import FusedHead
+from fastppo.overloads import COEFFICIENTS
 
 M, V, H = 6, 33, 8
 ONE = torch.tensor(4.0)
@@ -130,6 +131,19 @@ def arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
 @pytest.mark.usefixtures("backend")
 def test_opcheck(op: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(getattr(torch.ops.fastppo, op.partition(",")[0]).default, arguments(dtype)[op])
+
+
+@pytest.mark.parametrize("op", [op for op in arguments(torch.float32) if op.partition(",")[0] in library.OF_TENSORS])
+@pytest.mark.usefixtures("backend")
+def test_opcheck_with_coefficients_in_tensors(op: str) -> None:
+    overload = getattr(torch.ops.fastppo, op.partition(",")[0]).tensors
+    given = [
+        torch.tensor(x, dtype=torch.float64 if isinstance(x, float) else torch.int64)
+        if argument.name in COEFFICIENTS and x is not None
+        else x
+        for argument, x in zip(overload._schema.arguments, arguments(torch.float32)[op], strict=False)
+    ]
+    torch.library.opcheck(overload, tuple(given))
 
 
 def loss_of(head: FusedHead, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastppo import ops, philox, reference
+from fastppo import backend, ops, philox, reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 Op = Callable[..., Any]
@@ -299,7 +299,7 @@ def test_a_row_that_cannot_be_drawn_from_is_an_error(bad: float) -> None:
 
 
 def test_the_log_says_once_what_the_ops_run_on(caplog: pytest.LogCaptureFixture) -> None:
-    ops._say_backend.cache_clear()
+    backend.say_backend.cache_clear()
     with caplog.at_level("INFO", logger="fastppo"):
         for dtype in (torch.float32, torch.float64, torch.float32):
             ops.token_logprobs(torch.zeros(1, 2, dtype=dtype), torch.tensor([0]))

@@ -57,6 +57,19 @@ WRONG_LOSS = [
     ("dual_clip", 1.0, ValueError, "dual_clip is 1.0"),
     ("entropy_coef", math.inf, ValueError, "entropy_coef is inf"),
 ]
+WRONG_COEFFICIENT = [
+    ("temperature", torch.ones(1), ValueError, r"temperature has shape \(1,\); expected \(\): a number, or a tensor"),
+    ("temperature", torch.tensor(1), TypeError, "temperature has dtype torch.int64"),
+    ("temperature", torch.tensor(0.0), ValueError, "temperature is 0.0"),
+    ("temperature", torch.tensor(1.0, device="meta"), ValueError, "temperature is on meta"),
+    ("temperature", torch.tensor(1.0, requires_grad=True), ValueError, r"give temperature.detach\(\)"),
+]
+WRONG_LOSS += [
+    ("clip_low", torch.tensor(1.5), ValueError, "clip_low is 1.5"),
+    ("dual_clip", torch.tensor(1.0), ValueError, "dual_clip is 1.0"),
+    ("kl_coef", torch.tensor(math.nan), ValueError, "kl_coef is nan"),
+    ("normalizer", torch.tensor(1.0, requires_grad=True), ValueError, "normalizer requires a gradient"),
+]
 WRONG: dict[str, list[tuple[str, Any, type[Exception], str]]] = {
     "gae": [
         ("rewards", TOKENS[:, None], ValueError, r"rewards has shape \(4, 1\)"),
@@ -69,6 +82,8 @@ WRONG: dict[str, list[tuple[str, Any, type[Exception], str]]] = {
         ("cu_seqlens", torch.empty(0).long(), ValueError, r"cu_seqlens has shape \(0,\)"),
         ("cu_seqlens", torch.tensor([0, 4], device="meta"), ValueError, "cu_seqlens is on meta"),
         ("gamma", 1.1, ValueError, "gamma is 1.1"),
+        ("gamma", torch.tensor(1.1), ValueError, "gamma is 1.1"),
+        ("lam", torch.tensor(1.0, requires_grad=True), ValueError, "lam requires a gradient"),
         ("lam", -0.1, ValueError, "lam is -0.1"),
         ("lam", math.nan, ValueError, "lam is nan"),
         ("bootstrap", TOKENS, ValueError, r"bootstrap has shape \(4,\); expected \(2,\)"),
@@ -76,21 +91,25 @@ WRONG: dict[str, list[tuple[str, Any, type[Exception], str]]] = {
     ],
     "token_logprobs": [
         *WRONG_TARGETS,
+        *WRONG_COEFFICIENT,
+        ("softcap", torch.tensor(5.0), TypeError, "softcap is a tensor; it is a constant of the model"),
         ("logits", torch.zeros(4, 0), ValueError, r"logits has shape \(4, 0\)"),
         ("logits", torch.zeros(4, 5).long(), TypeError, "logits has dtype torch.int64"),
         ("ref_logits", torch.zeros(4, 6), ValueError, r"ref_logits has shape \(4, 6\)"),
     ],
-    "linear_logprobs": WRONG_TARGETS + WRONG_HEAD,
+    "linear_logprobs": WRONG_TARGETS + WRONG_HEAD + WRONG_COEFFICIENT,
     "policy_loss": [
         *WRONG_LOSS,
         ("entropy", TOKENS[1:], ValueError, r"entropy has shape \(3,\)"),
         ("entropy_coef", 0.1, ValueError, "entropy_coef is 0.1 and entropy is None"),
         ("kl_coef", 0.1, ValueError, "kl_coef is 0.1 and kl is None"),
+        ("kl_coef", torch.tensor(0.0), ValueError, "set kl_coef to the number 0"),
     ],
     "linear_policy_loss": [
         *WRONG_TARGETS,
         *WRONG_HEAD,
         *WRONG_LOSS,
+        *WRONG_COEFFICIENT,
         ("ref_logprobs", TOKENS[1:], ValueError, r"ref_logprobs has shape \(3,\)"),
         ("kl_coef", 0.1, ValueError, "kl_coef is 0.1 and kl_kind 'exact', which needs ref_hidden and ref_weight"),
         ("kl_kind", "k1", ValueError, "kl_kind is 'k1', whose expected gradient is zero"),
@@ -99,12 +118,15 @@ WRONG: dict[str, list[tuple[str, Any, type[Exception], str]]] = {
     "value_loss": [
         ("returns", TOKENS[1:], ValueError, r"returns has shape \(3,\)"),
         ("clip", 0.0, ValueError, "clip is 0.0"),
+        ("clip", torch.tensor(0.0), ValueError, "clip is 0.0"),
+        ("normalizer", torch.tensor(1.0, requires_grad=True), ValueError, "normalizer requires a gradient"),
         ("normalizer", torch.tensor(math.nan), ValueError, "normalizer is nan"),
         ("mask", TOKENS, TypeError, "mask has dtype"),
     ],
     "sample_tokens": [
         ("logits", torch.zeros(5), ValueError, r"logits has shape \(5,\)"),
         ("temperature", -1.0, ValueError, "temperature is -1.0"),
+        *WRONG_COEFFICIENT,
         ("stream", TARGETS.int(), TypeError, "stream has dtype torch.int32"),
         ("stream", TARGETS[1:], ValueError, r"stream has shape \(3,\)"),
         ("offset", TARGETS[1:], ValueError, r"offset has shape \(3,\)"),
