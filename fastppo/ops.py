@@ -183,10 +183,10 @@ def policy_loss(
 ) -> tuple[Tensor, PolicyStats]:
     """PPO's clipped loss (Schulman et al. 2017, eq. 7), with dual clip (Ye et al. 2020, eq. 5), entropy and KL terms.
 
-    logprobs, old_logprobs, advantages, entropy, kl: (M,) floating. The ratio's logarithm is clamped to +-20, the ratio
-    clipped to [1 - clip_low, 1 + clip_high], clip_low in [0, 1], clip_high >= 0; dual_clip > 1 bounds the loss of a
-    token with negative advantage at dual_clip |advantage|. `kl` is a KL per token that has an expected gradient
-    (exact, k2 or k3; not k1).
+    logprobs, old_logprobs, advantages, entropy, kl: (M,) floating. From e^20 on the ratio goes on along its tangent, so
+    that it is finite and keeps a gradient. It is clipped to [1 - clip_low, 1 + clip_high], clip_low in [0, 1],
+    clip_high >= 0; dual_clip > 1 bounds the loss of a token with negative advantage at dual_clip |advantage|. `kl` is a
+    KL per token that has an expected gradient (exact, k2 or k3; not k1).
     normalizer: () fp32, > 0, the token count that the sum is divided by; mask: (M,) bool, False leaves a token out.
 
     Returns the loss, (), which passes gradients to logprobs, entropy and kl, and sums over the unmasked tokens: the

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastppo.philox import uniform
 from fastppo.stats import PolicyStats, TokenStats, ValueStats
 
-LOG_RATIO_MAX = 20.0  # exp(20) = 4.9e8: far past any clip, and far from overflow
+LOG_RATIO_MAX = 20.0  # exp(20) = 4.9e8: far past any clip, and far from overflow; see `bounded_exp`
 
 
 def gae(
@@ -123,8 +123,9 @@ def policy_loss(
 ) -> tuple[Tensor, PolicyStats]:
     """PPO's clipped objective, to be minimised (Schulman et al. 2017, eq. 7 and 9; dual clip: Ye et al. 2020, eq. 5).
 
-    rho_t = exp(clamp(logprob_t - old_t, -20, 20)), J_t = min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t);
-    with dual_clip c, J_t = max(J_t, c A_t) where A_t < 0.
+    rho_t = exp(logprob_t - old_t), beyond 20 as `bounded_exp` has it, and
+    J_t = min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t); with dual_clip c, J_t = max(J_t, c A_t) where
+    A_t < 0.
     loss = sum_t (-J_t - entropy_coef H_t + kl_coef KL_t) / normalizer, over the unmasked t.
     """
     keep = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
@@ -132,9 +133,9 @@ def policy_loss(
     def kept(x: Tensor) -> Tensor:
         return x.to(statistics_dtype(logprobs)).masked_fill(~keep, 0.0)
 
-    log_ratio = kept(kept(logprobs) - kept(old_logprobs.detach())).clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX)
+    log_ratio = kept(kept(logprobs) - kept(old_logprobs.detach()))
     advantage = kept(advantages.detach())
-    ratio = log_ratio.exp()
+    ratio = bounded_exp(log_ratio)
     unclipped = ratio * advantage
     bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantage
     clipped = bounded < unclipped
@@ -152,7 +153,7 @@ def policy_loss(
         total = total - entropy_coef * entropy_sum
     if kl_coef != 0.0:
         total = total + kl_coef * kl_sum
-    approximate_kl = kept(ratio - 1.0 - log_ratio).sum()  # k3 of old against new policy, Schulman 2020
+    approximate_kl = kept(exp_less_tangent(log_ratio)).sum()  # k3 of old against new policy, Schulman 2020
     counts = (clipped.sum(), dual_clipped.sum(), kept(ratio).sum(), keep.sum())
     sums = torch.stack([s.detach().to(total) for s in (-objective.sum(), entropy_sum, kl_sum, approximate_kl, *counts)])
     ratio_max = kept(ratio).detach().max() if ratio.numel() else zero
@@ -213,7 +214,7 @@ def linear_policy_loss(
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor | None, kind: str) -> Tensor | None:
     """Estimates of KL(policy || reference) from the sampled token, with d = logprob - ref_logprob (Schulman 2020).
 
-    k2 = d^2 / 2; k3 = exp(-d) - 1 + d, there with d clamped to +-20. (M,), or None without `ref_logprobs`.
+    k2 = d^2 / 2; k3 = exp(-d) - 1 + d, for d below -20 as `bounded_exp` has it. (M,), or None without `ref_logprobs`.
     """
     if ref_logprobs is None:
         return None
@@ -221,9 +222,24 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor | None, kind: str) -> Ten
     if kind == "k2":
         return d.square() / 2
     if kind == "k3":
-        d = d.clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX)
-        return (-d).exp() - 1.0 + d
+        return exp_less_tangent(-d)
     raise ValueError(f"kl_kind is {kind!r}; from sampled tokens the loss takes 'k2' or 'k3'")
+
+
+def bounded_exp(x: Tensor) -> Tensor:
+    """e^x up to x = 20, and from there on its tangent e^20 (x - 19): finite, rising and as steep as at 20.
+
+    A bound that were flat would pass no gradient to the very tokens that have gone the furthest.
+    """
+    at_most = math.exp(LOG_RATIO_MAX)
+    return torch.where(x > LOG_RATIO_MAX, at_most * (1.0 + (x - LOG_RATIO_MAX)), x.clamp(max=LOG_RATIO_MAX).exp())
+
+
+def exp_less_tangent(x: Tensor) -> Tensor:
+    """`bounded_exp` of x, less 1 + x, its tangent at 0: 0 or more, and without loss of digits where x is small."""
+    at_most, near = math.exp(LOG_RATIO_MAX), x.clamp(max=LOG_RATIO_MAX)
+    far = (at_most - 1.0 - LOG_RATIO_MAX) + (at_most - 1.0) * (x - LOG_RATIO_MAX)
+    return torch.where(x > LOG_RATIO_MAX, far, torch.expm1(near) - near)
 
 
 def value_loss(

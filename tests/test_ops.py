@@ -145,6 +145,81 @@ def test_linear_policy_loss(case: LinearCase, dtype: torch.dtype) -> None:
     assert_as_good(tested, same_dtype, truth, dtype)
 
 
+FAR = torch.tensor([-18.0, -3.0, 0.0, 3.0, 21.0, 29.0, 60.0], dtype=torch.float64)  # log p - log q
+
+
+def far_apart(dtype: torch.dtype) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """A head's arguments, its hidden states in fp64, and what the logprobs of these are."""
+    made = LinearCase("far", len(FAR), 127, 16).build(dtype)
+    hidden = made["hidden"].double().requires_grad_()
+    return made, hidden, reference.linear_logprobs(**in_fp64(made) | {"hidden": hidden}).logprobs
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=names)
+def test_k3_in_the_loss_is_right_however_far_the_reference_is(backend: str, dtype: torch.dtype) -> None:
+    """At log p - log q = 29 it is 28 with slope 1. The truth, written out, overflows nowhere here."""
+    made, hidden, logprobs = far_apart(dtype)
+    q = (logprobs.detach() - FAR).to(dtype)
+    d = logprobs - q.double()
+    truth = (-d).exp() - 1 + d
+    (expected,) = torch.autograd.grad(truth.sum(), hidden)
+    options = {"clip_low": 0.2, "clip_high": 0.2, "normalizer": torch.tensor(1.0), "kl_coef": 1.0, "kl_kind": "k3"}
+    options |= {"ref_logprobs": q, "advantages": torch.zeros_like(q)}
+    leaf = made["hidden"].clone().requires_grad_()
+    loss, stats = ops.linear_policy_loss(**made | {"hidden": leaf}, old_logprobs=q, **options)
+    rounding = 1e-9 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(stats.sums[2].double(), truth.sum().detach(), rtol=rounding, atol=0)
+    (found,) = torch.autograd.grad(loss, leaf)
+    for row in range(len(FAR)):  # one by one, so that none hides behind a larger one
+        size = float(expected[row].abs().max()) + 1e-2
+        torch.testing.assert_close(found[row].double(), expected[row], rtol=0, atol=rounding * size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=names)
+def test_a_ratio_is_right_however_small_and_so_is_the_approximate_kl(backend: str, dtype: torch.dtype) -> None:
+    """In one pass over the vocabulary, and from logprobs. Bad tokens that became likelier are pushed back."""
+    made, hidden, logprobs = far_apart(dtype)
+    old = (logprobs.detach() + FAR).to(dtype)
+    d = logprobs - old.double()
+    options: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2, "normalizer": torch.tensor(1.0)}
+    options |= {"advantages": -torch.ones_like(old), "old_logprobs": old}
+    truth = torch.maximum(d.exp(), torch.full_like(d, 0.8)).sum()  # -min(rho A, clip(rho) A) with A = -1
+    (expected,) = torch.autograd.grad(truth, hidden)
+    d = d.detach()
+    leaf = made["hidden"].clone().requires_grad_()
+    loss, stats = ops.linear_policy_loss(**made | {"hidden": leaf}, **options)
+    (found,) = torch.autograd.grad(loss, leaf)
+    of_tokens, token_stats = ops.policy_loss(logprobs.detach().to(dtype), **options)
+    rounding = 1e-9 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(found.double(), expected, rtol=rounding, atol=rounding * float(expected.abs().max()))
+    for made_loss, sums in ((loss, stats.sums), (of_tokens, token_stats.sums)):
+        assert made_loss.item() == pytest.approx(truth.item(), rel=rounding)
+        assert float(sums[3]) == pytest.approx(float((d.exp() - 1 - d).sum()), rel=rounding)
+        assert float(sums[6]) == pytest.approx(float(d.exp().sum()), rel=rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=names)
+def test_a_ratio_and_a_k3_that_would_overflow_are_finite_and_keep_the_sign_of_their_slope(
+    backend: str, dtype: torch.dtype
+) -> None:
+    logprobs = torch.zeros(2, dtype=dtype).requires_grad_()
+    options: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2, "normalizer": torch.tensor(1.0)}
+    loss, stats = ops.policy_loss(logprobs, logprobs.detach() - 1000, -torch.ones_like(logprobs), **options)
+    (slope,) = torch.autograd.grad(loss, logprobs)
+    assert loss.isfinite() and stats.sums.isfinite().all()
+    torch.testing.assert_close(slope, torch.full_like(slope, math.exp(20)))
+    head = {
+        "hidden": torch.ones(1, 1, dtype=dtype).requires_grad_(),
+        "weight": torch.tensor([[2.0], [1.0]], dtype=dtype),
+    }
+    kl = {"kl_coef": 1.0, "kl_kind": "k3", "ref_logprobs": torch.full((1,), 1000.0, dtype=dtype), "temperature": 1.0}
+    tokens = {"old_logprobs": torch.zeros(1, dtype=dtype), "advantages": torch.zeros(1, dtype=dtype)}
+    loss, _ = ops.linear_policy_loss(**head, targets=torch.tensor([0]), **tokens, **options, **kl)
+    (slope,) = torch.autograd.grad(loss, head["hidden"])
+    p = torch.tensor([2.0, 1.0], dtype=torch.float64).softmax(0)[1]  # d logprob / d hidden, as 1 - (2 p_0 + p_1) + 1
+    assert loss.isfinite() and slope.item() == pytest.approx(float((1 - math.exp(20)) * p), rel=1e-4)
+
+
 def test_the_first_update_has_ratio_one_bit_for_bit(workspace: int | None) -> None:
     case = LinearCase("first update", 63, 127, 16, temperature=0.7, reference="own")
     arguments = case.build(torch.bfloat16)
