@@ -21,8 +21,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KLKind) -> Tensor:
     """Estimates of KL(policy || reference) from the sampled tokens alone (Schulman, 2020, joschu.net/blog/kl-approx).
 
     With d = log p(x) - log p_ref(x) and x drawn from p: k1 = d, unbiased; k2 = d^2/2, biased, low variance;
-    k3 = exp(-d) - 1 + d, unbiased and never negative, as in the loss (`ops.policy_loss`). (M,) fp32 -> (M,) fp32. `exact` needs both distributions
-    and comes from `ops.linear_logprobs`.
+    k3 = exp(-d) - 1 + d, unbiased and never negative, computed as in the loss. (M,) fp32 -> (M,) fp32. `exact` needs
+    both distributions and comes from `ops.linear_logprobs`.
     """
     d = logprobs - ref_logprobs
     if kind == "k1":
