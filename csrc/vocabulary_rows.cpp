@@ -123,8 +123,10 @@ RowStats row_stats(const Vocabulary& v, int64_t row, const TileStats* tiles) {
 
   const double ref_log_sum = std::log(ref_total.sum);
   const double ref_chosen = v.ref_kernels.cap(v.ref->at(row, target), v.scale);
-  stats.ref_logprob = static_cast<float>((ref_chosen - ref_total.peak) * inverse - ref_log_sum);
-  stats.kl = static_cast<float>(means.infinite ? kInfinity : means.gap - log_sum + ref_log_sum);
+  const bool excluded = ref_total.sum == 0.0;  // the whole row is -inf
+  stats.ref_logprob = static_cast<float>(excluded ? -kInfinity : (ref_chosen - ref_total.peak) * inverse - ref_log_sum);
+  const bool infinite = means.infinite && !std::isnan(log_sum) && !std::isnan(ref_log_sum);
+  stats.kl = static_cast<float>(infinite ? kInfinity : means.gap - log_sum + ref_log_sum);
   stats.ref_lse = static_cast<float>(ref_total.peak * inverse + ref_log_sum);
   stats.ref_peak = ref_total.peak;
   stats.ref_log_total = static_cast<float>(ref_log_sum);

@@ -117,7 +117,8 @@ def token_logprobs(
     logits: (M, V) floating, -inf allowed; targets: (M,) int64 in [0, V); ref_logits: (M, V), never receives gradients.
     Logits of both become z = softcap tanh(logits / softcap) / temperature; temperature > 0, softcap > 0 or None.
     An entry of probability 0 adds nothing to entropy, KL and gradients; KL is +inf where p > 0 = q, and such a row
-    passes no gradient to KL. Gradients reach logits from `logprobs`, `entropy`, `lse` and `kl`.
+    passes no gradient to KL. A row of ref_logits that is -inf throughout has q = 0 throughout: KL +inf, ref_logprobs
+    -inf. Gradients reach logits from `logprobs`, `entropy`, `lse` and `kl`.
     """
     check_logits("logits", logits)
     check_targets(targets, logits.shape[0], logits.shape[1], logits, "logits")

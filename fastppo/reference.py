@@ -67,7 +67,8 @@ def token_logprobs(
 
     z = softcap tanh(logits / softcap) / temperature, L = logsumexp(z), p = exp(z - L); with v over the vocabulary
     logprob = z_y - L, entropy = -sum_v p_v log p_v, KL(p || q) = sum_v p_v (log p_v - log q_v), 0 log 0 = 0.
-    KL is +inf where some p_v > 0 = q_v; such a row passes no gradient to KL. The reference receives none at all.
+    KL is +inf where some p_v > 0 = q_v; such a row passes no gradient to KL. The reference receives none at all. Where
+    all of its row is -inf, q is 0 throughout: its logprob is -inf, the KL +inf. A NaN in either row makes the KL a NaN.
     """
     z = scaled(logits, temperature, softcap)
     lse = z.logsumexp(-1)
@@ -79,8 +80,8 @@ def token_logprobs(
         return TokenStats(logprobs, entropy, lse, None, None, None)
     r = scaled(ref_logits.detach(), temperature, softcap)
     ref_lse = r.logsumexp(-1)
-    log_q = r.log_softmax(-1)
-    infinite = ((p > 0) & log_q.isneginf()).any(-1)
+    log_q = r.log_softmax(-1).masked_fill(ref_lse.isneginf()[:, None], -math.inf)
+    infinite = ((p > 0) & log_q.isneginf()).any(-1) & ~log_q.isnan().any(-1)
     log_ratio = log_p - log_q
     kl = (p * log_ratio.masked_fill((p == 0) | log_q.isneginf(), 0.0)).sum(-1)
     return TokenStats(logprobs, entropy, lse, at_targets(log_q, targets), ref_lse, kl.masked_fill(infinite, math.inf))

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastppo.kernels.policy_loss import bounded_exp, clipped_objective
 from fastppo.kernels.row import (
     LOG2_E,
+    against_reference,
     as_rows,
     capped,
     check_logits,
@@ -167,7 +168,7 @@ def policy_loss_in_chunk_kernel(
         )
         kl, kl_slope = 0.0, 0.0
         if ref_logits is not None:
-            kl = (mean * over_temperature - log_total) - (ref_mean * over_temperature - ref_log_total)
+            _, kl = against_reference(log_total, mean, 0.0, ref_peak, ref_log_total, ref_mean, over_temperature)
         if ref_logprobs is not None:
             kl, kl_slope = kl_estimate(logprob - tl.load(ref_logprobs + m), KL_KIND)
         entropy = log_total - mean * over_temperature

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastppo.kernels.row import (
     LOG2_E,
+    against_reference,
     as_rows,
     capped,
     check_logits,
@@ -89,18 +90,19 @@ def vocabulary_forward_kernel(
         logits, ref_logits, tile_columns(BLOCK, WIDTH, UNIT), V, softcap, LOG2_E / temperature
     )
     over_temperature = 1.0 / temperature
-    mean *= over_temperature
     stats += m
     tl.store(stats, (u_target - peak) * over_temperature - log_total)
-    tl.store(stats + M, log_total - mean)
+    tl.store(stats + M, log_total - mean * over_temperature)
     tl.store(stats + M * 2, peak * over_temperature + log_total)
     tl.store(stats + M * 3, peak)
     tl.store(stats + M * 4, log_total)
     if ref_logits is not None:
         r_target, _ = capped(tl.load(ref_logits + target).to(tl.float32), softcap)
-        ref_mean *= over_temperature
-        tl.store(stats + M * 5, (r_target - ref_peak) * over_temperature - ref_log_total)
-        tl.store(stats + M * 6, (mean - log_total) - (ref_mean - ref_log_total))
+        ref_logprob, kl = against_reference(
+            log_total, mean, r_target, ref_peak, ref_log_total, ref_mean, over_temperature
+        )
+        tl.store(stats + M * 5, ref_logprob)
+        tl.store(stats + M * 6, kl)
         tl.store(stats + M * 7, ref_peak * over_temperature + ref_log_total)
         tl.store(stats + M * 8, ref_peak)
         tl.store(stats + M * 9, ref_log_total)

@@ -80,6 +80,43 @@ def test_non_contiguous_logits_and_an_infinite_kl() -> None:
     torch.testing.assert_close(tested, truth)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+@pytest.mark.parametrize("vocabulary", [40, 5000])
+def test_rows_that_hold_nothing_or_a_nan_mean_the_same_to_kernel_and_oracle(backend: str, vocabulary: int) -> None:
+    logits, ref_logits = torch.randn(2, 8, vocabulary, generator=torch.Generator().manual_seed(0))
+    inf, nan = math.inf, math.nan
+    ref_logits[0] = -inf  # excludes every token: q = 0, KL +inf
+    ref_logits[1, -1] = nan
+    ref_logits[2, 3], ref_logits[2, -1] = -inf, nan
+    ref_logits[3, 3] = inf
+    logits[4] = -inf
+    logits[5] = ref_logits[5] = -inf
+    logits[6, 3:], ref_logits[6, :3] = -inf, -inf
+    arguments = {"logits": logits, "ref_logits": ref_logits, "targets": torch.zeros(8, dtype=torch.int64)}
+    upstream = VocabularyCase("upstream", 8, 1).upstream(DIFFERENTIABLE)
+    tested = token_stats(ops.token_logprobs, arguments, ["logits"], upstream)
+    truth = token_stats(reference.token_logprobs, in_fp64(arguments), ["logits"], upstream)
+    assert truth["kl"][0] == inf and truth["ref_logprobs"][0] == truth["ref_lse"][0] == -inf
+    assert truth["kl"].isnan().tolist() == [False, True, True, True, True, True, False, False]
+    assert truth["d_logits"][[0, 6, 7]].isfinite().all()
+    tested["ref_lse"][3] = truth["ref_lse"][3] = 0.0  # of a row with +inf: inf or a NaN
+    for name, exact in truth.items():
+        torch.testing.assert_close(tested[name].double(), exact, rtol=1e-4, atol=1e-5, equal_nan=True)
+    # The same in the pass that makes the loss, whose head has such rows from a bias.
+    options: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2, "temperature": 1.0, "kl_coef": 0.5}
+    options["normalizer"] = torch.tensor(1.0)
+    head: dict[str, Any] = {
+        "hidden": torch.ones(2, 1),
+        "weight": logits[7:].t().clone(),
+        "targets": torch.zeros(2, dtype=torch.int64),
+    }
+    head |= {"ref_hidden": torch.ones(2, 1), "ref_weight": ref_logits[7:].t().clone()}
+    head["ref_bias"] = torch.full((vocabulary,), -inf)
+    tokens = {"old_logprobs": torch.zeros(2), "advantages": torch.ones(2)}
+    loss, stats = ops.linear_policy_loss(**head, **tokens, **options)
+    assert loss == stats.sums[2] == inf and stats.sums[1].isfinite()
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(0, 5),
