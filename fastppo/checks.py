@@ -12,6 +12,12 @@ import math
 import torch
 from torch import Tensor
 
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Numbers between these, their inverses and a hundred times either are normal in fp32, with which kernels compute.
+SMALLEST, LARGEST = 1e-36, 1e36
+# Temperatures and softcaps: a logit over one of them, and what stands for -inf there, are still what they are.
+SMALLEST_SCALE, LARGEST_SCALE = 1e-20, 1e20
+
 
 def check_kl_kind(kl_kind: str, kl_coef: float, has_head: bool, has_logprobs: bool) -> None:
     if kl_kind == "k1":
@@ -35,6 +41,7 @@ def check_reference(
         missing = "ref_hidden" if ref_hidden is None else "ref_weight"
         raise ValueError(f"{missing} is None; a reference needs both ref_hidden and ref_weight")
     check_head(ref_hidden, ref_weight, ref_bias, "ref_")
+    check_precision("ref_hidden", ref_hidden, hidden, "hidden")
     check_shape("ref_hidden", ref_hidden, (len(hidden), ref_weight.shape[1]), "a row for each row of hidden")
     check_shape("ref_weight", ref_weight, (len(weight), ref_weight.shape[1]), "a row for each row of weight")
     check_device("ref_hidden", ref_hidden, hidden, "hidden")
@@ -59,6 +66,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str)
 
 
 def check_logits(name: str, logits: Tensor) -> None:
+    """(rows, V)"""
     check_floating(name, logits)
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"{name} has shape {tuple(logits.shape)}; expected two dimensions, (rows, V) with V >= 1")
@@ -81,6 +89,7 @@ def check_tokens(name: str, tensor: Tensor, like: Tensor, like_name: str = "") -
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected one dimension, (M,)")
     if tensor is like:
         return
+    check_precision(name, tensor, like, like_name)
     check_shape(name, tensor, (like.shape[0],), f"one number for each row of {like_name}")
     check_device(name, tensor, like, like_name)
 
@@ -120,43 +129,77 @@ def check_policy_options(
     clip_low: float, clip_high: float, dual_clip: float | None, entropy_coef: float, kl_coef: float
 ) -> None:
     check_range("clip_low", clip_low, 0.0, 1.0)
-    check_range("clip_high", clip_high, 0.0, math.inf)
-    if dual_clip is not None and not 1.0 < dual_clip < math.inf:
-        raise ValueError(f"dual_clip is {dual_clip}; it must be finite and above 1, or None")
+    check_range("clip_high", clip_high, 0.0, LARGEST)
+    if dual_clip is not None and not 1.0 < dual_clip <= LARGEST:
+        raise ValueError(f"dual_clip is {dual_clip}; it must be above 1 and at most {LARGEST:g}, or None")
     for name, coef in (("entropy_coef", entropy_coef), ("kl_coef", kl_coef)):
-        if not math.isfinite(coef):
-            raise ValueError(f"{name} is {coef}; it must be finite")
+        check_range(name, coef, -LARGEST, LARGEST)
 
 
-def check_normalizer(normalizer: Tensor, like: Tensor, like_name: str) -> None:
+def checked_normalizer(normalizer: Tensor | float, like: Tensor, like_name: str) -> Tensor:
+    """The token count that a loss is divided by, given as a number or as (), fp32 or fp64: () in the dtype of
+    statistics, on the device of `like`."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if isinstance(normalizer, int | float) and not isinstance(normalizer, bool):
+        check_positive("normalizer", normalizer)
+        return torch.full((), normalizer, dtype=dtype, device=like.device)
     if not isinstance(normalizer, Tensor) or normalizer.dtype not in (torch.float32, torch.float64):
         found = normalizer.dtype if isinstance(normalizer, Tensor) else type(normalizer).__name__
-        raise TypeError(f"normalizer is {found}; expected a tensor of torch.float32 without dimensions")
+        raise TypeError(f"normalizer is {found}; expected a number, or a tensor of torch.float32 without dimensions")
     check_shape("normalizer", normalizer, (), "the token count that the loss is divided by")
     check_device("normalizer", normalizer, like, like_name)
     if _may_be_read(normalizer):
         check_positive("normalizer", normalizer.item())
+    return normalizer.to(dtype)
+
+
+def check_attention(scale: float, window: int, softcap: float, *, query: Tensor, **others: Tensor) -> None:
+    """Dtypes and numbers of `attend_cached`, which its kernel would name in its own words, or not at all on a GPU."""
+    if query.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"query has dtype {query.dtype}; expected torch.float32 or torch.bfloat16")
+    for name, tensor in others.items():
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype} and query {query.dtype}; they must be the same")
+    check_range("scale", scale, -LARGEST, LARGEST)
+    if softcap != 0.0:
+        check_positive("softcap", softcap, SMALLEST_SCALE, LARGEST_SCALE)
+    if window < 0:
+        raise ValueError(f"window is {window}; it must be a number of positions, or 0 for all")
 
 
 def check_scale(temperature: float, softcap: float | None) -> None:
-    check_positive("temperature", temperature)
-    if softcap is not None:
-        check_positive("softcap", softcap)
+    for name, value in (("temperature", temperature), ("softcap", softcap)):
+        if value is not None:
+            check_positive(name, value, SMALLEST_SCALE, LARGEST_SCALE)
 
 
-def check_positive(name: str, value: float) -> None:
+def check_positive(name: str, value: float, low: float = SMALLEST, high: float = LARGEST) -> None:
     if not 0.0 < value < math.inf:
         raise ValueError(f"{name} is {value}; it must be finite and above 0")
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}; it must be in [{low:g}, {high:g}], for kernels compute in fp32")
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high or value == math.inf:  # not isinf: torch.compile cannot trace it
-        raise ValueError(f"{name} is {value}; it must be in [{low:g}, {high:g}]" + (" and finite" * math.isinf(high)))
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}; it must be in [{low:g}, {high:g}]")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} has dtype {tensor.dtype} and shape {tuple(tensor.shape)}; expected a floating dtype")
+    if tensor.dtype not in FLOATING:  # among those that are not: float8, which torch calls floating
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype} and shape {tuple(tensor.shape)}; expected a floating dtype:"
+            " torch.float32, bfloat16, float16 or float64"
+        )
+
+
+def check_precision(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
+    """fp64 goes with fp64 alone: no kernel computes in it, and to round it without a word is not what was asked."""
+    if (tensor.dtype == torch.float64) != (like.dtype == torch.float64):
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype} and {like_name} {like.dtype}; floating tensors of a call are all"
+            " torch.float64 or none is: convert one of the two"
+        )
 
 
 def check_int64(name: str, tensor: Tensor) -> None:

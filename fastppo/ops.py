@@ -4,9 +4,11 @@ A function here checks its arguments, before anything runs, and then calls a ker
 (kernels/) or, for GAE, CUDA (csrc/) on a GPU, each a `torch.library` op with a fake kernel and gradients
 (`fastppo.library`). fp64, for tests of gradients, runs `fastppo.reference`. The log says once what the ops run on.
 
-M tokens, vocabulary V, hidden size H, B sequences, R rows. Floating inputs are fp32, bf16, fp16 or fp64; statistics,
-losses and sums are fp32, fp64 for fp64 inputs. All tensors of a call are on one device. A wrong dtype is a TypeError, a
-wrong shape, device or value a ValueError, which names the argument. M may be 0.
+M tokens, vocabulary V, hidden size H, B sequences, R rows. Floating inputs are fp32, bf16, fp16, in any mixture where
+nothing else is said, or all fp64; statistics, losses and sums are fp32, fp64 for fp64 inputs. Temperatures and softcaps
+lie in 1e-20 to 1e20, other numbers within 1e36, so that fp32 holds what is made of them. All tensors of a call are on
+one device. A wrong dtype is a TypeError, a wrong shape, device or value a ValueError, which names the argument. M may
+be 0.
 Values of tensors are looked at where that costs nothing: on the CPU. On CUDA a kernel that finds `cu_seqlens` wrong
 stops with an assertion that says so.
 """
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from fastppo import library, reference
 from fastppo.checks import (
+    check_attention,
     check_cu_seqlens,
     check_device,
     check_floating,
@@ -30,9 +33,9 @@ from fastppo.checks import (
     check_kl_kind,
     check_logits,
     check_mask,
-    check_normalizer,
     check_policy_options,
     check_positive,
+    check_precision,
     check_range,
     check_reference,
     check_scale,
@@ -40,6 +43,7 @@ from fastppo.checks import (
     check_starts,
     check_targets,
     check_tokens,
+    checked_normalizer,
 )
 from fastppo.stats import PolicyStats, TokenStats, ValueStats
 
@@ -83,10 +87,10 @@ def gae(
     check_range("lam", lam, 0.0, 1.0)
     if bootstrap is not None:
         check_floating("bootstrap", bootstrap)
+        check_precision("bootstrap", bootstrap, rewards, "rewards")
         check_shape("bootstrap", bootstrap, (len(cu_seqlens) - 1,), "one value for each sequence of cu_seqlens")
         check_device("bootstrap", bootstrap, rewards, "rewards")
-    fp64 = _by_reference(rewards) or values.dtype == torch.float64
-    if fp64 or rewards.device.type not in library.GAE_DEVICES:
+    if _by_reference(rewards) or rewards.device.type not in library.GAE_DEVICES:
         check_starts(cu_seqlens, len(rewards))
         _log_once(f"gae on {rewards.device} in {rewards.dtype}: reference Python, as fastppo._C has no kernel for that")
         return reference.gae(rewards, values, cu_seqlens, gamma=gamma, lam=lam, bootstrap=bootstrap, mask=mask)
@@ -125,6 +129,7 @@ def token_logprobs(
     check_scale(temperature, softcap)
     if ref_logits is not None:
         check_logits("ref_logits", ref_logits)
+        check_precision("ref_logits", ref_logits, logits, "logits")
         check_shape("ref_logits", ref_logits, tuple(logits.shape), "the shape of logits")
         check_device("ref_logits", ref_logits, logits, "logits")
     scale: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
@@ -179,7 +184,7 @@ def policy_loss(
     entropy_coef: float = 0.0,
     kl: Tensor | None = None,
     kl_coef: float = 0.0,
-    normalizer: Tensor,
+    normalizer: Tensor | float,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
     """PPO's clipped loss (Schulman et al. 2017, eq. 7), with dual clip (Ye et al. 2020, eq. 5), entropy and KL terms.
@@ -188,7 +193,8 @@ def policy_loss(
     that it is finite and keeps a gradient. It is clipped to [1 - clip_low, 1 + clip_high], clip_low in [0, 1],
     clip_high >= 0; dual_clip > 1 bounds the loss of a token with negative advantage at dual_clip |advantage|. `kl` is a
     KL per token that has an expected gradient (exact, k2 or k3; not k1).
-    normalizer: () fp32, > 0, the token count that the sum is divided by; mask: (M,) bool, False leaves a token out.
+    normalizer: the token count that the sum is divided by, > 0, a number or () fp32; mask: (M,) bool, False leaves a
+    token out.
 
     Returns the loss, (), which passes gradients to logprobs, entropy and kl, and sums over the unmasked tokens: the
     clipped objective's loss alone, entropy, kl, k3 of the old policy to the new ((ratio - 1) - log ratio), tokens
@@ -201,7 +207,7 @@ def policy_loss(
         if tensor is not None:
             check_tokens(name, tensor, logprobs, "logprobs")
     check_policy_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef)
-    check_normalizer(normalizer, logprobs, "logprobs")
+    normalizer = checked_normalizer(normalizer, logprobs, "logprobs")
     check_mask(mask, logprobs, "logprobs")
     for name, coef, tensor in (("entropy", entropy_coef, entropy), ("kl", kl_coef, kl)):
         if coef != 0.0 and tensor is None:
@@ -241,7 +247,7 @@ def linear_policy_loss(
     ref_bias: Tensor | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
-    normalizer: Tensor,
+    normalizer: Tensor | float,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
     """`linear_logprobs` and `policy_loss` in one, with the gradients made while a chunk's logits exist.
@@ -258,7 +264,7 @@ def linear_policy_loss(
         if tensor is not None:
             check_tokens(name, tensor, hidden, "hidden")
     check_policy_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef)
-    check_normalizer(normalizer, hidden, "hidden")
+    normalizer = checked_normalizer(normalizer, hidden, "hidden")
     check_mask(mask, hidden, "hidden")
     check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
     check_kl_kind(kl_kind, kl_coef, ref_hidden is not None, ref_logprobs is not None)
@@ -295,7 +301,7 @@ def value_loss(
     returns: Tensor,
     *,
     clip: float | None = None,
-    normalizer: Tensor,
+    normalizer: Tensor | float,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, ValueStats]:
     """The critic's loss, 0.5 max((V - R)^2, (V_clip - R)^2), V_clip = old + clamp(V - old, -clip, clip).
@@ -307,7 +313,7 @@ def value_loss(
     check_tokens("values", values, values)
     check_tokens("old_values", old_values, values, "values")
     check_tokens("returns", returns, values, "values")
-    check_normalizer(normalizer, values, "values")
+    normalizer = checked_normalizer(normalizer, values, "values")
     check_mask(mask, values, "values")
     if clip is not None:
         check_positive("clip", clip)
@@ -370,8 +376,11 @@ def attend_cached(
     value_cache: (rows, kv heads, T, D), written at each row's own length; lengths: (rows,) int64, positions held, below
     T and left as they are; rows: (R,) int64, each active row's place in the cache; window: newest positions seen, 0 for
     all; softcap: s -> softcap tanh(s / softcap) on scores, 0 for none. Returns (R, heads, D), not differentiable. On
-    the CPU a row's result does not depend on the other rows, bit for bit. Bad arguments raise ValueError there.
+    the CPU a row's result does not depend on the other rows, bit for bit, and shapes and indices are looked at too.
     """
+    check_attention(
+        scale, window, softcap, query=query, key=key, value=value, key_cache=key_cache, value_cache=value_cache
+    )
     if query.device.type == "cpu":
         kernel = torch.ops.fastppo.attend_cached
         out: Tensor = kernel(query, key, value, key_cache, value_cache, lengths, rows, scale, window, softcap)

@@ -119,7 +119,7 @@ def policy_loss(
     entropy_coef: float = 0.0,
     kl: Tensor | None = None,
     kl_coef: float = 0.0,
-    normalizer: Tensor,
+    normalizer: Tensor | float,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
     """PPO's clipped objective, to be minimised (Schulman et al. 2017, eq. 7 and 9; dual clip: Ye et al. 2020, eq. 5).
@@ -181,7 +181,7 @@ def linear_policy_loss(
     ref_bias: Tensor | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
-    normalizer: Tensor,
+    normalizer: Tensor | float,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
     """`linear_logprobs`, then `policy_loss`: exact KL from the reference's head, k2 and k3 from `ref_logprobs`."""
@@ -249,7 +249,7 @@ def value_loss(
     returns: Tensor,
     *,
     clip: float | None = None,
-    normalizer: Tensor,
+    normalizer: Tensor | float,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, ValueStats]:
     """Squared error of the critic (Schulman et al. 2017, eq. 9), clipped around its old value (Ziegler et al. 2019).

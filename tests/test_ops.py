@@ -117,6 +117,23 @@ def test_rows_that_hold_nothing_or_a_nan_mean_the_same_to_kernel_and_oracle(back
     assert loss == stats.sums[2] == inf and stats.sums[1].isfinite()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+@pytest.mark.parametrize("softcap", [None, 1e-20, 1e20])
+@pytest.mark.parametrize("temperature", [1e-20, 1e20])
+def test_the_hottest_and_coldest_that_is_taken_is_right(
+    backend: str, temperature: float, softcap: float | None
+) -> None:
+    case = VocabularyCase("extremes", 4, 130, values="holes", temperature=temperature, softcap=softcap, reference=True)
+    arguments, upstream = case.build(torch.float32), case.upstream(["logprobs"])
+    tested = token_stats(ops.token_logprobs, arguments, ["logits"], upstream)
+    truth = token_stats(reference.token_logprobs, in_fp64(arguments), ["logits"], upstream)
+    for name in ("logprobs", "entropy", "lse", "d_logits"):
+        size = truth[name].abs().max().item()
+        torch.testing.assert_close(
+            tested[name].double(), truth[name], rtol=1e-4, atol=1e-5 * min(size, 1 / temperature)
+        )
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(0, 5),
@@ -266,6 +283,37 @@ def test_the_first_update_has_ratio_one_bit_for_bit(workspace: int | None) -> No
     arguments["hidden"].requires_grad_()
     _, stats = ops.linear_policy_loss(**arguments)
     assert stats.ratio_max == 1 and stats.sums[3] == 0 and stats.sums[6] == stats.sums[7] == 63
+
+
+@pytest.mark.usefixtures("workspace", "backend")
+@pytest.mark.parametrize("tokens", [1e5, 1e6, 1e7])
+def test_in_fp16_a_scaled_loss_has_its_gradients_however_many_tokens_it_is_a_mean_of(tokens: float) -> None:
+    """The gradient of a mean over 1e6 tokens is below what fp16 can hold, until the loss is scaled."""
+    case = LinearCase("loss scale", 12, 700, 16, bias=True, loss=(("normalizer", torch.tensor(tokens)),))
+    logprobs = reference.linear_logprobs(**in_fp64(case.build(torch.float16))).logprobs
+    arguments = case.build_loss(torch.float16, logprobs)
+    inputs = ["hidden", "weight", "bias"]
+
+    def scaled(op: Op, arguments: dict[str, Any]) -> dict[str, Tensor]:
+        leaves = {name: arguments[name].detach().requires_grad_() for name in inputs}
+        loss, _ = op(**(arguments | leaves))
+        return gradients({"loss": loss}, {"loss": torch.tensor(0.5 * tokens)}, leaves)  # as a loss scale does
+
+    tested, truth = scaled(ops.linear_policy_loss, arguments), scaled(reference.linear_policy_loss, in_fp64(arguments))
+    for name, exact in truth.items():
+        assert tested[name].dtype == torch.float16
+        error, size = (tested[name].double() - exact).abs().max(), exact.abs().max()
+        assert error <= 3e-3 * size, f"{name}: off by {error / size:.2g}"
+
+
+def test_in_fp16_a_gradient_that_sums_up_beyond_its_largest_number_is_right_once_divided() -> None:
+    tokens = 100_000
+    hidden, weight = torch.ones(tokens, 1).half(), torch.zeros(2, 1).half().requires_grad_()
+    options: dict[str, Any] = {"temperature": 1.0, "clip_low": 0.2, "clip_high": 0.2, "normalizer": tokens}
+    old, advantages = torch.full((tokens,), -math.log(2)), torch.full((tokens,), 2.0)
+    loss, _ = ops.linear_policy_loss(hidden, weight, torch.zeros(tokens).long(), old, advantages, **options)
+    loss.backward()
+    assert weight.grad is not None and weight.grad.flatten().tolist() == [-1.0, 1.0]
 
 
 def test_the_reference_may_have_a_dtype_and_a_width_of_its_own() -> None:
