@@ -167,10 +167,12 @@ def check_attention(scale: float, window: int, softcap: float, *, query: Tensor,
         raise ValueError(f"window is {window}; it must be a number of positions, or 0 for all")
 
 
-def check_scale(temperature: float, softcap: float | None) -> None:
+def check_scale(temperature: float, softcap: float | None, logit_scale: float = 1.0) -> None:
+    check_positive("logit_scale", logit_scale, SMALLEST_SCALE, LARGEST_SCALE)
     for name, value in (("temperature", temperature), ("softcap", softcap)):
         if value is not None:
             check_positive(name, value, SMALLEST_SCALE, LARGEST_SCALE)
+            check_positive(f"{name} / logit_scale", value / logit_scale, SMALLEST_SCALE, LARGEST_SCALE)
 
 
 def check_positive(name: str, value: float, low: float = SMALLEST, high: float = LARGEST) -> None:

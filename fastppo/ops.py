@@ -147,26 +147,27 @@ def linear_logprobs(
     temperature: float = 1.0,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
 ) -> TokenStats:
-    """`token_logprobs` of logits = hidden weight^T + bias, which never exist for more than a chunk of rows.
+    """`token_logprobs` of logits = logit_scale (hidden weight^T + bias), which exist for a chunk of rows at most.
 
     hidden: (M, H); weight: (V, H), bias: (V,) of the same dtype; targets: (M,) int64 in [0, V). The reference's head
-    comes as ref_hidden (M, H'), ref_weight (V, H') and perhaps ref_bias (V,), under the same softcap and
+    comes as ref_hidden (M, H'), ref_weight (V, H') and perhaps ref_bias (V,), under the same logit_scale, softcap and
     temperature; it never receives gradients, also where ref_weight is weight.
     """
     check_head(hidden, weight, bias, "")
     check_targets(targets, hidden.shape[0], weight.shape[0], hidden, "hidden")
-    check_scale(temperature, softcap)
+    check_scale(temperature, softcap, logit_scale)
     check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
     ref_hidden, ref_weight, ref_bias = _detached(ref_hidden, ref_weight, ref_bias)
     head: dict[str, Any] = {"hidden": hidden, "weight": weight, "bias": bias, "targets": targets}
     head |= {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
-    scale: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
     if _by_reference(hidden):
-        return reference.linear_logprobs(**head, **scale)
+        return reference.linear_logprobs(**head, temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+    scale = _of_plain_logits(temperature, softcap, logit_scale)
     return _token_stats(
         torch.ops.fastppo.linear_logprobs(**head, **scale, workspace=workspace_bytes(cpu=not hidden.is_cuda))
     )
@@ -247,6 +248,7 @@ def linear_policy_loss(
     ref_bias: Tensor | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     normalizer: Tensor | float,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
@@ -259,7 +261,7 @@ def linear_policy_loss(
     """
     check_head(hidden, weight, bias, "")
     check_targets(targets, hidden.shape[0], weight.shape[0], hidden, "hidden")
-    check_scale(temperature, softcap)
+    check_scale(temperature, softcap, logit_scale)
     for name, tensor in {"old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs}.items():
         if tensor is not None:
             check_tokens(name, tensor, hidden, "hidden")
@@ -278,16 +280,13 @@ def linear_policy_loss(
     head |= {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
     tokens: dict[str, Any] = {"old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs}
     tokens = {name: None if x is None else x.detach().to(statistics) for name, x in tokens.items()}
-    options: dict[str, Any] = {
-        "temperature": temperature,
-        "softcap": softcap,
-        "clip_low": clip_low,
-        "clip_high": clip_high,
-    }
+    options: dict[str, Any] = {"clip_low": clip_low, "clip_high": clip_high}
     options |= {"dual_clip": dual_clip, "entropy_coef": entropy_coef, "kl_coef": kl_coef, "kl_kind": kl_kind}
     arguments = head | tokens | options | {"normalizer": normalizer, "mask": mask}
     if _by_reference(hidden):
+        arguments |= {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
         return reference.linear_policy_loss(**arguments)
+    arguments |= _of_plain_logits(temperature, softcap, logit_scale)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     loss, sums, ratio_max, *_ = torch.ops.fastppo.linear_policy_loss(
         **arguments, workspace=workspace_bytes(cpu=not hidden.is_cuda), wanted=wanted
@@ -389,6 +388,17 @@ def attend_cached(
     return reference.attend_cached(
         query, key, value, key_cache, value_cache, lengths, rows, scale=scale, window=window, softcap=softcap
     )
+
+
+def _of_plain_logits(temperature: float, softcap: float | None, logit_scale: float) -> dict[str, Any]:
+    """Temperature and softcap by which kernels make z = softcap tanh(s l / softcap) / temperature of l itself.
+
+    With both over s it is the same number: (softcap / s) tanh(l / (softcap / s)) / (temperature / s).
+    """
+    return {
+        "temperature": temperature / logit_scale,
+        "softcap": None if softcap is None else softcap / logit_scale,
+    }
 
 
 def _token_stats(stats: Tensor) -> TokenStats:

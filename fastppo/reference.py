@@ -95,15 +95,18 @@ def linear_logprobs(
     temperature: float = 1.0,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
 ) -> TokenStats:
-    """`token_logprobs` of logits = hidden weight^T + bias, and of the reference's, whole: (M, V) twice."""
+    """`token_logprobs` of logits = logit_scale (hidden weight^T + bias), and of the reference's, whole: 2 (M, V)."""
     ref_logits = None
     if ref_hidden is not None and ref_weight is not None:
         ref_logits = F.linear(ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach())
+        ref_logits = logit_scale * ref_logits.to(statistics_dtype(ref_logits))
     logits = F.linear(hidden, weight, bias)
+    logits = logit_scale * logits.to(statistics_dtype(logits))
     return token_logprobs(logits, targets, temperature=temperature, softcap=softcap, ref_logits=ref_logits)
 
 
@@ -181,6 +184,7 @@ def linear_policy_loss(
     ref_bias: Tensor | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     normalizer: Tensor | float,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
@@ -192,6 +196,7 @@ def linear_policy_loss(
         temperature=temperature,
         bias=bias,
         softcap=softcap,
+        logit_scale=logit_scale,
         ref_hidden=ref_hidden if kl_kind == "exact" else None,
         ref_weight=ref_weight,
         ref_bias=ref_bias,

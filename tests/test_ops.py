@@ -388,6 +388,42 @@ print(peak() - before)
     assert float(run.stdout) < 60
 
 
+@pytest.mark.usefixtures("workspace")
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("scale", [0.0625, 3.0])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_a_logit_scale_is_as_if_the_logits_were_multiplied(
+    softcap: float | None, scale: float, dtype: torch.dtype
+) -> None:
+    loss = (("kl_coef", 0.2), ("entropy_coef", 0.1))
+    case = LinearCase("scaled", 20, 127, 16, 0.7, softcap, bias=True, reference="own", loss=loss)
+    arguments = case.build(dtype) | {"logit_scale": scale}
+    wide = in_fp64(arguments)
+    logits, ref_logits = (
+        scale * torch.nn.functional.linear(*(wide[f"{prefix}{name}"] for name in ("hidden", "weight", "bias")))
+        for prefix in ("", "ref_")
+    )
+    written_out = reference.token_logprobs(
+        logits, wide["targets"], temperature=0.7, softcap=softcap, ref_logits=ref_logits
+    )
+    truth = reference.linear_logprobs(**wide)
+    torch.testing.assert_close(tuple(truth), tuple(written_out))
+    inputs, upstream = ["hidden", "weight", "bias"], VocabularyCase("upstream", case.rows, 1).upstream(DIFFERENTIABLE)
+    tested = token_stats(ops.linear_logprobs, arguments, inputs, upstream)
+    same_dtype = token_stats(reference.linear_logprobs, arguments, inputs, upstream)
+    assert_as_good(tested, same_dtype, token_stats(reference.linear_logprobs, wide, inputs, upstream), dtype)
+    update = case.build_loss(dtype, truth.logprobs) | {"logit_scale": scale}
+    losses = [
+        policy_update(op, given, inputs)
+        for op, given in (
+            (ops.linear_policy_loss, update),
+            (reference.linear_policy_loss, update),
+            (reference.linear_policy_loss, in_fp64(update)),
+        )
+    ]
+    assert_as_good(*losses, dtype)
+
+
 # Sampling
 
 

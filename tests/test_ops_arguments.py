@@ -32,6 +32,10 @@ WRONG_TARGETS = [
     ("temperature", math.nan, ValueError, "temperature is nan"),
     ("softcap", -1.0, ValueError, "softcap is -1.0"),
 ]
+WRONG_SCALE = [
+    ("logit_scale", 0.0, ValueError, "logit_scale is 0.0"),
+    ("logit_scale", 1e-21, ValueError, "logit_scale is 1e-21"),
+]
 WRONG_HEAD = [
     ("hidden", torch.zeros(4, 2), ValueError, r"weight has shape \(5, 3\); expected \(5, 2\)"),
     ("hidden", torch.zeros(4), ValueError, r"hidden has shape \(4,\); expected two dimensions"),
@@ -84,7 +88,7 @@ WRONG: dict[str, list[tuple[str, Any, type[Exception], str]]] = {
         ("logits", torch.zeros(4, 5).long(), TypeError, "logits has dtype torch.int64"),
         ("ref_logits", torch.zeros(4, 6), ValueError, r"ref_logits has shape \(4, 6\)"),
     ],
-    "linear_logprobs": WRONG_TARGETS + WRONG_HEAD,
+    "linear_logprobs": WRONG_TARGETS + WRONG_HEAD + WRONG_SCALE,
     "policy_loss": [
         *WRONG_LOSS,
         ("entropy", TOKENS[1:], ValueError, r"entropy has shape \(3,\)"),
@@ -94,6 +98,7 @@ WRONG: dict[str, list[tuple[str, Any, type[Exception], str]]] = {
     "linear_policy_loss": [
         *WRONG_TARGETS,
         *WRONG_HEAD,
+        *WRONG_SCALE,
         *WRONG_LOSS,
         ("ref_logprobs", TOKENS[1:], ValueError, r"ref_logprobs has shape \(3,\)"),
         ("kl_coef", 0.1, ValueError, "kl_coef is 0.1 and kl_kind 'exact', which needs ref_hidden and ref_weight"),

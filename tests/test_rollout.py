@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import tiny
 import torch
@@ -5,7 +7,7 @@ import torch
 from fastppo import ops
 from fastppo.batch import Prompts
 from fastppo.config import SamplingConfig
-from fastppo.models import Policy, fuse_head
+from fastppo.models import Policy, fuse_head, token_stats
 from fastppo.rollout import sample, stop_ids
 from fastppo.rollout.inprocess import restrict
 
@@ -71,6 +73,19 @@ def test_logprobs_are_those_of_the_trainers_forward_pass():
             lambda p, hidden: p.head(hidden, ops.linear_logprobs, found.packed.responses, temperature=0.7),
         )
     torch.testing.assert_close(found.logprobs, stats.logprobs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "scale"), [("granite", {"logits_scaling": 0.4}), ("cohere2", {"logit_scale": 2.0})])
+def test_what_samples_scales_its_logits_as_the_trainer_does(family, scale):
+    actor = policy(family, num_key_value_heads=2, **scale)
+    found = rollout(actor, temperature=0.7)
+    with torch.no_grad():
+        stats = actor(found.packed, partial(token_stats, found.packed.responses, 0.7))
+    torch.testing.assert_close(found.logprobs, stats.logprobs, rtol=1e-4, atol=1e-4)
+    greedy = tiny.causal(family, num_key_value_heads=2, **scale).generate(
+        torch.tensor([PROMPTS[0]]), max_new_tokens=12, do_sample=False, eos_token_id=None
+    )
+    assert responses(rollout(actor, [0], temperature=1e-3))[0] == greedy[0, len(PROMPTS[0]) :].tolist()
 
 
 def test_logprobs_under_top_k_are_those_of_the_distribution_drawn_from():
