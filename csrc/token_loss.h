@@ -12,6 +12,20 @@ namespace fastppo {
 
 constexpr double kLogRatioMax = 20.0;  // e^20 = 4.9e8: far past any clip, and far from overflow
 
+// e^x up to kLogRatioMax, from there on its tangent, which is finite and not flat; less_tangent is value - 1 - x.
+struct BoundedExp {
+  double value, slope, less_tangent;
+};
+
+inline BoundedExp bounded_exp(double x) {
+  if (x > kLogRatioMax) {
+    const double slope = std::exp(kLogRatioMax), beyond = x - kLogRatioMax;
+    return {slope + slope * beyond, slope, (slope - 1.0 - kLogRatioMax) + (slope - 1.0) * beyond};
+  }
+  const double e = std::exp(x);
+  return {e, e, e - 1.0 - x};
+}
+
 struct Clips {
   double low, high;  // bounds of the ratio
   std::optional<double> dual;
@@ -31,16 +45,17 @@ struct TokenLoss {
 };
 
 inline TokenLoss token_loss(double logprob, double old_logprob, double advantage, const Clips& clips) {
-  const double difference = logprob - old_logprob;
-  const double log_ratio = std::clamp(difference, -kLogRatioMax, kLogRatioMax);
-  const double ratio = std::exp(log_ratio);
+  const BoundedExp bounded_ratio = bounded_exp(logprob - old_logprob);
+  const double ratio = bounded_ratio.value;
   const double unclipped = ratio * advantage, bounded = std::clamp(ratio, clips.low, clips.high) * advantage;
   const bool clipped = bounded < unclipped;
   double objective = clipped ? bounded : unclipped;
   const bool dual_clipped = clips.dual && advantage < 0 && objective < *clips.dual * advantage;
   if (dual_clipped) objective = *clips.dual * advantage;
-  const bool flat = clipped || dual_clipped || std::abs(difference) > kLogRatioMax;
-  return {-objective, ratio - 1.0 - log_ratio, ratio, clipped, dual_clipped, flat ? 0.0 : -unclipped};
+  const bool flat = clipped || dual_clipped;
+  return {-objective,   bounded_ratio.less_tangent,
+          ratio,        clipped,
+          dual_clipped, flat ? 0.0 : -bounded_ratio.slope * advantage};
 }
 
 // Estimates of KL(policy || reference) from the sampled token, with d = logprob - ref_logprob (Schulman 2020).
@@ -51,8 +66,8 @@ struct KlEstimate {
 inline KlEstimate k2(double d) { return {d * d / 2, d}; }
 
 inline KlEstimate k3(double d) {  // e^-d - 1 + d
-  const double clamped = std::clamp(d, -kLogRatioMax, kLogRatioMax), inverse_ratio = std::exp(-clamped);
-  return {inverse_ratio - 1.0 + clamped, clamped == d ? 1.0 - inverse_ratio : 0.0};
+  const BoundedExp inverse_ratio = bounded_exp(-d);
+  return {inverse_ratio.less_tangent, 1.0 - inverse_ratio.slope};
 }
 
 // What the losses of tokens add up to: policy loss, entropy, KL to the reference, approximate KL (k3), clipped,

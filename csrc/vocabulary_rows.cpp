@@ -31,12 +31,6 @@ Total total_of(const TileStats* tiles, int64_t count, float TileStats::* peak, f
   return total;
 }
 
-// log sum e^(z - peak) for the peak in fp32 that is reported, so that backward, which knows no other, is exact.
-double log_total(const Total& total, float reported_peak) {
-  const double exact = total.peak * total.inverse_temperature;
-  return std::log(total.sum) + (std::isfinite(exact) ? exact - reported_peak : 0.0);
-}
-
 struct Means {
   double x, gap;  // E[x] and E[x - y]
   bool infinite;  // p > 0 where the reference is -inf
@@ -123,17 +117,19 @@ RowStats row_stats(const Vocabulary& v, int64_t row, const TileStats* tiles) {
   stats.logprob = static_cast<float>((chosen - total.peak) * inverse - log_sum);
   stats.entropy = static_cast<float>(log_sum - means.x);
   stats.lse = static_cast<float>(total.peak * inverse + log_sum);
-  stats.peak = static_cast<float>(total.peak * inverse);
-  stats.log_total = static_cast<float>(log_total(total, stats.peak));
+  stats.peak = total.peak;
+  stats.log_total = static_cast<float>(log_sum);
   if (!v.ref) return stats;
 
   const double ref_log_sum = std::log(ref_total.sum);
   const double ref_chosen = v.ref_kernels.cap(v.ref->at(row, target), v.scale);
-  stats.ref_logprob = static_cast<float>((ref_chosen - ref_total.peak) * inverse - ref_log_sum);
-  stats.kl = static_cast<float>(means.infinite ? kInfinity : means.gap - log_sum + ref_log_sum);
+  const bool excluded = ref_total.sum == 0.0;  // the whole row is -inf
+  stats.ref_logprob = static_cast<float>(excluded ? -kInfinity : (ref_chosen - ref_total.peak) * inverse - ref_log_sum);
+  const bool infinite = means.infinite && !std::isnan(log_sum) && !std::isnan(ref_log_sum);
+  stats.kl = static_cast<float>(infinite ? kInfinity : means.gap - log_sum + ref_log_sum);
   stats.ref_lse = static_cast<float>(ref_total.peak * inverse + ref_log_sum);
-  stats.ref_peak = static_cast<float>(ref_total.peak * inverse);
-  stats.ref_log_total = static_cast<float>(log_total(ref_total, stats.ref_peak));
+  stats.ref_peak = ref_total.peak;
+  stats.ref_log_total = static_cast<float>(ref_log_sum);
   return stats;
 }
 
@@ -150,8 +146,8 @@ Slopes row_slopes(const Vocabulary& v, const RowStats& stats, const RowGradients
   return {stats.peak,
           stats.ref_peak,
           static_cast<float>(constant * share),
-          static_cast<float>(-upstream.entropy * share),
-          static_cast<float>(kl_slope * share),
+          static_cast<float>(-upstream.entropy * share * inverse),
+          static_cast<float>(kl_slope * share * inverse),
           static_cast<float>(upstream.logprob * inverse)};
 }
 

@@ -49,7 +49,8 @@ Vocabulary checked_vocabulary(const Tensor& logits, const Tensor& targets, doubl
 
 constexpr int64_t kStats = 5, kRefStats = 10;
 
-// Statistics of a row, in the order of vocabulary_forward's output; from ref_logprob on only with a reference.
+// Statistics of a row, in the order of vocabulary_forward's output; from ref_logprob on only with a reference. The
+// peaks are max c and max q, which fp32 holds exactly, where max z would be rounded.
 struct RowStats {
   float logprob, entropy, lse, peak, log_total;
   float ref_logprob, kl, ref_lse, ref_peak, ref_log_total;

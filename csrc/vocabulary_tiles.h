@@ -31,8 +31,8 @@ struct TileStats {
   float gap;             // sum of e^x ((c - peak) - (q - ref_peak)) where q is finite
 };
 
-// d logits = e^x (constant + slope x + gap_slope (x - y)) dc/dlogits, and at the target also += target dc/dlogits;
-// here x = z - peak and y = r - ref_peak, with the peaks of the row.
+// d logits = e^(x / temperature) (constant + slope x + gap_slope (x - y)) dc/dlogits, and at the target also += target
+// dc/dlogits; here x = c - peak and y = q - ref_peak, with the peaks of the row.
 struct Slopes {
   float peak, ref_peak;
   float constant, slope, gap_slope, target;

@@ -14,6 +14,11 @@ import torch
 from torch import Tensor
 
 Coefficient = float | Tensor  # a number, or a floating tensor without dimensions that holds it
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# The bounds below stand as literals: torch.compile takes a float of a module's, or of a default, for a number that may
+# change, and compiles twice. Numbers between 1e-36 and 1e36, their inverses and a hundred times either are normal in
+# fp32, with which kernels compute. With temperatures and softcaps between 1e-20 and 1e20 a logit over one of them, and
+# what stands for -inf there, are still what they are.
 
 
 def check_kl_kind(kl_kind: str, kl_coef: Coefficient, has_head: bool, has_logprobs: bool) -> None:
@@ -38,6 +43,7 @@ def check_reference(
         missing = "ref_hidden" if ref_hidden is None else "ref_weight"
         raise ValueError(f"{missing} is None; a reference needs both ref_hidden and ref_weight")
     check_head(ref_hidden, ref_weight, ref_bias, "ref_")
+    check_precision("ref_hidden", ref_hidden, hidden, "hidden")
     check_shape("ref_hidden", ref_hidden, (hidden.shape[0], ref_weight.shape[1]), "a row for each row of hidden")
     check_shape("ref_weight", ref_weight, (weight.shape[0], ref_weight.shape[1]), "a row for each row of weight")
     check_device("ref_hidden", ref_hidden, hidden, "hidden")
@@ -62,6 +68,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str)
 
 
 def check_logits(name: str, logits: Tensor) -> None:
+    """(rows, V)"""
     check_floating(name, logits)
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"{name} has shape {tuple(logits.shape)}; expected two dimensions, (rows, V) with V >= 1")
@@ -84,6 +91,7 @@ def check_tokens(name: str, tensor: Tensor, like: Tensor, like_name: str = "") -
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected one dimension, (M,)")
     if tensor is like:
         return
+    check_precision(name, tensor, like, like_name)
     check_shape(name, tensor, (like.shape[0],), f"one number for each row of {like_name}")
     check_device(name, tensor, like, like_name)
 
@@ -127,46 +135,85 @@ def check_policy_options(
     kl_coef: Coefficient,
 ) -> None:
     check_range("clip_low", clip_low, 0.0, 1.0)
-    check_range("clip_high", clip_high, 0.0, math.inf)
+    check_range("clip_high", clip_high, 0.0, 1e36)
     if dual_clip is not None:
         known = value_of("dual_clip", dual_clip)
-        if known is not None and not 1.0 < known < math.inf:
-            raise ValueError(f"dual_clip is {known}; it must be finite and above 1, or None")
+        if known is not None and not 1.0 < known <= 1e36:
+            raise ValueError(f"dual_clip is {known}; it must be above 1 and at most 1e36, or None")
     for name, coef in (("entropy_coef", entropy_coef), ("kl_coef", kl_coef)):
-        known = value_of(name, coef)
-        if known is not None and not -math.inf < known < math.inf:  # not isfinite: torch.compile cannot trace it
-            raise ValueError(f"{name} is {known}; it must be finite")
+        check_range(name, coef, -1e36, 1e36)
 
 
-def check_normalizer(normalizer: Tensor, like: Tensor, like_name: str) -> None:
+def checked_normalizer(normalizer: Tensor | float, like: Tensor, like_name: str) -> Tensor:
+    """The token count that a loss is divided by, given as a number or as (), fp32 or fp64: () in the dtype of
+    statistics, on the device of `like`."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if isinstance(normalizer, int | float) and not isinstance(normalizer, bool):
+        check_positive("normalizer", normalizer)
+        if torch.compiler.is_compiling():  # of what makes a tensor of a number, it is the sum that is no constant
+            return torch.zeros((), dtype=dtype, device=like.device) + normalizer
+        return torch.full((), normalizer, dtype=dtype, device=like.device)
     if not isinstance(normalizer, Tensor) or normalizer.dtype not in (torch.float32, torch.float64):
         found = normalizer.dtype if isinstance(normalizer, Tensor) else type(normalizer).__name__
-        raise TypeError(f"normalizer is {found}; expected a tensor of torch.float32 without dimensions")
+        raise TypeError(f"normalizer is {found}; expected a number, or a tensor of torch.float32 without dimensions")
     check_shape("normalizer", normalizer, (), "the token count that the loss is divided by")
     check_device("normalizer", normalizer, like, like_name)
-    if _may_be_read(normalizer):
-        check_positive("normalizer", normalizer.item())
+    check_positive("normalizer", normalizer)
+    check_constant("normalizer", normalizer)
+    return normalizer.to(dtype)
 
 
-def check_scale(temperature: Coefficient, softcap: float | None) -> None:
-    check_positive("temperature", temperature)
+def check_attention(scale: float, window: int, softcap: float, *, query: Tensor, **others: Tensor) -> None:
+    """Dtypes and numbers of `attend_cached`, which its kernel would name in its own words, or not at all on a GPU."""
+    if query.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"query has dtype {query.dtype}; expected torch.float32 or torch.bfloat16")
+    for name, tensor in others.items():
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype} and query {query.dtype}; they must be the same")
+    for name, value in (("scale", scale), ("softcap", softcap)):
+        check_number(name, value, "a constant of the model")
+    check_range("scale", scale, -1e36, 1e36)
+    if softcap != 0.0:
+        check_divisor("softcap", softcap)
+    if window < 0:
+        raise ValueError(f"window is {window}; it must be a number of positions, or 0 for all")
+
+
+def check_scale(temperature: Coefficient, softcap: float | None, logit_scale: float | None = None) -> None:
+    check_divisor("temperature", temperature)
     if softcap is not None:
         check_number("softcap", softcap, "a constant of the model")
-        check_positive("softcap", softcap)
+        check_divisor("softcap", softcap)
+    if logit_scale is None:
+        return
+    check_number("logit_scale", logit_scale, "a constant of the model")
+    check_divisor("logit_scale", logit_scale)
+    for name, value in (("temperature", temperature), ("softcap", softcap)):
+        known = None if value is None else value_of(name, value)
+        if known is not None:
+            check_divisor(f"{name} / logit_scale", known / logit_scale)
 
 
 def check_positive(name: str, value: Coefficient) -> None:
     known = value_of(name, value)
     if known is not None and not 0.0 < known < math.inf:
         raise ValueError(f"{name} is {known}; it must be finite and above 0")
+    if known is not None and not 1e-36 <= known <= 1e36:
+        raise ValueError(f"{name} is {known}; it must be in [1e-36, 1e36], for kernels compute in fp32")
+
+
+def check_divisor(name: str, value: Coefficient) -> None:
+    """Of logits: a temperature, a softcap."""
+    check_positive(name, value)
+    known = value_of(name, value)
+    if known is not None and not 1e-20 <= known <= 1e20:
+        raise ValueError(f"{name} is {known}; it must be in [1e-20, 1e20], for kernels compute in fp32")
 
 
 def check_range(name: str, value: Coefficient, low: float, high: float) -> None:
     known = value_of(name, value)
-    if known is None:
-        return
-    if not low <= known <= high or known == math.inf:  # not isinf: torch.compile cannot trace it
-        raise ValueError(f"{name} is {known}; it must be in [{low:g}, {high:g}]" + (" and finite" * math.isinf(high)))
+    if known is not None and not low <= known <= high:  # not isfinite: torch.compile cannot trace it
+        raise ValueError(f"{name} is {known}; it must be in [{low:g}, {high:g}]")
 
 
 def check_number(name: str, value: object, what: str) -> None:
@@ -206,8 +253,20 @@ def is_off(coefficient: Coefficient) -> bool:
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} has dtype {tensor.dtype} and shape {tuple(tensor.shape)}; expected a floating dtype")
+    if tensor.dtype not in FLOATING:  # among those that are not: float8, which torch calls floating
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype} and shape {tuple(tensor.shape)}; expected a floating dtype:"
+            " torch.float32, bfloat16, float16 or float64"
+        )
+
+
+def check_precision(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
+    """fp64 goes with fp64 alone: no kernel computes in it, and to round it without a word is not what was asked."""
+    if (tensor.dtype == torch.float64) != (like.dtype == torch.float64):
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype} and {like_name} {like.dtype}; floating tensors of a call are all"
+            " torch.float64 or none is: convert one of the two"
+        )
 
 
 def check_int64(name: str, tensor: Tensor) -> None:

@@ -75,12 +75,16 @@ def _upstream(grad: Tensor) -> Tensor:
 
 
 def _save_linear_policy_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.wanted = inputs[-1]
-    ctx.save_for_backward(*output[3:])
+    ctx.wanted, ctx.dtype, normalizer = inputs[-1], inputs[0].dtype, inputs[6]
+    ctx.save_for_backward(*output[3:], normalizer)
 
 
 def _linear_policy_loss_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    made = zip(ctx.saved_tensors, ctx.wanted, strict=True)
+    *found, normalizer = ctx.saved_tensors
+    made = list(zip(found, ctx.wanted, strict=True))
+    if linear.whole_gradients(ctx.dtype):
+        upstream = upstream / normalizer
+        return *((g.float() * upstream).to(ctx.dtype) if want else None for g, want in made), *(None,) * 19
     # On the CPU a look at a number costs less than a pass over the weight's gradient. A compiler's tensors have none.
     once = type(upstream) is Tensor and upstream.device.type == "cpu" and upstream.item() == 1.0
     return *((g if once else (g * upstream).to(g.dtype)) if want else None for g, want in made), *(None,) * 19

@@ -69,12 +69,21 @@ def figures(experience: Experience, *, exact_kl: bool) -> dict[str, float]:
         "judge": float(judged.mean()),
         "judge_std": float(judged.std()),
         "length_correlation": rank_correlation(scores, lengths.astype(np.float64)),
+        "sampler_error": sampler_error(experience),
         "rewarded_phrase": max((phrase.share for phrase in _phrases(experience, grams, 1)), default=0.0),
     }
     if exact_kl:
         kl = experience.kl.double()
         found |= {"kl_exact": float(kl.mean()), "kl_exact_sequence": float(kl.sum()) / len(lengths)}
     return found
+
+
+def sampler_error(experience: Experience) -> float:
+    """How far the sampler's log probabilities are from the trainer's, in nats a token, the mean of the distances.
+
+    The two see other roundings, and other distributions where `sampling` leaves tokens out of the draw.
+    """
+    return float((experience.sampler_logprobs - experience.old_logprobs).double().abs().mean())
 
 
 def ngrams(tokens: Ints, lengths: Ints, largest: int) -> list[Grams]:

@@ -11,6 +11,7 @@ from fastppo import library, reference
 from fastppo.backend import by_reference, log_once
 from fastppo.checks import (
     Coefficient,
+    check_attention,
     check_coefficients,
     check_cu_seqlens,
     check_device,
@@ -19,7 +20,7 @@ from fastppo.checks import (
     check_logits,
     check_mask,
     check_not_expanded,
-    check_number,
+    check_precision,
     check_range,
     check_scale,
     check_shape,
@@ -59,6 +60,7 @@ def gae(
     check_coefficients(rewards, "rewards", gamma=gamma, lam=lam)
     if bootstrap is not None:
         check_floating("bootstrap", bootstrap)
+        check_precision("bootstrap", bootstrap, rewards, "rewards")
         check_shape("bootstrap", bootstrap, (cu_seqlens.shape[0] - 1,), "one value for each sequence of cu_seqlens")
         check_device("bootstrap", bootstrap, rewards, "rewards")
     for name, value in (("gamma", gamma), ("lam", lam)):
@@ -67,8 +69,7 @@ def gae(
                 f"{name} is on {value.device}, and the host reads it; give a number or a tensor of the CPU"
             )
     options = numbers(rewards, device=HOST, gamma=gamma, lam=lam)
-    fp64 = by_reference(rewards) or values.dtype == torch.float64
-    if fp64 or rewards.device.type not in library.GAE_DEVICES:
+    if by_reference(rewards) or rewards.device.type not in library.GAE_DEVICES:
         log_once(f"gae on {rewards.device} in {rewards.dtype}: reference Python, as fastppo._C has no kernel for that")
         given: list[Any] = [None if x is None else x.detach() for x in (rewards, values, cu_seqlens, bootstrap, mask)]
         out = (_gae_by_oracle if torch.compiler.is_compiling() else _run_oracle)(*given, **options)
@@ -178,8 +179,9 @@ def attend_cached(
     all; softcap: s -> softcap tanh(s / softcap) on scores, 0 for none. Returns (R, heads, D), not differentiable. On
     the CPU a row's result does not depend on the other rows, bit for bit. Bad arguments raise ValueError there.
     """
-    check_number("scale", scale, "a constant of the model")
-    check_number("softcap", softcap, "a constant of the model")
+    check_attention(
+        scale, window, softcap, query=query, key=key, value=value, key_cache=key_cache, value_cache=value_cache
+    )
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         check_not_expanded(name, cache)
     query, key, value, key_cache, value_cache = (x.detach() for x in (query, key, value, key_cache, value_cache))

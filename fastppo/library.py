@@ -161,7 +161,10 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[
 
 @fake("linear_policy_loss")
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    return *_totals(hidden), *_gradients_like(hidden, weight, bias, rest[-1])
+    made = _gradients_like(hidden, weight, bias, rest[-1])
+    if linear.whole_gradients(hidden.dtype):
+        made = (made[0], made[1].float(), made[2].float())
+    return *_totals(hidden), *made
 
 
 def _totals(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -57,14 +57,15 @@ def chunks(head: Head, ref_head: Head, workspace: int) -> Iterator[tuple[slice, 
 class Products:
     """d_hidden = dz weight, d_weight = sum of dz^T hidden over chunks, d_bias = sum of dz: those that are wanted."""
 
-    def __init__(self, head: Head, wanted: Sequence[bool], several: bool) -> None:
+    def __init__(self, head: Head, wanted: Sequence[bool], several: bool, *, sums: torch.dtype | None = None) -> None:
+        """several: chunks. sums: the dtype that d_weight and d_bias are left in; None for that of the weight."""
         assert head.hidden is not None and head.weight is not None
-        self.hidden, self.weight, self.several = head.hidden, head.weight, several
+        self.hidden, self.weight, self.several, self.sums = head.hidden, head.weight, several, sums
         self.d_hidden = self.hidden.new_empty(self.hidden.shape) if wanted[0] else None
         self.d_weight: Tensor | None = None
         if wanted[1]:  # one chunk's product rounds once and needs no sum
-            dtype = torch.float32 if several else self.weight.dtype
-            make = torch.zeros_like if several or not len(self.hidden) else torch.empty_like
+            dtype = torch.float32 if several else sums or self.weight.dtype
+            make = torch.zeros_like if several or sums or not len(self.hidden) else torch.empty_like
             self.d_weight = make(self.weight, dtype=dtype, memory_format=torch.contiguous_format)
         self.d_bias = torch.zeros(len(self.weight), device=self.hidden.device) if wanted[2] else None
 
@@ -78,21 +79,27 @@ class Products:
             self.d_bias += dz.sum(0, dtype=torch.float32)
 
     def _add_to_weight(self, total: Tensor, dz: Tensor, hidden: Tensor) -> None:
-        if not self.several:
+        if not self.several and not self.sums:
             torch.mm(dz, hidden, out=total)
         elif total.dtype == hidden.dtype:
             torch.addmm(total, dz, hidden, out=total)
         elif total.device.type == "cuda":
             torch.addmm(total, dz, hidden, out_dtype=torch.float32, out=total)
         else:
+            wide = hidden.float() if self.sums else hidden  # a sum over a chunk's tokens can be more than fp16 holds
             for first in range(0, len(total), SLICE_ROWS):
                 some = slice(first, first + SLICE_ROWS)
-                torch.ops.fastppo.accumulate(total[some], dz[some] @ hidden)
+                torch.ops.fastppo.accumulate(total[some], dz[some].to(wide.dtype) @ wide)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients in the dtype of their inputs; an empty tensor for one that is not wanted."""
-        found = (self.d_hidden, self.d_weight, self.d_bias)
-        hidden, weight, bias = (self.hidden.new_empty(0) if d is None else d.to(self.hidden.dtype) for d in found)
+        """Gradients, in the dtype of their inputs unless `sums` says another; an empty tensor for one that is not
+        wanted."""
+        found, own = (self.d_hidden, self.d_weight, self.d_bias), self.hidden.dtype
+        dtypes = (own, self.sums or own, self.sums or own)
+        hidden, weight, bias = (
+            self.hidden.new_empty(0, dtype=dtype) if d is None else d.to(dtype)
+            for d, dtype in zip(found, dtypes, strict=True)
+        )
         return hidden, weight, bias
 
 
@@ -174,19 +181,23 @@ def linear_policy_loss(
 
     Three products a chunk, logits, d_hidden and d_weight, and one kernel that overwrites the logits with the loss's
     gradient by them. Nothing is computed twice; a gradient that is not wanted is an empty tensor and costs nothing.
+    Where `whole_gradients`, the gradients are those of the loss's sum, with d_weight and d_bias in fp32: fp16 holds the
+    gradient of a mean over 1e5 tokens only once the loss is scaled, which the backward pass is the first to know of.
     """
     head, ref_head = Head(hidden, weight, bias), Head(ref_hidden, ref_weight, ref_bias)
     token_stats = hidden.new_empty(8, len(hidden), dtype=torch.float32)
     loss_in_chunk = overload("policy_loss_in_chunk", temperature)
+    whole = whole_gradients(hidden.dtype)
+    divisor, sums_in = (torch.ones_like(normalizer), torch.float32) if whole else (normalizer, None)
     products: Products | None = None
     for rows, logits, ref_logits in chunks(head, ref_head, workspace):
-        products = products or Products(head, wanted, several=rows.stop < len(hidden))
+        products = products or Products(head, wanted, several=rows.stop < len(hidden), sums=sums_in)
         loss_in_chunk(
             logits,
             targets[rows],
             old_logprobs[rows],
             advantages[rows],
-            normalizer,
+            divisor,
             temperature,
             softcap,
             clip_low,
@@ -203,7 +214,12 @@ def linear_policy_loss(
         )
         products.add(rows, logits)
     loss, sums, ratio_max = overload("sum_tokens", kl_coef)(token_stats, entropy_coef, kl_coef, normalizer)
-    return loss, sums, ratio_max, *(products or Products(head, wanted, several=False)).result()
+    return loss, sums, ratio_max, *(products or Products(head, wanted, several=False, sums=sums_in)).result()
+
+
+def whole_gradients(dtype: torch.dtype) -> bool:
+    """Whether `linear_policy_loss` leaves its gradients undivided: in fp16, whose smallest number is 6e-8."""
+    return dtype == torch.float16
 
 
 # Registered by `fastppo.library` as fastppo::NAME. The coefficients, annotated as the schema's floats, may be tensors

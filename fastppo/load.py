@@ -65,6 +65,7 @@ def load_policies(config: Config, device: torch.device) -> tuple[Policy, Critic 
     actor, critic = config.actor, config.critic
     base = _load_actor(config, dtype, device, trained_partitions(config))
     reference = _load_reference(config, base, dtype, device)
+    check_same_scales(Policy(base), reference, config)
     value_model = None if critic.kind == "shared" else _load_critic(config, base, dtype, device)
     policy = Policy(base, ValueHead(width_of(base), dtype, device) if critic.kind == "shared" else None)
     choose_trained(policy, "actor", actor, actor.model, actor.revision, config.seed)
@@ -159,6 +160,17 @@ def _check_switch(source: Source, config: Config) -> None:
             f" beyond original_max_position_embeddings = {switch} tokens {source} turns all tokens of a sequence by"
             " other rotary factors (longrope), so it would not be the model any more that the first ones were drawn"
             " from. Lower one of the two, or give a model without longrope."
+        )
+
+
+def check_same_scales(actor: Policy, reference: Policy, config: Config) -> None:
+    """Whether the op of the exact KL, which has one softcap and one logit scale, can take both heads."""
+    own, theirs = ((p.head.softcap, p.head.logit_scale) for p in (actor, reference))
+    if own != theirs and config.ppo.kl_kind == "exact":
+        raise ModelError(
+            f"reference.model {config.reference.model} caps its logits at {theirs[0]} and multiplies them by"
+            f" {theirs[1]:g}, actor.model {config.actor.model} at {own[0]} and by {own[1]:g}: ppo.kl_kind exact takes"
+            " both under one. Set ppo.kl_kind to k3, or give a reference of the actor's family."
         )
 
 

@@ -232,8 +232,8 @@ def sampling_needs(actor: Footprint, config: Config, batch: Batch) -> Bytes:
     cache = batch.rows * (batch.prompt + sampling.max_new_tokens) * actor.position
     prefill = actor.passes(batch.rows, batch.prompt, gradient=False).peak
     logits = batch.rows * actor.vocabulary * b
-    if sampling.top_p < 1.0:  # logits in fp32, sorted, their order in int64, probabilities and their sums
-        logits += batch.rows * actor.vocabulary * (4 + 4 + 8 + 4 + 4)
+    if sampling.top_p < 1.0:  # logits sorted, their order in int64, probabilities and their sums in fp64
+        logits += batch.rows * actor.vocabulary * (b + 8 + 8 + 8)
     if sampling.top_k or sampling.min_new_tokens:  # a copy with what is ruled out
         logits += batch.rows * actor.vocabulary * b
     gather = GATHER_BYTES if config.zero.stage == 3 else 0

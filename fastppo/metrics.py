@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from fastppo.batch import Experience
+from fastppo.figures import sampler_error
 from fastppo.learn import Update
 from fastppo.ppo import explained_variance
 
@@ -36,7 +37,7 @@ def step_metrics(experience: Experience, updates: Sequence[Update], seconds: Map
         "value": float(experience.values.mean()),
         "explained_variance": explained_variance(experience.values, experience.returns),
         "skipped_updates": skipped,
-        "sampler_error": float((experience.sampler_logprobs - experience.old_logprobs).abs().mean()),
+        "sampler_error": sampler_error(experience),
     }
     if experience.by_source.shape[1] > 1:
         metrics |= {f"score/{i}": float(x) for i, x in enumerate(experience.by_source.mean(0))}

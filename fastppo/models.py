@@ -21,6 +21,7 @@ from fastppo import ops
 from fastppo.attention import ATTENTION, Cache, Spans
 from fastppo.batch import Packed, pack
 from fastppo.errors import ModelError as ModelError
+from fastppo.logit_scale import logit_scale
 from fastppo.rotary import turn_each_sequence
 from fastppo.stats import TokenStats
 from fastppo.trunk import layers_of, passing, trunk_depth
@@ -33,25 +34,35 @@ T = TypeVar("T")
 class FusedHead(nn.Module):
     """The vocabulary projection. `head(hidden)` gives logits, `head(hidden, op, ...)` what the op makes of them."""
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, softcap: float | None):
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, softcap: float | None, logit_scale: float = 1.0
+    ):
         super().__init__()
         self.weight = weight  # (V, H), the embedding's own parameter where the two are tied
         self.bias = bias  # (V,)
         self.softcap = softcap
+        self.logit_scale = logit_scale  # what logits are multiplied by, before the softcap
 
     def forward(self, hidden: Tensor, op: Callable[..., T] | None = None, *args: Any, **kwargs: Any) -> T | Tensor:
-        """hidden (M, H) -> `op(hidden, weight, *args, bias=, softcap=, **kwargs)`; without an op, logits (M, V)."""
+        """hidden (M, H) -> `op(hidden, weight, *args, bias=, softcap=, logit_scale=, **kwargs)`; logits (M, V) without
+        an op."""
         if op is not None:
             weight, bias = cast(Tensor, self.weight), cast("Tensor | None", self.bias)
             if torch.is_autocast_enabled(hidden.device.type):  # as it does for a linear layer
                 dtype = torch.get_autocast_dtype(hidden.device.type)
                 hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-            return op(hidden, weight, *args, bias=bias, softcap=self.softcap, **kwargs)
+            scales = {"softcap": self.softcap, "logit_scale": self.logit_scale}
+            return op(hidden, weight, *args, bias=bias, **scales, **kwargs)
         logits = F.linear(hidden, self.weight, self.bias)
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def as_reference(self, hidden: Tensor) -> dict[str, Tensor | None]:
-        """The keywords by which an op takes this head as the reference; hidden (M, H), without gradient."""
+        """The keywords by which an op takes this head as the reference; hidden (M, H), without gradient.
+
+        The op has one softcap and one logit scale, the policy's: `load.check_same_scales` sees to that.
+        """
         return {"ref_hidden": hidden, "ref_weight": self.weight, "ref_bias": self.bias}
 
 
@@ -228,7 +239,8 @@ def fuse_head(model: PreTrainedModel) -> PreTrainedModel:
         raise ModelError(f"{type(model).__name__} has no linear vocabulary head, so its logprobs cannot be fused")
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     bias = cast("nn.Parameter | None", linear.bias)
-    model.set_output_embeddings(FusedHead(cast(nn.Parameter, linear.weight), bias, softcap))
+    scale = logit_scale(model, linear, softcap)
+    model.set_output_embeddings(FusedHead(cast(nn.Parameter, linear.weight), bias, softcap, scale))
     return model
 
 

@@ -5,9 +5,11 @@ A function here checks its arguments, before anything runs, and then calls a ker
 gradients (`fastppo.derivatives`). fp64, for tests of gradients, runs `fastppo.reference`. The log says once what the
 ops run on.
 
-M tokens, vocabulary V, hidden size H, B sequences, R rows. Floating inputs are fp32, bf16, fp16 or fp64; statistics,
-losses and sums are fp32, fp64 for fp64 inputs. All tensors of a call are on one device, in any layout. A wrong dtype is
-a TypeError, a wrong shape, device or value a ValueError, which names the argument. M may be 0.
+M tokens, vocabulary V, hidden size H, B sequences, R rows. Floating inputs are fp32, bf16, fp16, in any mixture where
+nothing else is said, or all fp64; statistics, losses and sums are fp32, fp64 for fp64 inputs. Temperatures and softcaps
+lie in 1e-20 to 1e20, other numbers within 1e36, so that fp32 holds what is made of them. All tensors of a call are on
+one device, in any layout. A wrong dtype is a TypeError, a wrong shape, device or value a ValueError, which names the
+argument. M may be 0.
 Values of tensors are looked at where that costs nothing: on the CPU. On CUDA a kernel that finds `cu_seqlens` wrong
 stops with an assertion that says so.
 
@@ -33,20 +35,20 @@ from fastppo.backend import by_reference
 from fastppo.checks import (
     Coefficient,
     check_coefficients,
-    check_constant,
     check_device,
     check_head,
     check_kl_kind,
     check_logits,
     check_mask,
-    check_normalizer,
     check_policy_options,
     check_positive,
+    check_precision,
     check_reference,
     check_scale,
     check_shape,
     check_targets,
     check_tokens,
+    checked_normalizer,
     is_off,
 )
 from fastppo.coefficients import numbers
@@ -82,7 +84,8 @@ def token_logprobs(
     logits: (M, V) floating, -inf allowed; targets: (M,) int64 in [0, V); ref_logits: (M, V), never receives gradients.
     Logits of both become z = softcap tanh(logits / softcap) / temperature; temperature > 0, softcap > 0 or None.
     An entry of probability 0 adds nothing to entropy, KL and gradients; KL is +inf where p > 0 = q, and such a row
-    passes no gradient to KL. Gradients reach logits from `logprobs`, `entropy`, `lse` and `kl`.
+    passes no gradient to KL. A row of ref_logits that is -inf throughout has q = 0 throughout: KL +inf, ref_logprobs
+    -inf. Gradients reach logits from `logprobs`, `entropy`, `lse` and `kl`.
     """
     check_logits("logits", logits)
     check_targets(targets, logits.shape[0], logits.shape[1], logits, "logits")
@@ -90,6 +93,7 @@ def token_logprobs(
     check_coefficients(logits, "logits", temperature=temperature)
     if ref_logits is not None:
         check_logits("ref_logits", ref_logits)
+        check_precision("ref_logits", ref_logits, logits, "logits")
         check_shape("ref_logits", ref_logits, tuple(logits.shape), "the shape of logits")
         check_device("ref_logits", ref_logits, logits, "logits")
     scale = numbers(logits, temperature=temperature) | {"softcap": softcap}
@@ -108,19 +112,20 @@ def linear_logprobs(
     temperature: Coefficient = 1.0,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
 ) -> TokenStats:
-    """`token_logprobs` of logits = hidden weight^T + bias, which never exist for more than a chunk of rows.
+    """`token_logprobs` of logits = logit_scale (hidden weight^T + bias), which exist for a chunk of rows at most.
 
     hidden: (M, H); weight: (V, H), bias: (V,) of the same dtype; targets: (M,) int64 in [0, V). The reference's head
-    comes as ref_hidden (M, H'), ref_weight (V, H') and perhaps ref_bias (V,), under the same softcap and
+    comes as ref_hidden (M, H'), ref_weight (V, H') and perhaps ref_bias (V,), under the same logit_scale, softcap and
     temperature; it never receives gradients, also where ref_weight is weight.
     """
     check_head(hidden, weight, bias, "")
     check_targets(targets, hidden.shape[0], weight.shape[0], hidden, "hidden")
-    check_scale(temperature, softcap)
+    check_scale(temperature, softcap, logit_scale)
     check_coefficients(hidden, "hidden", temperature=temperature)
     check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
     ref_hidden, ref_weight, ref_bias = _detached(ref_hidden, ref_weight, ref_bias)
@@ -128,7 +133,8 @@ def linear_logprobs(
     head |= {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
     scale = numbers(hidden, temperature=temperature) | {"softcap": softcap}
     if by_reference(hidden):
-        return reference.linear_logprobs(**head, **scale)
+        return reference.linear_logprobs(**head, **scale, logit_scale=logit_scale)
+    scale = _of_plain_logits(**scale, logit_scale=logit_scale)
     forward = overload("linear_logprobs", scale["temperature"])
     return _token_stats(forward(**head, **scale, workspace=workspace_bytes(cpu=not hidden.is_cuda)))
 
@@ -145,16 +151,17 @@ def policy_loss(
     entropy_coef: Coefficient = 0.0,
     kl: Tensor | None = None,
     kl_coef: Coefficient = 0.0,
-    normalizer: Tensor,
+    normalizer: Tensor | float,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
     """PPO's clipped loss (Schulman et al. 2017, eq. 7), with dual clip (Ye et al. 2020, eq. 5), entropy and KL terms.
 
-    logprobs, old_logprobs, advantages, entropy, kl: (M,) floating. The ratio's logarithm is clamped to +-20, the ratio
-    clipped to [1 - clip_low, 1 + clip_high], clip_low in [0, 1], clip_high >= 0; dual_clip > 1 bounds the loss of a
-    token with negative advantage at dual_clip |advantage|. `kl` is a KL per token that has an expected gradient
-    (exact, k2 or k3; not k1).
-    normalizer: () fp32, > 0, the token count that the sum is divided by; mask: (M,) bool, False leaves a token out.
+    logprobs, old_logprobs, advantages, entropy, kl: (M,) floating. From e^20 on the ratio goes on along its tangent, so
+    that it is finite and keeps a gradient. It is clipped to [1 - clip_low, 1 + clip_high], clip_low in [0, 1],
+    clip_high >= 0; dual_clip > 1 bounds the loss of a token with negative advantage at dual_clip |advantage|. `kl` is a
+    KL per token that has an expected gradient (exact, k2 or k3; not k1).
+    normalizer: the token count that the sum is divided by, > 0, a number or () fp32; mask: (M,) bool, False leaves a
+    token out.
 
     Returns the loss, (), which passes gradients to logprobs, entropy and kl, and sums over the unmasked tokens: the
     clipped objective's loss alone, entropy, kl, k3 of the old policy to the new ((ratio - 1) - log ratio), tokens
@@ -167,8 +174,7 @@ def policy_loss(
         if tensor is not None:
             check_tokens(name, tensor, logprobs, "logprobs")
     check_policy_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef)
-    check_normalizer(normalizer, logprobs, "logprobs")
-    check_constant("normalizer", normalizer)
+    normalizer = checked_normalizer(normalizer, logprobs, "logprobs")
     check_mask(mask, logprobs, "logprobs")
     for name, coef, tensor in (("entropy", entropy_coef, entropy), ("kl", kl_coef, kl)):
         if tensor is None and not is_off(coef):
@@ -207,7 +213,8 @@ def linear_policy_loss(
     ref_bias: Tensor | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
-    normalizer: Tensor,
+    logit_scale: float = 1.0,
+    normalizer: Tensor | float,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
     """`linear_logprobs` and `policy_loss` in one, with the gradients made while a chunk's logits exist.
@@ -219,13 +226,12 @@ def linear_policy_loss(
     """
     check_head(hidden, weight, bias, "")
     check_targets(targets, hidden.shape[0], weight.shape[0], hidden, "hidden")
-    check_scale(temperature, softcap)
+    check_scale(temperature, softcap, logit_scale)
     for name, tensor in {"old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs}.items():
         if tensor is not None:
             check_tokens(name, tensor, hidden, "hidden")
     check_policy_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef)
-    check_normalizer(normalizer, hidden, "hidden")
-    check_constant("normalizer", normalizer)
+    normalizer = checked_normalizer(normalizer, hidden, "hidden")
     check_mask(mask, hidden, "hidden")
     check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
     check_kl_kind(kl_kind, kl_coef, ref_hidden is not None, ref_logprobs is not None)
@@ -245,7 +251,9 @@ def linear_policy_loss(
     options = numbers(hidden, **coefficients) | {"softcap": softcap, "kl_kind": kl_kind}
     arguments = head | tokens | options | {"normalizer": normalizer, "mask": mask}
     if by_reference(hidden):
+        arguments |= {"logit_scale": logit_scale}
         return reference.linear_policy_loss(**arguments)
+    arguments |= _of_plain_logits(options["temperature"], softcap, logit_scale)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     loss, sums, ratio_max, *_ = overload("linear_policy_loss", options["kl_coef"])(
         **arguments, workspace=workspace_bytes(cpu=not hidden.is_cuda), wanted=wanted
@@ -259,7 +267,7 @@ def value_loss(
     returns: Tensor,
     *,
     clip: Coefficient | None = None,
-    normalizer: Tensor,
+    normalizer: Tensor | float,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, ValueStats]:
     """The critic's loss, 0.5 max((V - R)^2, (V_clip - R)^2), V_clip = old + clamp(V - old, -clip, clip).
@@ -271,8 +279,7 @@ def value_loss(
     check_tokens("values", values, values)
     check_tokens("old_values", old_values, values, "values")
     check_tokens("returns", returns, values, "values")
-    check_normalizer(normalizer, values, "values")
-    check_constant("normalizer", normalizer)
+    normalizer = checked_normalizer(normalizer, values, "values")
     check_mask(mask, values, "values")
     if clip is not None:
         check_positive("clip", clip)
@@ -284,6 +291,17 @@ def value_loss(
         return reference.value_loss(**arguments)
     loss, sums, _ = overload("value_loss", arguments["clip"])(**arguments)
     return loss, ValueStats(sums.detach())
+
+
+def _of_plain_logits(temperature: Coefficient, softcap: float | None, logit_scale: float) -> dict[str, Any]:
+    """Temperature and softcap by which kernels make z = softcap tanh(s l / softcap) / temperature of l itself.
+
+    With both over s it is the same number: (softcap / s) tanh(l / (softcap / s)) / (temperature / s).
+    """
+    return {
+        "temperature": temperature / logit_scale,
+        "softcap": None if softcap is None else softcap / logit_scale,
+    }
 
 
 def _token_stats(stats: Tensor) -> TokenStats:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastppo import ops
+from fastppo import ops, reference
 from fastppo.config import Config
 
 KLKind = Literal["k1", "k2", "k3", "exact"]
@@ -21,8 +21,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KLKind) -> Tensor:
     """Estimates of KL(policy || reference) from the sampled tokens alone (Schulman, 2020, joschu.net/blog/kl-approx).
 
     With d = log p(x) - log p_ref(x) and x drawn from p: k1 = d, unbiased; k2 = d^2/2, biased, low variance;
-    k3 = exp(-d) - 1 + d, unbiased and never negative. (M,) fp32 -> (M,) fp32. `exact` needs both distributions
-    and comes from `ops.linear_logprobs`.
+    k3 = exp(-d) - 1 + d, unbiased and never negative, computed as in the loss. (M,) fp32 -> (M,) fp32. `exact` needs
+    both distributions and comes from `ops.linear_logprobs`.
     """
     d = logprobs - ref_logprobs
     if kind == "k1":
@@ -30,7 +30,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KLKind) -> Tensor:
     if kind == "k2":
         return d.square() / 2
     if kind == "k3":
-        return torch.expm1(-d.clamp(-20, 20)) + d
+        return reference.exp_less_tangent(-d)
     raise ValueError(f"kl kind {kind!r} is not an estimate from sampled tokens; use k1, k2 or k3")
 
 

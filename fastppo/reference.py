@@ -15,8 +15,6 @@ from torch import Tensor
 from fastppo.philox import uniform
 from fastppo.stats import PolicyStats, TokenStats, ValueStats
 
-LOG_RATIO_MAX = 20.0  # exp(20) = 4.9e8: far past any clip, and far from overflow
-
 
 def gae(
     rewards: Tensor,
@@ -66,7 +64,8 @@ def token_logprobs(
 
     z = softcap tanh(logits / softcap) / temperature, L = logsumexp(z), p = exp(z - L); with v over the vocabulary
     logprob = z_y - L, entropy = -sum_v p_v log p_v, KL(p || q) = sum_v p_v (log p_v - log q_v), 0 log 0 = 0.
-    KL is +inf where some p_v > 0 = q_v; such a row passes no gradient to KL. The reference receives none at all.
+    KL is +inf where some p_v > 0 = q_v; such a row passes no gradient to KL. The reference receives none at all. Where
+    all of its row is -inf, q is 0 throughout: its logprob is -inf, the KL +inf. A NaN in either row makes the KL a NaN.
     """
     z = scaled(logits, temperature, softcap)
     lse = z.logsumexp(-1)
@@ -78,8 +77,8 @@ def token_logprobs(
         return TokenStats(logprobs, entropy, lse, None, None, None)
     r = scaled(ref_logits.detach(), temperature, softcap)
     ref_lse = r.logsumexp(-1)
-    log_q = r.log_softmax(-1)
-    infinite = ((p > 0) & log_q.isneginf()).any(-1)
+    log_q = r.log_softmax(-1).masked_fill(ref_lse.isneginf()[:, None], -math.inf)
+    infinite = ((p > 0) & log_q.isneginf()).any(-1) & ~log_q.isnan().any(-1)
     log_ratio = log_p - log_q
     kl = (p * log_ratio.masked_fill((p == 0) | log_q.isneginf(), 0.0)).sum(-1)
     return TokenStats(logprobs, entropy, lse, at_targets(log_q, targets), ref_lse, kl.masked_fill(infinite, math.inf))
@@ -93,15 +92,18 @@ def linear_logprobs(
     temperature: float = 1.0,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
 ) -> TokenStats:
-    """`token_logprobs` of logits = hidden weight^T + bias, and of the reference's, whole: (M, V) twice."""
+    """`token_logprobs` of logits = logit_scale (hidden weight^T + bias), and of the reference's, whole: 2 (M, V)."""
     ref_logits = None
     if ref_hidden is not None and ref_weight is not None:
         ref_logits = project(ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach())
+        ref_logits = logit_scale * ref_logits.to(statistics_dtype(ref_logits))
     logits = project(hidden, weight, bias)
+    logits = logit_scale * logits.to(statistics_dtype(logits))
     return token_logprobs(logits, targets, temperature=temperature, softcap=softcap, ref_logits=ref_logits)
 
 
@@ -117,13 +119,14 @@ def policy_loss(
     entropy_coef: float = 0.0,
     kl: Tensor | None = None,
     kl_coef: float = 0.0,
-    normalizer: Tensor,
+    normalizer: Tensor | float,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
     """PPO's clipped objective, to be minimised (Schulman et al. 2017, eq. 7 and 9; dual clip: Ye et al. 2020, eq. 5).
 
-    rho_t = exp(clamp(logprob_t - old_t, -20, 20)), J_t = min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t);
-    with dual_clip c, J_t = max(J_t, c A_t) where A_t < 0.
+    rho_t = exp(logprob_t - old_t), beyond 20 as `bounded_exp` has it, and
+    J_t = min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t); with dual_clip c, J_t = max(J_t, c A_t) where
+    A_t < 0.
     loss = sum_t (-J_t - entropy_coef H_t + kl_coef KL_t) / normalizer, over the unmasked t.
     """
     keep = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
@@ -131,9 +134,9 @@ def policy_loss(
     def kept(x: Tensor) -> Tensor:
         return x.to(statistics_dtype(logprobs)).masked_fill(~keep, 0.0)
 
-    log_ratio = kept(kept(logprobs) - kept(old_logprobs.detach())).clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX)
+    log_ratio = kept(kept(logprobs) - kept(old_logprobs.detach()))
     advantage = kept(advantages.detach())
-    ratio = log_ratio.exp()
+    ratio = bounded_exp(log_ratio)
     unclipped = ratio * advantage
     bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantage  # two numbers, or two tensors
     clipped = bounded < unclipped
@@ -148,7 +151,7 @@ def policy_loss(
     entropy_sum = zero if entropy is None else kept(entropy).sum()
     kl_sum = zero if kl is None else kept(kl).sum()
     total = total - term(entropy_coef, entropy_sum) + term(kl_coef, kl_sum)
-    approximate_kl = kept(ratio - 1.0 - log_ratio).sum()  # k3 of old against new policy, Schulman 2020
+    approximate_kl = kept(exp_less_tangent(log_ratio)).sum()  # k3 of old against new policy, Schulman 2020
     counts = (clipped.sum(), dual_clipped.sum(), kept(ratio).sum(), keep.sum())
     sums = torch.stack([s.detach().to(total) for s in (-objective.sum(), entropy_sum, kl_sum, approximate_kl, *counts)])
     ratio_max = kept(ratio).detach().max() if ratio.numel() else zero
@@ -182,7 +185,8 @@ def linear_policy_loss(
     ref_bias: Tensor | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
-    normalizer: Tensor,
+    logit_scale: float = 1.0,
+    normalizer: Tensor | float,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
     """`linear_logprobs`, then `policy_loss`: exact KL from the reference's head, k2 and k3 from `ref_logprobs`."""
@@ -193,6 +197,7 @@ def linear_policy_loss(
         temperature=temperature,
         bias=bias,
         softcap=softcap,
+        logit_scale=logit_scale,
         ref_hidden=ref_hidden if kl_kind == "exact" else None,
         ref_weight=ref_weight,
         ref_bias=ref_bias,
@@ -216,7 +221,7 @@ def linear_policy_loss(
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor | None, kind: str) -> Tensor | None:
     """Estimates of KL(policy || reference) from the sampled token, with d = logprob - ref_logprob (Schulman 2020).
 
-    k2 = d^2 / 2; k3 = exp(-d) - 1 + d, there with d clamped to +-20. (M,), or None without `ref_logprobs`.
+    k2 = d^2 / 2; k3 = exp(-d) - 1 + d, for d below -20 as `bounded_exp` has it. (M,), or None without `ref_logprobs`.
     """
     if ref_logprobs is None:
         return None
@@ -224,9 +229,24 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor | None, kind: str) -> Ten
     if kind == "k2":
         return d.square() / 2
     if kind == "k3":
-        d = d.clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX)
-        return (-d).exp() - 1.0 + d
+        return exp_less_tangent(-d)
     raise ValueError(f"kl_kind is {kind!r}; from sampled tokens the loss takes 'k2' or 'k3'")
+
+
+def bounded_exp(x: Tensor) -> Tensor:
+    """e^x up to x = 20, and from there on its tangent e^20 (x - 19): finite, rising and as steep as at 20.
+
+    A bound that were flat would pass no gradient to the very tokens that have gone the furthest. e^20 = 4.9e8 is far
+    past any clip. The bound is a literal, since torch.compile takes a module's float for a number that may change.
+    """
+    return torch.where(x > 20.0, math.exp(20.0) * (1.0 + (x - 20.0)), x.clamp(max=20.0).exp())
+
+
+def exp_less_tangent(x: Tensor) -> Tensor:
+    """`bounded_exp` of x, less 1 + x, its tangent at 0: 0 or more, and without loss of digits where x is small."""
+    at_most, near = math.exp(20.0), x.clamp(max=20.0)
+    far = (at_most - 1.0 - 20.0) + (at_most - 1.0) * (x - 20.0)
+    return torch.where(x > 20.0, far, torch.expm1(near) - near)
 
 
 def value_loss(
@@ -235,7 +255,7 @@ def value_loss(
     returns: Tensor,
     *,
     clip: float | None = None,
-    normalizer: Tensor,
+    normalizer: Tensor | float,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, ValueStats]:
     """Squared error of the critic (Schulman et al. 2017, eq. 9), clipped around its old value (Ziegler et al. 2019).

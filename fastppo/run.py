@@ -13,7 +13,7 @@ from fastppo.batch import Experience, Prompts
 from fastppo.checkpoint import Checkpoints
 from fastppo.cli import dump
 from fastppo.clock import begin_clock
-from fastppo.config import Config
+from fastppo.config import Config, SamplingConfig
 from fastppo.data import PromptSet, batches, load_prompts
 from fastppo.evaluate import evaluate, samples
 from fastppo.feedback import Source, check_chats, load_functions, load_judge, load_sources
@@ -186,10 +186,27 @@ def log_step(setup: Setup, done: Step, tracker: Tracker) -> None:
     spread = imbalance(done.plan, lengths, setup.world.ranks, attention)
     metrics = step_metrics(done.experience, done.updates, setup.stages.take()) | done.health | rates
     tracker.log(number, metrics | {"kl_coef": run.beta.value, "imbalance": spread})
+    if number == 1 and (settings := settings_that_truncate(config.sampling, setup.stop_ids)):
+        log.info(
+            "%s: tokens are left out of the draw, and learning knows the whole distribution. In this first batch the"
+            " sampler's logprobs are %.2g nats a token from the trainer's in the mean, by rounding too (sampler_error)",
+            ", ".join(settings),
+            metrics["sampler_error"],
+        )
     if tracker.wants_responses(number):
         kept = training_responses(done.experience, setup.roles.tokenizer, count=config.track.responses)
         tracker.log_responses(number, kept)
     tracker.log_alarms([asdict(alarm) for alarm in done.alarms])
+
+
+def settings_that_truncate(sampling: SamplingConfig, stop_ids: Sequence[int]) -> list[str]:
+    """The settings, with their values, for which a response is not drawn from the distribution that is learned from."""
+    truncates = {
+        "top_p": sampling.top_p < 1.0,
+        "top_k": sampling.top_k > 0,
+        "min_new_tokens": sampling.min_new_tokens > 0 and len(stop_ids) > 0,
+    }
+    return [f"sampling.{name} {getattr(sampling, name)}" for name, does in truncates.items() if does]
 
 
 def finish(setup: Setup, tracker: Tracker) -> None:

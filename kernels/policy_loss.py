@@ -10,7 +10,7 @@ from torch import Tensor
 from fastppo.kernels.row import check_tokens, number, operand
 from fastppo.kernels.sums import TOKEN_BLOCK, finish, store_partials
 
-LOG_RATIO_MAX = tl.constexpr(20.0)
+LOG_RATIO_MAX = tl.constexpr(20.0)  # from here on e^x goes on along its tangent, see `bounded_exp`
 
 
 def policy_loss(
@@ -84,7 +84,7 @@ def policy_loss_kernel(
     logprob = load_kept(logprobs, i, keep)
     old_logprob = load_kept(old_logprobs, i, keep)
     advantage = load_kept(advantages, i, keep)
-    objective, slope, ratio, log_ratio, clipped, dual_clipped = clipped_objective(
+    objective, slope, ratio, k3, clipped, dual_clipped = clipped_objective(
         logprob, old_logprob, advantage, clip_low, clip_high, dual_clip
     )
     tl.store(d_logprobs + i, -slope / tl.load(normalizer), mask=inside)
@@ -96,7 +96,7 @@ def policy_loss_kernel(
         kls = load_kept(kl, i, keep)
     count = keep.to(tl.float32)
     ratio *= count
-    k3 = tl.where(keep, ratio - 1.0 - log_ratio, 0.0)
+    k3 = tl.where(keep, k3, 0.0)
     values = (-objective, entropies, kls, k3, clipped.to(tl.float32), dual_clipped.to(tl.float32), ratio, count)
     blocks = tl.num_programs(0)
     store_partials(partials, blocks, block, values)
@@ -119,11 +119,9 @@ def clamp(x, low, high):
 def clipped_objective(logprob, old_logprob, advantage, clip_low, clip_high, dual_clip):
     """PPO's objective J of tokens, to be maximised.
 
-    Returns J, dJ / d logprob, ratio, its logarithm clamped to +-20, and whether the clip and the dual clip hold J.
+    Returns J, dJ / d logprob, ratio, k3 of the old policy to the new, and whether the clip and the dual clip hold J.
     """
-    difference = logprob - old_logprob
-    log_ratio = clamp(difference, -LOG_RATIO_MAX, LOG_RATIO_MAX)
-    ratio = tl.exp(log_ratio)
+    ratio, ratio_slope, k3 = bounded_exp(logprob - old_logprob)
     unclipped = ratio * advantage
     bounded = clamp(ratio, 1.0 - number(clip_low), 1.0 + number(clip_high)) * advantage
     clipped = bounded < unclipped
@@ -136,5 +134,14 @@ def clipped_objective(logprob, old_logprob, advantage, clip_low, clip_high, dual
         held = held | dual_clipped
     else:
         dual_clipped = clipped & False
-    slope = tl.where(held | (tl.abs(difference) > LOG_RATIO_MAX), 0.0, unclipped)
-    return objective, slope, ratio, log_ratio, clipped, dual_clipped
+    slope = tl.where(held, 0.0, ratio_slope * advantage)
+    return objective, slope, ratio, k3, clipped, dual_clipped
+
+
+@triton.jit
+def bounded_exp(x):
+    """`fastppo.reference.bounded_exp`, its derivative, and `exp_less_tangent`, which is 0 at 0."""
+    near = tl.minimum(x, LOG_RATIO_MAX, propagate_nan=tl.PropagateNan.ALL)
+    beyond = tl.maximum(x - LOG_RATIO_MAX, 0.0)
+    slope = tl.exp(near)
+    return slope + slope * beyond, slope, (slope - 1.0 - near) + (slope - 1.0) * beyond

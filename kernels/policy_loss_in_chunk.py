@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastppo.kernels.policy_loss import LOG_RATIO_MAX, clamp, clipped_objective
+from fastppo.kernels.policy_loss import bounded_exp, clipped_objective
 from fastppo.kernels.row import (
     LOG2_E,
+    against_reference,
     as_rows,
     capped,
     check_logits,
@@ -165,15 +166,15 @@ def policy_loss_in_chunk_kernel(
             logits, ref_logits, columns, V, softcap, rate
         )
         logprob = (u_target - peak) * over_temperature - log_total
-        objective, slope, ratio, log_ratio, clipped, dual_clipped = clipped_objective(
+        objective, slope, ratio, k3, clipped, dual_clipped = clipped_objective(
             logprob, tl.load(old_logprobs + m), tl.load(advantages + m), clip_low, clip_high, dual_clip
         )
         kl, kl_slope = 0.0, 0.0
         if ref_logits is not None:
-            kl = (mean * over_temperature - log_total) - (ref_mean * over_temperature - ref_log_total)
+            _, kl = against_reference(log_total, mean, 0.0, ref_peak, ref_log_total, ref_mean, over_temperature)
         if ref_logprobs is not None:
             kl, kl_slope = kl_estimate(logprob - tl.load(ref_logprobs + m), KL_KIND)
-        entropy, k3 = log_total - mean * over_temperature, ratio - 1.0 - log_ratio
+        entropy = log_total - mean * over_temperature
         stats = (-objective, entropy, kl, k3, clipped.to(tl.float32), dual_clipped.to(tl.float32), ratio, 1.0)
         for i in tl.static_range(8):
             tl.store(token_stats + stats_stride * i, stats[i])
@@ -206,10 +207,8 @@ def kl_estimate(d, KL_KIND: tl.constexpr):
         kl = d * d * 0.5
         slope = d
     else:
-        clamped = clamp(d, -LOG_RATIO_MAX, LOG_RATIO_MAX)
-        ratio = tl.exp(-clamped)
-        kl = ratio - 1.0 + clamped
-        slope = tl.where(tl.abs(d) > LOG_RATIO_MAX, 0.0, 1.0 - ratio)
+        _, ratio, kl = bounded_exp(-d)
+        slope = 1.0 - ratio
     return kl, slope
 
 

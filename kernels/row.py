@@ -234,6 +234,19 @@ def read_row(row, ref_row, columns, V, softcap, rate):
 
 
 @triton.jit
+def against_reference(log_total, mean, r_target, ref_peak, ref_log_total, ref_mean, over_temperature):
+    """The reference's log probability of the target, and the KL, of what `read_row` returns.
+
+    Where the whole row of the reference is -inf, and log_total with it, they are -inf and +inf.
+    """
+    kl = (mean * over_temperature - log_total) - (ref_mean * over_temperature - ref_log_total)
+    excluded = ref_log_total == float("-inf")
+    logprob = (r_target - ref_peak) * over_temperature - ref_log_total
+    logprob = tl.where(excluded, float("-inf"), logprob)
+    return logprob, tl.where(excluded & (mean == mean), float("inf"), kl)
+
+
+@triton.jit
 def gradient_slopes(g_logprob, g_entropy, g_lse, g_kl, log_total, mean, ref_mean, temperature):
     """The coefficients of a row's gradient: d logits = (base + slope x - kl_slope y) e + target_slope at the target.
 

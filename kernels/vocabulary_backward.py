@@ -117,7 +117,7 @@ def vocabulary_backward_kernel(
     g_lse = tl.load(grad + grad_stride * 2)
     stats += m
     entropy = tl.load(stats + M)
-    peak = tl.load(stats + M * 3) * temperature
+    peak = tl.load(stats + M * 3)
     log_total = tl.load(stats + M * 4)
     mean = (log_total - entropy) * temperature
     g_kl, ref_peak, ref_mean = 0.0, 0.0, 0.0
@@ -125,7 +125,7 @@ def vocabulary_backward_kernel(
         ref_logits += m * ref_stride * REF_UNIT
         g_kl = tl.load(grad + grad_stride * 3)
         kl = tl.load(stats + M * 6)
-        ref_peak = tl.load(stats + M * 8) * temperature
+        ref_peak = tl.load(stats + M * 8)
         ref_mean = (tl.load(stats + M * 9) - entropy - kl) * temperature
     slopes = gradient_slopes(g_logprob, g_entropy, g_lse, g_kl, log_total, mean, ref_mean, temperature)
     columns = tile_columns(BLOCK, WIDTH, UNIT)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastppo.kernels.row import (
     LOG2_E,
+    against_reference,
     as_rows,
     capped,
     check_logits,
@@ -27,9 +28,9 @@ def vocabulary_forward(
     """Statistics of z = softcap tanh(logits / softcap) / temperature at each row.
 
     logits: (M, V) fp32, bf16 or fp16, any row stride; targets: (M,) int64 in [0, V); ref_logits: (M, V) or None, its
-    dtype its own. Returns (5, M) fp32: logprobs, entropy, lse, max z and log sum e^(z - max z); with a reference
-    (10, M): then also its logprobs, KL(policy || reference), its lse, max and log sum. Rows of PPO's vocabulary pass,
-    see `fastppo.vocabulary`. Traffic: M V b bytes, b those of an element, and as much for the reference.
+    dtype its own. Returns (5, M) fp32: logprobs, entropy, lse, max u, in the unit of the capped logits u, where
+    fp32 holds it exactly, and log sum e^(z - max z); with a reference (10, M): then also its logprobs, KL(policy ||
+    reference), its lse, max and log sum. Traffic: M V b bytes, b those of an element, and as much for the reference.
     """
     check_logits("logits", logits, logits)
     check_tokens(logits.shape[0], targets=targets)
@@ -92,18 +93,19 @@ def vocabulary_forward_kernel(
         logits, ref_logits, tile_columns(BLOCK, WIDTH, UNIT), V, softcap, LOG2_E / temperature
     )
     over_temperature = 1.0 / temperature
-    mean *= over_temperature
     stats += m
     tl.store(stats, (u_target - peak) * over_temperature - log_total)
-    tl.store(stats + M, log_total - mean)
+    tl.store(stats + M, log_total - mean * over_temperature)
     tl.store(stats + M * 2, peak * over_temperature + log_total)
-    tl.store(stats + M * 3, peak * over_temperature)
+    tl.store(stats + M * 3, peak)
     tl.store(stats + M * 4, log_total)
     if ref_logits is not None:
         r_target, _ = capped(tl.load(ref_logits + target).to(tl.float32), softcap)
-        ref_mean *= over_temperature
-        tl.store(stats + M * 5, (r_target - ref_peak) * over_temperature - ref_log_total)
-        tl.store(stats + M * 6, (mean - log_total) - (ref_mean - ref_log_total))
+        ref_logprob, kl = against_reference(
+            log_total, mean, r_target, ref_peak, ref_log_total, ref_mean, over_temperature
+        )
+        tl.store(stats + M * 5, ref_logprob)
+        tl.store(stats + M * 6, kl)
         tl.store(stats + M * 7, ref_peak * over_temperature + ref_log_total)
-        tl.store(stats + M * 8, ref_peak * over_temperature)
+        tl.store(stats + M * 8, ref_peak)
         tl.store(stats + M * 9, ref_log_total)

@@ -54,7 +54,7 @@ class VocabularyCase:
     def logits(self, random: torch.Generator) -> Tensor:  # (M, V) fp64
         shape = (self.rows, self.vocabulary)
         normal = 3.0 * torch.randn(shape, generator=random, dtype=torch.float64)
-        if self.values == "normal":
+        if self.values in ("normal", "certain"):
             return normal
         if self.values == "negative":
             return normal - 50.0
@@ -107,6 +107,22 @@ VOCABULARY_CASES = [
     VocabularyCase("cold", 255, 127, temperature=0.3, reference=True),
     VocabularyCase("hot", 7, 50257, temperature=2.0),
 ]
+
+
+# Rows whose target has probability 1: at temperature t what is off by one in a logit's last bit is off by 1/t^2 here.
+CERTAIN_CASES = [
+    VocabularyCase(f"vocabulary {size}, softcap {cap}, temperature {t}", 9, size, "certain", t, cap)
+    for size in (1, 127, 5000)
+    for cap in (None, 30.0)
+    for t in (0.3, 1e-3)
+]
+
+
+def certain(case: VocabularyCase) -> dict[str, Any]:
+    """The case in fp32, its targets so far above the rest that all of the probability is theirs."""
+    made = case.build(torch.float32)
+    made["logits"] = made["logits"].scatter(1, made["targets"][:, None], made["logits"].amax(-1, keepdim=True) + 40)
+    return made
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ class GaeCase:
         made["cu_seqlens"] = torch.tensor([0, *self.lengths]).cumsum(0).to(self.starts)
         made |= {"gamma": self.gamma, "lam": self.lam}
         if self.bootstrap:
-            made["bootstrap"] = self.level + self.scale * torch.randn(len(self.lengths), generator=random)
+            last = self.level + self.scale * torch.randn(len(self.lengths), generator=random)
+            made["bootstrap"] = last.to(torch.promote_types(dtype, torch.float32))
         if self.mask:
             made["mask"] = torch.cat([self.kept(length, random) for length in self.lengths] or [torch.ones(0).bool()])
         return made

@@ -131,6 +131,12 @@ def it_drifts(experience: Experience, far: float) -> Experience:
     return replace(experience, ref_logprobs=experience.ref_logprobs - drift, kl=experience.kl + drift)
 
 
+def the_sampler_strays(experience: Experience, far: float) -> Experience:
+    """What was drawn is no longer what the trainer computes, either way in turn."""
+    apart = 0.1 * far * (-1.0) ** torch.arange(len(experience.sampler_logprobs))
+    return replace(experience, sampler_logprobs=experience.sampler_logprobs + apart)
+
+
 def the_judge_falls(experience: Experience, far: float) -> Experience:
     """The score rises far, and what the judge says falls."""
     return replace(experience, scores=experience.scores + far, judged=experience.judged - far)

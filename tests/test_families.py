@@ -9,7 +9,7 @@ REASONS = {
     "bert": "its outputs are not those of a linear head on its last states",
     "dbrx": "makes keys of (2, 8) and values of (2, 8) (heads, width), and the cache to sample with holds (1, 8)",
     "deepseek_v3": "values of width 8 and queries of width 16, as multi-head latent attention does",
-    "deepseek_v32": "on packed rows: its code raises TypeError ('NoneType' object is not subscriptable) in modeling_deepseek_v32.py",
+    "deepseek_v32": "raises TypeError ('NoneType' object is not subscriptable) in modeling_deepseek_v32.py",
     "diffllama": "decoding token by token differs from the whole pass, from layer 0 on",
     "emu3": "Unrecognized configuration class",
     "gemma3n": "requires the timm library",

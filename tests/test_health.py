@@ -54,6 +54,7 @@ ILLNESSES = {
     made_up.one_length: ["length_spread"],
     made_up.entropy_falls: ["entropy"],
     made_up.it_drifts: ["kl_token", "kl_exact", "perplexity"],
+    made_up.the_sampler_strays: ["sampler_error"],
     made_up.the_judge_falls: ["judge", "judge_gap", "judge_turn"],
     made_up.length_pays: ["length_correlation"],
     made_up.a_phrase_pays: ["rewarded_phrase"],

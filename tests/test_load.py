@@ -219,3 +219,14 @@ def test_a_reward_model_may_start_from_such_a_model(tmp_path):
     assert make_plan(config, Machine(1, 1, None, 1 << 40)).shares
     scorer = load_scorer(config.model, config.optim, 0, CPU)
     assert scorer(pack([(1, 2, 3)], [1])).shape == (1,)
+
+
+def test_a_reference_under_another_logit_scale_is_refused_by_name_where_one_op_reads_both_heads(tmp_path):
+    paths = [
+        tiny.saved(tmp_path / str(scale), tiny.causal("granite", num_key_value_heads=2, logits_scaling=scale))
+        for scale in (8.0, 4.0)
+    ]
+    with pytest.raises(ModelError, match=r"reference.model .* multiplies them by 0.25, actor.model .* by 0.125: .*k3"):
+        load(paths[0], "--reference.model", paths[1], "--ppo.kl_kind", "exact")
+    actor, _, reference = load(paths[0], "--reference.model", paths[1], "--ppo.kl_kind", "k3")
+    assert (actor.head.logit_scale, reference.head.logit_scale) == (0.125, 0.25)

@@ -3,9 +3,10 @@ import tiny
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fastppo import ops
+from fastppo import ops, reference
 from fastppo.batch import pack
 from fastppo.errors import FastPPOError
+from fastppo.logit_scale import logit_scale
 from fastppo.model_check import check_model
 from fastppo.models import Critic, ModelError, Policy, ValueHead, copy_backbone, fuse_head
 from fastppo.trainable import set_trainable
@@ -43,11 +44,62 @@ def test_a_model_with_other_attention_is_refused_by_name():
         check_model(AutoModelForCausalLM.from_config(config))
 
 
-def test_a_model_that_scales_its_logits_is_refused():
-    config = AutoConfig.for_model("granite", hidden_size=32, num_attention_heads=4, num_hidden_layers=2, vocab_size=101,
-                                  intermediate_size=64, logits_scaling=8.0)  # fmt: skip
-    with pytest.raises(ModelError, match="outputs are not those of a linear head"):
-        check_model(AutoModelForCausalLM.from_config(config).eval())
+# Each by its own name in the config, of which one divides here and multiplies there.
+SCALED = {
+    "granite": ({"logits_scaling": 3.0}, 1 / 3),
+    "hyperclovax": ({"logits_scaling": 3.0}, 3.0),
+    "cohere": ({"logit_scale": 0.0625}, 0.0625),
+    "cohere2": ({"logit_scale": 0.25, "sliding_window": 6}, 0.25),
+    "gemma2": ({}, 1.0),  # a softcap is no scale
+}
+
+
+def scaled(family):
+    settings = {"num_key_value_heads": 2} | SCALED[family][0]
+    return tiny.causal(family, **settings)
+
+
+@pytest.mark.parametrize("family", SCALED)
+def test_logits_are_scaled_as_the_models_own_forward_pass_scales_them(family):
+    own, model = scaled(family), scaled(family)
+    check_model(model)
+    policy = Policy(model)
+    assert policy.head.logit_scale == pytest.approx(SCALED[family][1], rel=1e-12)
+    rows = [own(torch.tensor([s]), use_cache=False).logits[0] for s in SEQUENCES]
+    logits = torch.cat(rows)[PACKED.predictors]
+    torch.testing.assert_close(policy.head(policy.hidden(PACKED)[PACKED.predictors]), logits, rtol=1e-4, atol=1e-4)
+    stats = reference.token_logprobs(logits, PACKED.responses, temperature=0.7)
+    random = torch.Generator().manual_seed(0)
+    old = stats.logprobs.detach() + 0.05 * torch.randn(len(logits), generator=random)
+    advantages = torch.randn(len(logits), generator=random)
+    options = {"clip_low": 0.2, "clip_high": 0.2, "normalizer": 4.0, "entropy_coef": 0.1}
+    expected, _ = reference.policy_loss(stats.logprobs, old, advantages, entropy=stats.entropy, **options)
+    found = policy(
+        PACKED,
+        lambda p, hidden: p.head(
+            hidden, ops.linear_policy_loss, PACKED.responses, old, advantages, temperature=0.7, **options
+        ),
+    )[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    expected.backward()
+    found.backward()
+    theirs = dict(own.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_scale_is_found_without_weights():
+    with torch.device("meta"):
+        model = scaled("granite")
+        assert fuse_head(model).get_output_embeddings().logit_scale == pytest.approx(1 / 3, rel=1e-12)
+
+
+def test_a_forward_pass_is_as_it_was_once_it_has_been_asked():
+    model, tokens = scaled("granite"), torch.tensor([[1, 2, 3]])
+    before = model(tokens).logits
+    assert logit_scale(model, model.lm_head, None) == pytest.approx(1 / 3)
+    assert torch.equal(model(tokens).logits, before)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_an_unknown_keyword_of_attention_is_refused_by_name():

@@ -80,6 +80,60 @@ def test_non_contiguous_logits_and_an_infinite_kl() -> None:
     torch.testing.assert_close(tested, truth)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+@pytest.mark.parametrize("vocabulary", [40, 5000])
+def test_rows_that_hold_nothing_or_a_nan_mean_the_same_to_kernel_and_oracle(backend: str, vocabulary: int) -> None:
+    logits, ref_logits = torch.randn(2, 8, vocabulary, generator=torch.Generator().manual_seed(0))
+    inf, nan = math.inf, math.nan
+    ref_logits[0] = -inf  # excludes every token: q = 0, KL +inf
+    ref_logits[1, -1] = nan
+    ref_logits[2, 3], ref_logits[2, -1] = -inf, nan
+    ref_logits[3, 3] = inf
+    logits[4] = -inf
+    logits[5] = ref_logits[5] = -inf
+    logits[6, 3:], ref_logits[6, :3] = -inf, -inf
+    arguments = {"logits": logits, "ref_logits": ref_logits, "targets": torch.zeros(8, dtype=torch.int64)}
+    upstream = VocabularyCase("upstream", 8, 1).upstream(DIFFERENTIABLE)
+    tested = token_stats(ops.token_logprobs, arguments, ["logits"], upstream)
+    truth = token_stats(reference.token_logprobs, in_fp64(arguments), ["logits"], upstream)
+    assert truth["kl"][0] == inf and truth["ref_logprobs"][0] == truth["ref_lse"][0] == -inf
+    assert truth["kl"].isnan().tolist() == [False, True, True, True, True, True, False, False]
+    assert truth["d_logits"][[0, 6, 7]].isfinite().all()
+    tested["ref_lse"][3] = truth["ref_lse"][3] = 0.0  # of a row with +inf: inf or a NaN
+    for name, exact in truth.items():
+        torch.testing.assert_close(tested[name].double(), exact, rtol=1e-4, atol=1e-5, equal_nan=True)
+    # The same in the pass that makes the loss, whose head has such rows from a bias.
+    options: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2, "temperature": 1.0, "kl_coef": 0.5}
+    options["normalizer"] = torch.tensor(1.0)
+    head: dict[str, Any] = {
+        "hidden": torch.ones(2, 1),
+        "weight": logits[7:].t().clone(),
+        "targets": torch.zeros(2, dtype=torch.int64),
+    }
+    head |= {"ref_hidden": torch.ones(2, 1), "ref_weight": ref_logits[7:].t().clone()}
+    head["ref_bias"] = torch.full((vocabulary,), -inf)
+    tokens = {"old_logprobs": torch.zeros(2), "advantages": torch.ones(2)}
+    loss, stats = ops.linear_policy_loss(**head, **tokens, **options)
+    assert loss == stats.sums[2] == inf and stats.sums[1].isfinite()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+@pytest.mark.parametrize("softcap", [None, 1e-20, 1e20])
+@pytest.mark.parametrize("temperature", [1e-20, 1e20])
+def test_the_hottest_and_coldest_that_is_taken_is_right(
+    backend: str, temperature: float, softcap: float | None
+) -> None:
+    case = VocabularyCase("extremes", 4, 130, values="holes", temperature=temperature, softcap=softcap, reference=True)
+    arguments, upstream = case.build(torch.float32), case.upstream(["logprobs"])
+    tested = token_stats(ops.token_logprobs, arguments, ["logits"], upstream)
+    truth = token_stats(reference.token_logprobs, in_fp64(arguments), ["logits"], upstream)
+    for name in ("logprobs", "entropy", "lse", "d_logits"):
+        size = truth[name].abs().max().item()
+        torch.testing.assert_close(
+            tested[name].double(), truth[name], rtol=1e-4, atol=1e-5 * min(size, 1 / temperature)
+        )
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(0, 5),
@@ -145,6 +199,81 @@ def test_linear_policy_loss(case: LinearCase, dtype: torch.dtype) -> None:
     assert_as_good(tested, same_dtype, truth, dtype)
 
 
+FAR = torch.tensor([-18.0, -3.0, 0.0, 3.0, 21.0, 29.0, 60.0], dtype=torch.float64)  # log p - log q
+
+
+def far_apart(dtype: torch.dtype) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """A head's arguments, its hidden states in fp64, and what the logprobs of these are."""
+    made = LinearCase("far", len(FAR), 127, 16).build(dtype)
+    hidden = made["hidden"].double().requires_grad_()
+    return made, hidden, reference.linear_logprobs(**in_fp64(made) | {"hidden": hidden}).logprobs
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=names)
+def test_k3_in_the_loss_is_right_however_far_the_reference_is(backend: str, dtype: torch.dtype) -> None:
+    """At log p - log q = 29 it is 28 with slope 1. The truth, written out, overflows nowhere here."""
+    made, hidden, logprobs = far_apart(dtype)
+    q = (logprobs.detach() - FAR).to(dtype)
+    d = logprobs - q.double()
+    truth = (-d).exp() - 1 + d
+    (expected,) = torch.autograd.grad(truth.sum(), hidden)
+    options = {"clip_low": 0.2, "clip_high": 0.2, "normalizer": torch.tensor(1.0), "kl_coef": 1.0, "kl_kind": "k3"}
+    options |= {"ref_logprobs": q, "advantages": torch.zeros_like(q)}
+    leaf = made["hidden"].clone().requires_grad_()
+    loss, stats = ops.linear_policy_loss(**made | {"hidden": leaf}, old_logprobs=q, **options)
+    rounding = 1e-9 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(stats.sums[2].double(), truth.sum().detach(), rtol=rounding, atol=0)
+    (found,) = torch.autograd.grad(loss, leaf)
+    for row in range(len(FAR)):  # one by one, so that none hides behind a larger one
+        size = float(expected[row].abs().max()) + 1e-2
+        torch.testing.assert_close(found[row].double(), expected[row], rtol=0, atol=rounding * size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=names)
+def test_a_ratio_is_right_however_small_and_so_is_the_approximate_kl(backend: str, dtype: torch.dtype) -> None:
+    """In one pass over the vocabulary, and from logprobs. Bad tokens that became likelier are pushed back."""
+    made, hidden, logprobs = far_apart(dtype)
+    old = (logprobs.detach() + FAR).to(dtype)
+    d = logprobs - old.double()
+    options: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2, "normalizer": torch.tensor(1.0)}
+    options |= {"advantages": -torch.ones_like(old), "old_logprobs": old}
+    truth = torch.maximum(d.exp(), torch.full_like(d, 0.8)).sum()  # -min(rho A, clip(rho) A) with A = -1
+    (expected,) = torch.autograd.grad(truth, hidden)
+    d = d.detach()
+    leaf = made["hidden"].clone().requires_grad_()
+    loss, stats = ops.linear_policy_loss(**made | {"hidden": leaf}, **options)
+    (found,) = torch.autograd.grad(loss, leaf)
+    of_tokens, token_stats = ops.policy_loss(logprobs.detach().to(dtype), **options)
+    rounding = 1e-9 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(found.double(), expected, rtol=rounding, atol=rounding * float(expected.abs().max()))
+    for made_loss, sums in ((loss, stats.sums), (of_tokens, token_stats.sums)):
+        assert made_loss.item() == pytest.approx(truth.item(), rel=rounding)
+        assert float(sums[3]) == pytest.approx(float((d.exp() - 1 - d).sum()), rel=rounding)
+        assert float(sums[6]) == pytest.approx(float(d.exp().sum()), rel=rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=names)
+def test_a_ratio_and_a_k3_that_would_overflow_are_finite_and_keep_the_sign_of_their_slope(
+    backend: str, dtype: torch.dtype
+) -> None:
+    logprobs = torch.zeros(2, dtype=dtype).requires_grad_()
+    options: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2, "normalizer": torch.tensor(1.0)}
+    loss, stats = ops.policy_loss(logprobs, logprobs.detach() - 1000, -torch.ones_like(logprobs), **options)
+    (slope,) = torch.autograd.grad(loss, logprobs)
+    assert loss.isfinite() and stats.sums.isfinite().all()
+    torch.testing.assert_close(slope, torch.full_like(slope, math.exp(20)))
+    head = {
+        "hidden": torch.ones(1, 1, dtype=dtype).requires_grad_(),
+        "weight": torch.tensor([[2.0], [1.0]], dtype=dtype),
+    }
+    kl = {"kl_coef": 1.0, "kl_kind": "k3", "ref_logprobs": torch.full((1,), 1000.0, dtype=dtype), "temperature": 1.0}
+    tokens = {"old_logprobs": torch.zeros(1, dtype=dtype), "advantages": torch.zeros(1, dtype=dtype)}
+    loss, _ = ops.linear_policy_loss(**head, targets=torch.tensor([0]), **tokens, **options, **kl)
+    (slope,) = torch.autograd.grad(loss, head["hidden"])
+    p = torch.tensor([2.0, 1.0], dtype=torch.float64).softmax(0)[1]  # d logprob / d hidden, as 1 - (2 p_0 + p_1) + 1
+    assert loss.isfinite() and slope.item() == pytest.approx(float((1 - math.exp(20)) * p), rel=1e-4)
+
+
 def test_the_first_update_has_ratio_one_bit_for_bit(workspace: int | None) -> None:
     case = LinearCase("first update", 63, 127, 16, temperature=0.7, reference="own")
     arguments = case.build(torch.bfloat16)
@@ -154,6 +283,37 @@ def test_the_first_update_has_ratio_one_bit_for_bit(workspace: int | None) -> No
     arguments["hidden"].requires_grad_()
     _, stats = ops.linear_policy_loss(**arguments)
     assert stats.ratio_max == 1 and stats.sums[3] == 0 and stats.sums[6] == stats.sums[7] == 63
+
+
+@pytest.mark.usefixtures("workspace", "backend")
+@pytest.mark.parametrize("tokens", [1e5, 1e6, 1e7])
+def test_in_fp16_a_scaled_loss_has_its_gradients_however_many_tokens_it_is_a_mean_of(tokens: float) -> None:
+    """The gradient of a mean over 1e6 tokens is below what fp16 can hold, until the loss is scaled."""
+    case = LinearCase("loss scale", 12, 700, 16, bias=True, loss=(("normalizer", torch.tensor(tokens)),))
+    logprobs = reference.linear_logprobs(**in_fp64(case.build(torch.float16))).logprobs
+    arguments = case.build_loss(torch.float16, logprobs)
+    inputs = ["hidden", "weight", "bias"]
+
+    def scaled(op: Op, arguments: dict[str, Any]) -> dict[str, Tensor]:
+        leaves = {name: arguments[name].detach().requires_grad_() for name in inputs}
+        loss, _ = op(**(arguments | leaves))
+        return gradients({"loss": loss}, {"loss": torch.tensor(0.5 * tokens)}, leaves)  # as a loss scale does
+
+    tested, truth = scaled(ops.linear_policy_loss, arguments), scaled(reference.linear_policy_loss, in_fp64(arguments))
+    for name, exact in truth.items():
+        assert tested[name].dtype == torch.float16
+        error, size = (tested[name].double() - exact).abs().max(), exact.abs().max()
+        assert error <= 3e-3 * size, f"{name}: off by {error / size:.2g}"
+
+
+def test_in_fp16_a_gradient_that_sums_up_beyond_its_largest_number_is_right_once_divided() -> None:
+    tokens = 100_000
+    hidden, weight = torch.ones(tokens, 1).half(), torch.zeros(2, 1).half().requires_grad_()
+    options: dict[str, Any] = {"temperature": 1.0, "clip_low": 0.2, "clip_high": 0.2, "normalizer": tokens}
+    old, advantages = torch.full((tokens,), -math.log(2)), torch.full((tokens,), 2.0)
+    loss, _ = ops.linear_policy_loss(hidden, weight, torch.zeros(tokens).long(), old, advantages, **options)
+    loss.backward()
+    assert weight.grad is not None and weight.grad.flatten().tolist() == [-1.0, 1.0]
 
 
 def test_the_reference_may_have_a_dtype_and_a_width_of_its_own() -> None:
@@ -226,6 +386,42 @@ print(peak() - before)
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert float(run.stdout) < 60
+
+
+@pytest.mark.usefixtures("workspace")
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("scale", [0.0625, 3.0])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_a_logit_scale_is_as_if_the_logits_were_multiplied(
+    softcap: float | None, scale: float, dtype: torch.dtype
+) -> None:
+    loss = (("kl_coef", 0.2), ("entropy_coef", 0.1))
+    case = LinearCase("scaled", 20, 127, 16, 0.7, softcap, bias=True, reference="own", loss=loss)
+    arguments = case.build(dtype) | {"logit_scale": scale}
+    wide = in_fp64(arguments)
+    logits, ref_logits = (
+        scale * torch.nn.functional.linear(*(wide[f"{prefix}{name}"] for name in ("hidden", "weight", "bias")))
+        for prefix in ("", "ref_")
+    )
+    written_out = reference.token_logprobs(
+        logits, wide["targets"], temperature=0.7, softcap=softcap, ref_logits=ref_logits
+    )
+    truth = reference.linear_logprobs(**wide)
+    torch.testing.assert_close(tuple(truth), tuple(written_out))
+    inputs, upstream = ["hidden", "weight", "bias"], VocabularyCase("upstream", case.rows, 1).upstream(DIFFERENTIABLE)
+    tested = token_stats(ops.linear_logprobs, arguments, inputs, upstream)
+    same_dtype = token_stats(reference.linear_logprobs, arguments, inputs, upstream)
+    assert_as_good(tested, same_dtype, token_stats(reference.linear_logprobs, wide, inputs, upstream), dtype)
+    update = case.build_loss(dtype, truth.logprobs) | {"logit_scale": scale}
+    losses = [
+        policy_update(op, given, inputs)
+        for op, given in (
+            (ops.linear_policy_loss, update),
+            (reference.linear_policy_loss, update),
+            (reference.linear_policy_loss, in_fp64(update)),
+        )
+    ]
+    assert_as_good(*losses, dtype)
 
 
 # Sampling

@@ -32,6 +32,10 @@ WRONG_TARGETS = [
     ("temperature", math.nan, ValueError, "temperature is nan"),
     ("softcap", -1.0, ValueError, "softcap is -1.0"),
 ]
+WRONG_SCALE = [
+    ("logit_scale", 0.0, ValueError, "logit_scale is 0.0"),
+    ("logit_scale", 1e-21, ValueError, "logit_scale is 1e-21"),
+]
 WRONG_HEAD = [
     ("hidden", torch.zeros(4, 2), ValueError, r"weight has shape \(5, 3\); expected \(5, 2\)"),
     ("hidden", torch.zeros(4), ValueError, r"hidden has shape \(4,\); expected two dimensions"),
@@ -48,7 +52,11 @@ WRONG_LOSS = [
     ("old_logprobs", TOKENS[:, None], ValueError, r"old_logprobs has shape \(4, 1\); expected one dimension"),
     ("mask", TOKENS, TypeError, "mask has dtype torch.float32; expected torch.bool"),
     ("mask", TOKENS[1:].bool(), ValueError, r"mask has shape \(3,\)"),
-    ("normalizer", 4.0, TypeError, "normalizer is float"),
+    ("normalizer", "4", TypeError, "normalizer is str"),
+    ("normalizer", True, TypeError, "normalizer is bool"),
+    ("normalizer", 0, ValueError, "normalizer is 0"),
+    ("normalizer", 1e39, ValueError, r"normalizer is 1e\+39; it must be in \[1e-36, 1e36\]"),
+    ("normalizer", torch.tensor(1e-46, dtype=torch.float64), ValueError, "normalizer is 1e-46"),
     ("normalizer", torch.tensor(4), TypeError, "normalizer is torch.int64"),
     ("normalizer", torch.ones(1), ValueError, r"normalizer has shape \(1,\)"),
     ("normalizer", torch.tensor(0.0), ValueError, "normalizer is 0.0"),
@@ -97,7 +105,7 @@ WRONG: dict[str, list[tuple[str, Any, type[Exception], str]]] = {
         ("logits", torch.zeros(4, 5).long(), TypeError, "logits has dtype torch.int64"),
         ("ref_logits", torch.zeros(4, 6), ValueError, r"ref_logits has shape \(4, 6\)"),
     ],
-    "linear_logprobs": WRONG_TARGETS + WRONG_HEAD + WRONG_COEFFICIENT,
+    "linear_logprobs": WRONG_TARGETS + WRONG_HEAD + WRONG_SCALE + WRONG_COEFFICIENT,
     "policy_loss": [
         *WRONG_LOSS,
         ("entropy", TOKENS[1:], ValueError, r"entropy has shape \(3,\)"),
@@ -108,6 +116,7 @@ WRONG: dict[str, list[tuple[str, Any, type[Exception], str]]] = {
     "linear_policy_loss": [
         *WRONG_TARGETS,
         *WRONG_HEAD,
+        *WRONG_SCALE,
         *WRONG_LOSS,
         *WRONG_COEFFICIENT,
         ("ref_logprobs", TOKENS[1:], ValueError, r"ref_logprobs has shape \(3,\)"),
@@ -150,3 +159,94 @@ def test_a_wrong_argument_is_named(op: str, name: str, value: Any, error: type[E
 def test_a_sampled_kl_needs_the_reference_s_log_probabilities() -> None:
     with pytest.raises(ValueError, match="kl_kind 'k3', which needs ref_logprobs"):
         ops.linear_policy_loss(**GOOD["linear_policy_loss"], kl_coef=0.1, kl_kind="k3")
+
+
+# What is refused alike wherever it is given: every floating tensor of every op, and every number that must be positive.
+WHOLE: dict[str, dict[str, Any]] = {
+    "gae": {**GOOD["gae"], "bootstrap": torch.zeros(2)},
+    "token_logprobs": {**GOOD["token_logprobs"], "temperature": 1.0, "softcap": 3.0, "ref_logits": torch.zeros(4, 5)},
+    "linear_logprobs": {**GOOD["linear_logprobs"], "temperature": 1.0, "softcap": 3.0, "bias": torch.zeros(5)}
+    | {"ref_hidden": HIDDEN, "ref_weight": WEIGHT, "ref_bias": torch.zeros(5)},
+    "policy_loss": {**GOOD["policy_loss"], "entropy": TOKENS, "kl": TOKENS, "dual_clip": 2.0},
+    "linear_policy_loss": {**GOOD["linear_policy_loss"], "softcap": 3.0, "bias": torch.zeros(5), "dual_clip": 2.0}
+    | {"ref_hidden": HIDDEN, "ref_weight": WEIGHT, "ref_bias": torch.zeros(5), "ref_logprobs": TOKENS},
+    "value_loss": {**GOOD["value_loss"], "clip": 0.2},
+    "sample_tokens": {**GOOD["sample_tokens"], "temperature": 1.0},
+    "attend_cached": {"query": torch.zeros(2, 2, 4), "key": torch.zeros(2, 1, 4), "value": torch.zeros(2, 1, 4)}
+    | {"key_cache": torch.zeros(3, 1, 5, 4), "value_cache": torch.zeros(3, 1, 5, 4), "lengths": TARGETS[:3]}
+    | {"rows": torch.arange(2), "scale": 1.0, "softcap": 3.0},
+}
+FLOATING = [
+    (op, name)
+    for op, arguments in WHOLE.items()
+    for name, x in arguments.items()
+    if isinstance(x, torch.Tensor) and x.is_floating_point() and name != "normalizer"  # a count: fp32 or fp64
+]
+NUMBERS = {"temperature", "softcap", "clip", "dual_clip", "normalizer"}
+
+
+@pytest.mark.parametrize("op", WHOLE)
+def test_all_arguments_are_taken(op: str) -> None:
+    getattr(ops, op)(**WHOLE[op])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int32, torch.complex64], ids=str)
+@pytest.mark.parametrize(("op", "name"), FLOATING)
+def test_a_dtype_that_no_kernel_takes_is_a_type_error_that_names_the_tensor(
+    op: str, name: str, dtype: torch.dtype
+) -> None:
+    with pytest.raises(TypeError, match=f"{name} has dtype {dtype}"):
+        getattr(ops, op)(**(WHOLE[op] | {name: WHOLE[op][name].to(dtype)}))
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, name in FLOATING if op != "sample_tokens"])
+def test_fp64_beside_fp32_is_a_type_error_that_names_both(op: str, name: str) -> None:
+    wide = {n: x.double() if (op, n) in FLOATING else x for n, x in WHOLE[op].items()}
+    if op != "attend_cached":  # which takes no fp64
+        getattr(ops, op)(**wide)
+        with pytest.raises(
+            TypeError, match=r"has dtype torch.float(32|64) and|hidden torch.float64; they must be the same"
+        ):
+            getattr(ops, op)(**(wide | {name: WHOLE[op][name]}))
+    with pytest.raises(
+        TypeError, match=f"{name} has dtype torch.float64|has dtype torch.float32 and {name} torch.float64"
+    ):
+        getattr(ops, op)(**(WHOLE[op] | {name: wide[name]}))
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "value"),
+    [
+        (op, name, value)
+        for op, arguments in WHOLE.items()
+        for name in sorted(NUMBERS & arguments.keys())
+        for value in (1e-46, 1e39, math.inf, math.nan, 0.0, -1.0)
+        if (op, value) != ("attend_cached", 0.0)  # its softcap of 0 is none
+    ],
+)
+def test_a_number_that_fp32_cannot_hold_is_a_value_error_that_names_it(op: str, name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} is {value}".replace("+", r"\+")):
+        getattr(ops, op)(**(WHOLE[op] | {name: value}))
+
+
+@pytest.mark.parametrize("name", ["clip_high", "entropy_coef", "kl_coef"])
+def test_a_coefficient_that_fp32_cannot_hold_is_a_value_error_that_names_it(name: str) -> None:
+    for op in ("policy_loss", "linear_policy_loss"):
+        for value in (1e39, math.nan):
+            with pytest.raises(ValueError, match=f"{name} is {value}".replace("+", r"\+")):
+                getattr(ops, op)(**(WHOLE[op] | {name: value}))
+
+
+@pytest.mark.parametrize("op", ["policy_loss", "linear_policy_loss", "value_loss"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_normalizer_may_be_a_number(op: str, dtype: torch.dtype) -> None:
+    arguments = {n: x.to(dtype) if (op, n) in FLOATING else x for n, x in WHOLE[op].items()}
+    losses = [
+        getattr(ops, op)(
+            **(arguments | {"advantages" if "advantages" in arguments else "returns": x, "normalizer": n})
+        )[0]
+        for x in [torch.arange(4, dtype=dtype)]
+        for n in (3, 3.0, torch.tensor(3.0), torch.tensor(3.0, dtype=torch.float64))
+    ]
+    assert losses[0] != 0 and losses[0].dtype == dtype
+    assert all(torch.equal(loss, losses[0]) for loss in losses)

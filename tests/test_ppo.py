@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from fastppo import reference
 from fastppo.config import ActorConfig, Config, CriticConfig, OptimConfig, PPOConfig
 from fastppo.ppo import (
     KLController,
@@ -30,6 +31,13 @@ def test_kl_estimators_agree_with_the_exact_kl_in_the_mean():
     for kind in ("k1", "k3"):  # unbiased: the mean over p of the estimate is the KL itself
         torch.testing.assert_close((weights * kl_estimate(p, q, kind)).sum(), exact)
     assert (kl_estimate(p, q, "k2") >= 0).all() and (kl_estimate(p, q, "k3") >= 0).all()
+
+
+def test_k3_of_the_reward_is_that_of_the_loss_at_every_distance():
+    d = torch.tensor([-1e6, -25.0, -20.0, -1.0, 0.0, 1.0, 29.0, 500.0])
+    found = kl_estimate(d, torch.zeros(8), "k3")
+    assert torch.equal(found, reference.kl_estimate(d, torch.zeros(8), "k3"))
+    assert (found.diff()[:4] < 0).all() and (found.diff()[4:] > 0).all()
 
 
 def test_exact_kl_is_no_estimate_from_samples():

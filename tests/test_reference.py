@@ -259,14 +259,40 @@ def test_the_clip_stops_the_gradient_on_its_own_side_only() -> None:
     torch.testing.assert_close(logprobs.grad, fp64(0, 2, -0.5, 0, -1))
 
 
-def test_a_ratio_beyond_e20_is_clamped_and_not_infinite() -> None:
+def test_a_ratio_beyond_e20_is_finite_and_still_pushed_back() -> None:
     logprobs = torch.tensor([0.0, -500.0]).requires_grad_()
     loss, stats = reference.policy_loss(
         logprobs, torch.tensor([-500.0, 0.0]), -torch.ones(2), clip_low=0.2, clip_high=0.2, normalizer=ONE
     )
     loss.backward()
-    assert loss.isfinite() and stats.sums.isfinite().all() and stats.ratio_max.item() == pytest.approx(math.exp(20))
-    assert logprobs.grad is not None and logprobs.grad.tolist() == [0, 0]
+    assert loss.isfinite() and stats.sums.isfinite().all()
+    assert stats.ratio_max.item() == pytest.approx(math.exp(20) * 481)
+    assert logprobs.grad is not None and logprobs.grad.tolist() == pytest.approx([math.exp(20), 0])
+
+
+DISTANCES = (-20.0, -7.0, -1.0, -1e-4, 0.0, 1e-4, 1.0, 7.0, 19.9, 20.0, 20.1, 29.0, 500.0)
+
+
+def test_k3_and_its_slope_are_right_at_every_distance_that_does_not_overflow() -> None:
+    d = fp64(*DISTANCES).requires_grad_()
+    k3 = reference.kl_estimate(d, torch.zeros(len(d)), "k3")
+    (slope,) = torch.autograd.grad(k3.sum(), d)
+    torch.testing.assert_close(k3, fp64(*(math.expm1(-x) + x for x in DISTANCES)), rtol=1e-12, atol=0)
+    torch.testing.assert_close(slope, fp64(*(-math.expm1(-x) for x in DISTANCES)), rtol=1e-12, atol=0)
+
+
+def test_k3_beyond_its_bound_is_finite_and_goes_on_rising() -> None:
+    d = torch.tensor([-1e6, -300.0, -20.5, -20.0]).requires_grad_()
+    k3 = reference.kl_estimate(d, torch.zeros(4), "k3")
+    (slope,) = torch.autograd.grad(k3.sum(), d)
+    assert k3.isfinite().all() and (k3.diff() < 0).all()
+    torch.testing.assert_close(slope, torch.full((4,), 1 - math.exp(20)))
+
+
+def test_the_approximate_kl_is_right_where_the_ratio_has_vanished() -> None:
+    """A token 29 nats less likely than before: k3 of the old policy to the new is 28, as in the loss."""
+    _, stats = reference.policy_loss(fp64(-29), fp64(0), fp64(1), clip_low=0.2, clip_high=0.2, normalizer=ONE)
+    assert stats.sums[3].item() == pytest.approx(28)
 
 
 def test_losses_without_tokens_are_zero() -> None:

@@ -1,13 +1,16 @@
+from functools import partial
+
 import pytest
 import spellings
 import tiny
 import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from fastppo import ops
 from fastppo.batch import Prompts
 from fastppo.config import SamplingConfig
 from fastppo.errors import FastPPOError
-from fastppo.models import Policy, fuse_head
+from fastppo.models import Policy, fuse_head, token_stats
 from fastppo.rollout import named_stop_ids, sample, stop_ids
 from fastppo.rollout.inprocess import restrict
 
@@ -75,6 +78,19 @@ def test_logprobs_are_those_of_the_trainers_forward_pass():
     torch.testing.assert_close(found.logprobs, stats.logprobs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("family", "scale"), [("granite", {"logits_scaling": 0.4}), ("cohere2", {"logit_scale": 2.0})])
+def test_what_samples_scales_its_logits_as_the_trainer_does(family, scale):
+    actor = policy(family, num_key_value_heads=2, **scale)
+    found = rollout(actor, temperature=0.7)
+    with torch.no_grad():
+        stats = actor(found.packed, partial(token_stats, found.packed.responses, 0.7))
+    torch.testing.assert_close(found.logprobs, stats.logprobs, rtol=1e-4, atol=1e-4)
+    greedy = tiny.causal(family, num_key_value_heads=2, **scale).generate(
+        torch.tensor([PROMPTS[0]]), max_new_tokens=12, do_sample=False, eos_token_id=None
+    )
+    assert responses(rollout(actor, [0], temperature=1e-3))[0] == greedy[0, len(PROMPTS[0]) :].tolist()
+
+
 def test_logprobs_under_top_k_are_those_of_the_distribution_drawn_from():
     found = rollout(policy(), top_k=1)
     assert found.logprobs.abs().max() == 0.0
@@ -122,9 +138,55 @@ def test_top_k_keeps_the_k_most_likely():
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_it():
-    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64).log()
     for top_p, count in ((0.4, 1), (0.5, 1), (0.51, 2), (0.8001, 3), (0.96, 4)):
         assert int(restrict(logits, 1.0, 0, top_p).isfinite().sum()) == count
+
+
+QWEN = 151_936  # tokens in its vocabulary
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.5, 0), (0.9, 0), (0.999, 0), (0.95, 50), (0.999, 100_000)])
+def test_the_nucleus_of_a_large_vocabulary_is_that_of_fp64(top_p, top_k, dtype):
+    """Against transformers' own warpers in fp64: the same number of tokens, as likely ones; in bf16 many are ties."""
+    random = torch.Generator().manual_seed(0)
+    logits = (1.5 * torch.randn(2, QWEN, generator=random)).to(dtype)
+    logits[1, ::3] = float("-inf")  # as stop tokens before the minimum length are
+    expected = TemperatureLogitsWarper(0.8)(None, logits.double())
+    if top_k:
+        expected = TopKLogitsWarper(top_k)(None, expected)
+    expected = TopPLogitsWarper(top_p)(None, expected)
+    found = restrict(logits, 0.8, top_k, top_p)
+    kept = found.isfinite()
+    assert kept.sum(-1).tolist() == expected.isfinite().sum(-1).tolist()
+    for row in range(2):
+        assert torch.equal(found[row][kept[row]], logits[row][kept[row]])
+        theirs = logits[row][expected[row].isfinite()]
+        assert torch.equal(found[row][kept[row]].sort().values, theirs.sort().values)
+
+
+def test_of_equally_likely_tokens_the_first_are_in_the_nucleus():
+    logits = torch.zeros(1, 10)
+    assert restrict(logits, 1.0, 0, 0.35).isfinite()[0].nonzero()[:, 0].tolist() == [0, 1, 2, 3]
+    logits[0, 7] = 1.0
+    assert restrict(logits, 1.0, 2, 0.999).isfinite().all()  # as likely as the second
+    assert restrict(logits, 1.0, 1, 0.999).isfinite()[0].nonzero()[:, 0].tolist() == [7]
+
+
+def test_the_only_token_that_may_be_drawn_is_in_the_nucleus():
+    logits = torch.full((1, QWEN), float("-inf"))
+    logits[0, 1234] = -7.0
+    for top_k, top_p in ((0, 1e-9), (3, 0.999), (1, 0.5)):
+        assert restrict(logits, 0.7, top_k, top_p).isfinite()[0].nonzero()[:, 0].tolist() == [1234]
+
+
+def test_stop_tokens_before_the_minimum_length_take_no_part_of_the_nucleus():
+    actor = policy()
+    stops = list(range(0, 257, 2))
+    found = rollout(actor, stops=stops, max_new_tokens=6, min_new_tokens=6, top_p=0.5, top_k=9)
+    assert all(token % 2 for response in responses(found) for token in response)
+    assert (found.logprobs.exp() > 0.5 / 9).any() and found.logprobs.isfinite().all()
 
 
 def test_top_p_looks_at_the_distribution_at_its_temperature():

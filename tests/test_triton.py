@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LINEAR_CASES, VOCABULARY_CASES, LinearCase, VocabularyCase, assert_as_good, gradients, in_fp64
+from cases import (
+    CERTAIN_CASES,
+    LINEAR_CASES,
+    VOCABULARY_CASES,
+    LinearCase,
+    VocabularyCase,
+    assert_as_good,
+    certain,
+    gradients,
+    in_fp64,
+)
 from test_ops import DIFFERENTIABLE, names, policy_update, token_stats
 from torch import Tensor
 
@@ -100,7 +110,7 @@ def test_vocabulary(case: VocabularyCase, dtype: torch.dtype) -> None:
     d_logits = backward(arguments, stats, stacked(upstream), torch.empty_like(arguments["logits"]))
     truth = reference_stats(in_fp64(arguments), upstream)
     named = dict(zip(STATISTICS, stats, strict=False)) | {"d_logits": d_logits}
-    torch.testing.assert_close(stats[3] + stats[4], stats[2])
+    torch.testing.assert_close(stats[3] / case.temperature + stats[4], stats[2])
     assert_as_good({name: named[name] for name in truth}, reference_stats(arguments, upstream), truth, dtype)
 
 
@@ -153,6 +163,19 @@ def test_an_infinite_kl_passes_no_gradient() -> None:
     arguments["ref_logits"][1, 5] = 0.0
     expected = reference_stats(arguments, upstream)["d_logits"]  # in fp64 p[2, 0] would be above 0
     torch.testing.assert_close(d_logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [case for case in CERTAIN_CASES if case.vocabulary < 1000], ids=str)
+def test_a_token_that_is_certain_gets_no_gradient(case: VocabularyCase) -> None:
+    arguments = on_device(certain(few(case)))
+    stats = forward(arguments)
+    d_logits = backward(
+        arguments, stats, torch.ones(4, len(stats[0]), device=DEVICE), torch.empty_like(arguments["logits"])
+    )
+    d_lse = torch.zeros_like(d_logits).scatter_(1, arguments["targets"][:, None], 1 / case.temperature)
+    slope = 1.0 if case.softcap is None else 1 - (arguments["logits"] / case.softcap).tanh().square()
+    torch.testing.assert_close(d_logits, slope * d_lse, rtol=1e-4, atol=1e-8)
+    assert (stats[:2].abs() < 1e-20).all()
 
 
 def test_nan_is_not_hidden() -> None:

@@ -104,7 +104,7 @@ def _settings(family: str, settings: dict[str, Any]) -> dict[str, Any]:
         shape["intermediate_size"] = 64
     if family == "gpt2":
         del shape["intermediate_size"]
-    return shape | (FAMILIES | EXPERTS)[family] | settings
+    return shape | (FAMILIES | EXPERTS).get(family, {}) | settings
 
 
 def _spread(model: PreTrainedModel) -> None:

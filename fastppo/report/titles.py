@@ -45,6 +45,7 @@ HEALTH = {
     "length_correlation": Quantity("Length correlation", "rank correlation of score and length", -1.0, 1.0),
     "rewarded_phrase": _share("Rewarded phrase", "share of responses that hold it"),
     "approx_kl": _size("Approximate KL", "of the updates, nats a token"),
+    "sampler_error": _size("Sampler error", "its logprobs' mean distance from the trainer's, nats a token"),
 }
 LEARNING = {
     "score": Quantity("Score", "mean of the responses"),
@@ -57,7 +58,6 @@ LEARNING = {
     "value": Quantity("Value", "the critic's, mean of the tokens"),
     "explained_variance": Quantity("Explained variance", "of the returns, by the critic", high=1.0),
     "skipped_updates": _size("Skipped updates", "of a step, as they were not finite"),
-    "sampler_error": _size("Sampler error", "its logprobs' mean distance from the trainer's, nats"),
     "policy_loss": Quantity("Policy loss", "mean of the updates"),
     "kl_loss": Quantity("KL loss", "mean of the updates"),
     "clip_fraction": _share("Clipped", "share of tokens"),
