@@ -17,6 +17,7 @@ ROLES = {
     "separate critic, fp32, stage 1": {"optim__dtype": "fp32", "zero__stage": 1},
     "shared critic, fp32, stage 0": {"critic__kind": "shared", "optim__dtype": "fp32", "zero__stage": 0},
     "separate critic, bf16, stage 2": {"optim__dtype": "bf16", "zero__stage": 2},
+    "shared critic, bf16, stage 1": {"critic__kind": "shared", "zero__stage": 1, "ppo__microbatch_tokens": 60},
     "LoRA, bf16, stage 1": {"actor__lora__rank": 4, "critic__lora__rank": 2, "zero__stage": 1},
     "separate critic, bf16, stage 3": {"optim__dtype": "bf16", "zero__stage": 3, "zero__offload": "cpu"},
 }
@@ -92,6 +93,7 @@ def wait_for(what, run: Run, seconds: float = 60.0) -> None:
         (2, "shared critic, fp32, stage 0"),
         (2, "separate critic, bf16, stage 2"),
         (1, "LoRA, bf16, stage 1"),
+        (2, "shared critic, bf16, stage 1"),
         (2, "separate critic, bf16, stage 3"),
     ],
 )
