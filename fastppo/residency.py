@@ -40,11 +40,17 @@ class HasStates(Protocol):
     def states(self) -> Iterable[Tensor]: ...
 
 
+class HasBuffers(HasStates, Protocol):
+    """An engine, which also holds what is nothing between two updates."""
+
+    def buffers(self) -> Iterable[Tensor]: ...
+
+
 @dataclass
 class _Part:
     kind: str
     states: Callable[[], Iterable[Tensor]]
-    keep: bool  # whether what it holds must be the same when it comes back
+    keep: bool  # whether what it holds must be the same when it comes back; else it comes back as zeros
     away: list[tuple[Tensor, torch.UntypedStorage, int]] | None = None  # host copy, storage, its bytes
 
     def leave(self) -> None:
@@ -67,6 +73,8 @@ class _Part:
             storage.resize_(size)
             if self.keep:
                 _bytes(storage).copy_(host, non_blocking=True)
+            else:
+                _bytes(storage).zero_()
         self.away = None
 
 
@@ -80,9 +88,16 @@ class Residency:
 
     def add(self, kind: str, owner: HasStates, *, keep: bool = True) -> None:
         """kind: as in `uses`; keep: whether what `owner.states()` holds outlives the stages that do not use it."""
+        self._add(kind, owner.states, keep)
 
+    def add_engine(self, engine: HasBuffers) -> None:
+        """What only learning uses of an engine; its gradients leave without a copy, as every update begins at zero."""
+        self._add("optimizers", engine.states, keep=True)
+        self._add("optimizers", engine.buffers, keep=False)
+
+    def _add(self, kind: str, states: Callable[[], Iterable[Tensor]], keep: bool) -> None:
         def on_device() -> list[Tensor]:
-            return [x for x in owner.states() if x.device.type == self._device.type]
+            return [x for x in states() if x.device.type == self._device.type]
 
         self._parts.append(_Part(kind, on_device, keep))
 

@@ -60,7 +60,7 @@ def assemble(config: Config, world: World, tokenizer: PreTrainedTokenizerBase) -
     trained_critic = None if critic is None else Engine(critic, [list(critic.parameters())], config.optim, zero)
     frozen = Frozen(reference, config.optim, zero)
     for engine in filter(None, (actor, trained_critic)):
-        residency.add("optimizers", engine)
+        residency.add_engine(engine)
     residency.add("reference", frozen)
     if zero.parameters_on != "none":  # else the copy stays where it is, as recorded CUDA graphs ask
         residency.add("gathered", gathered, keep=False)

@@ -76,7 +76,7 @@ def test_what_comes_back_is_the_same_through_every_view_of_it():
     assert flat[0] == 5
 
 
-def test_what_need_not_be_kept_is_not_copied():
+def test_what_need_not_be_kept_is_not_copied_and_comes_back_as_zeros():
     buffer = torch.ones(1000)
     residency = moving()
     residency.add("gathered", Part(buffer), keep=False)
@@ -84,7 +84,20 @@ def test_what_need_not_be_kept_is_not_copied():
     ((host, _, size),) = residency._parts[0].away
     assert host.numel() == 0 and size == buffer.nbytes
     residency.enter("sampling")
-    assert buffer.shape == (1000,) and on_device(buffer)
+    assert buffer.tolist() == [0.0] * 1000
+
+
+def test_of_an_engine_the_states_are_kept_and_the_gradients_are_not_copied():
+    engine = Part(torch.ones(3))
+    engine.buffers = lambda: [gradients]
+    gradients = torch.ones(1000)
+    residency = moving()
+    residency.add_engine(engine)
+    residency.enter("sampling")
+    assert sum(host.nbytes for part in residency._parts for host, _, _ in part.away) == 12
+    assert not on_device(engine.tensors[0]) and not on_device(gradients)
+    residency.enter("learning")
+    assert engine.tensors[0].tolist() == [1, 1, 1] and gradients.tolist() == [0.0] * 1000
 
 
 def test_without_a_gpu_nothing_moves():
