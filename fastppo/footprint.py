@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastppo.attention import SHORT, Spans
-from fastppo.models import Backbone
+from fastppo.models import Backbone, Policy
 from fastppo.trunk import layers_of, trunk_depth
 
 
@@ -49,6 +49,8 @@ class Footprint:
         self.trained = sum(p.numel() for p in parameters if p.requires_grad)
         # As DeepSpeed counts it: the parameters that one module owns are gathered together at stage 3.
         self.largest = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in role.modules())
+        # Learning rates: a value head on the actor's backbone has its own.
+        self.groups = 2 if isinstance(role, Policy) and role.value_head is not None else 1
         self.layers: int = config.num_hidden_layers
         self.width: int = config.hidden_size
         self.vocabulary: int = config.vocab_size

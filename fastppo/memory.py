@@ -5,14 +5,15 @@ P parameters of which T train, in weights of b bytes, on N ranks. What DeepSpeed
 | zero.stage           | weights   | gradients            | optimizer: fp32 master weights, two moments |
 |----------------------|-----------|----------------------|---------------------------------------------|
 | 0 (fp32)             | b P       | 4 T                  | 8 T: no master, the weights are fp32        |
-| 1, bf16 on the GPU   | b P       | 2 T + 4 T            | 12 T / N                                    |
-| 1, fp32 or offloaded | b P       | b T, offloaded 4 T/N | 12 T / N                                    |
+| 1                    | b P       | 4 T                  | 12 T / N                                    |
+| 1, offloaded         | b P       | 4 T, and 4 T / N     | 12 T / N                                    |
 | 2                    | b P       | (b + 4) T / N        | 12 T / N                                    |
 | 3                    | b P / N   | 4 T / N              | 12 T / N                                    |
 
-In bf16 gradients add up in fp32 (grad_accum_dtype): at stage 1 of all parameters on every rank, at 2 and 3 of the
-rank's own part. At stage 3 the weights of one module at a time are gathered, and its gradients made whole. These are
-the terms of DeepSpeed's own estimators, `estimate_zero2_model_states_mem_needs` and its sister of stage 3.
+In bf16 gradients add up in fp32 (grad_accum_dtype): at stage 1 of all parameters on every rank, each as it arrives, at
+2 and 3 of the rank's own part. Offloading leaves the 4 T of stage 1 on the GPU. At stage 3 the weights of one module at
+a time are gathered, and its gradients made whole. Stages 2 and 3 are as DeepSpeed's own estimators have them
+(`estimate_zero2_model_states_mem_needs` and its sister); what these leave out is in `buffers`.
 """
 
 from __future__ import annotations
@@ -117,13 +118,13 @@ def model_states(member: Member, config: AnyConfig, ranks: int) -> Places:
     if zero.stage == 0:
         return found + on("none", Bytes(gradients=4 * trained, optimizer=8 * trained))
     place, fp32 = zero.optimizer_on, 4 * trained // ranks
+    if zero.stage == 1:
+        found += on("none", Bytes(gradients=4 * trained))
     if place != "none" or zero.stage == 3:
-        gradients = fp32
+        found += on(place, Bytes(gradients=fp32))
     elif zero.stage == 2:
-        gradients = b * trained // ranks + fp32
-    else:
-        gradients = b * trained + (4 * trained if b < 4 else 0)
-    return found + on(place, Bytes(gradients=gradients, optimizer=3 * fp32))
+        found += on(place, Bytes(gradients=b * trained // ranks + fp32))
+    return found + on(place, Bytes(optimizer=3 * fp32))
 
 
 def buffers(member: Member, config: AnyConfig, ranks: int) -> Places:
@@ -144,11 +145,18 @@ def buffers(member: Member, config: AnyConfig, ranks: int) -> Places:
             gpu += buffer + bucket_elements * b + 4 * (bucket_elements // ranks)
         elif zero.stage == 2:  # the bucket, and the gradients that wait for it beyond the rank's own part
             gpu += buffer + max(bucket_elements - part, 0) * b
+        elif zero.stage == 1 and b < 4 and zero.optimizer_on == "none":
+            # A gradient and its fp32 form on their way to the sum, then one copy of the sums of several small groups.
+            joined = 4 * size.trained if size.groups > 1 and size.trained <= REDUCE_BUCKET else 0
+            gpu += max((b + 4) * size.largest, joined)
         else:  # one flat copy of the gradients that are being reduced
-            gpu += bucket_elements * b
-        if zero.optimizer_on != "none" and zero.stage < 3:
-            gpu += size.largest * b  # one parameter's gradient on its way to the host
-            host += part * b + size.largest * b  # the new weights on their way back, and that gradient's other end
+            gpu += bucket_elements * 4
+        if zero.optimizer_on != "none" and zero.stage == 3:
+            host += 4 * part  # what is accumulated, beside what the optimizer is handed
+        elif zero.optimizer_on != "none":
+            summed = 4 * part if zero.stage == 2 else 0  # in bf16 on the GPU, in fp32 beside the optimizer's
+            gpu += size.largest * b + (summed if b < 4 else 0)  # one parameter's gradient on its way to the host
+            host += (part + size.largest) * b + (summed if b == 4 else 0)  # that, and new weights on their way back
         if zero.optimizer_on == "nvme":
             host += NVME_OPTIMIZER_BUFFERS * 4 * min(part, SUB_GROUP)
     return Places(gpu=Bytes(workspace=gpu), host=Bytes(workspace=host))
@@ -287,8 +295,10 @@ def _at_rest(member: Member, states: Places, config: Config, *, learning: bool, 
     """Where the model states are in a stage."""
     live = Bytes(weights=member.size.largest * member.size.bytes) if config.zero.stage == 3 else Bytes()
     gpu = states.gpu if used else replace(states.gpu, weights=states.gpu.weights - live.weights)
-    if not learning:  # a module's whole gradients, and below stage 3 all of them, are there while a role learns
-        gpu = replace(gpu, gradients=max(gpu.gradients - live.weights, 0) if config.zero.stage == 3 else 0)
+    if not learning:  # gradients leave a GPU without a copy, since each update begins at zero
+        zero, half = config.zero, member.size.bytes < 4
+        stay = zero.stage == 3 or (zero.stage == 1 and half and zero.optimizer_on == "none")  # in a lasting buffer
+        gpu = replace(gpu, gradients=max(gpu.gradients - live.weights, 0) if stay and member.size.on_cpu else 0)
     active = learning if member.trains else used
     if active or member.size.on_cpu:  # on the CPU there is one memory, and nothing moves
         return replace(states, gpu=gpu)
