@@ -22,7 +22,8 @@ def walked(tmp_path_factory):
     with Forks(folder) as forks:
         for ranks in (1, 2):
             call = f"import engine_ranks; engine_ranks.walk({str(folder)!r}); raise SystemExit(0)"
-            forks.run([], ranks, before=call)
+            run = forks.start([], ranks, before=call)
+            assert forks.wait(run, seconds=300) == [0] * ranks, run.text()
     return {
         ranks: [json.loads((folder / f"{ranks}-{rank}.json").read_text()) for rank in range(ranks)] for ranks in (1, 2)
     }
