@@ -43,6 +43,14 @@ class Packed:
     def last_rows(self) -> Tensor:  # (B,) int64, the row of each sequence's last token
         return self.cu_seqlens[1:].long() - 1
 
+    def last_rows_but(self, padding: int | None) -> Tensor:
+        """(B,) int64, the row of each sequence's last token that is no `padding`; its first where every one is."""
+        if padding is None:
+            return self.last_rows
+        rows = torch.arange(len(self.tokens), device=self.tokens.device)
+        seen = torch.where(self.tokens != padding, rows, 0).cummax(0).values[self.last_rows]
+        return torch.maximum(seen, self.cu_seqlens[:-1].long())
+
     @cached_property
     def predictors(self) -> Tensor:  # (M,) int64, the row whose hidden state predicts each response token
         first = self.last_rows - self.response_lengths  # the last prompt token predicts the first response token

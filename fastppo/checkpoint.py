@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fastppo import durable
+from fastppo import clock, durable
 from fastppo.attention import ATTENTION
 from fastppo.config import ActorLoraConfig, AnyConfig, Config, LoraConfig
 from fastppo.engine import Saved
@@ -119,11 +118,11 @@ class Checkpoints:
         """A checkpoint every `checkpoint.every` steps. A failure is logged, unless `checkpoint.on_error` says stop."""
         every = self._config.checkpoint.every
         if every and run.step % every == 0:
-            error = self._save(run)
+            error = self.save(run)
             if error is not None and self._config.checkpoint.on_error == "stop":
                 raise CheckpointError(f"{error} checkpoint.on_error is stop, so the run ends here.")
             if error is not None:
-                log.error("%s The run goes on; %s stays.", error, self._newest() or "no older checkpoint")
+                log.error("%s The run goes on; %s stays.", error, self.newest() or "no older checkpoint")
 
     @contextmanager
     def saved_when_stopped(self, run: Run) -> Iterator[None]:
@@ -138,19 +137,19 @@ class Checkpoints:
                 raise
             why = "told to stop" if isinstance(reason, Stopped) else "a source of reward failed"
             log.info("%s at step %d; saving", why, run.step)
-            error = self._save(run)
+            error = self.save(run)
             if error is not None:
-                newest = self._newest()
+                newest = self.newest()
                 raise CheckpointError(f"{error} What is left is {newest or 'nothing to resume from'}.") from None
             log.info("saved; --resume auto goes on from %s", self.folder / run.name)
             raise
 
-    def _save(self, run: Run) -> str | None:
+    def save(self, run: Run) -> str | None:
         """Write a checkpoint; returns what went wrong, the same on every rank. Nothing older is deleted then."""
         folder = self.folder / run.name
         if self._agree(str(folder.exists()) if self._world.rank == 0 else None) == "True":
             return None  # written before, or resumed from
-        error = self._agree(self._attempt(lambda: durable.begin(folder)))
+        error = self._agree(self._attempt(lambda: self._begin(folder)))
         if error is None:
             writer = durable.Writer(durable.unfinished(folder))
             self._enter("checkpoint")
@@ -167,6 +166,12 @@ class Checkpoints:
             return None
         self._attempt(lambda: durable.remove_unfinished(self.folder))
         return f"The checkpoint {folder} could not be written ({error})."
+
+    def _begin(self, folder: Path) -> None:
+        """The folders of all engines too: an engine that cannot make its own would raise amid a collective."""
+        draft = durable.begin(folder)
+        for name in self._engines:
+            (draft / name).mkdir()
 
     def _save_shared(self, run: Run, writer: durable.Writer) -> None:
         writer.save(run.state(), writer.folder / "progress.pt")
@@ -199,11 +204,12 @@ class Checkpoints:
             "score": run.score,
             "bytes": sizes(self._output),
             "prompts": self._prompts,
+            "clock": clock.reading(),
             "versions": versions(),
             "config": settings(self._config),
         }
 
-    def _newest(self) -> Path | None:
+    def newest(self) -> Path | None:
         return max((p for p in self.folder.glob("step-*") if NAME.fullmatch(p.name)), default=None)
 
     def _prune(self, good: int | None) -> None:
@@ -255,7 +261,5 @@ def export(
         finally:
             model.set_attn_implementation(ATTENTION)
     tokenizer.save_pretrained(draft)
-    if folder.exists():
-        shutil.rmtree(folder)
-    draft.rename(folder)
+    durable.replace(draft, folder)
     log.info("the trained model is in %s", folder)

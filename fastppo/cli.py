@@ -23,6 +23,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings  # type: ignore[attr-defined]
 
 from fastppo.config import AnyConfig, Config, ConfigError, RewardTrainingConfig, SFTConfig
+from fastppo.launch import LaunchError, check_launch, first_of_many
 from fastppo.rules import validate
 from fastppo.rules.stages import validate_reward, validate_sft
 
@@ -71,13 +72,17 @@ def parse(
     """The checked settings of a run; `argv` is `sys.argv[1:]` when left out.
 
     `--help` prints every setting and exits with 0. A mistake prints one message on stderr and exits with 2.
-    The rules between settings hold for so many ranks; when left out, for those in the environment's WORLD_SIZE.
+    The rules between settings hold for so many ranks; when left out, for those in the environment's WORLD_SIZE, which
+    must be one that a launcher could have set.
     """
     try:
         config = _read(sys.argv[1:] if argv is None else argv, command)
-        command.check(config, int(os.environ.get("WORLD_SIZE", "1")) if ranks is None else ranks)
-    except ConfigError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once, and not once for each rank
+        if ranks is None:
+            check_launch()
+            ranks = int(os.environ.get("WORLD_SIZE") or "1")
+        command.check(config, ranks)
+    except (ConfigError, LaunchError) as error:
+        if first_of_many():  # once, and not once for each rank
             print(f"fastppo: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     return config
@@ -237,6 +242,8 @@ def _allowed(kind: Any) -> str:
         return " or ".join(str(argument) for argument in arguments)
     if origin in (Union, UnionType):
         return " or ".join(_allowed(argument) for argument in arguments)
+    if origin is dict:
+        return """a mapping from names to values, as in '{"enable_thinking": false}'"""
     if origin is tuple:
         item = arguments[0]
         fields = [field.name for field in dataclasses.fields(item)] if dataclasses.is_dataclass(item) else None

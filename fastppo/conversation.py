@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastppo.clock import strftime_now
 from fastppo.config import ExamplesConfig
+from fastppo.continuation import encode_after, encode_behind, plain_tokens, special_ids
 from fastppo.table import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Messages = list[dict[str, Any]]
+
+NO_ARGUMENTS: Mapping[str, Any] = {}  # of a chat template
+OURS = {"messages", "add_generation_prompt", "raise_exception", "strftime_now"}  # what a template reads from us
 
 
 class Answered(NamedTuple):
@@ -27,9 +35,18 @@ def unusable(problem: str) -> Answered:
 
 
 def answered(
-    prompt: Any, answer: Any, config: ExamplesConfig, where: str, tokenizer: PreTrainedTokenizerBase
+    prompt: Any,
+    answer: Any,
+    config: ExamplesConfig,
+    where: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    closed: bool = False,
 ) -> Answered:
     """The tokens of a prompt (text or messages) and an answer (text or messages); None is a missing value.
+
+    closed: an answer of chat is all that the template writes behind the prompt, as a reward model reads it, and not up
+    to the token at which sampling stops.
 
     Messages as an answer are the assistant's, or the whole conversation if they begin with another role; `prompt` is
     not looked at then. where: for errors, the row and the columns. Raises `DataError`.
@@ -42,12 +59,13 @@ def answered(
     prompt = None if whole else prompt
     if config.chat == "always" or isinstance(prompt, list) or isinstance(answer, list):
         asked = [] if prompt is None else _as_messages(prompt, "user", config, where)
-        return _last_turn([*asked, *_as_messages(answer, "assistant", config, where)], config, where, tokenizer)
+        messages = [*asked, *_as_messages(answer, "assistant", config, where)]
+        return _last_turn(messages, config, where, tokenizer, closed=closed)
     for value in (prompt or "", answer):
         if not isinstance(value, str):
             raise _neither(where, value)
     start = tuple(plain_tokens([prompt or ""], tokenizer)[0])
-    text = tokenizer(answer, add_special_tokens=False)["input_ids"][-(config.last_tokens or 0) :]
+    text = encode_after([prompt or ""], [start], [answer], tokenizer)[0][-(config.last_tokens or 0) :]
     return Answered(start, (*text, _eos(tokenizer)) if config.eos else tuple(text))
 
 
@@ -76,27 +94,35 @@ def are_messages(value: Any) -> bool:
     )
 
 
-def plain_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Texts in which prompts begin, with the BOS if the tokenizer puts one before a text; none gets a second one."""
-    if not texts:  # tokenizers take no empty list
-        return []
-    encoded, bos = tokenizer(list(texts), return_attention_mask=False)["input_ids"], tokenizer.bos_token_id
-    return [ids[1:] if ids[:2] == [bos, bos] else ids for ids in encoded]
-
-
 def _is_missing(value: Any) -> bool:
     """Whether a table's value is null, or says nothing."""
     return value is None or value == [] or (isinstance(value, str) and not value.strip())
 
 
 def template_tokens(
-    messages: Messages, where: str, tokenizer: PreTrainedTokenizerBase, *, to_be_answered: bool
+    messages: Messages,
+    where: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    to_be_answered: bool,
+    arguments: Mapping[str, Any] = NO_ARGUMENTS,
 ) -> tuple[int, ...]:
-    """Messages through the tokenizer's chat template; `to_be_answered`: with its words for where an answer begins."""
-    return _tokens(template_text(messages, where, tokenizer, to_be_answered=to_be_answered), tokenizer)
+    """Messages through the tokenizer's chat template; `to_be_answered`: with its words for where an answer begins.
+
+    arguments: further ones of the template, which `check_arguments` has seen. Raises `DataError`.
+    """
+    text = template_text(messages, where, tokenizer, to_be_answered=to_be_answered, arguments=arguments)
+    return _tokens(text, tokenizer)
 
 
-def template_text(messages: Messages, where: str, tokenizer: PreTrainedTokenizerBase, *, to_be_answered: bool) -> str:
+def template_text(
+    messages: Messages,
+    where: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    to_be_answered: bool,
+    arguments: Mapping[str, Any] = NO_ARGUMENTS,
+) -> str:
     """What `template_tokens` makes tokens of."""
     if tokenizer.chat_template is None:
         raise DataError(
@@ -104,9 +130,38 @@ def template_text(messages: Messages, where: str, tokenizer: PreTrainedTokenizer
             " plain text with a chat of auto or never."
         )
     try:
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=to_be_answered, tokenize=False))
+        # What a template is given by name goes before transformers' own function of that name.
+        given: Any = {"add_generation_prompt": to_be_answered, "strftime_now": strftime_now, **arguments}
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **given))
     except Exception as error:  # a template may raise what it likes
-        raise DataError(f"{where} is refused by the tokenizer's chat template: {error}") from error
+        named = f" (given {json.dumps(dict(arguments))})" if arguments else ""
+        raise DataError(f"{where} is refused by the tokenizer's chat template{named}: {error}") from error
+
+
+def check_arguments(setting: str, arguments: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises DataError for arguments that the tokenizer's chat template does not read; setting: what gives them."""
+    if not arguments:
+        return
+    if tokenizer.chat_template is None:
+        raise DataError(
+            f"{setting} is {json.dumps(dict(arguments))}, but the tokenizer has no chat template to read it."
+        )
+    read = template_variables(tokenizer, arguments)
+    for name in arguments:
+        if name not in read:
+            near = difflib.get_close_matches(name, read, n=1)
+            way = f"did you mean {near[0]}?" if near else f"it reads {', '.join(sorted(read)) or 'none'}."
+            raise DataError(f"{setting} has {name}, which the tokenizer's chat template does not read; {way}")
+
+
+def template_variables(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] = NO_ARGUMENTS) -> set[str]:
+    """The names that the tokenizer's chat template reads and that are the user's to give."""
+    from jinja2 import Environment, meta  # which transformers renders templates with
+
+    template = tokenizer.get_chat_template(None, arguments.get("tools"))
+    marks = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # transformers' own tag, without a meaning for the text
+    parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(marks.sub("", template))
+    return set(meta.find_undeclared_variables(parsed)) - OURS
 
 
 def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -125,25 +180,40 @@ def _as_messages(value: Any, role: str, config: ExamplesConfig, where: str) -> M
     return list(messages)
 
 
-def _last_turn(messages: Messages, config: ExamplesConfig, where: str, tokenizer: PreTrainedTokenizerBase) -> Answered:
+def _last_turn(
+    messages: Messages,
+    config: ExamplesConfig,
+    where: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    closed: bool = False,
+) -> Answered:
     """The last message as the answer to those before it.
 
     An answer is what the template adds to the prompt, up to the token that ends the turn: sampling stops there, so the
-    line break that many templates write behind it is never seen.
+    line break that many templates write behind it is never seen. closed: with all that the template writes.
     """
     if messages[-1]["role"] != "assistant":
         return unusable("the last message is not the assistant's")
     if len(messages) == 1:
         return unusable("no message before the assistant's")
-    asked = template_text(messages[:-1], where, tokenizer, to_be_answered=True)
+    asked = template_text(messages[:-1], where, tokenizer, to_be_answered=True, arguments=config.template)
     prompt = _tokens(asked, tokenizer)
     if not messages[-1]["content"].strip():
         return Answered(prompt, ())
-    whole = template_text(messages, where, tokenizer, to_be_answered=False)
+    whole = template_text(messages, where, tokenizer, to_be_answered=False, arguments=config.template)
     if not whole.startswith(asked):
         return unusable("the chat template writes the messages before an answer in another way once it is there")
+    if closed and config.eos:
+        return _parted(prompt, _tokens(whole, tokenizer))
     answer = _ended(_behind(prompt, asked, whole, tokenizer), tokenizer)
     return Answered(prompt, answer if config.eos else answer[:-1])
+
+
+def _parted(prompt: Sequence[int], whole: tuple[int, ...]) -> Answered:
+    """A conversation as it is read whole, parted where its tokens are no longer the prompt's."""
+    shared = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+    return Answered(whole[:shared], whole[shared:])
 
 
 def _behind(prompt: tuple[int, ...], asked: str, whole: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -155,11 +225,11 @@ def _behind(prompt: tuple[int, ...], asked: str, whole: str, tokenizer: PreTrain
     tokens = _tokens(whole, tokenizer)
     if tokens[: len(prompt)] == prompt:
         return tokens[len(prompt) :]
-    return _tokens(whole.removeprefix(asked), tokenizer)
+    return tuple(encode_behind([prompt], [whole.removeprefix(asked)], tokenizer)[0])
 
 
 def _ended(answer: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {*tokenizer.all_special_ids}
+    special = special_ids(tokenizer)
     last = max((i for i, token in enumerate(answer) if token in special), default=None)
     if last is not None and not str(tokenizer.decode(list(answer[last + 1 :]))).strip():
         return tuple(answer[: last + 1])

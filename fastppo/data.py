@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastppo.config import DataConfig
-from fastppo.conversation import are_messages, plain_tokens, template_text, template_tokens
+from fastppo.continuation import decode_start, plain_tokens
+from fastppo.conversation import Messages, are_messages, check_arguments, template_text, template_tokens
 from fastppo.table import DataError, Table, read_table
 
 if TYPE_CHECKING:
@@ -27,9 +28,13 @@ class PromptSet:
     tokens: tuple[tuple[int, ...], ...]  # P prompts
     texts: tuple[str, ...]  # P; as in the data; cut ones decoded, without BOS; chat as the template writes it
     columns: dict[str, list[Any]]  # every column of the data, P raw values each: chat as messages, CSV as text
+    messages: tuple[Messages | None, ...] = ()  # P, None where a prompt is plain text; none at all where all are
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def messages_of(self, rows: Sequence[int]) -> list[Messages | None]:
+        return [self.messages[row] if self.messages else None for row in rows]
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class _Prompt:
     row: int
     tokens: tuple[int, ...]
     text: str
+    messages: Messages | None = None
 
 
 def load_prompts(
@@ -59,6 +65,7 @@ def load_prompts(
             f" the model's context holds {context}. Set data.max_prompt_tokens to {max(context - reserve, 0)} or less,"
             " or lower sampling.max_new_tokens."
         )
+    check_arguments("data.template", config.template, tokenizer)
     table = read_table(config.path, config.name, config.split)
     prompts = _prompts(table, _shuffled(len(table), f"{config.split_seed}")[: config.limit], config, tokenizer)
     if config.eval_path is None:
@@ -119,7 +126,8 @@ def _prompt_set(table: Table, prompts: list[_Prompt]) -> PromptSet:
         for name, values in table.columns.items()
         if name not in RESERVED
     }
-    return PromptSet(tuple(prompt.tokens for prompt in prompts), tuple(prompt.text for prompt in prompts), columns)
+    tokens, texts = tuple(prompt.tokens for prompt in prompts), tuple(prompt.text for prompt in prompts)
+    return PromptSet(tokens, texts, columns, tuple(prompt.messages for prompt in prompts))
 
 
 def _prompts(table: Table, rows: list[int], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[_Prompt]:
@@ -168,7 +176,7 @@ def _plain_prompts(
             raise DataError(f"{table.where(row)}: the prompt in column {config.column} is empty.")
     encoded = list(_plain_tokens(texts, config.first_tokens, tokenizer))
     if config.first_tokens is not None:
-        texts = [_cut_text(ids, tokenizer) for ids in encoded]
+        texts = [decode_start(ids, tokenizer) for ids in encoded]
     return {row: _Prompt(row, ids, text) for row, ids, text in zip(rows, encoded, texts, strict=True)}
 
 
@@ -187,11 +195,6 @@ def _plain_tokens(texts: list[str], first: int | None, tokenizer: PreTrainedToke
         yield tuple(ids[:first])
 
 
-def _cut_text(ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of a prompt's first tokens. Its BOS is left out, as whoever tokenizes the text puts one there."""
-    return str(tokenizer.decode(list(ids[1:] if ids[:1] == (tokenizer.bos_token_id,) else ids)))
-
-
 def _chat_prompt(row: int, table: Table, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> _Prompt:
     """A list of messages, or with `chat: always` a text, through the tokenizer's chat template."""
     value, where = table.column(config.column)[row], f"{table.where(row)}: the prompt in column {config.column}"
@@ -207,5 +210,7 @@ def _chat_prompt(row: int, table: Table, config: DataConfig, tokenizer: PreTrain
         raise DataError(f"{where} is empty.")
     if messages[-1]["role"] == "assistant":
         raise DataError(f"{where} ends with an assistant's message: it holds the answer already. Remove that message.")
-    ids = template_tokens(messages, where, tokenizer, to_be_answered=True)
-    return _Prompt(row, ids, template_text(messages, where, tokenizer, to_be_answered=True))
+    given = config.template
+    ids = template_tokens(messages, where, tokenizer, to_be_answered=True, arguments=given)
+    text = template_text(messages, where, tokenizer, to_be_answered=True, arguments=given)
+    return _Prompt(row, ids, text, messages)

@@ -123,6 +123,27 @@ def finish(draft: Path, folder: Path, files: Iterable[File]) -> None:
     sync(folder.parent)
 
 
+def replace(draft: Path, folder: Path) -> None:
+    """Make the draft the folder, once it is on the disk; what was there gives way then. Raises OSError."""
+    for path in [*draft.rglob("*"), draft]:
+        sync(path)
+    old = unfinished(folder.with_name(f"{folder.name}-old"))
+    if old.exists():
+        shutil.rmtree(old)
+    if folder.is_symlink():  # the folder that it leads to is somebody's, and no part of the run's
+        folder.unlink()
+    elif folder.exists():
+        folder.rename(old)
+    try:
+        draft.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def remove(folder: Path) -> None:
     """Delete a folder; cut off in the middle it is no longer one that counts as whole."""
     draft = unfinished(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
@@ -180,6 +181,16 @@ class Engine:
             found, _ = self._engine.load_checkpoint(str(folder), tag=name, custom_load_fn=_load_trained)
         if found is None:
             raise FileNotFoundError(f"{folder / name} has no state that DeepSpeed knows")
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """An engine's gradients as a part that can leave the GPU apart from its states, as nothing of them is kept."""
+
+    engine: Engine
+
+    def states(self) -> list[Tensor]:
+        return self.engine.buffers()
 
 
 def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:

@@ -15,13 +15,13 @@ from fastppo.batch import Moments, Packed, Prompts
 from fastppo.config import Config
 from fastppo.data import PromptSet
 from fastppo.engine import even_passes
-from fastppo.feedback import Source, score
+from fastppo.feedback import Source, response_texts, score
 from fastppo.figures import distinct, ngrams
 from fastppo.microbatch import IDLE, pack_alone
 from fastppo.models import token_stats
 from fastppo.roles import Roles
 from fastppo.rollout import sample
-from fastppo.track import Sample
+from fastppo.samples import Sample
 from fastppo.trunk import TrunkStates
 from fastppo.world import World, all_gather
 
@@ -62,7 +62,6 @@ def evaluate(
     surprise = sum(all_gather(own, world), torch.zeros(3, dtype=torch.float64))
     packed, scores = scored.rollout.packed, scored.scores.double()
     count, tokens = len(packed), int(packed.response_cu_seqlens[-1])
-    responses = packed.responses.split(packed.response_lengths.tolist())
     metrics = {
         "score": float(scores.mean()),
         "score_std": float(scores.std(correction=0)),
@@ -75,17 +74,17 @@ def evaluate(
     }
     if judge:
         metrics["judge"] = float(scored.judged.double().mean())
-    texts = roles.tokenizer.batch_decode([r.tolist() for r in responses], skip_special_tokens=True)
-    return Evaluation(metrics, scores.tolist(), list(texts))
+    return Evaluation(metrics, scores.tolist(), response_texts(packed, roles.tokenizer))
 
 
 @torch.no_grad()
 def _log_ratios(packed: Packed, roles: Roles, config: Config, world: World) -> Tensor:
     """(3,) fp64 sums over this rank's response tokens: log p - log p_ref, -log p_ref, entropy of p."""
-    sums, trunk = torch.zeros(3, dtype=torch.float64), TrunkStates()
+    sums = torch.zeros(3, dtype=torch.float64)
     parts = pack_alone(packed.lengths, config.ppo.microbatch_tokens)
     for part in even_passes(parts, config.zero, world):
         piece = (packed.select(part) if len(part) else IDLE).to(world.device)
+        trunk = TrunkStates()  # of this part alone: actor and reference share it, and nobody comes back to it
         objective = partial(token_stats, piece.responses, config.eval.temperature)
         policy, reference = (
             engine(piece, objective, trunk(engine.module, piece, part)) for engine in (roles.actor, roles.reference)

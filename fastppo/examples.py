@@ -7,7 +7,7 @@ import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from itertools import islice
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastppo.batch import Packed, pack
 from fastppo.config import AnswersConfig, ExamplesConfig, PairsConfig, PtxConfig
-from fastppo.conversation import Answered, answered, turns
+from fastppo.conversation import NO_ARGUMENTS, Answered, answered, check_arguments, turns
 from fastppo.table import DataError, Table, read_table
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def load_pairs(
     Both are in an order that the data and `split_seed` alone decide. context: the model's longest sequence, in tokens
     (None: unknown). Raises `DataError`.
     """
+    check_arguments("data.template", config.template, tokenizer)
     pairs = _rated_pairs if config.rating is not None else _pairs
     return _load(config, partial(pairs, config=config, tokenizer=tokenizer), 2, heldout, context)
 
@@ -92,6 +93,7 @@ def load_answers(
     config: AnswersConfig, tokenizer: PreTrainedTokenizerBase, *, heldout: int, context: int | None
 ) -> tuple[Examples, Examples]:
     """Training responses and `heldout` held-out ones, as `load_pairs` does it."""
+    check_arguments("data.template", config.template, tokenizer)
     return _load(config, partial(_answers, config=config, tokenizer=tokenizer), 1, heldout, context)
 
 
@@ -99,10 +101,19 @@ class _TextConfig(AnswersConfig):
     group = "ptx"
 
 
-def load_texts(config: PtxConfig, tokenizer: PreTrainedTokenizerBase, *, context: int | None) -> Examples:
-    """The text of PPO-ptx, one response a row, as `load_answers` reads it. None is held out."""
+def load_texts(
+    config: PtxConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context: int | None,
+    template: Mapping[str, Any] = NO_ARGUMENTS,
+) -> Examples:
+    """The text of PPO-ptx, one response a row, as `load_answers` reads it. None is held out.
+
+    template: arguments of the chat template.
+    """
     own = {f.name for f in fields(PtxConfig)} & {f.name for f in fields(AnswersConfig)}
-    answers = _TextConfig(**{name: getattr(config, name) for name in own})
+    answers = _TextConfig(**{name: getattr(config, name) for name in own}, template=dict(template))
     _check_context(answers, context)
     read = partial(_answers, config=answers, tokenizer=tokenizer)
     texts = _together(_usable(read_table(config.path, config.name, config.split), answers, read, config.limit), 1)
@@ -242,7 +253,7 @@ def _pairs(table: Table, config: PairsConfig, tokenizer: PreTrainedTokenizerBase
     for row in _order(table, config):
         margin = 0.0 if margins is None else _number(margins[row], _where(table, row, config.margin))
         both = (
-            answered(prompts[row], column[row], config, _where(table, row, config.prompt, name), tokenizer)
+            answered(prompts[row], column[row], config, _where(table, row, config.prompt, name), tokenizer, closed=True)
             for column, name in zip(answers, (config.chosen, config.rejected), strict=True)
         )
         yield Candidate(_where(table, row, config.prompt, config.chosen, config.rejected), tuple(both), margin)
@@ -272,7 +283,7 @@ def _rated_pairs(table: Table, config: PairsConfig, tokenizer: PreTrainedTokeniz
     for rows in pairs:
         wheres = [_where(table, row, config.prompt, config.answer) for row in rows]
         both = (
-            answered(prompts[row], answers[row], config, where, tokenizer)
+            answered(prompts[row], answers[row], config, where, tokenizer, closed=True)
             for row, where in zip(rows, wheres, strict=True)
         )
         yield Candidate(f"{table.where(rows[0])} and {wheres[1]}", tuple(both))

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from fastppo.cast import cast_of
 from fastppo.config import AnyConfig, Config
 from fastppo.machine import CONTEXT, Machine
-from fastppo.memory import Member, Places, Share, by_stage, shares
+from fastppo.memory import Member, Places, Share, by_stage
+from fastppo.ppo_memory import shares
 from fastppo.stage_memory import stage_shares
 
 # What a process takes before it holds a tensor: Python and the libraries, on a GPU the CUDA context and NCCL.

@@ -49,6 +49,7 @@ class Footprint:
         self.trained = sum(p.numel() for p in parameters if p.requires_grad)
         # As DeepSpeed counts it: the parameters that one module owns are gathered together at stage 3.
         self.largest = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in role.modules())
+        self.largest_trained = max((p.numel() for p in parameters if p.requires_grad), default=0)
         # Learning rates: a value head on the actor's backbone has its own.
         self.groups = 2 if isinstance(role, Policy) and role.value_head is not None else 1
         self.layers: int = config.num_hidden_layers

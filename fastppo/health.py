@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from fastppo.batch import Experience
 from fastppo.config import AlarmConfig, Config, HealthConfig
 from fastppo.config.health import FIGURES, REST, FigureName
+from fastppo.continuation import decode_after
 from fastppo.figures import figures, rewarded_phrases
 from fastppo.learn import Update, kl_limit
 from fastppo.trends import slope, trend
@@ -233,9 +234,14 @@ def _with_phrases(alarm: Alarm, experience: Experience, tokenizer: PreTrainedTok
     """Alarms of the reward name what the policy may be paid for."""
     if alarm.figure not in OF_REWARD:
         return alarm
+    phrases = rewarded_phrases(experience)
+    tokens = [phrase.tokens for phrase in phrases]
+    texts = decode_after(
+        tokens, tokens, tokenizer, special=True
+    )  # as within a text, with the space that it begins with
     said = [
-        f"{tokenizer.decode(list(phrase.tokens))!r} in {phrase.share:.0%} of the responses, score"
+        f"{text!r} in {phrase.share:.0%} of the responses, score"
         f" {phrase.gain:+.1f} deviations, {math.exp(min(phrase.surprise, 20)):.0f} times likelier than by the reference"
-        for phrase in rewarded_phrases(experience)
+        for phrase, text in zip(phrases, texts, strict=True)
     ]
     return alarm if not said else Alarm(**asdict(alarm) | {"message": f"{alarm.message} Phrases: {'; '.join(said)}."})

@@ -76,7 +76,7 @@ def assemble_scorer(config: RewardTrainingConfig, world: World, tokenizer: PreTr
     choose_attention(config.attention, DTYPES[config.optim.dtype], world.device)
     partitions = trained_partitions(config)
     model = load_scorer(config.model, config.optim, config.seed, world.device, partitions)
-    set_padding(model.model, tokenizer)
+    set_padding(model.model, tokenizer, keep=_starts_as_scorer(model_source(config.model)))
     head = {id(parameter) for parameter in model.head.parameters()}
     backbone = [parameter for parameter in model.parameters() if id(parameter) not in head]
     return Learner(Engine(model, [backbone, list(model.head.parameters())], config.optim, config.zero), tokenizer)
@@ -178,13 +178,19 @@ def _with_score_head(causal: PreTrainedModel, weight: torch.Tensor) -> PreTraine
     return cast(PreTrainedModel, model.eval())
 
 
-def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, keep: bool = False) -> None:
     """Name another token than EOS for padding, one that the model has an embedding of.
+
+    keep: of a reward model that trains further the padding stays, EOS or not: it tells at which token its head scores.
 
     Transformers takes a padded sequence's score at its last token that is no padding. Answers end with EOS, which many
     tokenizers pad with too; the score would come from the token before it. And it loads no model whose padding lies
     beyond its embedding, as a token does that was added to the tokenizer alone.
     """
+    own = model.config.get_text_config().pad_token_id if keep else None
+    if own is not None:
+        tokenizer.pad_token, tokenizer.padding_side = tokenizer.convert_ids_to_tokens(own), "right"
+        return
     names = (tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token)
     rows, ids = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings, tokenizer.get_vocab()
     usable = (name for name in names if name is not None and name != tokenizer.eos_token and ids.get(name, rows) < rows)
@@ -194,11 +200,11 @@ def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> N
             "the tokenizer has no token to pad with but EOS and what the model has no embedding of: give the exported"
             " reward model one text at a time"
         )
-        model.config.pad_token_id = None
+        model.config.pad_token_id = model.config.get_text_config().pad_token_id = None
         return
     tokenizer.pad_token = padding
     tokenizer.padding_side = "right"  # before a text it would shift absolute positions, as GPT-2 has them
-    model.config.pad_token_id = ids[padding]
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = ids[padding]
 
 
 def _prepare(role: Policy | RewardModel, optim: OptimConfig, partitions: Partitions) -> None:

@@ -91,7 +91,8 @@ def merged_state(model: PreTrainedModel, state: dict[str, Tensor] | None = None)
     """The model's state with its adapters merged, under the names that it has without them.
 
     state: that of the model where its own parameters are not whole (`gathered.whole_state`).
-    Each merged weight is a new tensor, its sum computed in fp32 and rounded once; the model stays as it is.
+    Each merged weight is a new tensor in the host's memory, its sum computed in fp32 where the model is and rounded
+    once; the model stays as it is, and its device needs no room for a second one.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -104,6 +105,7 @@ def merged_state(model: PreTrainedModel, state: dict[str, Tensor] | None = None)
             a, b = (state[f"{owner}.lora_{x}.{NAME}.weight"].float() for x in "AB")  # (rank, in), (out, rank)
             delta = config.lora_alpha / config.r * (b @ a)
             value = (value.float() + (delta.T if config.fan_in_fan_out else delta)).to(value.dtype)  # GPT-2: (in, out)
+            value = value.cpu()
         if key.partition(".lora_")[0] not in adapted:
             merged[f"{owner}.{part}" if owner in adapted else key] = value
     return merged

@@ -13,7 +13,7 @@ P parameters of which T train, in weights of b bytes, on N ranks. What DeepSpeed
 In bf16 gradients add up in fp32 (grad_accum_dtype): at stage 1 of all parameters on every rank, each as it arrives, at
 2 and 3 of the rank's own part. Offloading leaves the 4 T of stage 1 on the GPU. At stage 3 the weights of one module at
 a time are gathered, and its gradients made whole. Stages 2 and 3 are as DeepSpeed's own estimators have them
-(`estimate_zero2_model_states_mem_needs` and its sister); what these leave out is in `buffers`.
+(`estimate_zero2_model_states_mem_needs` and its sister); what these leave out is in `buffers` and `reducing`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from fastppo.config import AnyConfig, Config
 from fastppo.footprint import Footprint
 from fastppo.ops import workspace_bytes
 from fastppo.rollout.inprocess import bucket
-
-STAGES = ("sampling", "feedback", "experience", "learning")
 
 # DeepSpeed's defaults, in elements.
 REDUCE_BUCKET = 500_000_000  # gradients on their way to the other ranks
@@ -45,6 +43,7 @@ class Bytes:
     weights: int = 0
     gradients: int = 0
     optimizer: int = 0
+    buffers: int = 0  # that stay: DeepSpeed's own, and the states that a frozen trunk has handed up
     activations: int = 0
     cache: int = 0
     workspace: int = 0
@@ -128,38 +127,54 @@ def model_states(member: Member, config: AnyConfig, ranks: int) -> Places:
 
 
 def buffers(member: Member, config: AnyConfig, ranks: int) -> Places:
-    """What DeepSpeed needs beside the states of a role while it learns, or at stage 3 is asked."""
+    """What DeepSpeed makes once beside the states of a role and keeps. On the GPU only learning uses it."""
     zero, size = config.zero, member.size
     b, part = size.bytes, size.trained // ranks
-    on_cpu, bucket_elements = size.on_cpu, min(size.trained, REDUCE_BUCKET)
+    place = zero.parameters_on if member.trains else zero.frozen_on
     gpu = host = 0
-    if zero.stage == 3:
-        gpu += min(PREFETCH_BUCKET, member.weights) * b
-        place = zero.parameters_on if member.trains else zero.frozen_on
-        if place == "nvme":
-            host += NVME_PARAMETER_BUFFERS * b
+    if zero.stage == 3 and place == "nvme":
+        host += NVME_PARAMETER_BUFFERS * b
     if member.trains:
-        # A buffer is allocated whole. On the CPU only those of its pages are in memory that were written to.
-        buffer = (bucket_elements if on_cpu else REDUCE_BUCKET) * b
-        if zero.stage == 3:  # the bucket, the gradients that wait for it, and their sum in fp32 before it is added
-            gpu += buffer + bucket_elements * b + 4 * (bucket_elements // ranks)
-        elif zero.stage == 2:  # the bucket, and the gradients that wait for it beyond the rank's own part
-            gpu += buffer + max(bucket_elements - part, 0) * b
-        elif zero.stage == 1 and b < 4 and zero.optimizer_on == "none":
-            # A gradient and its fp32 form on their way to the sum, then one copy of the sums of several small groups.
-            joined = 4 * size.trained if size.groups > 1 and size.trained <= REDUCE_BUCKET else 0
-            gpu += max((b + 4) * size.largest, joined)
-        else:  # one flat copy of the gradients that are being reduced
-            gpu += bucket_elements * 4
-        if zero.optimizer_on != "none" and zero.stage == 3:
-            host += 4 * part  # what is accumulated, beside what the optimizer is handed
+        if zero.stage == 3:
+            gpu += _reduce_bucket(size) * b
+            host += 4 * part if zero.optimizer_on != "none" else 0  # the sums, beside what the optimizer is handed
         elif zero.optimizer_on != "none":
-            summed = 4 * part if zero.stage == 2 else 0  # in bf16 on the GPU, in fp32 beside the optimizer's
-            gpu += size.largest * b + (summed if b < 4 else 0)  # one parameter's gradient on its way to the host
-            host += (part + size.largest) * b + (summed if b == 4 else 0)  # that, and new weights on their way back
+            gpu += size.largest_trained * b  # one parameter's gradient on its way to the host
+            host += (part + size.largest_trained) * b  # that gradient's other end, and new weights on their way back
+            host += 4 * part if zero.stage == 2 and b == 4 else 0  # the sums; in bf16 they are on the GPU (`reducing`)
         if zero.optimizer_on == "nvme":
             host += NVME_OPTIMIZER_BUFFERS * 4 * min(part, SUB_GROUP)
-    return Places(gpu=Bytes(workspace=gpu), host=Bytes(workspace=host))
+    return Places(gpu=Bytes(buffers=gpu), host=Bytes(buffers=host))
+
+
+def reducing(member: Member, config: AnyConfig, ranks: int) -> Places:
+    """What DeepSpeed needs while a role learns, to fetch weights and to bring gradients together."""
+    zero, size, b, sums = config.zero, member.size, member.size.bytes, 0
+    bucket, part = min(size.trained, REDUCE_BUCKET), size.trained // ranks
+    if zero.stage == 3:  # the gradients that wait for the bucket, and their sum in fp32 before it is added
+        gpu = bucket * b + 4 * (bucket // ranks)
+    elif zero.stage == 2:  # the bucket, and the gradients that wait for it beyond the rank's own part
+        gpu = (_reduce_bucket(size) + max(bucket - part, 0)) * b
+        sums = (
+            4 * part if zero.optimizer_on != "none" and b < 4 else 0
+        )  # of all microbatches, before they are handed on
+    elif summed_on_arrival(member, config):
+        # A gradient and its fp32 form on their way to the sum, then one copy of the sums of several small groups.
+        joined = 4 * size.trained if size.groups > 1 and size.trained <= REDUCE_BUCKET else 0
+        gpu = max((b + 4) * size.largest_trained, joined)
+    else:  # one flat copy of the gradients that are being reduced
+        gpu = bucket * 4
+    return prefetch(member, config) + Places(gpu=Bytes(gradients=sums, workspace=gpu))
+
+
+def summed_on_arrival(member: Member, config: AnyConfig) -> bool:
+    """Whether each gradient is added where it arrives to a sum that is made once, as `BF16_Optimizer` does."""
+    return config.zero.stage == 1 and config.zero.optimizer_on == "none" and member.size.bytes < 4
+
+
+def _reduce_bucket(size: Footprint) -> int:
+    """Its elements: it is allocated whole. On the CPU only those of its pages are in memory that were written to."""
+    return min(size.trained, REDUCE_BUCKET) if size.on_cpu else REDUCE_BUCKET
 
 
 @dataclass(frozen=True)
@@ -179,8 +194,19 @@ class Batch:
         new, ppo = config.sampling.max_new_tokens, config.ppo
         length = prompt + new
         sequences = _in_microbatch(-(-ppo.batch_size // ppo.minibatches // ranks), length, config)
-        rows = bucket(min(config.sampling.rows, -(-ppo.batch_size // ranks)))
-        return Batch(sequences, length, sequences * new, -(-ppo.batch_size // ranks) * length, rows, prompt)
+        mine, heldout = -(-ppo.batch_size // ranks), -(-config.eval.prompts // ranks)
+        rows = bucket(min(config.sampling.rows, max(mine, heldout)))
+        return Batch(sequences, length, sequences * new, mine * length, rows, prompt)
+
+    def asked(self, stage: str, config: Config, ranks: int) -> Batch:
+        """The same rank's microbatch in a stage that computes no gradient, in a step or in an evaluation.
+
+        Responses are scored, and held-out ones read, in as few microbatches as a rank's whole batch fits into.
+        """
+        heldout = _in_microbatch(-(-config.eval.prompts // ranks), self.length, config)
+        mine = _in_microbatch(-(-config.ppo.batch_size // ranks), self.length, config)
+        sequences = max(heldout, mine if stage == "feedback" else self.sequences)
+        return replace(self, sequences=sequences, responses=sequences * (self.length - self.prompt))
 
     def with_texts(self, config: Config, ranks: int) -> Batch:
         """The same rank's batch while a microbatch of PPO-ptx is computed, of whose tokens each is a response's."""
@@ -238,17 +264,17 @@ def learning_needs(member: Member, batch: Batch, *, head: bool, reference: bool 
 
     head: whether there is one, else one number comes from each state; reference: whether it reads the reference's too.
     """
-    size, below = member.size, trunk_states(member, batch)
+    size = member.size
     flow = size.passes(batch.sequences, batch.length, gradient=True)
     states = batch.responses * size.width * size.bytes  # hidden states at the response tokens
     if not head:
         values = batch.responses * size.width * 4  # such a head computes in fp32
-        return Bytes(activations=below + max(flow.kept + values, flow.peak) + states)
+        return Bytes(activations=max(flow.kept + values, flow.peak) + states)
     during, after = head_workspace(size, batch.responses, reference=reference, gradient=True)
     # Two moments can be the highest: while the head runs on all that was kept, and within the backward pass.
     if flow.kept + during > flow.peak + after + states:
-        return Bytes(activations=below + flow.kept + states, workspace=during)
-    return Bytes(activations=below + flow.peak + 2 * states, workspace=after)
+        return Bytes(activations=flow.kept + states, workspace=during)
+    return Bytes(activations=flow.peak + 2 * states, workspace=after)
 
 
 def asking_needs(member: Member, batch: Batch, *, head: bool, reference: bool = False) -> Bytes:
@@ -256,55 +282,9 @@ def asking_needs(member: Member, batch: Batch, *, head: bool, reference: bool = 
     size = member.size
     peak = size.passes(batch.sequences, batch.length, gradient=False).peak
     states = batch.responses * size.width * size.bytes
+    states *= 2 if reference else 1
     logits = head_workspace(size, batch.responses, reference=reference, gradient=False)[0] if head else 0
-    return Bytes(activations=trunk_states(member, batch) + peak + states, workspace=logits)
-
-
-def shares(members: list[Member], config: Config, ranks: int) -> list[Share]:
-    """Every role in every stage on one rank. What a stage does not use has left the GPU for the host's memory."""
-    batch = Batch.of(config, ranks)
-    return [
-        Share(member.name, stage, _in_stage(member, stage, config, ranks, batch))
-        for stage in STAGES
-        for member in members
-    ]
-
-
-def _in_stage(member: Member, stage: str, config: Config, ranks: int, batch: Batch) -> Places:
-    used = stage in _used_in(member, config)
-    states = model_states(member, config, ranks)
-    asked = used and stage != "sampling"  # the sampler has weights of its own at stage 3
-    found = _at_rest(member, states, config, learning=stage == "learning", used=asked)
-    if asked:
-        found += buffers(member, config, ranks) if stage == "learning" else prefetch(member, config)
-    return found + Places(gpu=_needs(member, stage, config, ranks, batch))
-
-
-def _used_in(member: Member, config: Config) -> set[str]:
-    """The stages that read or write a role. The table of `fastppo.residency`, seen from the role."""
-    if member.name == "actor":
-        return {"sampling", "experience", "learning"}
-    if member.trains:
-        return {"experience", "learning"}
-    if member.name == "reference":
-        return {"experience"} | ({"learning"} if config.ppo.loss_reads_reference else set())
-    return {"feedback"}
-
-
-def _at_rest(member: Member, states: Places, config: Config, *, learning: bool, used: bool) -> Places:
-    """Where the model states are in a stage."""
-    live = Bytes(weights=member.size.largest * member.size.bytes) if config.zero.stage == 3 else Bytes()
-    gpu = states.gpu if used else replace(states.gpu, weights=states.gpu.weights - live.weights)
-    if not learning:  # gradients leave a GPU without a copy, since each update begins at zero
-        zero, half = config.zero, member.size.bytes < 4
-        stay = zero.stage == 3 or (zero.stage == 1 and half and zero.optimizer_on == "none")  # in a lasting buffer
-        gpu = replace(gpu, gradients=max(gpu.gradients - live.weights, 0) if stay and member.size.on_cpu else 0)
-    active = learning if member.trains else used
-    if active or member.size.on_cpu:  # on the CPU there is one memory, and nothing moves
-        return replace(states, gpu=gpu)
-    leaving = replace(gpu, weights=0) if member.trains else gpu
-    staying = Bytes(weights=gpu.weights) if member.trains else Bytes()
-    return Places(staying, states.host + leaving, states.nvme)
+    return Bytes(activations=peak + states, workspace=logits)
 
 
 def prefetch(member: Member, config: AnyConfig) -> Places:
@@ -312,24 +292,6 @@ def prefetch(member: Member, config: AnyConfig) -> Places:
     if config.zero.stage < 3:
         return Places()
     return Places(gpu=Bytes(workspace=min(PREFETCH_BUCKET, member.weights) * member.size.bytes))
-
-
-def _needs(member: Member, stage: str, config: Config, ranks: int, batch: Batch) -> Bytes:
-    """What a role adds to a stage for a while: activations, cache, workspace, weights gathered to sample from."""
-    kept = Bytes(activations=trunk_states(member, batch)) if stage == "learning" else Bytes()
-    if stage not in _used_in(member, config):
-        return kept
-    if stage == "sampling":
-        whole = member.size.parameters * member.size.bytes if config.zero.stage == 3 else 0
-        return Bytes(weights=whole) + sampling_needs(member.size, config, batch)
-    if stage == "learning" and member.trains:
-        policy, reads = member.name == "actor", config.ppo.loss_reads_reference
-        found = [learning_needs(member, batch, head=policy, reference=reads)]
-        if policy and config.ptx.coef:
-            found.append(learning_needs(member, batch.with_texts(config, ranks), head=True, reference=False))
-        return max(found, key=lambda amount: amount.total)
-    policy, exact = member.name in ("actor", "reference"), config.ppo.kl_kind == "exact"
-    return asking_needs(member, batch, head=policy, reference=exact)
 
 
 def by_stage(found: list[Share]) -> Iterator[tuple[str, Places]]:

@@ -173,7 +173,9 @@ def scores(role: Any, hidden: Tensor) -> Tensor:
 class RewardModel(Backbone):
     """One score for each sequence: the classifier's own head on the last token's hidden state.
 
-    An objective gets the (B, H) hidden states of the last tokens; that of the call without one is the scores.
+    It is the last token that is not the config's padding, wherever padding stands, as transformers has it
+    (`GenericForSequenceClassification`): models that pad with their EOS were trained on the token before it. An
+    objective gets the (B, H) hidden states of these tokens; that of the call without one is the scores.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -190,7 +192,8 @@ class RewardModel(Backbone):
         objective: Callable[[Any, Tensor], T] = scores,  # type: ignore[assignment]
         below: Tensor | None = None,
     ) -> T:
-        return objective(self, self.hidden(packed, below)[packed.last_rows])
+        padding = self.model.config.get_text_config().pad_token_id
+        return objective(self, self.hidden(packed, below)[packed.last_rows_but(padding)])
 
 
 def hidden_states(role: Any, hidden: Tensor) -> Tensor:

@@ -22,9 +22,16 @@ def check_output_is_shared(output: Path, world: World) -> None:
     if world.ranks == 1:
         return
     marker = output / f".shared-{all_gather(secrets.token_hex(8), world)[0]}"
+    failed = None
     if world.rank == 0:
-        marker.touch()
-    all_gather(None, world)  # by now it is there
+        try:
+            marker.touch()
+        except OSError as error:
+            failed = error.strerror
+    if (failed := all_gather(failed, world)[0]) is not None:  # else it is there by now
+        raise FastPPOError(
+            f"output = {output}: nothing can be written there ({failed}). Make room, or give another --output."
+        )
     seen = all_gather((socket.gethostname(), _appears(marker)), world)
     if world.rank == 0:
         marker.unlink(missing_ok=True)

@@ -36,7 +36,7 @@ def _console() -> Console:
 
 def show(plan: Plan, console: Console) -> None:
     """The table, and below it what is needed of each memory and what there is."""
-    columns = ("weights", "gradients", "optimizer", "activations", "cache", "workspace")
+    columns = ("weights", "gradients", "optimizer", "buffers", "activations", "cache", "workspace")
     cpu = plan.machine.gpu is None
     where = "rank" if cpu else "GPU"
     table = Table(box=None, pad_edge=False, title_justify="left", title=f"memory in GB of each {where}")

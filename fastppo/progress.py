@@ -121,6 +121,12 @@ class Progress:
     def add_experience(self, experience: Experience, moments: Moments) -> None:
         self.experience, self.moments, self.random = experience, moments, random_state()
 
+    def drop_trunk(self) -> Experience:
+        """The experience once it is learned from: what its trunk handed up would stay on the device till the next."""
+        assert self.experience is not None
+        self.experience = replace(self.experience, trunk=no_trunk)
+        return self.experience
+
     def end_step(self) -> None:
         self.step += 1
         self.skipped = self.updates[-1].skipped
@@ -153,7 +159,7 @@ class Progress:
         self.updates = [Update(**u) for u in state["updates"]]
         self.health = Health.of(state["health"])
         kept = state["experience"]
-        self.experience = kept and Experience(**kept | {"packed": Packed(**kept["packed"]), "trunk": _no_trunk})
+        self.experience = kept and Experience(**kept | {"packed": Packed(**kept["packed"]), "trunk": no_trunk})
 
     def recall(self, since: Since) -> None:
         """What the run that went back to where this one is knew beyond it."""
@@ -162,8 +168,8 @@ class Progress:
         self.health.alarms = [Alarm(**alarm) for alarm in since.alarms]
 
 
-def _no_trunk(role: Any, packed: Packed, sequences: torch.Tensor) -> None:
-    return None
+def no_trunk(role: Any, packed: Packed, sequences: torch.Tensor) -> None:
+    """In the place of `Experience.trunk` where nothing is kept."""
 
 
 def recall_experience(run: Progress, roles: Roles, config: Config, world: World) -> None:

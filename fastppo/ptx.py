@@ -40,7 +40,7 @@ class Texts:
         """None where `ptx.coef` is 0. context: the actor's longest sequence, in tokens. Raises `DataError`."""
         if config.ptx.coef == 0:
             return None
-        examples = load_texts(config.ptx, tokenizer, context=context)
+        examples = load_texts(config.ptx, tokenizer, context=context, template=config.data.template)
         ptx, budget = config.ptx, config.ppo.microbatch_tokens
         return Texts(examples, ptx.coef, ptx.batch_size, budget, config.seed)
 

@@ -1,7 +1,8 @@
-"""What occupies the GPU in each stage. The table in `uses` decides, and nothing else.
+"""What occupies the GPU in each stage. The table in `uses` decides, here and in the plan (`fastppo.ppo_memory`).
 
-What a stage does not use rests in the host's memory until one comes that does. Moving out frees the storage below a
-tensor and moving in fills a new one, so that every view that DeepSpeed or autograd has of it stays good.
+What a stage does not use rests in the host's memory until one comes that does, or is given up where it is made anew
+each time (`REMADE`). Moving out frees the storage below a tensor and moving in fills a new one, so that every view that
+DeepSpeed or autograd has of it stays good.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from torch import Tensor
 
 from fastppo.config import Config
 
+# The kinds of `uses` of which nothing is kept while they are away, and that come back as zeros: whoever samples fills
+# the copy to sample from first, and every update adds up its gradients from zero.
+REMADE = frozenset({"gathered", "gradients"})
+
 
 def uses(config: Config) -> dict[str, set[str]]:
     """What each stage reads or writes.
@@ -22,7 +27,7 @@ def uses(config: Config) -> dict[str, set[str]]:
     Trained parameters are in no list: at ZeRO stages 0 to 2 every stage but feedback reads them, and at stage 3 a rank
     has a small part of them, which `zero.offload_parameters` keeps on the host.
     """
-    learning = {"optimizers"} | ({"reference"} if config.ppo.loss_reads_reference else set())
+    learning = {"optimizers", "gradients"} | ({"reference"} if config.ppo.loss_reads_reference else set())
     return {
         "loading": set(),
         "sampling": {"gathered"},
@@ -30,7 +35,7 @@ def uses(config: Config) -> dict[str, set[str]]:
         "experience": {"reference"},
         "learning": learning,
         "health": learning,  # it needs nothing, and nothing is to move for its milliseconds
-        "checkpoint": {"optimizers"},
+        "checkpoint": {"optimizers"},  # written and read between two updates
     }
 
 
@@ -38,12 +43,6 @@ class HasStates(Protocol):
     """A role, or a part of one, that can leave the GPU."""
 
     def states(self) -> Iterable[Tensor]: ...
-
-
-class HasBuffers(HasStates, Protocol):
-    """An engine, which also holds what is nothing between two updates."""
-
-    def buffers(self) -> Iterable[Tensor]: ...
 
 
 @dataclass
@@ -85,24 +84,20 @@ class Residency:
         self._uses, self._device = uses(config), device
         self._moves = device.type != "cpu"
         self._parts: list[_Part] = []
+        self._stage = "loading"
 
-    def add(self, kind: str, owner: HasStates, *, keep: bool = True) -> None:
-        """kind: as in `uses`; keep: whether what `owner.states()` holds outlives the stages that do not use it."""
-        self._add(kind, owner.states, keep)
+    def add(self, kind: str, owner: HasStates) -> None:
+        """kind: as in `uses`. What the stage of now does not use leaves at once, to make room for what loads next."""
 
-    def add_engine(self, engine: HasBuffers) -> None:
-        """What only learning uses of an engine; its gradients leave without a copy, as every update begins at zero."""
-        self._add("optimizers", engine.states, keep=True)
-        self._add("optimizers", engine.buffers, keep=False)
-
-    def _add(self, kind: str, states: Callable[[], Iterable[Tensor]], keep: bool) -> None:
         def on_device() -> list[Tensor]:
-            return [x for x in states() if x.device.type == self._device.type]
+            return [x for x in owner.states() if x.device.type == self._device.type]
 
-        self._parts.append(_Part(kind, on_device, keep))
+        self._parts.append(_Part(kind, on_device, kind not in REMADE))
+        self.enter(self._stage)
 
     def enter(self, stage: str) -> None:
         """From here on only what this stage uses is on the GPU, whatever was there before."""
+        self._stage = stage
         if not self._moves:
             return
         for part in self._parts:  # what leaves makes room for what comes

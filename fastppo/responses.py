@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.batch import Experience
+from fastppo.continuation import decode_after, decode_pieces
 
 Record = dict[str, Any]
 
@@ -35,9 +36,9 @@ def training_responses(experience: Experience, tokenizer: PreTrainedTokenizerBas
         records.append(
             {
                 "of": "training",
-                "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
+                "prompt": decode_after([()], [prompt], tokenizer)[0],
                 "score": float(experience.scores[sequence]),
-                "tokens": pieces(tokenizer, response),
+                "tokens": decode_pieces(prompt, response, tokenizer),
                 "advantages": [round(a, 4) for a in experience.advantages[first:last].tolist()],
             }
         )
@@ -50,19 +51,3 @@ def spread(scores: Sequence[float], count: int) -> list[int]:
     if count >= len(ranked):
         return ranked
     return [ranked[round(i * (len(ranked) - 1) / max(count - 1, 1))] for i in range(count)]
-
-
-def pieces(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[str]:
-    """The text of each token, so that together they are the text of all; special tokens are written out.
-
-    A token may be part of a character: the whole character then stands with its last token, and the others are empty.
-    """
-    texts, start, end = [], 0, 0  # tokens[start:end] were decoded whole, with what stood before them in sight
-    for at in range(1, len(tokens) + 1):
-        before, now = (str(tokenizer.decode(tokens[start:stop])) for stop in (end, at))
-        if now.endswith("\N{REPLACEMENT CHARACTER}") and at < len(tokens):
-            texts.append("")
-        else:
-            texts.append(now[len(before) :])
-            start, end = end, at
-    return texts

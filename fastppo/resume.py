@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,13 @@ class Found:
         """Bytes of the run's files of lines at that time."""
         then = self.about["bytes"] if self.since is None else self.since.bytes
         return {name: int(then[name]) for name in LINES}
+
+    @property
+    def clock(self) -> str:
+        """When its run began, for templates that write the date. Earlier versions did not keep it: they have refused to
+        go on on another day than that on which the run began, so the day is that on which this was written."""
+        written = datetime.fromtimestamp((self.folder / "about.json").stat().st_mtime)
+        return str(self.about.get("clock", written.isoformat(timespec="seconds")))
 
     def ended(self, config: Config, world: World) -> bool:
         """Whether an alarm has ended the run, and the settings of alarms are the same now; the log says why then."""
@@ -138,7 +146,7 @@ def _check_fit(folder: Path, about: Mapping[str, Any], config: AnyConfig, world:
     free = (*FREE, *FREE_IN_PPO) if isinstance(config, Config) else FREE
     for name in sorted({*then, *now}):
         old, new = then.get(name, fresh.get(name)), now.get(name, fresh.get(name))
-        if old == new or name.startswith(free) or (name in SOURCES and _said_alike(old) == _said_alike(new)):
+        if old == new or _among(name, free) or (name in SOURCES and _said_alike(old) == _said_alike(new)):
             continue
         if name in ROUNDING:
             log.warning("%s was %s and is %s: the run goes on, but not bit for bit as it would have", name, old, new)
@@ -156,6 +164,11 @@ def _check_fit(folder: Path, about: Mapping[str, Any], config: AnyConfig, world:
             log.warning("%s was %s and is %s: bits may differ", library, old, new)
 
 
+def _among(name: str, settings: tuple[str, ...]) -> bool:
+    """Whether a setting is one of these, or of a group of these, whose name ends with a dot."""
+    return any(name == other or (other.endswith(".") and name.startswith(other)) for other in settings)
+
+
 def _said_alike(sources: Any) -> list[dict[str, Any]]:
     """The sources without where a service is and how it is asked: it may have moved, and says what it said."""
     return [{k: v is not None if k == "url" else v for k, v in r.items() if k not in OF_URL} for r in sources]
@@ -164,14 +177,15 @@ def _said_alike(sources: Any) -> list[dict[str, Any]]:
 def settings(config: AnyConfig) -> dict[str, Any]:
     """Every setting by its dotted name, as JSON has it."""
 
-    def flat(group: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for name, value in group.items():
-            if isinstance(value, dict):
-                yield from flat(value, f"{prefix}{name}.")
-            else:
+    def flat(group: Any, plain: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in plain.items():
+            inner = getattr(group, name)
+            if dataclasses.is_dataclass(inner):
+                yield from flat(inner, value, f"{prefix}{name}.")
+            else:  # a setting, which may be a mapping itself
                 yield prefix + name, json.loads(json.dumps(value))
 
-    return dict(flat(dataclasses.asdict(config), ""))
+    return dict(flat(config, dataclasses.asdict(config), ""))
 
 
 def levels(config: Config) -> dict[str, Any]:

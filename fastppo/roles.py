@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from fastppo.attention import choose_attention
 from fastppo.average import Average
 from fastppo.config import Config
-from fastppo.engine import Engine, Frozen, Saved, check_nvme
+from fastppo.engine import Engine, Frozen, Gradients, Saved, check_nvme
 from fastppo.gathered import GatheredPolicy
 from fastppo.load import load_policies
 from fastppo.models import Policy, attention_ratio
@@ -55,15 +55,20 @@ def assemble(config: Config, world: World, tokenizer: PreTrainedTokenizerBase) -
     choose_attention(config.attention, DTYPES[config.optim.dtype], world.device)
     policy, critic, reference = load_policies(config, world.device)
     value_head = [] if policy.value_head is None else list(policy.value_head.parameters())
-    gathered = GatheredPolicy(policy, zero.stage)
-    actor = Engine(policy, [list(policy.model.parameters()), value_head], config.optim, zero)
-    trained_critic = None if critic is None else Engine(critic, [list(critic.parameters())], config.optim, zero)
     frozen = Frozen(reference, config.optim, zero)
-    for engine in filter(None, (actor, trained_critic)):
-        residency.add_engine(engine)
     residency.add("reference", frozen)
-    if zero.parameters_on != "none":  # else the copy stays where it is, as recorded CUDA graphs ask
-        residency.add("gathered", gathered, keep=False)
-    residency.enter("loading")
+    gathered = GatheredPolicy(policy, zero.stage)  # before DeepSpeed has the actor
+    residency.add("gathered", gathered)
+    actor = Engine(policy, [list(policy.model.parameters()), value_head], config.optim, zero)
+    _rest(actor, residency)
+    trained_critic = None if critic is None else Engine(critic, [list(critic.parameters())], config.optim, zero)
+    if trained_critic is not None:
+        _rest(trained_critic, residency)
     average = None if config.actor.average is None else Average(policy, config.actor.average, world)
     return Roles(actor, trained_critic, frozen, gathered, tokenizer, residency, average)
+
+
+def _rest(engine: Engine, residency: Residency) -> None:
+    """Until it learns, nothing that learning alone uses is on the GPU."""
+    residency.add("optimizers", engine)
+    residency.add("gradients", Gradients(engine))

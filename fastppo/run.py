@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from fastppo.batch import Experience, Prompts
-from fastppo.checkpoint import Checkpoints, export
+from fastppo.checkpoint import Checkpoints
 from fastppo.cli import dump
+from fastppo.clock import begin_clock
 from fastppo.config import Config
 from fastppo.data import PromptSet, batches, load_prompts
 from fastppo.evaluate import evaluate, samples
-from fastppo.feedback import Source, load_functions, load_judge, load_sources
-from fastppo.folder import CONFIG, check_folder, continue_folder, fresh_folder
+from fastppo.feedback import Source, check_chats, load_functions, load_judge, load_sources
+from fastppo.folder import begin_folder, check_folder
 from fastppo.health import Alarm
 from fastppo.learn import Update
+from fastppo.leave import leave_model, settle
 from fastppo.load import actor_context, check_models, load_actor_tokenizer
 from fastppo.metrics import step_metrics
 from fastppo.microbatch import Minibatch, imbalance
@@ -28,9 +32,12 @@ from fastppo.ptx import Texts
 from fastppo.responses import heldout_responses, training_responses
 from fastppo.resume import find_checkpoint
 from fastppo.roles import Roles, assemble
-from fastppo.rollout import stop_ids
-from fastppo.track import Stages, Tracker, show_samples, write_samples
+from fastppo.rollout import named_stop_ids, stop_ids
+from fastppo.samples import show_samples, write_samples
+from fastppo.track import TERMINAL, Stages, Tracker
 from fastppo.world import World
+
+log = logging.getLogger("fastppo")
 
 
 @dataclass(frozen=True)
@@ -90,9 +97,11 @@ def set_up(config: Config, world: World) -> Setup | None:
         return None
     if found is None and world.rank == 0:
         check_folder(output)
+    begin_clock(None if found is None else found.clock, world)
     check_plan(config, world)
     tokenizer, context = load_actor_tokenizer(config), actor_context(config)
     check_models(config, tokenizer)
+    named_stop_ids(tokenizer, config.sampling)  # a text that is no token should not cost these minutes either
     data, heldout = load_prompts(
         config.data,
         tokenizer,
@@ -100,10 +109,10 @@ def set_up(config: Config, world: World) -> Setup | None:
         context=context,
         reserve=config.sampling.max_new_tokens,
     )
+    check_chats(config, tokenizer, data, heldout)
     texts = Texts.load(config, tokenizer, context=context)
     if world.rank == 0:
-        fresh_folder(output) if found is None else continue_folder(output, found.sizes)
-        (output / CONFIG).write_text(dump(config), encoding="utf-8")
+        begin_folder(output, None if found is None else found.sizes, dump(config))
     check_output_is_shared(output, world)
     roles = assemble(config, world, tokenizer)
     sources, judge = (load(config, tokenizer, world, roles.residency) for load in (load_sources, load_judge))
@@ -122,11 +131,26 @@ def set_up(config: Config, world: World) -> Setup | None:
         data=data,
         heldout=heldout,
         texts=texts,
-        stop_ids=stop_ids(roles.policy, tokenizer, config.sampling),
+        stop_ids=_stop_ids(roles, config),
         checkpoints=checkpoints,
         progress=progress,
         stages=Stages(progress.seconds, roles.residency.enter),
     )
+
+
+def _stop_ids(roles: Roles, config: Config) -> list[int]:
+    """The tokens that end a response; the log says if there are none."""
+    ids, longest = stop_ids(roles.policy, roles.tokenizer, config.sampling), config.sampling.max_new_tokens
+    if not ids and config.sampling.ignore_eos:
+        log.info("sampling.ignore_eos: every response has sampling.max_new_tokens = %d tokens", longest)
+    elif not ids:
+        log.warning(
+            "no token ends a response: neither the actor's tokenizer nor its generation config has an EOS token, and"
+            " sampling.stop_tokens is empty. Every response will be cut at sampling.max_new_tokens = %d. Name one with"
+            " sampling.stop_tokens.",
+            longest,
+        )
+    return ids
 
 
 def evaluate_if_due(setup: Setup, tracker: Tracker) -> None:
@@ -165,22 +189,25 @@ def log_step(setup: Setup, done: Step, tracker: Tracker) -> None:
     tracker.log_alarms([asdict(alarm) for alarm in done.alarms])
 
 
-def finish(setup: Setup) -> None:
-    """Show held-out responses before and after, and leave the actor in `output`/actor."""
-    config, roles, evaluations = setup.config, setup.roles, setup.progress.evaluations
+def finish(setup: Setup, tracker: Tracker) -> None:
+    """Leave the actor in `output`/actor; then show held-out responses before and after. All ranks call it.
+
+    Raises ExportError at the end if the actor is elsewhere, or nowhere.
+    """
+    config, world, roles, evaluations = setup.config, setup.world, setup.roles, setup.progress.evaluations
+    leave = partial(leave_model, tokenizer=roles.tokenizer, lora=config.actor.lora, world=world)
+    left = []
     roles.residency.enter("sampling")
     if roles.average is not None:
         with roles.average.in_place():
-            averaged = roles.gathered.policy()
-            if setup.world.rank == 0:
-                export(averaged, roles.tokenizer, setup.output / "actor-average", config.actor.lora)
-    trained = roles.gathered.policy()
-    if setup.world.rank != 0:
-        return
-    if len(evaluations) > 1:
-        shown = samples(setup.heldout, evaluations[0], evaluations[-1])
-        write_samples(setup.output / "samples.jsonl", shown)
-        show_samples(shown[: config.eval.show])
-    export(trained, roles.tokenizer, setup.output / "actor", config.actor.lora)
-    if setup.progress.ended is not None:
+            left.append(leave(roles.gathered.policy(), folder=setup.output / "actor-average"))
+    left.append(leave(roles.gathered.policy(), folder=setup.output / "actor"))
+    if world.rank == 0 and setup.progress.ended is not None:
         setup.progress.ended.write(setup.checkpoints.folder)
+    if world.rank == 0 and len(evaluations) > 1:
+        shown = samples(setup.heldout, evaluations[0], evaluations[-1])
+        with tracker.only_tells("samples.jsonl"):
+            write_samples(setup.output / "samples.jsonl", shown)
+        with tracker.only_tells(TERMINAL):
+            show_samples(shown[: config.eval.show])
+    settle(left, setup.checkpoints, setup.progress)

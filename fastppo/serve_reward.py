@@ -2,14 +2,16 @@
 
 POST `{"prompts": [text, ...], "responses": [text, ...], "ended": [true, ...]}`, columns being ignored; the answer is
 `{"scores": [...]}`, or `{"error": "..."}` with status 400 for a request that is wrong and 500 for a model that fails.
-Without `ended` all responses are taken as cut, so that the model sees no EOS. GET tells which model it is.
+Without `ended` all responses are taken as cut, so that the model sees no EOS. `"messages": [[{"role": ..., "content":
+...}, ...] or null, ...]` has the prompts that are chat, which a model with a chat template reads by that one. GET tells
+which model it is.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import re
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socket import AF_INET, AF_INET6
 from threading import Lock
@@ -20,19 +22,20 @@ from jsonargparse import auto_cli
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.config import OptimConfig, ZeroConfig
+from fastppo.conversation import NO_ARGUMENTS, Messages, are_messages, check_arguments
 from fastppo.engine import Frozen
 from fastppo.errors import FastPPOError, exit_with_message
 from fastppo.feedback import RewardError
-from fastppo.feedback.model import ModelSource, TooLong
+from fastppo.feedback.model import BadChat, ModelSource, TooLong
 from fastppo.load import load_reward
 from fastppo.models import RewardModel
+from fastppo.table import SURROGATE
 from fastppo.weights import DTYPES
 from fastppo.world import World
 
 log = logging.getLogger("fastppo")
 
 REQUEST = '{"prompts": [text, ...], "responses": [text, ...], "ended": [true, ...]}'
-SURROGATE = re.compile("[\ud800-\udfff]")
 LARGEST = 64 << 20  # bytes of a request
 
 
@@ -40,6 +43,7 @@ class _Asked(NamedTuple):
     prompts: list[str]
     responses: list[str]
     ended: list[bool]
+    messages: list[Messages | None]
 
 
 class RewardServer(ThreadingHTTPServer):
@@ -83,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Status and answer."""
         try:
             return 200, {"scores": self.server.scores(asked)}
-        except TooLong as error:
+        except (TooLong, BadChat) as error:
             return 400, {"error": str(error)}
         except RewardError as error:  # a NaN, which may be none another time
             log.error("a request failed: %s", error)
@@ -123,13 +127,18 @@ def _read(body: bytes) -> _Asked:
     ended = said.get("ended", [False] * len(responses))
     if not (isinstance(ended, list) and all(isinstance(item, bool) for item in ended)):
         raise ValueError(f"a request is {REQUEST}")
-    if not len(prompts) == len(responses) == len(ended):
-        raise ValueError(f"the request has {len(prompts)} prompts, {len(responses)} responses and {len(ended)} ended")
-    for name, texts in (("prompt", prompts), ("response", responses)):
+    messages = said.get("messages", [None] * len(prompts))
+    if not (isinstance(messages, list) and all(chat is None or are_messages(chat) for chat in messages)):
+        raise ValueError("messages has a list of chat messages ({role, content}) for each prompt, or null")
+    if not len(prompts) == len(responses) == len(ended) == len(messages):
+        counts = f"{len(prompts)} prompts, {len(responses)} responses and {len(ended)} ended"
+        raise ValueError(f"the request has {counts}" + f", and {len(messages)} messages" * ("messages" in said))
+    contents = [message["content"] for chat in messages for message in chat or []]
+    for name, texts in (("prompt", prompts), ("response", responses), ("message", contents)):
         for i, text in enumerate(texts):
             if half := SURROGATE.search(text):
                 raise ValueError(f"{name} {i} has half a character at {half.start()}, the lone surrogate {half[0]!r}")
-    return _Asked(prompts, responses, ended)
+    return _Asked(prompts, responses, ended, messages)
 
 
 def _texts(value: object) -> TypeGuard[list[str]]:
@@ -142,6 +151,7 @@ def serve(
     port: int = 8100,
     dtype: Literal["fp32", "bf16"] = "bf16",
     microbatch_tokens: int = 8192,
+    template: dict[str, Any] | None = None,
 ) -> None:
     """Serve a reward model over HTTP.
 
@@ -151,6 +161,7 @@ def serve(
         port: 0 to 65535; 0 takes a free one, which is printed.
         dtype: Type of weights and activations.
         microbatch_tokens: Tokens of one forward pass.
+        template: Arguments of the model's chat template, as in '{"enable_thinking": false}'.
     """
     if not 0 <= port <= 65535:
         raise FastPPOError(f"--port is {port}; it must be 0 to 65535.")
@@ -158,17 +169,25 @@ def serve(
         raise FastPPOError(f"--microbatch_tokens is {microbatch_tokens}; it must be 1 or more.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded, tokenizer = load_reward(model, DTYPES[dtype], device, setting="--model")
-    with RewardServer((host, port), model, alone(loaded, tokenizer, microbatch_tokens, device)) as server:
+    check_arguments("--template", template or {}, tokenizer)
+    source = alone(loaded, tokenizer, microbatch_tokens, device, template or {})
+    with RewardServer((host, port), model, source) as server:
         name = f"[{host}]" if ":" in host else host
         print(f"{model} answers on http://{name}:{server.server_port}", flush=True)
         server.serve_forever()
 
 
-def alone(model: RewardModel, tokenizer: PreTrainedTokenizerBase, budget: int, device: torch.device) -> ModelSource:
+def alone(
+    model: RewardModel,
+    tokenizer: PreTrainedTokenizerBase,
+    budget: int,
+    device: torch.device,
+    template: Mapping[str, Any] = NO_ARGUMENTS,
+) -> ModelSource:
     """The model as a source of reward of this process, which knows its tokens alone."""
     zero = ZeroConfig(stage=0)
     frozen, world = Frozen(model, OptimConfig(), zero), World(0, 1, device)
-    return ModelSource(frozen, tokenizer, None, budget=budget, zero=zero, world=world)
+    return ModelSource(frozen, tokenizer, None, budget=budget, zero=zero, world=world, template=template)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,11 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from fastppo.checkpoint import Checkpoints
 from fastppo.cli import dump
+from fastppo.clock import begin_clock
 from fastppo.config import RewardTrainingConfig, SFTConfig
 from fastppo.data import batches
 from fastppo.examples import Examples
-from fastppo.folder import CONFIG, check_folder, continue_folder, fresh_folder
+from fastppo.folder import begin_folder, check_folder
 from fastppo.learner import Learner, model_source
+from fastppo.leave import Left, settle, supersede
 from fastppo.nodes import check_output_is_shared
 from fastppo.plan import check_plan
 from fastppo.resume import find_checkpoint
@@ -83,14 +85,14 @@ def set_up(
     output, found = Path(config.output), find_checkpoint(config, world)
     if found is None and world.rank == 0:
         check_folder(output)
+    begin_clock(None if found is None else found.clock, world)
     check_plan(config, world)
     model = config.model
     tokenizer = load_tokenizer("model.path", model.path, model.gguf_file, model.revision)
     context = context_of(load_config(model_source(model)))
     examples, heldout = load(config.data, tokenizer, heldout=config.eval.examples, context=context)
     if world.rank == 0:
-        fresh_folder(output) if found is None else continue_folder(output, found.sizes)
-        (output / CONFIG).write_text(dump(config), encoding="utf-8")
+        begin_folder(output, None if found is None else found.sizes, dump(config))
     check_output_is_shared(output, world)
     learner = assemble(config, world, tokenizer)
     checkpoints = Checkpoints(config, {"model": learner.engine}, (examples.tokens, heldout.tokens), world)
@@ -117,56 +119,61 @@ def run_stage(
     statistics: Sequence[str],
     count: Callable[[list[int]], int],
     evaluate: Callable[[Learner, Examples, TrunkStates, C, World], E],
-    leave: Callable[[Stage[C], E | None], None],
+    leave: Callable[[Stage[C], E | None], Left],
 ) -> None:
     """Update, evaluate on held-out examples, and leave the trained model with the lowest held-out loss behind.
 
     statistics: names of what the objective sums over a batch; count: over how many (pairs, response tokens) their
     means and the loss's are taken; leave: exports the model as it was evaluated, or as it is if it never was. Raises
-    Stopped where the run was told to stop; what it has done is saved then.
+    Stopped where the run was told to stop; what it has done is saved then. Raises ExportError at the end if the model
+    is elsewhere, or nowhere.
     """
     config, world, run, steps, times = stage.config, stage.world, stage.run, stage.steps, Stages({})
-    with (
-        watching(world),
-        Tracker(stage.output, config.track, steps=steps, rank=world.rank, done=run.step) as tracker,
-        stage.checkpoints.saved_when_stopped(run),
-    ):
+    left: list[Left] = []  # the model behind it, as it was left last
+    with watching(world), Tracker(stage.output, config.track, steps=steps, rank=world.rank, done=run.step) as tracker:
+
+        def leave_it(evaluation: E | None) -> None:
+            left[:] = [supersede(left, leave(stage, evaluation), world)]
 
         def evaluate_if_due() -> None:
             due = run.step in (0, steps) or (config.eval.every and run.step % config.eval.every == 0)
             if config.eval.examples and due and run.evaluated < run.step:
                 found = evaluate(stage.learner, stage.heldout, stage.heldout_trunk, config, world)
                 tracker.log_evaluation(run.step, found.metrics())
+                best = run.best, run.best_step
                 if run.add_evaluation(found.loss):
-                    leave(stage, found)
+                    leave_it(found)
+                    if left[0].folder is None:  # the next that is better than what is there is to be left, if it can be
+                        run.best, run.best_step = best
 
-        evaluate_if_due()
-        while run.step < steps and not run.is_done(config.patience):
-            rows = next(stage.order)
-            with tracker.profile(run.step + 1), times("learning"):
-                done = update(
-                    stage.learner,
-                    stage.examples,
-                    rows,
-                    objective,
-                    stage.trunk,
-                    config,
-                    normalizer=count(rows),
-                    step=run.step,
-                    steps=steps,
-                    skipped=run.skipped,
-                    world=world,
-                )
-            means = dict(zip(statistics, (done.sums / count(rows)).tolist(), strict=True))
-            tracker.log(run.step + 1, means | done.metrics() | times.take())
-            run.end_step(done.skipped)
+        with stage.checkpoints.saved_when_stopped(run):
             evaluate_if_due()
-            stage.checkpoints.save_if_due(run)
-
-    if run.best_step < 0:
-        leave(stage, None)
-    if run.step > 0 and run.evaluated >= 0 and world.rank == 0:
-        _tell_best(run, config)
+            while run.step < steps and not run.is_done(config.patience):
+                rows = next(stage.order)
+                with tracker.profile(run.step + 1), times("learning"):
+                    done = update(
+                        stage.learner,
+                        stage.examples,
+                        rows,
+                        objective,
+                        stage.trunk,
+                        config,
+                        normalizer=count(rows),
+                        step=run.step,
+                        steps=steps,
+                        skipped=run.skipped,
+                        world=world,
+                    )
+                means = dict(zip(statistics, (done.sums / count(rows)).tolist(), strict=True))
+                tracker.log(run.step + 1, means | done.metrics() | times.take())
+                run.end_step(done.skipped)
+                evaluate_if_due()
+                stage.checkpoints.save_if_due(run)
+        if run.best_step < 0:
+            leave_it(None)
+        if run.step > 0 and run.evaluated >= 0 and world.rank == 0:
+            _tell_best(run, config)
+        settle(left, stage.checkpoints, run)
 
 
 def _tell_best(run: Training, config: RewardTrainingConfig | SFTConfig) -> None:

@@ -15,6 +15,7 @@ from fastppo.memory import (
     learning_needs,
     model_states,
     prefetch,
+    reducing,
 )
 
 StageConfig = RewardTrainingConfig | SFTConfig
@@ -22,12 +23,13 @@ StageConfig = RewardTrainingConfig | SFTConfig
 
 def stage_shares(member: Member, config: StageConfig, ranks: int) -> list[Share]:
     """The model in both on one rank, where every example is as long as it may be. Nothing leaves the GPU in between."""
-    states, kept = model_states(member, config, ranks), Places(gpu=Bytes(activations=_kept(member.size, config)))
+    states = model_states(member, config, ranks) + buffers(member, config, ranks)
+    kept = Places(gpu=Bytes(buffers=_kept(member.size, config)))
     head = isinstance(config, SFTConfig)
     learning = learning_needs(member, _batch(config, config.batch_size // ranks), head=head)
     asking = asking_needs(member, _batch(config, config.eval.examples or config.batch_size), head=head)
     return [
-        Share(member.name, "learning", states + buffers(member, config, ranks) + kept + Places(gpu=learning)),
+        Share(member.name, "learning", states + reducing(member, config, ranks) + kept + Places(gpu=learning)),
         Share(member.name, "evaluation", states + prefetch(member, config) + kept + Places(gpu=asking)),
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from typing import Any
 
 from fastppo.errors import FastPPOError
 from fastppo.locate import locate
+
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair by which UTF-16 writes one character
 
 
 class DataError(FastPPOError):
@@ -83,10 +86,29 @@ def _read_jsonl(path: Path) -> Table:
                 raise DataError(f"{path}, line {number}: this is not JSON ({error}).") from error
             if not isinstance(row, dict):
                 raise DataError(f'{path}, line {number}: each line must be an object, as in {{"prompt": "..."}}.')
+            if b"\\u" in line or b"\xed" in line:  # by which JSON in UTF-8 can say half a character
+                _check_whole(row, f"{path}, line {number}")
             rows.append(row)
             lines.append(number)
     names = dict.fromkeys(name for row in rows for name in row)
     return Table(str(path), {name: [row.get(name) for row in rows] for name in names}, tuple(lines))
+
+
+def _check_whole(value: Any, where: str) -> None:
+    """Raises DataError for text with half a character, which no tokenizer takes and no file in UTF-8 can hold."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_whole(name, f"{where}, a name")
+            _check_whole(item, f"{where}, {name}")
+    elif isinstance(value, list):
+        for item in value:
+            _check_whole(item, where)
+    elif isinstance(value, str) and (half := SURROGATE.search(value)):
+        around = ascii(value[max(half.start() - 20, 0) : half.end() + 20])
+        raise DataError(
+            f"{where}: the text has half a character, the lone surrogate {half[0]!a} at {half.start()}, in"
+            f" {around}. An emoji may have been cut in two there: correct or remove the row."
+        )
 
 
 def _read_csv(path: Path) -> Table:

@@ -1,5 +1,5 @@
 """What a run tells: progress on the terminal, metrics, responses and alarms as files of lines (`folder`), TensorBoard,
-Weights & Biases, the time of each stage, profiles, samples.
+Weights & Biases, the time of each stage, profiles.
 
 Rank 0 alone writes and prints; on the other ranks the same calls do nothing, so the loop needs no question of rank.
 Only a profile is written by every rank, since ranks differ in what they wait for.
@@ -10,23 +10,22 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TextIO
+from typing import Any, Self, TextIO
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
-from rich.text import Text
 from torch.profiler import ProfilerActivity, record_function
 
 from fastppo.config import TrackConfig
-from fastppo.folder import ALARMS, METRICS, RESPONSES, as_line, continue_folder
-from fastppo.wandb_run import wandb_run
+from fastppo.folder import ALARMS, METRICS, RESPONSES, Lines, continue_folder
+from fastppo.tell import Telling, Terminal, silence_stdout, steady_streams
+from fastppo.wandb_run import WandbError, wandb_run
 
 log = logging.getLogger("fastppo")
 
@@ -46,47 +45,83 @@ KNOWN_NOISE = (
     "Token indices sequence length is longer than",  # fastppo.data checks lengths, and drops or refuses
 )
 
+# The outputs that are no files of the run's folder, for the log
+TERMINAL, TENSORBOARD, WANDB = "stdout", "TensorBoard", "Weights & Biases"
+
 WIDE = 140  # columns of a terminal from which the bar has room for the seconds of the stages
-SHOWN_CELLS = 300  # columns of the terminal for one text in the table of samples; samples.jsonl holds all of it
 
 
 class Tracker:
-    """Records the steps of a run in the folder `output`, which exists (`fresh_folder`). A context manager."""
+    """Records the steps of a run in the folder `output`, which exists (`fresh_folder`). A context manager.
+
+    An output that fails is an error in the log and ends nothing. Lines of files wait until there is room for them.
+    """
 
     def __init__(self, output: Path, config: TrackConfig, *, steps: int, rank: int, done: int = 0):
         """steps: of the whole run, for the bar and the time left; rank: of this process; done: steps before this."""
         self._output, self._config, self._steps, self._rank, self._done = output, config, steps, rank, done
-        self._stack = ExitStack()
-        self._metrics: TextIO | None = None
-        self._responses: TextIO | None = None
-        self._alarms: TextIO | None = None
-        self._writer: Any = None  # a SummaryWriter
-        self._wandb: Any = None  # a wandb.Run
+        self._files: dict[str, Lines] = {}  # by their names; none on other ranks
+        self.only_tells = Telling()  # guards each output by its name
+        self._outlets: dict[str, Any] = {}  # a SummaryWriter, a wandb.Run
         self._bar: Progress | None = None
         self._first: tuple[int, float] | None = None  # the first step logged, and when
 
     def __enter__(self) -> Self:
         if self._rank != 0:
             return self
-        # a lone surrogate is written as \ud800, which is how JSON has it
-        lines = partial(open, mode="a", encoding="utf-8", errors="backslashreplace")
-        self._metrics = self._stack.enter_context(lines(self._output / METRICS))
-        self._alarms = self._stack.enter_context(lines(self._output / ALARMS))
-        if self._config.responses:
-            self._responses = self._stack.enter_context(lines(self._output / RESPONSES))
+        names = [METRICS, ALARMS] + [RESPONSES] * bool(self._config.responses)
+        self._files = {name: Lines(self._output / name) for name in names}
+        for name in names:
+            self._add(name, ())
         if self._config.tensorboard:
-            self._writer = self._events()
-            self._stack.callback(lambda: self._writer.close())
+            with self.only_tells(TENSORBOARD):
+                self._outlets[TENSORBOARD] = self._events()
         if self._config.wandb is not None:
-            self._wandb = wandb_run(self._output, self._config.wandb)
-            self._stack.callback(self._wandb.finish)
+            # refused where a run begins, it is for the user to put right; a run that goes on, goes on
+            with self.only_tells(WANDB, but=() if self._done else (WandbError,)):
+                self._outlets[WANDB] = wandb_run(self._output, self._config.wandb)
         if _wants_bar(self._config.progress):
-            self._bar = self._stack.enter_context(_progress_bar())
-            self._bar.add_task("", total=self._steps, completed=self._done)
+            self._stderr = sys.stderr
+            with self._display():
+                self._bar = _progress_bar()
+                self._bar.start()
+                self._bar.add_task("", total=self._steps, completed=self._done)
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self._stack.close()
+        if self._bar is not None:
+            with self._display():
+                self._bar.stop()
+        for name, file in self._files.items():
+            self._add(name, ())
+            if lost := file.drop():
+                log.error("%s: %d lines could not be written and are lost", self._output / name, lost)
+        self._send(TENSORBOARD, lambda writer: writer.close())
+        self._send(WANDB, lambda run: run.finish())
+
+    def _add(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
+        """Append to one of the files of lines, if it is kept."""
+        if name in self._files:
+            with self.only_tells(str(self._output / name)):
+                self._files[name].add(records)
+
+    def _send(self, outlet: str, work: Callable[[Any], object]) -> None:
+        """Give something to TensorBoard or Weights & Biases, if they are used; one that fails gets nothing more."""
+        if outlet in self._outlets:
+            with self.only_tells(outlet):
+                work(self._outlets[outlet])
+            if self.only_tells.has_failed(outlet):
+                del self._outlets[outlet]
+
+    @contextmanager
+    def _display(self) -> Iterator[None]:
+        """For what is shown. A bar that cannot be drawn gives way to plain lines."""
+        with self.only_tells(TERMINAL):
+            yield
+        if self.only_tells.has_failed(TERMINAL):
+            silence_stdout()
+            if self._bar is not None:
+                self._bar, sys.stderr = None, self._stderr
 
     def _events(self) -> Any:
         """A SummaryWriter. TensorBoard then leaves out what was written of steps after those done."""
@@ -105,9 +140,7 @@ class Tracker:
             parts.append(_summary(OF_STAGES, metrics))
         text = "  ".join(part for part in parts if part)
         self._write(step, metrics)
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step, description=text, refresh=True)
-        else:
+        if not self._show(completed=step, description=text):
             self._print(step, text)
 
     def log_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -120,16 +153,13 @@ class Tracker:
 
         TensorBoard has them as text, and Weights & Biases as alerts, of which it tells the user.
         """
-        if self._alarms is None:
-            return
         for alarm in alarms:
-            self._alarms.write(as_line(alarm))
-            log.warning("step %d: %s", alarm["step"], alarm["message"])
-            if self._writer is not None:
-                self._writer.add_text(f"alarms/{alarm['figure']}", alarm["message"], alarm["step"])
-            if self._wandb is not None:
-                self._wandb.alert(title=alarm["figure"], text=f"step {alarm['step']}: {alarm['message']}", level="WARN")
-        self._alarms.flush()
+            self._add(ALARMS, [alarm])
+            if self._rank == 0:
+                log.warning("step %d: %s", alarm["step"], alarm["message"])
+            name, step, text = f"alarms/{alarm['figure']}", alarm["step"], alarm["message"]
+            self._send(TENSORBOARD, partial(_add_text, name, text, step))
+            self._send(WANDB, partial(_alert, alarm["figure"], f"step {step}: {text}"))
 
     def go_back(self, step: int, then: Mapping[str, int]) -> None:
         """The run goes on from this step, where its files of lines had these sizes: what came after is taken back.
@@ -139,43 +169,44 @@ class Tracker:
         self._done, self._first = step, None
         if self._rank != 0:
             return
-        # the open files append, wherever their ends are
+        for file in self._files.values():
+            file.drop()
         continue_folder(self._output, {name: size for name, size in then.items() if name != ALARMS})
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = self._events()
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step, refresh=True)
+        self._send(TENSORBOARD, lambda writer: writer.close())
+        if TENSORBOARD in self._outlets:
+            with self.only_tells(TENSORBOARD):
+                self._outlets[TENSORBOARD] = self._events()
+        self._show(completed=step)
 
     def wants_responses(self, step: int) -> bool:
         """Whether the training responses of this step are to be given to `log_responses`."""
-        return self._responses is not None and (step == 1 or step % self._config.responses_every == 0)
+        return RESPONSES in self._files and (step == 1 or step % self._config.responses_every == 0)
 
     def log_responses(self, step: int, responses: Iterable[Mapping[str, Any]]) -> None:
         """Keep responses (`fastppo.responses`) in `responses.jsonl`, one a line, each with its step."""
-        if self._responses is not None:
-            self._responses.writelines(as_line({"step": step} | dict(response)) for response in responses)
-            self._responses.flush()
+        self._add(RESPONSES, ({"step": step} | dict(response) for response in responses))
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self._metrics is None:
-            return
         values = {name: float(value) for name, value in metrics.items()}
-        self._metrics.write(as_line({"step": step} | values))
-        self._metrics.flush()
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
-            self._writer.flush()
-        if self._wandb is not None:
-            self._wandb.log({"step": step} | values)
+        self._add(METRICS, [{"step": step} | values])
+        self._send(TENSORBOARD, partial(_add_scalars, values, step))
+        self._send(WANDB, lambda run: run.log({"step": step} | values))
+
+    def _show(self, **changes: Any) -> bool:
+        """Draw the bar anew; returns whether there is one."""
+        if self._bar is None:
+            return False
+        with self._display():
+            self._bar.update(self._bar.task_ids[0], refresh=True, **changes)
+        return self._bar is not None
 
     def _print(self, step: int, text: str) -> None:
         line = f"step {step}/{self._steps}  {text}"
-        if self._bar is not None:
-            self._bar.console.print(line, markup=False, highlight=False)
-        elif self._rank == 0:
-            print(line, flush=True)
+        with self._display():
+            if self._bar is not None:
+                self._bar.console.print(line, markup=False, highlight=False)
+            elif self._rank == 0:
+                print(line, flush=True)
 
     def _time_left(self, step: int) -> str:
         """From the mean time of the steps since the first one logged; evaluations between them count."""
@@ -193,13 +224,36 @@ class Tracker:
         if step not in self._config.profile_steps:
             yield
             return
+        output = f"the profile of step {step}"
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * _on_cuda()
-        with torch.profiler.profile(activities=activities) as profiler:
+        profiler = torch.profiler.profile(activities=activities)
+        with self.only_tells(output):
+            profiler.start()
+        try:
             yield
+        finally:
+            with self.only_tells(output):
+                profiler.stop()
         path = self._output / "profile" / f"step-{step}-rank-{self._rank}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(path))
-        log.info("profile of step %d: %s; chrome://tracing and ui.perfetto.dev show it", step, path)
+        with self.only_tells(output):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(path))
+            log.info("profile of step %d: %s; chrome://tracing and ui.perfetto.dev show it", step, path)
+
+
+def _add_scalars(values: Mapping[str, float], step: int, writer: Any) -> None:
+    for name, value in values.items():
+        writer.add_scalar(name, value, step)
+    writer.flush()
+
+
+def _add_text(name: str, text: str, step: int, writer: Any) -> None:
+    writer.add_text(name, text, step)
+    writer.flush()
+
+
+def _alert(title: str, text: str, run: Any) -> None:
+    run.alert(title=title, text=text, level="WARN")
 
 
 def _wants_bar(progress: str) -> bool:
@@ -213,7 +267,7 @@ def _progress_bar() -> Progress:
         TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
         BarColumn(bar_width=None),
         TextColumn("{task.description}", markup=False),
-        console=Console(force_terminal=True),
+        console=Terminal(force_terminal=True),
         expand=True,
         auto_refresh=False,  # it changes when a step is logged
         redirect_stderr=sys.stderr.isatty(),  # log lines appear above the bar, unless they go to a file
@@ -256,47 +310,6 @@ def _on_cuda() -> bool:
     return bool(torch.cuda.is_initialized())
 
 
-class Sample(NamedTuple):
-    """A held-out prompt, and the responses and scores of the actor before and after training."""
-
-    prompt: str
-    before: str
-    score_before: float
-    after: str
-    score_after: float
-
-
-def show_samples(rows: Iterable[Sample]) -> None:
-    """Print `samples_table` on stdout."""
-    Console().print(samples_table(rows))
-
-
-def samples_table(rows: Iterable[Sample]) -> Table:
-    """Prompt, and response and score before and after, for a terminal. Long texts are cut."""
-    table = Table(expand=True, show_lines=True)
-    for text, score in (("prompt", None), ("before", "score"), ("after", "score")):
-        table.add_column(text, ratio=1, overflow="fold")
-        if score:
-            table.add_column(score, justify="right", no_wrap=True)
-    for row in rows:
-        before, after = f"{row.score_before:.2f}", f"{row.score_after:.2f}"
-        table.add_row(_printable(row.prompt), _printable(row.before), before, _printable(row.after), after)
-    return table
-
-
-def _printable(text: str) -> Text:
-    """Models write anything. Markup stays text (`Text` reads none), and escape codes lose their force."""
-    shown = Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split())))
-    shown.truncate(SHOWN_CELLS, overflow="ellipsis")
-    return shown
-
-
-def write_samples(path: Path, rows: Sequence[Sample]) -> None:
-    """One JSON object a row, with the field names of `Sample`."""
-    lines = "".join(as_line(row._asdict()) for row in rows)
-    path.write_text(lines, encoding="utf-8", errors="backslashreplace")  # a lone surrogate: \ud800, as JSON writes it
-
-
 class _Stderr(logging.StreamHandler[TextIO]):
     """Writes to what `sys.stderr` is at that time: a progress bar stands in for it while it is shown."""
 
@@ -316,6 +329,7 @@ def setup_logging(rank: int) -> None:
     """
     from transformers.utils import logging as transformers_logging  # heavy, and only a run needs it
 
+    steady_streams()
     handler = _Stderr()
     who = "" if rank == 0 else f"rank {rank}: "
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {who}%(message)s", datefmt="%H:%M:%S"))

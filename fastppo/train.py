@@ -19,6 +19,7 @@ from fastppo.config import Config
 from fastppo.errors import exit_with_message
 from fastppo.estimate import estimate
 from fastppo.feedback import score
+from fastppo.folder import claimed
 from fastppo.health import watch
 from fastppo.learn import learn
 from fastppo.metrics import mean_kl
@@ -37,27 +38,29 @@ def train(config: Config, world: World) -> bool:
     Returns whether it did all its steps; an alarm may end it before. Raises Stopped where it was told to stop; what it
     has done is saved then.
     """
-    setup = set_up(config, world)
-    if setup is None:
-        return False
-    run, checkpoints, prompts = setup.progress, setup.checkpoints, setup.prompts()
-    with watching(world), setup.tracker() as tracker, checkpoints.saved_when_stopped(run):
-        evaluate_if_due(setup, tracker)
-        while run.step < config.steps:
-            with tracker.profile(run.step + 1):
-                done = ppo_step(setup, next(prompts))
-            log_step(setup, done, tracker)
-            run.beta.update(mean_kl(done.experience), config.ppo.batch_size)
-            match respond(done.alarms, run, checkpoints, tracker, config, world):
-                case "rolled back":
-                    prompts = setup.prompts()  # from an earlier step on
-                    continue
-                case "ended":
-                    break
-            run.end_step()
-            evaluate_if_due(setup, tracker)
-            checkpoints.save_if_due(run)
-    finish(setup)
+    with claimed(Path(config.output), world.rank):
+        setup = set_up(config, world)
+        if setup is None:
+            return False
+        run, checkpoints, prompts = setup.progress, setup.checkpoints, setup.prompts()
+        with watching(world), setup.tracker() as tracker:
+            with checkpoints.saved_when_stopped(run):
+                evaluate_if_due(setup, tracker)
+                while run.step < config.steps:
+                    with tracker.profile(run.step + 1):
+                        done = ppo_step(setup, next(prompts))
+                    log_step(setup, done, tracker)
+                    run.beta.update(mean_kl(done.experience), config.ppo.batch_size)
+                    match respond(done.alarms, run, checkpoints, tracker, config, world):
+                        case "rolled back":
+                            prompts = setup.prompts()  # from an earlier step on
+                            continue
+                        case "ended":
+                            break
+                    run.end_step()
+                    evaluate_if_due(setup, tracker)
+                    checkpoints.save_if_due(run)
+            finish(setup, tracker)
     return run.step == config.steps
 
 
@@ -81,6 +84,7 @@ def ppo_step(setup: Setup, prompts: Prompts) -> Step:
             skipped=run.skipped,
             texts=setup.texts,
         )
+        experience = run.drop_trunk()
     with stages("health"):
         health = watch(experience, updates, run.health, config, roles.tokenizer)
     return Step(experience, plan, updates, health.metrics, health.alarms)

@@ -19,18 +19,20 @@ import torch
 from torch import Tensor
 
 from fastppo.batch import Packed
-from fastppo.checkpoint import export
 from fastppo.cli import REWARD, parse
 from fastppo.config import RewardTrainingConfig
 from fastppo.errors import exit_with_message
 from fastppo.examples import Examples, load_pairs
+from fastppo.folder import claimed
 from fastppo.gathered import whole_state
 from fastppo.heldout import PairEvaluation, evaluate_pairs, write_reliability
 from fastppo.learner import assemble_scorer
+from fastppo.leave import Left, leave_model
 from fastppo.preference import centring_loss, preference_loss, rightness
 from fastppo.stage import Stage, run_stage, set_up
 from fastppo.stop import Stopped
 from fastppo.supervised import Objective
+from fastppo.tell import only_tells
 from fastppo.track import setup_logging
 from fastppo.trunk import TrunkStates
 from fastppo.world import World, start_world, stop_world
@@ -56,18 +58,19 @@ def train(config: RewardTrainingConfig, world: World) -> None:
 
     Raises Stopped where it was told to stop; what it has done is saved then.
     """
-    stage = set_up(config, world, assemble_scorer, load_pairs)
-    run_stage(
-        stage,
-        bradley_terry(stage.examples, config),
-        statistics=("loss", "accuracy", "score_chosen", "score_rejected"),
-        count=len,  # pairs
-        evaluate=evaluate_pairs,
-        leave=leave,
-    )
+    with claimed(Path(config.output), world.rank):
+        stage = set_up(config, world, assemble_scorer, load_pairs)
+        run_stage(
+            stage,
+            bradley_terry(stage.examples, config),
+            statistics=("loss", "accuracy", "score_chosen", "score_rejected"),
+            count=len,  # pairs
+            evaluate=evaluate_pairs,
+            leave=leave,
+        )
 
 
-def leave(stage: Stage[RewardTrainingConfig], evaluation: PairEvaluation | None) -> None:
+def leave(stage: Stage[RewardTrainingConfig], evaluation: PairEvaluation | None) -> Left:
     """Export the model as it was evaluated, its scores centred, and how far its probabilities are to be believed.
 
     One that was never evaluated is centred on answers that it has seen. Training goes on with the head as it was. All
@@ -87,8 +90,12 @@ def leave(stage: Stage[RewardTrainingConfig], evaluation: PairEvaluation | None)
             )
         if evaluation.centring is not None:
             state["score.weight"] = evaluation.centring.weight(state["score.weight"])
-        export(learner.model, learner.tokenizer, stage.output / "reward_model", config.model.lora, state)
-        write_reliability(stage.output / "reliability.jsonl", evaluation)
+    folder = stage.output / "reward_model"
+    left = leave_model(learner.model, learner.tokenizer, folder, config.model.lora, world, state)
+    if world.rank == 0:
+        with only_tells("reliability.jsonl"):
+            write_reliability(stage.output / "reliability.jsonl", evaluation)
+    return left
 
 
 def main(argv: list[str] | None = None) -> None:

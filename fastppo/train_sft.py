@@ -16,14 +16,15 @@ if __package__ in (None, ""):  # run as a script: Python would look for modules 
 from torch import Tensor
 
 from fastppo.batch import Packed
-from fastppo.checkpoint import export
 from fastppo.cli import SFT, parse
 from fastppo.config import SFTConfig
 from fastppo.errors import exit_with_message
 from fastppo.examples import load_answers
+from fastppo.folder import claimed
 from fastppo.gathered import whole_state
 from fastppo.heldout import AnswerEvaluation, evaluate_answers, response_logprobs
 from fastppo.learner import assemble_learner
+from fastppo.leave import Left, leave_model
 from fastppo.stage import Stage, run_stage, set_up
 from fastppo.stop import Stopped
 from fastppo.track import setup_logging
@@ -41,24 +42,24 @@ def train(config: SFTConfig, world: World) -> None:
 
     Raises Stopped where it was told to stop; what it has done is saved then.
     """
-    stage = set_up(config, world, assemble_learner, load_answers)
-    lengths = stage.examples.response_lengths
-    run_stage(
-        stage,
-        negative_logprob,
-        statistics=("loss",),
-        count=lambda rows: int(lengths[rows].sum()),  # response tokens
-        evaluate=evaluate_answers,
-        leave=leave,
-    )
+    with claimed(Path(config.output), world.rank):
+        stage = set_up(config, world, assemble_learner, load_answers)
+        lengths = stage.examples.response_lengths
+        run_stage(
+            stage,
+            negative_logprob,
+            statistics=("loss",),
+            count=lambda rows: int(lengths[rows].sum()),  # response tokens
+            evaluate=evaluate_answers,
+            leave=leave,
+        )
 
 
-def leave(stage: Stage[SFTConfig], evaluation: AnswerEvaluation | None) -> None:
+def leave(stage: Stage[SFTConfig], evaluation: AnswerEvaluation | None) -> Left:
     """Export the model as it is. All ranks call it."""
-    config, learner = stage.config, stage.learner
-    state = whole_state(learner.model.model, stage.world)
-    if stage.world.rank == 0:
-        export(learner.model, learner.tokenizer, stage.output / "model", config.model.lora, state)
+    config, world, learner = stage.config, stage.world, stage.learner
+    state = whole_state(learner.model.model, world)
+    return leave_model(learner.model, learner.tokenizer, stage.output / "model", config.model.lora, world, state)
 
 
 def main(argv: list[str] | None = None) -> None:

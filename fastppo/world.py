@@ -28,6 +28,8 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from fastppo.errors import FastPPOError, exit_with_message
+from fastppo.launch import check_launch
+from fastppo.rendezvous import meet
 
 T = TypeVar("T")
 
@@ -51,6 +53,8 @@ def start_world(threads: int | None, timeout: float = 1800.0) -> World:
 
     timeout: seconds that a rank waits for the others in a collective before it ends with an error.
     """
+    with exit_with_message(0):
+        check_launch()
     launcher = os.getppid() if "RANK" in os.environ else None
     if launcher is None:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -62,7 +66,8 @@ def start_world(threads: int | None, timeout: float = 1800.0) -> World:
         neighbours = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
         torch.set_num_threads(threads or max(len(os.sched_getaffinity(0)) // neighbours, 1))
     else:
-        accelerator.set_device(local_rank)
+        with exit_with_message(int(os.environ["RANK"])):
+            _take_device(local_rank)
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else accelerator.communication_backend_name()
         with exit_with_message(int(os.environ["RANK"])):
@@ -75,8 +80,10 @@ def start_world(threads: int | None, timeout: float = 1800.0) -> World:
 
 def _join(backend: str, timeout: timedelta) -> None:
     try:
+        store = meet(timeout.total_seconds())
         with quiet():
             deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+        del store  # torch has one of its own there, and rank 0's keeps the port
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
@@ -85,6 +92,16 @@ def _join(backend: str, timeout: timedelta) -> None:
             f"port {port} of this machine, where the ranks are to meet, is in use, perhaps by another run. Give this"
             f" one another: deepspeed --master_port {int(port) + 1} fastppo/train.py ..."
         ) from error
+
+
+def _take_device(local_rank: int) -> None:
+    accelerator = get_accelerator()
+    if local_rank >= accelerator.device_count():
+        raise FastPPOError(
+            f"LOCAL_RANK is {local_rank}, and this machine shows {accelerator.device_count()} device(s) for one rank"
+            " each. Start as many ranks as there are: deepspeed --num_accelerators, or the hostfile's slots."
+        )
+    accelerator.set_device(local_rank)
 
 
 def _forget_shared_memory() -> None:

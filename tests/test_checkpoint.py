@@ -6,12 +6,19 @@ import os
 import random
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import whole_runs
 from forks import Forks, Run
+
+from fastppo import durable, stop
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 ROLES = {
     "separate critic, fp32, stage 1": {"optim__dtype": "fp32", "zero__stage": 1},
@@ -138,6 +145,132 @@ def test_sigterm_to_one_rank_saves_and_ends_all_with_status_0(folder, forks, str
     assert len(whole_runs.checkpoints(output)) == 1
     forks.run([*argv, "--checkpoint.every", "1"], 2)
     assert_same_run(straight(2, roles), output)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_second_run_in_the_folder_of_one_that_runs_is_refused_and_changes_nothing(folder, forks, ranks):
+    output = folder / f"one-at-a-time-{ranks}"
+    argv = whole_runs.settings(folder, output, checkpoint__every=1, steps=1000)
+    run = forks.start(argv, ranks)
+    wait_for(lambda: (output / "metrics.jsonl").exists() and len(whole_runs.records(output)) > 2, run)
+    for more in ([], ["--resume", "auto"]):
+        second = forks.start([*argv, *more], ranks)
+        assert forks.wait(second) == [1] * ranks
+        text = second.text()
+        assert f"is in use by another run (process {run.ranks[0]} on {socket.gethostname()}" in text
+        assert "Traceback" not in text
+    os.kill(run.ranks[0], signal.SIGTERM)
+    assert forks.wait(run) == [0] * ranks, run.text()
+    steps = [record["step"] for record in whole_runs.records(output) if "policy_loss" in record]
+    assert steps == list(range(1, len(steps) + 1)) and not output.with_name(f"{output.name}.1").exists()
+    assert not (output / "run.lock").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_saves_and_ends_all_ranks_with_status_0(folder, forks, straight, ranks):
+    """The terminal sends SIGINT to all processes, and DeepSpeed's `launch` then SIGTERM to one after the other."""
+    roles, output = "shared critic, fp32, stage 0", folder / f"interrupted-{ranks}"
+    argv = whole_runs.settings(folder, output, resume="auto", checkpoint__every=0, **ROLES[roles])
+    run = forks.start(argv, ranks)
+    wait_for(lambda: (output / "metrics.jsonl").exists() and len(whole_runs.records(output)) > 1, run)
+    for pid in run.ranks:
+        os.kill(pid, signal.SIGINT)
+    os.kill(run.ranks[0], signal.SIGTERM)
+    assert forks.wait(run) == [0] * ranks, run.text()
+    assert "the run saves itself and ends. Ctrl-C again" in run.text() and "Traceback" not in run.text()
+    assert len(whole_runs.checkpoints(output)) == 1
+    forks.run([*argv, "--checkpoint.every", "1"], ranks)
+    assert_same_run(straight(ranks, roles), output)
+
+
+SAVES_FOR_EVER = """
+import time
+from fastppo import durable, stop
+durable.begin = lambda folder: time.sleep(600)
+"""
+
+
+def test_a_second_ctrl_c_ends_at_once(folder, forks):
+    output = folder / "interrupted-twice"
+    run = forks.start(whole_runs.settings(folder, output, checkpoint__every=0, steps=1000), 1, SAVES_FOR_EVER)
+    wait_for(lambda: (output / "metrics.jsonl").exists() and len(whole_runs.records(output)) > 1, run)
+    os.kill(run.ranks[0], signal.SIGINT)
+    wait_for(lambda: "; saving" in run.text(), run)
+    time.sleep(2 * stop.SAME_CTRL_C)
+    os.kill(run.ranks[0], signal.SIGINT)
+    assert forks.wait(run, seconds=20) == [128 + signal.SIGINT], run.text()
+    assert "interrupted again, so nothing more is saved" in run.text() and "Traceback" not in run.text()
+
+
+SLOW_EXPORT = """
+import time
+from fastppo import leave
+real = leave.export
+def export(*args, **kwargs):
+    print("exporting", flush=True)
+    time.sleep(2)
+    real(*args, **kwargs)
+leave.export = export
+"""
+
+
+def test_a_run_that_is_told_to_stop_while_it_writes_its_model_writes_it_to_the_end(folder, forks):
+    output = folder / "told-late"
+    run = forks.start(whole_runs.settings(folder, output, steps=1, eval__prompts=0, eval__every=0), 2, SLOW_EXPORT)
+    wait_for(lambda: run.logs[0].exists() and "exporting" in run.text(), run)
+    for pid in run.ranks:
+        os.kill(pid, signal.SIGINT)
+    assert forks.wait(run) == [0, 0], run.text()
+    assert (output / "actor/model.safetensors").is_file() and "Traceback" not in run.text()
+
+
+def test_a_model_that_nothing_takes_ends_all_ranks_with_where_the_run_can_go_on(folder, forks):
+    output, before = folder / "nowhere", "from fastppo import leave\nleave.export = lambda *a, **k: 1 / 0\n"
+    before += "leave._free_name = lambda *a: None"
+    changes = {"steps": 1, "eval__prompts": 0, "eval__every": 0, "checkpoint__every": 0}
+    run = forks.start(whole_runs.settings(folder, output, **changes), 2, before)
+    assert forks.wait(run) == [1, 1], run.text()
+    for log in run.logs:
+        words = "could not be written (ZeroDivisionError: division by zero); nor elsewhere. Make room or"
+        assert words in log.read_text() and "--resume auto" in log.read_text() and "Traceback" not in log.read_text()
+    assert whole_runs.checkpoints(output) == ["step-00000001"]
+
+
+def test_ctrl_c_before_there_is_anything_to_save_is_one_line(folder, forks):
+    before = "import time\nfrom fastppo import run\n"
+    before += "run.check_models = lambda *_: (print('here', flush=True), time.sleep(600))"
+    run = forks.start(whole_runs.settings(folder, folder / "early"), 1, before)
+    wait_for(lambda: run.logs[0].exists() and "here" in run.text(), run)
+    os.kill(run.ranks[0], signal.SIGINT)
+    assert forks.wait(run, seconds=20) == [128 + signal.SIGINT], run.text()
+    assert "interrupted before there was anything to save" in run.text() and "Traceback" not in run.text()
+
+
+def test_ctrl_c_under_deepspeeds_launcher_leaves_a_whole_checkpoint(folder, forks):
+    output = folder / "launched"
+    argv = whole_runs.settings(folder, output, checkpoint__every=0, steps=1000)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    deepspeed = [Path(sys.executable).with_name("deepspeed"), "--num_accelerators", "2", "--master_port", port]
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    launched = subprocess.Popen(
+        [*deepspeed, REPOSITORY / "fastppo/train.py", *argv],
+        env={k: v for k, v in os.environ.items() if k not in names},
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # a process group, as a terminal's foreground is one
+    )
+    end = time.monotonic() + 120
+    while not ((output / "metrics.jsonl").exists() and len(whole_runs.records(output)) > 1):
+        assert time.monotonic() < end and launched.poll() is None, launched.communicate()[0]
+        time.sleep(0.05)
+    os.killpg(launched.pid, signal.SIGINT)
+    said = launched.communicate(timeout=60)[0]  # until the last of them has closed it
+    (name,) = whole_runs.checkpoints(output)
+    assert "the run saves itself and ends" in said and durable.problem(output / "checkpoints" / name) is None, said
 
 
 def test_ranks_whose_launcher_has_vanished_save_and_end(folder, forks):
@@ -267,7 +400,7 @@ def test_the_newest_and_the_best_stay(forks, folder, tmp_path):
 
 FAILING = """
 import errno, os
-from fastppo import durable
+from fastppo import durable, stop
 
 class Full:
     def __init__(self, raw, left): self._raw, self._left = raw, left

@@ -36,6 +36,7 @@ def test_what_comes_later_wins(tmp_path: Path) -> None:
 def test_every_kind_of_value_comes_from_the_command_line() -> None:
     rewards = '[{"function": "a:b"}, {"model": "m", "weight": 0.5}]'
     given = ["--rewards", rewards, "--ppo.value_clip=null", "--track.profile_steps", "[1, 2]", "--zero.stage", "1"]
+    given += ["--data.template", '{"enable_thinking": false, "date": "1 May"}']
     given += ["--sampling.stop_tokens", '["###"]', "--data.shuffle", "false", "--actor.lr", "1e-6"]
     given += ["--actor.train", "all", "--optim.betas", "[0.8, 0.9]", "--threads", "2"]
     config = parse([*QUICKSTART, *given])
@@ -43,6 +44,7 @@ def test_every_kind_of_value_comes_from_the_command_line() -> None:
     assert config.ppo.value_clip is None
     assert config.track.profile_steps == (1, 2)
     assert config.sampling.stop_tokens == ("###",)
+    assert config.data.template == {"enable_thinking": False, "date": "1 May"}
     assert config.data.shuffle is False
     assert (config.actor.lr, config.actor.train) == (1e-6, "all")
     assert config.optim.betas == (0.8, 0.9)
@@ -64,7 +66,9 @@ def test_the_launchers_local_rank_is_ignored() -> None:
 def test_the_rules_are_checked_for_the_number_of_ranks(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "17")
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "17", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     assert "17 ranks" in message(capsys, *QUICKSTART)
 
 
@@ -97,6 +101,8 @@ def test_one_rank_speaks_for_all(capsys: pytest.CaptureFixture[str], monkeypatch
         (["--seed", "true"], ["seed is true; it must be a whole number."]),
         (["--ppo.value_clip", "x"], ["ppo.value_clip is x; it must be a number or null."]),
         (["--data.shuffle", "3"], ["data.shuffle is 3; it must be true or false."]),
+        (["--data.template", "x"], ["data.template is x; it must be a mapping from names to values, as in"]),
+        (["--data.template.a", "1"], ["unknown setting data.template.a; did you mean data.template?"]),
         (["--track.profile_steps", "[1, b]"], ["track.profile_steps is b; it must be a list of whole numbers."]),
         (["--optim.betas", "[1]"], ["optim.betas is [1]; it must be a list of 2 numbers."]),
         (["--rewards", "a:b"], ["rewards is a:b; it must be a list of mappings with function, model, "]),

@@ -70,13 +70,28 @@ def test_both_answers_of_a_pair_stand_next_to_each_other_with_their_prompt_and_e
 
 
 def test_chat_goes_through_the_template_however_it_is_given(pairs: Any) -> None:
-    wanted = ["<user>q<assistant>good<eos>", "<user>q<assistant>bad<eos>"]
+    wanted = ["<user>q<assistant>good", "<user>q<assistant>bad"]  # as it stands: this template ends no turn
     assert texts(pairs([pair(user("q"), assistant("good"), assistant("bad"))])[0]) == wanted
     assert texts(pairs([pair(user("q"), "good", "bad")])[0]) == wanted
     assert texts(pairs([pair("q", "good", "bad")], chat="always")[0]) == wanted
     whole = [user("q") + assistant("good"), user("q") + assistant("bad")]
     assert texts(pairs([pair("q", *whole)])[0]) == wanted  # answers that are whole conversations
     assert texts(pairs([pair("q", *whole)], prompt=None)[0]) == wanted
+
+
+def test_a_chat_is_read_to_the_last_character_of_its_template(pairs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reward models are given whole conversations, of which transformers scores the last token."""
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{{ '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    monkeypatch.setattr(TOKENIZER, "chat_template", template)
+    rows = [pair(user("q"), assistant("good"), assistant("bad"))]
+    train, _ = pairs(rows)
+    chats = [user("q") + assistant(answer) for answer in ("good", "bad")]
+    assert train.tokens == [TOKENIZER.apply_chat_template(chat, tokenize=True, return_dict=False) for chat in chats]
+    assert texts(train) == ["<user>q<eos>\n<assistant>good<eos>\n", "<user>q<eos>\n<assistant>bad<eos>\n"]
+    assert texts(pairs(rows, eos=False)[0]) == ["<user>q<eos>\n<assistant>good", "<user>q<eos>\n<assistant>bad"]
 
 
 def test_columns_have_any_name_and_a_margin_comes_from_one(pairs: Any) -> None:

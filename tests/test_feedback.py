@@ -13,9 +13,8 @@ from fastppo.batch import Moments, Rollout, pack
 from fastppo.config import Config, DataConfig, HealthConfig, PPOConfig, RewardConfig
 from fastppo.data import PromptSet
 from fastppo.errors import FastPPOError
-from fastppo.feedback import Responses, RewardError, load_judge, load_sources, score
+from fastppo.feedback import Responses, RewardError, load_judge, load_sources, response_texts, score
 from fastppo.feedback.model import ensemble
-from fastppo.feedback.score import _decode
 from fastppo.feedback.sources import shared_sources
 from fastppo.models import ModelError
 from fastppo.residency import Residency
@@ -124,7 +123,6 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text_anew(tmp_path):
     config = _with_dtype(Config(rewards=(RewardConfig(model=path),)))
     found = scored(config).scores
     model, other = tiny.classifier(vocabulary=258), tiny.tokenizer(("<more>",))
-    model.config.pad_token_id = None  # it is the EOS's, which transformers would pass over
     texts = [p + r for p, r in zip(PROMPTS.texts, ("a<eos>", "bcd<eos>", "ef"), strict=True)]  # the last was cut
     with torch.no_grad():
         expected = [float(model(torch.tensor([other(t)["input_ids"]])).logits) for t in texts]
@@ -137,7 +135,7 @@ def test_a_rank_without_responses_has_no_scores(tmp_path):
     functions = (RewardConfig(function="math:fsum"),)
     config = _with_dtype(Config(rewards=(RewardConfig(model=same), RewardConfig(model=other), *functions)))
     nothing = Rollout(pack([], []), torch.zeros(0), torch.zeros(0, dtype=torch.bool), torch.arange(0))
-    assert _decode(nothing.packed, TOKENIZER) == []
+    assert response_texts(nothing.packed, TOKENIZER) == []
     seen = Responses([], [], [], {}, nothing.packed)
     assert [list(source(seen)) for source, _ in sources(config)] == [[], [], []]
 

@@ -1,7 +1,11 @@
 """Runs in which a source of reward fails: every rank ends with the reason, and what was done is saved."""
 
 import json
+import os
+import signal
+import textwrap
 import threading
+import time
 
 import pytest
 import tiny
@@ -90,3 +94,88 @@ def test_a_member_of_an_ensemble_that_fails_on_one_rank_ends_both_with_the_reaso
         said = log.read_text()
         assert f"rewards.ensemble = {members[0]} returned nan for response 0" in said and "Traceback" not in said
     assert whole_runs.checkpoints(folder / "out")[-1] == "step-00000001"
+
+
+# Functions that change the process they run in, and coroutine functions
+
+LETTERS = """
+    return [sum("a" <= c <= "z" for c in response) / 8 for response in responses]
+"""
+HOSTILE = (
+    """import os, signal, torch
+torch.set_grad_enabled(False)
+os.chdir("/")
+def letters(responses):
+    torch.inference_mode().__enter__()
+    torch.set_default_dtype(torch.float64)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.set_wakeup_fd(-1)
+"""
+    + LETTERS
+)
+ASYNC = "import asyncio\nasync def letters(responses):\n    await asyncio.sleep(0.01)\n" + LETTERS
+
+
+def judged(path):
+    """Settings with one function as reward and as judge."""
+    source = json.dumps([{"function": f"{path}:letters"}])
+    return {"rewards": source, "health__judge": source, "optim__dtype": "fp32"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = whole_runs.prepare(tmp_path_factory.mktemp("runs"))
+    for name, text in (("plain", "def letters(responses):" + LETTERS), ("hostile", HOSTILE), ("coroutine", ASYNC)):
+        (folder / f"{name}.py").write_text(text)
+    return folder
+
+
+def test_functions_that_change_the_process_and_coroutine_functions_make_the_run_of_a_plain_one(folder, forks):
+    for name in ("plain", "hostile", "coroutine"):
+        forks.run(whole_runs.settings(folder, folder / name, **judged(folder / f"{name}.py")), 2)
+    assert whole_runs.records(folder / "hostile") == whole_runs.records(folder / "plain")
+    assert whole_runs.records(folder / "coroutine") == whole_runs.records(folder / "plain")
+    norms = [r["actor_grad_norm"] for r in whole_runs.records(folder / "hostile") if "actor_grad_norm" in r]
+    assert norms and all(norm > 0 for norm in norms)
+
+
+@pytest.mark.parametrize("name", ["hostile", "coroutine"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_are_heard_whatever_a_function_does_with_them(folder, forks, name, number):
+    output = folder / f"{name}-{number}"
+    changes = judged(folder / f"{name}.py") | {"steps": 1000, "checkpoint__every": 0}
+    run = forks.start(whole_runs.settings(folder, output, **changes), 1)
+    while not ((output / "metrics.jsonl").exists() and len(whole_runs.records(output)) > 2):
+        time.sleep(0.02)
+    os.kill(run.ranks[0], number)
+    assert forks.wait(run) == [0], run.text()
+    assert len(whole_runs.checkpoints(output)) == 1
+
+
+@pytest.mark.parametrize("where", ["rewards", "health.judge"])
+def test_a_coroutine_function_that_fails_on_one_rank_ends_both_with_the_reason_and_what_was_done_is_saved(
+    folder, forks, where
+):
+    text = """
+        import asyncio, os
+        calls = 0
+        async def letters(responses):
+            global calls
+            calls += 1
+            await asyncio.sleep(0.01)
+            if calls > 1 and os.environ["RANK"] == "1":
+                raise SystemExit("no key")
+            return [len(response) for response in responses]
+        """
+    (folder / "fails.py").write_text(textwrap.dedent(text))
+    fails, plain = (json.dumps([{"function": f"{folder}/{name}.py:letters"}]) for name in ("fails", "plain"))
+    changes = {"rewards": plain, where.replace(".", "__"): fails, "eval__prompts": 0, "eval__every": 0}
+    output = folder / f"fails-{where}"
+    run = forks.start(whole_runs.settings(folder, output, **changes), 2)
+    assert forks.wait(run) == [1, 1], run.text()
+    for log in run.logs:
+        said = log.read_text()
+        assert f"{where}.function = {folder}/fails.py:letters raised SystemExit: no key (fails.py:9)" in said
+        assert "Traceback" not in said
+    assert whole_runs.checkpoints(output)[-1] == "step-00000001"

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
+import os
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fastppo.folder import RunFolderError, as_line, check_folder, continue_folder, fresh_folder, read_lines, sizes
+from fastppo.folder import (
+    Lines,
+    RunFolderError,
+    as_line,
+    begin_folder,
+    check_folder,
+    continue_folder,
+    fresh_folder,
+    read_lines,
+    sizes,
+)
 
 
 def test_an_earlier_run_is_moved_aside_as_often_as_needed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -105,3 +119,90 @@ def test_lines_that_were_lost_since_are_told_and_whole_ones_kept(
     assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
     assert "lines are missing" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+# A symbolic link as output
+
+
+def test_a_link_leads_to_the_new_run_and_the_earlier_one_is_moved_aside_whole(tmp_path: Path) -> None:
+    target, link = tmp_path / "disk" / "a", tmp_path / "current"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    for number in range(3):  # at first it leads nowhere
+        fresh_folder(link)
+        (link / "metrics.jsonl").write_text(f'{{"step": {number}}}\n')
+    assert link.is_symlink() and link.resolve() == target
+    found = [read_lines(target.with_name(name) / "metrics.jsonl")[0]["step"] for name in ("a.1", "a.2", "a")]
+    assert found == [0, 1, 2] and sorted(path.name for path in tmp_path.iterdir()) == ["current", "disk"]
+
+
+def test_a_link_to_itself_is_named(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for take in (check_folder, fresh_folder):
+        with pytest.raises(RunFolderError, match="is a symbolic link to itself"):
+            take(tmp_path / "loop")
+
+
+# A disk that takes nothing
+
+
+class Full:
+    """A file on a disk with room for so many bytes."""
+
+    def __init__(self, file: Any, room: int):
+        self._file, self._room = file, room
+
+    def __enter__(self) -> Full:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, content: Any) -> int:
+        if self._room == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken: int = self._file.write(content[: self._room])
+        self._room -= taken
+        return taken
+
+
+def open_full(room: int, *name: Any, **how: Any) -> Full:
+    return Full(open(*name, **how), room)
+
+
+def test_lines_wait_for_room_and_the_file_never_has_half_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = Lines(tmp_path / "metrics.jsonl")
+    lines.add([{"step": 1, "prompt": "長\ud800"}])
+    for step, room in ((2, 5), (3, 0)):
+        full = partial(open_full, room)
+        monkeypatch.setattr("fastppo.folder.open", full, raising=False)
+        with pytest.raises(OSError, match="No space left"):
+            lines.add([{"step": step}])
+        assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1]
+        assert (tmp_path / "metrics.jsonl").read_bytes().endswith(b"\n")
+    monkeypatch.undo()
+    lines.add([{"step": 4}])
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert lines.drop() == 0
+
+
+def test_settings_that_cannot_be_written_end_a_new_run_and_leave_a_resumed_ones_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    begin_folder(tmp_path / "run", None, "seed: 1")
+
+    def full(path: Path, text: str, encoding: str) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(RunFolderError, match=r"nothing can be written there \(No space left on device\). Make room"):
+        begin_folder(tmp_path / "new", None, "seed: 1")
+    begin_folder(tmp_path / "run", sizes(tmp_path / "run"), "seed: 1")
+    assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 1" and "stays as it was" in caplog.text
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.yaml", "metrics.jsonl"]

@@ -14,7 +14,7 @@ import torch
 
 from fastppo.config import AlarmConfig, Config, HealthConfig, PPOConfig, RewardConfig
 from fastppo.config.health import FIGURES
-from fastppo.health import Health, judge_turn, watch
+from fastppo.health import Health, _good, judge_turn, watch
 from fastppo.trends import slope, trend
 
 TOKENIZER = tiny.tokenizer()
@@ -218,6 +218,13 @@ def test_what_would_go_back_is_known_before_there_is_an_alarm():
     assert odd.good == 30
     odd_batches(odd := Health(), stop, {28, 30})
     assert odd.good == 27  # 29 is within the level, its window is not
+
+
+@pytest.mark.parametrize(("bad_from", "good"), [(1, 0), (2, 1), (3, 2), (4, 3), (5, 4)])
+def test_a_run_that_went_bad_within_its_first_window_was_good_until_then(bad_from, good):
+    """Where fewer steps than a window have been, those were good if all of them were."""
+    kept = Health(history={"kl_token": [0.1 if step < bad_from else 2.0 for step in range(1, 7)]})
+    assert _good(AlarmConfig("kl_token", 1.0, "stop"), kept, window=3) == good
 
 
 def test_levels_have_the_unit_of_their_figure():

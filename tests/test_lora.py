@@ -6,13 +6,14 @@ import torch
 from ppo_step import config_of, responses, roles_of, step
 from test_load import load
 from test_models import PACKED, objective
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from fastppo.checkpoint import export
 from fastppo.config import ActorLoraConfig, LoraConfig
 from fastppo.estimate import estimate
 from fastppo.learn import learn
-from fastppo.lora import add_adapters
+from fastppo.lora import add_adapters, merged_state
 from fastppo.microbatch import plan_step
 from fastppo.models import ModelError, Policy, adapters_off, fuse_head
 from fastppo.trainable import set_trainable
@@ -262,6 +263,17 @@ def test_a_checkpoint_holds_what_trains_and_fits_the_same_adapters_alone(world, 
 
 
 # Export
+
+
+def test_merged_weights_are_made_one_by_one_and_kept_on_the_host():
+    """All of them beside the actor's own would be a second actor on the GPU, for which a run has no room at its end."""
+    model = adapted().model
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        state = {name: torch.empty_like(x, device="cuda") for name, x in model.state_dict().items()}
+        assert {x.device.type for x in state.values()} == {"cuda"}
+        merged = merged_state(model, state)
+    of_layers = {name: x.device.type for name, x in merged.items() if "_proj" in name}
+    assert of_layers and set(of_layers.values()) == {"cpu"}
 
 
 def exported(policy, folder, how):

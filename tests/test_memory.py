@@ -24,10 +24,11 @@ from fastppo.engine import Engine
 from fastppo.footprint import Footprint, _Live
 from fastppo.load import load_causal
 from fastppo.lora import add_adapters
-from fastppo.memory import Batch, Bytes, Member, buffers, head_workspace, model_states, shares
+from fastppo.memory import Batch, Bytes, Member, Places, buffers, head_workspace, model_states, reducing
 from fastppo.microbatch import pack_even
 from fastppo.models import Policy, fuse_head
 from fastppo.ops import GPU_WORKSPACE_BYTES
+from fastppo.ppo_memory import shares
 from fastppo.trainable import set_trainable
 from fastppo.weights import DTYPES, Source, outline
 from fastppo.world import start_world
@@ -120,11 +121,15 @@ def test_gradients_at_stage_1_stay_on_the_gpu_where_the_optimizer_does_not(seven
 
 
 def test_what_deepspeed_accumulates_counts_beside_what_its_offloaded_optimizer_is_handed(seven_billion: Member) -> None:
-    part = 4 * seven_billion.size.trained // 8
-    with_offload = [buffers(seven_billion, Config(zero=ZeroConfig(stage=n, offload="cpu")), 8) for n in (2, 3)]
-    without = [buffers(seven_billion, Config(zero=ZeroConfig(stage=n)), 8) for n in (2, 3)]
-    assert with_offload[0].gpu.total - without[0].gpu.total > part
-    assert with_offload[1].host.total - without[1].host.total == part
+    part, member = 4 * (seven_billion.size.trained // 8), seven_billion
+
+    def beside(stage: Any, offload: Any) -> Places:
+        config = Config(zero=ZeroConfig(stage=stage, offload_optimizer=offload, nvme_path="/x"))
+        return buffers(member, config, 8) + reducing(member, config, 8)
+
+    assert beside(2, "cpu").gpu.gradients - beside(2, "none").gpu.gradients == part
+    assert beside(3, "cpu").host.total - beside(3, "none").host.total == part
+    assert beside(3, "nvme").host.total > part  # DeepSpeed adds up there, whatever the optimizer's states are on
 
 
 def test_nvme_takes_the_states_that_the_host_would(seven_billion: Member) -> None:

@@ -7,14 +7,15 @@ import tiny
 import torch
 
 from fastppo.batch import Experience, Packed, cumulative
-from fastppo.responses import heldout_responses, pieces, spread, training_responses
+from fastppo.continuation import decode_pieces
+from fastppo.responses import heldout_responses, spread, training_responses
 
 
 @pytest.mark.parametrize("text", ["a good film", "長い film \U0001f642!", "", "\n\n é"])
 def test_pieces_are_one_for_each_token_and_together_the_text(text: str) -> None:
     tokenizer = tiny.tokenizer()
     tokens = tokenizer(text)["input_ids"]
-    found = pieces(tokenizer, tokens)
+    found = decode_pieces((), tokens, tokenizer)
     assert len(found) == len(tokens) and "".join(found) == text
     if "長" in text:  # three bytes, three tokens
         assert found[:6] == ["", "", "長", "", "", "い"]
@@ -23,9 +24,9 @@ def test_pieces_are_one_for_each_token_and_together_the_text(text: str) -> None:
 def test_a_text_cut_within_a_character_and_its_end_are_shown() -> None:
     tokenizer = tiny.tokenizer()
     tokens = [*tokenizer("a長")["input_ids"][:-1], tokenizer.eos_token_id]
-    assert pieces(tokenizer, tokens)[0] == "a"
-    assert "".join(pieces(tokenizer, tokens)).endswith("<eos>")
-    assert pieces(tokenizer, tokens[:-1])[-1] == "\ufffd"
+    assert decode_pieces((), tokens, tokenizer)[0] == "a"
+    assert "".join(decode_pieces((), tokens, tokenizer)).endswith("<eos>")
+    assert decode_pieces((), tokens[:-1], tokenizer)[-1] == "\ufffd"
 
 
 def test_responses_are_taken_from_the_best_to_the_worst() -> None:

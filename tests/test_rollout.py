@@ -1,12 +1,14 @@
 import pytest
+import spellings
 import tiny
 import torch
 
 from fastppo import ops
 from fastppo.batch import Prompts
 from fastppo.config import SamplingConfig
+from fastppo.errors import FastPPOError
 from fastppo.models import Policy, fuse_head
-from fastppo.rollout import sample, stop_ids
+from fastppo.rollout import named_stop_ids, sample, stop_ids
 from fastppo.rollout.inprocess import restrict
 
 PROMPTS = [(5, 6, 7), (8, 9, 10, 11, 12, 13, 14, 15, 16), (17,), (18, 19, 20, 21, 22), (23, 24, 25)]
@@ -137,6 +139,34 @@ def test_stop_ids_are_all_of_the_models_and_the_configs():
     found = stop_ids(actor, tokenizer, SamplingConfig(stop_tokens=("!",)))
     assert found == sorted({0, 3, 4, tokenizer.get_vocab()["!"]})
     assert stop_ids(actor, tokenizer, SamplingConfig(ignore_eos=True)) == []
+
+
+@pytest.mark.parametrize("kind", spellings.KINDS)
+def test_a_stop_token_may_be_given_as_text(kind):
+    """However the vocabulary spells it: behind a prompt it is that one token."""
+    tokenizer = spellings.KINDS[kind]()
+    vocabulary = tokenizer.get_vocab()
+    spelled = {" the": ["\u0120the", "\u2581the"], "\n": ["\u010a", "<0x0A>", "\n"], ":": [":"], "</s>": ["</s>"]}
+    if kind == "WordPiece":  # whose words say no spaces, and which has no line break
+        spelled = {" film": ["film"], ":": [":"]}
+    for text, names in spelled.items():
+        wanted = {vocabulary[name] for name in names if name in vocabulary}
+        assert set(named_stop_ids(tokenizer, SamplingConfig(stop_tokens=(text,)))) == wanted
+        assert len(wanted) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (" wonderful!", r"' wonderful!' is not one token of the actor's tokenizer, but 2: \[' wonderful', '!'\]"),
+        ("</S>", r"'</S>' is not one .* or one of '</s>'"),
+        ("<Assistant>", r"or one of '<assistant>'"),
+        ("Wonderful", r"or one of '\u0120wonderful'"),
+    ],
+)
+def test_a_stop_token_that_is_several_is_told_with_them_and_with_what_is_near(text, words):
+    with pytest.raises(FastPPOError, match=words):
+        named_stop_ids(spellings.KINDS["byte-level"](), SamplingConfig(stop_tokens=(text,)))
 
 
 def test_a_stop_token_that_is_none_is_an_error_that_names_it():

@@ -108,6 +108,7 @@ def test_the_defaults_and_the_quickstart_are_allowed(monkeypatch: pytest.MonkeyP
         (dict(timeout=0.0), ["timeout is 0.0", "greater than 0"]),
         (dict(ppo__bootstrap_truncated=True), ["V = score + V", "fixed point", "truncation_penalty"]),
         (dict(data__path=""), ["data.path is not set"]),
+        (dict(data__template={"a": 1}, data__chat="never"), ["data.template is {'a': 1} and data.chat is never"]),
         (dict(data__first_tokens=9, data__chat="always"), ["first_tokens is 9", "data.chat is always", "template"]),
         (dict(data__first_tokens=513), ["first_tokens is 513", "max_prompt_tokens 512"]),
         (dict(eval__prompts=0, eval__every=5), ["eval.every is 5", "eval.prompts is 0"]),

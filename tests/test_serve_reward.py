@@ -107,6 +107,12 @@ def test_arguments_are_looked_at_before_the_model(argument, words, capfd, monkey
         (b'{"prompts": ["a"], "responses": []}', "1 prompts, 0 responses and 0 ended"),
         (b'{"prompts": ["a"], "responses": ["b"], "ended": [1]}', '"ended": [true, ...]'),
         (b'{"prompts": ["a"], "responses": ["b"], "ended": []}', "1 responses and 0 ended"),
+        (b'{"prompts": ["a"], "responses": ["b"], "messages": []}', "1 responses and 1 ended, and 0 messages"),
+        (b'{"prompts": ["a"], "responses": ["b"], "messages": ["a"]}', "messages has a list of chat messages"),
+        (
+            b'{"prompts": ["a"], "responses": ["b"], "messages": [[{"role": "user", "content": "\\ud83d"}]]}',
+            "message 0 has half a character at 0",
+        ),
         (b"", f"1 to {LARGEST} bytes"),
         (json.dumps({"prompts": ["a" * 200], "responses": ["b"]}).encode(), "201 tokens do not fit"),
     ],

@@ -1,5 +1,6 @@
 """What is wrong with a run is found before its folder is touched, and before weights are read."""
 
+import fcntl
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +86,16 @@ def test_what_is_not_there_is_missed_before_an_earlier_run_is_moved_aside(
 )
 def test_so_is_what_stands_beside_the_actor(start: Start, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     check_refusal(start, tmp_path, words, "ppo", **changes)
+
+
+@pytest.mark.parametrize("command", ["ppo", "pairs", "answers"])
+@pytest.mark.parametrize("resume", ["null", "auto"])
+def test_so_is_a_folder_that_another_run_is_in(start: Start, tmp_path: Path, command: str, resume: str) -> None:
+    with open(tmp_path / "run" / "run.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(FastPPOError, match="is in use by another run"):
+            start(command, resume=resume)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["metrics.jsonl", "run", "run.lock"]
 
 
 def test_a_classifier_with_two_labels_starts_no_reward_model(start: Start, tmp_path: Path, folder: Path) -> None:

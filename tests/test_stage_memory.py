@@ -61,7 +61,7 @@ def test_only_a_language_model_has_logits_and_a_trained_head_alone_no_activation
 def test_kept_trunks_are_bounded_by_the_setting_and_by_the_examples_there_can_be(seven_billion: str) -> None:
     def kept(**changes: Any) -> int:
         some, none = (
-            held(make_plan(config_of("pairs", seven_billion, model__train="head", **more), LARGE)).activations
+            held(make_plan(config_of("pairs", seven_billion, model__train="head", **more), LARGE)).buffers
             for more in (changes, changes | {"keep_trunk_gb": 0})
         )
         return some - none

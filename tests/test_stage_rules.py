@@ -48,6 +48,7 @@ def test_the_defaults_and_the_presets_are_allowed(monkeypatch: pytest.MonkeyPatc
         (dict(model__path=""), ["model.path is not set"]),
         (dict(model__train=0), ["model.train is 0", "1 or more"]),
         (dict(data__path=""), ["data.path is not set"]),
+        (dict(data__template={"a": 1}, data__chat="never"), ["data.template is {'a': 1} and data.chat is never"]),
         (dict(optim__betas=(1.0, 0.9)), ["optim.betas"]),
         (dict(batch_size=33), ["batch_size is 33", "2 ranks"]),
         (dict(eval__examples=0, data__eval_path="e"), ["data.eval_path is e", "eval.examples is 0"]),

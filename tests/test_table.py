@@ -30,6 +30,11 @@ def test_jsonl_with_a_blank_line_and_keys_that_come_and_go(tmp_path: Path) -> No
     assert table.where(1).endswith("a.jsonl, line 3")
 
 
+def test_jsonl_with_both_halves_of_a_character(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(r'{"text": "\ud83d\ude42"}')
+    assert read_table(str(tmp_path / "a.jsonl")).columns == {"text": ["\U0001f642"]}
+
+
 def test_parquet_with_chat_messages(tmp_path: Path) -> None:
     rows = {"messages": [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]], "n": [1, 2]}
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "a.parquet")
@@ -78,6 +83,10 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatc
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, line 2: this is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": "\xff"}\n', "a.jsonl, line 3: this is not JSON"),
         ("a.jsonl", b'"text"\n', "a.jsonl, line 1: each line must be an object"),
+        ("a.jsonl", b'{"t": "a"}\n{"t": "b\\ud83d."}\n', r"a.jsonl, line 2, t: .* '\\ud83d' at 1, in 'b\\ud83d\.'"),
+        ("a.jsonl", b'{"t": "a\xed\xa0\xbd"}\n', "a.jsonl, line 1, t: the text has half a character"),
+        ("a.jsonl", b'{"t": [{"role": "user", "content": "\\uDE42"}]}\n', "a.jsonl, line 1, t, content: the text has"),
+        ("a.jsonl", b'{"\\ud83d": "a"}\n', "a.jsonl, line 1, a name: the text has half a character"),
         ("a.jsonl", b"", "a.jsonl is empty"),
         ("a.jsonl", b"\n\n", "a.jsonl is empty"),
         ("a.csv", b"text,label\na,1\nb\n", r"a.csv, line 3: 1 fields, but the header has 2 \(text, label\)"),

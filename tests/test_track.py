@@ -20,16 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fastppo.config import TrackConfig
 from fastppo.folder import ALARMS, METRICS, RESPONSES, continue_folder, fresh_folder, read_lines, sizes
-from fastppo.track import (
-    THIRD_PARTY,
-    Sample,
-    Stages,
-    Tracker,
-    samples_table,
-    setup_logging,
-    show_samples,
-    write_samples,
-)
+from fastppo.samples import Sample, samples_table, show_samples, write_samples
+from fastppo.track import THIRD_PARTY, Stages, Tracker, setup_logging
 
 STEP = {"score": 0.5, "kl": 1.25, "tokens_per_second": 1234.6, "time/step": 2.0}
 STAGES = {"time/sampling": 2.14, "time/feedback": 0.3, "time/experience": 0.6, "time/learning": 3.2}

@@ -1,6 +1,7 @@
 """Whole runs of tiny models."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -54,7 +55,8 @@ def settings(folder, **changes):
 
 def run(folder, **changes):
     train(parse(settings(folder, **changes)), start_world(1))
-    return [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
+    output = changes.get("output", folder / "out")
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +154,29 @@ def test_a_run_with_other_settings_goes_through(folder, changes):
         assert list((folder / "out/profile").iterdir())
     if changes.get("actor__lora__export") == "adapters":
         assert json.loads((folder / "out/actor/adapter_config.json").read_text())["r"] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "no token ends a response: neither"),
+        ({"sampling__ignore_eos": "true"}, "every response has sampling.max_new_tokens = 8"),
+        ({"sampling__stop_tokens": '["a"]'}, ""),
+    ],
+)
+def test_a_run_without_any_stop_token_says_so(folder, tmp_path, caplog, changes, said):
+    model = tiny.causal()
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    tiny.saved(tmp_path / "endless", model)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "endless")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "endless")
+    caplog.set_level(logging.INFO, "fastppo")
+    run(folder, output=tmp_path / "out", steps=0, actor__model=tmp_path / "endless", eval__prompts=0, **changes)
+    lines = [
+        r.getMessage() for r in caplog.records if "ends a response" in r.getMessage() or "ignore_eos" in r.getMessage()
+    ]
+    assert len(lines) == bool(said) and all(line.startswith((said, f"sampling.ignore_eos: {said}")) for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ import torch
 from stage_runs import evaluations, records
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fastppo.batch import Moments, Rollout
+from fastppo.batch import Moments, Rollout, pack
 from fastppo.cli import REWARD, parse
-from fastppo.config import Config, ModelConfig, OptimConfig, PPOConfig, RewardConfig
-from fastppo.data import PromptSet
+from fastppo.config import Config, DataConfig, ModelConfig, OptimConfig, PPOConfig, RewardConfig
+from fastppo.data import PromptSet, load_prompts
 from fastppo.examples import Examples, load_pairs
 from fastppo.feedback import load_sources, score
 from fastppo.learner import load_scorer, set_padding
@@ -108,6 +108,73 @@ def test_ppo_takes_the_export_as_a_reward(trained: Path, heldout: Examples, fold
     scored = score(rollout, prompts, sources, tokenizer, PPOConfig(), Moments(), world)
     chosen, rejected = scored.scores.view(-1, 2).unbind(1)
     assert float((chosen > rejected).float().mean()) == evaluations(trained)[-1]["eval/accuracy"]
+
+
+CHAT = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}<eos>{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_a_chat_is_scored_in_ppo_and_by_transformers_where_it_was_trained(tmp_path: Path) -> None:
+    """At the template's last character, here a line break behind the token that ends a turn."""
+    folder = stage_runs.prepare(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder / "model")
+    output = run(folder, folder / "chat", data__chat="always", data__max_tokens=50, steps=2, eval__examples=8)
+    model = AutoModelForSequenceClassification.from_pretrained(output / "reward_model")
+    theirs = AutoTokenizer.from_pretrained(output / "reward_model")
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    chats = {
+        theirs.apply_chat_template(
+            [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[answer]}], tokenize=False
+        ): (row["prompt"], row[answer])
+        for row in rows
+        for answer in ("chosen", "rejected")
+    }
+    config = parse(stage_runs.settings(folder, "pairs", data__chat="always", data__max_tokens=50), REWARD)
+    heldout = load_pairs(config.data, tokenizer, heldout=8, context=None)[1]
+    texts = [tokenizer.decode(ids) for ids in heldout.tokens]
+    assert set(texts) <= set(chats)
+    with torch.no_grad():
+        batch = theirs(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+        expected = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
+    assert float(expected[0::2].mean()) == pytest.approx(evaluations(output)[-1]["eval/score_chosen"], abs=1e-4)
+
+    asked = [chats[text] for text in texts]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt, _ in asked))
+    data = DataConfig(path=str(folder / "prompts.jsonl"), chat="always")
+    prompts = load_prompts(data, tokenizer, prompts_heldout=0, context=None, reserve=0)[0]
+    responses = [[*tokenizer(answer)["input_ids"], tokenizer.eos_token_id] for _, answer in asked]
+    packed = pack([[*p, *r] for p, r in zip(prompts.tokens, responses, strict=True)], [len(r) for r in responses])
+    count, world = len(asked), start_world(1)
+    rollout = Rollout(packed, torch.zeros(len(packed.responses)), torch.ones(count).bool(), torch.arange(count))
+    ppo = Config(rewards=(RewardConfig(model=str(output / "reward_model")),), optim=OptimConfig(dtype="fp32"))
+    sources = load_sources(ppo, tokenizer, world, Residency(ppo, CPU))
+    said = score(rollout, prompts, sources, tokenizer, PPOConfig(), Moments(), world).scores
+    torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_reward_model_that_trains_further_is_scored_where_its_head_was_before(folder: Path, tmp_path: Path) -> None:
+    """One that pads with its EOS at the token before it, in training as in transformers."""
+    start = tiny.classifier(vocabulary=258)
+    start.config.pad_token_id = 0  # the EOS
+    start.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(folder / "model").save_pretrained(tmp_path / "model")
+    output = run(folder, tmp_path / "out", model__path=tmp_path / "model", steps=1, eval__examples=8)
+    model = AutoModelForSequenceClassification.from_pretrained(output / "reward_model")
+    tokenizer = AutoTokenizer.from_pretrained(output / "reward_model")
+    assert model.config.pad_token_id == tokenizer.pad_token_id == tokenizer.eos_token_id == 0
+    config = parse(stage_runs.settings(folder, "pairs"), REWARD)
+    heldout = load_pairs(config.data, tokenizer, heldout=8, context=None)[1]
+    assert all(ids[-1] == 0 for ids in heldout.tokens)
+    batch = tokenizer.pad({"input_ids": heldout.tokens}, return_tensors="pt")
+    ours, _ = load_reward(str(output / "reward_model"), torch.float32, CPU)
+    with torch.no_grad():
+        scores = model(**batch).logits[:, 0]
+        torch.testing.assert_close(ours(heldout.packed), scores, rtol=1e-4, atol=1e-4)
+    assert float(scores[0::2].mean()) == pytest.approx(evaluations(output)[-1]["eval/score_chosen"], abs=1e-4)
 
 
 def test_calibration_is_left_bin_by_bin(trained: Path) -> None:

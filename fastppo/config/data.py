@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,9 @@ class DataConfig:
     chat: Literal["auto", "always", "never"] = "auto"
     """`auto`: lists of messages go through the tokenizer's chat template and text stays plain; `always`: text becomes
     one user message; `never`: messages are an error."""
+    template: dict[str, Any] = field(default_factory=dict, hash=False)
+    """Arguments of the chat template beside the messages, as in `{enable_thinking: false}`: whatever the tokenizer's
+    template reads, for prompts, `ptx`'s text and reward models with the same template."""
     first_tokens: int | None = None
     """Keep only this many tokens from the start of each plain-text prompt (rows that are shorter are left out); the
     quickstart's way to make prompts out of texts."""
@@ -61,7 +64,8 @@ class SamplingConfig:
     samples_per_prompt: int = 1
     """Responses to each prompt; `ppo.batch_size` counts responses."""
     stop_tokens: tuple[str, ...] = ()
-    """Further tokens that end a response, beside all EOS ids of the model's generation config."""
+    """Further tokens that end a response, beside all EOS ids of the model's generation config: each as text, such as
+    `\\n`, or as the vocabulary spells it."""
     ignore_eos: bool = False
     """Write `max_new_tokens` tokens whatever is drawn (for benchmarks)."""
     rows: int = 64

@@ -15,11 +15,12 @@ class RewardConfig:
     function: str | None = None
     """`module:function` or `file.py:function`, which may import modules beside it; called with prompts, responses and
     all columns of the data but those of these two names, or the ones among them that it names; returns one number
-    (true and false are 1 and 0) for each response."""
+    (true and false are 1 and 0) for each response. A coroutine function is awaited; a parameter `completions` gets the
+    responses."""
     model: str | None = None
-    """An `AutoModelForSequenceClassification` with one label: hub name or directory. With another tokenizer than the
-    actor's it reads the text, chat prompts as the actor's template writes them, and its own EOS behind a response that
-    ended."""
+    """An `AutoModelForSequenceClassification` with one label: hub name or directory. It reads chat by its own template,
+    if it has one. Else with another tokenizer than the actor's it reads the text, chat prompts as the actor's template
+    writes them, and its own EOS behind a response that ended."""
     ensemble: tuple[str, ...] = ()
     """Several such models, two or more; `combine` says what they say together."""
     combine: Literal["mean", "min"] = "mean"
@@ -28,7 +29,7 @@ class RewardConfig:
     """A regular expression: 1 for a response in which it is found, else 0. `{column}` in it stands for that column of
     the data, taken literally; where the column is null or empty, the response gets 0. `\\{column}` is braces."""
     url: str | None = None
-    """A service that is sent prompts, responses, whether they ended, and columns as JSON and answers with scores;
+    """A service that is sent prompts, responses, whether they ended, columns and chats as JSON and answers with scores;
     `python -m fastppo.serve_reward` is one."""
     timeout: float = 60.0
     """Seconds from a request to the end of its answer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from fastppo.config.learning import OptimConfig, ZeroConfig
 from fastppo.config.models import LoraConfig
@@ -48,12 +48,16 @@ class ExamplesConfig:
     chat: Literal["auto", "always", "never"] = "auto"
     """`auto`: lists of messages go through the tokenizer's chat template and text stays plain; `always`: a prompt that
     is text becomes a user's message, an answer an assistant's; `never`: messages are an error."""
+    template: dict[str, Any] = field(default_factory=dict, hash=False)
+    """Arguments of the chat template beside the messages, as in `{enable_thinking: false}`: whatever the tokenizer's
+    template reads."""
     last_tokens: int | None = None
     """Keep only this many tokens from the end of each plain-text answer; the quickstart's way to make short answers out
     of reviews, whose ends say what was thought."""
     eos: bool = True
     """An answer ends with the EOS, or of chat with the token that ends a turn, as PPO's responses do unless they are cut
-    at their longest. Set it to false where those are always cut."""
+    at their longest; an answer of chat in a preference pair with all that the template writes behind it, as reward
+    models read a chat whole. Set it to false where responses are always cut; in PPO a chat is closed even then."""
     max_tokens: int = 1024
     """Longest prompt and answer, in tokens, the EOS included."""
     too_long: Literal["drop", "cut", "error"] = "drop"

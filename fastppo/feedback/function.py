@@ -1,51 +1,132 @@
-"""A Python function as a source of reward."""
+"""Python functions as sources of reward, plain ones and coroutine functions."""
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import importlib
 import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, wait
+from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
-from fastppo.feedback.responses import Responses, RewardError, Source, checked
+import torch
+
+from fastppo.feedback import awaiting
+from fastppo.feedback.apart import apart
+from fastppo.feedback.responses import Responses, RewardError, checked
 
 Function = Callable[..., Any]
+
+COMPLETIONS = "completions"  # what TRL calls responses
 
 # What a function or a file may raise. Without SystemExit a run would end with no word of why, and on this rank alone.
 RAISED = (Exception, SystemExit)
 
 
-def function_source(name: str, where: str = "rewards") -> Source:
-    """`module:function` or `file.py:function`, imported; called with copies of prompts, responses and the columns.
+class FunctionSource:
+    """A function of the user's that is called with copies of prompts, responses and the columns of the data.
 
-    It is given all columns of the data if it takes `**kwargs`, else those that it names. where: the setting it belongs
-    to, for errors.
+    It is given all columns of the data if it takes `**kwargs`, else those that it names; a parameter `completions`, as
+    TRL calls them, gets the responses. Coroutine functions are awaited.
     """
-    setting = f"{where}.function = {name}"
-    function, folder = _import_function(name, setting)
 
-    def source(responses: Responses) -> list[float]:
+    def __init__(self, name: str, where: str):
+        """where: the setting it belongs to, for errors. Raises RewardError for a function that is not there."""
+        self._setting = f"{where}.function = {name}"
+        module = name.rpartition(":")[0]
+        self._apart = apart(str(Path(module).resolve()) if module.endswith(".py") else module)
+        with self._apart(importing=True):
+            self._function, self._folder = _import_function(name, self._setting)
+        self.is_async = _is_async(self._function)
+
+    def __call__(self, responses: Responses) -> list[float]:
+        if self.is_async:
+            return ask_at_once([self], responses)[self]
         if not responses.texts:
             return []
-        said = {"prompts": responses.prompts, "responses": responses.texts} | responses.columns
-        wanted = copy.deepcopy(_wanted(function, said, setting))  # what it changes is not what the next source sees
-        try:
-            answer = function(**wanted)
-            if isinstance(answer, Iterator):  # the function goes on in there
-                answer = list(answer)
-        except RAISED as error:
-            what = f"{setting} raised {type(error).__name__}: {error} ({_line(error, folder)})"
-            raise RewardError(what) from error
-        return checked(setting, answer, responses.texts)
+        wanted = self._copies(responses)
+        with self._apart():
+            try:
+                answer = self._function(**wanted)
+                if isinstance(answer, Iterator):  # the function goes on in there
+                    answer = list(answer)
+            except RAISED as error:
+                raise self._failed(error) from error
+        if awaiting.is_async(answer):  # of a decorator that hides what it decorates
+            answer = awaiting.begin(self._awaited(answer)).result()
+        return checked(self._setting, answer, responses.texts)
 
-    return source
+    async def answer(self, responses: Responses) -> list[float]:
+        """Of a coroutine function, or of an asynchronous generator."""
+        if not responses.texts:
+            return []
+        wanted = self._copies(responses)
+        torch.set_grad_enabled(True)  # of this thread, where another function may have switched them off
+        try:
+            answer = self._function(**wanted)
+        except RAISED as error:
+            raise self._failed(error) from error
+        return checked(self._setting, await self._awaited(answer), responses.texts)
+
+    async def _awaited(self, answer: Any) -> Any:
+        try:
+            return await awaiting.settled(answer)
+        except (*RAISED, asyncio.CancelledError) as error:
+            raise self._failed(error) from error
+
+    def _copies(self, responses: Responses) -> dict[str, list[Any]]:
+        """What it changes is not what the next source sees."""
+        said = {"prompts": responses.prompts, "responses": responses.texts} | responses.columns
+        return copy.deepcopy(_wanted(self._function, said, self._setting))
+
+    def _failed(self, error: BaseException) -> RewardError:
+        what = f"{self._setting} raised {type(error).__name__}: {error} ({_line(error, self._folder)})"
+        if isinstance(error, TypeError) and _names_completions(self._function):
+            what += ". Its completions are texts here, also for chats, where TRL gives lists of messages"
+        return RewardError(what)
+
+
+def function_source(name: str, where: str = "rewards") -> FunctionSource:
+    """`module:function` or `file.py:function`, imported. where: the setting it belongs to, for errors."""
+    return FunctionSource(name, where)
+
+
+def ask_at_once(sources: Sequence[FunctionSource], responses: Responses) -> dict[FunctionSource, list[float]]:
+    """What coroutine functions say of the responses, all of them awaited together.
+
+    Raises the RewardError of the first that fails; no other is waited for then.
+    """
+    with ExitStack() as stack:
+        for source in sources:
+            stack.enter_context(source._apart())
+        asked = {source: awaiting.begin(source.answer(responses)) for source in sources}
+        done, pending = wait(asked.values(), return_when=FIRST_EXCEPTION)
+        for future in pending:
+            future.cancel()
+    for future in done:
+        if (failed := future.exception()) is not None:
+            raise failed
+    return {source: future.result() for source, future in asked.items()}
+
+
+def _is_async(function: Function) -> bool:
+    called = (function, getattr(function, "__call__", None))  # noqa: B004 - of an object that can be called
+    return any(inspect.iscoroutinefunction(f) or inspect.isasyncgenfunction(f) for f in called)
+
+
+def _names_completions(function: Function) -> bool:
+    try:
+        return COMPLETIONS in inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
 
 
 def _wanted(function: Function, said: Mapping[str, list[Any]], setting: str) -> dict[str, list[Any]]:
@@ -54,6 +135,8 @@ def _wanted(function: Function, said: Mapping[str, list[Any]], setting: str) -> 
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # some that are written in C do not tell
         return dict(said)
+    if COMPLETIONS not in said and _names_completions(function):
+        said = {**said, COMPLETIONS: said["responses"]}
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return dict(said)
     named = [p for p in parameters if p.kind is not p.VAR_POSITIONAL]

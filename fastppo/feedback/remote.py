@@ -2,8 +2,8 @@
 
 It is sent `{"prompts": [...], "responses": [...], "ended": [...], "columns": {name: [...]}}` by POST and answers
 `{"scores": [...]}`, one finite number for each response. `ended` is false for a response that was cut at its maximum
-length. An error has another status than 200 and may say more in `{"error": "..."}`. `fastppo.serve_reward` serves a
-reward model that way.
+length. Where prompts are chat, `"messages": [...]` has the messages of each, or null. An error has another status than
+200 and may say more in `{"error": "..."}`. `fastppo.serve_reward` serves a reward model that way.
 """
 
 from __future__ import annotations
@@ -61,12 +61,14 @@ class _Request(NamedTuple):
 def _request(responses: Responses, start: int, config: RewardConfig, where: str) -> _Request:
     rows = slice(start, start + config.request_size)
     columns = {name: column[rows] for name, column in responses.columns.items()}
-    said = {
+    said: dict[str, Any] = {
         "prompts": responses.prompts[rows],
         "responses": responses.texts[rows],
         "ended": responses.ended[rows],
         "columns": columns,
     }
+    if responses.messages is not None and any(chat is not None for chat in responses.messages[rows]):
+        said["messages"] = list(responses.messages[rows])
     try:
         return _Request(start, responses.texts[rows], _json(said))
     except (TypeError, ValueError, RecursionError) as error:

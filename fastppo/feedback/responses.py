@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastppo.batch import Packed
+from fastppo.conversation import Messages
 from fastppo.errors import FastPPOError
 
 LARGEST = torch.finfo(torch.float32).max  # what a score may be, in size
@@ -22,13 +23,18 @@ class RewardError(FastPPOError):
 
 @dataclass(frozen=True)
 class Responses:
-    """B responses as text, and for reward models with the actor's tokenizer the tokens themselves."""
+    """B responses as text, and for reward models with the actor's tokenizer the tokens themselves.
+
+    A prompt and its response together are the text that the actor has written on, also where its tokenizer puts a space
+    before a text of its own.
+    """
 
     prompts: list[str]  # chat as the actor's template writes it
     texts: list[str]  # without special tokens, and so without the EOS
     ended: list[bool]  # False where the response was cut at its maximum length
     columns: dict[str, list[Any]]  # every other column of the data, one value a response
     packed: Packed
+    messages: Sequence[Messages | None] | None = None  # of each prompt, None where it is no chat; None where none is
 
 
 Source = Callable[[Responses], Sequence[float]]

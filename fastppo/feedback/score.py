@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from fastppo.batch import Moments, Packed, Rollout, Scored, concatenate
 from fastppo.config import PPOConfig
+from fastppo.continuation import decode_after
 from fastppo.data import PromptSet
+from fastppo.feedback.function import FunctionSource, ask_at_once
 from fastppo.feedback.responses import LARGEST, Responses, RewardError, Source
 from fastppo.world import World, all_gather
 
@@ -36,10 +39,11 @@ def score(
     rows = rollout.sources.tolist()
     responses = Responses(
         prompts=[prompts.texts[row] for row in rows],
-        texts=_decode(rollout.packed, tokenizer),
+        texts=response_texts(rollout.packed, tokenizer),
         ended=rollout.ended.tolist(),
         columns={name: [column[row] for row in rows] for name, column in prompts.columns.items()},
         packed=rollout.packed,
+        messages=prompts.messages_of(rows),
     )
     by_source, scores = _ask_all("rewards", sources, responses, world)
     judged = _ask_all("health.judge", judge, responses, world)[1] if judge else torch.full_like(scores, math.nan)
@@ -71,7 +75,8 @@ def _ask_all(
 
     where: the setting that the sources belong to, for errors.
     """
-    by_source = torch.stack([_ask(source, responses, world) for source, _ in sources], dim=1)
+    awaited = _awaited([source for source, _ in sources], responses)
+    by_source = torch.stack([_ask(awaited.get(source, source), responses, world) for source, _ in sources], dim=1)
     weights = [weight for _, weight in sources]
     sums = by_source.double() @ torch.tensor(weights, dtype=torch.float64)
     for i in (sums.abs() > LARGEST).nonzero().flatten().tolist()[:1]:
@@ -81,6 +86,27 @@ def _ask_all(
             " beyond what fp32 holds. Lower the weights, or scale what the sources say."
         )
     return by_source, sums.float()
+
+
+def _awaited(sources: Sequence[Source], responses: Responses) -> dict[Source, Source]:
+    """For each coroutine function a source that says what it has answered, or why one of them has not.
+
+    They are awaited together, so several services that each takes its time over are asked at once.
+    """
+    functions = [source for source in sources if isinstance(source, FunctionSource) and source.is_async]
+    try:
+        answers = ask_at_once(functions, responses)
+    except RewardError as error:
+        return dict.fromkeys(functions, partial(_raise, error))
+    return {source: partial(_said, answer) for source, answer in answers.items()}
+
+
+def _raise(error: RewardError, responses: Responses) -> Sequence[float]:
+    raise error
+
+
+def _said(answer: Sequence[float], responses: Responses) -> Sequence[float]:
+    return answer
 
 
 def _ask(source: Source, responses: Responses, world: World) -> Tensor:
@@ -97,9 +123,8 @@ def _ask(source: Source, responses: Responses, world: World) -> Tensor:
     return torch.cat([answer for answer in answers if isinstance(answer, Tensor)])
 
 
-def _decode(packed: Packed, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The responses' text, without special tokens."""
-    if not len(packed):
-        return []
-    parts = packed.responses.split(packed.response_lengths.tolist())
-    return list(tokenizer.batch_decode([part.tolist() for part in parts], skip_special_tokens=True))
+def response_texts(packed: Packed, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text by which each response goes on from its prompt, without special tokens."""
+    sequences = [part.tolist() for part in packed.tokens.split(packed.lengths.tolist())] if len(packed) else []
+    pairs = list(zip(sequences, packed.response_lengths.tolist(), strict=True))
+    return decode_after([ids[:-n] for ids, n in pairs], [ids[-n:] for ids, n in pairs], tokenizer)

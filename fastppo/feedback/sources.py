@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.config import Config, RewardConfig
+from fastppo.conversation import NO_ARGUMENTS
+from fastppo.data import PromptSet
 from fastppo.engine import Frozen
 from fastppo.feedback.function import function_source
-from fastppo.feedback.model import ModelSource, ensemble
+from fastppo.feedback.model import ModelSource, chat_tokens, ensemble
 from fastppo.feedback.pattern import pattern_source
 from fastppo.feedback.remote import remote_source
 from fastppo.feedback.responses import Source
 from fastppo.load import frozen_partitions, load_reward
 from fastppo.residency import Residency
-from fastppo.weights import DTYPES
+from fastppo.weights import DTYPES, load_tokenizer
 from fastppo.world import World
 
 log = logging.getLogger("fastppo")
@@ -31,6 +34,27 @@ def load_functions(rewards: Sequence[RewardConfig], where: str = "rewards") -> N
     for reward in rewards:
         if reward.function is not None:
             function_source(reward.function, where)
+
+
+def check_chats(config: Config, tokenizer: PreTrainedTokenizerBase, *prompts: PromptSet) -> None:
+    """Whether the templates of reward models and judges write the chats of these prompts, by the roles that they have.
+
+    Done before any model loads. tokenizer: the actor's. Raises RewardError.
+    """
+    chats = [chat for part in prompts for chat in part.messages if chat is not None]
+    kinds = {tuple(message["role"] for message in chat): chat for chat in chats}
+    for where, rewards in (("rewards", config.rewards), ("health.judge", config.health.judge)):
+        for reward in rewards if kinds else ():
+            setting = f"{where}.model" if reward.model is not None else f"{where}.ensemble"
+            for name in (each for each in (reward.model, *reward.ensemble) if each is not None):
+                theirs = load_tokenizer(setting, name)
+                for chat in kinds.values() if theirs.chat_template is not None else ():
+                    chat_tokens(f"{setting} = {name}", chat, "yes", theirs, _arguments(config, theirs, tokenizer))
+
+
+def _arguments(config: Config, theirs: PreTrainedTokenizerBase, actors: PreTrainedTokenizerBase) -> Mapping[str, Any]:
+    """What a reward model's chat template is given: `data.template`, if it is the actor's template."""
+    return config.data.template if theirs.chat_template == actors.chat_template else NO_ARGUMENTS
 
 
 def load_sources(
@@ -96,6 +120,7 @@ def _load(
             zero=config.zero,
             world=world,
             name=f"{setting} = {name}",
+            template=_arguments(config, theirs, tokenizer),
         )
 
     if reward.model is not None:

@@ -1,5 +1,5 @@
 """Sampling: the actor writes a response to each prompt."""
 
-from fastppo.rollout.inprocess import sample, stop_ids
+from fastppo.rollout.inprocess import named_stop_ids, sample, stop_ids
 
-__all__ = ["sample", "stop_ids"]
+__all__ = ["named_stop_ids", "sample", "stop_ids"]

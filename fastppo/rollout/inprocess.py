@@ -8,6 +8,7 @@ differently.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +19,7 @@ from fastppo import attention, ops, stop
 from fastppo.attention import Cache
 from fastppo.batch import Prompts, Rollout, pack, segment_offsets
 from fastppo.config import SamplingConfig
+from fastppo.continuation import decode_after, decode_pieces, encode_behind
 from fastppo.errors import FastPPOError
 from fastppo.models import Policy
 from fastppo.rollout.graphs import StepGraphs
@@ -33,12 +35,30 @@ def stop_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase, config: Samplin
         return []
     own = getattr(policy.model.generation_config, "eos_token_id", None)
     ids = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    return sorted(ids | {*named_stop_ids(tokenizer, config)})
+
+
+def named_stop_ids(tokenizer: PreTrainedTokenizerBase, config: SamplingConfig) -> list[int]:
+    """The tokens that `stop_tokens` names, each as the vocabulary spells it or as text. Raises FastPPOError."""
     vocabulary = tokenizer.get_vocab()
-    for token in config.stop_tokens:
-        if token not in vocabulary:
-            raise FastPPOError(f"sampling.stop_tokens: {token!r} is not one token of the actor's tokenizer")
-        ids.add(vocabulary[token])
-    return sorted(ids)
+    return [vocabulary[t] if t in vocabulary else _only_token(t, vocabulary, tokenizer) for t in config.stop_tokens]
+
+
+def _only_token(text: str, vocabulary: dict[str, int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """The one token whose text this is, behind a prompt."""
+    before = tokenizer("x", add_special_tokens=False)["input_ids"]
+    ids = encode_behind([before], [text], tokenizer)[0]
+    if len(ids) == 1 and decode_after([before], [ids], tokenizer, special=True) == [text]:
+        return ids[0]
+    parts = decode_pieces(before, ids, tokenizer)
+    alike = [name for name in vocabulary if name.strip("\u2581\u0120 ").lower() == text.strip().lower() != ""]
+    named = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    near = list(dict.fromkeys(alike + difflib.get_close_matches(text, named, cutoff=0.5)))[:4]
+    raise FastPPOError(
+        f"sampling.stop_tokens: {text!r} is not one token of the actor's tokenizer, but {len(ids)}: {parts}. A response"
+        " ends at single tokens: give one that only stands where it shall end"
+        + (f", or one of {', '.join(map(repr, near))}." if near else ".")
+    )
 
 
 def sample(policy: Policy, prompts: Prompts, config: SamplingConfig, *, stop_ids: Sequence[int], seed: int) -> Rollout:

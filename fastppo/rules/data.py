@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastppo.config import Config, ConfigError
+from fastppo.config import Config, ConfigError, DataConfig, ExamplesConfig
 
 
 def check_data(config: Config) -> None:
@@ -21,6 +21,7 @@ def check_data(config: Config) -> None:
                 f"data.first_tokens is {data.first_tokens} and data.max_prompt_tokens {data.max_prompt_tokens}:"
                 " every prompt would be too long. Raise max_prompt_tokens or lower first_tokens."
             )
+    check_template(data)
     if prompts == 0 and (config.eval.every or data.eval_path is not None):
         setting = f"eval.every is {config.eval.every}" if config.eval.every else f"data.eval_path is {data.eval_path}"
         raise ConfigError(f"{setting} but eval.prompts is 0, which turns evaluation off. Set eval.prompts above 0.")
@@ -33,6 +34,14 @@ def check_data(config: Config) -> None:
         raise ConfigError(
             f"data.limit is {data.limit} and eval.prompts {prompts}: holding those out leaves no prompt to train on."
             " Raise data.limit, lower eval.prompts, or give data.eval_path."
+        )
+
+
+def check_template(data: DataConfig | ExamplesConfig) -> None:
+    if data.template and data.chat == "never":
+        raise ConfigError(
+            f"data.template is {data.template} and data.chat is never: without chat no template is asked. Leave out"
+            " data.template, or set data.chat to auto or always."
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from fastppo.config import ConfigError, RewardTrainingConfig, SFTConfig
+from fastppo.rules.data import check_template
 from fastppo.rules.learning import check_zero
 from fastppo.rules.models import check_attention, check_targets
 from fastppo.rules.ranges import Ranges, check_betas, check_ranges, check_train
@@ -67,6 +68,7 @@ def _check_stage(config: RewardTrainingConfig | SFTConfig, ranks: int, what: str
         raise ConfigError("model.path is not set: there is nothing to train. Give a hub name or a directory.")
     if not data.path:
         raise ConfigError(f"data.path is not set: give a dataset on the hub, a directory or a file with {what}.")
+    check_template(data)
     if answers * data.max_tokens > config.microbatch_tokens:
         example = "the two answers of a pair" if answers == 2 else "one example"
         raise ConfigError(

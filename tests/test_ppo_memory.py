@@ -1,0 +1,395 @@
+"""The plan of a PPO run and what is really held: the same table decides, and nothing stays that it does not count."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import whole_runs
+from architectures import ACTORS, directory
+from ppo_step import config_of, responses, roles_of
+from transformers import AutoModelForCausalLM
+
+from fastppo import evaluate, memory, train
+from fastppo.cast import cast_of
+from fastppo.cli import parse
+from fastppo.config import Config, DataConfig, EvalConfig, OptimConfig, PPOConfig, SamplingConfig, ZeroConfig
+from fastppo.estimate import estimate
+from fastppo.feedback import load_sources
+from fastppo.footprint import Footprint, Pass
+from fastppo.learn import learn
+from fastppo.memory import Bytes, Member, by_stage
+from fastppo.microbatch import plan_step
+from fastppo.models import Policy, fuse_head
+from fastppo.ppo_memory import STAGES, averaged, kinds, placed, shares
+from fastppo.residency import Residency
+from fastppo.roles import Roles
+from fastppo.trunk import TrunkStates
+from fastppo.weights import Source, outline
+from fastppo.world import World, start_world
+
+KINDS = ("gathered", "reference", "rewards", "optimizers", "gradients")
+
+CASES = [
+    {"stage": 0, "critic": "shared"},
+    {"stage": 1, "average": 0.9},
+    {"stage": 1, "lora": 2, "offload": "offload_optimizer"},
+    {"stage": 1, "dtype": "bf16"},
+    {"stage": 1, "dtype": "bf16", "critic": "shared", "lora": 2, "average": 0.9},
+    {"stage": 1, "dtype": "bf16", "offload": "offload_optimizer"},
+    {"stage": 2, "offload": "offload_optimizer"},  # sums on the host
+    {"stage": 2, "dtype": "bf16", "critic": "shared", "lora": 2, "average": 0.9},
+    {"stage": 2, "dtype": "bf16", "offload": "offload_optimizer"},
+    {"stage": 3, "dtype": "bf16", "average": 0.9, "exact": True},
+    {"stage": 3, "critic": "shared"},
+    {"stage": 3, "dtype": "bf16", "lora": 2, "exact": True},
+    {"stage": 3, "dtype": "bf16", "offload": "offload_parameters"},
+    {"stage": 3, "critic": "shared", "lora": 2, "average": 0.9, "offload": "offload"},
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """An actor and a reward model."""
+    folder = tmp_path_factory.mktemp("models")
+    return tiny.saved(folder / "actor", tiny.causal()), tiny.saved(folder / "reward", tiny.classifier())
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return start_world(1)
+
+
+def settings(models: tuple[str, str], case: dict[str, Any], deepspeed: str) -> Config:
+    actor, reward = models
+    argv = ["--zero.stage", str(case["stage"]), "--critic.kind", case.get("critic", "separate")]
+    argv += ["--rewards", json.dumps([{"model": reward}]), "--optim.dtype", case.get("dtype", "fp32")]
+    if "lora" in case:
+        argv += ["--actor.lora.rank", str(case["lora"])]
+        argv += [] if case.get("critic") == "shared" else ["--critic.lora.rank", str(case["lora"])]
+    if "average" in case:
+        argv += ["--actor.average", str(case["average"])]
+    if "offload" in case:
+        argv += [f"--zero.{case['offload']}", "cpu"]
+    if case.get("exact"):
+        argv += ["--ppo.kl_in", "loss", "--ppo.kl_kind", "exact"]
+    argv += ["--zero.deepspeed", deepspeed] if case["stage"] else []
+    return config_of(actor, "--ppo.microbatch_tokens", "60", *argv)  # several, whose gradients are added up
+
+
+def after_a_step(config: Config, world: World) -> Roles:
+    """The roles of a run that has learned once, so that all is there that a step brings about."""
+    roles = roles_of(config, world)
+    load_sources(config, roles.tokenizer, world, roles.residency)
+    roles.residency.enter("sampling")
+    scored = responses(roles)
+    plan = plan_step(scored.rollout.packed.lengths, config, 0, 1, roles.attention)
+    roles.residency.enter("experience")
+    experience = estimate(scored, roles, plan[0], config, 0.1, world)
+    roles.residency.enter("learning")
+    learn(experience, roles, plan, config, step=0, beta=0.1, world=world)
+    return roles
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """DeepSpeed's settings with a small reduce bucket, of which the plan is told."""
+    (tmp_path / "small.json").write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 2_000}}))
+    monkeypatch.setattr(memory, "REDUCE_BUCKET", 2_000)
+    return str(tmp_path / "small.json")
+
+
+def move_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, add = Residency.__init__, Residency.add
+
+    def moving(self: Residency, *args: Any) -> None:
+        made(self, *args)
+        self._moves = True
+
+    def adding(self: Residency, kind: str, owner: Any) -> None:
+        for x in owner.states():
+            if not x.untyped_storage().resizable():  # a weight that is mapped from its file
+                x.data = x.data.clone()
+        add(self, kind, owner)
+
+    monkeypatch.setattr(Residency, "__init__", moving)
+    monkeypatch.setattr(Residency, "add", adding)
+
+
+def on_device(residency: Residency) -> dict[str, int]:
+    """Bytes by kind, each storage once."""
+    found: dict[str, int] = {}
+    for part in residency._parts:
+        storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in part.states()}
+        found[part.kind] = found.get(part.kind, 0) + sum(storages.values())
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_in_each_stage_residency_keeps_what_the_plan_counts(
+    models: tuple[str, str], world: World, small: str, monkeypatch: pytest.MonkeyPatch, case: dict[str, Any]
+) -> None:
+    move_on_the_cpu(monkeypatch)
+    config = settings(models, case, small)
+    roles, members, zero = after_a_step(config, world), cast_of(config, cpu=False), config.zero
+    homes = {"optimizers": zero.optimizer_on, "reference": zero.frozen_on, "rewards": zero.frozen_on}
+    for stage in ("sampling", "feedback", "experience", "learning"):
+        roles.residency.enter(stage)
+        held, counted = on_device(roles.residency), dict.fromkeys(KINDS, 0)
+        if zero.stage == 3 and zero.optimizer_on != "none" and stage == "learning":  # the sums are on the host
+            held["gradients"] -= 4 * sum(member.size.trained for member in members if member.trains)
+        for member in members:
+            for kind, amount in kinds(member, config, 1).items():
+                counted[kind] += placed(kind, amount, stage, config, cpu=False).gpu.total
+        for kind, planned in counted.items():
+            if homes.get(kind, "none") == "none":
+                assert planned == pytest.approx(held.get(kind, 0), rel=0.02), (stage, kind)
+            else:  # it is in the host's memory at all times, which is the same memory here
+                assert planned == 0, (stage, kind)
+    if roles.average is not None:
+        actor, own = members[0], sum(p.nbytes for p in roles.average._average.values())
+        planned = {stage: averaged(actor, stage, config, 1).host.total for stage in STAGES}
+        assert planned["learning"] == pytest.approx(own, rel=0.02)
+        swapped = own + own * actor.size.bytes // 4
+        assert planned["sampling"] == planned["experience"] == pytest.approx(swapped, rel=0.02)
+
+
+@pytest.mark.parametrize("case", [CASES[i] for i in (1, 3, 5, 6, 8, 11, 13)], ids=str)
+def test_nothing_stays_after_a_step_that_the_plan_does_not_count(
+    models: tuple[str, str], world: World, small: str, monkeypatch: pytest.MonkeyPatch, case: dict[str, Any]
+) -> None:
+    """Every tensor that is alive between two steps, on the CPU, where nothing moves."""
+    monkeypatch.setattr(Footprint, "passes", nothing_passes)
+    config = settings(models, case, small)
+    before = alive()
+    roles = after_a_step(config, world)
+    now = {at: size for at, size in alive().items() if at not in before}
+    planned = [share.places for share in shares(cast_of(config, cpu=True), config, 1) if share.stage == "learning"]
+    lasting = sum(
+        place.states + place.buffers for found in planned for place in (found.gpu, found.host, found.nvme)
+    ) - gone(config)
+    assert sum(now.values()) == pytest.approx(lasting, rel=0.03)
+    assert roles.actor is not None
+
+
+def nothing_passes(self: Footprint, sequences: int, length: int, *, gradient: bool) -> Pass:
+    """Activations take time to be counted, and are not asked for."""
+    return Pass(0, 0)
+
+
+def gone(config: Config) -> int:
+    """What the plan has in learning alone: gradients that are in no buffer of their own, the sums of stage 2 that wait
+    for the host, and at stage 3 the module that is whole and its gradients."""
+    total = 0
+    for member in cast_of(config, cpu=True):
+        states, size = memory.model_states(member, config, 1).gpu, member.size
+        live = size.largest * size.bytes
+        if config.zero.stage < 3:
+            summed = memory.summed_on_arrival(member, config)
+            total += 0 if summed or not member.trains else states.gradients
+            total += memory.reducing(member, config, 1).gpu.gradients if member.trains else 0
+        elif member.trains:
+            total += 2 * live
+        elif member.name == "reference" and config.ppo.loss_reads_reference:
+            total += live
+    return total
+
+
+def alive() -> dict[int, int]:
+    """Bytes of every storage that a tensor has."""
+    gc.collect()
+    found = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
+            found[thing.untyped_storage()._cdata] = thing.untyped_storage().nbytes()
+    return found
+
+
+@pytest.fixture(scope="module")
+def seven_billion(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, list[Member]]:
+    """The actor on a GPU, and on the CPU."""
+    folder = directory(tmp_path_factory.mktemp("7b"), *ACTORS["7b"])
+    model = fuse_head(outline(AutoModelForCausalLM, Source("actor.model", folder), torch.bfloat16))
+    sizes = {cpu: Footprint(Policy(model), torch.bfloat16, cpu=cpu, checkpointing=True) for cpu in (False, True)}
+    return {cpu: [Member("actor", size, trains=True, weights=size.parameters)] for cpu, size in sizes.items()}
+
+
+def by_name(members: list[Member], config: Config, ranks: int = 8) -> dict[str, Bytes]:
+    """What each stage has on the GPU."""
+    return {stage: places.gpu for stage, places in by_stage(shares(members, config, ranks))}
+
+
+STAGE_3 = Config(zero=ZeroConfig(stage=3), optim=OptimConfig(activation_checkpointing=True))
+
+
+def test_the_copy_to_sample_from_is_counted_where_it_stays(
+    seven_billion: dict[bool, list[Member]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Footprint, "passes", nothing_passes)
+    for cpu, members in seven_billion.items():
+        size, found = members[0].size, by_name(members, STAGE_3)
+        whole, split = size.parameters * size.bytes, size.parameters * size.bytes // 8
+        live = size.largest * size.bytes
+        held = {stage: amount.weights - split for stage, amount in found.items()}
+        copy = whole if cpu else 0  # on the CPU nothing moves
+        assert held == {
+            "sampling": whole,
+            "feedback": copy,
+            "experience": copy + live,
+            "learning": copy + live,
+        }
+
+
+def test_the_buffers_that_deepspeed_keeps_are_counted_of_each_role_where_they_do_not_leave(
+    seven_billion: dict[bool, list[Member]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Footprint, "passes", nothing_passes)
+    actor = seven_billion[False][0]
+    both = [actor, replace(actor, name="critic")]
+    offloaded = Config(zero=ZeroConfig(stage=2, offload_optimizer="cpu"))
+    sizes = (
+        (STAGE_3, memory.REDUCE_BUCKET),
+        (Config(zero=ZeroConfig(stage=2)), 0),
+        (offloaded, actor.size.largest_trained),
+    )
+    for config, each in sizes:
+        assert [found.buffers for found in by_name(both, config).values()] == [0, 0, 0, 2 * 2 * each]
+    kept = seven_billion[True][0]  # on the CPU, where nothing leaves
+    both = [kept, replace(kept, name="critic")]
+    each = kept.size.largest_trained
+    assert [found.buffers for found in by_name(both, offloaded).values()] == 4 * [2 * 2 * each]
+
+
+def test_gradients_are_counted_for_each_role_while_it_learns_and_on_the_cpu_wherever_they_are_kept(
+    seven_billion: dict[bool, list[Member]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Footprint, "passes", nothing_passes)
+    for cpu, (actor,) in seven_billion.items():
+        both, trained = [actor, replace(actor, name="critic")], actor.size.trained
+        for zero, each, kept in (
+            (ZeroConfig(stage=1), 4 * trained, True),
+            (ZeroConfig(stage=1, offload_optimizer="cpu"), 4 * trained, False),
+            (ZeroConfig(stage=2), 2 * trained // 8 + 4 * trained // 8, False),
+            (ZeroConfig(stage=2, offload_optimizer="cpu"), 4 * (trained // 8), False),
+        ):
+            found = [amount.gradients for amount in by_name(both, Config(zero=zero)).values()]
+            resting = 2 * each if cpu and kept else 0
+            assert found == [resting, resting, resting, 2 * each]
+
+
+def test_an_evaluation_that_is_larger_than_a_step_is_what_counts(seven_billion: dict[bool, list[Member]]) -> None:
+    size = seven_billion[False][0].size
+    members = [
+        *seven_billion[False],
+        Member("reference", size, trains=False, weights=size.parameters),
+        Member("reward 1", size, trains=False, weights=size.parameters),
+    ]
+    config = replace(
+        STAGE_3,
+        ppo=PPOConfig(batch_size=16, minibatches=1, microbatch_tokens=8192),
+        data=DataConfig(max_prompt_tokens=256),
+        sampling=SamplingConfig(max_new_tokens=256, rows=64),
+        eval=EvalConfig(prompts=0),
+    )
+    step, large = by_name(members, config), by_name(members, replace(config, eval=EvalConfig(prompts=256)))
+    assert large["sampling"].cache == 8 * step["sampling"].cache  # 32 rows of a rank and not 4
+    for stage in ("feedback", "experience"):  # 16 sequences in a microbatch and not 2
+        assert large[stage].activations > 4 * step[stage].activations
+    assert large["learning"] == step["learning"]
+
+
+def test_all_responses_of_a_rank_are_scored_together(seven_billion: dict[bool, list[Member]]) -> None:
+    """However many minibatches they are learned from in."""
+    size = seven_billion[False][0].size
+    reward = Member("reward 1", size, trains=False, weights=size.parameters)
+    found = [
+        by_name(
+            [*seven_billion[False], reward], replace(STAGE_3, ppo=PPOConfig(batch_size=128, minibatches=minibatches))
+        )
+        for minibatches in (1, 16)
+    ]
+    assert found[0]["feedback"].activations == found[1]["feedback"].activations > 0
+    assert found[0]["learning"].activations > found[1]["learning"].activations
+
+
+def test_what_trunks_handed_up_is_counted_of_each_role(tmp_path: Path) -> None:
+    model = fuse_head(
+        outline(AutoModelForCausalLM, Source("actor.model", tiny.saved(tmp_path, tiny.causal())), torch.float32)
+    )
+    for p in model.model.layers[0].parameters():
+        p.requires_grad_(False)
+    model.get_input_embeddings().requires_grad_(False)
+    size = Footprint(Policy(model), torch.float32, cpu=False)
+    assert size.trunk == 1
+    both = [Member(name, size, trains=True, weights=size.parameters) for name in ("actor", "critic")]
+    found = by_name(both, Config(zero=ZeroConfig(stage=0)), ranks=1)
+    batch = memory.Batch.of(Config(), 1)
+    assert found["experience"].buffers == found["learning"].buffers == 2 * batch.tokens * size.width * 4
+    assert found["sampling"].buffers == found["feedback"].buffers == 0
+
+
+@pytest.fixture
+def kept_states(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Of how many sequences trunk states are kept anywhere."""
+    made, there = TrunkStates.__init__, weakref.WeakSet[TrunkStates]()
+
+    def init(self: TrunkStates, **options: Any) -> None:
+        made(self, **options)
+        there.add(self)
+
+    monkeypatch.setattr(TrunkStates, "__init__", init)
+    return lambda: sum(len(kept) for states in there for kept in states._kept.values())
+
+
+def test_trunk_states_are_gone_once_a_batch_is_learned_from(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch, kept_states: Callable[[], int]
+) -> None:
+    folder, found = whole_runs.prepare(tmp_path), []
+    log_step, sample = train.log_step, train.sample
+
+    def logging(setup: Any, done: Any, tracker: Any) -> None:
+        found.append(("logged", kept_states()))
+        log_step(setup, done, tracker)
+
+    def sampling(*args: Any, **options: Any) -> Any:
+        found.append(("sampled", kept_states()))
+        return sample(*args, **options)
+
+    learned = train.learn
+
+    def learning(*args: Any, **options: Any) -> Any:
+        found.append(("learned", kept_states()))
+        return learned(*args, **options)
+
+    for name, function in (("log_step", logging), ("sample", sampling), ("learn", learning)):
+        monkeypatch.setattr(train, name, function)
+    argv = whole_runs.settings(
+        folder, tmp_path / "out", steps=2, actor__train=1, eval__prompts=0, eval__every=0, checkpoint__every=0
+    )
+    train.train(parse(argv), world)
+    assert [count > 0 for what, count in found if what == "learned"] == [True, True]
+    assert [(what, count) for what, count in found if what != "learned" and count] == []
+
+
+def test_an_evaluation_keeps_the_trunk_states_of_one_microbatch(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch, kept_states: Callable[[], int]
+) -> None:
+    folder, found = whole_runs.prepare(tmp_path), []
+    own = evaluate.token_stats
+
+    def counting(*args: Any, **options: Any) -> Any:
+        found.append(kept_states())
+        return own(*args, **options)
+
+    monkeypatch.setattr(evaluate, "token_stats", counting)
+    argv = whole_runs.settings(folder, tmp_path / "out", steps=1, eval__prompts=12, actor__train=1, eval__every=0)
+    train.train(parse(argv), world)
+    assert 0 < max(found) < 12

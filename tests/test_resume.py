@@ -1,0 +1,81 @@
+"""Which settings may change when a run is resumed: pinned for every setting of every command."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastppo.config import AnyConfig, Config, RewardTrainingConfig, SFTConfig
+from fastppo.resume import CheckpointError, _check_fit, settings, versions
+from fastppo.world import World
+
+WORLD = World(0, 1, torch.device("cpu"))
+ANOTHER = "a value that no setting has"
+
+# What comes out does not depend on these, for any of the commands ...
+FREE = {
+    "attention": "rounding",
+    "checkpoint.every": "free",
+    "checkpoint.keep_best": "free",
+    "checkpoint.keep_last": "free",
+    "checkpoint.on_error": "free",
+    "optim.activation_checkpointing": "rounding",
+    "optim.max_skipped": "free",
+    "output": "free",
+    "plan": "free",
+    "resume": "free",
+    "threads": "rounding",
+    "timeout": "free",
+    "track.profile_steps": "free",
+    "track.progress": "free",
+    "track.responses": "free",
+    "track.responses_every": "free",
+    "track.tensorboard": "free",
+    "track.wandb": "free",
+    "zero.deepspeed": "rounding",
+    "zero.nvme_path": "free",
+    "zero.offload_frozen": "free",
+}
+# ... and on these for one kind of them.
+OF_PPO = FREE | {
+    "actor.lora.export": "free",
+    "eval.every": "free",
+    "eval.show": "free",
+    "health.alarms": "free",
+    "health.raise_kl": "free",
+    "health.roll_backs": "free",
+    "health.window": "free",
+    "ppo.microbatch_tokens": "rounding",
+    "sampling.cuda_graphs": "free",
+    "sampling.rows": "rounding",
+}
+BEFORE_PPO = FREE | {"keep_trunk_gb": "rounding", "microbatch_tokens": "rounding"}
+
+
+def outcome(config: AnyConfig, name: str, caplog: pytest.LogCaptureFixture) -> str:
+    """What becomes of a checkpoint whose run had another value of one setting."""
+    caplog.clear()
+    then = settings(config) | {name: [{"model": ANOTHER}] if name in ("rewards", "health.judge") else ANOTHER}
+    about: dict[str, Any] = {"ranks": 1, "config": then, "versions": versions()}
+    try:
+        _check_fit(Path("runs/ppo/checkpoints/step-00000001"), about, config, WORLD)
+    except CheckpointError as error:
+        return "refused" if name in str(error) and ANOTHER in str(error) else f"refused without its name: {error}"
+    return "rounding" if caplog.records else "free"
+
+
+@pytest.mark.parametrize(
+    ("kind", "free"),
+    [(Config, OF_PPO), (RewardTrainingConfig, BEFORE_PPO), (SFTConfig, BEFORE_PPO)],
+    ids=["PPO", "reward model", "SFT"],
+)
+def test_a_setting_may_change_if_it_is_listed_here_and_is_refused_by_name_if_not(
+    kind: Callable[[], AnyConfig], free: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "fastppo")
+    config = kind()
+    outcomes = {name: outcome(config, name, caplog) for name in settings(config)}
+    assert {name: found for name, found in outcomes.items() if found != "refused"} == free

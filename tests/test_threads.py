@@ -1,0 +1,53 @@
+"""How OpenMP's threads wait, which is decided before torch is imported."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+NAMES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+LOOK = f"import os, sys, fastppo; print('torch' in sys.modules, *(os.environ.get(name) for name in {NAMES}))"
+# Short work of two threads, and pauses in which the second has nothing to do.
+PAUSES = """
+import time, fastppo, torch
+torch.set_num_threads(2)
+ones, out = torch.ones(1 << 18), torch.empty(1 << 18)
+torch.add(ones, ones, out=out)
+start = time.process_time()
+for _ in range(300):
+    torch.add(ones, ones, out=out)
+    time.sleep(2e-3)
+print(time.process_time() - start)
+"""
+ON_CPU = pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="with a GPU the library's own bound stays")
+
+
+def seen(code: str, **environment: str) -> list[str]:
+    clean = {name: value for name, value in os.environ.items() if name not in (*NAMES, "OMP_NUM_THREADS")}
+    run = subprocess.run([sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.split()
+
+
+@ON_CPU
+def test_the_bound_is_there_before_torch_is():
+    import fastppo
+
+    assert seen(LOOK) == ["False", fastppo.SPINS, "None"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [({"GOMP_SPINCOUNT": "7"}, ["7", "None"]), ({"OMP_WAIT_POLICY": "passive"}, ["None", "passive"])],
+)
+def test_what_the_user_has_set_stays(environment, words):
+    assert seen(LOOK, **environment)[1:] == words
+
+
+@ON_CPU
+def test_threads_that_wait_take_little_time_from_others():
+    """In seconds of the processor, which other work beside it does not stretch."""
+    bounded, as_ever = (float(seen(PAUSES, **environment)[0]) for environment in ({}, {"GOMP_SPINCOUNT": "300000"}))
+    assert bounded < as_ever / 2
