@@ -217,7 +217,7 @@ leave.export = export
 def test_a_run_that_is_told_to_stop_while_it_writes_its_model_writes_it_to_the_end(folder, forks):
     output = folder / "told-late"
     run = forks.start(whole_runs.settings(folder, output, steps=1, eval__prompts=0, eval__every=0), 2, SLOW_EXPORT)
-    wait_for(lambda: run.logs[0].exists() and "exporting" in run.text(), run)
+    wait_for(lambda: all(log.exists() for log in run.logs) and "exporting" in run.text(), run)
     for pid in run.ranks:
         os.kill(pid, signal.SIGINT)
     assert forks.wait(run) == [0, 0], run.text()
