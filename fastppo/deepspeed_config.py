@@ -41,6 +41,11 @@ def trained(optim: OptimConfig, zero: ZeroConfig, names: Names = OF_PPO) -> JSON
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
     }
+    if zero.stage == 1 and optim.dtype == "bf16":
+        # Each gradient is added to an fp32 sum where it arrives and freed, and the sums travel as they are: else all
+        # gradients stay in bf16 until the pass is over, and the sums are rounded to bf16 (on a single rank too).
+        config["bf16"]["immediate_grad_update"] = True
+        config["communication_data_type"] = "fp32"
     if zero.optimizer_on != "none":
         config["zero_optimization"]["offload_optimizer"] = _place(zero.optimizer_on, zero)
     if zero.parameters_on != "none":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
@@ -17,10 +18,9 @@ import deepspeed
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.utils import combine_grad_norm_groups
 from torch import Tensor, nn
 
-from fastppo import deepspeed_config
+from fastppo import deepspeed_config, gradients
 from fastppo.config import OptimConfig, ZeroConfig
 from fastppo.errors import FastPPOError
 
@@ -103,6 +103,7 @@ class Engine:
         self._kept = [i for i, group in enumerate(trained) if group]
         self._adam: Any = _adam([trained[i] for i in self._kept], optim, offloaded=zero.optimizer_on != "none")
         self._parameters = [p for i in self._kept for p in trained[i]]
+        self._first = True  # whether the next backward pass is the first of an update
         with quiet():
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=module,
@@ -131,16 +132,15 @@ class Engine:
         """
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)
+        if self._first:
+            gradients.after_first(self._optimizer)
+        self._first = last
+        if last:
+            gradients.after_last(self._optimizer)
 
     def gradient_norm(self) -> float:
         """The norm of the gradient that all ranks have accumulated, before clipping; not finite if a part of it is."""
-        if hasattr(self._optimizer, "scaled_global_norm"):  # ZeRO stages 1 and 2
-            norm = self._optimizer.scaled_global_norm()
-        elif hasattr(self._optimizer, "_get_norm_groups"):  # stage 3 has no public name for it
-            norm = combine_grad_norm_groups(self._optimizer._get_norm_groups())
-        else:  # no ZeRO: every rank has the whole gradient
-            norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        return float(norm)
+        return gradients.norm(self._optimizer, self._parameters)
 
     def step(self, learning_rates: Sequence[float], *, apply: bool = True) -> None:
         """Clip, update, clear the gradients; without `apply` the weights and the optimizer stay as they were.
@@ -150,17 +150,19 @@ class Engine:
         """
         for group, i in zip(self._optimizer.param_groups, self._kept, strict=True):
             group["lr"] = learning_rates[i] if apply else 0.0
+        gradients.before_step(self._optimizer)
         with _resting_at_rate_0(self._adam):
             self._engine.step()
+        gradients.after_step(self._optimizer)
 
     def states(self) -> list[Tensor]:
-        """What learning alone uses: optimizer states, master weights, and the buffers that gradients are kept in."""
+        """What learning alone uses and goes on from: optimizer states and master weights."""
         states = [x for state in self._adam.state.values() for x in state.values() if isinstance(x, Tensor)]
-        for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):  # stages 1 and 2; stage 3
-            states += getattr(self._optimizer, name, [])
-        if (gradients := getattr(self._optimizer, "grad_partitions_flat_buffer", None)) is not None:
-            states.append(gradients)
-        return states
+        return [*states, *gradients.masters(self._optimizer)]
+
+    def buffers(self) -> list[Tensor]:
+        """What learning alone uses and begins anew in each update: what gradients are added up in and pass through."""
+        return gradients.buffers(self._optimizer)
 
     def save(self, folder: Path, name: str, write: Callable[[Any, Path], None]) -> None:
         """This rank's part of weights, master weights and optimizer, in files below `folder`/`name`; all ranks call it.
@@ -179,6 +181,16 @@ class Engine:
             found, _ = self._engine.load_checkpoint(str(folder), tag=name, custom_load_fn=_load_trained)
         if found is None:
             raise FileNotFoundError(f"{folder / name} has no state that DeepSpeed knows")
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """An engine's gradients as a part that can leave the GPU apart from its states, as nothing of them is kept."""
+
+    engine: Engine
+
+    def states(self) -> list[Tensor]:
+        return self.engine.buffers()
 
 
 def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:

@@ -28,7 +28,7 @@ from fastppo.errors import FastPPOError
 from fastppo.miniature import MISFIT, miniature
 from fastppo.model_check import check_model
 from fastppo.model_code import raised_by_a_model, said
-from fastppo.models import Backbone, Critic, ModelError, width_of
+from fastppo.models import Backbone, Critic, ModelError, Policy, width_of
 from fastppo.trunk import layers_of, trunk_depth
 
 
@@ -54,6 +54,8 @@ class Footprint:
         # As DeepSpeed counts it: the parameters that one module owns are gathered together at stage 3.
         self.largest = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in role.modules())
         self.largest_trained = max((p.numel() for p in parameters if p.requires_grad), default=0)
+        # Learning rates: a value head on the actor's backbone has its own.
+        self.groups = 2 if isinstance(role, Policy) and role.value_head is not None else 1
         self.layers: int = config.num_hidden_layers
         self.width = role.value_head.weight.shape[1] if isinstance(role, Critic) else width_of(model)
         self.vocabulary: int = config.vocab_size

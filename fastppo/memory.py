@@ -5,14 +5,15 @@ P parameters of which T train, in weights of b bytes, on N ranks. What DeepSpeed
 | zero.stage           | weights   | gradients            | optimizer: fp32 master weights, two moments |
 |----------------------|-----------|----------------------|---------------------------------------------|
 | 0 (fp32)             | b P       | 4 T                  | 8 T: no master, the weights are fp32        |
-| 1, bf16 on the GPU   | b P       | 2 T + 4 T            | 12 T / N                                    |
-| 1, fp32 or offloaded | b P       | b T, offloaded 4 T/N | 12 T / N                                    |
+| 1                    | b P       | 4 T                  | 12 T / N                                    |
+| 1, offloaded         | b P       | 4 T, and 4 T / N     | 12 T / N                                    |
 | 2                    | b P       | (b + 4) T / N        | 12 T / N                                    |
 | 3                    | b P / N   | 4 T / N              | 12 T / N                                    |
 
-In bf16 gradients add up in fp32 (grad_accum_dtype): at stage 1 of all parameters on every rank, at 2 and 3 of the
-rank's own part. At stage 3 the weights of one module at a time are gathered, and its gradients made whole. These are
-the terms of DeepSpeed's own estimators, `estimate_zero2_model_states_mem_needs` and its sister of stage 3.
+In bf16 gradients add up in fp32 (grad_accum_dtype): at stage 1 of all parameters on every rank, each as it arrives, at
+2 and 3 of the rank's own part. Offloading leaves the 4 T of stage 1 on the GPU. At stage 3 the weights of one module at
+a time are gathered, and its gradients made whole. Stages 2 and 3 are as DeepSpeed's own estimators have them
+(`estimate_zero2_model_states_mem_needs` and its sister); what these leave out is in `buffers` and `reducing`.
 """
 
 from __future__ import annotations
@@ -116,17 +117,17 @@ def model_states(member: Member, config: AnyConfig, ranks: int) -> Places:
     if zero.stage == 0:
         return found + on("none", Bytes(gradients=4 * trained, optimizer=8 * trained))
     place, fp32 = zero.optimizer_on, 4 * trained // ranks
+    if zero.stage == 1:
+        found += on("none", Bytes(gradients=4 * trained))
     if place != "none" or zero.stage == 3:
-        gradients = fp32
+        found += on(place, Bytes(gradients=fp32))
     elif zero.stage == 2:
-        gradients = b * trained // ranks + fp32
-    else:
-        gradients = b * trained + (4 * trained if b < 4 else 0)
-    return found + on(place, Bytes(gradients=gradients, optimizer=3 * fp32))
+        found += on(place, Bytes(gradients=b * trained // ranks + fp32))
+    return found + on(place, Bytes(optimizer=3 * fp32))
 
 
 def buffers(member: Member, config: AnyConfig, ranks: int) -> Places:
-    """What DeepSpeed makes once beside the states of a role and keeps, also while the role rests."""
+    """What DeepSpeed makes once beside the states of a role and keeps. On the GPU only learning uses it."""
     zero, size = config.zero, member.size
     b, part = size.bytes, size.trained // ranks
     place = zero.parameters_on if member.trains else zero.frozen_on
@@ -136,12 +137,11 @@ def buffers(member: Member, config: AnyConfig, ranks: int) -> Places:
     if member.trains:
         if zero.stage == 3:
             gpu += _reduce_bucket(size) * b
-            host += 4 * part if zero.optimizer_on == "cpu" else 0  # the gradient as the optimizer is handed it
+            host += 4 * part if zero.optimizer_on != "none" else 0  # the sums, beside what the optimizer is handed
         elif zero.optimizer_on != "none":
             gpu += size.largest_trained * b  # one parameter's gradient on its way to the host
-            host += (
-                part * b + size.largest_trained * b
-            )  # the new weights on their way back, and that gradient's other end
+            host += (part + size.largest_trained) * b  # that gradient's other end, and new weights on their way back
+            host += 4 * part if zero.stage == 2 and b == 4 else 0  # the sums; in bf16 they are on the GPU (`reducing`)
         if zero.optimizer_on == "nvme":
             host += NVME_OPTIMIZER_BUFFERS * 4 * min(part, SUB_GROUP)
     return Places(gpu=Bytes(buffers=gpu), host=Bytes(buffers=host))
@@ -149,15 +149,27 @@ def buffers(member: Member, config: AnyConfig, ranks: int) -> Places:
 
 def reducing(member: Member, config: AnyConfig, ranks: int) -> Places:
     """What DeepSpeed needs while a role learns, to fetch weights and to bring gradients together."""
-    size = member.size
+    zero, size, b, sums = config.zero, member.size, member.size.bytes, 0
     bucket, part = min(size.trained, REDUCE_BUCKET), size.trained // ranks
-    if config.zero.stage == 3:  # the gradients that wait for the bucket, and their sum in fp32 before it is added
-        gpu = bucket * size.bytes + 4 * (bucket // ranks)
-    elif config.zero.stage == 2:  # the bucket, and the gradients that wait for it beyond the rank's own part
-        gpu = (_reduce_bucket(size) + max(bucket - part, 0)) * size.bytes
+    if zero.stage == 3:  # the gradients that wait for the bucket, and their sum in fp32 before it is added
+        gpu = bucket * b + 4 * (bucket // ranks)
+    elif zero.stage == 2:  # the bucket, and the gradients that wait for it beyond the rank's own part
+        gpu = (_reduce_bucket(size) + max(bucket - part, 0)) * b
+        sums = (
+            4 * part if zero.optimizer_on != "none" and b < 4 else 0
+        )  # of all microbatches, before they are handed on
+    elif summed_on_arrival(member, config):
+        # A gradient and its fp32 form on their way to the sum, then one copy of the sums of several small groups.
+        joined = 4 * size.trained if size.groups > 1 and size.trained <= REDUCE_BUCKET else 0
+        gpu = max((b + 4) * size.largest_trained, joined)
     else:  # one flat copy of the gradients that are being reduced
-        gpu = bucket * size.bytes
-    return prefetch(member, config) + Places(gpu=Bytes(workspace=gpu))
+        gpu = bucket * 4
+    return prefetch(member, config) + Places(gpu=Bytes(gradients=sums, workspace=gpu))
+
+
+def summed_on_arrival(member: Member, config: AnyConfig) -> bool:
+    """Whether each gradient is added where it arrives to a sum that is made once, as `BF16_Optimizer` does."""
+    return config.zero.stage == 1 and config.zero.optimizer_on == "none" and member.size.bytes < 4
 
 
 def _reduce_bucket(size: Footprint) -> int:

@@ -21,6 +21,7 @@ from fastppo.memory import (
     prefetch,
     reducing,
     sampling_needs,
+    summed_on_arrival,
     trunk_states,
 )
 from fastppo.residency import REMADE, uses
@@ -57,9 +58,11 @@ def kinds(member: Member, config: Config, ranks: int) -> dict[str, Bytes]:
     live = member.size.largest * b if config.zero.stage == 3 else 0  # of one module, while the role is computed
     if not member.trains:
         return {kind_of(member): Bytes(weights=gpu.weights - live)}
-    found = {"optimizers": Bytes(optimizer=gpu.optimizer)}
-    if config.zero.stage == 3:
-        found["optimizers"] = replace(found["optimizers"], gradients=gpu.gradients - live)
+    sums = gpu.gradients - live if _made_once(member, config) else 0
+    found = {
+        "optimizers": Bytes(optimizer=gpu.optimizer),
+        "gradients": replace(buffers(member, config, ranks).gpu, gradients=sums),
+    }
     if config.zero.stage == 3 and member.name == "actor":
         found["gathered"] = Bytes(weights=member.size.parameters * b)
     return found
@@ -72,6 +75,11 @@ def placed(kind: str, amount: Bytes, stage: str, config: Config, *, cpu: bool) -
     return Places() if kind in REMADE else Places(host=amount)
 
 
+def _made_once(member: Member, config: Config) -> bool:
+    """Whether gradients are added up in a buffer that DeepSpeed keeps; else they are freed once they are used."""
+    return config.zero.stage == 3 or summed_on_arrival(member, config)
+
+
 def averaged(actor: Member, stage: str, config: Config, ranks: int) -> Places:
     """The average of what trains, in fp32, and in an evaluation of it the actor's own weights beside it."""
     part = actor.size.trained // (ranks if config.zero.stage == 3 else 1)
@@ -82,13 +90,13 @@ def averaged(actor: Member, stage: str, config: Config, ranks: int) -> Places:
 def _lasting(member: Member, stage: str, config: Config, ranks: int, batch: Batch) -> Places:
     """What a role has in a stage whether it is computed there or not."""
     states, cpu = model_states(member, config, ranks), member.size.on_cpu
-    found = Places(host=states.host, nvme=states.nvme) + buffers(member, config, ranks)
+    found = Places(host=states.host + buffers(member, config, ranks).host, nvme=states.nvme)
     for kind, amount in kinds(member, config, ranks).items():
         found += placed(kind, amount, stage, config, cpu=cpu)
     if member.trains:
         live = member.size.largest * member.size.bytes if config.zero.stage == 3 else 0
         found += Places(gpu=Bytes(weights=states.gpu.weights - live))
-    if member.trains and config.zero.stage < 3 and stage == "learning":
+    if member.trains and not _made_once(member, config) and stage == "learning":
         found += Places(gpu=Bytes(gradients=states.gpu.gradients))
     if stage in ("experience", "learning"):
         found += Places(gpu=Bytes(buffers=trunk_states(member, batch)))

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fastppo.config import Config
 
-# The kinds of `uses` that whoever reads them fills first: nothing of them is kept while they are away.
-REMADE = frozenset({"gathered"})
+# The kinds of `uses` of which nothing is kept while they are away, and that come back as zeros: whoever samples fills
+# the copy to sample from first, and every update adds up its gradients from zero.
+REMADE = frozenset({"gathered", "gradients"})
 
 
 def uses(config: Config) -> dict[str, set[str]]:
@@ -26,7 +27,7 @@ def uses(config: Config) -> dict[str, set[str]]:
     Trained parameters are in no list: at ZeRO stages 0 to 2 every stage but feedback reads them, and at stage 3 a rank
     has a small part of them, which `zero.offload_parameters` keeps on the host.
     """
-    learning = {"optimizers"} | ({"reference"} if config.ppo.loss_reads_reference else set())
+    learning = {"optimizers", "gradients"} | ({"reference"} if config.ppo.loss_reads_reference else set())
     return {
         "loading": set(),
         "sampling": {"gathered"},
@@ -34,7 +35,7 @@ def uses(config: Config) -> dict[str, set[str]]:
         "experience": {"reference"},
         "learning": learning,
         "health": learning,  # it needs nothing, and nothing is to move for its milliseconds
-        "checkpoint": {"optimizers"},
+        "checkpoint": {"optimizers"},  # written and read between two updates
     }
 
 
@@ -48,7 +49,7 @@ class HasStates(Protocol):
 class _Part:
     kind: str
     states: Callable[[], Iterable[Tensor]]
-    keep: bool  # whether what it holds must be the same when it comes back
+    keep: bool  # whether what it holds must be the same when it comes back; else it comes back as zeros
     away: list[tuple[Tensor, torch.UntypedStorage, int]] | None = None  # host copy, storage, its bytes
 
     def leave(self) -> None:
@@ -71,6 +72,8 @@ class _Part:
             storage.resize_(size)
             if self.keep:
                 _bytes(storage).copy_(host, non_blocking=True)
+            else:
+                _bytes(storage).zero_()
         self.away = None
 
 

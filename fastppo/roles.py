@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from fastppo.attention import choose_attention
 from fastppo.average import Average
 from fastppo.config import Config
-from fastppo.engine import Engine, Frozen, Saved, check_nvme
+from fastppo.engine import Engine, Frozen, Gradients, Saved, check_nvme
 from fastppo.gathered import GatheredPolicy
 from fastppo.load import load_policies
 from fastppo.models import Policy, attention_ratio
@@ -60,9 +60,15 @@ def assemble(config: Config, world: World, tokenizer: PreTrainedTokenizerBase) -
     gathered = GatheredPolicy(policy, zero.stage)  # before DeepSpeed has the actor
     residency.add("gathered", gathered)
     actor = Engine(policy, [list(policy.model.parameters()), value_head], config.optim, zero)
-    residency.add("optimizers", actor)
+    _rest(actor, residency)
     trained_critic = None if critic is None else Engine(critic, [list(critic.parameters())], config.optim, zero)
     if trained_critic is not None:
-        residency.add("optimizers", trained_critic)
+        _rest(trained_critic, residency)
     average = None if config.actor.average is None else Average(policy, config.actor.average, world)
     return Roles(actor, trained_critic, frozen, gathered, tokenizer, residency, average)
+
+
+def _rest(engine: Engine, residency: Residency) -> None:
+    """Until it learns, nothing that learning alone uses is on the GPU."""
+    residency.add("optimizers", engine)
+    residency.add("gradients", Gradients(engine))

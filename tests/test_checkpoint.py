@@ -24,6 +24,7 @@ ROLES = {
     "separate critic, fp32, stage 1": {"optim__dtype": "fp32", "zero__stage": 1},
     "shared critic, fp32, stage 0": {"critic__kind": "shared", "optim__dtype": "fp32", "zero__stage": 0},
     "separate critic, bf16, stage 2": {"optim__dtype": "bf16", "zero__stage": 2},
+    "shared critic, bf16, stage 1": {"critic__kind": "shared", "zero__stage": 1, "ppo__microbatch_tokens": 60},
     "LoRA, bf16, stage 1": {"actor__lora__rank": 4, "critic__lora__rank": 2, "zero__stage": 1},
     "separate critic, bf16, stage 3": {"optim__dtype": "bf16", "zero__stage": 3, "zero__offload": "cpu"},
 }
@@ -99,6 +100,7 @@ def wait_for(what, run: Run, seconds: float = 60.0) -> None:
         (2, "shared critic, fp32, stage 0"),
         (2, "separate critic, bf16, stage 2"),
         (1, "LoRA, bf16, stage 1"),
+        (2, "shared critic, bf16, stage 1"),
         (2, "separate critic, bf16, stage 3"),
     ],
 )
@@ -215,7 +217,7 @@ leave.export = export
 def test_a_run_that_is_told_to_stop_while_it_writes_its_model_writes_it_to_the_end(folder, forks):
     output = folder / "told-late"
     run = forks.start(whole_runs.settings(folder, output, steps=1, eval__prompts=0, eval__every=0), 2, SLOW_EXPORT)
-    wait_for(lambda: run.logs[0].exists() and "exporting" in run.logs[0].read_text(), run)
+    wait_for(lambda: all(log.exists() for log in run.logs) and "exporting" in run.text(), run)
     for pid in run.ranks:
         os.kill(pid, signal.SIGINT)
     assert forks.wait(run) == [0, 0], run.text()

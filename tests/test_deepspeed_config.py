@@ -44,6 +44,22 @@ def test_offload_below_stage_3_is_that_of_the_optimizer(stage):
     assert (zero.optimizer_on, zero.parameters_on, zero.frozen_on) == ("cpu", "none", "none")
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_at_stage_1_in_bf16_each_gradient_is_added_where_it_arrives_and_the_sums_travel_unrounded(stage, dtype):
+    config = config_of("none", "--zero.stage", str(stage), "--optim.dtype", dtype)
+    trained = deepspeed_config.trained(config.optim, config.zero)
+    first = stage == 1 and dtype == "bf16"
+    assert trained["bf16"].get("immediate_grad_update", False) == first
+    assert trained.get("communication_data_type") == ("fp32" if first else None)
+
+
+def test_sums_may_travel_in_bf16_where_the_network_is_slow(merged):
+    raw = {"communication_data_type": "bf16"}
+    trained, _ = merged(raw, "--zero.stage", "1", "--optim.dtype", "bf16")
+    assert trained["communication_data_type"] == "bf16" and trained["bf16"]["immediate_grad_update"]
+
+
 def test_what_has_no_setting_is_taken_over(merged):
     raw = {
         "zero_optimization": {"reduce_bucket_size": 1000, "offload_optimizer": {"pin_memory": False}},

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -11,22 +13,26 @@ import torch
 from architectures import ACTORS, directory
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from fastppo import ops
 from fastppo.attention import Spans
+from fastppo.batch import pack
 from fastppo.config import Config, DataConfig, LoraConfig, OptimConfig, PPOConfig, PtxConfig, ZeroConfig
+from fastppo.engine import Engine
 from fastppo.footprint import Footprint, _Live
 from fastppo.load import load_causal
 from fastppo.lora import add_adapters
-from fastppo.memory import Batch, Bytes, Member, head_workspace, model_states
+from fastppo.memory import Batch, Bytes, Member, Places, buffers, head_workspace, model_states, reducing
 from fastppo.microbatch import pack_even
 from fastppo.models import Policy, fuse_head
 from fastppo.ops import GPU_WORKSPACE_BYTES
 from fastppo.ppo_memory import shares
 from fastppo.source import Source
 from fastppo.trainable import set_trainable
-from fastppo.weights import outline
+from fastppo.weights import DTYPES, outline
+from fastppo.world import start_world
 
 CPU = torch.device("cpu")
 
@@ -82,6 +88,51 @@ def test_model_states_are_those_of_deepspeeds_estimator_at_stage_2(
         assert ranks * found.host.states == pytest.approx(host, rel=0.01)
 
 
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
+def test_model_states_are_those_that_an_engine_holds(tmp_path: Path, stage: int, dtype: Any) -> None:
+    """Gradients while microbatches are added up. At stage 2 they are DeepSpeed's estimate, a bf16 copy more."""
+    (tmp_path / "small.json").write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 64}}))
+    zero = ZeroConfig(stage=stage, deepspeed=str(tmp_path / "small.json") if stage else None)  # type: ignore[arg-type]
+    config, world = Config(optim=OptimConfig(dtype=dtype), zero=zero), start_world(1)
+    policy = Policy(load_causal("actor.model", tiny.saved(tmp_path, tiny.causal()), None, None, DTYPES[dtype], CPU))
+    size = Footprint(policy, DTYPES[dtype], cpu=True)
+    planned = model_states(Member("actor", size, trains=True, weights=size.parameters), config, world.ranks).gpu
+    engine = Engine(policy, [list(policy.parameters())], config.optim, config.zero)
+    packed = pack([(5, 6, 7, 8)], [2])
+
+    def loss(role: Policy, hidden: Tensor) -> Tensor:
+        return role.head(hidden, ops.linear_logprobs, packed.responses).logprobs.sum()
+
+    for _ in range(2):
+        engine.backward(engine(packed, loss), last=False)
+    if stage != 2:
+        own = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        live = size.largest * size.bytes if stage == 3 else 0
+        held = sum(x.nbytes for x in [*own, *engine.buffers()])
+        assert held == pytest.approx(planned.gradients - live, rel=0.01)
+    engine.backward(engine(packed, loss), last=True)
+    engine.step([1e-3])
+    assert sum(x.nbytes for x in engine.states()) == pytest.approx(planned.optimizer, rel=0.01)
+
+
+def test_gradients_at_stage_1_stay_on_the_gpu_where_the_optimizer_does_not(seven_billion: Member) -> None:
+    config = Config(zero=ZeroConfig(stage=1, offload_optimizer="cpu"))
+    found, trained = model_states(seven_billion, config, 8), seven_billion.size.trained
+    assert found.gpu.gradients == 4 * trained and found.host.states == 16 * trained // 8
+
+
+def test_what_deepspeed_accumulates_counts_beside_what_its_offloaded_optimizer_is_handed(seven_billion: Member) -> None:
+    part, member = 4 * (seven_billion.size.trained // 8), seven_billion
+
+    def beside(stage: Any, offload: Any) -> Places:
+        config = Config(zero=ZeroConfig(stage=stage, offload_optimizer=offload, nvme_path="/x"))
+        return buffers(member, config, 8) + reducing(member, config, 8)
+
+    assert beside(2, "cpu").gpu.gradients - beside(2, "none").gpu.gradients == part
+    assert beside(3, "cpu").host.total - beside(3, "none").host.total == part
+    assert beside(3, "nvme").host.total > part  # DeepSpeed adds up there, whatever the optimizer's states are on
+
+
 def test_nvme_takes_the_states_that_the_host_would(seven_billion: Member) -> None:
     on_host = model_states(seven_billion, Config(zero=ZeroConfig(stage=3, offload="cpu")), 8)
     on_nvme = model_states(seven_billion, Config(zero=ZeroConfig(stage=3, offload="nvme", nvme_path="/x")), 8)
@@ -132,7 +183,7 @@ def test_with_adapters_only_they_have_gradients_and_states(tmp_path: Path) -> No
     assert adapted.parameters == whole.parameters + expected
     member = Member("actor", adapted, trains=True, weights=adapted.parameters)
     states = model_states(member, Config(zero=ZeroConfig(stage=1)), ranks=2)
-    assert states.gpu.optimizer == 12 * expected // 2 and states.gpu.gradients == 6 * expected
+    assert states.gpu.optimizer == 12 * expected // 2 and states.gpu.gradients == 4 * expected
     assert adapted.passes(2, 8, gradient=True).kept > 0
 
 

@@ -36,12 +36,16 @@ from fastppo.trunk import TrunkStates
 from fastppo.weights import Source, outline
 from fastppo.world import World, start_world
 
-KINDS = ("gathered", "reference", "rewards", "optimizers")
+KINDS = ("gathered", "reference", "rewards", "optimizers", "gradients")
 
 CASES = [
     {"stage": 0, "critic": "shared"},
     {"stage": 1, "average": 0.9},
     {"stage": 1, "lora": 2, "offload": "offload_optimizer"},
+    {"stage": 1, "dtype": "bf16"},
+    {"stage": 1, "dtype": "bf16", "critic": "shared", "lora": 2, "average": 0.9},
+    {"stage": 1, "dtype": "bf16", "offload": "offload_optimizer"},
+    {"stage": 2, "offload": "offload_optimizer"},  # sums on the host
     {"stage": 2, "dtype": "bf16", "critic": "shared", "lora": 2, "average": 0.9},
     {"stage": 2, "dtype": "bf16", "offload": "offload_optimizer"},
     {"stage": 3, "dtype": "bf16", "average": 0.9, "exact": True},
@@ -64,7 +68,7 @@ def world() -> World:
     return start_world(1)
 
 
-def settings(models: tuple[str, str], case: dict[str, Any]) -> Config:
+def settings(models: tuple[str, str], case: dict[str, Any], deepspeed: str) -> Config:
     actor, reward = models
     argv = ["--zero.stage", str(case["stage"]), "--critic.kind", case.get("critic", "separate")]
     argv += ["--rewards", json.dumps([{"model": reward}]), "--optim.dtype", case.get("dtype", "fp32")]
@@ -77,7 +81,8 @@ def settings(models: tuple[str, str], case: dict[str, Any]) -> Config:
         argv += [f"--zero.{case['offload']}", "cpu"]
     if case.get("exact"):
         argv += ["--ppo.kl_in", "loss", "--ppo.kl_kind", "exact"]
-    return config_of(actor, *argv)
+    argv += ["--zero.deepspeed", deepspeed] if case["stage"] else []
+    return config_of(actor, "--ppo.microbatch_tokens", "60", *argv)  # several, whose gradients are added up
 
 
 def after_a_step(config: Config, world: World) -> Roles:
@@ -92,6 +97,14 @@ def after_a_step(config: Config, world: World) -> Roles:
     roles.residency.enter("learning")
     learn(experience, roles, plan, config, step=0, beta=0.1, world=world)
     return roles
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """DeepSpeed's settings with a small reduce bucket, of which the plan is told."""
+    (tmp_path / "small.json").write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 2_000}}))
+    monkeypatch.setattr(memory, "REDUCE_BUCKET", 2_000)
+    return str(tmp_path / "small.json")
 
 
 def move_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,15 +135,17 @@ def on_device(residency: Residency) -> dict[str, int]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_in_each_stage_residency_keeps_what_the_plan_counts(
-    models: tuple[str, str], world: World, monkeypatch: pytest.MonkeyPatch, case: dict[str, Any]
+    models: tuple[str, str], world: World, small: str, monkeypatch: pytest.MonkeyPatch, case: dict[str, Any]
 ) -> None:
     move_on_the_cpu(monkeypatch)
-    config = settings(models, case)
+    config = settings(models, case, small)
     roles, members, zero = after_a_step(config, world), cast_of(config, cpu=False), config.zero
     homes = {"optimizers": zero.optimizer_on, "reference": zero.frozen_on, "rewards": zero.frozen_on}
     for stage in ("sampling", "feedback", "experience", "learning"):
         roles.residency.enter(stage)
         held, counted = on_device(roles.residency), dict.fromkeys(KINDS, 0)
+        if zero.stage == 3 and zero.optimizer_on != "none" and stage == "learning":  # the sums are on the host
+            held["gradients"] -= 4 * sum(member.size.trained for member in members if member.trains)
         for member in members:
             for kind, amount in kinds(member, config, 1).items():
                 counted[kind] += placed(kind, amount, stage, config, cpu=False).gpu.total
@@ -147,17 +162,13 @@ def test_in_each_stage_residency_keeps_what_the_plan_counts(
         assert planned["sampling"] == planned["experience"] == pytest.approx(swapped, rel=0.02)
 
 
-@pytest.mark.parametrize("case", [CASES[i] for i in (1, 4, 7, 9)], ids=str)
+@pytest.mark.parametrize("case", [CASES[i] for i in (1, 3, 5, 6, 8, 11, 13)], ids=str)
 def test_nothing_stays_after_a_step_that_the_plan_does_not_count(
-    models: tuple[str, str], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: dict[str, Any]
+    models: tuple[str, str], world: World, small: str, monkeypatch: pytest.MonkeyPatch, case: dict[str, Any]
 ) -> None:
     """Every tensor that is alive between two steps, on the CPU, where nothing moves."""
-    bucket = 2_000
     monkeypatch.setattr(Footprint, "passes", nothing_passes)
-    (tmp_path / "small.json").write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": bucket}}))
-    monkeypatch.setattr(memory, "REDUCE_BUCKET", bucket)
-    config = settings(models, case)
-    config = replace(config, zero=replace(config.zero, deepspeed=str(tmp_path / "small.json")))
+    config = settings(models, case, small)
     before = alive()
     roles = after_a_step(config, world)
     now = {at: size for at, size in alive().items() if at not in before}
@@ -175,13 +186,16 @@ def nothing_passes(self: Footprint, sequences: int, length: int, *, gradient: bo
 
 
 def gone(config: Config) -> int:
-    """What the plan has in learning alone: gradients, and at stage 3 the module that is whole and its gradients."""
+    """What the plan has in learning alone: gradients that are in no buffer of their own, the sums of stage 2 that wait
+    for the host, and at stage 3 the module that is whole and its gradients."""
     total = 0
     for member in cast_of(config, cpu=True):
         states, size = memory.model_states(member, config, 1).gpu, member.size
         live = size.largest * size.bytes
         if config.zero.stage < 3:
-            total += states.gradients
+            summed = memory.summed_on_arrival(member, config)
+            total += 0 if summed or not member.trains else states.gradients
+            total += memory.reducing(member, config, 1).gpu.gradients if member.trains else 0
         elif member.trains:
             total += 2 * live
         elif member.name == "reference" and config.ppo.loss_reads_reference:
@@ -234,16 +248,41 @@ def test_the_copy_to_sample_from_is_counted_where_it_stays(
         }
 
 
-def test_the_buffers_that_deepspeed_keeps_are_counted_of_each_role_in_every_stage(
+def test_the_buffers_that_deepspeed_keeps_are_counted_of_each_role_where_they_do_not_leave(
     seven_billion: dict[bool, list[Member]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Footprint, "passes", nothing_passes)
     actor = seven_billion[False][0]
     both = [actor, replace(actor, name="critic")]
-    for config, each in ((STAGE_3, 2 * memory.REDUCE_BUCKET), (Config(zero=ZeroConfig(stage=2)), 0)):
-        assert [found.buffers for found in by_name(both, config).values()] == 4 * [2 * each]
-    offloaded = by_name(both, Config(zero=ZeroConfig(stage=2, offload_optimizer="cpu")))
-    assert {found.buffers for found in offloaded.values()} == {2 * 2 * actor.size.largest_trained}
+    offloaded = Config(zero=ZeroConfig(stage=2, offload_optimizer="cpu"))
+    sizes = (
+        (STAGE_3, memory.REDUCE_BUCKET),
+        (Config(zero=ZeroConfig(stage=2)), 0),
+        (offloaded, actor.size.largest_trained),
+    )
+    for config, each in sizes:
+        assert [found.buffers for found in by_name(both, config).values()] == [0, 0, 0, 2 * 2 * each]
+    kept = seven_billion[True][0]  # on the CPU, where nothing leaves
+    both = [kept, replace(kept, name="critic")]
+    each = kept.size.largest_trained
+    assert [found.buffers for found in by_name(both, offloaded).values()] == 4 * [2 * 2 * each]
+
+
+def test_gradients_are_counted_for_each_role_while_it_learns_and_on_the_cpu_wherever_they_are_kept(
+    seven_billion: dict[bool, list[Member]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Footprint, "passes", nothing_passes)
+    for cpu, (actor,) in seven_billion.items():
+        both, trained = [actor, replace(actor, name="critic")], actor.size.trained
+        for zero, each, kept in (
+            (ZeroConfig(stage=1), 4 * trained, True),
+            (ZeroConfig(stage=1, offload_optimizer="cpu"), 4 * trained, False),
+            (ZeroConfig(stage=2), 2 * trained // 8 + 4 * trained // 8, False),
+            (ZeroConfig(stage=2, offload_optimizer="cpu"), 4 * (trained // 8), False),
+        ):
+            found = [amount.gradients for amount in by_name(both, Config(zero=zero)).values()]
+            resting = 2 * each if cpu and kept else 0
+            assert found == [resting, resting, resting, 2 * each]
 
 
 def test_an_evaluation_that_is_larger_than_a_step_is_what_counts(seven_billion: dict[bool, list[Member]]) -> None:

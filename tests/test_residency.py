@@ -9,6 +9,7 @@ from ppo_step import config_of
 
 from fastppo.cli import parse
 from fastppo.config import Config
+from fastppo.engine import Gradients
 from fastppo.residency import Residency, uses
 from fastppo.train import train
 from fastppo.world import start_world
@@ -36,7 +37,7 @@ def moving(config=None):
 
 
 def test_in_each_stage_only_what_it_uses_is_there():
-    parts = {kind: Part(torch.ones(3)) for kind in ("gathered", "rewards", "reference", "optimizers")}
+    parts = {kind: Part(torch.ones(3)) for kind in ("gathered", "rewards", "reference", "optimizers", "gradients")}
     residency = moving()
     for kind, part in parts.items():
         residency.add(kind, part)
@@ -50,8 +51,8 @@ def test_in_each_stage_only_what_it_uses_is_there():
         "sampling": {"gathered"},
         "feedback": {"rewards"},
         "experience": {"reference"},
-        "learning": {"optimizers"},
-        "health": {"optimizers"},
+        "learning": {"optimizers", "gradients"},
+        "health": {"optimizers", "gradients"},
         "checkpoint": {"optimizers"},
     }
 
@@ -76,7 +77,7 @@ def test_what_comes_back_is_the_same_through_every_view_of_it():
     assert flat[0] == 5
 
 
-def test_what_need_not_be_kept_is_not_copied():
+def test_what_need_not_be_kept_is_not_copied_and_comes_back_as_zeros():
     buffer = torch.ones(1000)
     residency = moving()
     residency.add("gathered", Part(buffer))
@@ -84,7 +85,21 @@ def test_what_need_not_be_kept_is_not_copied():
     ((host, _, size),) = residency._parts[0].away
     assert host.numel() == 0 and size == buffer.nbytes
     residency.enter("sampling")
-    assert buffer.shape == (1000,) and on_device(buffer)
+    assert buffer.tolist() == [0.0] * 1000
+
+
+def test_of_an_engine_the_states_are_kept_and_the_gradients_are_not_copied():
+    engine, gradients = Part(torch.ones(3)), torch.ones(1000)
+    engine.buffers = lambda: [gradients]
+    residency = moving()
+    residency.add("optimizers", engine)
+    residency.add("gradients", Gradients(engine))
+    assert sum(host.nbytes for part in residency._parts for host, _, _ in part.away) == 12
+    assert not on_device(engine.tensors[0]) and not on_device(gradients)
+    residency.enter("checkpoint")
+    assert on_device(engine.tensors[0]) and not on_device(gradients)
+    residency.enter("learning")
+    assert engine.tensors[0].tolist() == [1, 1, 1] and gradients.tolist() == [0.0] * 1000
 
 
 def test_without_a_gpu_nothing_moves():
@@ -99,18 +114,23 @@ def test_without_a_gpu_nothing_moves():
     "changes",
     [
         {"zero__stage": 1, "ppo__kl_in": "loss", "ppo__kl_kind": "exact"},
+        {"zero__stage": 2, "zero__offload_optimizer": "cpu"},
         {"zero__stage": 3, "optim__dtype": "fp32", "critic__kind": "shared"},
     ],
     ids=str,
 )
 def test_a_run_whose_states_move_is_the_run_whose_states_stay(tmp_path, monkeypatch, changes):
-    """Bit for bit, its checkpoints too."""
+    """Bit for bit, its checkpoints too, from which one that moves goes on."""
     folder = whole_runs.prepare(tmp_path)
-    (folder / "split.json").write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
-    changes = {"steps": 2, "zero__deepspeed": folder / "split.json"} | changes
+    small = {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 10_000}
+    (folder / "split.json").write_text(json.dumps({"zero_optimization": small}))
+    changes = {"zero__deepspeed": folder / "split.json", "optim__schedule": "constant", "eval__every": 1} | changes
     moved, enter = [], Residency.enter
 
     def entering(self, stage):
+        for x in (x for part in self._parts if not part.away for x in part.states()):
+            if not x.untyped_storage().resizable():  # on the CPU a state that was loaded is mapped from its file
+                x.data = x.data.clone()
         enter(self, stage)
         moved.extend(part.kind for part in self._parts if part.away)
 
@@ -123,8 +143,11 @@ def test_a_run_whose_states_move_is_the_run_whose_states_stay(tmp_path, monkeypa
             self._moves = moves
 
         monkeypatch.setattr(Residency, "__init__", init)
-        train(parse(whole_runs.settings(folder, folder / name, **changes)), start_world(1))
+        for more in ({"steps": 1}, {"steps": 2, "resume": "auto"}) if moves else ({"steps": 2},):
+            train(parse(whole_runs.settings(folder, folder / name, **changes, **more)), start_world(1))
         monkeypatch.undo()
-    assert {"optimizers", "reference"} <= set(moved) and ("gathered" in moved) == (changes["zero__stage"] == 3)
+    assert {"optimizers", "gradients", "reference"} <= set(moved) and ("gathered" in moved) == (
+        changes["zero__stage"] == 3
+    )
     assert whole_runs.records(folder / "stays") == whole_runs.records(folder / "moves")
     assert whole_runs.same(whole_runs.state(folder / "stays"), whole_runs.state(folder / "moves"))

@@ -46,7 +46,7 @@ def test_zero_and_adapters_take_memory_away(seven_billion: str, kind: str) -> No
     whole = make_plan(config_of(kind, seven_billion, **fixed), LARGE)
     assert held(whole).optimizer == pytest.approx(12 * 7.6e9 / 8, rel=0.1)
     split = make_plan(config_of(kind, seven_billion, zero__stage=3, **fixed), LARGE)
-    assert held(split).states < held(whole).states / 3 and split.fits and not whole.fits
+    assert held(split).states < held(whole).states / 2.5 and split.fits and not whole.fits
     adapted = make_plan(config_of(kind, seven_billion, model__lora__rank=16, **fixed), LARGE)
     assert held(adapted).optimizer < held(whole).optimizer / 50 and adapted.fits
 

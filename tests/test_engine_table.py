@@ -1,0 +1,74 @@
+"""Every kind of engine against plain sums: ZeRO stage x dtype x offload x microbatches x ranks (`engine_ranks`)."""
+
+import json
+from pathlib import Path
+
+import engine_ranks
+import pytest
+import torch
+from forks import Forks
+
+from fastppo.config import ZeroConfig
+from fastppo.world import start_world
+
+ROWS = engine_ranks.table()
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory):
+    """What each rank found: of one walk through all rows alone, and of one by two ranks."""
+    folder = tmp_path_factory.mktemp("walks")
+    (folder / "small.json").write_text(json.dumps({"zero_optimization": engine_ranks.SMALL}))
+    with Forks(folder) as forks:
+        for ranks in (1, 2):
+            call = f"import engine_ranks; engine_ranks.walk({str(folder)!r}); raise SystemExit(0)"
+            run = forks.start([], ranks, before=call)
+            assert forks.wait(run, seconds=300) == [0] * ranks, run.text()
+    return {
+        ranks: [json.loads((folder / f"{ranks}-{rank}.json").read_text()) for rank in range(ranks)] for ranks in (1, 2)
+    }
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("row", ROWS)
+def test_an_engine_has_the_norm_the_update_and_the_states_that_a_plain_sum_has(walked, row, ranks):
+    mine = [found[row] for found in walked[ranks]]
+    for found in mine:
+        for i, (norm, expected) in enumerate(found["norms"]):
+            assert norm == pytest.approx(expected, rel=1e-5), i
+        assert found["finite"] == [False] * 6  # NaN and infinity in each of three microbatches of the last rank
+        assert found["left alone"]
+        assert found["apart"] < 4  # units of rounding, after 15 updates
+        said, there, states = found["states"]
+        assert said == there if row.endswith("none") else states <= said <= there
+        assert found["norms"] == mine[0]["norms"] and found["weights"] == mine[0]["weights"]  # the ranks agree
+
+
+# What fastppo told DeepSpeed at stage 1 in bf16 before it added up gradients where they arrive.
+BEFORE = {"bf16": {"immediate_grad_update": False}, "communication_data_type": "bf16"}
+
+
+def test_a_checkpoint_from_before_gradients_were_added_where_they_arrive_goes_on_as_it_was(tmp_path):
+    world, (old, new) = start_world(1), (tmp_path / "old.json", tmp_path / "new.json")
+    old.write_text(json.dumps(BEFORE))
+    new.write_text("{}")
+    first, other = (engine_ranks.Bench(ZeroConfig(stage=1), "bf16", world, path) for path in (old, new))
+    for microbatches in (1, 2):
+        first.update(microbatches)
+
+    def write(state, path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, path)
+
+    first.engine.save(tmp_path, "actor", write)
+    other.update(3)  # of which nothing may stay
+    other.engine.load(tmp_path, "actor")
+
+    def assert_same():
+        for one, two in ((first.weights(), other.weights()), (first.engine.states(), other.engine.states())):
+            assert len(one) == len(two) and all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+    assert_same()
+    for bench in (first, other):  # a single microbatch's gradient is a number of bf16, and rounding changes nothing
+        bench.update(1)
+    assert_same()
