@@ -32,13 +32,12 @@ def changed(config: Any, **settings: Any) -> Any:
     return config
 
 
-def test_the_defaults_and_the_presets_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+def test_the_defaults_and_the_presets_are_allowed() -> None:
     validate_reward(PAIRS)
     validate_sft(ANSWERS)
     for ranks in (1, 2, 16):
-        validate_reward(parse(["--config", "quickstart-reward"], REWARD), ranks)
-        validate_sft(parse(["--config", "quickstart-sft", "--steps", "2"], SFT), ranks)
+        validate_reward(parse(["--config", "quickstart-reward"], REWARD, ranks), ranks)
+        validate_sft(parse(["--config", "quickstart-sft", "--steps", "2"], SFT, ranks), ranks)
 
 
 @pytest.mark.parametrize(
