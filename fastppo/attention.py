@@ -305,6 +305,19 @@ def without_flash() -> Iterator[None]:
         compute_with(chosen)
 
 
+def attend_packed(model: PreTrainedModel) -> None:
+    """Let `attend` compute the attention of all layers of a model.
+
+    Each module reads its own config, and a model that was put together from two has two: transformers' method looks at
+    the outermost alone, and the layers of the other would go on with an attention that knows no `packed`.
+    """
+    model.set_attn_implementation(ATTENTION)
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig) and config._attn_implementation != ATTENTION:
+            config._attn_implementation = ATTENTION
+
+
 def asks_nothing(model: PreTrainedModel) -> bool:
     """Whether a decode step of the model never waits for the GPU to tell the host something, so that a CUDA graph can
     hold it. flash-attn asks nothing; PyTorch's side of `ops.attend_cached` does.

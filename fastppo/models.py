@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastppo import ops
-from fastppo.attention import ATTENTION, Cache, Spans
+from fastppo.attention import Cache, Spans, attend_packed
 from fastppo.batch import Packed, pack
 from fastppo.errors import ModelError as ModelError
 from fastppo.logit_scale import logit_scale
@@ -104,7 +104,7 @@ class Backbone(nn.Module):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
-        self.model.set_attn_implementation(ATTENTION)
+        attend_packed(self.model)
         turn_each_sequence(self.model, self.model.config)
         self.trunk_depth = 0  # lowest layers whose states may be kept, see `keep_trunk`
         self.trunk_owner = id(model)  # roles of one owner have the same trunk

@@ -5,11 +5,13 @@ import json
 import pytest
 import tiny
 import torch
+from transformers import AttentionInterface
 
+from fastppo import attention
 from fastppo.batch import Prompts, pack
-from fastppo.cli import REWARD, parse
+from fastppo.cli import REWARD, SFT, parse
 from fastppo.fit import make_plan
-from fastppo.learner import load_scorer
+from fastppo.learner import load_learner, load_scorer
 from fastppo.load import check_actor_tokens, check_models, load_actor_tokenizer, load_policies, load_reward
 from fastppo.machine import Machine
 from fastppo.models import ModelError
@@ -39,6 +41,39 @@ def load(model, *arguments):
 
 def same(one, other):
     return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def roles_of(model, scorer):
+    """Every role by every way that leads to it."""
+    for critic in ("separate", "shared"):
+        actor, apart, reference = load(model, "--critic.kind", critic)
+        yield from filter(None, (actor, apart, reference))
+    yield load(model, "--critic.model", scorer)[1]
+    yield load(model, "--reference.model", model)[2]
+    yield load(model, "--actor.lora.rank", "2")[0]
+    yield load_reward(scorer, torch.float32, CPU)[0]
+    for start in (model, scorer):
+        config = parse(["--model.path", start, "--data.path", "x", "--optim.dtype", "fp32"], REWARD)
+        yield load_scorer(config.model, config.optim, 0, CPU)
+    config = parse(["--model.path", model, "--data.path", "x", "--optim.dtype", "fp32"], SFT)
+    yield load_learner(config.model, config.optim, 0, CPU)
+
+
+def test_all_layers_of_every_role_attend_to_packed_rows_by_our_own_function(model, tmp_path):
+    """transformers' own would take the row for one sequence, or make a mask of the whole row to tell them apart."""
+    scorer = tiny.saved(tmp_path / "scorer", tiny.classifier())
+    packed, seen = pack([(1, 2, 3), (4, 5)], [1, 1]), []
+
+    def counting(module, *args, **kwargs):
+        seen.append(module)
+        return attention.attend(module, *args, **kwargs)
+
+    for role in list(roles_of(model, scorer)):
+        AttentionInterface.register(attention.ATTENTION, counting)
+        role.hidden(packed)
+        attention.compute_with(None)
+        assert len(seen) == tiny.LAYERS, type(role.model)
+        seen.clear()
 
 
 def test_the_reference_is_a_frozen_copy_of_the_actor(model):
