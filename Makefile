@@ -10,7 +10,7 @@ pip   := .venv/bin/python -m pip install --quiet --disable-pip-version-check --c
 short := $(if $(STEPS),--steps $(STEPS))
 ready := .venv/ready-$(shell cat constraints.txt pyproject.toml setup.py csrc/* | sha256sum | cut -c1-16)
 
-.PHONY: demo test setup lint types format build bench cuda clean
+.PHONY: demo test setup lint types format docs build bench cuda clean
 
 # SFT, a reward model and PPO on film reviews, and a report; `make demo STEPS=2` for short ones.
 demo: setup
@@ -56,6 +56,10 @@ format: setup
 	ruff format .
 	ruff check --fix .
 	clang-format -i csrc/* tests/simt/*
+
+# The pages of docs/ as HTML in build/docs; a warning is an error.
+docs: setup
+	sphinx-build --quiet --fail-on-warning --keep-going -b html docs build/docs
 
 # An sdist, and a wheel from it, both in environments of their own.
 build: setup

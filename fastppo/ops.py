@@ -158,8 +158,8 @@ def policy_loss(
 
     logprobs, old_logprobs, advantages, entropy, kl: (M,) floating. From e^20 on the ratio goes on along its tangent, so
     that it is finite and keeps a gradient. It is clipped to [1 - clip_low, 1 + clip_high], clip_low in [0, 1],
-    clip_high >= 0; dual_clip > 1 bounds the loss of a token with negative advantage at dual_clip |advantage|. `kl` is a
-    KL per token that has an expected gradient (exact, k2 or k3; not k1).
+    clip_high >= 0; dual_clip > 1 bounds the loss of a token with negative advantage at dual_clip times that advantage's
+    size. `kl` is a KL per token that has an expected gradient (exact, k2 or k3; not k1).
     normalizer: the token count that the sum is divided by, > 0, a number or () fp32; mask: (M,) bool, False leaves a
     token out.
 

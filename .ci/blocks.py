@@ -1,8 +1,8 @@
-"""Runs every code block of a README: python .ci/readme.py README.md
+"""Runs every code block of the README and of pages: python .ci/blocks.py README.md docs/*.md
 
-Blocks of the languages bash, console (the lines after `$ `) and python run from the folder above, each in a shell or an
-interpreter of its own, with .venv/bin on PATH. Training is shortened, `make test` is left out (CI calls it itself), and
-so is a block with `<!-- not in CI: reason -->` on the line before it.
+Blocks of the languages bash, console (the lines after `$ `) and python run from the folder above this one, each in a
+shell or an interpreter of its own, with .venv/bin on PATH. Training is shortened, `make test` is left out (CI calls it
+itself), and so is a block with `<!-- not in CI: reason -->` on the line before it.
 """
 
 import os
@@ -12,7 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-BLOCK = re.compile(r"^(?:<!-- not in CI: (?P<reason>.+?) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
+BLOCK = re.compile(
+    r"^(?:<!-- not in CI: (?P<reason>.+?) -->\n)?```(?P<language>[\w{}-]*)[^\n]*\n(?P<code>.*?)^```$", re.M | re.S
+)
 TRAINING = re.compile(r"fastppo/train\.py|-m fastppo\.train\b")
 BEFORE_PPO = re.compile(r"fastppo/train_(reward|sft)\.py")
 
@@ -39,12 +41,12 @@ def script(language: str, code: str) -> str:
 
 
 def main(path: Path) -> None:
-    root = path.resolve().parent
+    root = Path(__file__).resolve().parent.parent
     env = {**os.environ, "PATH": f"{root / '.venv/bin'}:{os.environ['PATH']}"}
     text = path.read_text(encoding="utf-8")
     for block in BLOCK.finditer(text):
         language, code = block["language"], block["code"]
-        where = f"{path.name}:{text.count(chr(10), 0, block.start('code')) + 1}"
+        where = f"{path}:{text.count(chr(10), 0, block.start('code')) + 1}"
         if language not in ("bash", "console", "python"):
             continue
         if block["reason"]:
@@ -63,4 +65,5 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    for page in sys.argv[1:]:
+        main(Path(page))
