@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import json
 import typing
 from collections.abc import Iterator
 from importlib import import_module
@@ -58,9 +59,9 @@ def _type(hint: Any) -> str:
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
-    if field.default is dataclasses.MISSING:
-        return "" if field.default_factory is dataclasses.MISSING else str(field.default_factory())
-    return {None: "null", True: "true", False: "false", (): "[]", "": '""'}.get(field.default, str(field.default))
+    """As JSON has it; empty where there is none."""
+    made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+    return "" if made is dataclasses.MISSING else json.dumps(made)
 
 
 class Settings(SphinxDirective):
@@ -73,7 +74,8 @@ class Settings(SphinxDirective):
         lists = nodes.definition_list()
         for setting, kind, default, meaning in settings(getattr(import_module(module), name)):
             term = nodes.term("", "", nodes.literal(text=f"--{setting}"))
-            term += nodes.Text(f"  {kind}" + (f", default {default}" if default else ""))
+            term += nodes.Text(f"  {kind}" + (", default " if default else ""))
+            term += nodes.literal(text=default) if default else nodes.Text("")
             text, _ = self.parse_inline(meaning)
             lists += nodes.definition_list_item("", term, nodes.definition("", nodes.paragraph("", "", *text)))
         return [lists]
