@@ -22,7 +22,7 @@ from typing import Any
 
 from fastppo.folder import ALARMS, METRICS, read_lines
 from fastppo.respond import ENDED
-from fastppo.weights import LEFT_BY
+from fastppo.source import LEFT_BY
 
 Verdict = tuple[dict[str, str], list[str]]  # a row of the table, and the promises that were broken
 

@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from end_to_end import make_inputs
+from end_to_end import SIZES, make_inputs
 
 HERE = Path(__file__).resolve().parent
 STAGES = ("sampling", "feedback", "experience", "learning")
@@ -27,7 +27,7 @@ STAGES = ("sampling", "feedback", "experience", "learning")
 
 def small(folder: Path, dtype: str) -> list[str]:
     """Settings of a run of the small models; a twentieth of the tokens ends a response, so lengths differ."""
-    make_inputs(folder)
+    make_inputs(folder, SIZES["small"])
     settings = {
         "actor.model": folder / "actor",
         "rewards": json.dumps([{"model": str(folder / "reward")}]),
