@@ -11,6 +11,7 @@ import ctypes
 import importlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -78,6 +79,7 @@ def _rank(command: dict[str, Any], log: str, environment: dict[str, str]) -> Non
     for stream in (1, 2):
         os.dup2(handle, stream)
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests are a shell's background job
     try:
         main = importlib.import_module(command["module"]).main
         exec(command["before"], {})

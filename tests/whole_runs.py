@@ -59,7 +59,8 @@ def settings(folder: Path, output: Path, **changes: Any) -> list[str]:
 
 def records(output: Path) -> list[dict[str, Any]]:
     """The metrics but for those that measure time."""
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    written = (output / "metrics.jsonl").read_text().rpartition("\n")[0]  # of a run that goes on, whole lines
+    lines = [json.loads(line) for line in written.splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith(("time/", "tokens_per_second"))} for line in lines]
 
 
