@@ -236,9 +236,7 @@ def _with_phrases(alarm: Alarm, experience: Experience, tokenizer: PreTrainedTok
         return alarm
     phrases = rewarded_phrases(experience)
     tokens = [phrase.tokens for phrase in phrases]
-    texts = decode_after(
-        tokens, tokens, tokenizer, special=True
-    )  # as within a text, with the space that it begins with
+    texts = decode_after(tokens, tokens, tokenizer, special=True)  # each as within a text, with the space before it
     said = [
         f"{text!r} in {phrase.share:.0%} of the responses, score"
         f" {phrase.gain:+.1f} deviations, {math.exp(min(phrase.surprise, 20)):.0f} times likelier than by the reference"

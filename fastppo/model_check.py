@@ -63,9 +63,8 @@ def _small(auto: Any, config: PreTrainedConfig, dtype: torch.dtype, device: torc
     try:
         return miniature(auto, config, dtype, device)
     except MISFIT as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"{type(config).__name__}: no small model can be made of it to try it ({line}). {WORKS}"
+            f"{type(config).__name__}: no small model can be made of it to try it; that raises {said(error)}. {WORKS}"
         ) from error
 
 
