@@ -206,3 +206,25 @@ def pack(sequences: Sequence[Sequence[int]], response_lengths: Sequence[int]) ->
     lengths = torch.tensor([len(s) for s in sequences], dtype=torch.int64)
     tokens = torch.tensor([t for s in sequences for t in s], dtype=torch.int64)
     return Packed(tokens, cumulative(lengths), cumulative(torch.tensor(response_lengths, dtype=torch.int64)))
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one minibatch did: means over its tokens on all ranks. Policy numbers are NaN while the critic warms up."""
+
+    epoch: int
+    policy_loss: float
+    entropy: float  # nats a token
+    kl_loss: float  # the KL term of the loss before its coefficient, nats a token; 0 where the penalty is in the reward
+    approx_kl: float  # k3 between the policy before and after, nats a token
+    clip_fraction: float
+    dual_clip_fraction: float
+    ratio_mean: float
+    ratio_max: float
+    value_loss: float
+    value_clip_fraction: float
+    actor_grad_norm: float  # before clipping; of both where actor and critic share a backbone
+    critic_grad_norm: float
+    ptx_loss: float = 0.0  # of the text that is mixed in, before its coefficient, nats a token; 0 where there is none
+    skipped: int = 0  # updates in a row, this one included, that were not applied: loss or gradient was not finite
+    stopped: bool = False  # not applied, and the last of its batch: its approx_kl is beyond `health.kl_limit`

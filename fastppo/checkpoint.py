@@ -29,8 +29,8 @@ from fastppo.feedback import RewardError
 from fastppo.folder import LINES, sizes
 from fastppo.lora import merged_state, save_adapters
 from fastppo.models import Backbone
-from fastppo.progress import Run, set_random_state
 from fastppo.resume import NAME, CheckpointError, Found, held_out_score, settings, versions
+from fastppo.run_state import Run, set_random_state
 from fastppo.stop import Stopped
 from fastppo.world import World, all_gather
 

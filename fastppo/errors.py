@@ -20,6 +20,10 @@ class ModelError(FastPPOError):
     """A model that cannot be loaded or used. The message names the setting and the way out."""
 
 
+class TrainingFault(FastPPOError):
+    """Training that has broken down. The message says what was seen and what to try."""
+
+
 # How gloo and NCCL put it that another rank has gone, or has not come.
 ANOTHER_RANK = (
     "Connection closed by peer",

@@ -11,17 +11,13 @@ import torch
 
 from fastppo.batch import Experience
 from fastppo.config import Config
-from fastppo.errors import FastPPOError
+from fastppo.errors import TrainingFault
 from fastppo.microbatch import Minibatch
 from fastppo.world import World
 
 log = logging.getLogger("fastppo")
 
 FILES = 20  # batches kept for study; a run that skips an update now and then should not fill the disk
-
-
-class TrainingFault(FastPPOError):
-    """Training that has broken down. The message says what was seen and what to try."""
 
 
 def note_fault(
@@ -36,7 +32,7 @@ def note_fault(
 ) -> None:
     """Log an update that was not applied, and keep its batch in `output`/faults/step-N.pt, N counted from 1.
 
-    update: the fields of `learn.Update`; number: of the update in its step, from 0. Raises TrainingFault, on
+    update: the fields of `Update`; number: of the update in its step, from 0. Raises TrainingFault, on
     every rank, when it is one too many in a row.
     """
     seen = {name: value for name, value in update.items() if name.endswith(("_loss", "_grad_norm"))}

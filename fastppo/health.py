@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from fastppo.batch import Experience
+from fastppo.batch import Experience, Update
 from fastppo.config import AlarmConfig, Config, HealthConfig
 from fastppo.config.health import FIGURES, REST, FigureName
 from fastppo.continuation import decode_after
 from fastppo.figures import figures, rewarded_phrases
-from fastppo.learn import Update, kl_limit
 from fastppo.trends import slope, trend
 
 TREND = 10  # steps over which the judge must fall
@@ -222,7 +221,7 @@ def _stopped_epoch(updates: Sequence[Update], kept: Health, health: HealthConfig
     """The alarm of a batch whose learning was ended (`learn.learn`)."""
     if not updates[-1].stopped:
         return []
-    value, limit, step = updates[-1].approx_kl, kl_limit(health), kept.steps
+    value, limit, step = updates[-1].approx_kl, health.kl_limit, kept.steps
     message = (
         f"approx_kl of update {len(updates)} is {value:.4g}, above {limit:.4g}: it was not applied, and the learning"
         " from this batch ended there."

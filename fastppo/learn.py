@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastppo import ops, stop
-from fastppo.batch import Experience, Packed
-from fastppo.config import Config, HealthConfig
+from fastppo.batch import Experience, Packed, Update
+from fastppo.config import Config
 from fastppo.engine import Engine, Frozen, gathered
 from fastppo.faults import note_fault
 from fastppo.microbatch import Minibatch
@@ -28,28 +28,6 @@ log = logging.getLogger("fastppo")
 
 # |ratio - 1| on the first update of a batch, where the policy is still the one that sampled (with identical packing).
 RATIO_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-3}
-
-
-@dataclass(frozen=True)
-class Update:
-    """What one minibatch did: means over its tokens on all ranks. Policy numbers are NaN while the critic warms up."""
-
-    epoch: int
-    policy_loss: float
-    entropy: float  # nats a token
-    kl_loss: float  # the KL term of the loss before its coefficient, nats a token; 0 where the penalty is in the reward
-    approx_kl: float  # k3 between the policy before and after, nats a token
-    clip_fraction: float
-    dual_clip_fraction: float
-    ratio_mean: float
-    ratio_max: float
-    value_loss: float
-    value_clip_fraction: float
-    actor_grad_norm: float  # before clipping; of both where actor and critic share a backbone
-    critic_grad_norm: float
-    ptx_loss: float = 0.0  # of the text that is mixed in, before its coefficient, nats a token; 0 where there is none
-    skipped: int = 0  # updates in a row, this one included, that were not applied: loss or gradient was not finite
-    stopped: bool = False  # not applied, and the last of its batch: its approx_kl is beyond `kl_limit`
 
 
 class Sums(NamedTuple):
@@ -105,11 +83,11 @@ def learn(
     step: which PPO step of the run this is, counted from 0, for the learning rates and the critic's warm-up;
     beta: coefficient of a KL penalty in the loss; updates: those already done, to which the others are added as they
     are done; skipped: updates in a row that were not applied at the end of the step before; texts: mixed into the
-    actor's updates. An update that finds the policy further from the one that sampled than `kl_limit` is not
+    actor's updates. An update that finds the policy further from the one that sampled than `health.kl_limit` is not
     applied and the last, on all ranks alike.
     """
     updates = [] if updates is None else updates
-    limit = kl_limit(config.health)
+    limit = config.health.kl_limit
     rates, train_actor = step_rates(config, step), step >= config.critic.warmup_steps
     texts = texts if train_actor else None
     chosen = iter(()) if texts is None else texts.from_update(step * len(rates) + len(updates))
@@ -139,12 +117,6 @@ def learn(
         if len(updates) == 1 and train_actor:
             check_first_ratio(updates[0], config.optim.dtype)
     return updates
-
-
-def kl_limit(health: HealthConfig) -> float:
-    """The approximate KL of an update beyond which the learning from a batch ends; infinity where no alarm sets it."""
-    levels = [alarm.level for alarm in health.alarms if alarm.action == "stop_epoch" and alarm.level is not None]
-    return min(levels, default=math.inf)
 
 
 def _finite(update: Update, norms: list[float], train_actor: bool) -> bool:

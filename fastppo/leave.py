@@ -19,7 +19,7 @@ from fastppo.checkpoint import Checkpoints, export
 from fastppo.config import LoraConfig
 from fastppo.errors import FastPPOError
 from fastppo.models import Backbone
-from fastppo.progress import Run
+from fastppo.run_state import Run
 from fastppo.tell import reason, settle_stdout
 from fastppo.world import World, all_gather
 

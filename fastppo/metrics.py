@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from fastppo.batch import Experience
+from fastppo.batch import Experience, Update
 from fastppo.figures import sampler_error
-from fastppo.learn import Update
 from fastppo.ppo import explained_variance
 
 

@@ -2,75 +2,22 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Protocol
+from typing import Any
 
-import numpy
 import torch
 
-from fastppo.batch import Experience, Moments, Packed
+from fastppo.batch import Experience, Moments, Packed, Update
 from fastppo.config import Config
 from fastppo.estimate import recall_trunk
 from fastppo.evaluate import Evaluation
 from fastppo.health import Alarm, Health
-from fastppo.learn import Update
 from fastppo.microbatch import plan_step
 from fastppo.ppo import KLController
 from fastppo.roles import Roles
+from fastppo.run_state import State, random_state, seed_random
 from fastppo.since import Since
 from fastppo.world import World
-
-State = dict[str, Any]
-
-
-def random_state() -> State:
-    """The state of every generator of this process that a reward function could use; the run's own depend on step and
-    seed alone."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return {
-        "python": random.getstate(),
-        "numpy": numpy.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": cuda,
-    }
-
-
-def seed_random(seed: int, rank: int) -> None:
-    """Begin each of those generators at a place of its own for every rank."""
-    random.seed(f"{seed}/{rank}")
-    number = random.getrandbits(32)
-    numpy.random.seed(number)
-    torch.manual_seed(number)
-
-
-def set_random_state(state: State) -> None:
-    random.setstate(state["python"])
-    numpy.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-class Run(Protocol):
-    """What checkpoints save: `Progress` of PPO, `supervised.Training` of the stages before it."""
-
-    step: int
-    random: State
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def score(self) -> float | None: ...
-
-    @property
-    def good(self) -> int | None:
-        """The step that an alarm would go back to, or before it; None if none would."""
-
-    def state(self) -> State: ...
-
-    def restore(self, state: State, own: State) -> None: ...
 
 
 @dataclass

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from fastppo.batch import Experience, Prompts
+from fastppo.batch import Experience, Prompts, Update
 from fastppo.checkpoint import Checkpoints
 from fastppo.cli import dump
 from fastppo.clock import begin_clock
@@ -19,7 +19,6 @@ from fastppo.evaluate import evaluate, samples
 from fastppo.feedback import Source, check_chats, load_functions, load_judge, load_sources
 from fastppo.folder import begin_folder, check_folder
 from fastppo.health import Alarm
-from fastppo.learn import Update
 from fastppo.leave import leave_model, settle
 from fastppo.load import actor_context, check_actor_tokens, check_models, load_actor_tokenizer
 from fastppo.metrics import step_metrics
@@ -27,12 +26,13 @@ from fastppo.microbatch import Minibatch, imbalance
 from fastppo.nodes import check_output_is_shared
 from fastppo.plan import check_plan
 from fastppo.ppo import step_rates
-from fastppo.progress import Progress, random_state, recall_experience, set_random_state
+from fastppo.progress import Progress, recall_experience
 from fastppo.ptx import Texts
 from fastppo.responses import heldout_responses, training_responses
 from fastppo.resume import find_checkpoint
 from fastppo.roles import Roles, assemble
 from fastppo.rollout import named_stop_ids, stop_ids
+from fastppo.run_state import random_state, set_random_state
 from fastppo.samples import show_samples, write_samples
 from fastppo.track import TERMINAL, Stages, Tracker
 from fastppo.world import World

@@ -15,12 +15,12 @@ from torch import Tensor
 from fastppo import stop
 from fastppo.batch import Packed
 from fastppo.config import RewardTrainingConfig, SFTConfig
+from fastppo.errors import TrainingFault
 from fastppo.examples import Examples
-from fastppo.faults import TrainingFault
 from fastppo.learner import Learner
 from fastppo.microbatch import pack_even
 from fastppo.ppo import learning_rate
-from fastppo.progress import State, random_state, seed_random
+from fastppo.run_state import State, random_state, seed_random
 from fastppo.trunk import TrunkStates
 from fastppo.world import World, all_sum
 

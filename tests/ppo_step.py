@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from fastppo.batch import Experience, Moments, Prompts, Rollout, Scored
+from fastppo.batch import Experience, Moments, Prompts, Rollout, Scored, Update
 from fastppo.cli import parse
 from fastppo.config import Config
 from fastppo.engine import gathered
 from fastppo.estimate import estimate
-from fastppo.learn import Update, learn
+from fastppo.learn import learn
 from fastppo.load import load_actor_tokenizer
 from fastppo.microbatch import Minibatch, plan_step
 from fastppo.ptx import Texts

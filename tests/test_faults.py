@@ -13,7 +13,7 @@ from forks import Forks
 from ppo_step import config_of, step
 
 from fastppo.engine import Engine
-from fastppo.faults import TrainingFault
+from fastppo.errors import TrainingFault
 from fastppo.rules import validate
 from fastppo.world import start_world
 

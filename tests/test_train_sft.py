@@ -11,8 +11,8 @@ from stage_runs import evaluations, records
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastppo.cli import SFT, parse
+from fastppo.errors import TrainingFault
 from fastppo.examples import Examples, load_answers
-from fastppo.faults import TrainingFault
 from fastppo.train_sft import train
 from fastppo.world import start_world
 

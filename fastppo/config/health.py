@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -109,3 +110,9 @@ class HealthConfig:
     """Factor by which `raise_kl` and `roll_back` raise the KL coefficient."""
     roll_backs: int = 3
     """How often a run may roll back; the next time it stops."""
+
+    @property
+    def kl_limit(self) -> float:
+        """The approximate KL of an update beyond which the learning from a batch ends; infinity where no alarm sets it."""
+        levels = [alarm.level for alarm in self.alarms if alarm.action == "stop_epoch" and alarm.level is not None]
+        return min(levels, default=math.inf)
