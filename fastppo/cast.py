@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fastppo.config import ActorConfig, AnyConfig, Config, CriticConfig, RewardTrainingConfig
 from fastppo.footprint import Footprint
-from fastppo.learner import outline_learner, outline_scorer
+from fastppo.load_learned import outline_learner, outline_scorer
 from fastppo.lora import add_adapters
 from fastppo.memory import Member
 from fastppo.models import Backbone, Critic, Policy, RewardModel, ValueHead, fuse_head, width_of
 from fastppo.source import Source
-from fastppo.trainable import set_trainable
+from fastppo.trained import set_trainable
 from fastppo.weights import DTYPES, load_classifier_config, outline
 
 

@@ -16,12 +16,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fastppo.config import ActorConfig, AnyConfig, Config, CriticConfig, ModelConfig
+from fastppo.config import AnyConfig, Config
 from fastppo.config.learning import Place
-from fastppo.locate import locate
-from fastppo.lora import add_adapters
 from fastppo.models import (
-    Backbone,
     Critic,
     ModelError,
     Policy,
@@ -35,7 +32,7 @@ from fastppo.models import (
 from fastppo.rotary import switch_of
 from fastppo.source import Source
 from fastppo.stream import copy_parts, gathered, partition_config
-from fastppo.trainable import set_trainable
+from fastppo.trained import choose_trained
 from fastppo.trunk import trunk_depth
 from fastppo.weights import (
     DTYPES,
@@ -245,20 +242,6 @@ def _load_critic(config: Config, actor: PreTrainedModel, dtype: torch.dtype, dev
     role = Critic(backbone, head)
     choose_trained(role, "critic", critic, critic.model or config.actor.model, None, config.seed)
     return role
-
-
-def choose_trained(
-    role: Backbone,
-    name: str,
-    config: ActorConfig | CriticConfig | ModelConfig,
-    source: str,
-    revision: str | None,
-    seed: int,
-) -> None:
-    """Freeze what does not train; with LoRA that is all but the adapters. A value head always trains."""
-    set_trainable(role, config.train)
-    if config.lora.rank:
-        add_adapters(role.model, name, config.lora, seed=seed, source=str(locate(source)), revision=revision)
 
 
 def load_causal(

@@ -31,12 +31,6 @@ def centring_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     return (chosen + rejected).square()
 
 
-def initial_head(width: int, seed: int) -> Tensor:
-    """A new score head's weights, (1, width) fp32, of deviation 1 / sqrt(width + 1) (Stiennon et al., 2020)."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(1, width, generator=generator) / math.sqrt(width + 1)
-
-
 @dataclass(frozen=True)
 class Centring:
     """What takes the mean off the scores of a linear head without a bias, as sequence classifiers have it.

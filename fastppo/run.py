@@ -23,7 +23,6 @@ from fastppo.leave import leave_model, settle
 from fastppo.load import actor_context, check_actor_tokens, check_models, load_actor_tokenizer
 from fastppo.metrics import step_metrics
 from fastppo.microbatch import Minibatch, imbalance
-from fastppo.nodes import check_output_is_shared
 from fastppo.plan import check_plan
 from fastppo.ppo import step_rates
 from fastppo.progress import Progress, recall_experience
@@ -35,7 +34,7 @@ from fastppo.rollout import named_stop_ids, stop_ids
 from fastppo.run_state import random_state, set_random_state
 from fastppo.samples import show_samples, write_samples
 from fastppo.track import TERMINAL, Stages, Tracker
-from fastppo.world import World
+from fastppo.world import World, check_output_is_shared
 
 log = logging.getLogger("fastppo")
 

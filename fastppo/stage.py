@@ -18,9 +18,9 @@ from fastppo.config import RewardTrainingConfig, SFTConfig
 from fastppo.data import batches
 from fastppo.examples import Examples
 from fastppo.folder import begin_folder, check_folder
-from fastppo.learner import Learner, model_source
+from fastppo.learner import Learner
 from fastppo.leave import Left, settle, supersede
-from fastppo.nodes import check_output_is_shared
+from fastppo.load_learned import model_source
 from fastppo.plan import check_plan
 from fastppo.resume import find_checkpoint
 from fastppo.stop import watching
@@ -28,7 +28,7 @@ from fastppo.supervised import Objective, Training, recall_trunk, total_steps, u
 from fastppo.track import Stages, Tracker
 from fastppo.trunk import TrunkStates
 from fastppo.weights import check_embedded, context_of, load_config, load_tokenizer
-from fastppo.world import World
+from fastppo.world import World, check_output_is_shared
 
 log = logging.getLogger("fastppo")
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from fastppo.average import Average
 from fastppo.models import Policy, fuse_head
-from fastppo.trainable import set_trainable
+from fastppo.trained import set_trainable
 from fastppo.world import World
 
 WORLD = World(0, 1, torch.device("cpu"))

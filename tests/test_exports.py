@@ -16,10 +16,11 @@ from fastppo.batch import pack
 from fastppo.checkpoint import export
 from fastppo.cli import REWARD, parse
 from fastppo.config import ActorLoraConfig
-from fastppo.learner import load_scorer
-from fastppo.load import choose_trained, load_causal
+from fastppo.load import load_causal
+from fastppo.load_learned import load_scorer
 from fastppo.models import ModelError, Policy
 from fastppo.source import Source
+from fastppo.trained import choose_trained
 from fastppo.weights import load_config, load_model
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ from fastppo import attention
 from fastppo.batch import Prompts, pack
 from fastppo.cli import REWARD, SFT, parse
 from fastppo.fit import make_plan
-from fastppo.learner import load_learner, load_scorer
 from fastppo.load import check_actor_tokens, check_models, load_actor_tokenizer, load_policies, load_reward
+from fastppo.load_learned import load_learner, load_scorer
 from fastppo.machine import Machine
 from fastppo.models import ModelError
 from fastppo.rollout import sample, stop_ids

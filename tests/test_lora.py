@@ -16,7 +16,7 @@ from fastppo.learn import learn
 from fastppo.lora import add_adapters, merged_state
 from fastppo.microbatch import plan_step
 from fastppo.models import ModelError, Policy, adapters_off, fuse_head
-from fastppo.trainable import set_trainable
+from fastppo.trained import set_trainable
 from fastppo.world import start_world
 
 TOKENS = torch.tensor([[5, 6, 7, 8, 9, 10]])

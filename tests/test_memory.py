@@ -30,7 +30,7 @@ from fastppo.models import Policy, fuse_head
 from fastppo.ops import GPU_WORKSPACE_BYTES
 from fastppo.ppo_memory import shares
 from fastppo.source import Source
-from fastppo.trainable import set_trainable
+from fastppo.trained import set_trainable
 from fastppo.weights import DTYPES, outline
 from fastppo.world import start_world
 

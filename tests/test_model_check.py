@@ -26,7 +26,7 @@ from fastppo.load import check_models, load_causal, load_reward
 from fastppo.lora import add_adapters
 from fastppo.model_check import check_kind, check_model
 from fastppo.models import Backbone, ModelError, Policy, RewardModel, fuse_head
-from fastppo.trainable import set_trainable
+from fastppo.trained import set_trainable
 from fastppo.weights import without_dropout
 
 CPU = torch.device("cpu")

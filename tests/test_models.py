@@ -9,7 +9,7 @@ from fastppo.errors import FastPPOError
 from fastppo.logit_scale import logit_scale
 from fastppo.model_check import check_model
 from fastppo.models import Critic, ModelError, Policy, ValueHead, copy_backbone, fuse_head
-from fastppo.trainable import set_trainable
+from fastppo.trained import set_trainable
 
 SEQUENCES = [(5, 6, 7, 8, 9, 10, 11, 12), (9, 10), (11, 12, 13), (1, 2, 3)]
 PACKED = pack(SEQUENCES, [3, 1, 2, 1])

@@ -64,9 +64,9 @@ def test_two_nodes_make_the_run_that_two_ranks_on_one_node_make(folder, forks):
 # Each rank in a folder of its own, as on nodes whose disks are their own
 DISKS = """
 import os
-from fastppo import nodes
+from fastppo import world
 
-nodes.PATIENCE = 0.5
+world.PATIENCE = 0.5
 disk = os.path.join({folder!r}, "disk-" + os.environ["RANK"])
 os.makedirs(disk)
 os.chdir(disk)

@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastppo.load_learned import initial_head
 from fastppo.preference import (
     Centring,
     accuracy,
     bootstrap_interval,
     calibration_error,
     centring_loss,
-    initial_head,
     preference_loss,
     reliability,
     wilson_interval,

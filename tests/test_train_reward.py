@@ -21,10 +21,9 @@ from fastppo.config import Config, DataConfig, ModelConfig, OptimConfig, PPOConf
 from fastppo.data import PromptSet, load_prompts
 from fastppo.examples import Examples, load_pairs
 from fastppo.feedback import load_sources, score
-from fastppo.learner import load_scorer, set_padding
 from fastppo.load import load_reward
+from fastppo.load_learned import initial_head, load_scorer, set_padding
 from fastppo.models import ModelError
-from fastppo.preference import initial_head
 from fastppo.residency import Residency
 from fastppo.train_reward import train
 from fastppo.world import start_world

@@ -8,7 +8,7 @@ from test_models import PACKED
 
 from fastppo import models, trunk
 from fastppo.models import Policy, fuse_head, keep_trunk
-from fastppo.trainable import set_trainable
+from fastppo.trained import set_trainable
 from fastppo.world import start_world
 
 ALL = torch.arange(len(PACKED))

@@ -1,4 +1,4 @@
-"""Which parameters of a role train."""
+"""Which parameters of a role train: all, the upper layers, those of some names, or adapters."""
 
 from __future__ import annotations
 
@@ -6,8 +6,26 @@ from fnmatch import fnmatch
 
 from transformers import PreTrainedModel
 
-from fastppo.models import Backbone, ModelError
+from fastppo.config import ActorConfig, CriticConfig, ModelConfig
+from fastppo.errors import ModelError
+from fastppo.locate import locate
+from fastppo.lora import add_adapters
+from fastppo.models import Backbone
 from fastppo.trunk import after_layers, layers_of
+
+
+def choose_trained(
+    role: Backbone,
+    name: str,
+    config: ActorConfig | CriticConfig | ModelConfig,
+    source: str,
+    revision: str | None,
+    seed: int,
+) -> None:
+    """Freeze what does not train; with LoRA that is all but the adapters. A value head always trains."""
+    set_trainable(role, config.train)
+    if config.lora.rank:
+        add_adapters(role.model, name, config.lora, seed=seed, source=str(locate(source)), revision=revision)
 
 
 def set_trainable(role: Backbone, train: str | int) -> None:
