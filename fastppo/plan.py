@@ -7,76 +7,19 @@ each GPU, in the host's memory and on NVMe, whether that fits, and if not, the s
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import replace
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from fastppo.advice import advice, in_gb
+from fastppo.advice import advice
+from fastppo.check_plan import PlanError, show, table_console
 from fastppo.cli import PPO, REWARD, SFT, Command, parse
 from fastppo.config import AnyConfig
 from fastppo.errors import FastPPOError
-from fastppo.fit import Plan, make_plan
+from fastppo.fit import make_plan
 from fastppo.machine import Machine, parse_bytes, parse_count, this_machine
-from fastppo.world import World
-
-
-class PlanError(FastPPOError):
-    """A run that does not fit. The message names the smallest change that would."""
-
-
-def _console() -> Console:
-    """As wide as the terminal, and where there is none as wide as the table: a log should not lose columns."""
-    return Console(width=None if sys.stdout.isatty() else 120)
-
-
-def show(plan: Plan, console: Console) -> None:
-    """The table, and below it what is needed of each memory and what there is."""
-    columns = ("weights", "gradients", "optimizer", "buffers", "activations", "cache", "workspace")
-    cpu = plan.machine.gpu is None
-    where = "rank" if cpu else "GPU"
-    table = Table(box=None, pad_edge=False, title_justify="left", title=f"memory in GB of each {where}")
-    table.add_column("stage")
-    table.add_column("role")
-    rows: list[list[str]] = []
-    for stage in dict.fromkeys(share.stage for share in plan.shares):
-        for share in (s for s in plan.shares if s.stage == stage):
-            places = share.places
-            held = places.gpu + places.host if cpu else places.gpu
-            outside = [] if cpu else [places.host.total, places.nvme.total]
-            amounts = [*(getattr(held, name) for name in columns), held.total, *outside]
-            rows.append([stage, share.role, *map(in_gb, amounts)])
-    for name in (*columns, where, *([] if cpu else ["host", "NVMe"])):
-        table.add_column(name, justify="right")
-    for row, before in zip(rows, [None, *rows[:-1]], strict=True):
-        table.add_row("" if before and before[0] == row[0] else row[0], *row[1:])
-    console.print(table)
-    stage, _ = plan.peak
-    for name, (needed, there) in plan.needs.items():
-        verdict = "fits" if needed <= there else "does not fit"
-        console.print(f"{name}: {in_gb(needed)} of {in_gb(there)} GB, {verdict}", highlight=False)
-    console.print(f"highest in {stage}", highlight=False)
-
-
-def check_plan(config: AnyConfig, world: World) -> None:
-    """Show the plan of a run that begins here; raises PlanError where it does not fit and `plan` is check."""
-    if config.plan == "off":
-        return
-    nodes = max(world.ranks // int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1), 1)
-    plan = make_plan(config, this_machine(world.ranks // nodes, nodes, cpu=world.device.type == "cpu"))
-    console = _console()
-    if world.rank == 0:
-        show(plan, console)
-    if plan.fits:
-        return
-    if config.plan == "check":
-        raise PlanError(f"{advice(plan)} To try it all the same: --plan warn")
-    if world.rank == 0:
-        console.print(advice(plan))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -104,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         nvme=given.nvme,
     )
     config: AnyConfig = parse(settings, commands[given.command], ranks=machine.ranks)
-    console = _console()
+    console = table_console()
     try:
         plan = make_plan(config, machine)
         show(plan, console)

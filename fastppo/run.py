@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastppo.batch import Experience, Prompts, Update
+from fastppo.check_plan import check_plan
 from fastppo.checkpoint import Checkpoints
 from fastppo.cli import dump
 from fastppo.clock import begin_clock
@@ -23,7 +24,6 @@ from fastppo.leave import leave_model, settle
 from fastppo.load import actor_context, check_actor_tokens, check_models, load_actor_tokenizer
 from fastppo.metrics import step_metrics
 from fastppo.microbatch import Minibatch, imbalance
-from fastppo.plan import check_plan
 from fastppo.ppo import step_rates
 from fastppo.progress import Progress, recall_experience
 from fastppo.ptx import Texts

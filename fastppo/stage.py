@@ -11,6 +11,7 @@ from typing import Generic, Protocol, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from fastppo.check_plan import check_plan
 from fastppo.checkpoint import Checkpoints
 from fastppo.cli import dump
 from fastppo.clock import begin_clock
@@ -21,7 +22,6 @@ from fastppo.folder import begin_folder, check_folder
 from fastppo.learner import Learner
 from fastppo.leave import Left, settle, supersede
 from fastppo.load_learned import model_source
-from fastppo.plan import check_plan
 from fastppo.resume import find_checkpoint
 from fastppo.stop import watching
 from fastppo.supervised import Objective, Training, recall_trunk, total_steps, update

@@ -10,7 +10,7 @@ import tiny
 import torch
 from architectures import preset
 
-from fastppo import plan
+from fastppo import check_plan, fit, plan
 from fastppo.cast import cast_of
 from fastppo.cli import parse
 from fastppo.config import Config
@@ -68,7 +68,7 @@ def test_a_run_that_does_not_fit_exits_with_1_and_names_flags_that_make_it_fit(
     assert "does not fit" in err and "GPU memory" in err
     change = err.partition("The smallest change that fits: ")[2].split()
     assert change == ["--zero.offload_optimizer", "cpu"]
-    assert plan.make_plan(parse([*argv, *change]), Machine(1, 1, 24 * 10**9, 128 * 10**9)).fits
+    assert fit.make_plan(parse([*argv, *change]), Machine(1, 1, 24 * 10**9, 128 * 10**9)).fits
 
 
 def test_gathered_weights_that_are_too_large_for_a_gpu_are_named(
@@ -86,7 +86,7 @@ def test_gathered_weights_that_are_too_large_for_a_gpu_are_named(
 )
 def test_a_preset_fits_the_machine_it_is_for(tmp_path: Path, name: str, gpus: int, gpu: int, host: int) -> None:
     config = parse(preset(tmp_path, name), ranks=gpus)
-    assert plan.make_plan(config, Machine(gpus, 1, gpu * 10**9, host * 10**9)).fits
+    assert fit.make_plan(config, Machine(gpus, 1, gpu * 10**9, host * 10**9)).fits
 
 
 def test_with_adapters_there_is_no_reference(settings: list[str]) -> None:
@@ -99,12 +99,12 @@ def test_training_is_refused_where_it_cannot_fit(
 ) -> None:
     monkeypatch.setattr(plan, "this_machine", lambda *args, **kwargs: Machine(1, 1, None, 2 * 10**8))
     config = parse(settings)
-    with pytest.raises(plan.PlanError, match=r"does not fit.*--plan warn"):
-        plan.check_plan(config, ALONE)
+    with pytest.raises(check_plan.PlanError, match=r"does not fit.*--plan warn"):
+        check_plan.check_plan(config, ALONE)
     assert "learning" in capsys.readouterr().out
-    plan.check_plan(replace(config, plan="warn"), ALONE)
+    check_plan.check_plan(replace(config, plan="warn"), ALONE)
     assert "does not fit" in capsys.readouterr().out
-    plan.check_plan(replace(config, plan="off"), ALONE)
+    check_plan.check_plan(replace(config, plan="off"), ALONE)
     assert capsys.readouterr().out == ""
 
 
@@ -112,7 +112,7 @@ def test_a_model_that_is_not_there_gives_the_message_of_loading_it(tmp_path: Pat
     config = Config()
     missing = replace(config, actor=replace(config.actor, model=str(tmp_path)))
     with pytest.raises(ModelError) as planned:
-        plan.check_plan(missing, ALONE)
+        check_plan.check_plan(missing, ALONE)
     with pytest.raises(ModelError) as loaded:
         load_causal("actor.model", str(tmp_path), None, None, torch.float32, torch.device("cpu"))
     assert str(planned.value) == str(loaded.value)

@@ -10,10 +10,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from fastppo.cli import REWARD, SFT, parse
 from fastppo.config import Config
 from fastppo.errors import FastPPOError
+from fastppo.fit import make_plan
 from fastppo.load import actor_context, check_models, load_actor_tokenizer
 from fastppo.load_learned import model_source
 from fastppo.machine import Machine
-from fastppo.plan import make_plan
 from fastppo.quantized import UNPACKED
 from fastppo.source import Source
 from fastppo.weights import load_config, load_tokenizer

@@ -11,7 +11,7 @@ import tiny
 import torch
 from architectures import ACTORS, directory
 
-from fastppo import plan, train_reward, train_sft
+from fastppo import check_plan, plan, train_reward, train_sft
 from fastppo.cli import REWARD, SFT, Command, parse
 from fastppo.config import AnyConfig
 from fastppo.fit import Plan, make_plan
@@ -97,7 +97,7 @@ def test_training_is_refused_before_the_model_loads(
     argv = stage_runs.settings(tmp_path, kind, plan="check")
     train: Any = train_reward.train if kind == "pairs" else train_sft.train
     monkeypatch.setattr(plan, "this_machine", lambda *args, **kwargs: Machine(1, 1, None, 2 * 10**8))
-    with pytest.raises(plan.PlanError, match=r"host memory are needed .*--plan warn"):
+    with pytest.raises(check_plan.PlanError, match=r"host memory are needed .*--plan warn"):
         train(parse(argv, COMMANDS[kind]), start_world(1))
     assert "evaluation" in capsys.readouterr().out
 
