@@ -8,7 +8,8 @@ from itertools import accumulate
 from typing import Any
 
 from fastppo.cast import cast_of
-from fastppo.config import AnyConfig, Config, ConfigError, RewardTrainingConfig, SFTConfig
+from fastppo.config import AnyConfig, Config, RewardTrainingConfig, SFTConfig
+from fastppo.errors import ConfigError
 from fastppo.fit import FILLED, PROCESS_GPU, PROCESS_HOST, Plan, make_plan
 from fastppo.machine import Machine
 from fastppo.memory import Member

@@ -22,7 +22,8 @@ from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings  # type: ignore[attr-defined]
 
-from fastppo.config import AnyConfig, Config, ConfigError, RewardTrainingConfig, SFTConfig
+from fastppo.config import AnyConfig, Config, RewardTrainingConfig, SFTConfig
+from fastppo.errors import ConfigError
 from fastppo.launch import LaunchError, check_launch, first_of_many
 from fastppo.rules import validate
 from fastppo.rules.stages import validate_reward, validate_sft

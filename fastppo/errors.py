@@ -16,6 +16,10 @@ class FastPPOError(ValueError):
     """Something that the user can put right. The message names what is wrong, its value and the way out."""
 
 
+class ConfigError(ValueError):
+    """A setting, or two settings together, that cannot work. The message says which, why and what to do."""
+
+
 class ModelError(FastPPOError):
     """A model that cannot be loaded or used. The message names the setting and the way out."""
 

@@ -7,7 +7,7 @@ import pytest
 from ppo_step import config_of
 
 from fastppo import deepspeed_config
-from fastppo.config import ConfigError
+from fastppo.errors import ConfigError
 from fastppo.rules import validate
 
 

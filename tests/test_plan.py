@@ -97,7 +97,7 @@ def test_with_adapters_there_is_no_reference(settings: list[str]) -> None:
 def test_training_is_refused_where_it_cannot_fit(
     settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(plan, "this_machine", lambda *args, **kwargs: Machine(1, 1, None, 2 * 10**8))
+    monkeypatch.setattr(check_plan, "this_machine", lambda *args, **kwargs: Machine(1, 1, None, 2 * 10**8))
     config = parse(settings)
     with pytest.raises(check_plan.PlanError, match=r"does not fit.*--plan warn"):
         check_plan.check_plan(config, ALONE)

@@ -7,7 +7,8 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from fastppo.cli import parse
-from fastppo.config import ActorConfig, AlarmConfig, Config, ConfigError, DataConfig, RewardConfig
+from fastppo.config import ActorConfig, AlarmConfig, Config, DataConfig, RewardConfig
+from fastppo.errors import ConfigError
 from fastppo.rules import RANGES, validate
 
 GOOD = Config(

@@ -96,7 +96,7 @@ def test_training_is_refused_before_the_model_loads(
     tiny.causal().config.save_pretrained(tmp_path / "model")
     argv = stage_runs.settings(tmp_path, kind, plan="check")
     train: Any = train_reward.train if kind == "pairs" else train_sft.train
-    monkeypatch.setattr(plan, "this_machine", lambda *args, **kwargs: Machine(1, 1, None, 2 * 10**8))
+    monkeypatch.setattr(check_plan, "this_machine", lambda *args, **kwargs: Machine(1, 1, None, 2 * 10**8))
     with pytest.raises(check_plan.PlanError, match=r"host memory are needed .*--plan warn"):
         train(parse(argv, COMMANDS[kind]), start_world(1))
     assert "evaluation" in capsys.readouterr().out

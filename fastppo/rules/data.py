@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fastppo.config import Config, ConfigError, DataConfig, ExamplesConfig
+from fastppo.config import Config, DataConfig, ExamplesConfig
+from fastppo.errors import ConfigError
 
 
 def check_data(config: Config) -> None:

@@ -7,8 +7,9 @@ import re
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-from fastppo.config import Config, ConfigError, RewardConfig
+from fastppo.config import Config, RewardConfig
 from fastppo.config.feedback import FIRST_WAIT, LONGEST_WAIT
+from fastppo.errors import ConfigError
 
 
 def check_rewards(config: Config) -> None:

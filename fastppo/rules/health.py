@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
-from fastppo.config import AlarmConfig, Config, ConfigError
+from fastppo.config import AlarmConfig, Config
 from fastppo.config.health import FIGURES
+from fastppo.errors import ConfigError
 from fastppo.rules.feedback import check_sources
 
 SHARES = ("self_bleu", "repetition", "duplicates", "length_correlation", "rewarded_phrase")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fastppo import deepspeed_config
-from fastppo.config import AnyConfig, Config, ConfigError
+from fastppo.config import AnyConfig, Config
+from fastppo.errors import ConfigError
 
 
 def check_batch(config: Config, ranks: int) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fastppo.config import AnyConfig, Config, ConfigError, LoraConfig
+from fastppo.config import AnyConfig, Config, LoraConfig
+from fastppo.errors import ConfigError
 
 
 def check_models(config: Config) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from fastppo.config import AnyConfig, ConfigError
+from fastppo.config import AnyConfig
+from fastppo.errors import ConfigError
 
 
 def check_checkpoints(config: AnyConfig) -> None:

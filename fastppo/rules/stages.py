@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from fastppo.config import ConfigError, RewardTrainingConfig, SFTConfig
+from fastppo.config import RewardTrainingConfig, SFTConfig
+from fastppo.errors import ConfigError
 from fastppo.rules.data import check_template
 from fastppo.rules.learning import check_zero
 from fastppo.rules.models import check_attention, check_targets
