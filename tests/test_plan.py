@@ -10,7 +10,7 @@ import tiny
 import torch
 from architectures import preset
 
-from fastppo import check_plan, fit, plan
+from fastppo import check_plan, plan
 from fastppo.cast import cast_of
 from fastppo.cli import parse
 from fastppo.config import Config
@@ -68,7 +68,7 @@ def test_a_run_that_does_not_fit_exits_with_1_and_names_flags_that_make_it_fit(
     assert "does not fit" in err and "GPU memory" in err
     change = err.partition("The smallest change that fits: ")[2].split()
     assert change == ["--zero.offload_optimizer", "cpu"]
-    assert fit.make_plan(parse([*argv, *change]), Machine(1, 1, 24 * 10**9, 128 * 10**9)).fits
+    assert make_plan(parse([*argv, *change]), Machine(1, 1, 24 * 10**9, 128 * 10**9)).fits
 
 
 def test_gathered_weights_that_are_too_large_for_a_gpu_are_named(
@@ -86,7 +86,7 @@ def test_gathered_weights_that_are_too_large_for_a_gpu_are_named(
 )
 def test_a_preset_fits_the_machine_it_is_for(tmp_path: Path, name: str, gpus: int, gpu: int, host: int) -> None:
     config = parse(preset(tmp_path, name), ranks=gpus)
-    assert fit.make_plan(config, Machine(gpus, 1, gpu * 10**9, host * 10**9)).fits
+    assert make_plan(config, Machine(gpus, 1, gpu * 10**9, host * 10**9)).fits
 
 
 def test_with_adapters_there_is_no_reference(settings: list[str]) -> None:
