@@ -14,6 +14,7 @@ from fastppo import check_plan, plan
 from fastppo.cast import cast_of
 from fastppo.cli import parse
 from fastppo.config import Config
+from fastppo.fit import make_plan
 from fastppo.load import load_causal
 from fastppo.machine import Machine, parse_bytes
 from fastppo.models import ModelError

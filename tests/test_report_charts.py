@@ -10,13 +10,13 @@ import pytest
 import torch
 from made_up_batches import healthy, update
 
-from fastppo import supervised
 from fastppo.config.health import FIGURES
 from fastppo.heldout import AnswerEvaluation, PairEvaluation
 from fastppo.metrics import step_metrics
 from fastppo.report.curves import Curve, duration, number, short_number, smooth, span, thin, ticks
 from fastppo.report.plot import Charts, Line
 from fastppo.report.titles import Quantity, quantity
+from fastppo.supervised import Update as SupervisedUpdate
 
 
 def test_thinning_keeps_every_peak_and_every_gap() -> None:
@@ -94,7 +94,7 @@ def metrics_of_the_trainer() -> list[str]:
     found += [f"eval/{average}{name}" for average in ("", "average/") for name in evaluated]
     pairs = PairEvaluation(torch.ones(2), torch.zeros(2), torch.zeros(2), None)
     found += [f"eval/{name}" for name in (*pairs.metrics(), *AnswerEvaluation(1.0, 1.0).metrics())]
-    found += [*supervised.Update(torch.zeros(1), 1.0, 1.0, 0).metrics(), "accuracy", "score_chosen"]
+    found += [*SupervisedUpdate(torch.zeros(1), 1.0, 1.0, 0).metrics(), "accuracy", "score_chosen"]
     return [name for name in found if not name.endswith(("_low", "_high", "_error"))] + ["sampler_error"]
 
 
