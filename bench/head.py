@@ -21,7 +21,8 @@ import torch
 from ceilings import seconds
 from torch import Tensor
 
-from fastppo import linear, ops
+from fastppo import ops
+from fastppo.ops import chunked_head
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 M, H, V = (2_048, 576, 49_152) if DEVICE.type == "cpu" else (8_192, 4_096, 128_256)
@@ -63,8 +64,8 @@ def compiled_pass(logits: Tensor, targets: Tensor, old: Tensor, advantages: Tens
 def products(hidden: Tensor, weight: Tensor, *tokens: Tensor) -> None:
     """The same chunks, by torch alone."""
     d_hidden, total = torch.empty_like(hidden), None
-    head, none = linear.Head(hidden, weight, None), linear.Head(None, None, None)
-    for rows, logits, _ in linear.chunks(head, none, WORKSPACE):
+    head, none = chunked_head.Head(hidden, weight, None), chunked_head.Head(None, None, None)
+    for rows, logits, _ in chunked_head.chunks(head, none, WORKSPACE):
         dz = compiled_pass(logits, *(x[rows] for x in tokens))
         torch.mm(dz, weight, out=d_hidden[rows])
         part = dz.t() @ hidden[rows]

@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import made_up_batches
 import tiny
 
-from fastppo import figures
 from fastppo.config import Config, HealthConfig, RewardConfig
-from fastppo.health import Health, judge_gap, judge_turn, watch
+from fastppo.monitor import health_metrics
+from fastppo.monitor.health import Health, judge_gap, judge_turn, watch
 
 BATCHES = {(32, 20): 3.0, (512, 128): 5.0}  # responses and tokens in each: seconds of a step
 
@@ -49,19 +49,19 @@ def milliseconds(work: Callable[[], object], rounds: int) -> float:
 def parts(experience: Any) -> dict[str, Callable[[], object]]:
     packed = experience.packed
     tokens, lengths = packed.responses.numpy(), packed.response_lengths.numpy()
-    grams = figures.ngrams(tokens, lengths, 4)
+    grams = health_metrics.ngrams(tokens, lengths, 4)
     scores = experience.scores.double().numpy()
     return {
-        "n-grams, n = 1 to 4": lambda: figures.ngrams(tokens, lengths, 4),
-        "distinct-1, -2, -3": lambda: [figures.distinct(g) for g in grams[:3]],
-        "self-BLEU": lambda: figures.self_bleu(tokens, lengths),
-        "repetition": lambda: figures.repetition(grams[3], len(lengths)),
-        "duplicates": lambda: figures.duplicates(tokens, lengths),
-        "length correlation": lambda: figures.rank_correlation(scores, lengths.astype(np.float64)),
-        "rewarded phrases": lambda: figures.rewarded_phrases(experience),
+        "n-grams, n = 1 to 4": lambda: health_metrics.ngrams(tokens, lengths, 4),
+        "distinct-1, -2, -3": lambda: [health_metrics.distinct(g) for g in grams[:3]],
+        "self-BLEU": lambda: health_metrics.self_bleu(tokens, lengths),
+        "repetition": lambda: health_metrics.repetition(grams[3], len(lengths)),
+        "duplicates": lambda: health_metrics.duplicates(tokens, lengths),
+        "length correlation": lambda: health_metrics.rank_correlation(scores, lengths.astype(np.float64)),
+        "rewarded phrases": lambda: health_metrics.rewarded_phrases(experience),
         "length spread": lambda: lengths.std() / lengths.mean(),
         "entropy, KL and perplexity": lambda: drift(experience),
-        "all figures of a batch": lambda: figures.figures(experience, exact_kl=True),
+        "all figures of a batch": lambda: health_metrics.figures(experience, exact_kl=True),
     }
 
 

@@ -29,9 +29,9 @@ def rank_of(loader: str, path: str, name: str) -> None:
     """One rank: load and print what it took, as one line of JSON."""
     from memory import Anonymous
 
-    from fastppo.load import load_causal
-    from fastppo.stream import partition_config
-    from fastppo.world import start_world, stop_world
+    from fastppo.distributed.world import start_world, stop_world
+    from fastppo.models.loading.policies import load_causal
+    from fastppo.models.loading.streams import partition_config
 
     importlib.import_module("transformers.models.llama.modeling_llama")
     world, dtype = start_world(1), DTYPES[name]

@@ -126,8 +126,8 @@ def warm_up(config: Any) -> None:
     """One update of one layer: what the libraries load at first use is no part of a run's plan."""
     import torch
 
-    from fastppo.engine import Engine
-    from fastppo.weights import DTYPES
+    from fastppo.distributed.engine import Engine
+    from fastppo.models.loading.weights import DTYPES
 
     layer = torch.nn.Linear(8, 8, dtype=DTYPES[config.optim.dtype])
     engine = Engine(layer, [list(layer.parameters())], config.optim, config.zero)
@@ -138,10 +138,10 @@ def warm_up(config: Any) -> None:
 def measure(argv: list[str], name: str) -> None:
     """In a fresh process: the plan of a run, and the run itself."""
     from fastppo import train, train_reward, train_sft
-    from fastppo.cli import PPO, REWARD, SFT, Command, parse
-    from fastppo.fit import make_plan
-    from fastppo.machine import this_machine
-    from fastppo.world import start_world, stop_world
+    from fastppo.config.command_line import PPO, REWARD, SFT, Command, parse
+    from fastppo.distributed.world import start_world, stop_world
+    from fastppo.planner.machine import this_machine
+    from fastppo.planner.plan import make_plan
 
     command: Command[Any] = PPO if name in CASES else REWARD if name.startswith("reward") else SFT
     module: Any = {PPO: train, REWARD: train_reward, SFT: train_sft}[command]

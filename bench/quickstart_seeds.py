@@ -20,9 +20,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fastppo.folder import ALARMS, METRICS, read_lines
-from fastppo.respond import ENDED
-from fastppo.source import LEFT_BY
+from fastppo.models.loading.source import LEFT_BY
+from fastppo.monitor.run_dir import ALARMS, METRICS, read_lines
+from fastppo.ppo.alarm_actions import ENDED
 
 Verdict = tuple[dict[str, str], list[str]]  # a row of the table, and the promises that were broken
 

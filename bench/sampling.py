@@ -18,11 +18,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")  # read by torch when it is import
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from fastppo.attention import choose_attention
-from fastppo.batch import Prompts
 from fastppo.config import SamplingConfig
-from fastppo.load import load_causal
-from fastppo.models import Policy, fuse_head
+from fastppo.data.batch import Prompts
+from fastppo.models.attention import choose_attention
+from fastppo.models.loading.policies import load_causal
+from fastppo.models.roles import Policy, fuse_head
 from fastppo.rollout import sample
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

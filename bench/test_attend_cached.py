@@ -7,10 +7,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import pytest
 import torch
 
-from fastppo import ops, reference
+from fastppo import ops
+from fastppo.ops import eager
 
 ROWS, POSITIONS = 32, 64
-IMPLEMENTATIONS = {"fastppo": ops, "reference": reference}
+IMPLEMENTATIONS = {"fastppo": ops, "reference": eager}
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -25,7 +25,8 @@ import torch
 from ceilings import Ceilings, ceilings, seconds
 from torch import Tensor
 
-from fastppo import library, ops, philox
+from fastppo import ops
+from fastppo.ops import philox, registration
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # SmolLM2's head, and on a GPU that of an 8B Llama with as many rows as fill the card: tokens, vocabulary, width, and
@@ -207,7 +208,9 @@ def compare(group: str, dtype: str, rounds: int, most: Ceilings) -> dict[str, An
 
 def main(rounds: int = 30) -> None:
     most = ceilings(DEVICE)
-    print(f"{most.device}, {library.backend(DEVICE)}; medians of {rounds} rounds. Ceiling ({most.source}):", end=" ")
+    print(
+        f"{most.device}, {registration.backend(DEVICE)}; medians of {rounds} rounds. Ceiling ({most.source}):", end=" "
+    )
     print(f"{most.bandwidth / 1e9:,.0f} GB/s, {most.flops / 1e12:.2f} TFLOP/s in bf16\n")
     print("| | eager, ms | compiled, ms | fastppo, ms | times faster than eager | than compiled | GB/s | of ceiling |")
     print("|---|---|---|---|---|---|---|---|")

@@ -50,7 +50,8 @@ def exit_with_message(rank: int) -> Iterator[None]:
 
     Of a `FastPPOError` the message is shown; of a GPU without memory, where that was and what takes less; a collective
     that broke since another rank failed gets one line, so that the other's error is the one that is seen; anything else
-    is a fault of ours and shows its traceback. Ctrl-C comes here where there is nothing yet to save (`fastppo.stop`).
+    is a fault of ours and shows its traceback. Ctrl-C comes here where there is nothing yet to save
+    (`fastppo.distributed.stop`).
     """
     try:
         yield
@@ -89,7 +90,7 @@ def _leave(say: Callable[[], object], status: int) -> NoReturn:
 
 
 def _innermost(error: Exception) -> str:
-    """The module of fastppo that was at work when the error was raised, as `fastppo/learn.py`."""
+    """The module of fastppo that was at work when the error was raised, as `fastppo/ppo/update.py`."""
     here = Path(__file__).parent
     files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
     ours = [file for file in files if here in file.parents and file != Path(__file__)]

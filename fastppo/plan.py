@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from fastppo.advice import advice
-from fastppo.check_plan import PlanError, show, table_console
-from fastppo.cli import PPO, REWARD, SFT, Command, parse
 from fastppo.config import AnyConfig
+from fastppo.config.command_line import PPO, REWARD, SFT, Command, parse
 from fastppo.errors import FastPPOError
-from fastppo.fit import make_plan
-from fastppo.machine import Machine, parse_bytes, parse_count, this_machine
+from fastppo.planner.changes import advice
+from fastppo.planner.check import PlanError, show, table_console
+from fastppo.planner.machine import Machine, parse_bytes, parse_count, this_machine
+from fastppo.planner.plan import make_plan
 
 
 def main(argv: list[str] | None = None) -> None:

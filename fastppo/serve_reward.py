@@ -22,16 +22,16 @@ from jsonargparse import auto_cli
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.config import OptimConfig, ZeroConfig
-from fastppo.conversation import NO_ARGUMENTS, Messages, are_messages, check_arguments
-from fastppo.engine import Frozen
+from fastppo.data.conversations import NO_ARGUMENTS, Messages, are_messages, check_arguments
+from fastppo.data.tables import SURROGATE
+from fastppo.distributed.engine import Frozen
+from fastppo.distributed.world import World
 from fastppo.errors import FastPPOError, exit_with_message
-from fastppo.feedback import RewardError
-from fastppo.feedback.model import BadChat, ModelSource, TooLong
-from fastppo.load import load_reward
-from fastppo.models import RewardModel
-from fastppo.table import SURROGATE
-from fastppo.weights import DTYPES
-from fastppo.world import World
+from fastppo.models.loading.policies import load_reward
+from fastppo.models.loading.weights import DTYPES
+from fastppo.models.roles import RewardModel
+from fastppo.rewards import RewardError
+from fastppo.rewards.model import BadChat, ModelSource, TooLong
 
 log = logging.getLogger("fastppo")
 

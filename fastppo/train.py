@@ -13,23 +13,23 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: Python would look for modules in the folder fastppo/ first
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from fastppo.batch import Experience, Prompts
-from fastppo.cli import parse
 from fastppo.config import Config
+from fastppo.config.command_line import parse
+from fastppo.data.batch import Experience, Prompts
+from fastppo.data.microbatches import plan_step
+from fastppo.distributed.stop import Stopped, together, watching
+from fastppo.distributed.world import World, start_world, stop_world
 from fastppo.errors import exit_with_message
-from fastppo.estimate import estimate
-from fastppo.feedback import score
-from fastppo.folder import claimed
-from fastppo.health import watch
-from fastppo.learn import learn
-from fastppo.metrics import mean_kl
-from fastppo.microbatch import plan_step
-from fastppo.respond import ENDED, respond
+from fastppo.monitor.health import watch
+from fastppo.monitor.run_dir import claimed
+from fastppo.monitor.tracker import setup_logging
+from fastppo.ppo.alarm_actions import ENDED, respond
+from fastppo.ppo.experience import estimate
+from fastppo.ppo.metrics import mean_kl
+from fastppo.ppo.run import Setup, Step, evaluate_if_due, finish, log_step, set_up
+from fastppo.ppo.update import learn
+from fastppo.rewards import score
 from fastppo.rollout import sample
-from fastppo.run import Setup, Step, evaluate_if_due, finish, log_step, set_up
-from fastppo.stop import Stopped, together, watching
-from fastppo.track import setup_logging
-from fastppo.world import World, start_world, stop_world
 
 
 def train(config: Config, world: World) -> bool:

@@ -18,24 +18,24 @@ if __package__ in (None, ""):  # run as a script: Python would look for modules 
 import torch
 from torch import Tensor
 
-from fastppo.batch import Packed
-from fastppo.cli import REWARD, parse
+from fastppo.checkpoint.leave import Left, leave_model
 from fastppo.config import RewardTrainingConfig
+from fastppo.config.command_line import REWARD, parse
+from fastppo.data.batch import Packed
+from fastppo.data.examples import Examples, load_pairs
+from fastppo.distributed.stop import Stopped
+from fastppo.distributed.world import World, start_world, stop_world
 from fastppo.errors import exit_with_message
-from fastppo.examples import Examples, load_pairs
-from fastppo.folder import claimed
-from fastppo.gathered import whole_state
-from fastppo.heldout import PairEvaluation, evaluate_pairs, write_reliability
-from fastppo.learner import assemble_scorer
-from fastppo.leave import Left, leave_model
-from fastppo.preference import centring_loss, preference_loss, rightness
-from fastppo.stage import Stage, run_stage, set_up
-from fastppo.stop import Stopped
-from fastppo.supervised import Objective
-from fastppo.tell import only_tells
-from fastppo.track import setup_logging
-from fastppo.trunk import TrunkStates
-from fastppo.world import World, start_world, stop_world
+from fastppo.models.frozen_prefix import TrunkStates
+from fastppo.models.sampling_weights import whole_state
+from fastppo.monitor.run_dir import claimed
+from fastppo.monitor.tell import only_tells
+from fastppo.monitor.tracker import setup_logging
+from fastppo.offline.heldout import PairEvaluation, evaluate_pairs, write_reliability
+from fastppo.offline.loop import Stage, run_stage, set_up
+from fastppo.offline.model import assemble_scorer
+from fastppo.offline.preference import centring_loss, preference_loss, rightness
+from fastppo.offline.update import Objective
 
 log = logging.getLogger("fastppo")
 

@@ -15,20 +15,20 @@ if __package__ in (None, ""):  # run as a script: Python would look for modules 
 
 from torch import Tensor
 
-from fastppo.batch import Packed
-from fastppo.cli import SFT, parse
+from fastppo.checkpoint.leave import Left, leave_model
 from fastppo.config import SFTConfig
+from fastppo.config.command_line import SFT, parse
+from fastppo.data.batch import Packed
+from fastppo.data.examples import load_answers
+from fastppo.distributed.stop import Stopped
+from fastppo.distributed.world import World, start_world, stop_world
 from fastppo.errors import exit_with_message
-from fastppo.examples import load_answers
-from fastppo.folder import claimed
-from fastppo.gathered import whole_state
-from fastppo.heldout import AnswerEvaluation, evaluate_answers, response_logprobs
-from fastppo.learner import assemble_learner
-from fastppo.leave import Left, leave_model
-from fastppo.stage import Stage, run_stage, set_up
-from fastppo.stop import Stopped
-from fastppo.track import setup_logging
-from fastppo.world import World, start_world, stop_world
+from fastppo.models.sampling_weights import whole_state
+from fastppo.monitor.run_dir import claimed
+from fastppo.monitor.tracker import setup_logging
+from fastppo.offline.heldout import AnswerEvaluation, evaluate_answers, response_logprobs
+from fastppo.offline.loop import Stage, run_stage, set_up
+from fastppo.offline.model import assemble_learner
 
 
 def negative_logprob(role: Any, hidden: Tensor, *, packed: Packed, part: Tensor) -> tuple[Tensor, Tensor]:

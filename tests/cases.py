@@ -1,7 +1,7 @@
 """The cases that every backend of an op is held to, and the rule by which.
 
 A case builds its inputs in any dtype from fixed random numbers, so that the same numbers, rounded to that dtype, can be
-given to the op under test, to `fastppo.reference` in that dtype, and to `fastppo.reference` in fp64: the truth.
+given to the op under test, to `fastppo.ops.eager` in that dtype, and to `fastppo.ops.eager` in fp64: the truth.
 The rule: an op's error is at most the reference's own in that dtype, plus a small tolerance.
 """
 

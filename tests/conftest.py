@@ -25,12 +25,12 @@ settings.load_profile("fastppo")
 @pytest.fixture
 def triton_on_cpu() -> Iterator[None]:
     """CPU tensors take the Triton kernels, under the interpreter, through the same door as everything else."""
-    from fastppo import library
+    from fastppo.ops import registration
 
     with torch.library._scoped_library("fastppo", "IMPL") as overriding:
-        for op in library.TRITON:
-            for name in library.overloads(op):
-                overriding.impl(name, library.launcher(op), "CPU", allow_override=True)
+        for op in registration.TRITON:
+            for name in registration.overloads(op):
+                overriding.impl(name, registration.launcher(op), "CPU", allow_override=True)
         yield
 
 

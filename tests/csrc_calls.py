@@ -8,7 +8,7 @@ from cases import LinearCase, in_fp64
 from torch import Tensor
 
 import fastppo._C  # noqa: F401  (registers torch.ops.fastppo.*)
-from fastppo import reference
+from fastppo.ops import eager
 
 kernels = torch.ops.fastppo
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -33,7 +33,7 @@ def backward(case: dict[str, Any], stats: Tensor, grad: Tensor, out: Tensor | No
 
 def chunk_arguments(case: LinearCase, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of `policy_loss_in_chunk`, except the logits and what is made from them, by name."""
-    logprobs = reference.linear_logprobs(**in_fp64(case.build(dtype))).logprobs
+    logprobs = eager.linear_logprobs(**in_fp64(case.build(dtype))).logprobs
     made = case.build_loss(dtype, logprobs)
     made["logits"] = torch.nn.functional.linear(made["hidden"], made["weight"], made["bias"])
     if case.reference:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from fastppo.config import OptimConfig, ZeroConfig
-from fastppo.engine import Engine, gathered
-from fastppo.world import World, start_world
+from fastppo.distributed.engine import Engine, gathered
+from fastppo.distributed.world import World, start_world
 
 SHAPES = ((7, 3), (5,), (3, 3))  # of the trained weights; the first two share a learning rate
 RATES = (0.5, 0.25, 0.125)  # of their groups, of which the second is empty

@@ -19,16 +19,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fastppo import ops
-from fastppo.batch import Packed, Prompts, pack
-from fastppo.checkpoint import export
-from fastppo.cli import parse
+from fastppo.checkpoint.save import export
 from fastppo.config import Config
+from fastppo.config.command_line import parse
+from fastppo.data.batch import Packed, Prompts, pack
 from fastppo.errors import FastPPOError
-from fastppo.fit import make_plan
-from fastppo.learn import Targets, policy_term, value_term
-from fastppo.load import check_models, load_actor_tokenizer, load_policies
-from fastppo.machine import Machine
-from fastppo.models import Critic, Policy
+from fastppo.models.loading.policies import check_models, load_actor_tokenizer, load_policies
+from fastppo.models.roles import Critic, Policy
+from fastppo.planner.machine import Machine
+from fastppo.planner.plan import make_plan
+from fastppo.ppo.update import Targets, policy_term, value_term
 from fastppo.rollout import sample
 
 FAMILIES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))

@@ -12,7 +12,7 @@ import torch
 from cases import assert_as_good, in_fp64
 from torch import Tensor
 
-from fastppo import reference
+from fastppo.ops import eager
 
 Gae = Callable[..., tuple[Tensor, Tensor]]
 
@@ -93,8 +93,8 @@ def outputs(gae: Gae, arguments: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def assert_right(gae: Gae, arguments: dict[str, Any]) -> None:
-    truth = outputs(reference.gae, in_fp64(arguments))
-    same_dtype = outputs(reference.gae, arguments)
+    truth = outputs(eager.gae, in_fp64(arguments))
+    same_dtype = outputs(eager.gae, arguments)
     assert_as_good(outputs(gae, arguments), same_dtype, truth, arguments["rewards"].dtype)
 
 

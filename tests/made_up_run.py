@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fastppo.cli import dump
 from fastppo.config import AlarmConfig, Config, EvalConfig, HealthConfig, RewardTrainingConfig, SFTConfig
-from fastppo.folder import as_line
+from fastppo.config.command_line import dump
+from fastppo.monitor.run_dir import as_line
 
 # What must never come out as anything but text.
 HOSTILE = (

@@ -13,18 +13,18 @@ from pathlib import Path
 
 import torch
 
-from fastppo.batch import Experience, Moments, Prompts, Rollout, Scored, Update
-from fastppo.cli import parse
 from fastppo.config import Config
-from fastppo.engine import gathered
-from fastppo.estimate import estimate
-from fastppo.learn import learn
-from fastppo.load import load_actor_tokenizer
-from fastppo.microbatch import Minibatch, plan_step
-from fastppo.ptx import Texts
-from fastppo.roles import Roles, assemble
+from fastppo.config.command_line import parse
+from fastppo.data.batch import Experience, Moments, Prompts, Rollout, Scored, Update
+from fastppo.data.microbatches import Minibatch, plan_step
+from fastppo.distributed.engine import gathered
+from fastppo.distributed.world import World, start_world, stop_world
+from fastppo.models.assembly import Roles, assemble
+from fastppo.models.loading.policies import load_actor_tokenizer
+from fastppo.ppo.experience import estimate
+from fastppo.ppo.ptx import Texts
+from fastppo.ppo.update import learn
 from fastppo.rollout import sample
-from fastppo.world import World, start_world, stop_world
 
 PROMPTS = [tuple(range(5, 5 + n)) for n in (3, 9, 4, 7, 3, 5, 12, 6)]
 

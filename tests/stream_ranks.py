@@ -15,14 +15,14 @@ from memory import Anonymous
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fastppo import ops
-from fastppo.batch import pack
-from fastppo.cli import parse
 from fastppo.config import OptimConfig, ZeroConfig
-from fastppo.engine import Engine
-from fastppo.load import load_causal, load_policies, load_reward
-from fastppo.models import ModelError, Policy, ValueHead
-from fastppo.stream import gathered, partition_config, stream, weight_files
-from fastppo.world import World, start_world
+from fastppo.config.command_line import parse
+from fastppo.data.batch import pack
+from fastppo.distributed.engine import Engine
+from fastppo.distributed.world import World, start_world
+from fastppo.models.loading.policies import load_causal, load_policies, load_reward
+from fastppo.models.loading.streams import gathered, partition_config, stream, weight_files
+from fastppo.models.roles import ModelError, Policy, ValueHead
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -7,10 +7,10 @@ import whole_runs
 from forks import Forks
 from transformers import AutoModelForCausalLM
 
-from fastppo.average import Average
-from fastppo.models import Policy, fuse_head
-from fastppo.trained import set_trainable
-from fastppo.world import World
+from fastppo.distributed.world import World
+from fastppo.models.average import Average
+from fastppo.models.loading.trained import set_trainable
+from fastppo.models.roles import Policy, fuse_head
 
 WORLD = World(0, 1, torch.device("cpu"))
 

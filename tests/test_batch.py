@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastppo.batch import Moments, Packed, Prompts, Rollout, concatenate, cumulative, pack, segment_rows
+from fastppo.data.batch import Moments, Packed, Prompts, Rollout, concatenate, cumulative, pack, segment_rows
 
 PACKED = pack([(5, 6, 7, 8), (9, 10), (11, 12, 13)], [2, 1, 2])
 

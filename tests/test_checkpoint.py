@@ -16,7 +16,8 @@ import pytest
 import whole_runs
 from forks import Forks, Run
 
-from fastppo import durable, stop
+from fastppo.checkpoint import atomic_dir
+from fastppo.distributed import stop
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -32,7 +33,7 @@ ROLES = {
 # Tells the last rank to stop at the nth place of a kind: `check`, where ranks agree, or `check_alone`, in sampling.
 STOP_AT = """
 import os
-from fastppo import stop
+from fastppo.distributed import stop
 
 real, count = stop.{kind}, iter(range(1, 1_000_000))
 
@@ -185,8 +186,9 @@ def test_ctrl_c_saves_and_ends_all_ranks_with_status_0(folder, forks, straight, 
 
 SAVES_FOR_EVER = """
 import time
-from fastppo import durable, stop
-durable.begin = lambda folder: time.sleep(600)
+from fastppo.checkpoint import atomic_dir
+from fastppo.distributed import stop
+atomic_dir.begin = lambda folder: time.sleep(600)
 """
 
 
@@ -204,7 +206,7 @@ def test_a_second_ctrl_c_ends_at_once(folder, forks):
 
 SLOW_EXPORT = """
 import time
-from fastppo import leave
+from fastppo.checkpoint import leave
 real = leave.export
 def export(*args, **kwargs):
     print("exporting", flush=True)
@@ -225,7 +227,7 @@ def test_a_run_that_is_told_to_stop_while_it_writes_its_model_writes_it_to_the_e
 
 
 def test_a_model_that_nothing_takes_ends_all_ranks_with_where_the_run_can_go_on(folder, forks):
-    output, before = folder / "nowhere", "from fastppo import leave\nleave.export = lambda *a, **k: 1 / 0\n"
+    output, before = folder / "nowhere", "from fastppo.checkpoint import leave\nleave.export = lambda *a, **k: 1 / 0\n"
     before += "leave._free_name = lambda *a: None"
     changes = {"steps": 1, "eval__prompts": 0, "eval__every": 0, "checkpoint__every": 0}
     run = forks.start(whole_runs.settings(folder, output, **changes), 2, before)
@@ -237,7 +239,7 @@ def test_a_model_that_nothing_takes_ends_all_ranks_with_where_the_run_can_go_on(
 
 
 def test_ctrl_c_before_there_is_anything_to_save_is_one_line(folder, forks):
-    before = "import time\nfrom fastppo import run\n"
+    before = "import time\nfrom fastppo.ppo import run\n"
     before += "run.check_models = lambda *_: (print('here', flush=True), time.sleep(600))"
     run = forks.start(whole_runs.settings(folder, folder / "early"), 1, before)
     wait_for(lambda: run.logs[0].exists() and "here" in run.text(), run)
@@ -270,7 +272,7 @@ def test_ctrl_c_under_deepspeeds_launcher_leaves_a_whole_checkpoint(folder, fork
     os.killpg(launched.pid, signal.SIGINT)
     said = launched.communicate(timeout=60)[0]  # until the last of them has closed it
     (name,) = whole_runs.checkpoints(output)
-    assert "the run saves itself and ends" in said and durable.problem(output / "checkpoints" / name) is None, said
+    assert "the run saves itself and ends" in said and atomic_dir.problem(output / "checkpoints" / name) is None, said
 
 
 def test_ranks_whose_launcher_has_vanished_save_and_end(folder, forks):
@@ -400,7 +402,8 @@ def test_the_newest_and_the_best_stay(forks, folder, tmp_path):
 
 FAILING = """
 import errno, os
-from fastppo import durable, stop
+from fastppo.checkpoint import atomic_dir
+from fastppo.distributed import stop
 
 class Full:
     def __init__(self, raw, left): self._raw, self._left = raw, left
@@ -410,7 +413,7 @@ class Full:
         return self._raw.write(content)
     def __getattr__(self, name): return getattr(self._raw, name)
 
-hashed, begin, saves = durable._Hashed, durable.begin, []
+hashed, begin, saves = atomic_dir._Hashed, atomic_dir.begin, []
 def full(raw):
     on = len(saves) == {save} and "{file}" in raw.name and os.environ["RANK"] == "{rank}"
     return hashed(Full(raw, {left}) if on else raw)
@@ -418,7 +421,7 @@ def beginning(folder):
     saves.append(folder)
     if "{file}" == "folder" and len(saves) == {save}: raise OSError(errno.EROFS, os.strerror(errno.EROFS))
     return begin(folder)
-durable._Hashed, durable.begin = full, beginning
+atomic_dir._Hashed, atomic_dir.begin = full, beginning
 """
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fastppo.cli import PPO, REWARD, SFT, Command, dump, parse
 from fastppo.config import Config, RewardConfig
+from fastppo.config.command_line import PPO, REWARD, SFT, Command, dump, parse
 
 QUICKSTART = ["--config", "quickstart"]
 
@@ -202,7 +202,7 @@ def test_each_command_names_its_own_presets(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_command_line_loads_no_model_library() -> None:
-    code = "import sys; from fastppo.cli import parse; parse(['--config', 'quickstart'])"
+    code = "import sys; from fastppo.config.command_line import parse; parse(['--config', 'quickstart'])"
     code += "; print(*{'torch', 'transformers', 'deepspeed', 'datasets'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.stdout, result.stderr) == ("\n", "")

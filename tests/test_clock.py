@@ -16,11 +16,13 @@ import whole_runs
 from forks import Forks
 from transformers import PreTrainedTokenizerBase
 
-from fastppo import checkpoint, clock, train, train_reward, train_sft
-from fastppo.checkpoint import Checkpoints
-from fastppo.cli import PPO, REWARD, SFT, parse
-from fastppo.conversation import template_text
-from fastppo.world import World, start_world
+from fastppo import train, train_reward, train_sft
+from fastppo.checkpoint import save
+from fastppo.checkpoint.save import Checkpoints
+from fastppo.config.command_line import PPO, REWARD, SFT, parse
+from fastppo.data.conversations import template_text
+from fastppo.distributed import clock
+from fastppo.distributed.world import World, start_world
 
 DATE = "{% macro today() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}<{{ today() }}>"
 COMMANDS = {"train": (train, PPO), "train_sft": (train_sft, SFT), "train_reward": (train_reward, REWARD)}
@@ -127,7 +129,7 @@ def test_a_checkpoint_without_a_clock_goes_on_with_the_day_on_which_it_was_writt
     about = Checkpoints._about
     with monkeypatch.context() as patch:
         patch.setattr(
-            checkpoint.Checkpoints,
+            save.Checkpoints,
             "_about",
             lambda self, run: {name: value for name, value in about(self, run).items() if name != "clock"},
         )
@@ -144,9 +146,9 @@ SKEWED = """
 import json, os
 from datetime import datetime, timedelta
 import transformers.utils.chat_template_utils as templates
-from fastppo import checkpoint
+from fastppo.checkpoint import save as checkpoint
 try:
-    from fastppo import clock
+    from fastppo.distributed import clock
 except ImportError:
     clock = templates
 

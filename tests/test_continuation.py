@@ -14,18 +14,25 @@ import whole_runs
 from spellings import KINDS, legacy
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fastppo.batch import Moments, Rollout, pack
-from fastppo.cli import parse
 from fastppo.config import AnswersConfig, DataConfig, PairsConfig, PPOConfig, PtxConfig
-from fastppo.continuation import decode_after, decode_pieces, decode_start, encode_after, encode_behind, plain_tokens
-from fastppo.data import load_prompts
-from fastppo.examples import load_answers, load_pairs, load_texts
-from fastppo.feedback import Responses, score
-from fastppo.locate import locate
+from fastppo.config.command_line import parse
+from fastppo.data.batch import Moments, Rollout, pack
+from fastppo.data.continuation import (
+    decode_after,
+    decode_pieces,
+    decode_start,
+    encode_after,
+    encode_behind,
+    plain_tokens,
+)
+from fastppo.data.examples import load_answers, load_pairs, load_texts
+from fastppo.data.paths import locate
+from fastppo.data.prompts import load_prompts
+from fastppo.data.tables import read_table
+from fastppo.distributed.world import World, start_world
+from fastppo.rewards import Responses, score
 from fastppo.rollout import sample
-from fastppo.table import read_table
 from fastppo.train import train
-from fastppo.world import World, start_world
 
 LOSSLESS = [kind for kind in KINDS if kind != "WordPiece"]  # whose tokens say where spaces are
 MADE: dict[str, PreTrainedTokenizerBase] = {}
@@ -222,7 +229,7 @@ def test_a_run_keeps_and_scores_what_was_written_with_every_space(
         return rollouts[-1]
 
     monkeypatch.setattr("fastppo.train.sample", kept)
-    monkeypatch.setattr("fastppo.evaluate.sample", kept)
+    monkeypatch.setattr("fastppo.ppo.evaluation.sample", kept)
     changes = {
         "data__max_prompt_tokens": 30,
         "ppo__microbatch_tokens": 60,

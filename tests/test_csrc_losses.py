@@ -20,20 +20,20 @@ from csrc_calls import (
 )
 from torch import Tensor
 
-from fastppo import reference
+from fastppo.ops import eager
 
 
 def update_by_the_reference(a: dict[str, Any]) -> dict[str, Tensor]:
     logits = a["logits"].detach().requires_grad_()
-    stats = reference.token_logprobs(
+    stats = eager.token_logprobs(
         logits, a["targets"], temperature=a["temperature"], softcap=a["softcap"], ref_logits=a["ref_logits"]
     )
     kl = stats.kl
     if a["kl_kind"] != "exact":
-        kl = reference.kl_estimate(stats.logprobs, a["ref_logprobs"], a["kl_kind"])
+        kl = eager.kl_estimate(stats.logprobs, a["ref_logprobs"], a["kl_kind"])
     options = {name: a[name] for name in ("clip_low", "clip_high", "dual_clip", "entropy_coef", "kl_coef", "mask")}
     options |= {"entropy": stats.entropy, "kl": kl, "normalizer": a["normalizer"]}
-    loss, policy_stats = reference.policy_loss(stats.logprobs, a["old_logprobs"], a["advantages"], **options)
+    loss, policy_stats = eager.policy_loss(stats.logprobs, a["old_logprobs"], a["advantages"], **options)
     (d_logits,) = torch.autograd.grad(loss, logits)
     return {"loss": loss.detach(), **policy_stats._asdict(), "d_logits": d_logits}
 
@@ -89,7 +89,7 @@ def test_policy_loss(tokens: int, masked: bool, dtype: torch.dtype) -> None:
 
     def expected(a: dict[str, Any]) -> dict[str, Tensor]:
         leaf = a["logprobs"].clone().requires_grad_()
-        loss, stats = reference.policy_loss(**(a | options | {"logprobs": leaf}))
+        loss, stats = eager.policy_loss(**(a | options | {"logprobs": leaf}))
         return {"loss": loss.detach(), **stats._asdict(), "d_x": torch.autograd.grad(loss, leaf)[0]}
 
     assert_as_good(result, expected(a), expected(in_fp64(a)), dtype)
@@ -132,7 +132,7 @@ def test_value_loss(tokens: int, clip: float | None, dtype: torch.dtype) -> None
 
     def expected(*tensors: Tensor) -> dict[str, Tensor]:
         leaf = tensors[0].clone().requires_grad_()
-        loss, stats = reference.value_loss(leaf, *tensors[1:], mask=mask, normalizer=torch.tensor(7.0), clip=clip)
+        loss, stats = eager.value_loss(leaf, *tensors[1:], mask=mask, normalizer=torch.tensor(7.0), clip=clip)
         return {"loss": loss.detach(), "sums": stats.sums, "d_x": torch.autograd.grad(loss, leaf)[0]}
 
     result = dict(zip(("loss", "sums", "d_x"), made, strict=True))

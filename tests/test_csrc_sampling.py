@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastppo import philox
+from fastppo.ops import philox
 
 
 @settings(max_examples=20)

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fastppo.cli import SFT, parse
 from fastppo.config import DataConfig
-from fastppo.data import PromptSet, _plain_tokens, batches, load_prompts
-from fastppo.locate import locate
-from fastppo.table import DataError
+from fastppo.config.command_line import SFT, parse
+from fastppo.data.paths import locate
+from fastppo.data.prompts import PromptSet, _plain_tokens, batches, load_prompts
+from fastppo.data.tables import DataError
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"

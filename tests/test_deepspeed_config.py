@@ -6,9 +6,9 @@ import json
 import pytest
 from ppo_step import config_of
 
-from fastppo import deepspeed_config
+from fastppo.config import deepspeed_config
+from fastppo.config.validation import validate
 from fastppo.errors import ConfigError
-from fastppo.rules import validate
 
 
 def with_raw(path, *settings):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastppo.cli import PPO, REWARD, SFT
+from fastppo.config.command_line import PPO, REWARD, SFT
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "docs" / "_ext"))
 

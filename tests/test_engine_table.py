@@ -9,7 +9,7 @@ import torch
 from forks import Forks
 
 from fastppo.config import ZeroConfig
-from fastppo.world import start_world
+from fastppo.distributed.world import start_world
 
 ROWS = engine_ranks.table()
 

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from fastppo.config import AnswersConfig, PairsConfig
-from fastppo.examples import Examples, load_answers, load_pairs
-from fastppo.table import DataError
+from fastppo.data.examples import Examples, load_answers, load_pairs
+from fastppo.data.tables import DataError
 
 TOKENIZER = tiny.tokenizer()
 EOS = TOKENIZER.eos_token_id

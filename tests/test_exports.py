@@ -12,16 +12,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fastppo import ops
-from fastppo.batch import pack
-from fastppo.checkpoint import export
-from fastppo.cli import REWARD, parse
+from fastppo.checkpoint.save import export
 from fastppo.config import ActorLoraConfig
-from fastppo.load import load_causal
-from fastppo.load_learned import load_scorer
-from fastppo.models import ModelError, Policy
-from fastppo.source import Source
-from fastppo.trained import choose_trained
-from fastppo.weights import load_config, load_model
+from fastppo.config.command_line import REWARD, parse
+from fastppo.data.batch import pack
+from fastppo.models.loading.offline import load_scorer
+from fastppo.models.loading.policies import load_causal
+from fastppo.models.loading.source import Source
+from fastppo.models.loading.trained import choose_trained
+from fastppo.models.loading.weights import load_config, load_model
+from fastppo.models.roles import ModelError, Policy
 
 CPU = torch.device("cpu")
 SEQUENCES = ((5, 6, 7, 8, 9, 10, 11, 12), (9, 10), (11, 12, 13), (1, 2, 3))
@@ -151,7 +151,7 @@ def test_fp8_weights_are_unpacked_by_their_scales(tmp_path):
 def test_experts_in_mxfp4_are_plain_weights_in_the_runs_dtype_and_saved_so(dtype, tmp_path, monkeypatch):
     """Loaded alone: GPT-OSS's attention, with its sinks, is none that packed rows have."""
     path = quantized_models.saved_mxfp4(tmp_path / "start")
-    monkeypatch.setattr("fastppo.weights.check_kind", lambda *_: None)  # which refuses it for that
+    monkeypatch.setattr("fastppo.models.loading.weights.check_kind", lambda *_: None)  # which refuses it for that
     model = load_model(AutoModelForCausalLM, Source("actor.model", path), dtype, CPU, None)
     assert {p.dtype for p in model.parameters()} == {dtype}
     model.save_pretrained(tmp_path / "out")

@@ -12,10 +12,10 @@ import whole_runs
 from forks import Forks
 from ppo_step import config_of, step
 
-from fastppo.engine import Engine
+from fastppo.config.validation import validate
+from fastppo.distributed.engine import Engine
+from fastppo.distributed.world import start_world
 from fastppo.errors import TrainingFault
-from fastppo.rules import validate
-from fastppo.world import start_world
 
 ROLES = {"separate": ["--critic.kind", "separate"], "shared": ["--critic.kind", "shared"]}
 
@@ -99,7 +99,7 @@ def test_too_many_in_a_row_end_the_run_with_the_batch_kept(model, world, tmp_pat
 def test_on_two_ranks_both_skip_and_the_metrics_count(forks, folder):
     before = """
 import os
-from fastppo.engine import Engine
+from fastppo.distributed.engine import Engine
 backward, calls = Engine.backward, []
 def broken(self, loss, *, last):
     calls.append(last)
@@ -145,7 +145,7 @@ train.learn = failing
 def test_a_gpu_without_memory_is_a_message_with_the_way_out(forks, folder):
     before = """
 import torch
-from fastppo import learn
+from fastppo.ppo import update as learn
 def full(*args, **kwargs):
     raise torch.OutOfMemoryError(
         "CUDA out of memory. Tried to allocate 192.00 MiB. Process 7 has 5.69 GiB memory in use."
@@ -156,7 +156,9 @@ learn._accumulate = full
     run = forks.start(whole_runs.settings(folder, folder / "full"), 1, before)
     assert forks.wait(run) == [1], run.text()
     assert "Traceback" not in run.text()
-    assert "in fastppo/learn.py: CUDA out of memory. Tried to allocate 192.00 MiB. Process 7 has 5.69" in run.text()
+    assert (
+        "in fastppo/ppo/update.py: CUDA out of memory. Tried to allocate 192.00 MiB. Process 7 has 5.69" in run.text()
+    )
     assert "ppo.microbatch_tokens" in run.text() and "PYTORCH_CUDA_ALLOC_CONF" not in run.text()
 
 

@@ -9,16 +9,16 @@ import pytest
 import tiny
 import torch
 
-from fastppo.batch import Moments, Rollout, pack
 from fastppo.config import Config, DataConfig, HealthConfig, PPOConfig, RewardConfig
-from fastppo.data import PromptSet
+from fastppo.data.batch import Moments, Rollout, pack
+from fastppo.data.prompts import PromptSet
+from fastppo.distributed.residency import Residency
+from fastppo.distributed.world import World, start_world
 from fastppo.errors import FastPPOError
-from fastppo.feedback import Responses, RewardError, load_judge, load_sources, response_texts, score
-from fastppo.feedback.model import ensemble
-from fastppo.feedback.sources import shared_sources
-from fastppo.models import ModelError
-from fastppo.residency import Residency
-from fastppo.world import World, start_world
+from fastppo.models.roles import ModelError
+from fastppo.rewards import Responses, RewardError, load_judge, load_sources, response_texts, score
+from fastppo.rewards.model import ensemble
+from fastppo.rewards.sources import shared_sources
 
 TOKENIZER = tiny.tokenizer()
 CPU = torch.device("cpu")

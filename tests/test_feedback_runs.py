@@ -69,7 +69,7 @@ def test_what_a_service_says_wrong_ends_all_ranks_with_the_reason(tmp_path, fork
 
 ONE_MEMBER_FAILS = """
 import os
-from fastppo.feedback import model
+from fastppo.rewards import model
 
 calls, checked = 0, model.checked
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_up_batches import a_phrase_pays, a_token_pays, batch, healthy
 
-from fastppo.figures import (
+from fastppo.monitor.health_metrics import (
     distinct,
     duplicates,
     figures,

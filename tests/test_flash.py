@@ -13,13 +13,13 @@ from flash_stand_in import FlashStandIn
 from transformers import AutoModelForCausalLM
 
 from fastppo import ops
-from fastppo.attention import choose_attention, compute_with
-from fastppo.batch import Prompts, pack
 from fastppo.config import SamplingConfig
+from fastppo.data.batch import Prompts, pack
 from fastppo.errors import FastPPOError
-from fastppo.flash import FlashAttention, choose_flash
-from fastppo.model_check import check_kind
-from fastppo.models import Policy, fuse_head
+from fastppo.models.attention import choose_attention, compute_with
+from fastppo.models.flash import FlashAttention, choose_flash
+from fastppo.models.loading.model_check import check_kind
+from fastppo.models.roles import Policy, fuse_head
 from fastppo.rollout import sample
 
 SEQUENCES = [(5, 6, 7, 8, 9, 10, 11, 12), (9, 10), (11, 12, 13), (1, 2, 3), (4,), tuple(range(20, 37))]
@@ -77,7 +77,7 @@ def responses(actor, **settings):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sampling_through_flash_attn_writes_the_same_greedy_tokens(family, monkeypatch, flash):
     """In fp32, since in bf16 the rounding of either decides between near ties."""
-    monkeypatch.setattr("fastppo.flash.DTYPES", (torch.float32,))
+    monkeypatch.setattr("fastppo.models.flash.DTYPES", (torch.float32,))
     flash.dtypes = (torch.float32,)
     actor = Policy(fuse_head(tiny.causal(family)))
     found = responses(actor, top_k=1).packed

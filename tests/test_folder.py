@@ -1,4 +1,4 @@
-"""fastppo.folder: a run's folder is made, moved aside and gone on in, and its files are read while they are written."""
+"""fastppo.monitor.run_dir: a run's folder is made, moved aside and gone on in; its files are read live."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fastppo.folder import (
+from fastppo.monitor.run_dir import (
     Lines,
     RunFolderError,
     as_line,
@@ -180,7 +180,7 @@ def test_lines_wait_for_room_and_the_file_never_has_half_of_one(
     lines.add([{"step": 1, "prompt": "長\ud800"}])
     for step, room in ((2, 5), (3, 0)):
         full = partial(open_full, room)
-        monkeypatch.setattr("fastppo.folder.open", full, raising=False)
+        monkeypatch.setattr("fastppo.monitor.run_dir.open", full, raising=False)
         with pytest.raises(OSError, match="No space left"):
             lines.add([{"step": step}])
         assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1]

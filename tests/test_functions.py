@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastppo.batch import pack
 from fastppo.config import RewardConfig
-from fastppo.feedback import Responses, RewardError, load_functions
-from fastppo.feedback.apart import SETTINGS
-from fastppo.feedback.function import ask_at_once, function_source
+from fastppo.data.batch import pack
+from fastppo.rewards import Responses, RewardError, load_functions
+from fastppo.rewards.apart import SETTINGS
+from fastppo.rewards.function import ask_at_once, function_source
 
 RESPONSES = Responses(
     prompts=["one", "two"],

@@ -9,12 +9,12 @@ import whole_runs
 from forks import Forks
 from ppo_step import config_of
 
-from fastppo import gathered
-from fastppo.batch import pack
-from fastppo.engine import Engine
-from fastppo.gathered import GatheredPolicy
-from fastppo.models import Policy, fuse_head
-from fastppo.world import start_world
+from fastppo.data.batch import pack
+from fastppo.distributed.engine import Engine
+from fastppo.distributed.world import start_world
+from fastppo.models import sampling_weights
+from fastppo.models.roles import Policy, fuse_head
+from fastppo.models.sampling_weights import GatheredPolicy
 
 SPLIT_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
@@ -42,7 +42,7 @@ def test_below_stage_3_it_is_the_actor_itself():
 
 @pytest.mark.parametrize("bucket", [1, 2**28])
 def test_it_has_the_weights_of_now_in_tensors_that_stay(world, zero, monkeypatch, bucket):
-    monkeypatch.setattr(gathered, "BUCKET", bucket)
+    monkeypatch.setattr(sampling_weights, "BUCKET", bucket)
     actor = Policy(fuse_head(tiny.causal(tie_word_embeddings=True)))
     before = {name: p.detach().clone() for name, p in actor.named_parameters()}
     whole = GatheredPolicy(actor, 3)
@@ -59,7 +59,7 @@ def test_it_has_the_weights_of_now_in_tensors_that_stay(world, zero, monkeypatch
     again = whole.policy()
     assert again is found and [p.data_ptr() for p in again.parameters()] == places
     assert not torch.equal(again.head.weight, before["model.model.embed_tokens.weight"])
-    with gathered.gathered(actor.parameters()):
+    with sampling_weights.gathered(actor.parameters()):
         assert all(torch.equal(p, q) for p, q in zip(again.parameters(), actor.parameters(), strict=True))
 
 
@@ -81,8 +81,10 @@ UNEVEN = """
 import functools, json, os, time
 import torch.distributed as dist
 from deepspeed.comm.torch import TorchBackend
-from fastppo import gathered, stop, train
-from fastppo.batch import Prompts
+from fastppo import train
+from fastppo.distributed import stop
+from fastppo.models import sampling_weights as gathered
+from fastppo.data.batch import Prompts
 
 rank, events = int(os.environ["RANK"]), []
 

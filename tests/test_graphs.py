@@ -10,12 +10,12 @@ import tiny
 import torch
 from flash_stand_in import FlashStandIn
 
-from fastppo import attention
-from fastppo.attention import asks_nothing, compute_with
-from fastppo.batch import Prompts
 from fastppo.config import SamplingConfig
-from fastppo.flash import FlashAttention, choose_flash
-from fastppo.models import Policy, fuse_head
+from fastppo.data.batch import Prompts
+from fastppo.models import attention
+from fastppo.models.attention import asks_nothing, compute_with
+from fastppo.models.flash import FlashAttention, choose_flash
+from fastppo.models.roles import Policy, fuse_head
 from fastppo.rollout import graphs, sample
 
 PROMPTS = [(5, 6, 7), (8, 9, 10, 11, 12, 13, 14, 15, 16), (17,), (18, 19, 20, 21, 22), *[(i, i + 1) for i in range(12)]]

@@ -14,8 +14,8 @@ import torch
 
 from fastppo.config import AlarmConfig, Config, HealthConfig, PPOConfig, RewardConfig
 from fastppo.config.health import FIGURES
-from fastppo.health import Health, _good, judge_turn, watch
-from fastppo.trends import slope, trend
+from fastppo.monitor.health import Health, _good, judge_turn, watch
+from fastppo.monitor.trend_tests import slope, trend
 
 TOKENIZER = tiny.tokenizer()
 JUDGED = HealthConfig(judge=(RewardConfig(function="mine:judge"),))

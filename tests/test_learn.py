@@ -12,11 +12,11 @@ import tiny
 import torch
 from ppo_step import config_of, responses, roles_of, step
 
-from fastppo.engine import gathered
-from fastppo.estimate import estimate
-from fastppo.learn import check_first_ratio, learn
-from fastppo.microbatch import Minibatch, plan_step
-from fastppo.world import start_world
+from fastppo.data.microbatches import Minibatch, plan_step
+from fastppo.distributed.engine import gathered
+from fastppo.distributed.world import start_world
+from fastppo.ppo.experience import estimate
+from fastppo.ppo.update import check_first_ratio, learn
 
 
 @pytest.fixture(scope="module")

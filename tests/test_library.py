@@ -9,9 +9,10 @@ import torch
 from cases import LinearCase, VocabularyCase
 from torch import Tensor, nn
 
-from fastppo import library, ops
-from fastppo.models import FusedHead
-from fastppo.overloads import COEFFICIENTS
+from fastppo import ops
+from fastppo.models.roles import FusedHead
+from fastppo.ops import registration
+from fastppo.ops.overloads import COEFFICIENTS
 
 M, V, H = 6, 33, 8
 ONE = torch.tensor(4.0)
@@ -133,7 +134,9 @@ def test_opcheck(op: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(getattr(torch.ops.fastppo, op.partition(",")[0]).default, arguments(dtype)[op])
 
 
-@pytest.mark.parametrize("op", [op for op in arguments(torch.float32) if op.partition(",")[0] in library.OF_TENSORS])
+@pytest.mark.parametrize(
+    "op", [op for op in arguments(torch.float32) if op.partition(",")[0] in registration.OF_TENSORS]
+)
 @pytest.mark.usefixtures("backend")
 def test_opcheck_with_coefficients_in_tensors(op: str) -> None:
     overload = getattr(torch.ops.fastppo, op.partition(",")[0]).tensors
@@ -224,7 +227,7 @@ def test_deepspeed_s_hooks_gather_the_head_s_weight_and_reduce_its_gradient() ->
     """Under ZeRO-3 a weight is there in its module's own passes alone. One SGD step equals torch's."""
     import deepspeed
 
-    from fastppo.world import start_world
+    from fastppo.distributed.world import start_world
 
     start_world(1)
     torch.manual_seed(0)

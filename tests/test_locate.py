@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fastppo.locate import locate
+from fastppo.data.paths import locate
 
 
 @pytest.fixture

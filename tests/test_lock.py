@@ -1,4 +1,4 @@
-"""fastppo.lock: one run at a time in a folder, whatever it is called and however the other one ends."""
+"""fastppo.monitor.lock: one run at a time in a folder, whatever it is called and however the other one ends."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from fastppo import lock
-from fastppo.folder import begin_folder, claimed, fresh_folder
-from fastppo.lock import FolderInUse
+from fastppo.monitor import lock
+from fastppo.monitor.lock import FolderInUse
+from fastppo.monitor.run_dir import begin_folder, claimed, fresh_folder
 
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from fastppo.folder import claimed, fresh_folder
+from fastppo.monitor.run_dir import claimed, fresh_folder
 output = Path(sys.argv[1])
 with claimed(output, 0):
     fresh_folder(output)

@@ -9,15 +9,15 @@ from test_models import PACKED, objective
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
-from fastppo.checkpoint import export
+from fastppo.checkpoint.save import export
 from fastppo.config import ActorLoraConfig, LoraConfig
-from fastppo.estimate import estimate
-from fastppo.learn import learn
-from fastppo.lora import add_adapters, merged_state
-from fastppo.microbatch import plan_step
-from fastppo.models import ModelError, Policy, adapters_off, fuse_head
-from fastppo.trained import set_trainable
-from fastppo.world import start_world
+from fastppo.data.microbatches import plan_step
+from fastppo.distributed.world import start_world
+from fastppo.models.loading.trained import set_trainable
+from fastppo.models.lora import add_adapters, merged_state
+from fastppo.models.roles import ModelError, Policy, adapters_off, fuse_head
+from fastppo.ppo.experience import estimate
+from fastppo.ppo.update import learn
 
 TOKENS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from fastppo.machine import CONTEXT, this_machine
+from fastppo.planner.machine import CONTEXT, this_machine
 
 TOTAL = 80 * 10**9
 

@@ -17,22 +17,22 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fastppo import ops
-from fastppo.attention import Spans
-from fastppo.batch import pack
 from fastppo.config import Config, DataConfig, LoraConfig, OptimConfig, PPOConfig, PtxConfig, ZeroConfig
-from fastppo.engine import Engine
-from fastppo.footprint import Footprint, _Live
-from fastppo.load import load_causal
-from fastppo.lora import add_adapters
-from fastppo.memory import Batch, Bytes, Member, Places, buffers, head_workspace, model_states, reducing
-from fastppo.microbatch import pack_even
-from fastppo.models import Policy, fuse_head
+from fastppo.data.batch import pack
+from fastppo.data.microbatches import pack_even
+from fastppo.distributed.engine import Engine
+from fastppo.distributed.world import start_world
+from fastppo.models.attention import Spans
+from fastppo.models.loading.policies import load_causal
+from fastppo.models.loading.source import Source
+from fastppo.models.loading.trained import set_trainable
+from fastppo.models.loading.weights import DTYPES, outline
+from fastppo.models.lora import add_adapters
+from fastppo.models.roles import Policy, fuse_head
 from fastppo.ops import GPU_WORKSPACE_BYTES
-from fastppo.ppo_memory import shares
-from fastppo.source import Source
-from fastppo.trained import set_trainable
-from fastppo.weights import DTYPES, outline
-from fastppo.world import start_world
+from fastppo.planner.footprint import Footprint, _Live
+from fastppo.planner.memory import Batch, Bytes, Member, Places, buffers, head_workspace, model_states, reducing
+from fastppo.planner.ppo_memory import shares
 
 CPU = torch.device("cpu")
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastppo.microbatch import Minibatch, imbalance, pack_even, plan_epochs, work
-from fastppo.models import attention_ratio
+from fastppo.data.microbatches import Minibatch, imbalance, pack_even, plan_epochs, work
+from fastppo.models.roles import attention_ratio
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 ATTENTION = st.sampled_from([0.0, 0.01, 1.0])

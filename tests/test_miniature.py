@@ -7,10 +7,10 @@ import tiny
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from fastppo.miniature import miniature
-from fastppo.model_check import check_model
-from fastppo.models import ModelError
-from fastppo.weights import without_dropout
+from fastppo.models.loading.miniature import miniature
+from fastppo.models.loading.model_check import check_model
+from fastppo.models.loading.weights import without_dropout
+from fastppo.models.roles import ModelError
 
 CPU = torch.device("cpu")
 

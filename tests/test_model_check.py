@@ -17,17 +17,18 @@ from transformers import (
     PreTrainedModel,
 )
 
-from fastppo import attention, model_check
-from fastppo.batch import pack
-from fastppo.cli import PPO, parse
 from fastppo.config import Config, LoraConfig
-from fastppo.footprint import Footprint
-from fastppo.load import check_models, load_causal, load_reward
-from fastppo.lora import add_adapters
-from fastppo.model_check import check_kind, check_model
-from fastppo.models import Backbone, ModelError, Policy, RewardModel, fuse_head
-from fastppo.trained import set_trainable
-from fastppo.weights import without_dropout
+from fastppo.config.command_line import PPO, parse
+from fastppo.data.batch import pack
+from fastppo.models import attention
+from fastppo.models.loading import model_check
+from fastppo.models.loading.model_check import check_kind, check_model
+from fastppo.models.loading.policies import check_models, load_causal, load_reward
+from fastppo.models.loading.trained import set_trainable
+from fastppo.models.loading.weights import without_dropout
+from fastppo.models.lora import add_adapters
+from fastppo.models.roles import Backbone, ModelError, Policy, RewardModel, fuse_head
+from fastppo.planner.footprint import Footprint
 
 CPU = torch.device("cpu")
 LENGTHS = (20, 5, 3, 11, 15)  # beyond the window and the rotary switch, and below
@@ -98,7 +99,7 @@ def test_windows_and_switches_at_published_sizes_are_crossed_by_short_sequences(
     config = AutoConfig.for_model("phi3", rope_parameters=longrope, max_position_embeddings=131072, sliding_window=2047)
     check_kind(AutoModelForCausalLM, config, CPU)
     monkeypatch.setattr(model_check, "_passed", set())
-    monkeypatch.setattr("fastppo.models.turn_each_sequence", lambda *args: None)
+    monkeypatch.setattr("fastppo.models.roles.turn_each_sequence", lambda *args: None)
     with pytest.raises(ModelError, match="layer 0 mixes positions across packed sequences"):
         check_kind(AutoModelForCausalLM, config, CPU)
 

@@ -3,13 +3,14 @@ import tiny
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fastppo import ops, reference
-from fastppo.batch import pack
+from fastppo import ops
+from fastppo.data.batch import pack
 from fastppo.errors import FastPPOError
-from fastppo.logit_scale import logit_scale
-from fastppo.model_check import check_model
-from fastppo.models import Critic, ModelError, Policy, ValueHead, copy_backbone, fuse_head
-from fastppo.trained import set_trainable
+from fastppo.models.loading.model_check import check_model
+from fastppo.models.loading.trained import set_trainable
+from fastppo.models.logit_scale import logit_scale
+from fastppo.models.roles import Critic, ModelError, Policy, ValueHead, copy_backbone, fuse_head
+from fastppo.ops import eager
 
 SEQUENCES = [(5, 6, 7, 8, 9, 10, 11, 12), (9, 10), (11, 12, 13), (1, 2, 3)]
 PACKED = pack(SEQUENCES, [3, 1, 2, 1])
@@ -68,12 +69,12 @@ def test_logits_are_scaled_as_the_models_own_forward_pass_scales_them(family):
     rows = [own(torch.tensor([s]), use_cache=False).logits[0] for s in SEQUENCES]
     logits = torch.cat(rows)[PACKED.predictors]
     torch.testing.assert_close(policy.head(policy.hidden(PACKED)[PACKED.predictors]), logits, rtol=1e-4, atol=1e-4)
-    stats = reference.token_logprobs(logits, PACKED.responses, temperature=0.7)
+    stats = eager.token_logprobs(logits, PACKED.responses, temperature=0.7)
     random = torch.Generator().manual_seed(0)
     old = stats.logprobs.detach() + 0.05 * torch.randn(len(logits), generator=random)
     advantages = torch.randn(len(logits), generator=random)
     options = {"clip_low": 0.2, "clip_high": 0.2, "normalizer": 4.0, "entropy_coef": 0.1}
-    expected, _ = reference.policy_loss(stats.logprobs, old, advantages, entropy=stats.entropy, **options)
+    expected, _ = eager.policy_loss(stats.logprobs, old, advantages, entropy=stats.entropy, **options)
     found = policy(
         PACKED,
         lambda p, hidden: p.head(
@@ -110,7 +111,7 @@ def test_an_unknown_keyword_of_attention_is_refused_by_name():
 
 
 def test_dropout_is_off_in_every_config(tmp_path):
-    from fastppo.load import load_causal
+    from fastppo.models.loading.policies import load_causal
 
     path = tiny.saved(tmp_path / "opt", tiny.causal("opt"))
     model = load_causal("actor.model", path, None, None, torch.float32, torch.device("cpu"))

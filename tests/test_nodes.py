@@ -64,7 +64,7 @@ def test_two_nodes_make_the_run_that_two_ranks_on_one_node_make(folder, forks):
 # Each rank in a folder of its own, as on nodes whose disks are their own
 DISKS = """
 import os
-from fastppo import world
+from fastppo.distributed import world
 
 world.PATIENCE = 0.5
 disk = os.path.join({folder!r}, "disk-" + os.environ["RANK"])

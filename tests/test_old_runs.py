@@ -9,7 +9,7 @@ import old_runs
 import pytest
 from forks import Forks
 
-from fastppo.cli import REWARD, SFT, parse
+from fastppo.config.command_line import REWARD, SFT, parse
 
 PARSERS = {"ppo": (), "sft": (SFT,), "reward": (REWARD,)}
 

@@ -17,7 +17,7 @@ import whole_runs
 from conftest import NEEDS_GPU
 from ppo_step import config_of, step
 
-from fastppo.world import start_world
+from fastppo.distributed.world import start_world
 
 pytestmark = NEEDS_GPU
 HERE = Path(__file__).parent

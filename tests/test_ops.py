@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastppo import backend, ops, philox, reference
+from fastppo import ops
+from fastppo.ops import backend, eager, philox
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 Op = Callable[..., Any]
@@ -51,8 +52,8 @@ DIFFERENTIABLE = ["logprobs", "entropy", "lse", "kl"]
 def test_token_logprobs(case: VocabularyCase, dtype: torch.dtype) -> None:
     arguments, upstream = case.build(dtype), case.upstream(DIFFERENTIABLE)
     tested = token_stats(ops.token_logprobs, arguments, ["logits"], upstream)
-    same_dtype = token_stats(reference.token_logprobs, arguments, ["logits"], upstream)
-    truth = token_stats(reference.token_logprobs, in_fp64(arguments), ["logits"], upstream)
+    same_dtype = token_stats(eager.token_logprobs, arguments, ["logits"], upstream)
+    truth = token_stats(eager.token_logprobs, in_fp64(arguments), ["logits"], upstream)
     assert_as_good(tested, same_dtype, truth, dtype)
     assert tested["d_logits"].dtype == dtype
     assert tested["logprobs"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -65,7 +66,7 @@ def test_gradients_of_outputs_that_are_not_used_are_zero(wanted: list[str]) -> N
     for stride0 in (False, True):
         upstream = case.upstream(wanted, stride0)
         tested = token_stats(ops.token_logprobs, arguments, ["logits"], upstream)
-        truth = token_stats(reference.token_logprobs, arguments, ["logits"], upstream)
+        truth = token_stats(eager.token_logprobs, arguments, ["logits"], upstream)
         torch.testing.assert_close(tested, truth)
 
 
@@ -75,7 +76,7 @@ def test_non_contiguous_logits_and_an_infinite_kl() -> None:
     arguments = {"logits": logits, "ref_logits": ref_logits, "targets": torch.arange(7)}
     upstream = VocabularyCase("upstream", 7, 127).upstream(DIFFERENTIABLE)
     tested = token_stats(ops.token_logprobs, arguments, ["logits"], upstream)
-    truth = token_stats(reference.token_logprobs, arguments, ["logits"], upstream)
+    truth = token_stats(eager.token_logprobs, arguments, ["logits"], upstream)
     assert truth["kl"][2] == math.inf and truth["d_logits"].isfinite().all()
     torch.testing.assert_close(tested, truth)
 
@@ -95,7 +96,7 @@ def test_rows_that_hold_nothing_or_a_nan_mean_the_same_to_kernel_and_oracle(back
     arguments = {"logits": logits, "ref_logits": ref_logits, "targets": torch.zeros(8, dtype=torch.int64)}
     upstream = VocabularyCase("upstream", 8, 1).upstream(DIFFERENTIABLE)
     tested = token_stats(ops.token_logprobs, arguments, ["logits"], upstream)
-    truth = token_stats(reference.token_logprobs, in_fp64(arguments), ["logits"], upstream)
+    truth = token_stats(eager.token_logprobs, in_fp64(arguments), ["logits"], upstream)
     assert truth["kl"][0] == inf and truth["ref_logprobs"][0] == truth["ref_lse"][0] == -inf
     assert truth["kl"].isnan().tolist() == [False, True, True, True, True, True, False, False]
     assert truth["d_logits"][[0, 6, 7]].isfinite().all()
@@ -126,7 +127,7 @@ def test_the_hottest_and_coldest_that_is_taken_is_right(
     case = VocabularyCase("extremes", 4, 130, values="holes", temperature=temperature, softcap=softcap, reference=True)
     arguments, upstream = case.build(torch.float32), case.upstream(["logprobs"])
     tested = token_stats(ops.token_logprobs, arguments, ["logits"], upstream)
-    truth = token_stats(reference.token_logprobs, in_fp64(arguments), ["logits"], upstream)
+    truth = token_stats(eager.token_logprobs, in_fp64(arguments), ["logits"], upstream)
     for name in ("logprobs", "entropy", "lse", "d_logits"):
         size = truth[name].abs().max().item()
         torch.testing.assert_close(
@@ -172,8 +173,8 @@ def test_linear_logprobs(case: LinearCase, dtype: torch.dtype) -> None:
     upstream = VocabularyCase("upstream", case.rows, 1).upstream(DIFFERENTIABLE)
     inputs = ["hidden", "weight"] + ["bias"] * case.bias
     tested = token_stats(ops.linear_logprobs, arguments, inputs, upstream)
-    same_dtype = token_stats(reference.linear_logprobs, arguments, inputs, upstream)
-    truth = token_stats(reference.linear_logprobs, in_fp64(arguments), inputs, upstream)
+    same_dtype = token_stats(eager.linear_logprobs, arguments, inputs, upstream)
+    truth = token_stats(eager.linear_logprobs, in_fp64(arguments), inputs, upstream)
     assert_as_good(tested, same_dtype, truth, dtype)
 
 
@@ -190,12 +191,12 @@ def policy_update(op: Op, arguments: dict[str, Any], inputs: list[str]) -> dict[
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
 def test_linear_policy_loss(case: LinearCase, dtype: torch.dtype) -> None:
-    logprobs = reference.linear_logprobs(**in_fp64(case.build(dtype))).logprobs
+    logprobs = eager.linear_logprobs(**in_fp64(case.build(dtype))).logprobs
     arguments = case.build_loss(dtype, logprobs)
     inputs = ["hidden", "weight"] + ["bias"] * case.bias
     tested = policy_update(ops.linear_policy_loss, arguments, inputs)
-    same_dtype = policy_update(reference.linear_policy_loss, arguments, inputs)
-    truth = policy_update(reference.linear_policy_loss, in_fp64(arguments), inputs)
+    same_dtype = policy_update(eager.linear_policy_loss, arguments, inputs)
+    truth = policy_update(eager.linear_policy_loss, in_fp64(arguments), inputs)
     assert_as_good(tested, same_dtype, truth, dtype)
 
 
@@ -206,7 +207,7 @@ def far_apart(dtype: torch.dtype) -> tuple[dict[str, Any], Tensor, Tensor]:
     """A head's arguments, its hidden states in fp64, and what the logprobs of these are."""
     made = LinearCase("far", len(FAR), 127, 16).build(dtype)
     hidden = made["hidden"].double().requires_grad_()
-    return made, hidden, reference.linear_logprobs(**in_fp64(made) | {"hidden": hidden}).logprobs
+    return made, hidden, eager.linear_logprobs(**in_fp64(made) | {"hidden": hidden}).logprobs
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=names)
@@ -290,7 +291,7 @@ def test_the_first_update_has_ratio_one_bit_for_bit(workspace: int | None) -> No
 def test_in_fp16_a_scaled_loss_has_its_gradients_however_many_tokens_it_is_a_mean_of(tokens: float) -> None:
     """The gradient of a mean over 1e6 tokens is below what fp16 can hold, until the loss is scaled."""
     case = LinearCase("loss scale", 12, 700, 16, bias=True, loss=(("normalizer", torch.tensor(tokens)),))
-    logprobs = reference.linear_logprobs(**in_fp64(case.build(torch.float16))).logprobs
+    logprobs = eager.linear_logprobs(**in_fp64(case.build(torch.float16))).logprobs
     arguments = case.build_loss(torch.float16, logprobs)
     inputs = ["hidden", "weight", "bias"]
 
@@ -299,7 +300,7 @@ def test_in_fp16_a_scaled_loss_has_its_gradients_however_many_tokens_it_is_a_mea
         loss, _ = op(**(arguments | leaves))
         return gradients({"loss": loss}, {"loss": torch.tensor(0.5 * tokens)}, leaves)  # as a loss scale does
 
-    tested, truth = scaled(ops.linear_policy_loss, arguments), scaled(reference.linear_policy_loss, in_fp64(arguments))
+    tested, truth = scaled(ops.linear_policy_loss, arguments), scaled(eager.linear_policy_loss, in_fp64(arguments))
     for name, exact in truth.items():
         assert tested[name].dtype == torch.float16
         error, size = (tested[name].double() - exact).abs().max(), exact.abs().max()
@@ -320,14 +321,14 @@ def test_the_reference_may_have_a_dtype_and_a_width_of_its_own() -> None:
     arguments = LinearCase("reference of its own", 7, 127, 16).build(torch.bfloat16)
     ref = LinearCase("wide reference", 7, 127, 24).build(torch.float32)
     arguments |= {"ref_hidden": ref["hidden"], "ref_weight": ref["weight"]}
-    tested, expected = ops.linear_logprobs(**arguments), reference.linear_logprobs(**arguments)
+    tested, expected = ops.linear_logprobs(**arguments), eager.linear_logprobs(**arguments)
     torch.testing.assert_close(tested.ref_logprobs, expected.ref_logprobs)
     torch.testing.assert_close(tested.kl, expected.kl)
 
 
 def test_the_sum_over_parts_of_a_batch_is_the_whole() -> None:
     case = LinearCase("parts", 63, 127, 16, mask="some", loss=(("entropy_coef", 0.1),))
-    arguments = case.build_loss(torch.float64, reference.linear_logprobs(**case.build(torch.float64)).logprobs)
+    arguments = case.build_loss(torch.float64, eager.linear_logprobs(**case.build(torch.float64)).logprobs)
     whole = policy_update(ops.linear_policy_loss, arguments, ["weight"])
     parts = []
     for rows in (slice(0, 20), slice(20, 63)):
@@ -403,22 +404,20 @@ def test_a_logit_scale_is_as_if_the_logits_were_multiplied(
         scale * torch.nn.functional.linear(*(wide[f"{prefix}{name}"] for name in ("hidden", "weight", "bias")))
         for prefix in ("", "ref_")
     )
-    written_out = reference.token_logprobs(
-        logits, wide["targets"], temperature=0.7, softcap=softcap, ref_logits=ref_logits
-    )
-    truth = reference.linear_logprobs(**wide)
+    written_out = eager.token_logprobs(logits, wide["targets"], temperature=0.7, softcap=softcap, ref_logits=ref_logits)
+    truth = eager.linear_logprobs(**wide)
     torch.testing.assert_close(tuple(truth), tuple(written_out))
     inputs, upstream = ["hidden", "weight", "bias"], VocabularyCase("upstream", case.rows, 1).upstream(DIFFERENTIABLE)
     tested = token_stats(ops.linear_logprobs, arguments, inputs, upstream)
-    same_dtype = token_stats(reference.linear_logprobs, arguments, inputs, upstream)
-    assert_as_good(tested, same_dtype, token_stats(reference.linear_logprobs, wide, inputs, upstream), dtype)
+    same_dtype = token_stats(eager.linear_logprobs, arguments, inputs, upstream)
+    assert_as_good(tested, same_dtype, token_stats(eager.linear_logprobs, wide, inputs, upstream), dtype)
     update = case.build_loss(dtype, truth.logprobs) | {"logit_scale": scale}
     losses = [
         policy_update(op, given, inputs)
         for op, given in (
             (ops.linear_policy_loss, update),
-            (reference.linear_policy_loss, update),
-            (reference.linear_policy_loss, in_fp64(update)),
+            (eager.linear_policy_loss, update),
+            (eager.linear_policy_loss, in_fp64(update)),
         )
     ]
     assert_as_good(*losses, dtype)

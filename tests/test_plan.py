@@ -10,15 +10,16 @@ import tiny
 import torch
 from architectures import preset
 
-from fastppo import check_plan, plan
-from fastppo.cast import cast_of
-from fastppo.cli import parse
+from fastppo import plan
 from fastppo.config import Config
-from fastppo.fit import make_plan
-from fastppo.load import load_causal
-from fastppo.machine import Machine, parse_bytes
-from fastppo.models import ModelError
-from fastppo.world import World
+from fastppo.config.command_line import parse
+from fastppo.distributed.world import World
+from fastppo.models.loading.policies import load_causal
+from fastppo.models.roles import ModelError
+from fastppo.planner import check
+from fastppo.planner.machine import Machine, parse_bytes
+from fastppo.planner.meta_models import cast_of
+from fastppo.planner.plan import make_plan
 
 REWARDS = '[{"function": "a:b"}]'
 ALONE = World(0, 1, torch.device("cpu"))
@@ -98,14 +99,14 @@ def test_with_adapters_there_is_no_reference(settings: list[str]) -> None:
 def test_training_is_refused_where_it_cannot_fit(
     settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(check_plan, "this_machine", lambda *args, **kwargs: Machine(1, 1, None, 2 * 10**8))
+    monkeypatch.setattr(check, "this_machine", lambda *args, **kwargs: Machine(1, 1, None, 2 * 10**8))
     config = parse(settings)
-    with pytest.raises(check_plan.PlanError, match=r"does not fit.*--plan warn"):
-        check_plan.check_plan(config, ALONE)
+    with pytest.raises(check.PlanError, match=r"does not fit.*--plan warn"):
+        check.check_plan(config, ALONE)
     assert "learning" in capsys.readouterr().out
-    check_plan.check_plan(replace(config, plan="warn"), ALONE)
+    check.check_plan(replace(config, plan="warn"), ALONE)
     assert "does not fit" in capsys.readouterr().out
-    check_plan.check_plan(replace(config, plan="off"), ALONE)
+    check.check_plan(replace(config, plan="off"), ALONE)
     assert capsys.readouterr().out == ""
 
 
@@ -113,7 +114,7 @@ def test_a_model_that_is_not_there_gives_the_message_of_loading_it(tmp_path: Pat
     config = Config()
     missing = replace(config, actor=replace(config.actor, model=str(tmp_path)))
     with pytest.raises(ModelError) as planned:
-        check_plan.check_plan(missing, ALONE)
+        check.check_plan(missing, ALONE)
     with pytest.raises(ModelError) as loaded:
         load_causal("actor.model", str(tmp_path), None, None, torch.float32, torch.device("cpu"))
     assert str(planned.value) == str(loaded.value)

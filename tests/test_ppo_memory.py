@@ -18,23 +18,25 @@ from architectures import ACTORS, directory
 from ppo_step import config_of, responses, roles_of
 from transformers import AutoModelForCausalLM
 
-from fastppo import evaluate, memory, train
-from fastppo.cast import cast_of
-from fastppo.cli import parse
+from fastppo import train
 from fastppo.config import Config, DataConfig, EvalConfig, OptimConfig, PPOConfig, SamplingConfig, ZeroConfig
-from fastppo.estimate import estimate
-from fastppo.feedback import load_sources
-from fastppo.footprint import Footprint, Pass
-from fastppo.learn import learn
-from fastppo.memory import Bytes, Member, by_stage
-from fastppo.microbatch import plan_step
-from fastppo.models import Policy, fuse_head
-from fastppo.ppo_memory import STAGES, averaged, kinds, placed, shares
-from fastppo.residency import Residency
-from fastppo.roles import Roles
-from fastppo.trunk import TrunkStates
-from fastppo.weights import Source, outline
-from fastppo.world import World, start_world
+from fastppo.config.command_line import parse
+from fastppo.data.microbatches import plan_step
+from fastppo.distributed.residency import Residency
+from fastppo.distributed.world import World, start_world
+from fastppo.models.assembly import Roles
+from fastppo.models.frozen_prefix import TrunkStates
+from fastppo.models.loading.weights import Source, outline
+from fastppo.models.roles import Policy, fuse_head
+from fastppo.planner import memory
+from fastppo.planner.footprint import Footprint, Pass
+from fastppo.planner.memory import Bytes, Member, by_stage
+from fastppo.planner.meta_models import cast_of
+from fastppo.planner.ppo_memory import STAGES, averaged, kinds, placed, shares
+from fastppo.ppo import evaluation
+from fastppo.ppo.experience import estimate
+from fastppo.ppo.update import learn
+from fastppo.rewards import load_sources
 
 KINDS = ("gathered", "reference", "rewards", "optimizers", "gradients")
 
@@ -383,13 +385,13 @@ def test_an_evaluation_keeps_the_trunk_states_of_one_microbatch(
     tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch, kept_states: Callable[[], int]
 ) -> None:
     folder, found = whole_runs.prepare(tmp_path), []
-    own = evaluate.token_stats
+    own = evaluation.token_stats
 
     def counting(*args: Any, **options: Any) -> Any:
         found.append(kept_states())
         return own(*args, **options)
 
-    monkeypatch.setattr(evaluate, "token_stats", counting)
+    monkeypatch.setattr(evaluation, "token_stats", counting)
     argv = whole_runs.settings(folder, tmp_path / "out", steps=1, eval__prompts=12, actor__train=1, eval__every=0)
     train.train(parse(argv), world)
     assert 0 < max(found) < 12

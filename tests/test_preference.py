@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastppo.load_learned import initial_head
-from fastppo.preference import (
+from fastppo.models.loading.offline import initial_head
+from fastppo.offline.preference import (
     Centring,
     accuracy,
     bootstrap_interval,

@@ -13,12 +13,12 @@ from forks import Forks
 from ppo_step import config_of, step
 from transformers import AutoModelForCausalLM
 
-from fastppo import ptx
-from fastppo.engine import Engine
-from fastppo.examples import load_texts
-from fastppo.ptx import Texts
-from fastppo.table import DataError
-from fastppo.world import World, start_world
+from fastppo.data.examples import load_texts
+from fastppo.data.tables import DataError
+from fastppo.distributed.engine import Engine
+from fastppo.distributed.world import World, start_world
+from fastppo.ppo import ptx
+from fastppo.ppo.ptx import Texts
 
 TEXTS = ["a film.", "it was long and slow", "we left early.", "no", "the end is the best of it", "why?", "yes!", "well"]
 
@@ -207,7 +207,7 @@ def test_texts_are_read_as_the_settings_say(folder, tmp_path):
 
 # Tells the run to stop at the nth microbatch after those of the first experience.
 STOP_AT = """
-from fastppo import stop
+from fastppo.distributed import stop
 
 real, count = stop.check, iter(range(1, 1_000_000))
 

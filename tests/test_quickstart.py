@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-from fastppo.cli import REWARD, SFT, parse
 from fastppo.config import HealthConfig, RewardConfig
+from fastppo.config.command_line import REWARD, SFT, parse
+from fastppo.models.loading.source import LEFT_BY
 from fastppo.quickstart import _analyzer, favourable
-from fastppo.source import LEFT_BY
 
 JUDGE = RewardConfig(function="fastppo.quickstart:favourable")
 

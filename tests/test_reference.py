@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastppo import philox, reference
+from fastppo.ops import eager, philox
 
 ONE = torch.tensor(1.0)
 INF = math.inf
@@ -27,7 +27,7 @@ def packed(*lengths: int) -> Tensor:
 
 def test_gae_known_answer() -> None:
     rewards, values = fp64(0, 0, 5), fp64(1, 2, 3)
-    advantages, returns = reference.gae(rewards, values, packed(3), gamma=1.0, lam=0.0)
+    advantages, returns = eager.gae(rewards, values, packed(3), gamma=1.0, lam=0.0)
     assert advantages.tolist() == [1, 1, 2]
     assert returns.tolist() == [2, 3, 5]
 
@@ -35,7 +35,7 @@ def test_gae_known_answer() -> None:
 def test_gae_carries_value_and_advantage_through_a_masked_token() -> None:
     mask = torch.tensor([True, False, True])
     rewards, values = fp64(1, 2, 3), fp64(0.5, 1, 1.5)
-    advantages, returns = reference.gae(rewards, values, packed(3), gamma=1.0, lam=0.95, mask=mask)
+    advantages, returns = eager.gae(rewards, values, packed(3), gamma=1.0, lam=0.95, mask=mask)
     torch.testing.assert_close(advantages, fp64(3.425, 0, 1.5))
     torch.testing.assert_close(returns, fp64(3.925, 0, 3))
 
@@ -47,7 +47,7 @@ def test_gae_is_the_discounted_sum_of_its_definition(lengths: list[int], gamma: 
     rewards, values = torch.randn(2, total, dtype=torch.float64)
     bootstrap = torch.randn(len(lengths), dtype=torch.float64)
     mask = torch.rand(total) < 0.7
-    advantages, returns = reference.gae(
+    advantages, returns = eager.gae(
         rewards, values, packed(*lengths), gamma=gamma, lam=lam, bootstrap=bootstrap, mask=mask
     )
     for kept, last, of in zip(mask.split(lengths), bootstrap, range(len(lengths)), strict=True):
@@ -63,12 +63,12 @@ def test_gae_is_the_discounted_sum_of_its_definition(lengths: list[int], gamma: 
 def test_gae_keeps_nan_and_masked_numbers_where_they_are() -> None:
     rewards = fp64(1, math.nan, 3, math.nan, 5)
     mask = torch.tensor([True, True, True, False, True])
-    cut, _ = reference.gae(rewards, torch.ones(5), packed(2, 3), gamma=1.0, lam=1.0, mask=mask)
+    cut, _ = eager.gae(rewards, torch.ones(5), packed(2, 3), gamma=1.0, lam=1.0, mask=mask)
     assert cut[:2].isnan().all() and cut[2:].isfinite().all()
 
 
 def test_gae_without_tokens() -> None:
-    advantages, returns = reference.gae(torch.empty(0), torch.empty(0), packed(0, 0), gamma=1.0, lam=1.0)
+    advantages, returns = eager.gae(torch.empty(0), torch.empty(0), packed(0, 0), gamma=1.0, lam=1.0)
     assert advantages.shape == returns.shape == (0,)
 
 
@@ -83,22 +83,22 @@ def random_logits(rows: int, vocabulary: int, seed: int, spread: float = 3.0) ->
 def test_token_stats_stay_in_their_bounds(rows: int, vocabulary: int, temperature: float, seed: int) -> None:
     logits, ref_logits = random_logits(rows, vocabulary, seed), random_logits(rows, vocabulary, seed + 1)
     targets = torch.arange(rows) % vocabulary
-    stats = reference.token_logprobs(logits, targets, temperature=temperature, ref_logits=ref_logits)
+    stats = eager.token_logprobs(logits, targets, temperature=temperature, ref_logits=ref_logits)
     assert stats.kl is not None and stats.ref_logprobs is not None
     assert (stats.logprobs <= 0).all() and (stats.ref_logprobs <= 0).all()
     assert (stats.entropy >= 0).all() and (stats.entropy <= math.log(vocabulary) + 1e-12).all()
     assert (stats.kl >= -1e-12).all()
-    shifted = reference.token_logprobs(logits + 100, targets, temperature=temperature, ref_logits=ref_logits - 7)
+    shifted = eager.token_logprobs(logits + 100, targets, temperature=temperature, ref_logits=ref_logits - 7)
     for name in ("logprobs", "entropy", "ref_logprobs", "kl"):
         torch.testing.assert_close(getattr(shifted, name), getattr(stats, name), atol=1e-10, rtol=1e-10)
-    equal = reference.token_logprobs(logits, targets, temperature=temperature, ref_logits=logits)
+    equal = eager.token_logprobs(logits, targets, temperature=temperature, ref_logits=logits)
     assert equal.kl is not None and not equal.kl.any()
 
 
 def test_token_stats_agree_with_torch_distributions() -> None:
     logits, ref_logits = random_logits(6, 11, 0), random_logits(6, 11, 1)
     targets = torch.arange(6)
-    stats = reference.token_logprobs(logits, targets, temperature=0.7, ref_logits=ref_logits)
+    stats = eager.token_logprobs(logits, targets, temperature=0.7, ref_logits=ref_logits)
     policy, ref = (torch.distributions.Categorical(logits=x / 0.7) for x in (logits, ref_logits))
     torch.testing.assert_close(stats.logprobs, policy.log_prob(targets))
     torch.testing.assert_close(stats.ref_logprobs, ref.log_prob(targets))
@@ -114,8 +114,8 @@ def test_an_entry_of_minus_infinity_is_as_if_it_were_not_there() -> None:
     whole = logits.index_fill(1, holes, -INF).requires_grad_()
     part = logits[:, rest].requires_grad_()
     ref_part = ref_logits[:, rest] - ref_logits.logsumexp(-1, keepdim=True)
-    with_holes = reference.token_logprobs(whole, targets, ref_logits=ref_logits)
-    without = reference.token_logprobs(part, targets, ref_logits=ref_part)
+    with_holes = eager.token_logprobs(whole, targets, ref_logits=ref_logits)
+    without = eager.token_logprobs(part, targets, ref_logits=ref_part)
     outside = ref_part.logsumexp(-1)  # the reference has probability in the holes, too
     assert with_holes.kl is not None and without.kl is not None
     torch.testing.assert_close(with_holes.entropy, without.entropy)
@@ -131,7 +131,7 @@ def test_kl_is_infinite_where_the_reference_excludes_a_token_and_passes_no_gradi
     logits = random_logits(2, 5, 0).requires_grad_()
     ref_logits = random_logits(2, 5, 1)
     ref_logits[0, 3] = -INF
-    stats = reference.token_logprobs(logits, torch.tensor([3, 0]), ref_logits=ref_logits)
+    stats = eager.token_logprobs(logits, torch.tensor([3, 0]), ref_logits=ref_logits)
     assert stats.kl is not None and stats.ref_logprobs is not None
     assert stats.kl[0] == INF and stats.kl[1].isfinite() and stats.ref_logprobs[0] == -INF
     (grad,) = torch.autograd.grad(stats.kl.sum(), logits)
@@ -142,10 +142,8 @@ def test_the_reference_receives_no_gradient_even_under_the_same_weight() -> None
     hidden, ref_hidden = random_logits(3, 4, 0).requires_grad_(), random_logits(3, 4, 1).requires_grad_()
     weight = random_logits(5, 4, 2).requires_grad_()
     targets = torch.arange(3)
-    shared = reference.linear_logprobs(hidden, weight, targets, ref_hidden=ref_hidden, ref_weight=weight)
-    apart = reference.linear_logprobs(
-        hidden, weight, targets, ref_hidden=ref_hidden, ref_weight=weight.detach().clone()
-    )
+    shared = eager.linear_logprobs(hidden, weight, targets, ref_hidden=ref_hidden, ref_weight=weight)
+    apart = eager.linear_logprobs(hidden, weight, targets, ref_hidden=ref_hidden, ref_weight=weight.detach().clone())
     assert shared.kl is not None and apart.kl is not None and shared.ref_logprobs is not None
     assert not shared.ref_logprobs.requires_grad
     (d_shared,) = torch.autograd.grad(shared.kl.sum(), weight)
@@ -161,7 +159,7 @@ def test_gradients_of_token_logprobs(softcap: float | None) -> None:
     logits, ref_logits, targets = random_logits(3, 5, 0), random_logits(3, 5, 1), torch.tensor([0, 4, 2])
 
     def differentiable(x: Tensor) -> tuple[Tensor | None, ...]:
-        stats = reference.token_logprobs(x, targets, temperature=0.8, softcap=softcap, ref_logits=ref_logits)
+        stats = eager.token_logprobs(x, targets, temperature=0.8, softcap=softcap, ref_logits=ref_logits)
         return stats.logprobs, stats.entropy, stats.lse, stats.kl
 
     assert torch.autograd.gradcheck(differentiable, logits.requires_grad_())
@@ -173,13 +171,10 @@ def test_gradients_of_linear_policy_loss(kind: str) -> None:
         x.requires_grad_() for x in (random_logits(6, 3, 0), random_logits(5, 3, 1), fp64(*range(5)))
     )
     targets = torch.arange(6) % 5
-    old = (
-        reference.linear_logprobs(hidden, weight, targets, bias=bias).logprobs.detach()
-        + 0.3 * random_logits(1, 6, 2)[0]
-    )
+    old = eager.linear_logprobs(hidden, weight, targets, bias=bias).logprobs.detach() + 0.3 * random_logits(1, 6, 2)[0]
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return reference.linear_policy_loss(
+        return eager.linear_policy_loss(
             hidden,
             weight,
             targets,
@@ -205,7 +200,7 @@ def test_gradients_of_linear_policy_loss(kind: str) -> None:
 
 def test_gradients_of_value_loss() -> None:
     def loss(values: Tensor) -> Tensor:
-        return reference.value_loss(values, fp64(0, 0, 0), fp64(1, -1, 0.1), clip=0.2, normalizer=ONE)[0]
+        return eager.value_loss(values, fp64(0, 0, 0), fp64(1, -1, 0.1), clip=0.2, normalizer=ONE)[0]
 
     assert torch.autograd.gradcheck(loss, fp64(0.5, 0.3, 0.1).requires_grad_())
 
@@ -216,7 +211,7 @@ def test_gradients_of_value_loss() -> None:
 def losses_per_token(ratios: list[float], advantages: list[float], **options: float) -> list[float]:
     made = []
     for ratio, advantage in zip(ratios, advantages, strict=True):
-        loss, _ = reference.policy_loss(
+        loss, _ = eager.policy_loss(
             fp64(math.log(ratio)), fp64(0), fp64(advantage), clip_low=0.2, clip_high=0.2, normalizer=ONE, **options
         )
         made.append(loss.item())
@@ -231,7 +226,7 @@ def test_dual_clip_known_answer() -> None:
 def test_policy_stats_are_the_sums_over_unmasked_tokens() -> None:
     ratio = fp64(2, 2, 0.5, 1, 9)
     mask = torch.tensor([True, True, True, True, False])
-    loss, stats = reference.policy_loss(
+    loss, stats = eager.policy_loss(
         ratio.log(),
         torch.zeros(5),
         fp64(2, -2, 2, 1, INF),
@@ -254,14 +249,14 @@ def test_policy_stats_are_the_sums_over_unmasked_tokens() -> None:
 def test_the_clip_stops_the_gradient_on_its_own_side_only() -> None:
     logprobs = fp64(2, 2, 0.5, 0.5, 1).log().requires_grad_()
     advantages = fp64(1, -1, 1, -1, 1)
-    loss, _ = reference.policy_loss(logprobs, torch.zeros(5), advantages, clip_low=0.2, clip_high=0.2, normalizer=ONE)
+    loss, _ = eager.policy_loss(logprobs, torch.zeros(5), advantages, clip_low=0.2, clip_high=0.2, normalizer=ONE)
     loss.backward()
     torch.testing.assert_close(logprobs.grad, fp64(0, 2, -0.5, 0, -1))
 
 
 def test_a_ratio_beyond_e20_is_finite_and_still_pushed_back() -> None:
     logprobs = torch.tensor([0.0, -500.0]).requires_grad_()
-    loss, stats = reference.policy_loss(
+    loss, stats = eager.policy_loss(
         logprobs, torch.tensor([-500.0, 0.0]), -torch.ones(2), clip_low=0.2, clip_high=0.2, normalizer=ONE
     )
     loss.backward()
@@ -275,7 +270,7 @@ DISTANCES = (-20.0, -7.0, -1.0, -1e-4, 0.0, 1e-4, 1.0, 7.0, 19.9, 20.0, 20.1, 29
 
 def test_k3_and_its_slope_are_right_at_every_distance_that_does_not_overflow() -> None:
     d = fp64(*DISTANCES).requires_grad_()
-    k3 = reference.kl_estimate(d, torch.zeros(len(d)), "k3")
+    k3 = eager.kl_estimate(d, torch.zeros(len(d)), "k3")
     (slope,) = torch.autograd.grad(k3.sum(), d)
     torch.testing.assert_close(k3, fp64(*(math.expm1(-x) + x for x in DISTANCES)), rtol=1e-12, atol=0)
     torch.testing.assert_close(slope, fp64(*(-math.expm1(-x) for x in DISTANCES)), rtol=1e-12, atol=0)
@@ -283,7 +278,7 @@ def test_k3_and_its_slope_are_right_at_every_distance_that_does_not_overflow() -
 
 def test_k3_beyond_its_bound_is_finite_and_goes_on_rising() -> None:
     d = torch.tensor([-1e6, -300.0, -20.5, -20.0]).requires_grad_()
-    k3 = reference.kl_estimate(d, torch.zeros(4), "k3")
+    k3 = eager.kl_estimate(d, torch.zeros(4), "k3")
     (slope,) = torch.autograd.grad(k3.sum(), d)
     assert k3.isfinite().all() and (k3.diff() < 0).all()
     torch.testing.assert_close(slope, torch.full((4,), 1 - math.exp(20)))
@@ -291,31 +286,31 @@ def test_k3_beyond_its_bound_is_finite_and_goes_on_rising() -> None:
 
 def test_the_approximate_kl_is_right_where_the_ratio_has_vanished() -> None:
     """A token 29 nats less likely than before: k3 of the old policy to the new is 28, as in the loss."""
-    _, stats = reference.policy_loss(fp64(-29), fp64(0), fp64(1), clip_low=0.2, clip_high=0.2, normalizer=ONE)
+    _, stats = eager.policy_loss(fp64(-29), fp64(0), fp64(1), clip_low=0.2, clip_high=0.2, normalizer=ONE)
     assert stats.sums[3].item() == pytest.approx(28)
 
 
 def test_losses_without_tokens_are_zero() -> None:
     none = torch.empty(0, requires_grad=True)
-    loss, stats = reference.policy_loss(none, none, none, clip_low=0.2, clip_high=0.2, normalizer=ONE)
-    value, value_stats = reference.value_loss(none, none, none, clip=0.2, normalizer=ONE)
+    loss, stats = eager.policy_loss(none, none, none, clip_low=0.2, clip_high=0.2, normalizer=ONE)
+    value, value_stats = eager.value_loss(none, none, none, clip=0.2, normalizer=ONE)
     (loss + value).backward()
     assert loss == value == stats.ratio_max == 0 and not stats.sums.any() and not value_stats.sums.any()
 
 
 def test_kl_estimates_known_answers() -> None:
     d = fp64(0.5, -1)
-    torch.testing.assert_close(reference.kl_estimate(d, fp64(0, 0), "k2"), fp64(0.125, 0.5))
+    torch.testing.assert_close(eager.kl_estimate(d, fp64(0, 0), "k2"), fp64(0.125, 0.5))
     k3 = fp64(math.exp(-0.5) - 0.5, math.e - 2)
-    torch.testing.assert_close(reference.kl_estimate(d, fp64(0, 0), "k3"), k3)
+    torch.testing.assert_close(eager.kl_estimate(d, fp64(0, 0), "k3"), k3)
     with pytest.raises(ValueError, match="kl_kind is 'k1'"):
-        reference.kl_estimate(d, d, "k1")
+        eager.kl_estimate(d, d, "k1")
 
 
 def test_value_loss_known_answer() -> None:
     values, old, returns = fp64(1, 0.1, 9), fp64(0, 0, 0), fp64(2, 1, 9)
     mask = torch.tensor([True, True, False])
-    loss, stats = reference.value_loss(values, old, returns, clip=0.2, normalizer=torch.tensor(2.0), mask=mask)
+    loss, stats = eager.value_loss(values, old, returns, clip=0.2, normalizer=torch.tensor(2.0), mask=mask)
     # The first moves too far (0.2 instead of 1: 1.8^2 against 1), the second does not (0.9^2).
     assert loss.item() == pytest.approx((3.24 + 0.81) / 2 / 2)
     torch.testing.assert_close(stats.sums, fp64((3.24 + 0.81) / 2, 1, 1.1, 1.01, 3, 5, 1.81))
@@ -364,7 +359,7 @@ def test_uniform_is_inside_the_open_interval_in_fp32_too() -> None:
 def test_the_oracle_draws_what_the_distribution_function_says(vocabulary: int, seed: int) -> None:
     logits = random_logits(4, vocabulary, seed)
     stream, offset = torch.arange(4), torch.full((4,), seed)
-    tokens, logprobs = reference.sample_tokens(logits, temperature=0.7, seed=1, stream=stream, offset=offset)
+    tokens, logprobs = eager.sample_tokens(logits, temperature=0.7, seed=1, stream=stream, offset=offset)
     p = (logits / 0.7).softmax(-1)
     for row, (token, u) in enumerate(zip(tokens.tolist(), philox.uniform(1, stream, offset).tolist(), strict=True)):
         assert p[row, :token].sum() <= u + 1e-12 and u - 1e-12 < p[row, : token + 1].sum()

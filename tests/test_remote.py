@@ -10,11 +10,11 @@ import pytest
 import requests
 from services import lengths, service
 
-from fastppo.batch import pack
 from fastppo.config import RewardConfig
-from fastppo.feedback import Responses, RewardError
-from fastppo.feedback import remote as remote_module
-from fastppo.feedback.remote import remote_source
+from fastppo.data.batch import pack
+from fastppo.rewards import Responses, RewardError
+from fastppo.rewards import remote as remote_module
+from fastppo.rewards.remote import remote_source
 
 TEXTS = ["abc", "a", "ab", "abcd", "abcde"]
 ENDED = [True, True, False, True, False]

@@ -14,7 +14,7 @@ import pytest
 from made_up_run import HOSTILE, write_run
 from report_page import Parsed, runs
 
-from fastppo.folder import RunFolderError
+from fastppo.monitor.run_dir import RunFolderError
 from fastppo.report.__main__ import write_report
 from fastppo.report.page import page
 from fastppo.report.texts import text

@@ -11,7 +11,7 @@ import pytest
 from made_up_run import write_run
 from report_page import Parsed, charts, runs
 
-from fastppo.folder import RunFolderError
+from fastppo.monitor.run_dir import RunFolderError
 from fastppo.report.__main__ import main, write_report
 from fastppo.report.page import page
 

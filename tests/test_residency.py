@@ -7,12 +7,12 @@ import torch
 import whole_runs
 from ppo_step import config_of
 
-from fastppo.cli import parse
 from fastppo.config import Config
-from fastppo.engine import Gradients
-from fastppo.residency import Residency, uses
+from fastppo.config.command_line import parse
+from fastppo.distributed.engine import Gradients
+from fastppo.distributed.residency import Residency, uses
+from fastppo.distributed.world import start_world
 from fastppo.train import train
-from fastppo.world import start_world
 
 CPU = torch.device("cpu")
 

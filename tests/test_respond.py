@@ -11,11 +11,12 @@ from forks import Forks
 from safetensors.torch import load_file
 from test_checkpoint import STOP_AT, assert_same_run
 
-from fastppo.since import Since, SinceError, read_since
+from fastppo.checkpoint.rollback_record import Since, SinceError, read_since
 
 # From step 5 on distinct-2 is 0.1, until the run has rolled back `cured` times.
 ILL = """
-from fastppo import health, train
+from fastppo import train
+from fastppo.monitor import health
 
 watched, figures = train.watch, health.figures
 
@@ -30,7 +31,8 @@ QUIET = {"eval__prompts": 0, "eval__every": 0}
 SETTINGS = {"steps": 8, "optim__dtype": "fp32", "critic__kind": "shared", "checkpoint__keep_last": 4, "eval__every": 2}
 # Told to stop as soon as the run has rolled back, when nothing new is there to be saved.
 STOP_THERE = """
-from fastppo import stop, train
+from fastppo import train
+from fastppo.distributed import stop
 
 responded = train.respond
 
@@ -182,7 +184,7 @@ def test_a_damaged_checkpoint_is_passed_over(folder, forks):
     """The newest from before is damaged while the run goes on."""
     output = folder / "damaged"
     damage = f"""
-from fastppo import respond
+from fastppo.ppo import alarm_actions as respond
 find = respond.checkpoint_before
 def before(*arguments, **settings):
     path = "{output}/checkpoints/step-00000004/progress.pt"

@@ -1,4 +1,4 @@
-"""fastppo.responses: which responses a run keeps, and its tokens as pieces of text."""
+"""fastppo.monitor.response_log: which responses a run keeps, and its tokens as pieces of text."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import pytest
 import tiny
 import torch
 
-from fastppo.batch import Experience, Packed, cumulative
-from fastppo.continuation import decode_pieces
-from fastppo.responses import heldout_responses, spread, training_responses
+from fastppo.data.batch import Experience, Packed, cumulative
+from fastppo.data.continuation import decode_pieces
+from fastppo.monitor.response_log import heldout_responses, spread, training_responses
 
 
 @pytest.mark.parametrize("text", ["a good film", "長い film \U0001f642!", "", "\n\n é"])

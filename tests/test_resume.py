@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from fastppo.checkpoint.resume import CheckpointError, _check_fit, settings, versions
 from fastppo.config import AnyConfig, Config, RewardTrainingConfig, SFTConfig
-from fastppo.resume import CheckpointError, _check_fit, settings, versions
-from fastppo.world import World
+from fastppo.distributed.world import World
 
 WORLD = World(0, 1, torch.device("cpu"))
 ANOTHER = "a value that no setting has"

@@ -7,10 +7,10 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from fastppo import ops
-from fastppo.batch import Prompts
 from fastppo.config import SamplingConfig
+from fastppo.data.batch import Prompts
 from fastppo.errors import FastPPOError
-from fastppo.models import Policy, fuse_head, token_stats
+from fastppo.models.roles import Policy, fuse_head, token_stats
 from fastppo.rollout import named_stop_ids, sample, stop_ids
 from fastppo.rollout.inprocess import restrict
 

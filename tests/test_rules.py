@@ -6,10 +6,10 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from fastppo.cli import parse
 from fastppo.config import ActorConfig, AlarmConfig, Config, DataConfig, RewardConfig
+from fastppo.config.command_line import parse
+from fastppo.config.validation import RANGES, validate
 from fastppo.errors import ConfigError
-from fastppo.rules import RANGES, validate
 
 GOOD = Config(
     actor=ActorConfig(model="a"), data=DataConfig(path="d.jsonl"), rewards=(RewardConfig(function="module:function"),)
@@ -270,8 +270,8 @@ def test_the_ends_of_a_range_are_where_they_should_be(name: str, value: float) -
 
 def test_weights_and_biases_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = changed(track__wandb="films")
-    monkeypatch.setattr("fastppo.rules.run.find_spec", lambda name: None)
+    monkeypatch.setattr("fastppo.config.validation.run.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"track\.wandb is films, .*`pip install wandb`"):
         validate(asked)
-    monkeypatch.setattr("fastppo.rules.run.find_spec", lambda name: name)
+    monkeypatch.setattr("fastppo.config.validation.run.find_spec", lambda name: name)
     validate(asked)

@@ -9,17 +9,17 @@ import torch
 from services import serving
 from tokenizers.processors import TemplateProcessing
 
-from fastppo.batch import Moments, Rollout, pack
 from fastppo.config import Config, DataConfig, HealthConfig, OptimConfig, PPOConfig, RewardConfig, ZeroConfig
-from fastppo.data import load_prompts
-from fastppo.engine import Frozen
-from fastppo.feedback import RewardError, check_chats, load_judge, score
-from fastppo.feedback.model import ModelSource
-from fastppo.feedback.remote import remote_source
-from fastppo.models import RewardModel
-from fastppo.residency import Residency
+from fastppo.data.batch import Moments, Rollout, pack
+from fastppo.data.prompts import load_prompts
+from fastppo.distributed.engine import Frozen
+from fastppo.distributed.residency import Residency
+from fastppo.distributed.world import World
+from fastppo.models.roles import RewardModel
+from fastppo.rewards import RewardError, check_chats, load_judge, score
+from fastppo.rewards.model import ModelSource
+from fastppo.rewards.remote import remote_source
 from fastppo.serve_reward import RewardServer, alone
-from fastppo.world import World
 
 WORLD = World(0, 1, torch.device("cpu"))
 # As ChatML: a line break stands behind the token that ends a turn.

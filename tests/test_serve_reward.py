@@ -18,11 +18,11 @@ import torch
 from services import serving
 
 from fastppo import serve_reward
-from fastppo.batch import pack
 from fastppo.config import RewardConfig
-from fastppo.feedback import Responses
-from fastppo.feedback.remote import remote_source
-from fastppo.load import load_reward
+from fastppo.data.batch import pack
+from fastppo.models.loading.policies import load_reward
+from fastppo.rewards import Responses
+from fastppo.rewards.remote import remote_source
 from fastppo.serve_reward import LARGEST, RewardServer, alone
 
 TEXTS = ["abc", "a", "ab", "abcd", "abcde"]

@@ -12,9 +12,9 @@ import tiny
 import whole_runs
 
 from fastppo import train, train_reward, train_sft
-from fastppo.cli import PPO, REWARD, SFT, parse
+from fastppo.config.command_line import PPO, REWARD, SFT, parse
+from fastppo.distributed.world import start_world
 from fastppo.errors import FastPPOError
-from fastppo.world import start_world
 
 Start = Callable[..., None]
 
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def start(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     """Starts a command where an earlier run has left its folder."""
-    monkeypatch.setattr("fastppo.weights._load_whole", lambda *_: pytest.fail("weights are read"))
+    monkeypatch.setattr("fastppo.models.loading.weights._load_whole", lambda *_: pytest.fail("weights are read"))
     output = tmp_path / "run"
     output.mkdir()
     (output / "metrics.jsonl").write_text('{"step": 1}\n')

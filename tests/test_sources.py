@@ -7,16 +7,16 @@ import quantized_models
 import tiny
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from fastppo.cli import REWARD, SFT, parse
 from fastppo.config import Config
+from fastppo.config.command_line import REWARD, SFT, parse
 from fastppo.errors import FastPPOError
-from fastppo.fit import make_plan
-from fastppo.load import actor_context, check_models, load_actor_tokenizer
-from fastppo.load_learned import model_source
-from fastppo.machine import Machine
-from fastppo.quantized import UNPACKED
-from fastppo.source import Source
-from fastppo.weights import load_config, load_tokenizer
+from fastppo.models.loading.offline import model_source
+from fastppo.models.loading.policies import actor_context, check_models, load_actor_tokenizer
+from fastppo.models.loading.quantized import UNPACKED
+from fastppo.models.loading.source import Source
+from fastppo.models.loading.weights import load_config, load_tokenizer
+from fastppo.planner.machine import Machine
+from fastppo.planner.plan import make_plan
 
 HERE = Machine(1, 1, None, 1 << 40)
 
@@ -97,7 +97,7 @@ def test_the_package_that_dequantises_is_named_where_it_is_missing(good, tmp_pat
     path = quantized(tmp_path, tiny.causal(), {"quant_method": "bitsandbytes", "load_in_4bit": True})
     missing, there = "which is not installed (pip install bitsandbytes): Auto", "dequantise it first: AutoModel"
     for module, words in ((None, missing), ("yes", there)):
-        monkeypatch.setattr("fastppo.quantized.find_spec", lambda name, module=module: module)
+        monkeypatch.setattr("fastppo.models.loading.quantized.find_spec", lambda name, module=module: module)
         assert words in refusal("actor", path, good)
 
 
@@ -146,8 +146,10 @@ def test_a_repository_with_a_config_and_an_adapter_holds_an_adapter(monkeypatch,
         asked.append((name, file))
         return str(tmp_path / file)
 
-    monkeypatch.setattr("fastppo.source.cached_file", cached)
-    monkeypatch.setattr("fastppo.weights.AutoConfig.from_pretrained", lambda *_, **__: tiny.causal().config)
+    monkeypatch.setattr("fastppo.models.loading.source.cached_file", cached)
+    monkeypatch.setattr(
+        "fastppo.models.loading.weights.AutoConfig.from_pretrained", lambda *_, **__: tiny.causal().config
+    )
     with pytest.raises(FastPPOError, match=r"actor.model = owner/both holds an adapter .* for some/base and no model"):
         load_config(Source("actor.model", "owner/both"))
     assert asked == [("owner/both", "adapter_config.json")]

@@ -11,13 +11,14 @@ import tiny
 import torch
 from architectures import ACTORS, directory
 
-from fastppo import check_plan, plan, train_reward, train_sft
-from fastppo.cli import REWARD, SFT, Command, parse
+from fastppo import plan, train_reward, train_sft
 from fastppo.config import AnyConfig
-from fastppo.fit import Plan, make_plan
-from fastppo.machine import Machine
-from fastppo.memory import Bytes
-from fastppo.world import start_world
+from fastppo.config.command_line import REWARD, SFT, Command, parse
+from fastppo.distributed.world import start_world
+from fastppo.planner import check
+from fastppo.planner.machine import Machine
+from fastppo.planner.memory import Bytes
+from fastppo.planner.plan import Plan, make_plan
 
 COMMANDS: dict[str, Command[Any]] = {"pairs": REWARD, "answers": SFT}
 SMALL, LARGE = Machine(1, 1, 24 * 10**9, 128 * 10**9), Machine(8, 1, 40 * 10**9, 10**12)
@@ -96,8 +97,8 @@ def test_training_is_refused_before_the_model_loads(
     tiny.causal().config.save_pretrained(tmp_path / "model")
     argv = stage_runs.settings(tmp_path, kind, plan="check")
     train: Any = train_reward.train if kind == "pairs" else train_sft.train
-    monkeypatch.setattr(check_plan, "this_machine", lambda *args, **kwargs: Machine(1, 1, None, 2 * 10**8))
-    with pytest.raises(check_plan.PlanError, match=r"host memory are needed .*--plan warn"):
+    monkeypatch.setattr(check, "this_machine", lambda *args, **kwargs: Machine(1, 1, None, 2 * 10**8))
+    with pytest.raises(check.PlanError, match=r"host memory are needed .*--plan warn"):
         train(parse(argv, COMMANDS[kind]), start_world(1))
     assert "evaluation" in capsys.readouterr().out
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from test_rules import numbers
 
-from fastppo.cli import REWARD, SFT, parse
 from fastppo.config import (
     AnswersConfig,
     ConfigError,
@@ -17,7 +16,8 @@ from fastppo.config import (
     RewardTrainingConfig,
     SFTConfig,
 )
-from fastppo.rules.stages import RANGES, REWARD_RANGES, validate_reward, validate_sft
+from fastppo.config.command_line import REWARD, SFT, parse
+from fastppo.config.validation.offline import RANGES, REWARD_RANGES, validate_reward, validate_sft
 
 PAIRS = RewardTrainingConfig(model=ModelConfig(path="m"), data=PairsConfig(path="d.jsonl"))
 ANSWERS = SFTConfig(model=ModelConfig(path="m"), data=AnswersConfig(path="d.jsonl"))

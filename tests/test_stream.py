@@ -10,9 +10,9 @@ from forks import Forks
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fastppo.load import load_causal, load_reward
-from fastppo.models import ModelError
-from fastppo.stream import partition_config
+from fastppo.models.loading.policies import load_causal, load_reward
+from fastppo.models.loading.streams import partition_config
+from fastppo.models.roles import ModelError
 
 CPU = torch.device("cpu")
 

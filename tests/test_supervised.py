@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from fastppo import train_reward, train_sft
-from fastppo.cli import REWARD, SFT, parse
-from fastppo.examples import load_answers, load_pairs
-from fastppo.learner import assemble_learner, assemble_scorer
-from fastppo.supervised import Training, update
+from fastppo.config.command_line import REWARD, SFT, parse
+from fastppo.data.examples import load_answers, load_pairs
+from fastppo.distributed.world import World, start_world
+from fastppo.models.frozen_prefix import TrunkStates
+from fastppo.offline.model import assemble_learner, assemble_scorer
+from fastppo.offline.update import Training, update
 from fastppo.train_reward import bradley_terry
 from fastppo.train_sft import negative_logprob
-from fastppo.trunk import TrunkStates
-from fastppo.world import World, start_world
 
 COMMANDS = {"pairs": "fastppo.train_reward", "answers": "fastppo.train_sft"}
 ROWS = [3, 1, 12, 7, 20, 9, 15, 4]
@@ -145,7 +145,7 @@ def test_adapters_alone_train_and_are_merged_in_the_export(
 # Tells the last rank to stop at the nth microbatch of training.
 STOP_AT = """
 import os
-from fastppo import stop
+from fastppo.distributed import stop
 
 real, count = stop.check, iter(range(1, 1_000_000))
 

@@ -6,7 +6,7 @@ from typing import Any
 import datasets
 import pytest
 
-from fastppo.table import DataError, Table, read_table
+from fastppo.data.tables import DataError, Table, read_table
 
 COLUMNS = {"text": ["one, two", "three\nfour"], "label": ["0", "1"]}
 

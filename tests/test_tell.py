@@ -17,13 +17,14 @@ import whole_runs
 from test_wandb_run import StandIn, installed
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from fastppo import durable, leave, train, train_reward, train_sft
-from fastppo.cli import PPO, REWARD, SFT, parse
+from fastppo import train, train_reward, train_sft
+from fastppo.checkpoint import atomic_dir, leave
+from fastppo.checkpoint.leave import ExportError
 from fastppo.config import TrackConfig
-from fastppo.folder import ALARMS, METRICS, RESPONSES, Lines, read_lines, sizes
-from fastppo.leave import ExportError
-from fastppo.track import Tracker
-from fastppo.world import start_world
+from fastppo.config.command_line import PPO, REWARD, SFT, parse
+from fastppo.distributed.world import start_world
+from fastppo.monitor.run_dir import ALARMS, METRICS, RESPONSES, Lines, read_lines, sizes
+from fastppo.monitor.tracker import Tracker
 
 ALARM = {"step": 2, "figure": "judge", "message": "it falls"}
 FAILURES = [
@@ -37,7 +38,7 @@ EVERYTHING = TrackConfig(progress="always", profile_steps=(1, 2), wandb="films")
 
 # Each way out of a tracker: what is put in the place of what.
 OUTLETS = {
-    "metrics.jsonl": "fastppo.folder.Lines.add",
+    "metrics.jsonl": "fastppo.monitor.run_dir.Lines.add",
     "a writer of TensorBoard": "torch.utils.tensorboard.SummaryWriter.__init__",
     "a scalar of TensorBoard": "torch.utils.tensorboard.SummaryWriter.add_scalar",
     "an alarm of TensorBoard": "torch.utils.tensorboard.SummaryWriter.add_text",
@@ -145,9 +146,9 @@ PRINTS = """
 import sys
 from pathlib import Path
 from fastppo.config import TrackConfig
-from fastppo.samples import Sample, show_samples
-from fastppo.tell import only_tells
-from fastppo.track import Tracker, setup_logging
+from fastppo.monitor.samples import Sample, show_samples
+from fastppo.monitor.tell import only_tells
+from fastppo.monitor.tracker import Tracker, setup_logging
 setup_logging(0)
 for progress in ("always", "never"):
     config = TrackConfig(tensorboard=False, progress=progress)
@@ -221,7 +222,7 @@ def test_a_run_of_which_nothing_can_be_told_leaves_its_model(
 ) -> None:
     for outlet in ("metrics.jsonl", "a scalar of TensorBoard", "a profile"):
         monkeypatch.setattr(OUTLETS[outlet], failing(FAILURES[0]))
-    monkeypatch.setattr("fastppo.run.write_samples", failing(FAILURES[0]))
+    monkeypatch.setattr("fastppo.ppo.run.write_samples", failing(FAILURES[0]))
     monkeypatch.setattr("fastppo.train_reward.write_reliability", failing(FAILURES[0]))
     monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115
     changes = {"track__tensorboard": "true", "track__profile_steps": "[1]"}
@@ -233,7 +234,9 @@ def test_a_run_of_which_nothing_can_be_told_leaves_its_model(
 
 def test_samples_are_shown_when_the_actor_is_saved(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     actor = tmp_path / "run/actor/model.safetensors"
-    monkeypatch.setattr("fastppo.run.show_samples", lambda rows: (tmp_path / "seen").write_text(str(actor.is_file())))
+    monkeypatch.setattr(
+        "fastppo.ppo.run.show_samples", lambda rows: (tmp_path / "seen").write_text(str(actor.is_file()))
+    )
     start(data, "ppo", tmp_path / "run")
     assert (tmp_path / "seen").read_text() == "True"
 
@@ -244,7 +247,7 @@ def refusing(output: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) ->
 
     def export(role: Any, tokenizer: Any, folder: Path, **kwargs: Any) -> None:
         if output in folder.parents:
-            (durable.begin(folder) / "part").touch()
+            (atomic_dir.begin(folder) / "part").touch()
             raise error
         real(role, tokenizer, folder, **kwargs)
 
@@ -268,8 +271,8 @@ def test_a_model_that_cannot_be_written_is_saved_elsewhere(
     assert places[0] == "run" and places[2:] == averages  # one copy, though the best may be left more than once
     assert places[1].startswith(f"run-{name}")
     assert_loads(tmp_path / places[1])
-    assert not [path for path in output.iterdir() if path.name.startswith(durable.UNFINISHED)]
-    assert durable.problem(output / "checkpoints/step-00000002") is None
+    assert not [path for path in output.iterdir() if path.name.startswith(atomic_dir.UNFINISHED)]
+    assert atomic_dir.problem(output / "checkpoints/step-00000002") is None
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -292,7 +295,7 @@ def test_a_model_that_stands_there_stays_until_the_new_one_is_whole(
 ) -> None:
     start(data, "answers", tmp_path / "run", eval__examples=0)
     before = (tmp_path / "run/model/model.safetensors").read_bytes()
-    monkeypatch.setattr(durable, "sync", failing(FAILURES[0]))  # a disk may say that late
+    monkeypatch.setattr(atomic_dir, "sync", failing(FAILURES[0]))  # a disk may say that late
     with pytest.raises(OSError, match="No space"):
-        durable.replace(durable.begin(tmp_path / "run/model"), tmp_path / "run/model")
+        atomic_dir.replace(atomic_dir.begin(tmp_path / "run/model"), tmp_path / "run/model")
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == before

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from fastppo import serve_reward
-from fastppo.batch import Moments, Rollout, pack
+from fastppo.checkpoint.resume import CheckpointError, _check_fit, settings
 from fastppo.config import (
     AnswersConfig,
     Config,
@@ -21,15 +21,15 @@ from fastppo.config import (
     PtxConfig,
     RewardConfig,
 )
-from fastppo.data import load_prompts
+from fastppo.data.batch import Moments, Rollout, pack
+from fastppo.data.examples import load_answers, load_pairs
+from fastppo.data.prompts import load_prompts
+from fastppo.data.tables import DataError
+from fastppo.distributed.residency import Residency
+from fastppo.distributed.world import World
 from fastppo.errors import FastPPOError
-from fastppo.examples import load_answers, load_pairs
-from fastppo.feedback import load_sources, score
-from fastppo.ptx import Texts
-from fastppo.residency import Residency
-from fastppo.resume import CheckpointError, _check_fit, settings
-from fastppo.table import DataError
-from fastppo.world import World
+from fastppo.ppo.ptx import Texts
+from fastppo.rewards import load_sources, score
 
 WORLD = World(0, 1, torch.device("cpu"))
 # Reads `thinking`, and `date` with a default of its own, as the templates of Qwen3 and Llama-3.1 do.

@@ -1,4 +1,4 @@
-"""fastppo.track: what a run writes and shows, and that it shows it in the right place."""
+"""fastppo.monitor.tracker: what a run writes and shows, and that it shows it in the right place."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from rich.text import Text
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastppo.config import TrackConfig
-from fastppo.folder import ALARMS, METRICS, RESPONSES, continue_folder, fresh_folder, read_lines, sizes
-from fastppo.samples import Sample, samples_table, show_samples, write_samples
-from fastppo.track import THIRD_PARTY, Stages, Tracker, setup_logging
+from fastppo.monitor.run_dir import ALARMS, METRICS, RESPONSES, continue_folder, fresh_folder, read_lines, sizes
+from fastppo.monitor.samples import Sample, samples_table, show_samples, write_samples
+from fastppo.monitor.tracker import THIRD_PARTY, Stages, Tracker, setup_logging
 
 STEP = {"score": 0.5, "kl": 1.25, "tokens_per_second": 1234.6, "time/step": 2.0}
 STAGES = {"time/sampling": 2.14, "time/feedback": 0.3, "time/experience": 0.6, "time/learning": 3.2}
@@ -214,7 +214,7 @@ def test_progress_always_and_never_do_not_ask_the_output(
 
 def test_stages_add_up_until_they_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 5.0, 7.0, 10.0, 14.0])
-    monkeypatch.setattr("fastppo.track.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("fastppo.monitor.tracker.time.perf_counter", lambda: next(clock))
     stages = Stages({}, lambda stage: None)
     for name in ("sampling", "learning", "sampling"):
         with stages(name):
@@ -227,7 +227,7 @@ def test_time_left_follows_the_mean_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = iter([100.0, 130.0, 140.0])
-    monkeypatch.setattr("fastppo.track.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("fastppo.monitor.tracker.time.perf_counter", lambda: next(clock))
     with Tracker(tmp_path, LINES, steps=102, rank=0) as tracker:
         for step in (1, 2, 3):
             tracker.log(step, {"score": 0.0})

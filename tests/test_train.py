@@ -11,10 +11,10 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastppo.cli import parse
+from fastppo.config.command_line import parse
+from fastppo.distributed.world import start_world
 from fastppo.errors import FastPPOError
 from fastppo.train import train
-from fastppo.world import start_world
 
 REWARD = """
 def letters(prompts, responses, **columns):

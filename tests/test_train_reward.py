@@ -15,18 +15,18 @@ import torch
 from stage_runs import evaluations, records
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fastppo.batch import Moments, Rollout, pack
-from fastppo.cli import REWARD, parse
 from fastppo.config import Config, DataConfig, ModelConfig, OptimConfig, PPOConfig, RewardConfig
-from fastppo.data import PromptSet, load_prompts
-from fastppo.examples import Examples, load_pairs
-from fastppo.feedback import load_sources, score
-from fastppo.load import load_reward
-from fastppo.load_learned import initial_head, load_scorer, set_padding
-from fastppo.models import ModelError
-from fastppo.residency import Residency
+from fastppo.config.command_line import REWARD, parse
+from fastppo.data.batch import Moments, Rollout, pack
+from fastppo.data.examples import Examples, load_pairs
+from fastppo.data.prompts import PromptSet, load_prompts
+from fastppo.distributed.residency import Residency
+from fastppo.distributed.world import start_world
+from fastppo.models.loading.offline import initial_head, load_scorer, set_padding
+from fastppo.models.loading.policies import load_reward
+from fastppo.models.roles import ModelError
+from fastppo.rewards import load_sources, score
 from fastppo.train_reward import train
-from fastppo.world import start_world
 
 CPU = torch.device("cpu")
 
@@ -205,7 +205,7 @@ def test_a_run_ends_early_and_leaves_the_best_model(folder: Path, tmp_path: Path
 def test_a_model_that_scores_all_alike_is_half_right_and_left_with_a_warning(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("fastppo.learner.initial_head", lambda width, seed: torch.zeros(1, width))
+    monkeypatch.setattr("fastppo.models.loading.offline.initial_head", lambda width, seed: torch.zeros(1, width))
     output = run(folder, tmp_path / "alike", model__lr=0, steps=1)
     assert [r["accuracy"] for r in records(output) if "accuracy" in r] == [0.5]
     assert {r["eval/accuracy"] for r in evaluations(output)} == {0.5}

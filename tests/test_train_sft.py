@@ -10,11 +10,11 @@ import torch
 from stage_runs import evaluations, records
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastppo.cli import SFT, parse
+from fastppo.config.command_line import SFT, parse
+from fastppo.data.examples import Examples, load_answers
+from fastppo.distributed.world import start_world
 from fastppo.errors import TrainingFault
-from fastppo.examples import Examples, load_answers
 from fastppo.train_sft import train
-from fastppo.world import start_world
 
 
 @pytest.fixture(scope="module")

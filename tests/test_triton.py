@@ -25,7 +25,7 @@ from cases import (
 from test_ops import DIFFERENTIABLE, names, policy_update, token_stats
 from torch import Tensor
 
-from fastppo import ops, reference
+from fastppo import ops
 from fastppo.kernels import row
 from fastppo.kernels.policy_loss import policy_loss
 from fastppo.kernels.policy_loss_in_chunk import policy_loss_in_chunk
@@ -34,6 +34,7 @@ from fastppo.kernels.sum_tokens import sum_tokens
 from fastppo.kernels.value_loss import value_loss
 from fastppo.kernels.vocabulary_backward import vocabulary_backward
 from fastppo.kernels.vocabulary_forward import vocabulary_forward
+from fastppo.ops import eager
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INTERPRETED = DEVICE.type == "cpu"
@@ -93,7 +94,7 @@ def stacked(upstream: dict[str, Tensor]) -> Tensor:
 
 def reference_stats(arguments: dict[str, Any], upstream: dict[str, Tensor]) -> dict[str, Tensor]:
     leaf = arguments["logits"].detach().requires_grad_()
-    stats = reference.token_logprobs(**(arguments | {"logits": leaf}))
+    stats = eager.token_logprobs(**(arguments | {"logits": leaf}))
     outputs = {name: x for name, x in stats._asdict().items() if x is not None}
     made = gradients(outputs, {name: g for name, g in upstream.items() if name in outputs}, {"logits": leaf})
     return {name: x.detach() for name, x in outputs.items()} | made
@@ -247,9 +248,9 @@ def reference_loss(arguments: dict[str, Any]) -> dict[str, Tensor]:
     logits, kind = a.pop("logits").detach().requires_grad_(), a.pop("kl_kind", "exact")
     inputs = {name: a.pop(name) for name in ("targets", "temperature", "softcap")}
     ref_logits, ref_logprobs = a.pop("ref_logits", None), a.pop("ref_logprobs")
-    stats = reference.token_logprobs(logits, **inputs, ref_logits=ref_logits)
-    kl = stats.kl if kind == "exact" else reference.kl_estimate(stats.logprobs, ref_logprobs, kind)
-    loss, policy_stats = reference.policy_loss(stats.logprobs, entropy=stats.entropy, kl=kl, **a)
+    stats = eager.token_logprobs(logits, **inputs, ref_logits=ref_logits)
+    kl = stats.kl if kind == "exact" else eager.kl_estimate(stats.logprobs, ref_logprobs, kind)
+    loss, policy_stats = eager.policy_loss(stats.logprobs, entropy=stats.entropy, kl=kl, **a)
     made = gradients({"loss": loss}, {"loss": torch.ones((), device=DEVICE)}, {"logits": logits})
     return made | {"loss": loss.detach(), "sums": policy_stats.sums, "ratio_max": policy_stats.ratio_max}
 
@@ -259,7 +260,7 @@ def loss_arguments(case: LinearCase, dtype: torch.dtype) -> dict[str, Any]:
     made = case.build(dtype)
     logits = torch.nn.functional.linear(made["hidden"], made["weight"], made["bias"])
     scale = {"temperature": case.temperature, "softcap": case.softcap}
-    logprobs = reference.token_logprobs(logits.double(), made["targets"], **scale).logprobs
+    logprobs = eager.token_logprobs(logits.double(), made["targets"], **scale).logprobs
     made = case.build_loss(dtype, logprobs)
     if "ref_hidden" in made:
         made["ref_logits"] = torch.nn.functional.linear(made["ref_hidden"], made["ref_weight"], made["ref_bias"])
@@ -284,16 +285,16 @@ def test_the_chunked_heads(case: LinearCase, dtype: torch.dtype) -> None:
     inputs = ["hidden", "weight"] + ["bias"] * case.bias
     upstream = on_device(VocabularyCase("upstream", case.rows, 1).upstream(DIFFERENTIABLE))
     arguments = on_device(case.build(dtype))
-    logprobs = reference.linear_logprobs(**in_fp64(arguments)).logprobs
+    logprobs = eager.linear_logprobs(**in_fp64(arguments)).logprobs
     stats = [
         token_stats(op, given, inputs, upstream)
-        for op, given in both_oracles(ops.linear_logprobs, reference.linear_logprobs, arguments)
+        for op, given in both_oracles(ops.linear_logprobs, eager.linear_logprobs, arguments)
     ]
     assert_as_good(*stats, dtype)
     update = on_device(case.build_loss(dtype, logprobs.cpu()))
     losses = [
         policy_update(op, given, inputs)
-        for op, given in both_oracles(ops.linear_policy_loss, reference.linear_policy_loss, update)
+        for op, given in both_oracles(ops.linear_policy_loss, eager.linear_policy_loss, update)
     ]
     assert_as_good(*losses, dtype)
 
@@ -357,10 +358,10 @@ def test_token_losses(tokens: int, options: str, dtype: torch.dtype) -> None:
         leaf.requires_grad_()
         common = {"normalizer": normalizer, "mask": mask}
         clips = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": dual_clip, "entropy_coef": 0.1, "kl_coef": 0.3}
-        loss, stats = reference.policy_loss(**(a | {"logprobs": leaf}), **clips, **common)
+        loss, stats = eager.policy_loss(**(a | {"logprobs": leaf}), **clips, **common)
         d = torch.autograd.grad(loss, leaf)[0]
         policy = {"loss": loss.detach(), "sums": stats.sums, "ratio_max": stats.ratio_max, "d_logprobs": d}
-        loss, stats = reference.value_loss(leaf, a["old_logprobs"], a["advantages"], clip=clip, **common)
+        loss, stats = eager.value_loss(leaf, a["old_logprobs"], a["advantages"], clip=clip, **common)
         return policy, {"loss": loss.detach(), "sums": stats.sums, "d_values": torch.autograd.grad(loss, leaf)[0]}
 
     truths, same_dtype = expected(in_fp64(arguments)), expected(arguments)

@@ -10,8 +10,8 @@ from test_ops import names
 from test_triton import DEVICE, DTYPES, INTERPRETED
 from torch import Tensor
 
-from fastppo import philox
 from fastppo.kernels.sample_tokens import sample_tokens, uniform
+from fastppo.ops import philox
 
 # NaN and infinities are among what is tested, and NumPy, which interprets, warns of them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")

@@ -6,10 +6,10 @@ import torch
 from ppo_step import config_of, step
 from test_models import PACKED
 
-from fastppo import models, trunk
-from fastppo.models import Policy, fuse_head, keep_trunk
-from fastppo.trained import set_trainable
-from fastppo.world import start_world
+from fastppo.distributed.world import start_world
+from fastppo.models import frozen_prefix, roles
+from fastppo.models.loading.trained import set_trainable
+from fastppo.models.roles import Policy, fuse_head, keep_trunk
 
 ALL = torch.arange(len(PACKED))
 
@@ -48,7 +48,7 @@ def test_embeddings_that_train_through_a_tied_head_leave_no_trunk():
 
 
 def test_a_model_that_cannot_pass_layers_over_is_computed_whole(monkeypatch, caplog):
-    monkeypatch.setattr(trunk.Passing, "forward", lambda self, states, *_, **__: states + 1)
+    monkeypatch.setattr(frozen_prefix.Passing, "forward", lambda self, states, *_, **__: states + 1)
     policy = policy_of()
     with caplog.at_level("INFO", logger="fastppo"):
         keep_trunk(policy)
@@ -66,9 +66,9 @@ def test_the_model_is_whole_again_after_a_pass():
 def test_states_are_computed_once_for_a_sequence_in_any_packing(monkeypatch):
     policy = policy_of()
     keep_trunk(policy)
-    states, calls = trunk.TrunkStates(), []
+    states, calls = frozen_prefix.TrunkStates(), []
     monkeypatch.setattr(
-        Policy, "trunk", lambda self, packed: calls.append(len(packed)) or models.Backbone.trunk(self, packed)
+        Policy, "trunk", lambda self, packed: calls.append(len(packed)) or roles.Backbone.trunk(self, packed)
     )
     whole = states(policy, PACKED, ALL)
     some = torch.tensor([3, 0])
@@ -83,7 +83,7 @@ def test_an_update_is_the_same_with_and_without_kept_states(tmp_path, monkeypatc
     settings = ["--actor.train", "1", "--ppo.epochs", "2", "--critic.kind", *critic]
     settings += ["--ppo.kl_in", kl_in, "--ppo.kl_kind", "exact", "--ppo.minibatches", "2"]
     kept = step(config_of(model, *settings), world)
-    monkeypatch.setattr(trunk.TrunkStates, "__call__", lambda *_: None)
+    monkeypatch.setattr(frozen_prefix.TrunkStates, "__call__", lambda *_: None)
     whole = step(config_of(model, *settings), world)
     for name, parameter in whole.parameters.items():
         torch.testing.assert_close(kept.parameters[name], parameter, rtol=0, atol=2e-5)

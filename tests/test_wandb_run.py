@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from fastppo.cli import dump
 from fastppo.config import Config, TrackConfig
-from fastppo.track import Tracker
-from fastppo.wandb_run import WandbError
+from fastppo.config.command_line import dump
+from fastppo.monitor.tracker import Tracker
+from fastppo.monitor.wandb_run import WandbError
 
 ASKED = TrackConfig(tensorboard=False, wandb="films", progress="never", responses=0)
 
 
 class StandIn(ModuleType):
-    """What `fastppo.wandb_run` uses of wandb."""
+    """What `fastppo.monitor.wandb_run` uses of wandb."""
 
     class Error(Exception):
         pass

@@ -8,8 +8,9 @@ from types import ModuleType
 
 import pytest
 
-from fastppo import rendezvous, train, train_reward, train_sft
-from fastppo.launch import LaunchError, check_launch
+from fastppo import train, train_reward, train_sft
+from fastppo.config.launch import LaunchError, check_launch
+from fastppo.distributed import rendezvous
 
 
 def test_a_port_that_is_in_use_is_named_with_the_way_out() -> None:
@@ -19,7 +20,7 @@ def test_a_port_that_is_in_use_is_named_with_the_way_out() -> None:
         port = taken.getsockname()[1]
         first = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "2"}
         done = subprocess.run(
-            [sys.executable, "-c", "from fastppo.world import start_world; start_world(1)"],
+            [sys.executable, "-c", "from fastppo.distributed.world import start_world; start_world(1)"],
             env=os.environ | first | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
             capture_output=True,
             text=True,
@@ -87,9 +88,9 @@ def test_every_command_refuses_to_be_n_separate_runs_and_one_process_says_so(
 
 MEET = """
 import sys, time
-from fastppo import rendezvous
+from fastppo.distributed import rendezvous
 rendezvous.FIRST_WORD, rendezvous.ON_ONE_MACHINE, rendezvous.ANSWER = 0.5, 2.0, 2.0
-from fastppo.world import start_world
+from fastppo.distributed.world import start_world
 start = time.monotonic()
 try:
     print(start_world(1).ranks)

@@ -9,7 +9,7 @@ from forks import Forks
 from ppo_step import config_of
 from transformers import AutoModelForCausalLM
 
-from fastppo import engine
+from fastppo.distributed import engine
 
 SPLIT_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 

@@ -1,17 +1,14 @@
 """The settings of a run, as frozen dataclasses.
 
 Each field is documented by the string below it; `--help` shows that string. A field that holds a quantity
-names its unit. `fastppo.rules.validate` refuses settings that cannot work together, before a model loads.
+names its unit. `fastppo.config.validation.validate` refuses settings that cannot work together, before a model loads.
 """
 
 from fastppo.config.data import DataConfig, PtxConfig, SamplingConfig
-from fastppo.config.feedback import RewardConfig
 from fastppo.config.health import AlarmConfig, HealthConfig
 from fastppo.config.learning import OptimConfig, PPOConfig, ZeroConfig
 from fastppo.config.models import ActorConfig, ActorLoraConfig, CriticConfig, LoraConfig, ReferenceConfig
-from fastppo.config.ppo import AnyConfig, Config
-from fastppo.config.run import CheckpointConfig, EvalConfig, TrackConfig
-from fastppo.config.stages import (
+from fastppo.config.offline import (
     AnswersConfig,
     ExamplesConfig,
     HeldOutConfig,
@@ -20,6 +17,9 @@ from fastppo.config.stages import (
     RewardTrainingConfig,
     SFTConfig,
 )
+from fastppo.config.ppo import AnyConfig, Config
+from fastppo.config.rewards import RewardConfig
+from fastppo.config.run import CheckpointConfig, EvalConfig, TrackConfig
 from fastppo.errors import ConfigError
 
 __all__ = [

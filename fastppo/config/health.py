@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from fastppo.config.feedback import RewardConfig
+from fastppo.config.rewards import RewardConfig
 
 FigureName = Literal[
     "entropy",

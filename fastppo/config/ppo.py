@@ -6,15 +6,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fastppo.config.data import DataConfig, PtxConfig, SamplingConfig
-from fastppo.config.feedback import RewardConfig
 from fastppo.config.health import HealthConfig
 from fastppo.config.learning import OptimConfig, PPOConfig, ZeroConfig
 from fastppo.config.models import ActorConfig, CriticConfig, ReferenceConfig
+from fastppo.config.offline import RewardTrainingConfig, SFTConfig
+from fastppo.config.rewards import RewardConfig
 from fastppo.config.run import CheckpointConfig, EvalConfig, TrackConfig
-from fastppo.config.stages import (
-    RewardTrainingConfig,
-    SFTConfig,
-)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from math import sqrt
 from statistics import fmean
 
+from fastppo.monitor.trend_tests import trend
 from fastppo.report.curves import Curve, number, smooth, span
 from fastppo.report.plot import Charts, Line
 from fastppo.report.run import Run
 from fastppo.report.titles import Quantity
-from fastppo.trends import trend
 
 DOTS = 400  # points of a run; of one with more steps each is the mean of some
 FEWEST = 6  # for running means

@@ -2,7 +2,8 @@
 
 A decode step is hundreds of short kernels, and launched one by one they leave a GPU idle between them. Recorded once
 and replayed they are launched together. What a graph reads and writes must not move: the cache never does, the weights
-stay where they are over a batch (`fastppo.gathered`), and a step's inputs are copied to a place of their own.
+stay where they are over a batch (`fastppo.models.sampling_weights`), and a step's inputs are copied to a
+place of their own.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fastppo.attention import Cache
-from fastppo.models import Policy
+from fastppo.models.attention import Cache
+from fastppo.models.roles import Policy
 
 log = logging.getLogger("fastppo")
 

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fastppo import attention, ops, stop
-from fastppo.attention import Cache
-from fastppo.batch import Prompts, Rollout, pack, segment_offsets
+from fastppo import ops
 from fastppo.config import SamplingConfig
-from fastppo.continuation import decode_after, decode_pieces, encode_behind
+from fastppo.data.batch import Prompts, Rollout, pack, segment_offsets
+from fastppo.data.continuation import decode_after, decode_pieces, encode_behind
+from fastppo.distributed import stop
 from fastppo.errors import FastPPOError
-from fastppo.models import Policy
+from fastppo.models import attention
+from fastppo.models.attention import Cache
+from fastppo.models.roles import Policy
 from fastppo.rollout.graphs import StepGraphs
 
 log = logging.getLogger("fastppo")

@@ -1,0 +1,1 @@
+"""Checkpoints that resume bit for bit, and the trained model as a Hugging Face directory."""

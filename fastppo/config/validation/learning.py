@@ -1,0 +1,132 @@
+"""Rules between the settings of the algorithm, the optimizer and the ranks."""
+
+from __future__ import annotations
+
+from fastppo.config import AnyConfig, Config, deepspeed_config
+from fastppo.errors import ConfigError
+
+
+def check_batch(config: Config, ranks: int) -> None:
+    size, samples, minibatches = config.ppo.batch_size, config.sampling.samples_per_prompt, config.ppo.minibatches
+    for name, parts in (("sampling.samples_per_prompt", samples), ("ppo.minibatches", minibatches)):
+        if size % parts:
+            near = " or ".join(str(n) for n in (size - size % parts, size - size % parts + parts) if n)
+            reason = "each prompt is answered" if parts is samples else "each update of an epoch takes"
+            unit = "that many times" if parts is samples else "an equal part of the batch"
+            raise ConfigError(
+                f"ppo.batch_size is {size} and {name} {parts}: {reason} {unit}, and {size} is not a multiple of"
+                f" {parts}. Take a batch_size of {near}, or another {name.split('.')[1]}."
+            )
+    if size // minibatches % ranks:
+        raise ConfigError(
+            f"ppo.batch_size is {size} and ppo.minibatches {minibatches}: a minibatch of {size // minibatches}"
+            f" responses cannot be spread over {ranks} ranks, as each takes as many. Make batch_size a multiple of"
+            f" {ranks * minibatches}, or use fewer minibatches or ranks."
+        )
+
+
+def check_ptx(config: Config, ranks: int) -> None:
+    ptx, budget = config.ptx, config.ppo.microbatch_tokens
+    if ptx.coef == 0:
+        if ptx.path:
+            raise ConfigError(
+                f"ptx.path is {ptx.path} but ptx.coef is 0, so that text would not be learned. Set ptx.coef above 0, or"
+                " leave out ptx.path."
+            )
+        return
+    if not ptx.path:
+        raise ConfigError(
+            f"ptx.coef is {ptx.coef} but ptx.path is not set: give a dataset on the hub, a directory or a file with the"
+            " text that is not to be forgotten, or set ptx.coef to 0."
+        )
+    if ptx.batch_size % ranks:
+        raise ConfigError(
+            f"ptx.batch_size is {ptx.batch_size} and there are {ranks} ranks, each of which takes as many texts. Make"
+            f" it a multiple of {ranks}."
+        )
+    if ptx.max_tokens > budget:
+        raise ConfigError(
+            f"ppo.microbatch_tokens is {budget}, but one text can have {ptx.max_tokens} tokens (ptx.max_tokens) and"
+            " must fit into one microbatch. Raise ppo.microbatch_tokens, or lower ptx.max_tokens."
+        )
+    if ptx.messages is not None and ptx.chat == "never":
+        raise ConfigError(f"ptx.messages is {ptx.messages} and ptx.chat never: messages are chat. Set auto.")
+
+
+def check_zero(config: AnyConfig) -> None:
+    zero = config.zero
+    if zero.stage == 0 and config.optim.dtype == "bf16":
+        raise ConfigError(
+            "zero.stage is 0 and optim.dtype bf16: at stage 0 DeepSpeed would add up gradients in bf16, which rounds"
+            " small ones away. Set zero.stage to 1 (on one rank it costs nothing), or optim.dtype to fp32."
+        )
+    optimizer = "zero.offload" if zero.offload_optimizer is None else "zero.offload_optimizer"
+    if zero.stage == 0 and zero.optimizer_on != "none":
+        raise ConfigError(
+            f"{optimizer} is {zero.optimizer_on} and zero.stage 0: DeepSpeed offloads the optimizer from stage 1 on."
+            f" Set zero.stage to 1 or more, or {optimizer} to none."
+        )
+    if zero.stage < 3:
+        if zero.optimizer_on == "nvme":
+            raise ConfigError(
+                f"{optimizer} is nvme and zero.stage {zero.stage}: DeepSpeed reads and writes NVMe at stage 3 alone."
+                f" Set zero.stage to 3, or {optimizer} to cpu."
+            )
+        for name in ("offload_parameters", "offload_frozen"):
+            if (place := getattr(zero, name)) not in (None, "none"):
+                raise ConfigError(
+                    f"zero.{name} is {place} and zero.stage {zero.stage}: only at stage 3 are parameters split among"
+                    f" the ranks and fetched layer by layer. Set zero.stage to 3, or leave out zero.{name}."
+                )
+    if "nvme" in (zero.optimizer_on, zero.parameters_on, zero.frozen_on) and not zero.nvme_path:
+        raise ConfigError(
+            "something is offloaded to nvme (zero.offload, zero.offload_optimizer, zero.offload_parameters or"
+            " zero.offload_frozen), but zero.nvme_path is not set. Give a folder on a local NVMe drive, or offload to"
+            " cpu."
+        )
+    deepspeed_config.check(config)
+
+
+def check_kl(config: Config) -> None:
+    ppo = config.ppo
+    if ppo.kl_in == "loss" and ppo.kl_kind == "k1":
+        raise ConfigError(
+            "ppo.kl_kind is k1 and ppo.kl_in is loss: as a term of the loss, the gradient of k1 is zero in"
+            " expectation, so it adds noise and no penalty. Set kl_kind to exact, k2 or k3, or kl_in to reward."
+        )
+    if ppo.kl_target is None:
+        return
+    if ppo.kl_coef == 0:
+        raise ConfigError(
+            f"ppo.kl_target is {ppo.kl_target} and ppo.kl_coef 0: the adaptive coefficient is multiplied at every"
+            " step and would stay 0. Give kl_coef a positive starting value, or leave out kl_target."
+        )
+    # beta *= 1 + clip(error, -0.2, 0.2) * batch / horizon must stay positive
+    if ppo.kl_horizon <= 0.2 * ppo.batch_size:
+        raise ConfigError(
+            f"ppo.kl_horizon is {ppo.kl_horizon} and ppo.batch_size {ppo.batch_size}: one step could multiply the KL"
+            f" coefficient by {1 - 0.2 * ppo.batch_size / ppo.kl_horizon:.3g}, and it must stay positive. Raise"
+            f" kl_horizon above {0.2 * ppo.batch_size:g}; 10 or more batches are usual."
+        )
+
+
+def check_schedule(config: Config) -> None:
+    steps, critic_steps, warmup = config.steps, config.critic.warmup_steps, config.optim.warmup_steps
+    # of the actor; in a run that only evaluates, none
+    updates = (steps - critic_steps) * config.ppo.epochs * config.ppo.minibatches
+    if 0 < steps <= critic_steps:
+        raise ConfigError(
+            f"critic.warmup_steps is {critic_steps} and steps {steps}: the critic alone would train in the whole run."
+            " Lower critic.warmup_steps or raise steps."
+        )
+    if 0 < updates < warmup:
+        raise ConfigError(
+            f"optim.warmup_steps is {warmup}, but the actor has {updates} updates ((steps {steps} - critic.warmup_steps"
+            f" {critic_steps}) x ppo.epochs {config.ppo.epochs} x ppo.minibatches {config.ppo.minibatches}): its"
+            " learning rate would never reach its peak. Lower optim.warmup_steps or raise steps."
+        )
+    for step in config.track.profile_steps:
+        if not 1 <= step <= steps:
+            raise ConfigError(
+                f"track.profile_steps names step {step}, but the run has steps 1 to {steps}. Name steps among them."
+            )

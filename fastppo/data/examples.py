@@ -1,0 +1,348 @@
+"""What is learned from beside responses of PPO's own: preference pairs, responses to prompts, and text."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property, partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastppo.config import AnswersConfig, ExamplesConfig, PairsConfig, PtxConfig
+from fastppo.data.batch import Packed, pack
+from fastppo.data.conversations import NO_ARGUMENTS, Answered, answered, check_arguments, turns
+from fastppo.data.tables import DataError, Table, read_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger("fastppo")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """E examples of S packed sequences each: the chosen and the rejected answer of a pair, or one response."""
+
+    packed: Packed  # E * S sequences, those of an example next to each other; on the CPU
+    each: int  # S
+    margins: Tensor  # (E,) fp32, of pairs
+
+    def __len__(self) -> int:
+        return len(self.packed) // self.each
+
+    @cached_property
+    def lengths(self) -> Tensor:  # (E,) int64, tokens of all sequences of an example
+        return self.packed.lengths.view(-1, self.each).sum(1)
+
+    @cached_property
+    def response_lengths(self) -> Tensor:  # (E,) int64
+        return self.packed.response_lengths.view(-1, self.each).sum(1)
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """Each sequence."""
+        return [part.tolist() for part in self.packed.tokens.split(self.packed.lengths.tolist())]
+
+    def first(self, count: int) -> Examples:
+        """The first `count` of them, or all."""
+        few = torch.arange(min(count, len(self)))
+        return Examples(self.packed.select(self.sequences(few)), self.each, self.margins[few])
+
+    def sequences(self, examples: Tensor) -> Tensor:
+        """Indices of the given examples' sequences in `packed`, int64."""
+        return (examples[:, None] * self.each + torch.arange(self.each)).flatten()
+
+
+class Example(NamedTuple):
+    sequences: tuple[tuple[int, ...], ...]  # S
+    response_lengths: tuple[int, ...]  # S
+    margin: float
+
+
+class Candidate(NamedTuple):
+    where: str  # the row, for messages
+    answers: tuple[Answered, ...]  # S
+    margin: float = 0.0
+
+
+Reader = Callable[[Table], Iterator[Candidate]]
+
+
+def load_pairs(
+    config: PairsConfig, tokenizer: PreTrainedTokenizerBase, *, heldout: int, context: int | None
+) -> tuple[Examples, Examples]:
+    """Training pairs and `heldout` held-out ones; no held-out answer is trained on, also if the data repeats it.
+
+    Both are in an order that the data and `split_seed` alone decide. context: the model's longest sequence, in tokens
+    (None: unknown). Raises `DataError`.
+    """
+    check_arguments("data.template", config.template, tokenizer)
+    pairs = _rated_pairs if config.rating is not None else _pairs
+    return _load(config, partial(pairs, config=config, tokenizer=tokenizer), 2, heldout, context)
+
+
+def load_answers(
+    config: AnswersConfig, tokenizer: PreTrainedTokenizerBase, *, heldout: int, context: int | None
+) -> tuple[Examples, Examples]:
+    """Training responses and `heldout` held-out ones, as `load_pairs` does it."""
+    check_arguments("data.template", config.template, tokenizer)
+    return _load(config, partial(_answers, config=config, tokenizer=tokenizer), 1, heldout, context)
+
+
+class _TextConfig(AnswersConfig):
+    group = "ptx"
+
+
+def load_texts(
+    config: PtxConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context: int | None,
+    template: Mapping[str, Any] = NO_ARGUMENTS,
+) -> Examples:
+    """The text of PPO-ptx, one response a row, as `load_answers` reads it. None is held out.
+
+    template: arguments of the chat template.
+    """
+    own = {f.name for f in fields(PtxConfig)} & {f.name for f in fields(AnswersConfig)}
+    answers = _TextConfig(**{name: getattr(config, name) for name in own}, template=dict(template))
+    _check_context(answers, context)
+    read = partial(_answers, config=answers, tokenizer=tokenizer)
+    texts = _together(_usable(read_table(config.path, config.name, config.split), answers, read, config.limit), 1)
+    log.info("%s: %d texts of %d tokens to learn beside", config.path, len(texts), len(texts.packed.tokens))
+    return texts
+
+
+def _check_context(config: ExamplesConfig, context: int | None) -> None:
+    if context is not None and config.max_tokens > context:
+        raise DataError(
+            f"{config.group}.max_tokens is {config.max_tokens}, but the model's context holds {context} tokens. Set it"
+            f" to {context} or less; {config.group}.too_long says what happens to longer examples."
+        )
+
+
+def _load(
+    config: ExamplesConfig, read: Reader, each: int, heldout: int, context: int | None
+) -> tuple[Examples, Examples]:
+    _check_context(config, context)
+    found = _usable(read_table(config.path, config.name, config.split), config, read, config.limit)
+    if config.eval_path is None:
+        chosen = found[:heldout]
+    else:
+        name = config.name if config.eval_path == config.path else None
+        chosen = _usable(read_table(config.eval_path, name, config.eval_split), config, read, heldout)
+    if len(chosen) < heldout:
+        raise DataError(
+            f"{config.eval_path or config.path} has {len(chosen)} usable examples, but eval.examples asks for"
+            f" {heldout}. Lower eval.examples or give more data."
+        )
+    seen = {sequence for example in chosen for sequence in example.sequences}
+    rest = [example for example in found if seen.isdisjoint(example.sequences)]
+    if not rest:
+        raise DataError(
+            f"{config.path} has {len(found)} usable examples, and holding out {len(chosen)} for evaluation leaves none"
+            " to train on. Lower eval.examples or give more data."
+        )
+    log.info("%s: %d examples to train on, %d held out", config.path, len(rest), len(chosen))
+    return _together(rest, each), _together(chosen, each)
+
+
+def _together(examples: Sequence[Example], each: int) -> Examples:
+    sequences = [sequence for example in examples for sequence in example.sequences]
+    lengths = [length for example in examples for length in example.response_lengths]
+    return Examples(pack(sequences, lengths), each, torch.tensor([example.margin for example in examples]))
+
+
+def _usable(table: Table, config: ExamplesConfig, read: Reader, limit: int | None) -> list[Example]:
+    """The examples that can be learned from, at most `limit`; one log line tells what was left out or cut."""
+    examples: list[Example] = []
+    dropped: Counter[str] = Counter()
+    cut = 0
+    for candidate in read(table):
+        problem = _problem(candidate)
+        if problem is not None and config.unusable == "error":
+            raise DataError(f"{candidate.where}: {problem}. Remove the row, or set {config.group}.unusable to drop.")
+        longest = max(len(each.prompt) + len(each.answer) for each in candidate.answers)
+        if problem is None and longest > config.max_tokens:
+            if config.too_long == "error":
+                raise DataError(
+                    f"{candidate.where}: prompt and answer have {longest} tokens, more than {config.group}.max_tokens"
+                    f" {config.max_tokens}. Raise it, or set {config.group}.too_long to drop or cut."
+                )
+            if config.too_long == "drop":
+                problem = f"longer than {config.group}.max_tokens {config.max_tokens}"
+            else:
+                candidate, cut = _cut(candidate, config.max_tokens), cut + 1
+                if (problem := _problem(candidate)) is not None:
+                    problem = f"{problem} once cut at {config.group}.max_tokens {config.max_tokens}"
+        if problem is not None:
+            dropped[problem] += 1
+            continue
+        examples.append(_example(candidate))
+        if len(examples) == limit:
+            break
+    reasons = ", ".join(f"{count} ({reason})" for reason, count in dropped.items())
+    if not examples:
+        raise DataError(f"{table.source}: there is no example left to learn from: {reasons}. {_way(dropped, config)}")
+    if dropped:
+        count = dropped.total()
+        log.warning("%s: left out %d of %d examples: %s", table.source, count, count + len(examples), reasons)
+    if cut:
+        bound = f"{config.group}.max_tokens {config.max_tokens}"
+        log.warning("%s: cut the answers of %d examples at %s", table.source, cut, bound)
+    return examples
+
+
+def _way(dropped: Counter[str], config: ExamplesConfig) -> str:
+    """Out of having no example left."""
+    group = config.group
+    if any(f"{group}.max_tokens" in reason for reason in dropped):
+        return f"Raise {group}.max_tokens, or where prompts leave room for answers set {group}.too_long to cut."
+    if any("chat template" in reason for reason in dropped):
+        return "Use a tokenizer with another chat template, or give plain text."
+    names = ", ".join(f"{group}.{name}" for name in _columns(config))
+    return f"Correct the rows, or name other columns ({names})."
+
+
+def _columns(config: ExamplesConfig) -> tuple[str, ...]:
+    """The settings that name the columns of a row."""
+    if isinstance(config, PairsConfig):
+        return ("prompt", "chosen", "rejected") if config.rating is None else ("prompt", "answer")
+    assert isinstance(config, AnswersConfig)
+    return ("prompt", "response") if config.messages is None else ("messages",)
+
+
+def _problem(candidate: Candidate) -> str | None:
+    answers = candidate.answers
+    if (problem := next((each.problem for each in answers if each.problem is not None), None)) is not None:
+        return problem
+    if any(not each.answer for each in answers):
+        return "an empty answer"
+    if len(answers) == 2 and answers[0] == answers[1]:
+        return "the two answers are equal"
+    if any(len(each.prompt) + len(each.answer) < 2 for each in answers):
+        return "a single token, which nothing predicts"
+    return None
+
+
+def _cut(candidate: Candidate, longest: int) -> Candidate:
+    """The first `longest` tokens of each prompt with its answer; the end is missing then, and so is the EOS."""
+    cut = (each._replace(answer=each.answer[: max(longest - len(each.prompt), 0)]) for each in candidate.answers)
+    return candidate._replace(answers=tuple(cut))
+
+
+def _example(candidate: Candidate) -> Example:
+    sequences = tuple((*each.prompt, *each.answer) for each in candidate.answers)
+    # without a prompt, and without a BOS, nothing predicts the first token
+    lengths = tuple(len(each.answer) if each.prompt else len(each.answer) - 1 for each in candidate.answers)
+    return Example(sequences, lengths, candidate.margin)
+
+
+def _pairs(table: Table, config: PairsConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Candidate]:
+    prompts = _prompts(table, config)
+    answers = (_column(table, config, "chosen"), _column(table, config, "rejected"))
+    margins = None if config.margin is None else _column(table, config, "margin")
+    for row in _order(table, config):
+        margin = 0.0 if margins is None else _number(margins[row], _where(table, row, config.margin))
+        both = (
+            answered(prompts[row], column[row], config, _where(table, row, config.prompt, name), tokenizer, closed=True)
+            for column, name in zip(answers, (config.chosen, config.rejected), strict=True)
+        )
+        yield Candidate(_where(table, row, config.prompt, config.chosen, config.rejected), tuple(both), margin)
+
+
+def _rated_pairs(table: Table, config: PairsConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Candidate]:
+    """Answers to one prompt, the best with the worst, the second best with the second worst, and so on."""
+    assert config.rating is not None
+    prompts = _prompts(table, config)
+    answers, ratings = _column(table, config, "answer"), _column(table, config, "rating")
+    of_prompt: dict[str, list[tuple[float, int]]] = {}
+    for row in _order(table, config):
+        rating = _number(ratings[row], _where(table, row, config.rating))
+        of_prompt.setdefault(json.dumps(prompts[row]), []).append((rating, row))
+    pairs = []
+    for rated in of_prompt.values():
+        rated.sort(key=lambda pair: pair[0])
+        best_and_worst = zip(reversed(rated), islice(rated, len(rated) // 2), strict=False)
+        pairs += [(best, worst) for (high, best), (low, worst) in best_and_worst if high > low]
+    if not pairs:
+        raise DataError(
+            f"{table.source} makes no pair: no two answers to one prompt have different ratings in the column"
+            f" {config.rating} ({_few(ratings)}), over {len(of_prompt)} different prompts. Name another column with"
+            " data.rating or data.prompt."
+        )
+    random.Random(f"{config.split_seed}").shuffle(pairs)
+    for rows in pairs:
+        wheres = [_where(table, row, config.prompt, config.answer) for row in rows]
+        both = (
+            answered(prompts[row], answers[row], config, where, tokenizer, closed=True)
+            for row, where in zip(rows, wheres, strict=True)
+        )
+        yield Candidate(f"{table.where(rows[0])} and {wheres[1]}", tuple(both))
+
+
+def _few(values: Sequence[Any]) -> str:
+    """The first different ones, to be shown."""
+    seen = list(dict.fromkeys(map(str, values)))
+    return ", ".join(seen[:4]) + ", ..." * (len(seen) > 4)
+
+
+def _answers(table: Table, config: AnswersConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Candidate]:
+    if config.messages is not None:
+        conversations = _column(table, config, "messages")
+        for row in _order(table, config):
+            where = _where(table, row, config.messages)
+            for turn in turns(conversations[row], config, where, tokenizer):
+                yield Candidate(where, (turn,))
+        return
+    prompts, responses = _prompts(table, config), _column(table, config, "response")
+    for row in _order(table, config):
+        where = _where(table, row, config.prompt, config.response)
+        yield Candidate(where, (answered(prompts[row], responses[row], config, where, tokenizer),))
+
+
+def _where(table: Table, row: int, *columns: str | None) -> str:
+    """A row and its columns, for messages. None: a column that is not asked for."""
+    *others, last = [name for name in columns if name is not None]
+    named = f"columns {', '.join(others)} and {last}" if others else f"column {last}"
+    return f"{table.where(row)}, {named}"
+
+
+def _prompts(table: Table, config: ExamplesConfig) -> list[Any]:
+    name = config.prompt
+    if name is not None and name not in table.columns:
+        raise DataError(
+            f"{table.source} has no column {name}. It has {', '.join(table.columns)}; name one with"
+            f" {config.group}.prompt, or set it to null if answers come without a prompt or as whole conversations."
+        )
+    return [None] * len(table) if name is None else table.columns[name]
+
+
+def _column(table: Table, config: ExamplesConfig, setting: str) -> list[Any]:
+    """The column that this setting names."""
+    return table.column(getattr(config, setting), f"{config.group}.{setting}")
+
+
+def _order(table: Table, config: ExamplesConfig) -> list[int]:
+    """Shuffled, so that the first rows are no other than the rest."""
+    rows = list(range(len(table)))
+    random.Random(f"{config.split_seed}").shuffle(rows)
+    return rows
+
+
+def _number(value: Any, where: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"{where} holds {value!r}, which is not a number. Correct or remove the row.")
+    return number

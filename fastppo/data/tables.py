@@ -1,0 +1,179 @@
+"""Columns of rows from a file, a `datasets` directory or the hub, with errors that name the file and the line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastppo.data.paths import locate
+from fastppo.errors import FastPPOError
+
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair by which UTF-16 writes one character
+
+
+class DataError(FastPPOError):
+    """Data that cannot be used. The message names the file, the row or line, and what to do."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a source holds."""
+
+    source: str
+    columns: dict[str, list[Any]]  # every column has one value for each row
+    lines: tuple[int, ...] = ()  # where each row ends, in a text file
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), []))
+
+    def where(self, row: int) -> str:
+        return f"{self.source}, line {self.lines[row]}" if self.lines else f"{self.source}, row {row + 1}"
+
+    def column(self, name: str, setting: str = "data.column") -> list[Any]:
+        """setting: by which the user names the column."""
+        if name not in self.columns:
+            raise DataError(
+                f"{self.source} has no column {name}. It has {', '.join(self.columns)}; name one with {setting}."
+            )
+        return self.columns[name]
+
+
+def read_table(path: str, name: str | None = None, split: str = "train") -> Table:
+    """Reads a .jsonl, .csv or .parquet file, a directory of `datasets.save_to_disk`, or a dataset from the hub.
+
+    `path` may be `package:NAME/FILE`. `name` and `split` are those of a dataset on the hub; a saved DatasetDict has
+    splits too. Raises `DataError`.
+    """
+    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+    try:
+        local = locate(path)
+    except FileNotFoundError as error:
+        raise DataError(str(error)) from error
+    if local.is_dir():
+        table = _read_directory(local, split)
+    elif local.suffix in readers or local.is_file():
+        if local.suffix not in readers:
+            raise DataError(f"{local}: a data file must end in {', '.join(readers)}.")
+        if not local.is_file():
+            raise DataError(f"{local}: there is no such file.")
+        if name is not None or split != "train":
+            raise DataError(f"{local} is one file: it has no configuration {name!r} and no split {split!r}.")
+        table = readers[local.suffix](local)
+    else:
+        table = _read_hub(path, name, split)
+    if len(table) == 0:
+        raise DataError(f"{table.source} is empty: it has no rows.")
+    return table
+
+
+def _read_jsonl(path: Path) -> Table:
+    rows: list[dict[str, Any]] = []
+    lines: list[int] = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:  # not JSON, or not UTF-8
+                raise DataError(f"{path}, line {number}: this is not JSON ({error}).") from error
+            if not isinstance(row, dict):
+                raise DataError(f'{path}, line {number}: each line must be an object, as in {{"prompt": "..."}}.')
+            if b"\\u" in line or b"\xed" in line:  # by which JSON in UTF-8 can say half a character
+                _check_whole(row, f"{path}, line {number}")
+            rows.append(row)
+            lines.append(number)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return Table(str(path), {name: [row.get(name) for row in rows] for name in names}, tuple(lines))
+
+
+def _check_whole(value: Any, where: str) -> None:
+    """Raises DataError for text with half a character, which no tokenizer takes and no file in UTF-8 can hold."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_whole(name, f"{where}, a name")
+            _check_whole(item, f"{where}, {name}")
+    elif isinstance(value, list):
+        for item in value:
+            _check_whole(item, where)
+    elif isinstance(value, str) and (half := SURROGATE.search(value)):
+        around = ascii(value[max(half.start() - 20, 0) : half.end() + 20])
+        raise DataError(
+            f"{where}: the text has half a character, the lone surrogate {half[0]!a} at {half.start()}, in"
+            f" {around}. An emoji may have been cut in two there: correct or remove the row."
+        )
+
+
+def _read_csv(path: Path) -> Table:
+    csv.field_size_limit(sys.maxsize)  # the default refuses texts above 128 kB
+    rows: list[list[str]] = []
+    lines: list[int] = []
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            header = next(reader, [])
+            if len(set(header)) < len(header):
+                raise DataError(f"{path}, line 1: two columns have the same name ({', '.join(header)}).")
+            for row in reader:
+                if len(row) not in (0, len(header)):
+                    raise DataError(
+                        f"{path}, line {reader.line_num}: {len(row)} fields, but the header has {len(header)}"
+                        f" ({', '.join(header)})."
+                    )
+                if row:
+                    rows.append(row)
+                    lines.append(reader.line_num)
+        except csv.Error as error:
+            raise DataError(f"{path}, line {reader.line_num}: this is not CSV ({error}).") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}, after line {reader.line_num}: this is not UTF-8 ({error.reason}).") from error
+    return Table(str(path), {name: [row[i] for row in rows] for i, name in enumerate(header)}, tuple(lines))
+
+
+def _read_parquet(path: Path) -> Table:
+    import pyarrow.parquet
+
+    with _told(f"{path} cannot be read as Parquet"):
+        return Table(str(path), pyarrow.parquet.read_table(path).to_pydict())
+
+
+def _read_directory(path: Path, split: str) -> Table:
+    import datasets
+
+    if not any((path / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
+        raise DataError(f"{path} is a directory, but not one that datasets' save_to_disk wrote. Name a file in it.")
+    with _told(f"{path} cannot be read as a saved dataset"):
+        loaded = datasets.load_from_disk(str(path))
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise DataError(f"{path} has no split {split}. It has {', '.join(map(str, loaded))}.")
+        return Table(f"{path} ({split})", loaded[split].to_dict())
+    if split not in ("train", str(loaded.split)):
+        raise DataError(f"{path} is one dataset without splits; it has no split {split}.")
+    return Table(str(path), loaded.to_dict())
+
+
+def _read_hub(path: str, name: str | None, split: str) -> Table:
+    import datasets
+
+    with _told(
+        f"{path} is no file or directory here, and it cannot be loaded from the hub with name {name} and split {split}"
+    ):
+        loaded = datasets.load_dataset(path, name, split=split)
+    return Table(f"{path} ({split})", loaded.to_dict())
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Another library's error, of whatever type, as one line of ours."""
+    try:
+        yield
+    except Exception as error:
+        raise DataError(f"{what}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error

@@ -1,0 +1,74 @@
+"""The cast of a run: who is trained, by which engine, and who is only asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from fastppo.config import Config
+from fastppo.distributed.engine import Engine, Frozen, Gradients, Saved, check_nvme
+from fastppo.distributed.residency import Residency
+from fastppo.distributed.world import World
+from fastppo.models.attention import choose_attention
+from fastppo.models.average import Average
+from fastppo.models.loading.policies import load_policies
+from fastppo.models.loading.weights import DTYPES
+from fastppo.models.roles import Policy, attention_ratio
+from fastppo.models.sampling_weights import GatheredPolicy
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Actor, critic and reference. Reward models belong to `fastppo.rewards`."""
+
+    actor: Engine  # of a Policy
+    critic: Engine | None  # of a Critic; None: the value head on the actor's backbone
+    reference: Frozen  # of a Policy
+    gathered: GatheredPolicy  # the actor to sample from and to export
+    tokenizer: PreTrainedTokenizerBase
+    residency: Residency
+    average: Average | None  # of the actor's weights
+
+    @property
+    def saved(self) -> dict[str, Saved]:
+        """What checkpoints hold, by name."""
+        parts: dict[str, Saved | None] = {"actor": self.actor, "critic": self.critic, "average": self.average}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @property
+    def policy(self) -> Policy:
+        """The actor's module. At ZeRO stage 3 its weights are elsewhere: `gathered.policy()` has them."""
+        policy: Policy = self.actor.module
+        return policy
+
+    @property
+    def attention(self) -> float:
+        """What attention costs beside the actor's weights, for an even plan (`microbatch.work`)."""
+        return attention_ratio(self.policy.model)
+
+
+def assemble(config: Config, world: World, tokenizer: PreTrainedTokenizerBase) -> Roles:
+    """Load the models of a run and put an engine under each. tokenizer: `load_actor_tokenizer`'s."""
+    zero, residency = config.zero, Residency(config, world.device)
+    check_nvme(zero)
+    choose_attention(config.attention, DTYPES[config.optim.dtype], world.device)
+    policy, critic, reference = load_policies(config, world.device)
+    value_head = [] if policy.value_head is None else list(policy.value_head.parameters())
+    frozen = Frozen(reference, config.optim, zero)
+    residency.add("reference", frozen)
+    gathered = GatheredPolicy(policy, zero.stage)  # before DeepSpeed has the actor
+    residency.add("gathered", gathered)
+    actor = Engine(policy, [list(policy.model.parameters()), value_head], config.optim, zero)
+    _rest(actor, residency)
+    trained_critic = None if critic is None else Engine(critic, [list(critic.parameters())], config.optim, zero)
+    if trained_critic is not None:
+        _rest(trained_critic, residency)
+    average = None if config.actor.average is None else Average(policy, config.actor.average, world)
+    return Roles(actor, trained_critic, frozen, gathered, tokenizer, residency, average)
+
+
+def _rest(engine: Engine, residency: Residency) -> None:
+    """Until it learns, nothing that learning alone uses is on the GPU."""
+    residency.add("optimizers", engine)
+    residency.add("gradients", Gradients(engine))

@@ -1,0 +1,65 @@
+"""Which parameters of a role train: all, the upper layers, those of some names, or adapters."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+
+from transformers import PreTrainedModel
+
+from fastppo.config import ActorConfig, CriticConfig, ModelConfig
+from fastppo.data.paths import locate
+from fastppo.errors import ModelError
+from fastppo.models.frozen_prefix import after_layers, layers_of
+from fastppo.models.lora import add_adapters
+from fastppo.models.roles import Backbone
+
+
+def choose_trained(
+    role: Backbone,
+    name: str,
+    config: ActorConfig | CriticConfig | ModelConfig,
+    source: str,
+    revision: str | None,
+    seed: int,
+) -> None:
+    """Freeze what does not train; with LoRA that is all but the adapters. A value head always trains."""
+    set_trainable(role, config.train)
+    if config.lora.rank:
+        add_adapters(role.model, name, config.lora, seed=seed, source=str(locate(source)), revision=revision)
+
+
+def set_trainable(role: Backbone, train: str | int) -> None:
+    """Freeze all parameters of the model but those chosen: `all`, the upper k layers, or comma-separated patterns."""
+    named = dict(role.model.named_parameters())
+    if train == "all":
+        chosen = set(named)
+    elif isinstance(train, int):
+        chosen = _upper_layers(role.model, train)
+    else:
+        patterns = [p.strip() for p in train.split(",")]
+        chosen = {name for name in named if any(fnmatch(name, p) for p in patterns)}
+        unmatched = [p for p in patterns if not any(fnmatch(name, p) for name in named)]
+        if unmatched:
+            raise ModelError(
+                f"train: no parameter of {type(role.model).__name__} matches {', '.join(unmatched)};"
+                f" its names look like {', '.join(list(named)[1:4])}"
+            )
+    for name, parameter in named.items():
+        parameter.requires_grad_(name in chosen)
+
+
+def _upper_layers(model: PreTrainedModel, count: int) -> set[str]:
+    """Names of the parameters of the upper `count` layers and of what follows them, a final norm for example.
+
+    The vocabulary head stays frozen: tied to the embedding, it would train the lowest layer of all.
+    """
+    depth = model.config.get_text_config().num_hidden_layers
+    if not 0 < count <= depth:
+        raise ModelError(f"train = {count}: {type(model).__name__} has {depth} layers; choose 1 to {depth}, or `all`")
+    found = layers_of(model)
+    if found is None:
+        raise ModelError(f"train = {count}: {type(model).__name__} has no list of {depth} layers; use name patterns")
+    parent, name = found
+    upper = list(getattr(parent, name))[depth - count :]
+    chosen = {id(p) for module in [*upper, *after_layers(parent)] for p in module.parameters()}
+    return {name for name, p in model.named_parameters() if id(p) in chosen}

@@ -1,0 +1,53 @@
+"""What a run keeps of its responses in `responses.jsonl`, for people to read and `fastppo.report` to show.
+
+Each record is one response: `of` (heldout or training), `prompt`, `score`, and then either the text `response`, or its
+`tokens` as pieces of text with the `advantages` of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from fastppo.data.batch import Experience
+from fastppo.data.continuation import decode_after, decode_pieces
+
+Record = dict[str, Any]
+
+
+def heldout_responses(
+    prompts: Sequence[str], responses: Sequence[str], scores: Sequence[float], *, count: int
+) -> list[Record]:
+    """The first `count` of an evaluation: the same prompts every time, so that steps can be laid side by side."""
+    rows = list(zip(prompts, responses, scores, strict=True))[:count]
+    return [{"of": "heldout", "prompt": p, "response": r, "score": s} for p, r, s in rows]
+
+
+def training_responses(experience: Experience, tokenizer: PreTrainedTokenizerBase, *, count: int) -> list[Record]:
+    """`count` responses of a batch from the best scored to the worst, evenly spaced in rank."""
+    packed, records = experience.packed, []
+    for sequence in spread(experience.scores.tolist(), count):
+        start, end = packed.cu_seqlens[sequence : sequence + 2].tolist()
+        first, last = packed.response_cu_seqlens[sequence : sequence + 2].tolist()
+        tokens = packed.tokens[start:end].tolist()
+        prompt, response = tokens[: first - last], tokens[first - last :]
+        records.append(
+            {
+                "of": "training",
+                "prompt": decode_after([()], [prompt], tokenizer)[0],
+                "score": float(experience.scores[sequence]),
+                "tokens": decode_pieces(prompt, response, tokenizer),
+                "advantages": [round(a, 4) for a in experience.advantages[first:last].tolist()],
+            }
+        )
+    return records
+
+
+def spread(scores: Sequence[float], count: int) -> list[int]:
+    """Indices of `count` scores (all, if there are fewer), evenly spaced in rank; the highest and the lowest are in."""
+    ranked = sorted(range(len(scores)), key=lambda i: -scores[i])
+    if count >= len(ranked):
+        return ranked
+    return [ranked[round(i * (len(ranked) - 1) / max(count - 1, 1))] for i in range(count)]

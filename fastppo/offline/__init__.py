@@ -1,0 +1,1 @@
+"""Learning from data that is given: SFT and reward modelling, on one loop."""

@@ -1,0 +1,195 @@
+"""What reward modelling and supervised fine-tuning share: updates on packed examples, and where such a run is."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastppo.checkpoint.run_state import State, random_state, seed_random
+from fastppo.config import RewardTrainingConfig, SFTConfig
+from fastppo.data.batch import Packed
+from fastppo.data.examples import Examples
+from fastppo.data.microbatches import pack_even
+from fastppo.distributed import stop
+from fastppo.distributed.world import World, all_sum
+from fastppo.errors import TrainingFault
+from fastppo.models.frozen_prefix import TrunkStates
+from fastppo.offline.model import Learner
+from fastppo.ppo.schedule import learning_rate
+
+log = logging.getLogger("fastppo")
+
+StageConfig = RewardTrainingConfig | SFTConfig
+
+
+class Objective(Protocol):
+    """What is learned from a microbatch."""
+
+    def __call__(self, role: Any, hidden: Tensor, *, packed: Packed, part: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of the loss over these examples, and statistics (k,) that add up over microbatches.
+
+        hidden: (R, H), the hidden states that the role hands to an objective; part: indices of the examples, int64.
+        """
+
+
+@dataclass
+class Training:
+    """A run after `step` updates. The data's order is a function of seed and step, so it needs no state."""
+
+    step: int = 0  # updates done
+    skipped: int = 0  # updates in a row that were not applied
+    start: float = math.inf  # held-out loss before training
+    best: float = math.inf  # lowest held-out loss of a trained model
+    best_step: int = -1  # where that was; -1 before the first evaluation of one
+    waited: int = 0  # evaluations since the lowest loss of all, the start's included
+    evaluated: int = -1  # after which update the last evaluation was
+    random: State = field(default_factory=random_state)
+
+    @staticmethod
+    def begin(seed: int, rank: int) -> Training:
+        seed_random(seed, rank)
+        return Training()
+
+    @property
+    def name(self) -> str:
+        """Names sort as runs proceed."""
+        return f"step-{self.step:08d}"
+
+    @property
+    def score(self) -> float | None:
+        """What `checkpoint.keep_best` compares: the higher the better; None where this step was not evaluated best."""
+        return -self.best if self.best_step == self.step else None
+
+    @property
+    def good(self) -> None:
+        """Nothing here goes back."""
+
+    def add_evaluation(self, loss: float) -> bool:
+        """Whether the held-out loss is the lowest of a trained model so far.
+
+        The start is not exported if nothing is better: it is there already, and a new score head scores at random.
+        """
+        self.evaluated, self.random = self.step, random_state()
+        if self.step == 0:
+            self.start = loss
+            return False
+        self.waited = 0 if loss < min(self.start, self.best) else self.waited + 1
+        better = loss < self.best
+        if better:
+            self.best, self.best_step = loss, self.step
+        return better
+
+    def is_done(self, patience: int | None) -> bool:
+        """Whether so many evaluations have passed without a lower held-out loss."""
+        return patience is not None and self.waited >= patience
+
+    def end_step(self, skipped: int) -> None:
+        self.step, self.skipped, self.random = self.step + 1, skipped, random_state()
+
+    def state(self) -> State:
+        """Plain values, the same on every rank; `random` is each rank's own."""
+        return {name: value for name, value in vars(self).items() if name != "random"}
+
+    def restore(self, state: State, own: State) -> None:
+        """What `state` gave; own: this rank's `random`."""
+        vars(self).update(state, random=own)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one batch did."""
+
+    sums: Tensor  # (k,) fp64, the objective's statistics over all ranks
+    gradient_norm: float  # before clipping
+    learning_rate: float
+    skipped: int  # updates in a row, this one included, that were not applied: the gradient was not finite
+
+    def metrics(self) -> dict[str, float]:
+        return {"grad_norm": self.gradient_norm, "lr": self.learning_rate, "skipped_updates": float(self.skipped > 0)}
+
+
+def total_steps(config: StageConfig, examples: Examples) -> int:
+    """Updates of the run."""
+    return config.steps if config.steps is not None else -(-config.epochs * len(examples) // config.batch_size)
+
+
+def microbatches_of(rows: Sequence[int], examples: Examples, config: StageConfig, world: World) -> tuple[Tensor, ...]:
+    """This rank's share of a batch, in microbatches of examples; each rank has as many. No example is split."""
+    return pack_even(torch.tensor(rows), examples.lengths, config.microbatch_tokens, world.ranks)[
+        world.rank :: world.ranks
+    ]
+
+
+def update(
+    learner: Learner,
+    examples: Examples,
+    rows: Sequence[int],
+    objective: Objective,
+    trunk: TrunkStates,
+    config: StageConfig,
+    *,
+    normalizer: int,
+    step: int,
+    steps: int,
+    skipped: int,
+    world: World,
+) -> Update:
+    """One step on the examples `rows`, over all ranks. The loss is the objective's sum over them, over `normalizer`.
+
+    step: of this run's `steps`, counted from 0, for the learning rate; skipped: updates in a row before this one that
+    were not applied. Raises TrainingFault when they become too many.
+    """
+    engine, total = learner.engine, torch.zeros((), dtype=torch.float64)
+    mine = microbatches_of(rows, examples, config, world)
+    for i, part in enumerate(mine):
+        stop.check(world)
+        packed, below = learner.select(examples, part, trunk)
+        loss, sums = engine(packed, partial(objective, packed=packed, part=part), below)
+        # engines average gradients over ranks, and the loss is to be a mean over the examples of all of them
+        engine.backward(loss * world.ranks / normalizer, last=i + 1 == len(mine))
+        total = total + sums.detach().double().cpu()
+    norm, totals = engine.gradient_norm(), all_sum(total, world).cpu()
+    rate = learning_rate(config.model.lr, step, steps, config.optim.warmup_steps, config.optim.schedule)
+    finite = math.isfinite(norm) and bool(totals.isfinite().all())
+    engine.step([rate, rate], apply=finite)
+    if not finite:
+        skipped = _note_fault(norm, skipped + 1, step, config)
+    return Update(totals, norm, rate, skipped if not finite else 0)
+
+
+def _note_fault(norm: float, skipped: int, step: int, config: StageConfig) -> int:
+    log.warning("step %d is not applied, as its loss or gradient (norm %.4g) is not finite", step + 1, norm)
+    if skipped > config.optim.max_skipped:
+        raise TrainingFault(
+            f"{skipped} updates in a row had a loss or gradient that is not finite, and optim.max_skipped is"
+            f" {config.optim.max_skipped}. A lower model.lr or optim.max_grad_norm often helps."
+        )
+    return skipped
+
+
+def recall_trunk(
+    learner: Learner,
+    examples: Examples,
+    done: Sequence[Sequence[int]],
+    config: StageConfig,
+    world: World,
+) -> TrunkStates:
+    """What the trunk handed up in the batches `done`, computed in the same microbatches, so that bits agree.
+
+    Where not all of it fits `keep_trunk_gb`, or nothing is to be kept, each microbatch computes its own.
+    """
+    needed = len(examples.packed.tokens) * learner.bytes_of_state / 1e9
+    if needed > config.keep_trunk_gb or not learner.model.trunk_depth:
+        return TrunkStates(keep=False)
+    trunk = TrunkStates()
+    for rows in done:
+        for part in microbatches_of(rows, examples, config, world):
+            learner.select(examples, part, trunk)
+    return trunk

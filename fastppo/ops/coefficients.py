@@ -1,0 +1,34 @@
+"""Coefficients of an op as its kernels take them: all as numbers, or all as tensors without dimensions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastppo.ops.arguments import Coefficient
+
+
+def numbers(like: Tensor, *, device: torch.device | None = None, **coefficients: Coefficient | None) -> dict[str, Any]:
+    """The coefficients of a call whose other tensors are like `like`; `device` is where tensors made here are, its own
+    unless said.
+
+    Numbers stay numbers, unless one of them is a tensor or torch.compile traces: a number would be a constant of its
+    graph, and another one would compile again.
+    """
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not any(isinstance(x, Tensor) for x in coefficients.values()):
+        return coefficients
+    device = device or like.device
+    return {name: None if x is None else _tensor(x, like, device, compiling) for name, x in coefficients.items()}
+
+
+def _tensor(value: Coefficient, like: Tensor, device: torch.device, compiling: bool) -> Tensor:
+    """(), fp32 or fp64"""
+    if isinstance(value, Tensor):
+        value = value if value.dtype == torch.float64 else value.float()
+        return value.to(device) if like.dtype == torch.float64 else value  # kernels take the host's as a number
+    if compiling:  # of what makes a tensor of a number, it is the sum that a compiler traces without a constant
+        return torch.zeros((), dtype=torch.float64, device=device) + value
+    return torch.full((), value, dtype=torch.float64, device=device)

@@ -1,0 +1,182 @@
+"""Gradients of the ops: by reverse mode, once. Any other derivative is refused, where it would otherwise be zero.
+
+The formulas read what the kernels saved, which autograd cannot look into: a second derivative, a tangent of forward
+mode and torch.func's transforms are refused with what to do instead. fp64 inputs run `fastppo.ops.eager`, PyTorch's own
+operations, which has them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._library.autograd import make_autograd_impl  # what torch.library.register_autograd registers
+from torch.autograd import forward_ad
+
+from fastppo.ops import chunked_head, registration
+from fastppo.ops.overloads import overload
+
+# Rows of vocabulary_forward's stats, as far as they have gradients, in the order of vocabulary_backward's upstream.
+LOGPROBS, ENTROPY, LSE, KL = 0, 1, 2, 6
+
+INSTEAD = "; give fp64 inputs, for which PyTorch's own operations run, or use torch.autograd's reverse mode once"
+
+
+# Formulas
+
+
+def _keep(ctx: Any, tensors: Iterable[Tensor | None], *coefficients: float | Tensor | None) -> None:
+    """Saves tensors, and coefficients that are numbers or tensors, for `_kept`."""
+    ctx.numbers = [None if isinstance(x, Tensor) else x for x in coefficients]
+    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in coefficients), *tensors)
+
+
+def _kept(ctx: Any) -> tuple[list[Any], list[Any]]:
+    """The coefficients and the tensors that `_keep` was given."""
+    saved, count = ctx.saved_tensors, len(ctx.numbers)
+    return [n if x is None else x for n, x in zip(ctx.numbers, saved[:count], strict=True)], list(saved[count:])
+
+
+def _save_vocabulary(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, targets, temperature, ctx.softcap, ref_logits = inputs
+    _keep(ctx, (logits, targets, ref_logits, output), temperature)
+
+
+def _vocabulary_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (temperature,), (logits, targets, ref_logits, stats) = _kept(ctx)
+    out = logits.new_empty(logits.shape)  # dense, whatever the strides of the logits
+    overload("vocabulary_backward", temperature)(
+        logits, targets, stats, _upstream(grad), temperature, ctx.softcap, ref_logits, out
+    )
+    return out, None, None, None, None
+
+
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, temperature, ctx.softcap, ctx.workspace = inputs
+    _keep(ctx, (*tensors, output), temperature)
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = list(ctx.needs_input_grad[:3])
+    (temperature,), tensors = _kept(ctx)
+    made = overload("linear_logprobs_backward", temperature)(
+        *tensors, _upstream(grad), temperature, ctx.softcap, ctx.workspace, wanted
+    )
+    return *(g if want else None for g, want in zip(made, wanted, strict=True)), *(None,) * 7
+
+
+def _upstream(grad: Tensor) -> Tensor:
+    """Of stats' gradient the rows that reach the logits, (4, M)."""
+    kl = grad[KL] if grad.shape[0] > chunked_head.STATS else torch.zeros_like(grad[LSE])
+    return torch.stack((grad[LOGPROBS], grad[ENTROPY], grad[LSE], kl))
+
+
+def _save_linear_policy_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.wanted, ctx.dtype, normalizer = inputs[-1], inputs[0].dtype, inputs[6]
+    ctx.save_for_backward(*output[3:], normalizer)
+
+
+def _linear_policy_loss_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    *found, normalizer = ctx.saved_tensors
+    made = list(zip(found, ctx.wanted, strict=True))
+    if chunked_head.whole_gradients(ctx.dtype):
+        upstream = upstream / normalizer
+        return *((g.float() * upstream).to(ctx.dtype) if want else None for g, want in made), *(None,) * 19
+    # On the CPU a look at a number costs less than a pass over the weight's gradient. A compiler's tensors have none.
+    once = type(upstream) is Tensor and upstream.device.type == "cpu" and upstream.item() == 1.0
+    return *((g if once else (g * upstream).to(g.dtype)) if want else None for g, want in made), *(None,) * 19
+
+
+def _save_policy_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logprobs, _, _, entropy, kl, mask, normalizer, *_, entropy_coef, kl_coef = inputs
+    ctx.dtypes = [None if x is None else x.dtype for x in (logprobs, entropy, kl)]
+    _keep(ctx, (output[3], mask, normalizer), entropy_coef, kl_coef)
+
+
+def _policy_loss_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    (entropy_coef, kl_coef), (d_logprobs, mask, normalizer) = _kept(ctx)
+    each = (upstream / normalizer).expand(d_logprobs.shape[0])
+    each = each if mask is None else each * mask
+    made = (d_logprobs * upstream, -entropy_coef * each, kl_coef * each)
+    logprobs, entropy, kl = (
+        g.to(dtype) if dtype is not None and needed else None
+        for g, dtype, needed in zip(made, ctx.dtypes, (ctx.needs_input_grad[i] for i in (0, 3, 4)), strict=True)
+    )
+    return logprobs, None, None, entropy, kl, *(None,) * 7
+
+
+def _save_value_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(output[2])
+
+
+def _value_loss_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    (d_values,) = ctx.saved_tensors
+    return (d_values * upstream).to(ctx.dtype), *(None,) * 5
+
+
+# What the formulas do not give
+
+
+class _Refusal(torch.autograd.Function):
+    """Gradients as they are, whose own derivative is an error by whatever they depend on."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, gradients: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.name = name
+        return tuple(g.view_as(g) for g in tensors[:gradients])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(f"the gradient of ops.{ctx.name} has no derivative of its own{INSTEAD}")
+
+
+def once_only(name: str, formula: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass whose result, under create_graph, cannot be differentiated again."""
+
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_tangents(name, upstream)
+        if not torch.is_grad_enabled():
+            made: tuple[Tensor | None, ...] = formula(ctx, *upstream)
+            return made
+        with torch.no_grad():
+            made = formula(ctx, *upstream)
+        given = [g for g in made if g is not None]
+        refusing = iter(_Refusal.apply(name, len(given), *given, *upstream, *ctx.saved_tensors))  # type: ignore[no-untyped-call]
+        return tuple(None if g is None else next(refusing) for g in made)
+
+    return backward
+
+
+def refuse_tangents(name: str, arguments: Iterable[Any]) -> None:
+    """Forward mode would pass by an op without a rule for it, and its tangents would be zero."""
+    for x in arguments:
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x, level=0).tangent is not None:
+            raise NotImplementedError(f"ops.{name} has no derivative of forward mode{INSTEAD}")
+
+
+def register(op: str, name: str, formula: Callable[..., Any], save: Callable[..., None]) -> None:
+    """Tells torch.library of the gradients of an op and its overload; `name` is the function's behind the door."""
+    rules = SimpleNamespace(_backward_fn=once_only(name, formula), _setup_context_fn=save)
+    for qualified in registration.overloads(op):
+        target = getattr(getattr(torch.ops.fastppo, op), qualified.partition(".")[2] or "default")
+        differentiate = make_autograd_impl(target, rules)
+
+        def run(keys: Any, *arguments: Any, differentiate: Any = differentiate) -> Any:
+            refuse_tangents(name, arguments)
+            if torch._C._are_functorch_transforms_active() and torch._C._any_requires_grad(*arguments):
+                raise NotImplementedError(f"ops.{name} cannot be differentiated by torch.func{INSTEAD}")
+            return differentiate(keys, *arguments)
+
+        _library.impl(qualified, run, "Autograd", with_keyset=True)
+
+
+_library = torch.library.Library("fastppo", "IMPL")
+register("vocabulary_forward", "token_logprobs", _vocabulary_backward, _save_vocabulary)
+register("linear_logprobs", "linear_logprobs", _linear_backward, _save_linear)
+register("linear_policy_loss", "linear_policy_loss", _linear_policy_loss_backward, _save_linear_policy_loss)
+register("policy_loss", "policy_loss", _policy_loss_backward, _save_policy_loss)
+register("value_loss", "value_loss", _value_loss_backward, _save_value_loss)

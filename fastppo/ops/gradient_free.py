@@ -1,0 +1,219 @@
+"""The ops whose results carry no gradients: GAE, sampling, a decode step's attention. Their door is `fastppo.ops`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastppo.ops import eager, registration
+from fastppo.ops.arguments import (
+    Coefficient,
+    check_attention,
+    check_coefficients,
+    check_cu_seqlens,
+    check_device,
+    check_floating,
+    check_int64,
+    check_logits,
+    check_mask,
+    check_not_expanded,
+    check_precision,
+    check_range,
+    check_scale,
+    check_shape,
+    check_starts,
+    check_tokens,
+)
+from fastppo.ops.backend import by_reference, log_once
+from fastppo.ops.coefficients import numbers
+from fastppo.ops.overloads import overload
+
+HOST = torch.device("cpu")
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    gamma: Coefficient,
+    lam: Coefficient,
+    bootstrap: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of packed sequences (Schulman et al. 2016, eq. 11 and 16).
+
+    rewards, values: (M,) floating; cu_seqlens: (B+1,) int32 or int64, from 0 to M, never falling; gamma, lam in [0, 1];
+    bootstrap: (B,) the value after each sequence's last token, 0 when left out; mask: (M,) bool, False for a token that
+    is passed over: its reward and value are ignored, its outputs are 0, and the next token's value and advantage reach
+    the one before it. gamma and lam may be tensors, (), of the host, which reads them.
+    Returns (advantages, returns), (M,) each, not differentiable: inputs count as constants.
+    """
+    check_tokens("rewards", rewards, rewards)
+    check_tokens("values", values, rewards, "rewards")
+    check_mask(mask, rewards, "rewards")
+    check_cu_seqlens(cu_seqlens, rewards)
+    check_range("gamma", gamma, 0.0, 1.0)
+    check_range("lam", lam, 0.0, 1.0)
+    check_coefficients(rewards, "rewards", gamma=gamma, lam=lam)
+    if bootstrap is not None:
+        check_floating("bootstrap", bootstrap)
+        check_precision("bootstrap", bootstrap, rewards, "rewards")
+        check_shape("bootstrap", bootstrap, (cu_seqlens.shape[0] - 1,), "one value for each sequence of cu_seqlens")
+        check_device("bootstrap", bootstrap, rewards, "rewards")
+    for name, value in (("gamma", gamma), ("lam", lam)):
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            raise ValueError(
+                f"{name} is on {value.device}, and the host reads it; give a number or a tensor of the CPU"
+            )
+    options = numbers(rewards, device=HOST, gamma=gamma, lam=lam)
+    if by_reference(rewards) or rewards.device.type not in registration.GAE_DEVICES:
+        log_once(f"gae on {rewards.device} in {rewards.dtype}: reference Python, as fastppo._C has no kernel for that")
+        given: list[Any] = [None if x is None else x.detach() for x in (rewards, values, cu_seqlens, bootstrap, mask)]
+        out = (_gae_by_oracle if torch.compiler.is_compiling() else _run_oracle)(*given, **options)
+    else:
+        dtype = torch.bfloat16 if rewards.dtype == values.dtype == torch.bfloat16 else torch.float32
+        out = overload("gae", options["gamma"])(
+            _dense(rewards, dtype),
+            _dense(values, dtype),
+            _dense(cu_seqlens, cu_seqlens.dtype),
+            **options,
+            bootstrap=None if bootstrap is None else _dense(bootstrap, torch.float32),
+            mask=None if mask is None else _dense(mask, torch.bool),
+        )
+    advantages, returns = out.unbind()
+    return advantages, returns
+
+
+def _run_oracle(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    bootstrap: Tensor | None,
+    mask: Tensor | None,
+    gamma: Coefficient,
+    lam: Coefficient,
+) -> Tensor:
+    """`reference.gae` as one tensor, (2, M)."""
+    check_starts(cu_seqlens, rewards.shape[0])
+    discount = {"gamma": float(gamma), "lam": float(lam)}
+    return torch.stack(eager.gae(rewards, values, cu_seqlens, **discount, bootstrap=bootstrap, mask=mask))
+
+
+@torch.library.custom_op("fastppo::gae_by_oracle", mutates_args=())
+def _gae_by_oracle(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    bootstrap: Tensor | None,
+    mask: Tensor | None,
+    gamma: Tensor,
+    lam: Tensor,
+) -> Tensor:
+    """The oracle walks over Python numbers, which a compiler cannot trace."""
+    return _run_oracle(rewards, values, cu_seqlens, bootstrap, mask, gamma, lam)
+
+
+@_gae_by_oracle.register_fake
+def _(rewards: Tensor, values: Tensor, *arguments: Any) -> Tensor:
+    return values.new_empty(2, rewards.shape[0], dtype=eager.statistics_dtype(values))
+
+
+def sample_tokens(
+    logits: Tensor, *, temperature: Coefficient = 1.0, seed: int, stream: Tensor, offset: Tensor | int
+) -> tuple[Tensor, Tensor]:
+    """Draw one token a row from softmax(logits / temperature).
+
+    logits: (R, V) floating, each row with a finite entry, -inf for tokens that may not be drawn; seed: taken modulo
+    2^64; stream: (R,) int64, prompt index * n + sample index; offset: (R,) int64, or one int for all rows: the
+    token's position. A row's result depends on its own logits and (seed, stream, offset) alone, bit for bit. The random
+    number is Philox4x32-10's with key (seed) and counter (offset, stream): see `fastppo.ops.philox.uniform`.
+    temperature may be a tensor, (). Returns tokens, (R,) int64, and their log probabilities, (R,) fp32, without
+    gradients.
+    """
+    check_logits("logits", logits)
+    check_scale(temperature, None)
+    check_coefficients(logits, "logits", temperature=temperature)
+    if isinstance(offset, int):
+        offset = torch.full_like(stream, offset)
+    for name, tensor in (("stream", stream), ("offset", offset)):
+        check_int64(name, tensor)
+        check_shape(name, tensor, (logits.shape[0],), "one number for each row of logits")
+        check_device(name, tensor, logits, "logits")
+    arguments: dict[str, Any] = {"logits": logits.detach(), "stream": stream, "offset": offset}
+    arguments |= numbers(logits, temperature=temperature)
+    if by_reference(logits):
+        tokens, logprobs = eager.sample_tokens(**arguments, seed=seed)
+    else:
+        if not -(2**63) <= seed < 2**63:
+            seed = (seed + 2**63) % 2**64 - 2**63  # as an int64
+        kernel = overload("sample_tokens", arguments["temperature"])
+        as_tensor = isinstance(arguments["temperature"], Tensor)
+        tokens, logprobs = kernel(**arguments, seed=torch.full((), seed, dtype=torch.int64) if as_tensor else seed)
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(logprobs.isfinite().all()):
+        row = int((~logprobs.isfinite()).nonzero()[0])
+        raise ValueError(f"row {row} of logits holds NaN or +inf, or no finite entry: nothing can be drawn from it")
+    return tokens, logprobs
+
+
+def attend_cached(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    lengths: Tensor,
+    rows: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Append one position to each active row of a key/value cache, and attend to all positions of that row.
+
+    query: (R, heads, D) fp32 or bf16; key, value: (R, kv heads, D), heads being a multiple of kv heads; key_cache,
+    value_cache: (rows, kv heads, T, D), written at each row's own length; lengths: (rows,) int64, positions held, below
+    T and left as they are; rows: (R,) int64, each active row's place in the cache; window: newest positions seen, 0 for
+    all; softcap: s -> softcap tanh(s / softcap) on scores, 0 for none. Returns (R, heads, D), not differentiable. On
+    the CPU a row's result does not depend on the other rows, bit for bit. Bad arguments raise ValueError there.
+    """
+    check_attention(
+        scale, window, softcap, query=query, key=key, value=value, key_cache=key_cache, value_cache=value_cache
+    )
+    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        check_not_expanded(name, cache)
+    query, key, value, key_cache, value_cache = (x.detach() for x in (query, key, value, key_cache, value_cache))
+    if query.device.type != "cpu":
+        log_once(f"attend_cached on {query.device}: reference PyTorch, as its kernel is the CPU's")
+        caches = (key_cache, value_cache)
+        return eager.attend_cached(
+            query, key, value, *caches, lengths, rows, scale=scale, window=window, softcap=softcap
+        )
+    query, key, value = (_rows_dense(x) for x in (query, key, value))
+    keys, values = _rows_dense(key_cache), _rows_dense(value_cache)
+    if keys is not key_cache or values is not value_cache:
+        log_once(
+            "attend_cached: entries of the cache's last dimension lie apart, and all of it is copied there and back"
+        )
+    kernel = torch.ops.fastppo.attend_cached
+    out: Tensor = kernel(
+        query, key, value, keys, values, lengths.contiguous(), rows.contiguous(), scale, window, softcap
+    )
+    for cache, copy in ((key_cache, keys), (value_cache, values)):
+        if copy is not cache:
+            cache.copy_(copy)
+    return out
+
+
+def _rows_dense(x: Tensor) -> Tensor:
+    """`x`, or a copy where entries of its last dimension do not lie side by side."""
+    return x if x.ndim == 0 or x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` for a kernel that is not differentiable."""
+    if x.dtype == dtype and x.is_contiguous() and not x.requires_grad:
+        return x  # the three calls below take longer than GAE of a thousand tokens
+    return x.detach().to(dtype).contiguous()

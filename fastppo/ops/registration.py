@@ -1,0 +1,187 @@
+"""What torch.library is told of each op beyond its kernels: fake kernels, the Triton kernels for CUDA, and overloads.
+
+Schemas and CPU kernels are `fastppo._C`'s (csrc/), the chunked heads `fastppo.ops.chunked_head`'s, gradients
+`fastppo.ops.derivatives`'. An op's arguments are taken as checked by `fastppo.ops`.
+Each op with coefficients stands twice, for the same kernels: `fastppo::NAME` takes them as numbers, of which a compiler
+would make constants, and `fastppo::NAME.tensors` as tensors without dimensions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+import fastppo._C  # registers torch.ops.fastppo.*
+from fastppo.ops import chunked_head
+from fastppo.ops.overloads import COEFFICIENTS
+
+# Ops with a Triton kernel, each in the file of its name in kernels/.
+TRITON = (
+    "vocabulary_forward",
+    "vocabulary_backward",
+    "policy_loss_in_chunk",
+    "policy_loss",
+    "sum_tokens",
+    "value_loss",
+    "sample_tokens",
+)
+
+# GAE's CUDA kernels are linked where torch is a CUDA build and nvcc was found.
+GAE_DEVICES = ("cpu", "meta", "cuda") if fastppo._C.built()["cuda_archs"] else ("cpu", "meta")
+
+# Ops that have coefficients.
+OF_TENSORS = (*TRITON, "gae", *(op.__name__ for op in chunked_head.OPS))
+
+_library = torch.library.Library("fastppo", "FRAGMENT")
+
+
+def launcher(op: str) -> Any:
+    """The Triton launcher of an op. Triton is imported when CUDA first needs it."""
+    return getattr(import_module(f"fastppo.kernels.{op}"), op)
+
+
+def kernel(op: str) -> Any:
+    """The op that takes its coefficients as numbers."""
+    return getattr(torch.ops.fastppo, op).default
+
+
+def overloads(op: str) -> tuple[str, ...]:
+    """An op's names for torch.library: with coefficients as numbers, and as tensors where it has any."""
+    return (op, f"{op}.tensors") if op in OF_TENSORS else (op,)
+
+
+def reading(op: str) -> Callable[..., Any]:
+    """The kernel of numbers for coefficients in tensors that the host can read without waiting for a device."""
+    run = kernel(op)
+    places = [i for i, argument in enumerate(run._schema.arguments) if argument.name in COEFFICIENTS]
+
+    def read(*arguments: Any) -> Any:
+        values = list(arguments)
+        for i in places:
+            values[i] = None if values[i] is None else values[i].item()
+        return run(*values)
+
+    return read
+
+
+for _op in chunked_head.OPS:
+    _library.define(torch.library.infer_schema(_op, mutates_args=(), op_name=_op.__name__))
+for _op_name in OF_TENSORS:
+    _schema = str(kernel(_op_name)._schema).removeprefix(f"fastppo::{_op_name}(")
+    _schema = re.sub(rf"\b(?:float|int)(\??) ({'|'.join(COEFFICIENTS)})\b", r"Tensor\1 \2", _schema)
+    _library.define(f"{_op_name}.tensors({_schema}")
+for _op in chunked_head.OPS:  # written in torch: the same for any device, and for coefficients of either kind
+    for _name in overloads(_op.__name__):
+        _library.impl(_name, _disable_dynamo(_op), "CompositeExplicitAutograd")
+for _op_name in (*TRITON, "gae"):
+    _library.impl(f"{_op_name}.tensors", reading(_op_name), "CompositeExplicitAutograd")
+for _op_name in TRITON:
+    for _name in overloads(_op_name):
+        _library.impl(_name, lambda *args, _op=_op_name: launcher(_op)(*args), "CUDA")
+
+
+# Fake kernels: shapes and dtypes without data
+
+
+def fake(op: str) -> Callable[[Callable[..., Any]], None]:
+    """Registers the fake kernel of an op and of its overload."""
+
+    def register(function: Callable[..., Any]) -> None:
+        for name in overloads(op):
+            torch.library.register_fake(f"fastppo::{name}", function, lib=_library)
+
+    return register
+
+
+@fake("vocabulary_forward")
+def _(logits: Tensor, *arguments: Any) -> Tensor:
+    rows = chunked_head.STATS if arguments[-1] is None else chunked_head.STATS_WITH_REFERENCE
+    return logits.new_empty(rows, logits.shape[0], dtype=torch.float32)
+
+
+@fake("vocabulary_backward")
+def _(*arguments: Any) -> None: ...
+
+
+@fake("policy_loss_in_chunk")
+def _(*arguments: Any) -> None: ...
+
+
+@fake("accumulate")
+def _(*arguments: Any) -> None: ...
+
+
+@fake("policy_loss")
+def _(logprobs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *_totals(logprobs), logprobs.new_empty(logprobs.shape[0], dtype=torch.float32)
+
+
+@fake("sum_tokens")
+def _(token_stats: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _totals(token_stats)
+
+
+@fake("value_loss")
+def _(values: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    loss, _, _ = _totals(values)
+    return loss, loss.new_empty(7), loss.new_empty(values.shape[0])
+
+
+@fake("sample_tokens")
+def _(logits: Tensor, stream: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(stream), stream.new_empty(stream.shape[0], dtype=torch.float32)
+
+
+@fake("gae")
+def _(rewards: Tensor, *arguments: Any) -> Tensor:
+    return rewards.new_empty(2, rewards.shape[0], dtype=torch.float32)
+
+
+@fake("attend_cached")
+def _(query: Tensor, *arguments: Any) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+@fake("linear_logprobs")
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *reference: Any) -> Tensor:
+    rows = chunked_head.STATS if reference[0] is None else chunked_head.STATS_WITH_REFERENCE
+    return hidden.new_empty(rows, hidden.shape[0], dtype=torch.float32)
+
+
+@fake("linear_logprobs_backward")
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients_like(hidden, weight, bias, rest[-1])
+
+
+@fake("linear_policy_loss")
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    made = _gradients_like(hidden, weight, bias, rest[-1])
+    if chunked_head.whole_gradients(hidden.dtype):
+        made = (made[0], made[1].float(), made[2].float())
+    return *_totals(hidden), *made
+
+
+def _totals(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, sums and largest ratio of a policy loss."""
+    return tuple(like.new_empty(shape, dtype=torch.float32) for shape in ((), (8,), ()))  # type: ignore[return-value]
+
+
+def _gradients_like(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    made = [hidden.new_empty(shape if want else (0,)) for shape, want in zip(shapes, wanted, strict=True)]
+    return made[0], made[1], made[2]
+
+
+def backend(device: torch.device) -> str:
+    """What runs the ops on a device, as the log says it."""
+    if device.type == "cpu":
+        return f"C++ ({fastppo._C.built()['simd_used']})"
+    return "Triton" if device.type == "cuda" else device.type

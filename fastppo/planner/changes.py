@@ -1,0 +1,167 @@
+"""What would make a run fit that does not: the smallest change of its settings, as flags."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any
+
+from fastppo.config import AnyConfig, Config, RewardTrainingConfig, SFTConfig
+from fastppo.config.validation import validate
+from fastppo.config.validation.offline import validate_reward, validate_sft
+from fastppo.errors import ConfigError
+from fastppo.models.roles import ModelError
+from fastppo.planner.machine import Machine
+from fastppo.planner.memory import Member
+from fastppo.planner.meta_models import cast_of
+from fastppo.planner.plan import FILLED, PROCESS_GPU, PROCESS_HOST, Plan, make_plan
+
+Change = dict[str, Any]  # setting -> value, as on the command line
+
+
+def smallest_change(plan: Plan) -> Change | None:
+    """The least that makes a run fit: one change if one does, else several, taken in the order of what they cost."""
+    if plan.machine.host < plan.machine.gpus * PROCESS_HOST:
+        return None  # not even the processes have room
+    casts: dict[object, list[Member]] = {}  # few changes need other models, and building them takes the time
+
+    def fits(change: Change) -> bool:
+        config, nodes = plan.config, plan.machine.nodes
+        for name, value in change.items():
+            if name == "nodes":
+                nodes = value
+            else:
+                config = _changed(config, name.split("."), value)
+        machine = replace(plan.machine, nodes=nodes)
+        models = (config.actor, config.critic) if isinstance(config, Config) else config.model
+        key = (models, config.optim, config.zero.stage == 3)
+        try:
+            _check(config, machine.ranks)
+            if key not in casts:
+                casts[key] = cast_of(config, cpu=machine.gpu is None)
+        except (ConfigError, ModelError):  # LoRA where nothing could have an adapter
+            return False
+        return make_plan(config, machine, casts[key]).fits
+
+    options = list(_options(plan.config, plan.machine))
+    for change in options:
+        if fits(change):
+            return change
+    several: Change
+    for several in accumulate(options, lambda one, other: one | other):
+        if fits(several):
+            for setting in list(several):  # what a later change made needless
+                fewer = {key: value for key, value in several.items() if key != setting}
+                if fewer and fits(fewer):
+                    several = fewer
+            return several
+    return None
+
+
+def _check(config: AnyConfig, ranks: int) -> None:
+    """Raises ConfigError where settings do not go together."""
+    if isinstance(config, Config):
+        validate(config, ranks)
+    elif isinstance(config, RewardTrainingConfig):
+        validate_reward(config, ranks)
+    else:
+        validate_sft(config, ranks)
+
+
+def _options(config: AnyConfig, machine: Machine) -> Iterator[Change]:
+    """Changes from the cheapest to the dearest; of a kind, the smallest step first."""
+    gpu, zero, ppo = machine.gpu is not None, config.zero, isinstance(config, Config)
+    if not config.optim.activation_checkpointing:
+        yield {"optim.activation_checkpointing": True}
+    yield from _smaller_passes(config) if isinstance(config, Config) else _smaller_passes_before_ppo(config)
+    if machine.ranks > 1:
+        for stage in (1, 2, 3):
+            if stage > zero.stage:
+                yield {"zero.stage": stage}
+    if gpu:
+        if zero.optimizer_on == "none":
+            yield {"zero.offload_optimizer": "cpu"}
+        if zero.frozen_on == "none" and ppo:
+            yield {"zero.stage": 3, "zero.offload_frozen": "cpu"}
+        if zero.parameters_on == "none":
+            yield {"zero.stage": 3, "zero.offload": "cpu"}
+    if not isinstance(config, Config):
+        if config.model.lora.rank == 0:
+            yield {"model.lora.rank": 16}
+    elif config.actor.lora.rank == 0:
+        yield {"actor.lora.rank": 16} | ({"critic.lora.rank": 16} if config.critic.kind == "separate" else {})
+    if gpu and "nvme" not in (zero.optimizer_on, zero.parameters_on):
+        yield {"zero.stage": 3, "zero.offload": "nvme", "zero.nvme_path": zero.nvme_path or "/local_nvme"}
+    spread = [config.ppo.batch_size // config.ppo.minibatches] if isinstance(config, Config) else [config.batch_size]
+    if isinstance(config, Config) and config.ptx.coef:
+        spread.append(config.ptx.batch_size)
+    for times in (2, 4, 8, 16):
+        if all(batch % (times * machine.ranks) == 0 for batch in spread):
+            yield {"nodes": times * machine.nodes, "zero.stage": 3}
+
+
+def _smaller_passes(config: Config) -> Iterator[Change]:
+    longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
+    if config.ptx.coef:
+        longest = max(longest, config.ptx.max_tokens)
+    for part in (2, 4, 8):
+        if config.ppo.microbatch_tokens // part >= longest:
+            yield {"ppo.microbatch_tokens": config.ppo.microbatch_tokens // part}
+    for part in (2, 4):
+        if config.sampling.rows // part >= 4:
+            yield {"sampling.rows": config.sampling.rows // part}
+
+
+def _smaller_passes_before_ppo(config: RewardTrainingConfig | SFTConfig) -> Iterator[Change]:
+    """A rule sees to it that a microbatch holds the longest example."""
+    if config.keep_trunk_gb:
+        yield {"keep_trunk_gb": 0}
+    for part in (2, 4, 8):
+        yield {"microbatch_tokens": config.microbatch_tokens // part}
+
+
+def _changed(node: Any, path: list[str], value: Any) -> Any:
+    """The settings with one of them replaced."""
+    return replace(node, **{path[0]: value if len(path) == 1 else _changed(getattr(node, path[0]), path[1:], value)})
+
+
+def flags(change: Change) -> str:
+    """As it is typed: `--zero.stage 3 --zero.offload cpu`."""
+    return " ".join(f"--{name} {str(value).lower()}" for name, value in change.items())
+
+
+def in_gb(amount: int) -> str:
+    return f"{amount / 1e9:.1f}" if amount >= 1e10 else f"{amount / 1e9:.2f}"
+
+
+def advice(plan: Plan) -> str:
+    """Why a run does not fit and what would."""
+    stage, _ = plan.peak
+    short = [
+        f"{in_gb(needed)} GB of {name} memory are needed and {in_gb(there)} GB are there"
+        for name, (needed, there) in plan.needs.items()
+        if needed > there
+    ]
+    reason = f"this run does not fit: {'; '.join(short)} (most in {stage})."
+    if (whole := _whole_weights(plan)) and plan.machine.gpu is not None:
+        return (
+            f"{reason} The actor's weights alone, whole on each GPU to sample from, take {in_gb(whole)} GB there, which"
+            f" no setting changes: use GPUs with more memory, from {in_gb(_gpu_for(plan))} GB, or a smaller actor."
+        )
+    change = smallest_change(plan)
+    if change is None:
+        return f"{reason} No change of settings that is known here would do; use more or larger GPUs or smaller models."
+    return f"{reason} The smallest change that fits: {flags(change)}"
+
+
+def _whole_weights(plan: Plan) -> int:
+    """Bytes of the actor's weights where they are more than a GPU can hold, else 0."""
+    sampled = (s.places.gpu.weights for s in plan.shares if (s.role, s.stage) == ("actor", "sampling"))
+    found = next(sampled, 0)
+    return found if found > plan.needs.get("GPU", (0, found))[1] else 0
+
+
+def _gpu_for(plan: Plan) -> int:
+    """The least memory of a GPU on which the sampler fits as it is configured."""
+    return int(plan.needs["GPU"][0] / FILLED) + PROCESS_GPU

@@ -1,0 +1,70 @@
+"""Before a run loads anything: show what its memory needs, and refuse a run that does not fit."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from fastppo.config import AnyConfig
+from fastppo.distributed.world import World
+from fastppo.errors import FastPPOError
+from fastppo.planner.changes import advice, in_gb
+from fastppo.planner.machine import this_machine
+from fastppo.planner.plan import Plan, make_plan
+
+
+class PlanError(FastPPOError):
+    """A run that does not fit. The message names the smallest change that would."""
+
+
+def table_console() -> Console:
+    """As wide as the terminal, and where there is none as wide as the table: a log should not lose columns."""
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def show(plan: Plan, console: Console) -> None:
+    """The table, and below it what is needed of each memory and what there is."""
+    columns = ("weights", "gradients", "optimizer", "buffers", "activations", "cache", "workspace")
+    cpu = plan.machine.gpu is None
+    where = "rank" if cpu else "GPU"
+    table = Table(box=None, pad_edge=False, title_justify="left", title=f"memory in GB of each {where}")
+    table.add_column("stage")
+    table.add_column("role")
+    rows: list[list[str]] = []
+    for stage in dict.fromkeys(share.stage for share in plan.shares):
+        for share in (s for s in plan.shares if s.stage == stage):
+            places = share.places
+            held = places.gpu + places.host if cpu else places.gpu
+            outside = [] if cpu else [places.host.total, places.nvme.total]
+            amounts = [*(getattr(held, name) for name in columns), held.total, *outside]
+            rows.append([stage, share.role, *map(in_gb, amounts)])
+    for name in (*columns, where, *([] if cpu else ["host", "NVMe"])):
+        table.add_column(name, justify="right")
+    for row, before in zip(rows, [None, *rows[:-1]], strict=True):
+        table.add_row("" if before and before[0] == row[0] else row[0], *row[1:])
+    console.print(table)
+    stage, _ = plan.peak
+    for name, (needed, there) in plan.needs.items():
+        verdict = "fits" if needed <= there else "does not fit"
+        console.print(f"{name}: {in_gb(needed)} of {in_gb(there)} GB, {verdict}", highlight=False)
+    console.print(f"highest in {stage}", highlight=False)
+
+
+def check_plan(config: AnyConfig, world: World) -> None:
+    """Show the plan of a run that begins here; raises PlanError where it does not fit and `plan` is check."""
+    if config.plan == "off":
+        return
+    nodes = max(world.ranks // int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1), 1)
+    plan = make_plan(config, this_machine(world.ranks // nodes, nodes, cpu=world.device.type == "cpu"))
+    console = table_console()
+    if world.rank == 0:
+        show(plan, console)
+    if plan.fits:
+        return
+    if config.plan == "check":
+        raise PlanError(f"{advice(plan)} To try it all the same: --plan warn")
+    if world.rank == 0:
+        console.print(advice(plan))

@@ -1,0 +1,312 @@
+"""Bytes that each role of a run holds in each stage: on the GPU, in the host's memory and on NVMe. Arithmetic alone.
+
+P parameters of which T train, in weights of b bytes, on N ranks. What DeepSpeed 0.19 holds for a trained role:
+
+| zero.stage           | weights   | gradients            | optimizer: fp32 master weights, two moments |
+|----------------------|-----------|----------------------|---------------------------------------------|
+| 0 (fp32)             | b P       | 4 T                  | 8 T: no master, the weights are fp32        |
+| 1                    | b P       | 4 T                  | 12 T / N                                    |
+| 1, offloaded         | b P       | 4 T, and 4 T / N     | 12 T / N                                    |
+| 2                    | b P       | (b + 4) T / N        | 12 T / N                                    |
+| 3                    | b P / N   | 4 T / N              | 12 T / N                                    |
+
+In bf16 gradients add up in fp32 (grad_accum_dtype): at stage 1 of all parameters on every rank, each as it arrives, at
+2 and 3 of the rank's own part. Offloading leaves the 4 T of stage 1 on the GPU. At stage 3 the weights of one module at
+a time are gathered, and its gradients made whole. Stages 2 and 3 are as DeepSpeed's own estimators have them
+(`estimate_zero2_model_states_mem_needs` and its sister); what these leave out is in `buffers` and `reducing`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+
+from fastppo.config import AnyConfig, Config
+from fastppo.ops import workspace_bytes
+from fastppo.planner.footprint import Footprint
+from fastppo.rollout.inprocess import bucket
+
+# DeepSpeed's defaults, in elements.
+REDUCE_BUCKET = 500_000_000  # gradients on their way to the other ranks
+PREFETCH_BUCKET = 50_000_000  # stage 3: weights that are fetched ahead
+SUB_GROUP = 1_000_000_000  # stage 3: how many parameters are updated at a time when their states are on NVMe
+NVME_OPTIMIZER_BUFFERS = 4  # master weights, gradient and two moments of a sub-group, in fp32
+NVME_PARAMETER_BUFFERS = 5 * 100_000_000  # buffers of weights on their way, pinned
+
+GATHER_BYTES = 2**28  # weights that are gathered at a time for sampling, on top of the whole copy
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """What fills a memory."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    buffers: int = 0  # that stay: DeepSpeed's own, and the states that a frozen trunk has handed up
+    activations: int = 0
+    cache: int = 0
+    workspace: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, f.name) for f in fields(self))
+
+    @property
+    def states(self) -> int:
+        """Weights, gradients and optimizer: what DeepSpeed's estimators count."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def passing(self) -> Bytes:
+        """What is held for a while: activations, cache, workspace."""
+        return Bytes(activations=self.activations, cache=self.cache, workspace=self.workspace)
+
+    def __add__(self, other: Bytes) -> Bytes:
+        return Bytes(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Places:
+    """Bytes of one rank."""
+
+    gpu: Bytes = field(default_factory=Bytes)
+    host: Bytes = field(default_factory=Bytes)
+    nvme: Bytes = field(default_factory=Bytes)
+
+    def __add__(self, other: Places) -> Places:
+        return Places(self.gpu + other.gpu, self.host + other.host, self.nvme + other.nvme)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one role holds in one stage, on one rank."""
+
+    role: str
+    stage: str
+    places: Places
+
+
+@dataclass(frozen=True)
+class Member:
+    """A role, its model's sizes, and what stands in for weights that it shares with another role."""
+
+    name: str  # actor, critic, reference, reward 1, ..., judge 1, ...; model of the stages before PPO
+    size: Footprint
+    trains: bool
+    weights: int  # parameters of its own; fewer than the model has where they are shared
+
+
+def on(place: str, amount: Bytes) -> Places:
+    """place: none (the GPU), cpu or nvme, as in `zero.offload`."""
+    return Places(**{{"none": "gpu", "cpu": "host", "nvme": "nvme"}[place]: amount})
+
+
+def model_states(member: Member, config: AnyConfig, ranks: int) -> Places:
+    """Weights, gradients and optimizer states of one rank while the role learns, or is asked if it never does."""
+    zero, size = config.zero, member.size
+    weights, trained, b = member.weights * size.bytes, size.trained, size.bytes
+    if zero.stage == 3:
+        live = Bytes(weights=size.largest * b, gradients=size.largest * b if member.trains else 0)
+        place = zero.parameters_on if member.trains else zero.frozen_on
+        found = on("none", live) + on(place, Bytes(weights=weights // ranks))
+    else:
+        found = on("none", Bytes(weights=weights))
+    if not member.trains:
+        return found
+    if zero.stage == 0:
+        return found + on("none", Bytes(gradients=4 * trained, optimizer=8 * trained))
+    place, fp32 = zero.optimizer_on, 4 * trained // ranks
+    if zero.stage == 1:
+        found += on("none", Bytes(gradients=4 * trained))
+    if place != "none" or zero.stage == 3:
+        found += on(place, Bytes(gradients=fp32))
+    elif zero.stage == 2:
+        found += on(place, Bytes(gradients=b * trained // ranks + fp32))
+    return found + on(place, Bytes(optimizer=3 * fp32))
+
+
+def buffers(member: Member, config: AnyConfig, ranks: int) -> Places:
+    """What DeepSpeed makes once beside the states of a role and keeps. On the GPU only learning uses it."""
+    zero, size = config.zero, member.size
+    b, part = size.bytes, size.trained // ranks
+    place = zero.parameters_on if member.trains else zero.frozen_on
+    gpu = host = 0
+    if zero.stage == 3 and place == "nvme":
+        host += NVME_PARAMETER_BUFFERS * b
+    if member.trains:
+        if zero.stage == 3:
+            gpu += _reduce_bucket(size) * b
+            host += 4 * part if zero.optimizer_on != "none" else 0  # the sums, beside what the optimizer is handed
+        elif zero.optimizer_on != "none":
+            gpu += size.largest_trained * b  # one parameter's gradient on its way to the host
+            host += (part + size.largest_trained) * b  # that gradient's other end, and new weights on their way back
+            host += 4 * part if zero.stage == 2 and b == 4 else 0  # the sums; in bf16 they are on the GPU (`reducing`)
+        if zero.optimizer_on == "nvme":
+            host += NVME_OPTIMIZER_BUFFERS * 4 * min(part, SUB_GROUP)
+    return Places(gpu=Bytes(buffers=gpu), host=Bytes(buffers=host))
+
+
+def reducing(member: Member, config: AnyConfig, ranks: int) -> Places:
+    """What DeepSpeed needs while a role learns, to fetch weights and to bring gradients together."""
+    zero, size, b, sums = config.zero, member.size, member.size.bytes, 0
+    bucket, part = min(size.trained, REDUCE_BUCKET), size.trained // ranks
+    if zero.stage == 3:  # the gradients that wait for the bucket, and their sum in fp32 before it is added
+        gpu = bucket * b + 4 * (bucket // ranks)
+    elif zero.stage == 2:  # the bucket, and the gradients that wait for it beyond the rank's own part
+        gpu = (_reduce_bucket(size) + max(bucket - part, 0)) * b
+        sums = (
+            4 * part if zero.optimizer_on != "none" and b < 4 else 0
+        )  # of all microbatches, before they are handed on
+    elif summed_on_arrival(member, config):
+        # A gradient and its fp32 form on their way to the sum, then one copy of the sums of several small groups.
+        joined = 4 * size.trained if size.groups > 1 and size.trained <= REDUCE_BUCKET else 0
+        gpu = max((b + 4) * size.largest_trained, joined)
+    else:  # one flat copy of the gradients that are being reduced
+        gpu = bucket * 4
+    return prefetch(member, config) + Places(gpu=Bytes(gradients=sums, workspace=gpu))
+
+
+def summed_on_arrival(member: Member, config: AnyConfig) -> bool:
+    """Whether each gradient is added where it arrives to a sum that is made once, as `BF16_Optimizer` does."""
+    return config.zero.stage == 1 and config.zero.optimizer_on == "none" and member.size.bytes < 4
+
+
+def _reduce_bucket(size: Footprint) -> int:
+    """Its elements: it is allocated whole. On the CPU only those of its pages are in memory that were written to."""
+    return min(size.trained, REDUCE_BUCKET) if size.on_cpu else REDUCE_BUCKET
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one rank computes at once when every prompt and response is as long as it may be."""
+
+    sequences: int  # of a microbatch
+    length: int  # tokens of a sequence
+    responses: int  # response tokens of a microbatch, or scored ones
+    tokens: int = 0  # of the rank's part of the batch, whose trunk is kept
+    rows: int = 0  # of the sampler's cache
+    prompt: int = 0  # tokens
+
+    @staticmethod
+    def of(config: Config, ranks: int) -> Batch:
+        prompt = config.data.first_tokens or config.data.max_prompt_tokens
+        new, ppo = config.sampling.max_new_tokens, config.ppo
+        length = prompt + new
+        sequences = _in_microbatch(-(-ppo.batch_size // ppo.minibatches // ranks), length, config)
+        mine, heldout = -(-ppo.batch_size // ranks), -(-config.eval.prompts // ranks)
+        rows = bucket(min(config.sampling.rows, max(mine, heldout)))
+        return Batch(sequences, length, sequences * new, mine * length, rows, prompt)
+
+    def asked(self, stage: str, config: Config, ranks: int) -> Batch:
+        """The same rank's microbatch in a stage that computes no gradient, in a step or in an evaluation.
+
+        Responses are scored, and held-out ones read, in as few microbatches as a rank's whole batch fits into.
+        """
+        heldout = _in_microbatch(-(-config.eval.prompts // ranks), self.length, config)
+        mine = _in_microbatch(-(-config.ppo.batch_size // ranks), self.length, config)
+        sequences = max(heldout, mine if stage == "feedback" else self.sequences)
+        return replace(self, sequences=sequences, responses=sequences * (self.length - self.prompt))
+
+    def with_texts(self, config: Config, ranks: int) -> Batch:
+        """The same rank's batch while a microbatch of PPO-ptx is computed, of whose tokens each is a response's."""
+        length = config.ptx.max_tokens
+        sequences = _in_microbatch(-(-config.ptx.batch_size // ranks), length, config)
+        return replace(self, sequences=sequences, length=length, responses=sequences * length)
+
+
+def _in_microbatch(sequences: int, length: int, config: Config) -> int:
+    """How many of a rank's sequences of one update share a microbatch, as `microbatch.pack_even` spreads them."""
+    mine, fit = sequences or 1, max(config.ppo.microbatch_tokens // length, 1)
+    return -(-mine // -(-mine // fit))
+
+
+def head_workspace(size: Footprint, tokens: int, *, reference: bool, gradient: bool) -> tuple[int, int]:
+    """Bytes of the vocabulary head over `tokens` response tokens: while it runs, and of its gradients afterwards.
+
+    As `fastppo.ops.chunked_head` allocates them: logits of a chunk of rows, the weight's gradient in fp32 if there are
+    several.
+    """
+    row = size.vocabulary * size.bytes
+    rows = max(1, workspace_bytes(cpu=size.on_cpu) // (2 * row))
+    rows = -(-tokens // max(1, -(-tokens // rows)))
+    logits = rows * row * (2 if reference else 1)
+    if not gradient:
+        return logits, 0
+    d_hidden = tokens * size.width * size.bytes
+    d_weight = row * size.width if size.head_trains else 0
+    summed = 4 * size.vocabulary * size.width if size.head_trains and rows < tokens and size.bytes < 4 else 0
+    return logits + d_hidden + summed + d_weight, d_hidden + d_weight
+
+
+def sampling_needs(actor: Footprint, config: Config, batch: Batch) -> Bytes:
+    """Cache and workspace of the sampler."""
+    sampling, b = config.sampling, actor.bytes
+    cache = batch.rows * (batch.prompt + sampling.max_new_tokens) * actor.position
+    prefill = actor.passes(batch.rows, batch.prompt, gradient=False).peak
+    logits = batch.rows * actor.vocabulary * b
+    if sampling.top_p < 1.0:  # logits sorted, their order in int64, probabilities and their sums in fp64
+        logits += batch.rows * actor.vocabulary * (b + 8 + 8 + 8)
+    if sampling.top_k or sampling.min_new_tokens:  # a copy with what is ruled out
+        logits += batch.rows * actor.vocabulary * b
+    gather = GATHER_BYTES if config.zero.stage == 3 else 0
+    # Decode attention copies the rows of one layer at a time where it has no kernel of its own, on CUDA.
+    layer = 0 if actor.on_cpu else cache // actor.layers
+    return Bytes(activations=prefill, cache=cache, workspace=max(logits + layer, gather))
+
+
+def trunk_states(member: Member, batch: Batch) -> int:
+    """States of the whole batch that a frozen trunk handed up, from experience to the end of learning."""
+    return batch.tokens * member.size.width * member.size.bytes if member.trains and member.size.trunk else 0
+
+
+def learning_needs(member: Member, batch: Batch, *, head: bool, reference: bool = False) -> Bytes:
+    """Activations and the workspace of a vocabulary head of one microbatch, forward and backward.
+
+    head: whether there is one, else one number comes from each state; reference: whether it reads the reference's too.
+    """
+    size = member.size
+    flow = size.passes(batch.sequences, batch.length, gradient=True)
+    states = batch.responses * size.width * size.bytes  # hidden states at the response tokens
+    if not head:
+        values = batch.responses * size.width * 4  # such a head computes in fp32
+        return Bytes(activations=max(flow.kept + values, flow.peak) + states)
+    during, after = head_workspace(size, batch.responses, reference=reference, gradient=True)
+    # Two moments can be the highest: while the head runs on all that was kept, and within the backward pass.
+    if flow.kept + during > flow.peak + after + states:
+        return Bytes(activations=flow.kept + states, workspace=during)
+    return Bytes(activations=flow.peak + 2 * states, workspace=after)
+
+
+def asking_needs(member: Member, batch: Batch, *, head: bool, reference: bool = False) -> Bytes:
+    """A pass without gradient over one microbatch."""
+    size = member.size
+    peak = size.passes(batch.sequences, batch.length, gradient=False).peak
+    states = batch.responses * size.width * size.bytes
+    states *= 2 if reference else 1
+    logits = head_workspace(size, batch.responses, reference=reference, gradient=False)[0] if head else 0
+    return Bytes(activations=peak + states, workspace=logits)
+
+
+def prefetch(member: Member, config: AnyConfig) -> Places:
+    """What DeepSpeed needs beside the states of a role that is asked."""
+    if config.zero.stage < 3:
+        return Places()
+    return Places(gpu=Bytes(workspace=min(PREFETCH_BUCKET, member.weights) * member.size.bytes))
+
+
+def by_stage(found: list[Share]) -> Iterator[tuple[str, Places]]:
+    """Each stage with the sum over its roles.
+
+    Roles run one after the other: of what they need for a while only the largest counts.
+    """
+    for stage in dict.fromkeys(share.stage for share in found):
+        own = [share for share in found if share.stage == stage]
+        passing = max((share.places.gpu.passing for share in own), key=lambda amount: amount.total)
+        lasting = sum((replace(share.places, gpu=_without(share.places.gpu)) for share in own), Places())
+        yield stage, lasting + Places(gpu=passing)
+
+
+def _without(amount: Bytes) -> Bytes:
+    """Less what is held for a while."""
+    return replace(amount, activations=0, cache=0, workspace=0)

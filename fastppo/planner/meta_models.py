@@ -1,0 +1,86 @@
+"""The roles of a run as the plan has them: their models on the meta device, built from their configs alone."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import cast
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from fastppo.config import ActorConfig, AnyConfig, Config, CriticConfig, RewardTrainingConfig
+from fastppo.models.loading.offline import outline_learner, outline_scorer
+from fastppo.models.loading.source import Source
+from fastppo.models.loading.trained import set_trainable
+from fastppo.models.loading.weights import DTYPES, load_classifier_config, outline
+from fastppo.models.lora import add_adapters
+from fastppo.models.roles import Backbone, Critic, Policy, RewardModel, ValueHead, fuse_head, width_of
+from fastppo.planner.footprint import Footprint
+from fastppo.planner.memory import Member
+
+
+def cast_of(config: AnyConfig, *, cpu: bool) -> list[Member]:
+    """The roles of a run. cpu: whether it is on the CPU. Raises ModelError where a model's config cannot be read."""
+    if isinstance(config, Config):
+        return _roles_of_ppo(config, cpu=cpu)
+    role = outline_scorer(config) if isinstance(config, RewardTrainingConfig) else outline_learner(config)
+    return [_member("model", role, config, cpu=cpu, trains=True)]
+
+
+def _member(
+    name: str, role: Backbone, config: AnyConfig, *, cpu: bool, trains: bool = False, shared: int = 0
+) -> Member:
+    checkpointing = config.optim.activation_checkpointing and trains
+    size = Footprint(role, DTYPES[config.optim.dtype], cpu=cpu, checkpointing=checkpointing)
+    return Member(name, size, trains, size.parameters - shared)
+
+
+def _roles_of_ppo(config: Config, *, cpu: bool) -> list[Member]:
+    dtype, actor, critic = DTYPES[config.optim.dtype], config.actor, config.critic
+    member = partial(_member, config=config, cpu=cpu)
+
+    own = Source("actor.model", actor.model, actor.gguf_file, actor.revision)
+    policy = Policy(_causal(own, dtype))
+    if critic.kind == "shared":
+        policy.value_head = _value_head(policy.model, dtype)
+    _choose(policy, "actor", actor)
+    found = [member("actor", policy, trains=True)]
+    if critic.kind == "separate":
+        role = _critic(own if critic.model is None else Source("critic.model", critic.model, critic.gguf_file), dtype)
+        _choose(role, "critic", critic)
+        # Where both train adapters alone, the weights below them are the same ones, unless ZeRO has split them.
+        both = critic.model is None and actor.lora.rank > 0 and critic.lora.rank > 0 and config.zero.stage < 3
+        frozen = sum(p.numel() for p in role.parameters() if not p.requires_grad)
+        found.append(member("critic", role, trains=True, shared=frozen if both else 0))
+    reference = config.reference
+    if reference.model is not None:
+        own = Source("reference.model", reference.model, reference.gguf_file)
+    if reference.model is not None or actor.lora.rank == 0:  # else the reference is the actor, its adapters off
+        found.append(member("reference", Policy(_causal(own, dtype)).requires_grad_(False)))
+    for kind, where, sources in (("reward", "rewards", config.rewards), ("judge", "health.judge", config.health.judge)):
+        for i, source in enumerate(sources, start=1):
+            for name in filter(None, (source.model, *source.ensemble)):
+                own = Source(f"{where}.model", name)
+                load_classifier_config(own)
+                model = outline(AutoModelForSequenceClassification, own, dtype)
+                found.append(member(f"{kind} {i}", RewardModel(model).requires_grad_(False)))
+    return found
+
+
+def _causal(source: Source, dtype: torch.dtype) -> PreTrainedModel:
+    return fuse_head(outline(AutoModelForCausalLM, source, dtype))
+
+
+def _critic(source: Source, dtype: torch.dtype) -> Critic:
+    model = outline(AutoModelForCausalLM, source, dtype)
+    return Critic(cast(PreTrainedModel, model.base_model), _value_head(model, dtype))
+
+
+def _value_head(model: PreTrainedModel, dtype: torch.dtype) -> ValueHead:
+    return ValueHead(width_of(model), dtype, torch.device("meta"))
+
+
+def _choose(role: Backbone, name: str, config: ActorConfig | CriticConfig) -> None:
+    set_trainable(role, config.train)
+    if config.lora.rank:
+        add_adapters(role.model, name, config.lora, seed=0, source="")

@@ -1,0 +1,101 @@
+"""Evaluation on held-out prompts, with the same random numbers every time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastppo.config import Config
+from fastppo.data.batch import Moments, Packed, Prompts
+from fastppo.data.microbatches import IDLE, pack_alone
+from fastppo.data.prompts import PromptSet
+from fastppo.distributed import stop
+from fastppo.distributed.engine import even_passes
+from fastppo.distributed.world import World, all_gather
+from fastppo.models.assembly import Roles
+from fastppo.models.frozen_prefix import TrunkStates
+from fastppo.models.roles import token_stats
+from fastppo.monitor.health_metrics import distinct, ngrams
+from fastppo.monitor.samples import Sample
+from fastppo.rewards import Source, response_texts, score
+from fastppo.rollout import sample
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The actor on the held-out prompts."""
+
+    metrics: dict[str, float]
+    scores: list[float]
+    responses: list[str]
+
+    @property
+    def held_out(self) -> float:
+        """By which checkpoints are compared: what the judge says if there is one, since the score may be exploited."""
+        return self.metrics.get("judge", self.metrics["score"])
+
+
+def evaluate(
+    roles: Roles,
+    heldout: PromptSet,
+    sources: Sequence[tuple[Source, float]],
+    stop_ids: list[int],
+    config: Config,
+    world: World,
+    judge: Sequence[tuple[Source, float]] = (),
+) -> Evaluation:
+    """One response to each held-out prompt, its score and what the judge says, and how far the actor has moved."""
+    prompts = Prompts.of(heldout.tokens, range(len(heldout))).of_rank(world.rank, world.ranks)
+    sampling = replace(config.sampling, temperature=config.eval.temperature)
+    roles.residency.enter("sampling")
+    with stop.together(world):
+        rollout = sample(roles.gathered.policy(), prompts, sampling, stop_ids=stop_ids, seed=config.eval.seed)
+    roles.residency.enter("feedback")
+    scored = score(rollout, heldout, sources, roles.tokenizer, config.ppo, Moments(), world, judge)
+    roles.residency.enter("experience")
+    own = _log_ratios(rollout.packed, roles, config, world)
+    surprise = sum(all_gather(own, world), torch.zeros(3, dtype=torch.float64))
+    packed, scores = scored.rollout.packed, scored.scores.double()
+    count, tokens = len(packed), int(packed.response_cu_seqlens[-1])
+    metrics = {
+        "score": float(scores.mean()),
+        "score_std": float(scores.std(correction=0)),
+        "score_error": float(scores.std(correction=0)) / math.sqrt(count),
+        "kl": float(surprise[0]) / count,
+        "ref_perplexity": float((surprise[1] / tokens).exp()),
+        "distinct_2": distinct(ngrams(packed.responses.numpy(), packed.response_lengths.numpy(), 2)[1]),
+        "response_length": tokens / count,
+        "ended": float(scored.rollout.ended.double().mean()),
+    }
+    if judge:
+        metrics["judge"] = float(scored.judged.double().mean())
+    return Evaluation(metrics, scores.tolist(), response_texts(packed, roles.tokenizer))
+
+
+@torch.no_grad()
+def _log_ratios(packed: Packed, roles: Roles, config: Config, world: World) -> Tensor:
+    """(3,) fp64 sums over this rank's response tokens: log p - log p_ref, -log p_ref, entropy of p."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    parts = pack_alone(packed.lengths, config.ppo.microbatch_tokens)
+    for part in even_passes(parts, config.zero, world):
+        piece = (packed.select(part) if len(part) else IDLE).to(world.device)
+        trunk = TrunkStates()  # of this part alone: actor and reference share it, and nobody comes back to it
+        objective = partial(token_stats, piece.responses, config.eval.temperature)
+        policy, reference = (
+            engine(piece, objective, trunk(engine.module, piece, part)) for engine in (roles.actor, roles.reference)
+        )
+        if len(part):
+            rows = (policy.logprobs - reference.logprobs, -reference.logprobs, policy.entropy)
+            sums += torch.stack([x.double().sum() for x in rows]).cpu()
+    return sums
+
+
+def samples(heldout: PromptSet, before: Evaluation, after: Evaluation) -> list[Sample]:
+    """What the actor wrote to each held-out prompt before and after training."""
+    columns = (heldout.texts, before.responses, before.scores, after.responses, after.scores)
+    return [Sample(*row) for row in zip(*columns, strict=True)]

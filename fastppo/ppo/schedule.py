@@ -1,0 +1,115 @@
+"""PPO for language models as pure functions on packed tensors: rewards, advantages, KL control, learning rate.
+
+The losses are ops (`fastppo.ops`), since they are fused with the vocabulary pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastppo import ops
+from fastppo.config import Config
+from fastppo.ops import eager
+
+KLKind = Literal["k1", "k2", "k3", "exact"]
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KLKind) -> Tensor:
+    """Estimates of KL(policy || reference) from the sampled tokens alone (Schulman, 2020, joschu.net/blog/kl-approx).
+
+    With d = log p(x) - log p_ref(x) and x drawn from p: k1 = d, unbiased; k2 = d^2/2, biased, low variance;
+    k3 = exp(-d) - 1 + d, unbiased and never negative, computed as in the loss. (M,) fp32 -> (M,) fp32. `exact` needs
+    both distributions and comes from `ops.linear_logprobs`.
+    """
+    d = logprobs - ref_logprobs
+    if kind == "k1":
+        return d
+    if kind == "k2":
+        return d.square() / 2
+    if kind == "k3":
+        return eager.exp_less_tangent(-d)
+    raise ValueError(f"kl kind {kind!r} is not an estimate from sampled tokens; use k1, k2 or k3")
+
+
+def token_rewards(kl: Tensor, scores: Tensor, last_tokens: Tensor, beta: float) -> Tensor:
+    """r_t = score * 1[t is the response's last token] - beta * KL_t (Stiennon et al., 2020, section 3.4).
+
+    kl (M,), scores (B,), last_tokens (B,) the index of each response's last token -> (M,) fp32.
+    """
+    return (-beta * kl).index_add(0, last_tokens, scores)
+
+
+def advantages_and_returns(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    whiten: bool,
+    bootstrap: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """GAE, then advantages of mean 0 and variance 1 over the global batch. Returns are left as they are."""
+    advantages, returns = ops.gae(rewards, values, cu_seqlens, gamma=gamma, lam=lam, bootstrap=bootstrap)
+    return (whitened(advantages) if whiten else advantages), returns
+
+
+def whitened(x: Tensor) -> Tensor:
+    """(x - mean) / sqrt(var + 1e-8), the population variance, in fp64: a one-pass fp32 sum cancels at large means."""
+    wide = x.double()
+    variance = wide.var(correction=0) if x.numel() else wide.sum()
+    return ((wide - wide.mean()) * torch.rsqrt(variance + 1e-8)).to(x.dtype)
+
+
+@dataclass
+class KLController:
+    """The coefficient beta of the KL penalty: fixed, or steered to a target (Ziegler et al., 2019, section 2.2).
+
+    e = clip((KL - target) / target, -0.2, 0.2); beta <- beta * (1 + e * n / horizon), n responses at a time.
+    """
+
+    value: float  # beta
+    target: float | None = None  # KL (k1) summed over a response, in nats; None keeps beta fixed
+    horizon: float = 10_000.0  # responses
+
+    def update(self, kl: float, responses: int) -> None:
+        """kl: the batch's mean k1 KL, summed over each response; responses: how many, on all ranks."""
+        if self.target is not None:
+            error = min(max(kl / self.target - 1.0, -0.2), 0.2)
+            self.value *= 1.0 + error * responses / self.horizon
+
+
+def learning_rate(peak: float, update: int, total: int, warmup: int, schedule: Literal["linear", "constant"]) -> float:
+    """The rate of update 0 <= update < total: rises to the peak over `warmup` updates, then falls to 0 or stays."""
+    if update < warmup:
+        return peak * (update + 1) / warmup
+    if schedule == "constant":
+        return peak
+    return peak * max(total - update, 0) / max(total - warmup, 1)
+
+
+def step_rates(config: Config, step: int) -> list[tuple[float, float]]:
+    """Learning rates (actor's, critic's) of each update of PPO step `step`, counted from 0.
+
+    The actor's schedule begins with its first update; while the critic warms up, its rate is 0.
+    """
+    optim, each = config.optim, config.ppo.epochs * config.ppo.minibatches
+    total, first = config.steps * each, config.critic.warmup_steps * each
+
+    def rate(peak: float, update: int, begin: int) -> float:
+        if update < begin:
+            return 0.0
+        return learning_rate(peak, update - begin, total - begin, optim.warmup_steps, optim.schedule)
+
+    updates = range(step * each, (step + 1) * each)
+    return [(rate(config.actor.lr, update, first), rate(config.critic.lr, update, 0)) for update in updates]
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 one that knows the mean alone."""
+    spread = returns.double().var(correction=0)
+    return float(1 - (returns.double() - values.double()).var(correction=0) / spread) if spread > 0 else float("nan")

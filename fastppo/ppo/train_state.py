@@ -1,0 +1,130 @@
+"""Where a run is: all that its future depends on beside the models and their optimizers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+import torch
+
+from fastppo.checkpoint.rollback_record import Since
+from fastppo.checkpoint.run_state import State, random_state, seed_random
+from fastppo.config import Config
+from fastppo.data.batch import Experience, Moments, Packed, Update
+from fastppo.data.microbatches import plan_step
+from fastppo.distributed.world import World
+from fastppo.models.assembly import Roles
+from fastppo.monitor.health import Alarm, Health
+from fastppo.ppo.evaluation import Evaluation
+from fastppo.ppo.experience import recall_trunk
+from fastppo.ppo.schedule import KLController
+
+
+@dataclass
+class Progress:
+    """A run after `step` PPO steps, and as far as it has learned from the batch of the next one.
+
+    Data order, sampling and the plan of microbatches are functions of seed and step, so they need no state. Stages
+    before learning leave nothing behind that counts: a run that was stopped in one of them repeats it.
+    """
+
+    beta: KLController
+    step: int = 0  # done
+    skipped: int = 0  # updates in a row that were not applied
+    moments: Moments = field(default_factory=Moments)  # of all scores
+    evaluated: int = -1  # after which step the last evaluation was; -1 before the first
+    evaluations: list[Evaluation] = field(default_factory=list)  # the first and the last
+    experience: Experience | None = None  # of the next step, once it can be learned from
+    updates: list[Update] = field(default_factory=list)  # done on it
+    seconds: dict[str, float] = field(default_factory=dict)  # of the next step's stages
+    health: Health = field(default_factory=Health)
+    random: State = field(default_factory=random_state)  # as it was where the run would go on
+    ended: Since | None = None  # by an alarm; where the run went back to
+
+    @staticmethod
+    def begin(config: Config, rank: int) -> Progress:
+        seed_random(config.seed, rank)
+        return Progress(KLController(config.ppo.kl_coef, config.ppo.kl_target, config.ppo.kl_horizon))
+
+    @property
+    def name(self) -> str:
+        """Names sort as runs proceed."""
+        return f"step-{self.step:08d}" + ("" if self.experience is None else f"-update-{len(self.updates):04d}")
+
+    @property
+    def score(self) -> float | None:
+        """The held-out score, where the run is at an evaluation."""
+        here = self.evaluated == self.step and self.experience is None
+        return self.evaluations[-1].held_out if self.evaluations and here else None
+
+    @property
+    def good(self) -> int | None:
+        return self.health.good
+
+    def add_evaluation(self, evaluation: Evaluation) -> None:
+        self.evaluations = [*self.evaluations[:1], evaluation]
+        self.evaluated, self.random = self.step, random_state()
+
+    def add_experience(self, experience: Experience, moments: Moments) -> None:
+        self.experience, self.moments, self.random = experience, moments, random_state()
+
+    def drop_trunk(self) -> Experience:
+        """The experience once it is learned from: what its trunk handed up would stay on the device till the next."""
+        assert self.experience is not None
+        self.experience = replace(self.experience, trunk=no_trunk)
+        return self.experience
+
+    def end_step(self) -> None:
+        self.step += 1
+        self.skipped = self.updates[-1].skipped
+        self.experience, self.updates, self.random = None, [], random_state()
+
+    def state(self) -> State:
+        """Plain values and tensors, the same on every rank; `random` is each rank's own."""
+        same = ("step", "skipped", "evaluated", "seconds")
+        experience = None
+        if self.experience is not None:
+            experience = {f.name: getattr(self.experience, f.name) for f in fields(Experience) if f.name != "trunk"}
+            experience["packed"] = {f.name: getattr(self.experience.packed, f.name) for f in fields(Packed)}
+        return {name: getattr(self, name) for name in same} | {
+            "beta": self.beta.value,
+            "moments": asdict(self.moments),
+            "evaluations": [asdict(e) for e in self.evaluations],
+            "updates": [asdict(u) for u in self.updates],
+            "health": self.health.state(),
+            "experience": experience,
+        }
+
+    def restore(self, state: State, own: State) -> None:
+        """What `state` gave; own: this rank's `random`. The experience lacks its trunk (`recall_experience`)."""
+        self.step, self.skipped, self.evaluated = state["step"], state["skipped"], state["evaluated"]
+        self.beta.value, self.random = state["beta"], own
+        self.moments = Moments(**state["moments"])
+        self.seconds.clear()
+        self.seconds.update(state["seconds"])
+        self.evaluations = [Evaluation(**e) for e in state["evaluations"]]
+        self.updates = [Update(**u) for u in state["updates"]]
+        self.health = Health.of(state["health"])
+        kept = state["experience"]
+        self.experience = kept and Experience(**kept | {"packed": Packed(**kept["packed"]), "trunk": no_trunk})
+
+    def recall(self, since: Since) -> None:
+        """What the run that went back to where this one is knew beyond it."""
+        self.beta.value = since.kl_coef
+        self.health.roll_backs = since.roll_backs
+        self.health.alarms = [Alarm(**alarm) for alarm in since.alarms]
+
+
+def no_trunk(role: Any, packed: Packed, sequences: torch.Tensor) -> None:
+    """In the place of `Experience.trunk` where nothing is kept."""
+
+
+def recall_experience(run: Progress, roles: Roles, config: Config, world: World) -> None:
+    """Give a restored experience its trunk again, from the microbatches that it was first computed in."""
+    if run.experience is None:
+        return
+    packed = run.experience.packed
+    plan = plan_step(packed.lengths, config, run.step, world.ranks, roles.attention)
+    done = [minibatch for epoch in plan for minibatch in epoch][: max(len(run.updates), len(plan[0]))]
+    roles.residency.enter("experience")
+    run.experience = replace(run.experience, trunk=recall_trunk(packed, done, roles, world))

@@ -1,0 +1,280 @@
+"""Learning: several epochs of clipped updates on one batch (Schulman et al., 2017, algorithm 1)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastppo import ops
+from fastppo.config import Config
+from fastppo.data.batch import Experience, Packed, Update
+from fastppo.data.microbatches import Minibatch
+from fastppo.distributed import stop
+from fastppo.distributed.engine import Engine, Frozen, gathered
+from fastppo.distributed.world import World, all_max, all_sum
+from fastppo.models.assembly import Roles
+from fastppo.models.roles import Policy, hidden_states
+from fastppo.ppo.faults import note_fault
+from fastppo.ppo.ptx import Texts, add_gradient
+from fastppo.ppo.schedule import step_rates
+
+log = logging.getLogger("fastppo")
+
+# |ratio - 1| on the first update of a batch, where the policy is still the one that sampled (with identical packing).
+RATIO_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-3}
+
+
+class Sums(NamedTuple):
+    """Statistics of a minibatch so far, summed over tokens: they add up over microbatches and ranks, means do not."""
+
+    policy: Tensor  # (8,) as in ops.PolicyStats
+    ratio_max: Tensor  # ()
+    value: Tensor  # (7,) as in ops.ValueStats
+
+    @staticmethod
+    def zero(device: torch.device) -> Sums:
+        return Sums(torch.zeros(8, device=device), torch.zeros((), device=device), torch.zeros(7, device=device))
+
+    def __add__(self, other: Any) -> Sums:
+        return Sums(
+            self.policy + other.policy.detach(),
+            torch.maximum(self.ratio_max, other.ratio_max.detach()),
+            self.value + other.value.detach(),
+        )
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a microbatch learns from, on the device. The loss sums over its tokens and divides by `normalizer`."""
+
+    packed: Packed
+    old_logprobs: Tensor  # (m,) fp32, as all below
+    advantages: Tensor
+    old_values: Tensor
+    returns: Tensor
+    normalizer: Tensor  # () fp32
+    against: dict[str, Tensor | None]  # the reference as the loss wants it; empty where the penalty is in the reward
+
+
+Term = Callable[[Any, Tensor, Targets, Config], tuple[Tensor, Sums]]  # (role, hidden (m, H), ...) -> its loss
+
+
+def learn(
+    experience: Experience,
+    roles: Roles,
+    plan: list[list[Minibatch]],
+    config: Config,
+    *,
+    step: int,
+    beta: float,
+    world: World,
+    updates: list[Update] | None = None,
+    skipped: int = 0,
+    texts: Texts | None = None,
+) -> list[Update]:
+    """One update for each minibatch of the plan.
+
+    step: which PPO step of the run this is, counted from 0, for the learning rates and the critic's warm-up;
+    beta: coefficient of a KL penalty in the loss; updates: those already done, to which the others are added as they
+    are done; skipped: updates in a row that were not applied at the end of the step before; texts: mixed into the
+    actor's updates. An update that finds the policy further from the one that sampled than `health.kl_limit` is not
+    applied and the last, on all ranks alike.
+    """
+    updates = [] if updates is None else updates
+    limit = config.health.kl_limit
+    rates, train_actor = step_rates(config, step), step >= config.critic.warmup_steps
+    texts = texts if train_actor else None
+    chosen = iter(()) if texts is None else texts.from_update(step * len(rates) + len(updates))
+    minibatches = [(epoch, minibatch) for epoch, part in enumerate(plan) for minibatch in part]
+    for epoch, minibatch in minibatches[len(updates) :]:
+        if updates and updates[-1].stopped:
+            break
+        actor_rate, critic_rate = rates[len(updates)]
+        jobs = _jobs(roles, actor_rate, critic_rate, train_actor)
+        tokens = int(experience.packed.response_lengths[torch.cat(minibatch.microbatches)].sum())
+        ptx_loss = 0.0 if texts is None else add_gradient(texts, next(chosen), roles.actor, world)
+        sums = _accumulate(jobs, experience, minibatch, tokens, roles, config, beta, world)
+        norms = [engine.gradient_norm() for engine, _, _ in jobs]
+        update = _summarise(epoch, sums, tokens, norms[0] if train_actor else math.nan, norms[-1], world)
+        update = replace(update, ptx_loss=ptx_loss)
+        finite = _finite(update, norms, train_actor)
+        stopped = finite and update.approx_kl > limit
+        for engine, _, learning_rates in jobs:  # all or none: a critic that learned alone would no longer fit the actor
+            engine.step(learning_rates, apply=finite and not stopped)
+        if roles.average is not None and train_actor and finite and not stopped:
+            roles.average.update()
+        if not finite:
+            before = updates[-1].skipped if updates else skipped
+            update = replace(update, skipped=before + 1)
+            note_fault(experience, minibatch, asdict(update), config, step=step, number=len(updates), world=world)
+        updates.append(replace(update, stopped=stopped))
+        if len(updates) == 1 and train_actor:
+            check_first_ratio(updates[0], config.optim.dtype)
+    return updates
+
+
+def _finite(update: Update, norms: list[float], train_actor: bool) -> bool:
+    """Whether loss and gradients are numbers. Both are sums over all ranks, so the ranks agree."""
+    losses = [update.value_loss, update.policy_loss, update.kl_loss] if train_actor else [update.value_loss]
+    return all(math.isfinite(x) for x in (*losses, update.ptx_loss, *norms))
+
+
+def policy_term(policy: Policy, hidden: Tensor, targets: Targets, config: Config) -> tuple[Tensor, Sums]:
+    """The clipped surrogate with entropy bonus and, where so configured, the KL penalty."""
+    ppo = config.ppo
+    loss, stats = policy.head(
+        hidden,
+        ops.linear_policy_loss,
+        targets.packed.responses,
+        targets.old_logprobs,
+        targets.advantages,
+        temperature=config.sampling.temperature,
+        clip_low=ppo.clip_low,
+        clip_high=ppo.clip_high,
+        dual_clip=ppo.dual_clip,
+        entropy_coef=ppo.entropy_coef,
+        normalizer=targets.normalizer,
+        **targets.against,
+    )
+    return loss, Sums(stats.sums, stats.ratio_max, stats.sums.new_zeros(7))
+
+
+def value_term(role: Any, hidden: Tensor, targets: Targets, config: Config) -> tuple[Tensor, Sums]:
+    """The clipped squared error of V, times its coefficient."""
+    loss, stats = ops.value_loss(
+        role.value_head(hidden),
+        targets.old_values,
+        targets.returns,
+        clip=config.ppo.value_clip,
+        normalizer=targets.normalizer,
+    )
+    return config.ppo.value_coef * loss, Sums(stats.sums.new_zeros(8), stats.sums.new_zeros(()), stats.sums)
+
+
+def value_head_term(role: Any, hidden: Tensor, targets: Targets, config: Config) -> tuple[Tensor, Sums]:
+    """The value loss for the head alone, the backbone left as it is (warm-up of a shared critic)."""
+    return value_term(role, hidden.detach(), targets, config)
+
+
+def _jobs(
+    roles: Roles, actor_rate: float, critic_rate: float, train_actor: bool
+) -> list[tuple[Engine, list[Term], list[float]]]:
+    """Which engines learn from which terms of the loss, at which rates."""
+    if roles.critic is None and train_actor:
+        return [(roles.actor, [policy_term, value_term], [actor_rate, critic_rate])]
+    if roles.critic is None:
+        return [(roles.actor, [value_head_term], [actor_rate, critic_rate])]
+    critic: tuple[Engine, list[Term], list[float]] = (roles.critic, [value_term], [critic_rate])
+    return [(roles.actor, [policy_term], [actor_rate]), critic] if train_actor else [critic]
+
+
+def _accumulate(
+    jobs: list[tuple[Engine, list[Term], list[float]]],
+    experience: Experience,
+    minibatch: Minibatch,
+    tokens: int,
+    roles: Roles,
+    config: Config,
+    beta: float,
+    world: World,
+) -> Sums:
+    """Gradients and statistics of this rank's share of a minibatch, which has `tokens` response tokens in all."""
+    # Engines average gradients over ranks, and the loss is to be a mean over the tokens of all of them.
+    normalizer = torch.tensor(tokens / world.ranks, dtype=torch.float32, device=world.device)
+    sums = Sums.zero(world.device)
+    mine = minibatch.of_rank(world.rank, world.ranks)
+    read = list(roles.reference.module.head.parameters()) if config.ppo.loss_reads_reference else []
+    for i, sequences in enumerate(mine):
+        stop.check(world)
+        targets = _targets(experience, sequences, normalizer, roles.reference, config, beta, world.device)
+        for engine, terms, _ in jobs:
+            below = experience.trunk(engine.module, targets.packed, sequences)
+            with gathered(read):  # the reference's head beside the actor's own
+                loss, stats = engine(targets.packed, partial(_add_terms, terms, targets, config), below)
+            engine.backward(loss, last=i + 1 == len(mine))
+            sums += stats
+    return sums
+
+
+def _add_terms(terms: list[Term], targets: Targets, config: Config, role: Any, hidden: Tensor) -> tuple[Tensor, Sums]:
+    loss, sums = terms[0](role, hidden, targets, config)
+    for term in terms[1:]:
+        another, stats = term(role, hidden, targets, config)
+        loss, sums = loss + another, sums + stats
+    return loss, sums
+
+
+def _targets(
+    experience: Experience,
+    sequences: Tensor,
+    normalizer: Tensor,
+    reference: Frozen,
+    config: Config,
+    beta: float,
+    device: torch.device,
+) -> Targets:
+    packed = experience.packed.select(sequences).to(device)
+
+    def rows(values: Tensor) -> Tensor:
+        return experience.packed.select_tokens(values, sequences).to(device)
+
+    against: dict[str, Any] = {}
+    if config.ppo.kl_in == "loss":
+        against = {"kl_coef": beta, "kl_kind": config.ppo.kl_kind}
+        if config.ppo.loss_reads_reference:
+            below = experience.trunk(reference.module, packed, sequences)
+            against |= reference.module.head.as_reference(reference(packed, hidden_states, below))
+        else:
+            against |= {"ref_logprobs": rows(experience.ref_logprobs)}
+    return Targets(
+        packed=packed,
+        old_logprobs=rows(experience.old_logprobs),
+        advantages=rows(experience.advantages),
+        old_values=rows(experience.values),
+        returns=rows(experience.returns),
+        normalizer=normalizer,
+        against=against,
+    )
+
+
+def _summarise(epoch: int, sums: Sums, tokens: int, actor_norm: float, critic_norm: float, world: World) -> Update:
+    policy, value = all_sum(sums.policy.double(), world), all_sum(sums.value.double(), world)
+    count = policy[7]  # 0 while the critic warms up, and 0/0 is NaN
+    loss, entropy, kl, approx_kl, clipped, dual_clipped, ratio = (policy[:7] / count).tolist()
+    return Update(
+        epoch=epoch,
+        policy_loss=loss,
+        entropy=entropy,
+        kl_loss=kl,
+        approx_kl=approx_kl,
+        clip_fraction=clipped,
+        dual_clip_fraction=dual_clipped,
+        ratio_mean=ratio,
+        ratio_max=float(all_max(sums.ratio_max, world)) if count else float("nan"),
+        value_loss=float(value[0]) / tokens,
+        value_clip_fraction=float(value[1]) / tokens,
+        actor_grad_norm=actor_norm,
+        critic_grad_norm=critic_norm,
+    )
+
+
+def check_first_ratio(update: Update, dtype: str) -> None:
+    """Before the first update the policy is still the one that sampled: say so in the log if its ratio is not 1."""
+    tolerance = RATIO_TOLERANCE[dtype]
+    worst = max(abs(update.ratio_mean - 1), update.ratio_max - 1)
+    if not (worst <= tolerance and update.approx_kl <= tolerance):
+        log.warning(
+            "the first update of this batch began at ratio %.6f (largest %.6f) and approximate KL %.2g, not at 1 and 0"
+            " within %g: the old logprobs are not those of the policy that is updated",
+            update.ratio_mean,
+            update.ratio_max,
+            update.approx_kl,
+            tolerance,
+        )

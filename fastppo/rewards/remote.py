@@ -1,0 +1,242 @@
+"""A service on the network as a source of reward.
+
+It is sent `{"prompts": [...], "responses": [...], "ended": [...], "columns": {name: [...]}}` by POST and answers
+`{"scores": [...]}`, one finite number for each response. `ended` is false for a response that was cut at its maximum
+length. Where prompts are chat, `"messages": [...]` has the messages of each, or null. An error has another status than
+200 and may say more in `{"error": "..."}`. `fastppo.serve_reward` serves a reward model that way.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from queue import SimpleQueue
+from threading import Event, Thread
+from typing import Any, NamedTuple, TypeVar
+
+import requests
+
+from fastppo.config import RewardConfig
+from fastppo.config.rewards import FIRST_WAIT, LONGEST_WAIT
+from fastppo.rewards.responses import Responses, RewardError, Source, checked, shown
+
+log = logging.getLogger("fastppo")
+
+T = TypeVar("T")
+
+HOPELESS = range(400, 500)  # the request itself is wrong, and would be again
+BUSY = (408, 425, 429)  # among those, the ones that pass
+SAYS_WHEN = (429, 503)  # with a Retry-After, in seconds
+CERTIFICATE = re.compile(r"certificate verify failed: (.*?) \(")
+
+
+def remote_source(config: RewardConfig, where: str = "rewards") -> Source:
+    """Requests of `request_size` responses, `concurrency` at a time, each tried `retries` times more if it fails.
+
+    where: the setting it belongs to, for errors. Raises RewardError for the first request that fails every time or
+    whose answer is hopeless; no other is begun or tried again then, and none is waited for.
+    """
+
+    def source(responses: Responses) -> list[float]:
+        starts = range(0, len(responses.texts), config.request_size)
+        asked = [_request(responses, start, config, where) for start in starts]
+        with requests.Session() as session:
+            session.mount("http", requests.adapters.HTTPAdapter(pool_maxsize=config.concurrency))
+            return [number for scores in _Asking(session, config, where).all(asked) for number in scores]
+
+    return source
+
+
+class _Request(NamedTuple):
+    first: int  # number of its first response among all that are scored
+    texts: list[str]
+    body: bytes
+
+
+def _request(responses: Responses, start: int, config: RewardConfig, where: str) -> _Request:
+    rows = slice(start, start + config.request_size)
+    columns = {name: column[rows] for name, column in responses.columns.items()}
+    said: dict[str, Any] = {
+        "prompts": responses.prompts[rows],
+        "responses": responses.texts[rows],
+        "ended": responses.ended[rows],
+        "columns": columns,
+    }
+    if responses.messages is not None and any(chat is not None for chat in responses.messages[rows]):
+        said["messages"] = list(responses.messages[rows])
+    try:
+        return _Request(start, responses.texts[rows], _json(said))
+    except (TypeError, ValueError, RecursionError) as error:
+        for name, column in columns.items():
+            for value in column:
+                if not _is_json(value):
+                    raise RewardError(
+                        f"{where}.url = {config.url} is sent JSON, which cannot say {shown(value)}"
+                        f" ({type(value).__name__}) of the column {name}. Write that column as text, or leave it out of"
+                        " the data."
+                    ) from error
+        raise
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, allow_nan=False).encode()
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        return bool(_json(value))
+    except (TypeError, ValueError, RecursionError):
+        return False
+
+
+class _Asking:
+    """The requests of one batch. Threads that are no longer waited for end by themselves, or with the process."""
+
+    def __init__(self, session: requests.Session, config: RewardConfig, where: str):
+        self.session, self.config, self.where = session, config, where
+        self.name = f"{where}.url = {config.url}"
+        self.over = Event()  # one has failed for good
+
+    def all(self, asked: list[_Request]) -> list[list[float]]:
+        """The scores of each request. Raises the first final failure as soon as it is there."""
+        scores: dict[int, list[float]] = {}
+        todo, done = deque(enumerate(asked)), SimpleQueue[tuple[int, list[float] | Exception]]()
+
+        def work() -> None:
+            while not self.over.is_set():
+                try:
+                    i, request = todo.popleft()
+                except IndexError:  # that was all
+                    return
+                try:
+                    done.put((i, self._scores(request)))
+                except Exception as error:
+                    done.put((i, error))  # before the others see that it is over, so that this one is raised
+                    self.over.set()
+
+        for _ in range(min(self.config.concurrency, len(asked))):
+            Thread(target=work, daemon=True).start()
+        try:
+            while len(scores) < len(asked):
+                i, answer = done.get()
+                if isinstance(answer, Exception):
+                    raise answer
+                scores[i] = answer
+        finally:
+            self.over.set()
+        return [scores[i] for i in range(len(asked))]
+
+    def _scores(self, request: _Request) -> list[float]:
+        """The scores of one request, after as many tries as it takes or is given."""
+        wait = FIRST_WAIT
+        for left in reversed(range(self.config.retries + 1)):
+            try:
+                return checked(self.name, self._answer(request.body), request.texts, request.first)
+            except RewardError as error:
+                if left == 0 or isinstance(error, _Hopeless) or self.over.is_set():
+                    tries = self.config.retries + 1 - left
+                    raise RewardError(f"{error}. Tried {tries} time{'s' * (tries > 1)}.") from error
+                pause = max(wait, error.seconds) if isinstance(error, _Busy) else wait
+                log.warning("%s; trying again in %.1f s, %d left", error, pause, left)
+            if self.over.wait(pause):
+                break
+            wait = min(2 * wait, LONGEST_WAIT)
+        raise RewardError(f"{self.name}: another request has failed")
+
+    def _answer(self, body: bytes) -> Any:
+        """What the service answers to one try, `timeout` seconds at most after it was asked."""
+        assert self.config.url is not None
+        post = partial(
+            self.session.post,
+            self.config.url,
+            data=body,
+            headers={"Content-Type": "application/json"},
+            timeout=self.config.timeout,
+        )
+        try:
+            return _said(self.name, _within(self.config.timeout, post))
+        except (TimeoutError, requests.RequestException) as error:
+            raise RewardError(self._unreachable(error)) from error
+
+    def _unreachable(self, error: Exception) -> str:
+        if isinstance(error, TimeoutError | requests.Timeout):
+            return f"{self.name} did not answer within {self.config.timeout:g} s ({self.where}.timeout)"
+        if isinstance(error, requests.exceptions.SSLError):
+            refused = CERTIFICATE.search(str(error))
+            if refused is None:
+                return f"{self.name} does not speak TLS ({error}), so see whether its address begins with http://"
+            return (
+                f"{self.name} has a certificate that is not accepted ({refused[1]}). Give the address that it was made"
+                " for, or name a file with its authority's in the environment's REQUESTS_CA_BUNDLE"
+            )
+        if isinstance(error, requests.ConnectionError):
+            kind = type(error).__name__
+            return f"{self.name} cannot be reached or broke off ({kind}), so see whether the service runs there"
+        return f"{self.name} could not be asked ({error})"
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """What a call returns or raises; TimeoutError if it is not done by then, whatever it is at.
+
+    The timeout of requests is one for each read, and a service that sends a byte now and then would never exceed it.
+    """
+    said: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            said.set_result(call())
+        except Exception as error:
+            said.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return said.result(seconds)
+
+
+class _Hopeless(RewardError):
+    """An answer that trying again would not change."""
+
+
+class _Busy(RewardError):
+    """An answer that says after how many seconds to try again."""
+
+    seconds = 0.0
+
+
+def _said(name: str, answer: requests.Response) -> Any:
+    """The `scores` of an answer. Raises RewardError for anything else than status 200 and the JSON agreed on."""
+    if answer.request.method != "POST":
+        raise _Hopeless(
+            f"{name} redirects with status {answer.history[0].status_code} to {answer.url}, which turns the request"
+            " into one without a body. Give that address instead"
+        )
+    try:
+        said = answer.json()
+    except (ValueError, RecursionError):  # of Python's too: an integer of too many digits, arrays in arrays
+        said = None
+    if answer.status_code != 200:
+        detail = said["error"] if isinstance(said, dict) and "error" in said else _beginning(answer.text)
+        raise _refused(answer, f"{name} answered with status {answer.status_code}: {detail}")
+    if said is None:
+        raise RewardError(f"{name} answered with something that is not JSON: {_beginning(answer.text)}")
+    if not isinstance(said, dict) or not isinstance(said.get("scores"), list):
+        raise RewardError(f'{name} must answer {{"scores": [...]}}, and answered {_beginning(answer.text)}')
+    return said["scores"]
+
+
+def _refused(answer: requests.Response, problem: str) -> RewardError:
+    status, seconds = answer.status_code, answer.headers.get("Retry-After", "")
+    if status in HOPELESS and status not in BUSY:
+        return _Hopeless(problem)
+    error = _Busy(problem)
+    if status in SAYS_WHEN and seconds.isdecimal():
+        error.seconds = min(float(seconds), LONGEST_WAIT)
+    return error
+
+
+def _beginning(text: str) -> str:
+    return repr(" ".join(text.split())[:120])
