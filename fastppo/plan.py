@@ -13,13 +13,19 @@ from typing import Any
 
 import torch
 
-from fastppo.config import AnyConfig
-from fastppo.config.command_line import PPO, REWARD, SFT, Command, parse
+from fastppo.config import PPO, REWARD, SFT, AnyConfig, Command, parse
 from fastppo.errors import FastPPOError
-from fastppo.planner.changes import advice
-from fastppo.planner.check import PlanError, show, table_console
-from fastppo.planner.machine import Machine, parse_bytes, parse_count, this_machine
-from fastppo.planner.plan import make_plan
+from fastppo.planner import (
+    Machine,
+    PlanError,
+    advice,
+    make_plan,
+    parse_bytes,
+    parse_count,
+    show,
+    table_console,
+    this_machine,
+)
 
 
 def main(argv: list[str] | None = None) -> None:

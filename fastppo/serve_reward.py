@@ -22,16 +22,11 @@ from jsonargparse import auto_cli
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.config import OptimConfig, ZeroConfig
-from fastppo.data.conversations import NO_ARGUMENTS, Messages, are_messages, check_arguments
-from fastppo.data.tables import SURROGATE
-from fastppo.distributed.engine import Frozen
-from fastppo.distributed.world import World
+from fastppo.data import NO_ARGUMENTS, SURROGATE, Messages, are_messages, check_arguments
+from fastppo.distributed import Frozen, World
 from fastppo.errors import FastPPOError, exit_with_message
-from fastppo.models.loading.policies import load_reward
-from fastppo.models.loading.weights import DTYPES
-from fastppo.models.roles import RewardModel
-from fastppo.rewards import RewardError
-from fastppo.rewards.model import BadChat, ModelSource, TooLong
+from fastppo.models import DTYPES, RewardModel, load_reward
+from fastppo.rewards import BadChat, ModelSource, RewardError, TooLong
 
 log = logging.getLogger("fastppo")
 

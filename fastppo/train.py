@@ -13,21 +13,12 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: Python would look for modules in the folder fastppo/ first
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from fastppo.config import Config
-from fastppo.config.command_line import parse
-from fastppo.data.batch import Experience, Prompts
-from fastppo.data.microbatches import plan_step
-from fastppo.distributed.stop import Stopped, together, watching
-from fastppo.distributed.world import World, start_world, stop_world
+from fastppo.config import Config, parse
+from fastppo.data import Experience, Prompts, plan_step
+from fastppo.distributed import Stopped, World, start_world, stop_world, together, watching
 from fastppo.errors import exit_with_message
-from fastppo.monitor.health import watch
-from fastppo.monitor.run_dir import claimed
-from fastppo.monitor.tracker import setup_logging
-from fastppo.ppo.alarm_actions import ENDED, respond
-from fastppo.ppo.experience import estimate
-from fastppo.ppo.metrics import mean_kl
-from fastppo.ppo.run import Setup, Step, evaluate_if_due, finish, log_step, set_up
-from fastppo.ppo.update import learn
+from fastppo.monitor import claimed, setup_logging, watch
+from fastppo.ppo import ENDED, Setup, Step, estimate, evaluate_if_due, finish, learn, log_step, mean_kl, respond, set_up
 from fastppo.rewards import score
 from fastppo.rollout import sample
 

@@ -18,24 +18,26 @@ if __package__ in (None, ""):  # run as a script: Python would look for modules 
 import torch
 from torch import Tensor
 
-from fastppo.checkpoint.leave import Left, leave_model
-from fastppo.config import RewardTrainingConfig
-from fastppo.config.command_line import REWARD, parse
-from fastppo.data.batch import Packed
-from fastppo.data.examples import Examples, load_pairs
-from fastppo.distributed.stop import Stopped
-from fastppo.distributed.world import World, start_world, stop_world
+from fastppo.checkpoint import Left, leave_model
+from fastppo.config import REWARD, RewardTrainingConfig, parse
+from fastppo.data import Examples, Packed, load_pairs
+from fastppo.distributed import Stopped, World, start_world, stop_world
 from fastppo.errors import exit_with_message
-from fastppo.models.frozen_prefix import TrunkStates
-from fastppo.models.sampling_weights import whole_state
-from fastppo.monitor.run_dir import claimed
-from fastppo.monitor.tell import only_tells
-from fastppo.monitor.tracker import setup_logging
-from fastppo.offline.heldout import PairEvaluation, evaluate_pairs, write_reliability
-from fastppo.offline.loop import Stage, run_stage, set_up
-from fastppo.offline.model import assemble_scorer
-from fastppo.offline.preference import centring_loss, preference_loss, rightness
-from fastppo.offline.update import Objective
+from fastppo.models import TrunkStates, whole_state
+from fastppo.monitor import claimed, only_tells, setup_logging
+from fastppo.offline import (
+    Objective,
+    PairEvaluation,
+    Stage,
+    assemble_scorer,
+    centring_loss,
+    evaluate_pairs,
+    preference_loss,
+    rightness,
+    run_stage,
+    set_up,
+    write_reliability,
+)
 
 log = logging.getLogger("fastppo")
 

@@ -15,20 +15,22 @@ if __package__ in (None, ""):  # run as a script: Python would look for modules 
 
 from torch import Tensor
 
-from fastppo.checkpoint.leave import Left, leave_model
-from fastppo.config import SFTConfig
-from fastppo.config.command_line import SFT, parse
-from fastppo.data.batch import Packed
-from fastppo.data.examples import load_answers
-from fastppo.distributed.stop import Stopped
-from fastppo.distributed.world import World, start_world, stop_world
+from fastppo.checkpoint import Left, leave_model
+from fastppo.config import SFT, SFTConfig, parse
+from fastppo.data import Packed, load_answers
+from fastppo.distributed import Stopped, World, start_world, stop_world
 from fastppo.errors import exit_with_message
-from fastppo.models.sampling_weights import whole_state
-from fastppo.monitor.run_dir import claimed
-from fastppo.monitor.tracker import setup_logging
-from fastppo.offline.heldout import AnswerEvaluation, evaluate_answers, response_logprobs
-from fastppo.offline.loop import Stage, run_stage, set_up
-from fastppo.offline.model import assemble_learner
+from fastppo.models import whole_state
+from fastppo.monitor import claimed, setup_logging
+from fastppo.offline import (
+    AnswerEvaluation,
+    Stage,
+    assemble_learner,
+    evaluate_answers,
+    response_logprobs,
+    run_stage,
+    set_up,
+)
 
 
 def negative_logprob(role: Any, hidden: Tensor, *, packed: Packed, part: Tensor) -> tuple[Tensor, Tensor]:

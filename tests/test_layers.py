@@ -1,9 +1,12 @@
-"""The layers of the package: imports point down only, and the kernels have few doors."""
+"""The rooms of the package: imports point down only and through doors, and rooms stay small."""
 
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fastppo"
@@ -24,6 +27,31 @@ def test_imports_point_down_only() -> None:
     linter = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))"
     run = subprocess.run([sys.executable, "-c", linter], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_every_room_has_a_door_that_nobody_goes_past() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    guarded = {module for contract in settings["contracts"] for module in contract.get("protected_modules", ())}
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} - {"report"}  # of which nothing is imported
+    assert guarded == {f"fastppo.{room}.*" for room in rooms}
+
+
+def test_a_door_loads_a_module_only_when_something_of_it_is_wanted() -> None:
+    code = (
+        "import sys; from fastppo.config import Config, HealthConfig, validate;"
+        "from fastppo.monitor import begin_folder, trend; import fastppo.report.__main__; raise SystemExit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "room", sorted(path.parent for path in PACKAGE.rglob("__init__.py")), ids=lambda room: room.name
+)
+def test_rooms_have_at_most_a_dozen_modules_and_modules_350_lines(room: Path) -> None:
+    modules = list(room.glob("*.py"))
+    assert len(modules) <= (17 if room.name == "report" else 12)
+    for module in modules:
+        assert len(module.read_text(encoding="utf-8").splitlines()) <= 350, module
 
 
 def test_only_ops_reaches_the_kernels() -> None:

@@ -18,10 +18,10 @@ from fastppo.checkpoint import atomic_dir
 from fastppo.checkpoint.run_state import Run
 from fastppo.checkpoint.save import Checkpoints, export
 from fastppo.config import LoraConfig
-from fastppo.distributed.world import World, all_gather
+from fastppo.distributed import World, all_gather
 from fastppo.errors import FastPPOError
-from fastppo.models.roles import Backbone
-from fastppo.monitor.tell import reason, settle_stdout
+from fastppo.models import Backbone
+from fastppo.monitor import reason, settle_stdout
 
 log = logging.getLogger("fastppo")
 

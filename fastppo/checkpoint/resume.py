@@ -18,9 +18,9 @@ from fastppo import __version__
 from fastppo.checkpoint import atomic_dir
 from fastppo.checkpoint.rollback_record import Since, read_since
 from fastppo.config import AnyConfig, Config
-from fastppo.distributed.world import World, all_gather
+from fastppo.distributed import World, all_gather
 from fastppo.errors import FastPPOError
-from fastppo.monitor.run_dir import LINES
+from fastppo.monitor import LINES
 
 log = logging.getLogger("fastppo")
 

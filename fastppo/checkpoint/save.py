@@ -25,14 +25,9 @@ from fastppo.checkpoint import atomic_dir
 from fastppo.checkpoint.resume import NAME, CheckpointError, Found, held_out_score, settings, versions
 from fastppo.checkpoint.run_state import Run, set_random_state
 from fastppo.config import ActorLoraConfig, AnyConfig, Config, LoraConfig
-from fastppo.distributed import clock
-from fastppo.distributed.engine import Saved
-from fastppo.distributed.stop import Stopped
-from fastppo.distributed.world import World, all_gather
-from fastppo.models.attention import ATTENTION
-from fastppo.models.lora import merged_state, save_adapters
-from fastppo.models.roles import Backbone
-from fastppo.monitor.run_dir import LINES, sizes
+from fastppo.distributed import Saved, Stopped, World, all_gather, clock
+from fastppo.models import ATTENTION, Backbone, merged_state, save_adapters
+from fastppo.monitor import LINES, sizes
 from fastppo.rewards import RewardError
 
 log = logging.getLogger("fastppo")

@@ -1,53 +1,9 @@
-"""The settings of a run, as frozen dataclasses.
+"""The settings of a run, as frozen dataclasses; their validation, the command line, and what DeepSpeed is told.
 
-Each field is documented by the string below it; `--help` shows that string. A field that holds a quantity
-names its unit. `fastppo.config.validation.validate` refuses settings that cannot work together, before a model loads.
+Each field is documented by the string below it, which `--help` shows. A field that holds a quantity names its unit.
+Importing this needs no torch.
 """
 
-from fastppo.config.data import DataConfig, PtxConfig, SamplingConfig
-from fastppo.config.health import AlarmConfig, HealthConfig
-from fastppo.config.learning import OptimConfig, PPOConfig, ZeroConfig
-from fastppo.config.models import ActorConfig, ActorLoraConfig, CriticConfig, LoraConfig, ReferenceConfig
-from fastppo.config.offline import (
-    AnswersConfig,
-    ExamplesConfig,
-    HeldOutConfig,
-    ModelConfig,
-    PairsConfig,
-    RewardTrainingConfig,
-    SFTConfig,
-)
-from fastppo.config.ppo import AnyConfig, Config
-from fastppo.config.rewards import RewardConfig
-from fastppo.config.run import CheckpointConfig, EvalConfig, TrackConfig
-from fastppo.errors import ConfigError
+import lazy_loader
 
-__all__ = [
-    "ActorConfig",
-    "ActorLoraConfig",
-    "AlarmConfig",
-    "AnswersConfig",
-    "AnyConfig",
-    "CheckpointConfig",
-    "Config",
-    "ConfigError",
-    "CriticConfig",
-    "DataConfig",
-    "EvalConfig",
-    "ExamplesConfig",
-    "HealthConfig",
-    "HeldOutConfig",
-    "LoraConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "PPOConfig",
-    "PairsConfig",
-    "PtxConfig",
-    "ReferenceConfig",
-    "RewardConfig",
-    "RewardTrainingConfig",
-    "SFTConfig",
-    "SamplingConfig",
-    "TrackConfig",
-    "ZeroConfig",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -22,8 +22,9 @@ from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings  # type: ignore[attr-defined]
 
-from fastppo.config import AnyConfig, Config, RewardTrainingConfig, SFTConfig
 from fastppo.config.launch import LaunchError, check_launch, first_of_many
+from fastppo.config.offline import RewardTrainingConfig, SFTConfig
+from fastppo.config.ppo import AnyConfig, Config
 from fastppo.config.validation import validate
 from fastppo.config.validation.offline import validate_reward, validate_sft
 from fastppo.errors import ConfigError

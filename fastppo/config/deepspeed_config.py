@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastppo.config import AnyConfig, Config, OptimConfig, ZeroConfig
+from fastppo.config.learning import OptimConfig, ZeroConfig
+from fastppo.config.ppo import AnyConfig, Config
 from fastppo.errors import ConfigError
 
 JSON = dict[str, Any]

@@ -1,1 +1,5 @@
-"""Packed batches and their types, microbatches, and prompts, pairs and responses from files."""
+"""What a run reads and hands on: packed batch types, microbatches, tables, prompts, examples, conversations."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

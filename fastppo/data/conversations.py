@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastppo.config import ExamplesConfig
 from fastppo.data.continuation import encode_after, encode_behind, plain_tokens, special_ids
 from fastppo.data.tables import DataError
-from fastppo.distributed.clock import strftime_now
+from fastppo.distributed import strftime_now
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,1 +1,5 @@
-"""The processes of a run: ranks, DeepSpeed's engines, what is on the GPU in which phase, and signals."""
+"""The processes of a run: ranks, DeepSpeed's engines, what is on the GPU in which phase, and signals to stop."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -18,7 +18,7 @@ from threading import Thread
 
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from fastppo.config.launch import NEEDED, LaunchError
+from fastppo.config import NEEDED, LaunchError
 
 log = logging.getLogger("fastppo")
 

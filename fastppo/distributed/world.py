@@ -29,7 +29,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from fastppo.config.launch import check_launch
+from fastppo.config import check_launch
 from fastppo.distributed.rendezvous import meet
 from fastppo.errors import FastPPOError, exit_with_message
 

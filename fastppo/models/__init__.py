@@ -1,1 +1,5 @@
-"""Actor, critic, reference and reward model: attention, adapters, frozen prefix, weights to sample from."""
+"""Actor, critic, reference and reward model: loading, attention, adapters, frozen prefix, weights to sample from."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.config import Config
-from fastppo.distributed.engine import Engine, Frozen, Gradients, Saved, check_nvme
-from fastppo.distributed.residency import Residency
-from fastppo.distributed.world import World
+from fastppo.distributed import Engine, Frozen, Gradients, Residency, Saved, World, check_nvme
 from fastppo.models.attention import choose_attention
 from fastppo.models.average import Average
 from fastppo.models.loading.policies import load_policies

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastppo.distributed.world import World
+from fastppo.distributed import World
 from fastppo.models.roles import Policy
 
 # isort: split

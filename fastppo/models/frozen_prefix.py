@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastppo.data.batch import Packed
+from fastppo.data import Packed
 
 
 def layers_of(model: PreTrainedModel) -> tuple[nn.Module, str] | None:

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastppo import ops
-from fastppo.data.batch import Packed, pack
+from fastppo.data import Packed, pack
 from fastppo.errors import ModelError as ModelError
 from fastppo.models.attention import Cache, Spans, attend_packed
 from fastppo.models.frozen_prefix import layers_of, passing, trunk_depth
 from fastppo.models.logit_scale import logit_scale
 from fastppo.models.rotary import turn_each_sequence
-from fastppo.ops.stats import TokenStats
+from fastppo.ops import TokenStats
 
 log = logging.getLogger("fastppo")
 

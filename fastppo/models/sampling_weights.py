@@ -12,8 +12,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from fastppo.distributed.engine import gathered
-from fastppo.distributed.world import World
+from fastppo.distributed import World, gathered
 from fastppo.models.roles import Policy
 
 BUCKET = 2**28  # bytes of weights that are gathered at a time, on top of the copy

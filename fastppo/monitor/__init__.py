@@ -1,1 +1,8 @@
-"""What is seen of a run: health figures and alarms, metrics, samples, and the files of its folder."""
+"""What is seen of a run: health figures and alarms, metrics, samples, and the files of its folder.
+
+What only reads a run's files needs no torch.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -13,10 +13,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from fastppo.config import AlarmConfig, Config, HealthConfig
-from fastppo.config.health import FIGURES, REST, FigureName
-from fastppo.data.batch import Experience, Update
-from fastppo.data.continuation import decode_after
+from fastppo.config import FIGURES, REST, AlarmConfig, Config, FigureName, HealthConfig
+from fastppo.data import Experience, Update, decode_after
 from fastppo.monitor.health_metrics import figures, rewarded_phrases
 from fastppo.monitor.trend_tests import slope, trend
 

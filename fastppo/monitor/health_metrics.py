@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastppo.data.batch import Experience
+from fastppo.data import Experience
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

@@ -11,8 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fastppo.data.batch import Experience
-from fastppo.data.continuation import decode_after, decode_pieces
+from fastppo.data import Experience, decode_after, decode_pieces
 
 Record = dict[str, Any]
 

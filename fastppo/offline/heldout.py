@@ -15,13 +15,9 @@ from torch import Tensor
 
 from fastppo import ops
 from fastppo.config import RewardTrainingConfig, SFTConfig
-from fastppo.data.examples import Examples
-from fastppo.data.microbatches import pack_even
-from fastppo.distributed import stop
-from fastppo.distributed.engine import even_passes
-from fastppo.distributed.world import World, all_gather, all_sum
-from fastppo.models.frozen_prefix import TrunkStates
-from fastppo.models.roles import width_of
+from fastppo.data import Examples, pack_even
+from fastppo.distributed import World, all_gather, all_sum, even_passes, stop
+from fastppo.models import TrunkStates, width_of
 from fastppo.offline.model import Learner
 from fastppo.offline.preference import (
     Centring,
@@ -32,7 +28,7 @@ from fastppo.offline.preference import (
     reliability,
     wilson_interval,
 )
-from fastppo.ops.stats import TokenStats
+from fastppo.ops import TokenStats
 
 
 @dataclass(frozen=True)

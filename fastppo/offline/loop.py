@@ -11,24 +11,15 @@ from typing import Generic, Protocol, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from fastppo.checkpoint.leave import Left, settle, supersede
-from fastppo.checkpoint.resume import find_checkpoint
-from fastppo.checkpoint.save import Checkpoints
-from fastppo.config import RewardTrainingConfig, SFTConfig
-from fastppo.config.command_line import dump
-from fastppo.data.examples import Examples
-from fastppo.data.prompts import batches
-from fastppo.distributed.clock import begin_clock
-from fastppo.distributed.stop import watching
-from fastppo.distributed.world import World, check_output_is_shared
-from fastppo.models.frozen_prefix import TrunkStates
-from fastppo.models.loading.offline import model_source
-from fastppo.models.loading.weights import check_embedded, context_of, load_config, load_tokenizer
-from fastppo.monitor.run_dir import begin_folder, check_folder
-from fastppo.monitor.tracker import Stages, Tracker
+from fastppo.checkpoint import Checkpoints, Left, find_checkpoint, settle, supersede
+from fastppo.config import RewardTrainingConfig, SFTConfig, dump
+from fastppo.data import Examples, batches
+from fastppo.distributed import World, begin_clock, check_output_is_shared, watching
+from fastppo.models import TrunkStates, check_embedded, context_of, load_config, load_tokenizer, model_source
+from fastppo.monitor import Stages, Tracker, begin_folder, check_folder
 from fastppo.offline.model import Learner
 from fastppo.offline.update import Objective, Training, recall_trunk, total_steps, update
-from fastppo.planner.check import check_plan
+from fastppo.planner import check_plan
 
 log = logging.getLogger("fastppo")
 

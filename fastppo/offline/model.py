@@ -11,17 +11,21 @@ from transformers import (
 )
 
 from fastppo.config import RewardTrainingConfig, SFTConfig
-from fastppo.data.batch import Packed
-from fastppo.data.examples import Examples
-from fastppo.data.microbatches import IDLE
-from fastppo.distributed.engine import Engine, check_nvme
-from fastppo.distributed.world import World
-from fastppo.models.attention import choose_attention
-from fastppo.models.frozen_prefix import TrunkStates
-from fastppo.models.loading.offline import load_learner, load_scorer, model_source, set_padding, starts_as_scorer
-from fastppo.models.loading.policies import trained_partitions
-from fastppo.models.loading.weights import DTYPES
-from fastppo.models.roles import Backbone, width_of
+from fastppo.data import IDLE, Examples, Packed
+from fastppo.distributed import Engine, World, check_nvme
+from fastppo.models import (
+    DTYPES,
+    Backbone,
+    TrunkStates,
+    choose_attention,
+    load_learner,
+    load_scorer,
+    model_source,
+    set_padding,
+    starts_as_scorer,
+    trained_partitions,
+    width_of,
+)
 
 log = logging.getLogger("fastppo")
 

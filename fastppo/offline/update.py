@@ -12,17 +12,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastppo.checkpoint.run_state import State, random_state, seed_random
+from fastppo.checkpoint import State, random_state, seed_random
 from fastppo.config import RewardTrainingConfig, SFTConfig
-from fastppo.data.batch import Packed
-from fastppo.data.examples import Examples
-from fastppo.data.microbatches import pack_even
-from fastppo.distributed import stop
-from fastppo.distributed.world import World, all_sum
+from fastppo.data import Examples, Packed, pack_even
+from fastppo.distributed import World, all_sum, stop
 from fastppo.errors import TrainingFault
-from fastppo.models.frozen_prefix import TrunkStates
+from fastppo.models import TrunkStates
 from fastppo.offline.model import Learner
-from fastppo.ppo.schedule import learning_rate
+from fastppo.ppo import learning_rate
 
 log = logging.getLogger("fastppo")
 

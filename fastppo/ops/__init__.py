@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fastppo.ops import derivatives as derivatives
-from fastppo.ops import eager
+from fastppo.ops import eager as eager
 from fastppo.ops.arguments import (
     Coefficient,
     check_coefficients,
@@ -56,7 +56,9 @@ from fastppo.ops.gradient_free import attend_cached as attend_cached
 from fastppo.ops.gradient_free import gae as gae
 from fastppo.ops.gradient_free import sample_tokens as sample_tokens
 from fastppo.ops.overloads import overload
-from fastppo.ops.stats import PolicyStats, TokenStats, ValueStats
+from fastppo.ops.stats import PolicyStats as PolicyStats
+from fastppo.ops.stats import TokenStats as TokenStats
+from fastppo.ops.stats import ValueStats as ValueStats
 
 # For the logits of a chunk of rows; `linear_*` take no more, whatever M. On a GPU a chunk needs some 2,000 rows for its
 # products to take longer than the weight's gradient, in fp32, takes to be read and written once more.

@@ -7,11 +7,9 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
-from fastppo.config import AnyConfig, Config, RewardTrainingConfig, SFTConfig
-from fastppo.config.validation import validate
-from fastppo.config.validation.offline import validate_reward, validate_sft
+from fastppo.config import AnyConfig, Config, RewardTrainingConfig, SFTConfig, validate, validate_reward, validate_sft
 from fastppo.errors import ConfigError
-from fastppo.models.roles import ModelError
+from fastppo.models import ModelError
 from fastppo.planner.machine import Machine
 from fastppo.planner.memory import Member
 from fastppo.planner.meta_models import cast_of

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastppo.config import AnyConfig
-from fastppo.distributed.world import World
+from fastppo.distributed import World
 from fastppo.errors import FastPPOError
 from fastppo.planner.changes import advice, in_gb
 from fastppo.planner.machine import this_machine

@@ -24,12 +24,22 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastppo.errors import FastPPOError
-from fastppo.models.attention import SHORT, Spans
-from fastppo.models.frozen_prefix import layers_of, trunk_depth
-from fastppo.models.loading.miniature import MISFIT, miniature
-from fastppo.models.loading.model_check import check_model
-from fastppo.models.loading.model_code import raised_by_a_model, said
-from fastppo.models.roles import Backbone, Critic, ModelError, Policy, width_of
+from fastppo.models import (
+    MISFIT,
+    SHORT,
+    Backbone,
+    Critic,
+    ModelError,
+    Policy,
+    Spans,
+    check_model,
+    layers_of,
+    miniature,
+    raised_by_a_model,
+    said,
+    trunk_depth,
+    width_of,
+)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, fields, replace
 from fastppo.config import AnyConfig, Config
 from fastppo.ops import workspace_bytes
 from fastppo.planner.footprint import Footprint
-from fastppo.rollout.inprocess import bucket
+from fastppo.rollout import bucket
 
 # DeepSpeed's defaults, in elements.
 REDUCE_BUCKET = 500_000_000  # gradients on their way to the other ranks

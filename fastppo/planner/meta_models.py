@@ -9,12 +9,23 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from fastppo.config import ActorConfig, AnyConfig, Config, CriticConfig, RewardTrainingConfig
-from fastppo.models.loading.offline import outline_learner, outline_scorer
-from fastppo.models.loading.source import Source
-from fastppo.models.loading.trained import set_trainable
-from fastppo.models.loading.weights import DTYPES, load_classifier_config, outline
-from fastppo.models.lora import add_adapters
-from fastppo.models.roles import Backbone, Critic, Policy, RewardModel, ValueHead, fuse_head, width_of
+from fastppo.models import (
+    DTYPES,
+    Backbone,
+    Critic,
+    Policy,
+    RewardModel,
+    Source,
+    ValueHead,
+    add_adapters,
+    fuse_head,
+    load_classifier_config,
+    outline,
+    outline_learner,
+    outline_scorer,
+    set_trainable,
+    width_of,
+)
 from fastppo.planner.footprint import Footprint
 from fastppo.planner.memory import Member
 

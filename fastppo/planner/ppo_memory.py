@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fastppo.config import Config
-from fastppo.distributed.residency import REMADE, uses
+from fastppo.distributed import REMADE, uses
 from fastppo.planner.memory import (
     Batch,
     Bytes,

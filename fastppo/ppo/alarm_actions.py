@@ -13,15 +13,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
-from fastppo.checkpoint import atomic_dir
-from fastppo.checkpoint.resume import Found, held_out_score, levels
-from fastppo.checkpoint.rollback_record import Since
-from fastppo.checkpoint.save import Checkpoints
+from fastppo.checkpoint import Checkpoints, Found, Since, atomic_dir, held_out_score, levels
 from fastppo.config import Config
-from fastppo.distributed.world import World, all_gather
-from fastppo.monitor.health import GO_BACK, Alarm
-from fastppo.monitor.run_dir import ALARMS, sizes
-from fastppo.monitor.tracker import Tracker
+from fastppo.distributed import World, all_gather
+from fastppo.monitor import ALARMS, GO_BACK, Alarm, Tracker, sizes
 from fastppo.ppo.train_state import Progress
 
 log = logging.getLogger("fastppo")

@@ -11,17 +11,10 @@ import torch
 from torch import Tensor
 
 from fastppo.config import Config
-from fastppo.data.batch import Moments, Packed, Prompts
-from fastppo.data.microbatches import IDLE, pack_alone
-from fastppo.data.prompts import PromptSet
-from fastppo.distributed import stop
-from fastppo.distributed.engine import even_passes
-from fastppo.distributed.world import World, all_gather
-from fastppo.models.assembly import Roles
-from fastppo.models.frozen_prefix import TrunkStates
-from fastppo.models.roles import token_stats
-from fastppo.monitor.health_metrics import distinct, ngrams
-from fastppo.monitor.samples import Sample
+from fastppo.data import IDLE, Moments, Packed, Prompts, PromptSet, pack_alone
+from fastppo.distributed import World, all_gather, even_passes, stop
+from fastppo.models import Roles, TrunkStates, token_stats
+from fastppo.monitor import Sample, distinct, ngrams
 from fastppo.rewards import Source, response_texts, score
 from fastppo.rollout import sample
 

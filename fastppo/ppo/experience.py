@@ -13,14 +13,9 @@ import torch
 from torch import Tensor
 
 from fastppo.config import Config
-from fastppo.data.batch import Experience, Packed, Scored, segment_rows
-from fastppo.data.microbatches import Minibatch
-from fastppo.distributed import stop
-from fastppo.distributed.engine import gathered
-from fastppo.distributed.world import World, all_gather
-from fastppo.models.assembly import Roles
-from fastppo.models.frozen_prefix import TrunkStates
-from fastppo.models.roles import Policy, hidden_states, token_stats
+from fastppo.data import Experience, Minibatch, Packed, Scored, segment_rows
+from fastppo.distributed import World, all_gather, gathered, stop
+from fastppo.models import Policy, Roles, TrunkStates, hidden_states, token_stats
 from fastppo.ppo.schedule import advantages_and_returns, kl_estimate, token_rewards
 
 TokenRows = dict[str, Tensor]  # name -> (m,) fp32, on the response tokens of a microbatch

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from fastppo.config import Config
-from fastppo.data.batch import Experience
-from fastppo.data.microbatches import Minibatch
-from fastppo.distributed.world import World
+from fastppo.data import Experience, Minibatch
+from fastppo.distributed import World
 from fastppo.errors import TrainingFault
 
 log = logging.getLogger("fastppo")

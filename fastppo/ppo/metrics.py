@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from fastppo.data.batch import Experience, Update
-from fastppo.monitor.health_metrics import sampler_error
+from fastppo.data import Experience, Update
+from fastppo.monitor import sampler_error
 from fastppo.ppo.schedule import explained_variance
 
 

@@ -16,13 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.config import Config
-from fastppo.data.examples import Examples, load_texts
-from fastppo.data.microbatches import pack_even
-from fastppo.data.prompts import batches
-from fastppo.distributed import stop
-from fastppo.distributed.engine import Engine
-from fastppo.distributed.world import World, all_sum
-from fastppo.models.roles import attention_ratio, token_stats
+from fastppo.data import Examples, batches, load_texts, pack_even
+from fastppo.distributed import Engine, World, all_sum, stop
+from fastppo.models import attention_ratio, token_stats
 
 
 @dataclass(frozen=True)

@@ -9,25 +9,24 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from fastppo.checkpoint.leave import leave_model, settle
-from fastppo.checkpoint.resume import find_checkpoint
-from fastppo.checkpoint.run_state import random_state, set_random_state
-from fastppo.checkpoint.save import Checkpoints
-from fastppo.config import Config, SamplingConfig
-from fastppo.config.command_line import dump
-from fastppo.data.batch import Experience, Prompts, Update
-from fastppo.data.microbatches import Minibatch, imbalance
-from fastppo.data.prompts import PromptSet, batches, load_prompts
-from fastppo.distributed.clock import begin_clock
-from fastppo.distributed.world import World, check_output_is_shared
-from fastppo.models.assembly import Roles, assemble
-from fastppo.models.loading.policies import actor_context, check_actor_tokens, check_models, load_actor_tokenizer
-from fastppo.monitor.health import Alarm
-from fastppo.monitor.response_log import heldout_responses, training_responses
-from fastppo.monitor.run_dir import begin_folder, check_folder
-from fastppo.monitor.samples import show_samples, write_samples
-from fastppo.monitor.tracker import TERMINAL, Stages, Tracker
-from fastppo.planner.check import check_plan
+from fastppo.checkpoint import Checkpoints, find_checkpoint, leave_model, random_state, set_random_state, settle
+from fastppo.config import Config, SamplingConfig, dump
+from fastppo.data import Experience, Minibatch, Prompts, PromptSet, Update, batches, imbalance, load_prompts
+from fastppo.distributed import World, begin_clock, check_output_is_shared
+from fastppo.models import Roles, actor_context, assemble, check_actor_tokens, check_models, load_actor_tokenizer
+from fastppo.monitor import (
+    TERMINAL,
+    Alarm,
+    Stages,
+    Tracker,
+    begin_folder,
+    check_folder,
+    heldout_responses,
+    show_samples,
+    training_responses,
+    write_samples,
+)
+from fastppo.planner import check_plan
 from fastppo.ppo.evaluation import evaluate, samples
 from fastppo.ppo.metrics import step_metrics
 from fastppo.ppo.ptx import Texts

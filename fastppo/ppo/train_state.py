@@ -7,14 +7,12 @@ from typing import Any
 
 import torch
 
-from fastppo.checkpoint.rollback_record import Since
-from fastppo.checkpoint.run_state import State, random_state, seed_random
+from fastppo.checkpoint import Since, State, random_state, seed_random
 from fastppo.config import Config
-from fastppo.data.batch import Experience, Moments, Packed, Update
-from fastppo.data.microbatches import plan_step
-from fastppo.distributed.world import World
-from fastppo.models.assembly import Roles
-from fastppo.monitor.health import Alarm, Health
+from fastppo.data import Experience, Moments, Packed, Update, plan_step
+from fastppo.distributed import World
+from fastppo.models import Roles
+from fastppo.monitor import Alarm, Health
 from fastppo.ppo.evaluation import Evaluation
 from fastppo.ppo.experience import recall_trunk
 from fastppo.ppo.schedule import KLController

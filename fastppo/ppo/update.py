@@ -14,13 +14,9 @@ from torch import Tensor
 
 from fastppo import ops
 from fastppo.config import Config
-from fastppo.data.batch import Experience, Packed, Update
-from fastppo.data.microbatches import Minibatch
-from fastppo.distributed import stop
-from fastppo.distributed.engine import Engine, Frozen, gathered
-from fastppo.distributed.world import World, all_max, all_sum
-from fastppo.models.assembly import Roles
-from fastppo.models.roles import Policy, hidden_states
+from fastppo.data import Experience, Minibatch, Packed, Update
+from fastppo.distributed import Engine, Frozen, World, all_max, all_sum, gathered, stop
+from fastppo.models import Policy, Roles, hidden_states
 from fastppo.ppo.faults import note_fault
 from fastppo.ppo.ptx import Texts, add_gradient
 from fastppo.ppo.schedule import step_rates

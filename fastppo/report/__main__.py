@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from fastppo.errors import FastPPOError
-from fastppo.monitor.run_dir import RunFolderError
+from fastppo.monitor import RunFolderError
 from fastppo.report.page import page
 from fastppo.report.run import read_runs
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import sqrt
 from statistics import fmean
 
-from fastppo.monitor.trend_tests import trend
+from fastppo.monitor import trend
 from fastppo.report.curves import Curve, number, smooth, span
 from fastppo.report.plot import Charts, Line
 from fastppo.report.run import Run

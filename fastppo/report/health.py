@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fastppo.config.health import REST
+from fastppo.config import REST
 from fastppo.report.curves import number
 from fastppo.report.levels import levels
 from fastppo.report.lines import Record

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from statistics import fmean
 
-from fastppo.config.health import FIGURES, Figure
+from fastppo.config import FIGURES, Figure
 from fastppo.report.curves import number
 from fastppo.report.lines import is_number
 from fastppo.report.plot import SIGNS, Level

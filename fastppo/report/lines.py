@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from fastppo.monitor.run_dir import RunFolderError, read_lines
+from fastppo.monitor import RunFolderError, read_lines
 
 Record = dict[str, Any]
 LARGEST = 1e100  # sums of numbers up to this are finite, in charts and in means

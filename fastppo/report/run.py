@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from fastppo.monitor.run_dir import ALARMS, CONFIG, METRICS, RESPONSES, RunFolderError
+from fastppo.monitor import ALARMS, CONFIG, METRICS, RESPONSES, RunFolderError
 from fastppo.report.curves import Curve
 from fastppo.report.lines import Record, read_alarms, read_metrics, read_reliability, read_responses
 

@@ -1,17 +1,5 @@
-"""Feedback: one score for each whole response, from reward models, Python functions, patterns and remote services."""
+"""One score for each whole response, from reward models, Python functions, patterns and remote services."""
 
-from fastppo.rewards.responses import Responses, RewardError, Source
-from fastppo.rewards.scoring import response_texts, score
-from fastppo.rewards.sources import check_chats, load_functions, load_judge, load_sources
+import lazy_loader
 
-__all__ = [
-    "Responses",
-    "RewardError",
-    "Source",
-    "check_chats",
-    "load_functions",
-    "load_judge",
-    "load_sources",
-    "response_texts",
-    "score",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

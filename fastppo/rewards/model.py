@@ -10,14 +10,20 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.config import ZeroConfig
-from fastppo.data.batch import Packed, pack
-from fastppo.data.continuation import encode_after, plain_tokens
-from fastppo.data.conversations import NO_ARGUMENTS, Messages, template_tokens
-from fastppo.data.microbatches import IDLE, pack_alone
-from fastppo.data.tables import DataError
-from fastppo.distributed.engine import Frozen, even_passes
-from fastppo.distributed.world import World, all_gather
-from fastppo.models.loading.weights import context_of
+from fastppo.data import (
+    IDLE,
+    NO_ARGUMENTS,
+    DataError,
+    Messages,
+    Packed,
+    encode_after,
+    pack,
+    pack_alone,
+    plain_tokens,
+    template_tokens,
+)
+from fastppo.distributed import Frozen, World, all_gather, even_passes
+from fastppo.models import context_of
 from fastppo.rewards.responses import Responses, RewardError, Source, checked
 
 log = logging.getLogger("fastppo")

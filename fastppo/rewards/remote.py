@@ -21,8 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import requests
 
-from fastppo.config import RewardConfig
-from fastppo.config.rewards import FIRST_WAIT, LONGEST_WAIT
+from fastppo.config import FIRST_WAIT, LONGEST_WAIT, RewardConfig
 from fastppo.rewards.responses import Responses, RewardError, Source, checked, shown
 
 log = logging.getLogger("fastppo")

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastppo.data.batch import Packed
-from fastppo.data.conversations import Messages
+from fastppo.data import Messages, Packed
 from fastppo.errors import FastPPOError
 
 LARGEST = torch.finfo(torch.float32).max  # what a score may be, in size

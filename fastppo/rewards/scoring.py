@@ -11,10 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.config import PPOConfig
-from fastppo.data.batch import Moments, Packed, Rollout, Scored, concatenate
-from fastppo.data.continuation import decode_after
-from fastppo.data.prompts import PromptSet
-from fastppo.distributed.world import World, all_gather
+from fastppo.data import Moments, Packed, PromptSet, Rollout, Scored, concatenate, decode_after
+from fastppo.distributed import World, all_gather
 from fastppo.rewards.function import FunctionSource, ask_at_once
 from fastppo.rewards.responses import LARGEST, Responses, RewardError, Source
 

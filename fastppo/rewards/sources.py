@@ -10,13 +10,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.config import Config, RewardConfig
-from fastppo.data.conversations import NO_ARGUMENTS
-from fastppo.data.prompts import PromptSet
-from fastppo.distributed.engine import Frozen
-from fastppo.distributed.residency import Residency
-from fastppo.distributed.world import World
-from fastppo.models.loading.policies import frozen_partitions, load_reward
-from fastppo.models.loading.weights import DTYPES, load_tokenizer
+from fastppo.data import NO_ARGUMENTS, PromptSet
+from fastppo.distributed import Frozen, Residency, World
+from fastppo.models import DTYPES, frozen_partitions, load_reward, load_tokenizer
 from fastppo.rewards.function import function_source
 from fastppo.rewards.model import ModelSource, chat_tokens, ensemble
 from fastppo.rewards.pattern import pattern_source

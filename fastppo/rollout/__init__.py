@@ -1,5 +1,5 @@
 """Sampling: the actor writes a response to each prompt."""
 
-from fastppo.rollout.inprocess import named_stop_ids, sample, stop_ids
+import lazy_loader
 
-__all__ = ["named_stop_ids", "sample", "stop_ids"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -15,8 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fastppo.models.attention import Cache
-from fastppo.models.roles import Policy
+from fastppo.models import Cache, Policy
 
 log = logging.getLogger("fastppo")
 

@@ -18,13 +18,10 @@ from transformers import PreTrainedTokenizerBase
 
 from fastppo import ops
 from fastppo.config import SamplingConfig
-from fastppo.data.batch import Prompts, Rollout, pack, segment_offsets
-from fastppo.data.continuation import decode_after, decode_pieces, encode_behind
+from fastppo.data import Prompts, Rollout, decode_after, decode_pieces, encode_behind, pack, segment_offsets
 from fastppo.distributed import stop
 from fastppo.errors import FastPPOError
-from fastppo.models import attention
-from fastppo.models.attention import Cache
-from fastppo.models.roles import Policy
+from fastppo.models import Cache, Policy, attention
 from fastppo.rollout.graphs import StepGraphs
 
 log = logging.getLogger("fastppo")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fastppo.config import Config, DataConfig, ExamplesConfig
+from fastppo.config.data import DataConfig
+from fastppo.config.offline import ExamplesConfig
+from fastppo.config.ppo import Config
 from fastppo.errors import ConfigError
 
 

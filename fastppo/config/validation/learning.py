@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fastppo.config import AnyConfig, Config, deepspeed_config
+from fastppo.config import deepspeed_config
+from fastppo.config.ppo import AnyConfig, Config
 from fastppo.errors import ConfigError
 
 

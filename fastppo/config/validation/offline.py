@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from fastppo.config import RewardTrainingConfig, SFTConfig
+from fastppo.config.offline import RewardTrainingConfig, SFTConfig
 from fastppo.config.validation.data import check_template
 from fastppo.config.validation.learning import check_zero
 from fastppo.config.validation.models import check_attention, check_targets

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
-from fastppo.config import OptimConfig
+from fastppo.config.learning import OptimConfig
 from fastppo.errors import ConfigError
 
 # What a number must be, the test for it, and the settings it holds for. A setting that is null is off.

@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-from fastppo.config import Config, RewardConfig
-from fastppo.config.rewards import FIRST_WAIT, LONGEST_WAIT
+from fastppo.config.ppo import Config
+from fastppo.config.rewards import FIRST_WAIT, LONGEST_WAIT, RewardConfig
 from fastppo.errors import ConfigError
 
 

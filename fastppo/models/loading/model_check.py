@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fastppo.data.batch import Packed, pack, segment_offsets
+from fastppo.data import Packed, pack, segment_offsets
 from fastppo.errors import FastPPOError
 from fastppo.models.attention import ATTENTION, Cache, uses_flash, without_flash
 from fastppo.models.frozen_prefix import layers_of

@@ -16,8 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fastppo.config import AnyConfig, Config
-from fastppo.config.learning import Place
+from fastppo.config import AnyConfig, Config, Place
 from fastppo.models.frozen_prefix import trunk_depth
 from fastppo.models.loading.source import Source
 from fastppo.models.loading.streams import copy_parts, gathered, partition_config

@@ -10,7 +10,7 @@ from pathlib import Path
 import transformers
 from transformers.utils.hub import cached_file
 
-from fastppo.data.paths import PREFIX, locate
+from fastppo.data import PREFIX, locate
 from fastppo.errors import ModelError
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # on the Hugging Face hub: of a model, or of its owner and the model

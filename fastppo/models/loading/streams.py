@@ -28,7 +28,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from transformers.utils.loading_report import LoadStateDictInfo
 
-import fastppo.distributed.world  # noqa: F401  first: it tells DeepSpeed which accelerator to take
+from fastppo.distributed import World  # noqa: F401  first: it tells DeepSpeed which accelerator to take
 from fastppo.models.loading.quantized import check_scales
 
 # isort: split

@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from transformers import PreTrainedModel
 
 from fastppo.config import ActorConfig, CriticConfig, ModelConfig
-from fastppo.data.paths import locate
+from fastppo.data import locate
 from fastppo.errors import ModelError
 from fastppo.models.frozen_prefix import after_layers, layers_of
 from fastppo.models.lora import add_adapters

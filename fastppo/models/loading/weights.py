@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.quantization_config import GgufConfig
 
-from fastppo.data.paths import locate
+from fastppo.data import locate
 from fastppo.models.loading.demands import check_demands
 from fastppo.models.loading.model_check import check_kind
 from fastppo.models.loading.model_code import model_code

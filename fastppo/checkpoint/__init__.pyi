@@ -1,0 +1,15 @@
+from . import atomic_dir as atomic_dir
+from .leave import Left as Left
+from .leave import leave_model as leave_model
+from .leave import settle as settle
+from .leave import supersede as supersede
+from .resume import Found as Found
+from .resume import find_checkpoint as find_checkpoint
+from .resume import held_out_score as held_out_score
+from .resume import levels as levels
+from .rollback_record import Since as Since
+from .run_state import State as State
+from .run_state import random_state as random_state
+from .run_state import seed_random as seed_random
+from .run_state import set_random_state as set_random_state
+from .save import Checkpoints as Checkpoints

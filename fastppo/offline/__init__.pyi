@@ -1,0 +1,15 @@
+from .heldout import AnswerEvaluation as AnswerEvaluation
+from .heldout import PairEvaluation as PairEvaluation
+from .heldout import evaluate_answers as evaluate_answers
+from .heldout import evaluate_pairs as evaluate_pairs
+from .heldout import response_logprobs as response_logprobs
+from .heldout import write_reliability as write_reliability
+from .loop import Stage as Stage
+from .loop import run_stage as run_stage
+from .loop import set_up as set_up
+from .model import assemble_learner as assemble_learner
+from .model import assemble_scorer as assemble_scorer
+from .preference import centring_loss as centring_loss
+from .preference import preference_loss as preference_loss
+from .preference import rightness as rightness
+from .update import Objective as Objective

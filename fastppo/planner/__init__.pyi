@@ -1,0 +1,10 @@
+from .changes import advice as advice
+from .check import PlanError as PlanError
+from .check import check_plan as check_plan
+from .check import show as show
+from .check import table_console as table_console
+from .machine import Machine as Machine
+from .machine import parse_bytes as parse_bytes
+from .machine import parse_count as parse_count
+from .machine import this_machine as this_machine
+from .plan import make_plan as make_plan

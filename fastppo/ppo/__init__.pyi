@@ -1,0 +1,12 @@
+from .alarm_actions import ENDED as ENDED
+from .alarm_actions import respond as respond
+from .experience import estimate as estimate
+from .metrics import mean_kl as mean_kl
+from .run import Setup as Setup
+from .run import Step as Step
+from .run import evaluate_if_due as evaluate_if_due
+from .run import finish as finish
+from .run import log_step as log_step
+from .run import set_up as set_up
+from .schedule import learning_rate as learning_rate
+from .update import learn as learn

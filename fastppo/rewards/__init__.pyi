@@ -1,0 +1,12 @@
+from .model import BadChat as BadChat
+from .model import ModelSource as ModelSource
+from .model import TooLong as TooLong
+from .responses import Responses as Responses
+from .responses import RewardError as RewardError
+from .responses import Source as Source
+from .scoring import response_texts as response_texts
+from .scoring import score as score
+from .sources import check_chats as check_chats
+from .sources import load_functions as load_functions
+from .sources import load_judge as load_judge
+from .sources import load_sources as load_sources
