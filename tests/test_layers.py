@@ -38,8 +38,8 @@ def test_every_room_has_a_door_that_nobody_goes_past() -> None:
 
 def test_a_door_loads_a_module_only_when_something_of_it_is_wanted() -> None:
     code = (
-        "import sys; from fastppo.config import Config, HealthConfig, validate;"
-        "from fastppo.monitor import begin_folder, trend; import fastppo.report.__main__; raise SystemExit('torch' in sys.modules)"
+        "import sys; from fastppo.config import Config, HealthConfig, validate; import fastppo.report.__main__;"
+        "from fastppo.monitor import begin_folder, trend; raise SystemExit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
