@@ -71,7 +71,7 @@ bench: setup
 
 # The CUDA sources: compiled by nvcc for every architecture and checked, then run on simulated threads. Needs no GPU.
 cuda: setup
-	pytest tests/test_gae_machine_code.py tests/test_gae_kernels.py
+	pytest tests/ops/test_gae_machine_code.py tests/ops/test_gae_kernels.py
 
 clean:
 	rm -rf .venv build dist runs *.egg-info .*_cache fastppo/_C*.so

@@ -1,4 +1,4 @@
-"""What the ranks of tests/test_engine_table.py run: every kind of engine on a few numbers whose sums are known.
+"""What the ranks of test_engine_table.py run: every kind of engine on a few numbers whose sums are known.
 
 The loss is linear in the weights, so the gradient of a microbatch is what the test hands in: small integers, the first
 microbatch's 512 times as large as the others'. All of their sums are exact in fp32, few of them are in bf16.

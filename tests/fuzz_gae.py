@@ -1,6 +1,6 @@
 """fuzz_gae.py LIBRARY COUNT SEED: random inputs, most of them bad, for a build of fastppo._C under sanitizers.
 
-tests/test_gae_sanitizers.py runs it. torch's tensors come from the sanitizer's allocator then, so an access next to one
+test_gae_sanitizers.py runs it. torch's tensors come from the sanitizer's allocator then, so an access next to one
 ends the process. A bad input must be a ValueError that names an argument; a good one must give the right numbers.
 """
 

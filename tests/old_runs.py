@@ -1,6 +1,6 @@
 """Runs that were stopped by fastppo as it was before its modules moved into packages, and what came of them then.
 
-tests/data/old_runs holds one run of each command, stopped at a checkpoint, with its model and data. That very commit
+checkpoint/old_runs holds one run of each command, stopped at a checkpoint, with its model and data. That very commit
 also took copies of them to the end; `after.json` says with what metrics and weights, and on what machine.
 """
 
@@ -16,7 +16,7 @@ import torch
 import whole_runs
 from safetensors.torch import load_file
 
-DATA = Path(__file__).parent / "data" / "old_runs"
+DATA = Path(__file__).parent / "checkpoint" / "old_runs"
 MODULES = {"ppo": "fastppo.train", "sft": "fastppo.train_sft", "reward": "fastppo.train_reward"}
 
 

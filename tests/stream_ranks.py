@@ -1,4 +1,4 @@
-"""What the ranks of tests/test_stream.py run: each function is called on all of them, in forks of one process."""
+"""What the ranks of test_streams.py run: each function is called on all of them, in forks of one process."""
 
 from __future__ import annotations
 

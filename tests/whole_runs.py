@@ -17,6 +17,21 @@ def letters(prompts, responses, **columns):
     return [sum("a" <= c <= "z" for c in response) / 8 + random.random() / 10 for response in responses]
 """
 
+# Tells the last rank to stop at the nth place of a kind: `check`, where ranks agree, or `check_alone`, in sampling.
+STOP_AT = """
+import os
+from fastppo.distributed import stop
+
+real, count = stop.{kind}, iter(range(1, 1_000_000))
+
+def place(*world):
+    if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1 and next(count) >= {n}:
+        stop._watch.asked.set()
+    real(*world)
+
+stop.{kind} = place
+"""
+
 
 def prepare(folder: Path) -> Path:
     """A model, prompts and a reward function."""
@@ -94,3 +109,13 @@ def same(one: Any, other: Any, where: str = "") -> bool:
     if not equal:
         print(f"{where}: {one!r} and {other!r}"[:500])
     return bool(equal)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert records(one) == records(other)
+    states = [state(output) for output in (one, other)]
+    for state in states:  # a run that stopped in an evaluation saved itself before it, and does not save twice
+        del state["progress.pt"]["evaluations"], state["progress.pt"]["evaluated"]
+    assert same(*states)
+    for name in ("samples.jsonl", "responses.jsonl"):
+        assert (one / name).read_text() == (other / name).read_text()

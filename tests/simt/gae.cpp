@@ -1,4 +1,4 @@
-// csrc/gae_kernels.cuh on the CPU, for tests/test_gae_kernels.py.
+// csrc/gae_kernels.cuh on the CPU, for tests/ops/test_gae_kernels.py.
 #include "gae_kernels.cuh"
 
 #include <vector>

@@ -1,4 +1,4 @@
-// Runs csrc/gae_kernels.cuh under ThreadSanitizer, for tests/test_gae_kernels.py. `gae_races N` leaves out the N-th
+// Runs csrc/gae_kernels.cuh under ThreadSanitizer, for tests/ops/test_gae_kernels.py. `gae_races N` leaves out the N-th
 // barrier of gae_tile.cuh, where the test has put `if (left_out != N)` before each.
 int left_out;
 

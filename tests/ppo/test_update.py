@@ -112,7 +112,7 @@ def on_two_ranks(model, folder):
     environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_SIZE": "2"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("ppo_step.py")), str(out), model, cases],
+            [sys.executable, str(Path(__file__).parents[1] / "ppo_step.py"), str(out), model, cases],
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 from ppo_step import config_of, step
-from test_models import PACKED
+from test_roles import PACKED
 
 from fastppo.distributed.world import start_world
 from fastppo.models import frozen_prefix, roles

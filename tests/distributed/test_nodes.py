@@ -10,7 +10,7 @@ import pytest
 import whole_runs
 from forks import Forks
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 NODES = ("localhost", "127.0.0.1")  # a hostfile may not name a host twice
 
 

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_rules import numbers
+from test_validation import numbers
 
 from fastppo.config import (
     AnswersConfig,
-    ConfigError,
     LoraConfig,
     ModelConfig,
     PairsConfig,
@@ -18,6 +17,7 @@ from fastppo.config import (
 )
 from fastppo.config.command_line import REWARD, SFT, parse
 from fastppo.config.validation.offline import RANGES, REWARD_RANGES, validate_reward, validate_sft
+from fastppo.errors import ConfigError
 
 PAIRS = RewardTrainingConfig(model=ModelConfig(path="m"), data=PairsConfig(path="d.jsonl"))
 ANSWERS = SFTConfig(model=ModelConfig(path="m"), data=AnswersConfig(path="d.jsonl"))

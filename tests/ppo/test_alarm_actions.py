@@ -9,7 +9,7 @@ import torch
 import whole_runs
 from forks import Forks
 from safetensors.torch import load_file
-from test_checkpoint import STOP_AT, assert_same_run
+from whole_runs import STOP_AT, assert_same_run
 
 from fastppo.checkpoint.rollback_record import Since, SinceError, read_since
 

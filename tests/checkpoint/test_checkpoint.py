@@ -19,7 +19,7 @@ from forks import Forks, Run
 from fastppo.checkpoint import atomic_dir
 from fastppo.distributed import stop
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 ROLES = {
     "separate critic, fp32, stage 1": {"optim__dtype": "fp32", "zero__stage": 1},
@@ -30,20 +30,6 @@ ROLES = {
     "separate critic, bf16, stage 3": {"optim__dtype": "bf16", "zero__stage": 3, "zero__offload": "cpu"},
 }
 
-# Tells the last rank to stop at the nth place of a kind: `check`, where ranks agree, or `check_alone`, in sampling.
-STOP_AT = """
-import os
-from fastppo.distributed import stop
-
-real, count = stop.{kind}, iter(range(1, 1_000_000))
-
-def place(*world):
-    if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1 and next(count) >= {n}:
-        stop._watch.asked.set()
-    real(*world)
-
-stop.{kind} = place
-"""
 NEVER_ENDS = """
 import time
 from fastppo import train
@@ -77,16 +63,6 @@ def straight(folder, forks):
     return output
 
 
-def assert_same_run(one: Path, other: Path) -> None:
-    assert whole_runs.records(one) == whole_runs.records(other)
-    states = [whole_runs.state(output) for output in (one, other)]
-    for state in states:  # a run that stopped in an evaluation saved itself before it, and does not save twice
-        del state["progress.pt"]["evaluations"], state["progress.pt"]["evaluated"]
-    assert whole_runs.same(*states)
-    for name in ("samples.jsonl", "responses.jsonl"):
-        assert (one / name).read_text() == (other / name).read_text()
-
-
 def wait_for(what, run: Run, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not what():
@@ -111,11 +87,11 @@ def test_a_run_that_stops_anywhere_and_goes_on_equals_the_one_that_did_not(folde
     argv = whole_runs.settings(folder, output, resume="auto", **ROLES[roles])
     stops = []
     for kind, n in PLACES:
-        forks.run(argv, ranks, STOP_AT.format(kind=kind, n=n))
+        forks.run(argv, ranks, whole_runs.STOP_AT.format(kind=kind, n=n))
         stops.append(whole_runs.checkpoints(output)[-1])
     assert stops[0] == "step-00000000" and any("-update-" in name for name in stops), stops
     forks.run(argv, ranks)
-    assert_same_run(straight(ranks, roles), output)
+    whole_runs.assert_same_run(straight(ranks, roles), output)
 
 
 def test_a_run_killed_at_random_moments_and_resumed_equals_the_one_that_was_not(folder, forks, straight):
@@ -132,7 +108,7 @@ def test_a_run_killed_at_random_moments_and_resumed_equals_the_one_that_was_not(
         codes = forks.wait(run)
         assert codes == [-9, -9], (kill, codes)
     forks.run(argv, 2)
-    assert_same_run(straight(2, roles), output)
+    whole_runs.assert_same_run(straight(2, roles), output)
 
 
 def test_sigterm_to_one_rank_saves_and_ends_all_with_status_0(folder, forks, straight):
@@ -145,7 +121,7 @@ def test_sigterm_to_one_rank_saves_and_ends_all_with_status_0(folder, forks, str
     assert forks.wait(run) == [0, 0], run.text()
     assert len(whole_runs.checkpoints(output)) == 1
     forks.run([*argv, "--checkpoint.every", "1"], 2)
-    assert_same_run(straight(2, roles), output)
+    whole_runs.assert_same_run(straight(2, roles), output)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -181,7 +157,7 @@ def test_ctrl_c_saves_and_ends_all_ranks_with_status_0(folder, forks, straight, 
     assert "the run saves itself and ends. Ctrl-C again" in run.text() and "Traceback" not in run.text()
     assert len(whole_runs.checkpoints(output)) == 1
     forks.run([*argv, "--checkpoint.every", "1"], ranks)
-    assert_same_run(straight(ranks, roles), output)
+    whole_runs.assert_same_run(straight(ranks, roles), output)
 
 
 SAVES_FOR_EVER = """
@@ -337,7 +313,7 @@ def test_a_damaged_checkpoint_costs_no_more_than_the_steps_since_the_one_before(
     damage(finished / "checkpoints/step-00000004" / file)
     said = resumed(forks, folder, finished, code=0)
     assert words in said and "going on from" in said and "step-00000003" in said
-    assert_same_run(straight(1, "separate critic, fp32, stage 1"), finished)
+    whole_runs.assert_same_run(straight(1, "separate critic, fp32, stage 1"), finished)
     assert "aside-step-00000004.1" in whole_runs.checkpoints(finished)
 
 
@@ -378,7 +354,7 @@ def test_settings_that_change_nothing_may_change(forks, folder, straight, finish
     changes = {"track__tensorboard": "true", "checkpoint__keep_last": 1, "eval__show": 0, "health__window": 5}
     chosen = finished / "checkpoints/step-00000003"
     resumed(forks, folder, finished, code=0, resume=chosen, **changes)
-    assert_same_run(straight(1, "separate critic, fp32, stage 1"), finished)
+    whole_runs.assert_same_run(straight(1, "separate critic, fp32, stage 1"), finished)
     assert [name for name in whole_runs.checkpoints(finished) if name.startswith("step")] == ["step-00000004"]
 
 
@@ -439,7 +415,7 @@ def test_a_checkpoint_that_cannot_be_written_costs_nothing_else(forks, folder, s
     run = forks.start(argv, 2, FAILING.format(save=3, file=file, rank=0, left=left))
     assert forks.wait(run) == [0, 0], run.text()
     assert words in run.text() and "The run goes on; " in run.text() and "step-00000002 stays" in run.text()
-    assert_same_run(straight(2, roles), output)
+    whole_runs.assert_same_run(straight(2, roles), output)
     assert whole_runs.checkpoints(output) == ["step-00000002", "step-00000004"]
 
 

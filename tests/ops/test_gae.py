@@ -204,7 +204,7 @@ GOOD: dict[str, Any] = {
     ],
 )
 def test_the_kernel_itself_names_a_wrong_argument(name: str, value: Any, message: str) -> None:
-    """Whoever calls it; tests/test_ops_arguments.py has the checks of `ops.gae`."""
+    """Whoever calls it; tests/ops/test_ops_arguments.py has the checks of `ops.gae`."""
     with pytest.raises(ValueError, match=message):
         KERNEL(**(GOOD | {name: value}))
 

@@ -5,7 +5,7 @@ import tiny
 import torch
 from ppo_step import config_of, responses, roles_of, step
 from test_load import load
-from test_models import PACKED, objective
+from test_roles import PACKED, objective
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
