@@ -37,7 +37,7 @@ def responses(*texts, **columns):
 def test_the_function_pays_for_the_form_for_what_is_right_and_for_brevity():
     texts = [" <answer>5</answer>", " <answer> 6 </answer>", " <answer>5", " 5", " <answer>5</answer>" + "!" * 100]
     scores = function_source(f"{EXAMPLES / 'reward.py'}:sums")(responses(*texts, answer=[5] * 5))
-    assert scores == pytest.approx([1.5, 0.5, 0.1, 0.0, 1.5 - 0.005 * (len(texts[-1]) - 80)])
+    assert scores == pytest.approx([1.5, 0.5, 0.1, 0.0, 1.5 - 0.005 * (len(texts[-1]) - 40)])
 
 
 # The service
