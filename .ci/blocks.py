@@ -15,8 +15,8 @@ from pathlib import Path
 BLOCK = re.compile(
     r"^(?:<!-- not in CI: (?P<reason>.+?) -->\n)?```(?P<language>[\w{}-]*)[^\n]*\n(?P<code>.*?)^```$", re.M | re.S
 )
-TRAINING = re.compile(r"fastppo/train\.py|-m fastppo\.train\b")
-BEFORE_PPO = re.compile(r"fastppo/train_(reward|sft)\.py")
+TRAINING = re.compile(r"fastppo/train\.py|-m fastppo\.train\b|\bfastppo train\b")
+BEFORE_PPO = re.compile(r"fastppo/train_(reward|sft)\.py|\bfastppo (reward|sft)\b")
 
 
 def shorten(command: str) -> str:

@@ -1,0 +1,19 @@
+"""A reward by rule, for sums: the number stands in its tags, it is right, and little is written around it."""
+
+import re
+
+ANSWER = re.compile(r"<answer>\s*(-?\d+)\s*</answer>")
+FREE = 40  # characters that cost nothing
+
+
+def sums(responses: list[str], answer: list[int]) -> list[float]:
+    """One number for each response. `answer` is a column of the data: it comes because a parameter is called so."""
+    return [score(response, number) for response, number in zip(responses, answer, strict=True)]
+
+
+def score(response: str, number: int) -> float:
+    written = ANSWER.search(response)
+    form = 0.5 if written else 0.1 if "<answer>" in response else 0.0  # half a form is a step that can be learned
+    right = 1.0 if written and int(written[1]) == number else 0.0
+    length = 0.005 * max(len(response) - FREE, 0)
+    return form + right - length
