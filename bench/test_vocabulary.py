@@ -90,8 +90,8 @@ def eager_sample(logits: Tensor, stream: Tensor, offset: Tensor) -> tuple[Tensor
     block = (block_cumulative <= threshold).sum(-1, keepdim=True)
     before = torch.where(block > 0, block_cumulative.gather(-1, (block - 1).clamp(min=0)), 0.0)
     cumulative = e[torch.arange(len(x), device=x.device), block[:, 0]].double().cumsum(-1)
-    below = cumulative[:, -1:].nextafter(torch.zeros_like(total))
-    tokens = block * BLOCK + (cumulative <= torch.minimum(threshold - before, below)).sum(-1, keepdim=True)
+    prefix_states = cumulative[:, -1:].nextafter(torch.zeros_like(total))
+    tokens = block * BLOCK + (cumulative <= torch.minimum(threshold - before, prefix_states)).sum(-1, keepdim=True)
     return tokens[:, 0], (x.gather(-1, tokens) - total.log())[:, 0].float()
 
 

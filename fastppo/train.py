@@ -57,11 +57,11 @@ def train(config: Config, world: World) -> bool:
 
 def ppo_step(setup: Setup, prompts: Prompts) -> Step:
     """Experience from a batch of prompts, several epochs of updates on it, and a look at how the policy is doing."""
-    config, roles, run, stages = setup.config, setup.roles, setup.progress, setup.stages
+    config, roles, run, phases = setup.config, setup.roles, setup.progress, setup.phases
     experience = run.experience
     if experience is None:  # else the run was stopped while it learned from it, and goes on with that
         experience = make_experience(setup, prompts)
-    with stages("learning"):
+    with phases("learning"):
         plan = plan_step(experience.packed.lengths, config, run.step, setup.world.ranks, roles.attention)
         updates = learn(
             experience,
@@ -75,21 +75,21 @@ def ppo_step(setup: Setup, prompts: Prompts) -> Step:
             skipped=run.skipped,
             texts=setup.texts,
         )
-        experience = run.drop_trunk()
-    with stages("health"):
+        experience = run.drop_prefix()
+    with phases("health"):
         health = watch(experience, updates, run.health, config, roles.tokenizer)
     return Step(experience, plan, updates, health.metrics, health.alarms)
 
 
 def make_experience(setup: Setup, prompts: Prompts) -> Experience:
     """The actor's responses, their scores, and from these the advantage of every token."""
-    config, roles, run, stages, world = setup.config, setup.roles, setup.progress, setup.stages, setup.world
-    with stages("sampling"), together(world):
+    config, roles, run, phases, world = setup.config, setup.roles, setup.progress, setup.phases, setup.world
+    with phases("sampling"), together(world):
         mine, seed = prompts.of_rank(world.rank, world.ranks), config.seed
         rollout = sample(roles.gathered.policy(), mine, config.sampling, stop_ids=setup.stop_ids, seed=seed)
-    with stages("feedback"):
+    with phases("feedback"):
         scored = score(rollout, setup.data, setup.sources, roles.tokenizer, config.ppo, run.moments, world, setup.judge)
-    with stages("experience"):
+    with phases("experience"):
         first_epoch = plan_step(scored.rollout.packed.lengths, config, run.step, world.ranks, roles.attention)[0]
         experience = estimate(scored, roles, first_epoch, config, run.beta.value, world)
         run.add_experience(experience, scored.moments)

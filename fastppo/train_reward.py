@@ -23,7 +23,7 @@ from fastppo.config import REWARD, RewardTrainingConfig, parse
 from fastppo.data import Examples, Packed, load_pairs
 from fastppo.distributed import Stopped, World, start_world, stop_world
 from fastppo.errors import exit_with_message
-from fastppo.models import TrunkStates, whole_state
+from fastppo.models import PrefixStates, whole_state
 from fastppo.monitor import claimed, only_tells, setup_logging
 from fastppo.offline import (
     Objective,
@@ -80,7 +80,7 @@ def leave(stage: Stage[RewardTrainingConfig], evaluation: PairEvaluation | None)
     """
     config, world, learner = stage.config, stage.world, stage.learner
     if evaluation is None:
-        evaluation = evaluate_pairs(learner, stage.examples.first(config.batch_size), TrunkStates(), config, world)
+        evaluation = evaluate_pairs(learner, stage.examples.first(config.batch_size), PrefixStates(), config, world)
     state = whole_state(learner.model.model, world)
     if world.rank == 0:
         if evaluation.tells_nothing_apart:

@@ -38,7 +38,7 @@ def batch(
         ref_logprobs=torch.full((m,), logprob - kl),
         entropy=torch.full((m,), entropy),
         kl=torch.full((m,), kl),
-        trunk=lambda role, packed, sequences: None,
+        prefix=lambda role, packed, sequences: None,
         **tokens,
     )
 

@@ -117,8 +117,8 @@ def finish(draft: Path, folder: Path, files: Iterable[File]) -> None:
     writer.save_text(json.dumps(manifest, indent=1), draft / MANIFEST)
     if writer.error is not None:
         raise OSError(writer.error)
-    for below in [draft, *(path for path in draft.rglob("*") if path.is_dir())]:
-        sync(below)
+    for prefix_states in [draft, *(path for path in draft.rglob("*") if path.is_dir())]:
+        sync(prefix_states)
     draft.rename(folder)
     sync(folder.parent)
 

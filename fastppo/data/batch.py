@@ -152,7 +152,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Experience:
-    """All that learning needs, for the global batch and, but for `trunk`, the same on every rank."""
+    """All that learning needs, for the global batch and, but for `prefix`, the same on every rank."""
 
     packed: Packed
     scores: Tensor  # (B,) fp32, the weighted sum of what the sources of reward said
@@ -168,7 +168,7 @@ class Experience:
     values: Tensor  # (M,) fp32
     advantages: Tensor  # (M,) fp32, whitened if so configured
     returns: Tensor  # (M,) fp32, before whitening
-    trunk: Callable[[Any, Packed, Tensor], Tensor | None]  # the batch's `trunk.TrunkStates`, of this rank alone
+    prefix: Callable[[Any, Packed, Tensor], Tensor | None]  # the batch's `prefix.PrefixStates`, of this rank alone
 
 
 def concatenate(rollouts: Sequence[Rollout]) -> Rollout:

@@ -6,9 +6,9 @@ from .attention import SHORT as SHORT
 from .attention import Cache as Cache
 from .attention import Spans as Spans
 from .attention import choose_attention as choose_attention
-from .frozen_prefix import TrunkStates as TrunkStates
+from .frozen_prefix import PrefixStates as PrefixStates
 from .frozen_prefix import layers_of as layers_of
-from .frozen_prefix import trunk_depth as trunk_depth
+from .frozen_prefix import prefix_depth as prefix_depth
 from .loading.miniature import MISFIT as MISFIT
 from .loading.miniature import miniature as miniature
 from .loading.model_check import check_model as check_model

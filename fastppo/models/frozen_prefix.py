@@ -1,6 +1,6 @@
-"""The trunk: the lowest layers of a model where they do not train.
+"""The frozen prefix: the lowest layers of a model where they do not train.
 
-What a trunk hands up is the same in every pass over a batch, so it is computed once: for old logprobs, for the
+What a frozen prefix hands up is the same in every pass over a batch, so it is computed once: for old logprobs, for the
 reference (which starts from the same weights) and for all epochs. In the quickstart, where 22 of 30 layers are
 frozen, that is two fifths of the layers' passes in experience and learning.
 """
@@ -33,8 +33,8 @@ def after_layers(parent: nn.Module) -> list[nn.Module]:
     return [child for name, child in parent.named_children() if "norm" in name or name == "ln_f"]
 
 
-def trunk_depth(model: PreTrainedModel) -> int:
-    """How many of the lowest layers are a trunk: frozen, on frozen embeddings, and handing up one tensor."""
+def prefix_depth(model: PreTrainedModel) -> int:
+    """How many of the lowest layers are a frozen prefix: frozen, on frozen embeddings, and handing up one tensor."""
     found = layers_of(model)
     if found is None:
         return 0
@@ -76,29 +76,29 @@ def passing(model: PreTrainedModel, layers: range, states: Tensor | None = None)
         setattr(parent, name, own)
 
 
-class TrunkStates:
-    """What trunks handed up in one batch, sequence by sequence, as far as this process computed it."""
+class PrefixStates:
+    """What prefixes handed up in one batch, sequence by sequence, as far as this process computed it."""
 
     def __init__(self, *, keep: bool = True) -> None:
         """keep: whether a sequence's states are kept for the next time; else they are computed each time."""
         self._keep = keep
-        self._kept: dict[int, dict[int, Tensor]] = {}  # trunk -> sequence -> (tokens, H)
+        self._kept: dict[int, dict[int, Tensor]] = {}  # prefix -> sequence -> (tokens, H)
 
     def __call__(self, role: Any, packed: Packed, sequences: Tensor) -> Tensor | None:
-        """States for these sequences of the batch, `packed` holding them in this order; None where there is no trunk.
+        """States for these sequences of the batch, `packed` holding them in this order; None where there is no prefix.
 
         They are computed if one of them is missing. On several ranks that happens where a later epoch brings a
         sequence that another rank had before.
         """
-        if not role.trunk_depth:
+        if not role.prefix_depth:
             return None
         if not self._keep:
             with torch.no_grad():
-                return cast(Tensor, role.trunk(packed))
-        kept = self._kept.setdefault(role.trunk_owner, {})
+                return cast(Tensor, role.prefix(packed))
+        kept = self._kept.setdefault(role.prefix_owner, {})
         names = sequences.tolist()
         if any(name not in kept for name in names):
             with torch.no_grad():
-                states = role.trunk(packed)
+                states = role.prefix(packed)
             kept.update(zip(names, states.split(packed.lengths.tolist()), strict=True))
         return torch.cat([kept[name] for name in names])

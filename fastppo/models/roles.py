@@ -21,7 +21,7 @@ from fastppo import ops
 from fastppo.data import Packed, pack
 from fastppo.errors import ModelError as ModelError
 from fastppo.models.attention import Cache, Spans, attend_packed
-from fastppo.models.frozen_prefix import layers_of, passing, trunk_depth
+from fastppo.models.frozen_prefix import layers_of, passing, prefix_depth
 from fastppo.models.logit_scale import logit_scale
 from fastppo.models.rotary import turn_each_sequence
 from fastppo.ops import TokenStats
@@ -106,8 +106,8 @@ class Backbone(nn.Module):
         self.model = model
         attend_packed(self.model)
         turn_each_sequence(self.model, self.model.config)
-        self.trunk_depth = 0  # lowest layers whose states may be kept, see `keep_trunk`
-        self.trunk_owner = id(model)  # roles of one owner have the same trunk
+        self.prefix_depth = 0  # lowest layers whose states may be kept, see `keep_prefix`
+        self.prefix_owner = id(model)  # roles of one owner have the same prefix
         self.adapters = True  # False: a view of another role's model as it is without its LoRA adapters
 
     def train(self, mode: bool = True) -> Backbone:
@@ -125,16 +125,18 @@ class Backbone(nn.Module):
     def device(self) -> torch.device:
         return self.model.device
 
-    def hidden(self, packed: Packed, below: Tensor | None = None) -> Tensor:
-        """The last hidden state of every token, (N, H); `below`: what the trunk hands up, if it was kept."""
-        if below is None:
+    def hidden(self, packed: Packed, prefix_states: Tensor | None = None) -> Tensor:
+        """The last hidden state of every token, (N, H); prefix_states: what the frozen prefix handed up, if kept."""
+        if prefix_states is None:
             return self._run(packed)
-        with passing(self.model, range(self.trunk_depth), below[None]):
+        with passing(self.model, range(self.prefix_depth), prefix_states[None]):
             return self._run(packed)
 
-    def trunk(self, packed: Packed) -> Tensor:
-        """What the lowest `trunk_depth` layers hand up, (N, H)."""
-        with passing(self.model, range(self.trunk_depth, self.model.config.get_text_config().num_hidden_layers)) as top:
+    def prefix(self, packed: Packed) -> Tensor:
+        """What the lowest `prefix_depth` layers hand up, (N, H)."""
+        with passing(
+            self.model, range(self.prefix_depth, self.model.config.get_text_config().num_hidden_layers)
+        ) as top:
             self._run(packed)
         return cast(Tensor, top.got)[0]
 
@@ -148,8 +150,8 @@ class Backbone(nn.Module):
             )
         return cast(Tensor, output.last_hidden_state[0])
 
-    def forward(self, packed: Packed, objective: Callable[[Any, Tensor], T], below: Tensor | None = None) -> T:
-        return objective(self, self.hidden(packed, below)[packed.predictors])
+    def forward(self, packed: Packed, objective: Callable[[Any, Tensor], T], prefix_states: Tensor | None = None) -> T:
+        return objective(self, self.hidden(packed, prefix_states)[packed.predictors])
 
 
 class Policy(Backbone):
@@ -210,10 +212,10 @@ class RewardModel(Backbone):
         self,
         packed: Packed,
         objective: Callable[[Any, Tensor], T] = scores,  # type: ignore[assignment]
-        below: Tensor | None = None,
+        prefix_states: Tensor | None = None,
     ) -> T:
         padding = self.model.config.get_text_config().pad_token_id
-        return objective(self, self.hidden(packed, below)[packed.last_rows_but(padding)])
+        return objective(self, self.hidden(packed, prefix_states)[packed.last_rows_but(padding)])
 
 
 def hidden_states(role: Any, hidden: Tensor) -> Tensor:
@@ -292,24 +294,24 @@ def copy_backbone(model: PreTrainedModel, *, same_weights: bool = False) -> PreT
     return copy.deepcopy(backbone, {id(p): p for p in backbone.parameters()} if same_weights else None)
 
 
-def keep_trunk(role: Backbone, reference: Backbone | None = None) -> None:
+def keep_prefix(role: Backbone, reference: Backbone | None = None) -> None:
     """Let what the role's frozen lower layers hand up be computed once a batch (`fastppo.models.frozen_prefix`).
 
     reference: a model whose lower layers are the same. Where passing layers over would change a model's outputs, in
-    the last bit even, its trunk is not kept, and the log says so.
+    the last bit even, its prefix is not kept, and the log says so.
     """
-    depth = trunk_depth(role.model)
+    depth = prefix_depth(role.model)
     packed = pack([(1, 2, 3, 4, 5), (3, 1, 2)], [1, 1]).to(role.device)
     for model in (role,) if reference is None else (role, reference):
         if not depth:
             return
-        model.trunk_depth, model.trunk_owner = depth, role.trunk_owner
+        model.prefix_depth, model.prefix_owner = depth, role.prefix_owner
         with torch.no_grad():
             try:
-                same = torch.equal(model.hidden(packed, role.trunk(packed)), model.hidden(packed))
+                same = torch.equal(model.hidden(packed, role.prefix(packed)), model.hidden(packed))
             except (IndexError, RuntimeError, TypeError, ValueError):  # layers that hand up more than one tensor
                 same = False
         if not same:
-            role.trunk_depth = model.trunk_depth = 0
+            role.prefix_depth = model.prefix_depth = 0
             log.info("%s: its %d frozen layers are computed in every pass", type(role.model).__name__, depth)
             return

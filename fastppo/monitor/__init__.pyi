@@ -25,7 +25,7 @@ from .tell import only_tells as only_tells
 from .tell import reason as reason
 from .tell import settle_stdout as settle_stdout
 from .tracker import TERMINAL as TERMINAL
-from .tracker import Stages as Stages
+from .tracker import Phases as Phases
 from .tracker import Tracker as Tracker
 from .tracker import setup_logging as setup_logging
 from .trend_tests import trend as trend

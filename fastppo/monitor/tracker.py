@@ -278,8 +278,8 @@ def _summary(formats: Mapping[str, str], values: Mapping[str, float]) -> str:
     return "  ".join(text.format(values[name]) for name, text in formats.items() if name in values)
 
 
-class Stages:
-    """Seconds of each stage of a step: `with stages("sampling"): ...`. Stages follow each other, not one in another."""
+class Phases:
+    """Seconds of each stage of a step: `with phases("sampling"): ...`. Stages follow each other, not one in another."""
 
     def __init__(self, seconds: dict[str, float], enter: Callable[[str], None] = lambda stage: None):
         """seconds: where they are kept, with those of a step that another process began; enter: called with the name

@@ -17,7 +17,7 @@ from fastppo import ops
 from fastppo.config import RewardTrainingConfig, SFTConfig
 from fastppo.data import Examples, pack_even
 from fastppo.distributed import World, all_gather, all_sum, even_passes, stop
-from fastppo.models import TrunkStates, width_of
+from fastppo.models import PrefixStates, width_of
 from fastppo.offline.model import Learner
 from fastppo.offline.preference import (
     Centring,
@@ -85,14 +85,14 @@ class AnswerEvaluation:
 
 @torch.no_grad()
 def evaluate_pairs(
-    learner: Learner, pairs: Examples, trunk: TrunkStates, config: RewardTrainingConfig, world: World
+    learner: Learner, pairs: Examples, prefix: PrefixStates, config: RewardTrainingConfig, world: World
 ) -> PairEvaluation:
     """Scores of both answers of each pair, the same on every rank, and what centres them on `config.centre`."""
     seen: list[tuple[Tensor, Tensor, Tensor]] = []  # sequences, scores, hidden states of this rank
     with stop.together(world):
         for part in _share(pairs, config, world):
-            packed, below = learner.select(pairs, part, trunk)
-            scores, hidden = learner.engine(packed, lambda role, hidden: (role.head(hidden), hidden), below)
+            packed, prefix_states = learner.select(pairs, part, prefix)
+            scores, hidden = learner.engine(packed, lambda role, hidden: (role.head(hidden), hidden), prefix_states)
             sequences = pairs.sequences(part)
             seen.append((sequences, *(x.double().cpu()[: len(sequences)] for x in (scores, hidden))))
     width = width_of(learner.model.model)
@@ -116,14 +116,14 @@ def evaluate_pairs(
 
 @torch.no_grad()
 def evaluate_answers(
-    learner: Learner, answers: Examples, trunk: TrunkStates, config: SFTConfig, world: World
+    learner: Learner, answers: Examples, prefix: PrefixStates, config: SFTConfig, world: World
 ) -> AnswerEvaluation:
     """Over all response tokens."""
     total = torch.zeros(2, dtype=torch.float64)
     with stop.together(world):
         for part in _share(answers, config, world):
-            packed, below = learner.select(answers, part, trunk)
-            found = learner.engine(packed, partial(response_logprobs, targets=packed.responses), below)
+            packed, prefix_states = learner.select(answers, part, prefix)
+            found = learner.engine(packed, partial(response_logprobs, targets=packed.responses), prefix_states)
             found = found[: int(answers.response_lengths[part].sum())]
             total += torch.tensor([-float(found.double().sum()), len(found)], dtype=torch.float64)
     negative, tokens = all_sum(total, world).tolist()

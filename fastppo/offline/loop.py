@@ -15,10 +15,10 @@ from fastppo.checkpoint import Checkpoints, Left, find_checkpoint, settle, super
 from fastppo.config import RewardTrainingConfig, SFTConfig, dump
 from fastppo.data import Examples, batches
 from fastppo.distributed import World, begin_clock, check_output_is_shared, watching
-from fastppo.models import TrunkStates, check_embedded, context_of, load_config, load_tokenizer, model_source
-from fastppo.monitor import Stages, Tracker, begin_folder, check_folder
+from fastppo.models import PrefixStates, check_embedded, context_of, load_config, load_tokenizer, model_source
+from fastppo.monitor import Phases, Tracker, begin_folder, check_folder
 from fastppo.offline.model import Learner
-from fastppo.offline.update import Objective, Training, recall_trunk, total_steps, update
+from fastppo.offline.update import Objective, Training, recall_prefix, total_steps, update
 from fastppo.planner import check_plan
 
 log = logging.getLogger("fastppo")
@@ -38,8 +38,8 @@ class Stage(Generic[C]):
     checkpoints: Checkpoints
     run: Training  # where it is; the one part that changes
     order: Iterator[list[int]]  # batches of examples, from where the run is onwards
-    trunk: TrunkStates  # of the training examples
-    heldout_trunk: TrunkStates
+    prefix: PrefixStates  # of the training examples
+    heldout_prefix: PrefixStates
 
     @property
     def output(self) -> Path:
@@ -99,8 +99,8 @@ def set_up(
         heldout=heldout,
         checkpoints=checkpoints,
         run=run,
-        trunk=recall_trunk(learner, examples, list(islice(order, run.step)), config, world),
-        heldout_trunk=recall_trunk(learner, heldout, [], config, world),
+        prefix=recall_prefix(learner, examples, list(islice(order, run.step)), config, world),
+        heldout_prefix=recall_prefix(learner, heldout, [], config, world),
         order=order,
     )
 
@@ -111,7 +111,7 @@ def run_stage(
     *,
     statistics: Sequence[str],
     count: Callable[[list[int]], int],
-    evaluate: Callable[[Learner, Examples, TrunkStates, C, World], E],
+    evaluate: Callable[[Learner, Examples, PrefixStates, C, World], E],
     leave: Callable[[Stage[C], E | None], Left],
 ) -> None:
     """Update, evaluate on held-out examples, and leave the trained model with the lowest held-out loss behind.
@@ -121,7 +121,7 @@ def run_stage(
     Stopped where the run was told to stop; what it has done is saved then. Raises ExportError at the end if the model
     is elsewhere, or nowhere.
     """
-    config, world, run, steps, times = stage.config, stage.world, stage.run, stage.steps, Stages({})
+    config, world, run, steps, times = stage.config, stage.world, stage.run, stage.steps, Phases({})
     left: list[Left] = []  # the model behind it, as it was left last
     with watching(world), Tracker(stage.output, config.track, steps=steps, rank=world.rank, done=run.step) as tracker:
 
@@ -131,7 +131,7 @@ def run_stage(
         def evaluate_if_due() -> None:
             due = run.step in (0, steps) or (config.eval.every and run.step % config.eval.every == 0)
             if config.eval.examples and due and run.evaluated < run.step:
-                found = evaluate(stage.learner, stage.heldout, stage.heldout_trunk, config, world)
+                found = evaluate(stage.learner, stage.heldout, stage.heldout_prefix, config, world)
                 tracker.log_evaluation(run.step, found.metrics())
                 best = run.best, run.best_step
                 if run.add_evaluation(found.loss):
@@ -149,7 +149,7 @@ def run_stage(
                         stage.examples,
                         rows,
                         objective,
-                        stage.trunk,
+                        stage.prefix,
                         config,
                         normalizer=count(rows),
                         step=run.step,

@@ -16,7 +16,7 @@ from fastppo.distributed import Engine, World, check_nvme
 from fastppo.models import (
     DTYPES,
     Backbone,
-    TrunkStates,
+    PrefixStates,
     choose_attention,
     load_learner,
     load_scorer,
@@ -47,8 +47,8 @@ class Learner:
         """Of one token's hidden state."""
         return width_of(self.model.model) * self.model.model.dtype.itemsize
 
-    def select(self, examples: Examples, part: Tensor, trunk: TrunkStates) -> tuple[Packed, Tensor | None]:
-        """The sequences of these examples on the device, and what the trunk hands up for them.
+    def select(self, examples: Examples, part: Tensor, prefix: PrefixStates) -> tuple[Packed, Tensor | None]:
+        """The sequences of these examples on the device, and what the frozen prefix hands up for them.
 
         Of no examples it is a sequence whose outputs are to be left out (`engine.even_passes`).
         """
@@ -56,7 +56,7 @@ class Learner:
             return IDLE.to(self.model.device), None
         sequences = examples.sequences(part)
         packed = examples.packed.select(sequences).to(self.model.device)
-        return packed, trunk(self.model, packed, sequences)
+        return packed, prefix(self.model, packed, sequences)
 
 
 def assemble_scorer(config: RewardTrainingConfig, world: World, tokenizer: PreTrainedTokenizerBase) -> Learner:

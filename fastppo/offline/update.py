@@ -17,7 +17,7 @@ from fastppo.config import RewardTrainingConfig, SFTConfig
 from fastppo.data import Examples, Packed, pack_even
 from fastppo.distributed import World, all_sum, stop
 from fastppo.errors import TrainingFault
-from fastppo.models import TrunkStates
+from fastppo.models import PrefixStates
 from fastppo.offline.model import Learner
 from fastppo.ppo import learning_rate
 
@@ -129,7 +129,7 @@ def update(
     examples: Examples,
     rows: Sequence[int],
     objective: Objective,
-    trunk: TrunkStates,
+    prefix: PrefixStates,
     config: StageConfig,
     *,
     normalizer: int,
@@ -147,8 +147,8 @@ def update(
     mine = microbatches_of(rows, examples, config, world)
     for i, part in enumerate(mine):
         stop.check(world)
-        packed, below = learner.select(examples, part, trunk)
-        loss, sums = engine(packed, partial(objective, packed=packed, part=part), below)
+        packed, prefix_states = learner.select(examples, part, prefix)
+        loss, sums = engine(packed, partial(objective, packed=packed, part=part), prefix_states)
         # engines average gradients over ranks, and the loss is to be a mean over the examples of all of them
         engine.backward(loss * world.ranks / normalizer, last=i + 1 == len(mine))
         total = total + sums.detach().double().cpu()
@@ -171,22 +171,22 @@ def _note_fault(norm: float, skipped: int, step: int, config: StageConfig) -> in
     return skipped
 
 
-def recall_trunk(
+def recall_prefix(
     learner: Learner,
     examples: Examples,
     done: Sequence[Sequence[int]],
     config: StageConfig,
     world: World,
-) -> TrunkStates:
-    """What the trunk handed up in the batches `done`, computed in the same microbatches, so that bits agree.
+) -> PrefixStates:
+    """What the frozen prefix handed up in the batches `done`, computed in the same microbatches, so that bits agree.
 
     Where not all of it fits `keep_trunk_gb`, or nothing is to be kept, each microbatch computes its own.
     """
     needed = len(examples.packed.tokens) * learner.bytes_of_state / 1e9
-    if needed > config.keep_trunk_gb or not learner.model.trunk_depth:
-        return TrunkStates(keep=False)
-    trunk = TrunkStates()
+    if needed > config.keep_trunk_gb or not learner.model.prefix_depth:
+        return PrefixStates(keep=False)
+    prefix = PrefixStates()
     for rows in done:
         for part in microbatches_of(rows, examples, config, world):
-            learner.select(examples, part, trunk)
-    return trunk
+            learner.select(examples, part, prefix)
+    return prefix

@@ -35,9 +35,9 @@ from fastppo.models import (
     check_model,
     layers_of,
     miniature,
+    prefix_depth,
     raised_by_a_model,
     said,
-    trunk_depth,
     width_of,
 )
 
@@ -70,7 +70,7 @@ class Footprint:
         self.width = role.value_head.weight.shape[1] if isinstance(role, Critic) else width_of(model)
         self.vocabulary: int = config.vocab_size
         self.head_trains = head is not None and bool(next(head.parameters()).requires_grad)
-        self.trunk = trunk_depth(model)
+        self.prefix = prefix_depth(model)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.position = 2 * self.layers * heads * head_width * self.bytes  # bytes of keys and values of one token

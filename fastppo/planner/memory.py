@@ -43,7 +43,7 @@ class Bytes:
     weights: int = 0
     gradients: int = 0
     optimizer: int = 0
-    buffers: int = 0  # that stay: DeepSpeed's own, and the states that a frozen trunk has handed up
+    buffers: int = 0  # that stay: DeepSpeed's own, and the states that a frozen prefix has handed up
     activations: int = 0
     cache: int = 0
     workspace: int = 0
@@ -184,7 +184,7 @@ class Batch:
     sequences: int  # of a microbatch
     length: int  # tokens of a sequence
     responses: int  # response tokens of a microbatch, or scored ones
-    tokens: int = 0  # of the rank's part of the batch, whose trunk is kept
+    tokens: int = 0  # of the rank's part of the batch, whose prefix is kept
     rows: int = 0  # of the sampler's cache
     prompt: int = 0  # tokens
 
@@ -255,9 +255,9 @@ def sampling_needs(actor: Footprint, config: Config, batch: Batch) -> Bytes:
     return Bytes(activations=prefill, cache=cache, workspace=max(logits + layer, gather))
 
 
-def trunk_states(member: Member, batch: Batch) -> int:
-    """States of the whole batch that a frozen trunk handed up, from experience to the end of learning."""
-    return batch.tokens * member.size.width * member.size.bytes if member.trains and member.size.trunk else 0
+def prefix_states(member: Member, batch: Batch) -> int:
+    """States of the whole batch that a frozen prefix handed up, from experience to the end of learning."""
+    return batch.tokens * member.size.width * member.size.bytes if member.trains and member.size.prefix else 0
 
 
 def learning_needs(member: Member, batch: Batch, *, head: bool, reference: bool = False) -> Bytes:

@@ -50,11 +50,11 @@ def _example(config: StageConfig) -> tuple[int, int]:
 
 
 def _kept(size: Footprint, config: StageConfig) -> int:
-    """The most that may be kept of what a frozen trunk hands up, for the training examples and for those held out.
+    """The most that may be kept of what a frozen prefix hands up, for the training examples and for those held out.
 
     How many there are is known once they are read; `limit` and `steps` bound it, and so does `keep_trunk_gb`.
     """
-    if not size.trunk or config.zero.stage == 3:
+    if not size.prefix or config.zero.stage == 3:
         return 0
     each, length = _example(config)
     most, example = int(config.keep_trunk_gb * 1e9), each * length * size.width * size.bytes

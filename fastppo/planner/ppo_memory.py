@@ -20,10 +20,10 @@ from fastppo.planner.memory import (
     learning_needs,
     model_states,
     prefetch,
+    prefix_states,
     reducing,
     sampling_needs,
     summed_on_arrival,
-    trunk_states,
 )
 
 STAGES = ("sampling", "feedback", "experience", "learning")
@@ -99,7 +99,7 @@ def _lasting(member: Member, stage: str, config: Config, ranks: int, batch: Batc
     if member.trains and not _made_once(member, config) and stage == "learning":
         found += Places(gpu=Bytes(gradients=states.gpu.gradients))
     if stage in ("experience", "learning"):
-        found += Places(gpu=Bytes(buffers=trunk_states(member, batch)))
+        found += Places(gpu=Bytes(buffers=prefix_states(member, batch)))
     return found
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastppo.config import Config
 from fastppo.data import IDLE, Moments, Packed, Prompts, PromptSet, pack_alone
 from fastppo.distributed import World, all_gather, even_passes, stop
-from fastppo.models import Roles, TrunkStates, token_stats
+from fastppo.models import PrefixStates, Roles, token_stats
 from fastppo.monitor import Sample, distinct, ngrams
 from fastppo.rewards import Source, response_texts, score
 from fastppo.rollout import sample
@@ -77,10 +77,10 @@ def _log_ratios(packed: Packed, roles: Roles, config: Config, world: World) -> T
     parts = pack_alone(packed.lengths, config.ppo.microbatch_tokens)
     for part in even_passes(parts, config.zero, world):
         piece = (packed.select(part) if len(part) else IDLE).to(world.device)
-        trunk = TrunkStates()  # of this part alone: actor and reference share it, and nobody comes back to it
+        prefix = PrefixStates()  # of this part alone: actor and reference share it, and nobody comes back to it
         objective = partial(token_stats, piece.responses, config.eval.temperature)
         policy, reference = (
-            engine(piece, objective, trunk(engine.module, piece, part)) for engine in (roles.actor, roles.reference)
+            engine(piece, objective, prefix(engine.module, piece, part)) for engine in (roles.actor, roles.reference)
         )
         if len(part):
             rows = (policy.logprobs - reference.logprobs, -reference.logprobs, policy.entropy)

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastppo.config import Config
 from fastppo.data import Experience, Minibatch, Packed, Scored, segment_rows
 from fastppo.distributed import World, all_gather, gathered, stop
-from fastppo.models import Policy, Roles, TrunkStates, hidden_states, token_stats
+from fastppo.models import Policy, PrefixStates, Roles, hidden_states, token_stats
 from fastppo.ppo.schedule import advantages_and_returns, kl_estimate, token_rewards
 
 TokenRows = dict[str, Tensor]  # name -> (m,) fp32, on the response tokens of a microbatch
@@ -37,11 +37,11 @@ def estimate(
     the same packing not at all, so on the first update the ratio is 1.
     """
     packed = scored.rollout.packed
-    parts, trunk = [], TrunkStates()
+    parts, prefix = [], PrefixStates()
     for minibatch in first_epoch:
         for sequences in minibatch.of_rank(world.rank, world.ranks):
             stop.check(world)
-            rows = _measure(packed.select(sequences).to(world.device), sequences, roles, trunk, config)
+            rows = _measure(packed.select(sequences).to(world.device), sequences, roles, prefix, config)
             parts.append((sequences, {name: x.float().cpu() for name, x in rows.items()}))
     measured = _assemble(packed, [part for rank in all_gather(parts, world) for part in rank])
     if config.ppo.kl_kind != "exact":
@@ -67,18 +67,18 @@ def estimate(
         rewards=rewards,
         advantages=advantages,
         returns=returns,
-        trunk=trunk,
+        prefix=prefix,
         **measured,
     )
 
 
 @torch.no_grad()
-def recall_trunk(packed: Packed, done: list[Minibatch], roles: Roles, world: World) -> TrunkStates:
-    """The trunk states of a process that has computed these minibatches of the batch, for one that goes on from there.
+def recall_prefix(packed: Packed, done: list[Minibatch], roles: Roles, world: World) -> PrefixStates:
+    """The prefix states of a process that has computed these minibatches of the batch, for one that goes on there.
 
     In another packing they could differ in the last bit.
     """
-    trunk = TrunkStates()
+    prefix = PrefixStates()
     for minibatch in done:
         for sequences in minibatch.of_rank(world.rank, world.ranks):
             piece = packed.select(sequences).to(world.device)
@@ -87,20 +87,22 @@ def recall_trunk(packed: Packed, done: list[Minibatch], roles: Roles, world: Wor
                 roles.reference.module,
                 *([] if roles.critic is None else [roles.critic.module]),
             ):
-                trunk(role, piece, sequences)
-    return trunk
+                prefix(role, piece, sequences)
+    return prefix
 
 
-def _measure(packed: Packed, sequences: Tensor, roles: Roles, trunk: TrunkStates, config: Config) -> TokenRows:
+def _measure(packed: Packed, sequences: Tensor, roles: Roles, prefix: PrefixStates, config: Config) -> TokenRows:
     temperature, exact = config.sampling.temperature, config.ppo.kl_kind == "exact"
     reference: Policy = roles.reference.module
-    below = trunk(reference, packed, sequences)
+    prefix_states = prefix(reference, packed, sequences)
     against: dict[str, Tensor | None] = {}
     ref_logprobs: Any = None
     if exact:
-        against = reference.head.as_reference(roles.reference(packed, hidden_states, below))
+        against = reference.head.as_reference(roles.reference(packed, hidden_states, prefix_states))
     else:
-        ref_logprobs = roles.reference(packed, partial(token_stats, packed.responses, temperature), below).logprobs
+        ref_logprobs = roles.reference(
+            packed, partial(token_stats, packed.responses, temperature), prefix_states
+        ).logprobs
 
     def act(policy: Policy, hidden: Tensor) -> TokenRows:
         stats = token_stats(packed.responses, temperature, policy, hidden, **against)
@@ -111,12 +113,12 @@ def _measure(packed: Packed, sequences: Tensor, roles: Roles, trunk: TrunkStates
             rows["values"] = policy.value_head(hidden)
         return rows
 
-    below = trunk(roles.policy, packed, sequences)
+    prefix_states = prefix(roles.policy, packed, sequences)
     with gathered(reference.head.parameters() if exact else ()):  # the actor's forward pass reads both heads
-        rows: TokenRows = roles.actor(packed, act, below)
+        rows: TokenRows = roles.actor(packed, act, prefix_states)
     if roles.critic is not None:
-        below = trunk(roles.critic.module, packed, sequences)
-        rows["values"] = roles.critic(packed, lambda critic, hidden: critic.value_head(hidden), below)
+        prefix_states = prefix(roles.critic.module, packed, sequences)
+        rows["values"] = roles.critic(packed, lambda critic, hidden: critic.value_head(hidden), prefix_states)
     return rows
 
 

@@ -64,7 +64,7 @@ def _keep(
         if path.exists() or len(list(path.parent.iterdir())) >= FILES:
             return
         packed = experience.packed
-        batch: dict[str, Any] = {f.name: getattr(experience, f.name) for f in fields(experience) if f.name != "trunk"}
+        batch: dict[str, Any] = {f.name: getattr(experience, f.name) for f in fields(experience) if f.name != "prefix"}
         batch["packed"] = {f.name: getattr(packed, f.name) for f in fields(packed)}
         about = {"step": step + 1, "update": number, "config": asdict(config)}
         torch.save({**about, "numbers": update, "sequences": list(minibatch.microbatches), "batch": batch}, path)

@@ -17,7 +17,7 @@ from fastppo.models import Roles, actor_context, assemble, check_actor_tokens, c
 from fastppo.monitor import (
     TERMINAL,
     Alarm,
-    Stages,
+    Phases,
     Tracker,
     begin_folder,
     check_folder,
@@ -53,7 +53,7 @@ class Setup:
     stop_ids: list[int]  # tokens that end a response
     checkpoints: Checkpoints
     progress: Progress  # where the run is; the one part that changes
-    stages: Stages
+    phases: Phases
 
     @property
     def output(self) -> Path:
@@ -135,7 +135,7 @@ def set_up(config: Config, world: World) -> Setup | None:
         stop_ids=_stop_ids(roles, config),
         checkpoints=checkpoints,
         progress=progress,
-        stages=Stages(progress.seconds, roles.residency.enter),
+        phases=Phases(progress.seconds, roles.residency.enter),
     )
 
 
@@ -182,7 +182,7 @@ def log_step(setup: Setup, done: Step, tracker: Tracker) -> None:
     number, lengths = run.step + 1, done.experience.packed.lengths
     rates = dict(zip(("actor_lr", "critic_lr"), step_rates(config, run.step)[-1], strict=True))
     spread = imbalance(done.plan, lengths, setup.world.ranks, attention)
-    metrics = step_metrics(done.experience, done.updates, setup.stages.take()) | done.health | rates
+    metrics = step_metrics(done.experience, done.updates, setup.phases.take()) | done.health | rates
     tracker.log(number, metrics | {"kl_coef": run.beta.value, "imbalance": spread})
     if number == 1 and (settings := settings_that_truncate(config.sampling, setup.stop_ids)):
         log.info(

@@ -14,7 +14,7 @@ from fastppo.distributed import World
 from fastppo.models import Roles
 from fastppo.monitor import Alarm, Health
 from fastppo.ppo.evaluation import Evaluation
-from fastppo.ppo.experience import recall_trunk
+from fastppo.ppo.experience import recall_prefix
 from fastppo.ppo.schedule import KLController
 
 
@@ -66,10 +66,10 @@ class Progress:
     def add_experience(self, experience: Experience, moments: Moments) -> None:
         self.experience, self.moments, self.random = experience, moments, random_state()
 
-    def drop_trunk(self) -> Experience:
-        """The experience once it is learned from: what its trunk handed up would stay on the device till the next."""
+    def drop_prefix(self) -> Experience:
+        """The experience once it is learned from: what its prefix handed up would stay on the device till the next."""
         assert self.experience is not None
-        self.experience = replace(self.experience, trunk=no_trunk)
+        self.experience = replace(self.experience, prefix=no_prefix)
         return self.experience
 
     def end_step(self) -> None:
@@ -82,7 +82,7 @@ class Progress:
         same = ("step", "skipped", "evaluated", "seconds")
         experience = None
         if self.experience is not None:
-            experience = {f.name: getattr(self.experience, f.name) for f in fields(Experience) if f.name != "trunk"}
+            experience = {f.name: getattr(self.experience, f.name) for f in fields(Experience) if f.name != "prefix"}
             experience["packed"] = {f.name: getattr(self.experience.packed, f.name) for f in fields(Packed)}
         return {name: getattr(self, name) for name in same} | {
             "beta": self.beta.value,
@@ -94,7 +94,7 @@ class Progress:
         }
 
     def restore(self, state: State, own: State) -> None:
-        """What `state` gave; own: this rank's `random`. The experience lacks its trunk (`recall_experience`)."""
+        """What `state` gave; own: this rank's `random`. The experience lacks its prefix (`recall_experience`)."""
         self.step, self.skipped, self.evaluated = state["step"], state["skipped"], state["evaluated"]
         self.beta.value, self.random = state["beta"], own
         self.moments = Moments(**state["moments"])
@@ -104,7 +104,7 @@ class Progress:
         self.updates = [Update(**u) for u in state["updates"]]
         self.health = Health.of(state["health"])
         kept = state["experience"]
-        self.experience = kept and Experience(**kept | {"packed": Packed(**kept["packed"]), "trunk": no_trunk})
+        self.experience = kept and Experience(**kept | {"packed": Packed(**kept["packed"]), "prefix": no_prefix})
 
     def recall(self, since: Since) -> None:
         """What the run that went back to where this one is knew beyond it."""
@@ -113,16 +113,16 @@ class Progress:
         self.health.alarms = [Alarm(**alarm) for alarm in since.alarms]
 
 
-def no_trunk(role: Any, packed: Packed, sequences: torch.Tensor) -> None:
-    """In the place of `Experience.trunk` where nothing is kept."""
+def no_prefix(role: Any, packed: Packed, sequences: torch.Tensor) -> None:
+    """In the place of `Experience.prefix` where nothing is kept."""
 
 
 def recall_experience(run: Progress, roles: Roles, config: Config, world: World) -> None:
-    """Give a restored experience its trunk again, from the microbatches that it was first computed in."""
+    """Give a restored experience its prefix again, from the microbatches that it was first computed in."""
     if run.experience is None:
         return
     packed = run.experience.packed
     plan = plan_step(packed.lengths, config, run.step, world.ranks, roles.attention)
     done = [minibatch for epoch in plan for minibatch in epoch][: max(len(run.updates), len(plan[0]))]
     roles.residency.enter("experience")
-    run.experience = replace(run.experience, trunk=recall_trunk(packed, done, roles, world))
+    run.experience = replace(run.experience, prefix=recall_prefix(packed, done, roles, world))

@@ -191,9 +191,9 @@ def _accumulate(
         stop.check(world)
         targets = _targets(experience, sequences, normalizer, roles.reference, config, beta, world.device)
         for engine, terms, _ in jobs:
-            below = experience.trunk(engine.module, targets.packed, sequences)
+            prefix_states = experience.prefix(engine.module, targets.packed, sequences)
             with gathered(read):  # the reference's head beside the actor's own
-                loss, stats = engine(targets.packed, partial(_add_terms, terms, targets, config), below)
+                loss, stats = engine(targets.packed, partial(_add_terms, terms, targets, config), prefix_states)
             engine.backward(loss, last=i + 1 == len(mine))
             sums += stats
     return sums
@@ -225,8 +225,8 @@ def _targets(
     if config.ppo.kl_in == "loss":
         against = {"kl_coef": beta, "kl_kind": config.ppo.kl_kind}
         if config.ppo.loss_reads_reference:
-            below = experience.trunk(reference.module, packed, sequences)
-            against |= reference.module.head.as_reference(reference(packed, hidden_states, below))
+            prefix_states = experience.prefix(reference.module, packed, sequences)
+            against |= reference.module.head.as_reference(reference(packed, hidden_states, prefix_states))
         else:
             against |= {"ref_logprobs": rows(experience.ref_logprobs)}
     return Targets(

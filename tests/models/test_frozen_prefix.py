@@ -9,7 +9,7 @@ from test_roles import PACKED
 from fastppo.distributed.world import start_world
 from fastppo.models import frozen_prefix, roles
 from fastppo.models.loading.trained import set_trainable
-from fastppo.models.roles import Policy, fuse_head, keep_trunk
+from fastppo.models.roles import Policy, fuse_head, keep_prefix
 
 ALL = torch.arange(len(PACKED))
 
@@ -23,52 +23,52 @@ def policy_of(family="llama", train=1, **settings):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_kept_states_give_the_same_hidden_states_bit_for_bit(family):
     policy = policy_of(family)
-    keep_trunk(policy)
-    assert policy.trunk_depth == 2
-    assert torch.equal(policy.hidden(PACKED, policy.trunk(PACKED)), policy.hidden(PACKED))
+    keep_prefix(policy)
+    assert policy.prefix_depth == 2
+    assert torch.equal(policy.hidden(PACKED, policy.prefix(PACKED)), policy.hidden(PACKED))
 
 
 @pytest.mark.parametrize(
     ("train", "depth"),
     [("all", 0), (3, 0), (2, 1), (1, 2), ("*.layers.1.mlp.*", 1), ("*embed_tokens*", 0), ("model.norm.weight", 2)],
 )
-def test_the_trunk_is_what_lies_below_the_lowest_trained_parameter(train, depth):
+def test_the_prefix_is_what_lies_below_the_lowest_trained_parameter(train, depth):
     policy = policy_of(train=train)
-    keep_trunk(policy)
-    assert policy.trunk_depth == depth
+    keep_prefix(policy)
+    assert policy.prefix_depth == depth
 
 
-def test_embeddings_that_train_through_a_tied_head_leave_no_trunk():
+def test_embeddings_that_train_through_a_tied_head_leave_no_frozen_prefix():
     policy = policy_of(train="lm_head*,*.layers.2.*")
-    keep_trunk(policy)
-    assert policy.trunk_depth == 2
+    keep_prefix(policy)
+    assert policy.prefix_depth == 2
     tied = policy_of(train="*.embed_tokens.*,*.layers.2.*", tie_word_embeddings=True)
-    keep_trunk(tied)
-    assert tied.trunk_depth == 0
+    keep_prefix(tied)
+    assert tied.prefix_depth == 0
 
 
 def test_a_model_that_cannot_pass_layers_over_is_computed_whole(monkeypatch, caplog):
     monkeypatch.setattr(frozen_prefix.Passing, "forward", lambda self, states, *_, **__: states + 1)
     policy = policy_of()
     with caplog.at_level("INFO", logger="fastppo"):
-        keep_trunk(policy)
-    assert policy.trunk_depth == 0 and "computed in every pass" in caplog.text
+        keep_prefix(policy)
+    assert policy.prefix_depth == 0 and "computed in every pass" in caplog.text
 
 
 def test_the_model_is_whole_again_after_a_pass():
     policy = policy_of()
     names = [name for name, _ in policy.named_parameters()]
-    keep_trunk(policy)
-    policy.trunk(PACKED)
+    keep_prefix(policy)
+    policy.prefix(PACKED)
     assert [name for name, _ in policy.named_parameters()] == names
 
 
 def test_states_are_computed_once_for_a_sequence_in_any_packing(monkeypatch):
     policy = policy_of()
-    keep_trunk(policy)
-    states, calls = frozen_prefix.TrunkStates(), []
+    keep_prefix(policy)
+    states, calls = frozen_prefix.PrefixStates(), []
     monkeypatch.setattr(
-        Policy, "trunk", lambda self, packed: calls.append(len(packed)) or roles.Backbone.trunk(self, packed)
+        Policy, "prefix", lambda self, packed: calls.append(len(packed)) or roles.Backbone.prefix(self, packed)
     )
     whole = states(policy, PACKED, ALL)
     some = torch.tensor([3, 0])
@@ -83,7 +83,7 @@ def test_an_update_is_the_same_with_and_without_kept_states(tmp_path, monkeypatc
     settings = ["--actor.train", "1", "--ppo.epochs", "2", "--critic.kind", *critic]
     settings += ["--ppo.kl_in", kl_in, "--ppo.kl_kind", "exact", "--ppo.minibatches", "2"]
     kept = step(config_of(model, *settings), world)
-    monkeypatch.setattr(frozen_prefix.TrunkStates, "__call__", lambda *_: None)
+    monkeypatch.setattr(frozen_prefix.PrefixStates, "__call__", lambda *_: None)
     whole = step(config_of(model, *settings), world)
     for name, parameter in whole.parameters.items():
         torch.testing.assert_close(kept.parameters[name], parameter, rtol=0, atol=2e-5)

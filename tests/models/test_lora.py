@@ -122,11 +122,11 @@ def test_targets_that_leave_nothing_to_adapt_are_an_error(targets, train, words)
         adapted(lora=LoraConfig(rank=2, targets=targets), train=train)
 
 
-def test_layers_below_the_lowest_adapter_are_a_trunk(model):
+def test_layers_below_the_lowest_adapter_are_a_frozen_prefix(model):
     actor, _, reference = load(model, "--actor.lora.rank", "2", "--actor.train", "1")
-    assert actor.trunk_depth == reference.trunk_depth == 2 and actor.trunk_owner == reference.trunk_owner
+    assert actor.prefix_depth == reference.prefix_depth == 2 and actor.prefix_owner == reference.prefix_owner
     whole, _, _ = load(model, "--actor.lora.rank", "2")
-    assert whole.trunk_depth == 0
+    assert whole.prefix_depth == 0
 
 
 # Memory: whose weights are whose

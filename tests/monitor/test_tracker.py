@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fastppo.config import TrackConfig
 from fastppo.monitor.run_dir import ALARMS, METRICS, RESPONSES, continue_folder, fresh_folder, read_lines, sizes
 from fastppo.monitor.samples import Sample, samples_table, show_samples, write_samples
-from fastppo.monitor.tracker import THIRD_PARTY, Stages, Tracker, setup_logging
+from fastppo.monitor.tracker import THIRD_PARTY, Phases, Tracker, setup_logging
 
 STEP = {"score": 0.5, "kl": 1.25, "tokens_per_second": 1234.6, "time/step": 2.0}
 STAGES = {"time/sampling": 2.14, "time/feedback": 0.3, "time/experience": 0.6, "time/learning": 3.2}
@@ -215,12 +215,12 @@ def test_progress_always_and_never_do_not_ask_the_output(
 def test_stages_add_up_until_they_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 5.0, 7.0, 10.0, 14.0])
     monkeypatch.setattr("fastppo.monitor.tracker.time.perf_counter", lambda: next(clock))
-    stages = Stages({}, lambda stage: None)
+    phases = Phases({}, lambda stage: None)
     for name in ("sampling", "learning", "sampling"):
-        with stages(name):
+        with phases(name):
             pass
-    assert stages.take() == {"time/sampling": 5.0, "time/learning": 2.0}
-    assert stages.take() == {}
+    assert phases.take() == {"time/sampling": 5.0, "time/learning": 2.0}
+    assert phases.take() == {}
 
 
 def test_time_left_follows_the_mean_step(
@@ -239,12 +239,12 @@ def test_time_left_follows_the_mean_step(
 
 
 def test_a_profile_of_the_chosen_step_names_its_stages_on_every_rank(tmp_path: Path) -> None:
-    stages = Stages({}, lambda stage: None)
+    phases = Phases({}, lambda stage: None)
     for rank in (0, 1):
         config = TrackConfig(tensorboard=False, progress="never", profile_steps=(2,))
         with Tracker(tmp_path, config, steps=3, rank=rank) as tracker:
             for step in (1, 2, 3):
-                with tracker.profile(step), stages("sampling"):
+                with tracker.profile(step), phases("sampling"):
                     torch.ones(4, 4) @ torch.ones(4, 4)
     traces = sorted((tmp_path / "profile").iterdir())
     assert [path.name for path in traces] == ["step-2-rank-0.json", "step-2-rank-1.json"]

@@ -19,7 +19,7 @@ from fastppo import train_reward, train_sft
 from fastppo.config.command_line import REWARD, SFT, parse
 from fastppo.data.examples import load_answers, load_pairs
 from fastppo.distributed.world import World, start_world
-from fastppo.models.frozen_prefix import TrunkStates
+from fastppo.models.frozen_prefix import PrefixStates
 from fastppo.offline.model import assemble_learner, assemble_scorer
 from fastppo.offline.update import Training, update
 from fastppo.train_reward import bradley_terry
@@ -63,7 +63,7 @@ def updated(
         examples,
         rows,
         objective,
-        TrunkStates(),
+        PrefixStates(),
         config,
         normalizer=count,
         step=0,
@@ -161,7 +161,7 @@ stop.check = place
 @pytest.mark.parametrize(
     ("kind", "ranks", "changes"),
     [
-        ("pairs", 2, {"optim__dtype": "bf16", "model__train": 1, "zero__stage": 2}),  # trunks are kept over epochs
+        ("pairs", 2, {"optim__dtype": "bf16", "model__train": 1, "zero__stage": 2}),  # prefixes are kept over epochs
         ("answers", 1, {"model__train": 2}),
     ],
 )

@@ -458,8 +458,8 @@ def test_the_token_is_the_oracle_s_away_from_rounding(
     p = (logits.double() / temperature).softmax(-1)
     cumulative = p.cumsum(-1)
     u = philox.uniform(seed, torch.arange(16), torch.full((16,), 3))
-    below = cumulative.gather(1, tokens[:, None])[:, 0] - p.gather(1, tokens[:, None])[:, 0]
-    assert (below <= u + 1e-6).all() and (u <= cumulative.gather(1, tokens[:, None])[:, 0] + 1e-6).all()
+    prefix_states = cumulative.gather(1, tokens[:, None])[:, 0] - p.gather(1, tokens[:, None])[:, 0]
+    assert (prefix_states <= u + 1e-6).all() and (u <= cumulative.gather(1, tokens[:, None])[:, 0] + 1e-6).all()
     torch.testing.assert_close(logprobs.double(), p.log().gather(1, tokens[:, None])[:, 0], atol=1e-5, rtol=1e-5)
 
 

@@ -59,7 +59,7 @@ def test_only_a_language_model_has_logits_and_a_trained_head_alone_no_activation
     assert head.optimizer == 12 * 3584 // 8 and head.activations < scored.activations / 20
 
 
-def test_kept_trunks_are_bounded_by_the_setting_and_by_the_examples_there_can_be(seven_billion: str) -> None:
+def test_kept_prefixes_are_bounded_by_the_setting_and_by_the_examples_there_can_be(seven_billion: str) -> None:
     def kept(**changes: Any) -> int:
         some, none = (
             held(make_plan(config_of("pairs", seven_billion, model__train="head", **more), LARGE)).buffers

@@ -25,7 +25,7 @@ from fastppo.data.microbatches import plan_step
 from fastppo.distributed.residency import Residency
 from fastppo.distributed.world import World, start_world
 from fastppo.models.assembly import Roles
-from fastppo.models.frozen_prefix import TrunkStates
+from fastppo.models.frozen_prefix import PrefixStates
 from fastppo.models.loading.weights import Source, outline
 from fastppo.models.roles import Policy, fuse_head
 from fastppo.planner import memory
@@ -322,7 +322,7 @@ def test_all_responses_of_a_rank_are_scored_together(seven_billion: dict[bool, l
     assert found[0]["learning"].activations > found[1]["learning"].activations
 
 
-def test_what_trunks_handed_up_is_counted_of_each_role(tmp_path: Path) -> None:
+def test_what_prefixs_handed_up_is_counted_of_each_role(tmp_path: Path) -> None:
     model = fuse_head(
         outline(AutoModelForCausalLM, Source("actor.model", tiny.saved(tmp_path, tiny.causal())), torch.float32)
     )
@@ -330,7 +330,7 @@ def test_what_trunks_handed_up_is_counted_of_each_role(tmp_path: Path) -> None:
         p.requires_grad_(False)
     model.get_input_embeddings().requires_grad_(False)
     size = Footprint(Policy(model), torch.float32, cpu=False)
-    assert size.trunk == 1
+    assert size.prefix == 1
     both = [Member(name, size, trains=True, weights=size.parameters) for name in ("actor", "critic")]
     found = by_name(both, Config(zero=ZeroConfig(stage=0)), ranks=1)
     batch = memory.Batch.of(Config(), 1)
@@ -340,18 +340,18 @@ def test_what_trunks_handed_up_is_counted_of_each_role(tmp_path: Path) -> None:
 
 @pytest.fixture
 def kept_states(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """Of how many sequences trunk states are kept anywhere."""
-    made, there = TrunkStates.__init__, weakref.WeakSet[TrunkStates]()
+    """Of how many sequences prefix states are kept anywhere."""
+    made, there = PrefixStates.__init__, weakref.WeakSet[PrefixStates]()
 
-    def init(self: TrunkStates, **options: Any) -> None:
+    def init(self: PrefixStates, **options: Any) -> None:
         made(self, **options)
         there.add(self)
 
-    monkeypatch.setattr(TrunkStates, "__init__", init)
+    monkeypatch.setattr(PrefixStates, "__init__", init)
     return lambda: sum(len(kept) for states in there for kept in states._kept.values())
 
 
-def test_trunk_states_are_gone_once_a_batch_is_learned_from(
+def test_prefix_states_are_gone_once_a_batch_is_learned_from(
     tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch, kept_states: Callable[[], int]
 ) -> None:
     folder, found = whole_runs.prepare(tmp_path), []
@@ -381,7 +381,7 @@ def test_trunk_states_are_gone_once_a_batch_is_learned_from(
     assert [(what, count) for what, count in found if what != "learned" and count] == []
 
 
-def test_an_evaluation_keeps_the_trunk_states_of_one_microbatch(
+def test_an_evaluation_keeps_the_prefix_states_of_one_microbatch(
     tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch, kept_states: Callable[[], int]
 ) -> None:
     folder, found = whole_runs.prepare(tmp_path), []

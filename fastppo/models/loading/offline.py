@@ -20,7 +20,7 @@ from transformers import (
 
 from fastppo.config import ModelConfig, OptimConfig, RewardTrainingConfig, SFTConfig
 from fastppo.errors import ModelError
-from fastppo.models.frozen_prefix import trunk_depth
+from fastppo.models.frozen_prefix import prefix_depth
 from fastppo.models.loading.policies import load_causal
 from fastppo.models.loading.source import Source
 from fastppo.models.loading.trained import choose_trained
@@ -33,7 +33,7 @@ from fastppo.models.loading.weights import (
     load_model,
     outline,
 )
-from fastppo.models.roles import Policy, RewardModel, fuse_head, keep_trunk, width_of
+from fastppo.models.roles import Policy, RewardModel, fuse_head, keep_prefix, width_of
 
 log = logging.getLogger("fastppo")
 
@@ -157,8 +157,8 @@ def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, k
 
 def _prepare(role: Policy | RewardModel, optim: OptimConfig, partitions: Partitions) -> None:
     if partitions is None:
-        keep_trunk(role)
-    elif trunk_depth(role.model):
+        keep_prefix(role)
+    elif prefix_depth(role.model):
         log.info("zero.stage is 3: frozen layers are computed in every pass")
     if optim.activation_checkpointing:
         role.model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from fastppo.config import AnyConfig, Config, Place
-from fastppo.models.frozen_prefix import trunk_depth
+from fastppo.models.frozen_prefix import prefix_depth
 from fastppo.models.loading.source import Source
 from fastppo.models.loading.streams import copy_parts, gathered, partition_config
 from fastppo.models.loading.trained import choose_trained
@@ -41,7 +41,7 @@ from fastppo.models.roles import (
     ValueHead,
     copy_backbone,
     fuse_head,
-    keep_trunk,
+    keep_prefix,
     width_of,
 )
 from fastppo.models.rotary import switch_of
@@ -66,10 +66,10 @@ def load_policies(config: Config, device: torch.device) -> tuple[Policy, Critic 
     policy = Policy(base, ValueHead(width_of(base), dtype, device) if critic.kind == "shared" else None)
     choose_trained(policy, "actor", actor, actor.model, actor.revision, config.seed)
     if config.zero.stage < 3:
-        keep_trunk(policy, reference if config.reference.model is None else None)
+        keep_prefix(policy, reference if config.reference.model is None else None)
         if value_model is not None:
-            keep_trunk(value_model)
-    elif trunk_depth(policy.model):  # DeepSpeed fetches weights ahead in the order of layers, all of them
+            keep_prefix(value_model)
+    elif prefix_depth(policy.model):  # DeepSpeed fetches weights ahead in the order of layers, all of them
         log.info("zero.stage is 3: frozen layers are computed in every pass")
     if config.optim.activation_checkpointing:
         for role in filter(None, (policy, value_model)):
