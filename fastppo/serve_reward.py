@@ -1,143 +1,241 @@
 """Serve a reward model over HTTP: `python -m fastppo.serve_reward --model DIR`, for `rewards.url`.
 
-POST `{"prompts": [text, ...], "responses": [text, ...], "ended": [true, ...]}`, columns being ignored; the answer is
-`{"scores": [...]}`, or `{"error": "..."}` with status 400 for a request that is wrong and 500 for a model that fails.
-Without `ended` all responses are taken as cut, so that the model sees no EOS. `"messages": [[{"role": ..., "content":
-...}, ...] or null, ...]` has the prompts that are chat, which a model with a chat template reads by that one. GET tells
-which model it is.
+POST / takes prompts and responses in the form of `fastppo.rewards.protocol` and answers with scores, or with an error:
+status 400 for a request that is wrong, 503 while the model loads, 500 for a model that fails. GET / tells which model
+it is, `/health` whether it is ready, `/openapi.json` the schema. Requests that wait while a forward pass runs share the
+next one.
 """
 
 from __future__ import annotations
 
-import json
+import asyncio
 import logging
-from collections.abc import Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from socket import AF_INET, AF_INET6
-from threading import Lock
-from typing import Any, Literal, NamedTuple, TypeGuard
+import socket
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jsonargparse import auto_cli
 from transformers import PreTrainedTokenizerBase
 
-from fastppo.config import OptimConfig, ZeroConfig
-from fastppo.data import NO_ARGUMENTS, SURROGATE, Messages, are_messages, check_arguments
+from fastppo import __version__
+from fastppo.config import LONGEST_WAIT, OptimConfig, ZeroConfig
+from fastppo.data import NO_ARGUMENTS, Packed, check_arguments, end_to_end
 from fastppo.distributed import Frozen, World
 from fastppo.errors import FastPPOError, exit_with_message
 from fastppo.models import DTYPES, RewardModel, load_reward
-from fastppo.rewards import BadChat, ModelSource, RewardError, TooLong
+from fastppo.monitor import reason
+from fastppo.rewards import (
+    Asked,
+    BadChat,
+    ErrorAnswer,
+    Health,
+    ModelSource,
+    RewardError,
+    ScoreAnswer,
+    ScoreRequest,
+    TooLong,
+    read_request,
+)
+
+MISSING: str | None = None  # what the extra `serve` would have brought
+try:
+    import uvicorn
+    from fastapi import FastAPI, Request
+    from fastapi.responses import JSONResponse
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
+except ModuleNotFoundError as error:
+    MISSING = error.name
 
 log = logging.getLogger("fastppo")
 
-REQUEST = '{"prompts": [text, ...], "responses": [text, ...], "ended": [true, ...]}'
 LARGEST = 64 << 20  # bytes of a request
+KEEP_ALIVE = 2 * int(LONGEST_WAIT)  # seconds: a client that pauses before it tries again finds its connection open
+LAST_ANSWERS = 20  # seconds that requests under way have after SIGTERM
+LOADING = 10  # seconds after which to ask again
 
 
-class _Asked(NamedTuple):
-    prompts: list[str]
+class _Waiting(NamedTuple):
+    packed: Packed
     responses: list[str]
-    ended: list[bool]
-    messages: list[Messages | None]
+    answer: Future[list[float]]
 
 
-class RewardServer(ThreadingHTTPServer):
-    """One model, asked by one request at a time, on as many connections as come."""
+class Scorer:
+    """One model in a thread of its own, in which `run` loads it and scores what is asked, in the order of arrival.
 
-    daemon_threads = True
+    What waits while a forward pass runs shares the next one, up to the model's budget of tokens. A request that cannot
+    be scored fails alone.
+    """
 
-    def __init__(self, address: tuple[str, int], name: str, source: ModelSource):
-        self.address_family = AF_INET6 if ":" in address[0] else AF_INET
-        super().__init__(address, _Handler)
-        self.name, self.source, self.turn = name, source, Lock()
+    def __init__(self, name: str, load: Callable[[], ModelSource], loaded: Callable[[], None] = lambda: None):
+        """name: the model's, for people; loaded: called once it can be asked."""
+        self.name, self._load, self._loaded = name, load, loaded
+        self.source: ModelSource | None = None  # until it is loaded
+        self.requests = self.responses = self.batches = self.failed = 0
+        self._arrived = SimpleQueue[tuple[Asked, Future[list[float]]] | None]()
+        self._waiting = deque[_Waiting]()
 
-    def scores(self, asked: _Asked) -> list[float]:
-        with self.turn:
-            return self.source.scores(self.source.tokenised(*asked), asked.responses) if asked.responses else []
+    def ask(self, asked: Asked) -> Future[list[float]]:
+        """The scores, or what `ModelSource.scores` raises. Cancelled before its forward pass it costs none."""
+        answer = Future[list[float]]()
+        self._arrived.put((asked, answer))
+        return answer
 
+    def health(self) -> Health:
+        return Health(
+            ready=self.source is not None,
+            model=self.name,
+            waiting=self._arrived.qsize() + len(self._waiting),
+            requests=self.requests,
+            responses=self.responses,
+            batches=self.batches,
+            failed=self.failed,
+        )
 
-class _Handler(BaseHTTPRequestHandler):
-    server: RewardServer
-    protocol_version = "HTTP/1.1"
+    def run(self) -> None:
+        """Until `stop`. Raises what loading raises."""
+        self.source = self._load()
+        self._loaded()
+        while self._tokenise():
+            if group := self._group(self.source.budget):
+                self._score(group)
 
-    def handle(self) -> None:
+    def stop(self) -> None:
+        self._arrived.put(None)
+
+    def _tokenise(self) -> bool:
+        """Make tokens of all that has arrived, once there is something; False at the end."""
+        assert self.source is not None
+        while not self._waiting or not self._arrived.empty():
+            arrived = self._arrived.get()
+            if arrived is None:
+                return False
+            asked, answer = arrived
+            try:
+                packed = self.source.tokenised(*asked)
+                self.source.check(packed)
+            except Exception as error:
+                if answer.set_running_or_notify_cancel():
+                    self._fail(answer, error)
+            else:
+                self._waiting.append(_Waiting(packed, asked.responses, answer))
+        return True
+
+    def _group(self, budget: int) -> list[_Waiting]:
+        """The first that waits and those behind it that fit into one forward pass with it; without cancelled ones."""
+        group: list[_Waiting] = []
+        while self._waiting and (not group or len(self._waiting[0].packed.tokens) <= budget):
+            first = self._waiting.popleft()
+            if first.answer.set_running_or_notify_cancel():
+                group.append(first)
+                budget -= len(first.packed.tokens)
+        return group
+
+    def _score(self, group: list[_Waiting]) -> None:
+        assert self.source is not None
+        texts = [text for one in group for text in one.responses]
         try:
-            super().handle()
-        except ConnectionError as error:
-            log.debug("a client gave up: %s", error)
-
-    def do_GET(self) -> None:
-        self._answer(200, {"model": self.server.name})
-
-    def do_POST(self) -> None:
-        try:
-            asked = _read(self.rfile.read(self._length()))
-        except ValueError as error:
-            self.close_connection = True  # of a request that is too long the rest was not read
-            self._answer(400, {"error": str(error)})
-        else:
-            self._answer(*self._scored(asked))
-
-    def _scored(self, asked: _Asked) -> tuple[int, dict[str, Any]]:
-        """Status and answer."""
-        try:
-            return 200, {"scores": self.server.scores(asked)}
-        except (TooLong, BadChat) as error:
-            return 400, {"error": str(error)}
-        except RewardError as error:  # a NaN, which may be none another time
-            log.error("a request failed: %s", error)
-            return 500, {"error": str(error)}
+            scores = self.source.scores(end_to_end([one.packed for one in group]), texts)
         except Exception as error:
-            log.exception("a request failed")
-            return 500, {"error": f"{type(error).__name__}: {error}"}
+            if len(group) == 1:
+                self._fail(group[0].answer, error)
+                return
+            log.warning("%d requests failed together (%s), so each is scored alone", len(group), reason(error))
+        else:
+            self.batches, self.requests = self.batches + 1, self.requests + len(group)
+            self.responses += len(texts)
+            rest = iter(scores)
+            for one in group:
+                one.answer.set_result([next(rest) for _ in one.responses])
+            return
+        for one in group:  # out of the handler of the error, which holds what the failed pass had in memory
+            self._score([one])
 
-    def _length(self) -> int:
-        said = self.headers.get("Content-Length") or "0"
+    def _fail(self, answer: Future[list[float]], error: Exception) -> None:
+        self.failed += 1
+        answer.set_exception(error)
+
+
+def make_app(scorer: Scorer) -> FastAPI:
+    """The routes of the service."""
+    app = FastAPI(title="fastppo reward model", version=__version__, description=f"The reward model {scorer.name}.")
+    errors: dict[int | str, dict[str, Any]] = {
+        400: {"model": ErrorAnswer, "description": "The request is wrong, and would be again."},
+        500: {"model": ErrorAnswer, "description": "The model failed."},
+        503: {"model": ErrorAnswer, "description": "The model still loads; Retry-After has seconds."},
+    }
+    body = {"required": True, "content": {"application/json": {"schema": ScoreRequest.model_json_schema()}}}
+
+    # The body is read here and not by FastAPI: its size is looked at first, and clients need not name its type.
+    @app.post("/", response_model=ScoreAnswer, responses=errors, openapi_extra={"requestBody": body})
+    async def scores(request: Request) -> JSONResponse:
+        """One score for each response."""
+        said = request.headers.get("transfer-encoding") or request.headers.get("content-length") or "0"
         if not (said.isdecimal() and len(said) < 20 and 0 < int(said) <= LARGEST):
-            raise ValueError(f"a request has a body of 1 to {LARGEST} bytes and says so; this one says {said[:20]!r}")
-        return int(said)
+            problem = f"a request has a body of 1 to {LARGEST} bytes and says so; this one says {said[:20]!r}"
+            return _problem(400, problem, {"Connection": "close"})  # the body was not read
+        try:
+            asked = read_request(await request.body())
+        except ClientDisconnect:
+            return _problem(499, "the client has gone")
+        except ValueError as error:
+            return _problem(400, str(error))
+        if scorer.source is None:
+            return _problem(503, f"{scorer.name} is still being loaded", {"Retry-After": str(LOADING)})
+        return await _answer(scorer, asked, request)
 
-    def _answer(self, status: int, said: dict[str, Any]) -> None:
-        body = json.dumps(said).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+    @app.get("/")
+    async def model() -> dict[str, str]:
+        """Which model it is."""
+        return {"model": scorer.name}
 
-    def log_message(self, format: str, *args: Any) -> None:
-        log.debug(format, *args)
+    @app.get("/health", response_model=Health, responses={503: {"model": Health, "description": "It is not ready."}})
+    async def health() -> JSONResponse:
+        """Whether the model is ready, and what it has done."""
+        now = scorer.health()
+        return JSONResponse(now.model_dump(), 200 if now.ready else 503)
+
+    @app.exception_handler(HTTPException)
+    async def no_route(request: Request, error: HTTPException) -> JSONResponse:
+        ways = "POST / scores, GET /health tells of the model, and GET /docs has the rest"
+        problem = f"{request.method} {request.url.path}: {error.detail}; {ways}"
+        return _problem(error.status_code, problem, error.headers)
+
+    return app
 
 
-def _read(body: bytes) -> _Asked:
-    """What a request asks. Raises ValueError for anything else than what the protocol says."""
+async def _answer(scorer: Scorer, asked: Asked, request: Request) -> JSONResponse:
+    """The scores of a request or why there are none. It waits no longer than its client does."""
+    if not asked.responses:
+        return JSONResponse({"scores": []})
+    answer = asyncio.wrap_future(scorer.ask(asked))
+    gone: asyncio.Future[Any] = asyncio.ensure_future(request.receive())  # the body is read: only an end can come
     try:
-        said = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the request is not JSON: {error}") from None
-    said = said if isinstance(said, dict) else {}
-    prompts, responses = said.get("prompts"), said.get("responses")
-    if not (_texts(prompts) and _texts(responses)):
-        raise ValueError(f"a request is {REQUEST}")
-    ended = said.get("ended", [False] * len(responses))
-    if not (isinstance(ended, list) and all(isinstance(item, bool) for item in ended)):
-        raise ValueError(f"a request is {REQUEST}")
-    messages = said.get("messages", [None] * len(prompts))
-    if not (isinstance(messages, list) and all(chat is None or are_messages(chat) for chat in messages)):
-        raise ValueError("messages has a list of chat messages ({role, content}) for each prompt, or null")
-    if not len(prompts) == len(responses) == len(ended) == len(messages):
-        counts = f"{len(prompts)} prompts, {len(responses)} responses and {len(ended)} ended"
-        raise ValueError(f"the request has {counts}" + f", and {len(messages)} messages" * ("messages" in said))
-    contents = [message["content"] for chat in messages for message in chat or []]
-    for name, texts in (("prompt", prompts), ("response", responses), ("message", contents)):
-        for i, text in enumerate(texts):
-            if half := SURROGATE.search(text):
-                raise ValueError(f"{name} {i} has half a character at {half.start()}, the lone surrogate {half[0]!r}")
-    return _Asked(prompts, responses, ended, messages)
+        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            return _problem(499, "the client has gone")
+        return JSONResponse({"scores": answer.result()})
+    except (TooLong, BadChat) as error:
+        return _problem(400, str(error))
+    except RewardError as error:  # a NaN, which may be none another time
+        log.error("a request failed: %s", error)
+        return _problem(500, str(error))
+    except Exception as error:
+        log.exception("a request failed")
+        return _problem(500, f"{type(error).__name__}: {error}")
+    finally:
+        answer.cancel()
+        gone.cancel()
 
 
-def _texts(value: object) -> TypeGuard[list[str]]:
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+def _problem(status: int, error: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"error": error}, status, headers)
 
 
 def serve(
@@ -158,18 +256,61 @@ def serve(
         microbatch_tokens: Tokens of one forward pass.
         template: Arguments of the model's chat template, as in '{"enable_thinking": false}'.
     """
+    if MISSING is not None:
+        raise FastPPOError(
+            f"{MISSING} is not installed, which serving a reward model needs: run `pip install 'fastppo[serve]'`, or"
+            " `pip install fastapi uvicorn`."
+        )
     if not 0 <= port <= 65535:
         raise FastPPOError(f"--port is {port}; it must be 0 to 65535.")
     if microbatch_tokens < 1:
         raise FastPPOError(f"--microbatch_tokens is {microbatch_tokens}; it must be 1 or more.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded, tokenizer = load_reward(model, DTYPES[dtype], device, setting="--model")
-    check_arguments("--template", template or {}, tokenizer)
-    source = alone(loaded, tokenizer, microbatch_tokens, device, template or {})
-    with RewardServer((host, port), model, source) as server:
-        name = f"[{host}]" if ":" in host else host
-        print(f"{model} answers on http://{name}:{server.server_port}", flush=True)
-        server.serve_forever()
+
+    def load() -> ModelSource:
+        loaded, tokenizer = load_reward(model, DTYPES[dtype], device, setting="--model")
+        check_arguments("--template", template or {}, tokenizer)
+        return alone(loaded, tokenizer, microbatch_tokens, device, template or {})
+
+    with _listening(host, port) as listening:
+        name, bound = f"[{host}]" if ":" in host else host, listening.getsockname()[1]
+        run(Scorer(model, load, lambda: print(f"{model} answers on http://{name}:{bound}", flush=True)), listening)
+
+
+def run(scorer: Scorer, listening: socket.socket) -> None:
+    """Load the model and answer, until SIGTERM, Ctrl-C or `scorer.stop`. Raises what loading raises."""
+    quiet: dict[str, Any] = {"log_config": None, "log_level": logging.WARNING, "access_log": False}
+    times: dict[str, Any] = {"timeout_keep_alive": KEEP_ALIVE, "timeout_graceful_shutdown": LAST_ANSWERS}
+    config = uvicorn.Config(make_app(scorer), http="h11", ws="none", lifespan="off", **quiet, **times)
+    server = uvicorn.Server(config)
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            scorer.run()
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            server.should_exit = True
+
+    Thread(target=work, daemon=True).start()
+    server.run(sockets=[listening])
+    if failed:
+        raise failed[0]
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """Before the model loads, so that an address that is taken costs no minutes."""
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen()
+    except (OSError, UnicodeError) as error:
+        listening.close()
+        problem = f"--host {host} and --port {port} cannot be listened on ({reason(error)}); give others."
+        raise FastPPOError(problem) from error
+    return listening
 
 
 def alone(
@@ -192,8 +333,6 @@ def main(argv: list[str] | None = None) -> None:
             auto_cli(serve, as_positional=False, args=argv)
         except KeyboardInterrupt:
             return
-        except OSError as error:  # the address
-            raise FastPPOError(f"host and port cannot be listened on ({error.strerror}); give others") from error
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 """Services of reward that answer as a test says."""
 
 import json
+import socket
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from fastppo.serve_reward import Scorer, run
 
 
 @contextmanager
@@ -48,3 +52,26 @@ def service(answer):
 
 def lengths(body):
     return 200, json.dumps({"scores": [len(r) for r in body["responses"]]}).encode()
+
+
+@contextmanager
+def reward_service(load, name="tiny"):
+    """fastppo's own server of the model that `load` returns; yields its address and its Scorer."""
+    scorer = Scorer(name, load)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=run, args=(scorer, listening), daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}", scorer
+        finally:
+            scorer.stop()
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+def eventually(condition):
+    """Wait until `condition()` holds."""
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)

@@ -6,6 +6,7 @@ from .batch import Rollout as Rollout
 from .batch import Scored as Scored
 from .batch import Update as Update
 from .batch import concatenate as concatenate
+from .batch import end_to_end as end_to_end
 from .batch import pack as pack
 from .batch import segment_offsets as segment_offsets
 from .batch import segment_rows as segment_rows

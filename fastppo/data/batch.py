@@ -173,13 +173,17 @@ class Experience:
 
 def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
     """Rollouts of several ranks, end to end."""
-    packed = Packed(
-        torch.cat([r.packed.tokens for r in rollouts]),
-        cumulative(torch.cat([r.packed.lengths for r in rollouts])),
-        cumulative(torch.cat([r.packed.response_lengths for r in rollouts])),
-    )
+    packed = end_to_end([r.packed for r in rollouts])
     return Rollout(
         packed, *(torch.cat([getattr(r, name) for r in rollouts]) for name in ("logprobs", "ended", "sources"))
+    )
+
+
+def end_to_end(parts: Sequence[Packed]) -> Packed:
+    return Packed(
+        torch.cat([part.tokens for part in parts]),
+        cumulative(torch.cat([part.lengths for part in parts])),
+        cumulative(torch.cat([part.response_lengths for part in parts])),
     )
 
 

@@ -1,6 +1,12 @@
 from .model import BadChat as BadChat
 from .model import ModelSource as ModelSource
 from .model import TooLong as TooLong
+from .protocol import Asked as Asked
+from .protocol import ErrorAnswer as ErrorAnswer
+from .protocol import Health as Health
+from .protocol import ScoreAnswer as ScoreAnswer
+from .protocol import ScoreRequest as ScoreRequest
+from .protocol import read_request as read_request
 from .responses import Responses as Responses
 from .responses import RewardError as RewardError
 from .responses import Source as Source

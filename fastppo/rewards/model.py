@@ -82,6 +82,15 @@ class ModelSource:
 
     def scores(self, packed: Packed, texts: Sequence[str]) -> list[float]:
         """One number for each sequence; texts: the responses, to name one in an error. All ranks call it."""
+        self.check(packed)
+        scores = torch.zeros(len(packed))
+        for part in even_passes(pack_alone(packed.lengths, self.budget), self.zero, self.world):
+            piece = packed.select(part) if len(part) else IDLE
+            scores[part] = self.model(piece.to(self.world.device)).cpu()[: len(part)]
+        return checked(self.name, scores, texts)
+
+    def check(self, packed: Packed) -> None:
+        """Raises TooLong, or RewardError for a token that the model has no embedding of. All ranks call it."""
         longest = max(all_gather(int(packed.lengths.max()) if len(packed) else 0, self.world))
         if self.context is not None and longest > self.context:
             raise TooLong(
@@ -95,11 +104,6 @@ class ModelSource:
                 f" ({token!r}): its tokenizer was given more than the model. Resize its embeddings"
                 " (model.resize_token_embeddings(len(tokenizer)), and save both), or use its own tokenizer."
             )
-        scores = torch.zeros(len(packed))
-        for part in even_passes(pack_alone(packed.lengths, self.budget), self.zero, self.world):
-            piece = packed.select(part) if len(part) else IDLE
-            scores[part] = self.model(piece.to(self.world.device)).cpu()[: len(part)]
-        return checked(self.name, scores, texts)
 
     def tokenised(
         self,

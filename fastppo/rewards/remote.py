@@ -20,6 +20,8 @@ from threading import Event, Thread
 from typing import Any, NamedTuple, TypeVar
 
 import requests
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, stop_any, stop_when_event_set
+from tenacity.wait import wait_exponential
 
 from fastppo.config import FIRST_WAIT, LONGEST_WAIT, RewardConfig
 from fastppo.rewards.responses import Responses, RewardError, Source, checked, shown
@@ -132,20 +134,31 @@ class _Asking:
 
     def _scores(self, request: _Request) -> list[float]:
         """The scores of one request, after as many tries as it takes or is given."""
-        wait = FIRST_WAIT
-        for left in reversed(range(self.config.retries + 1)):
-            try:
-                return checked(self.name, self._answer(request.body), request.texts, request.first)
-            except RewardError as error:
-                if left == 0 or isinstance(error, _Hopeless) or self.over.is_set():
-                    tries = self.config.retries + 1 - left
-                    raise RewardError(f"{error}. Tried {tries} time{'s' * (tries > 1)}.") from error
-                pause = max(wait, error.seconds) if isinstance(error, _Busy) else wait
-                log.warning("%s; trying again in %.1f s, %d left", error, pause, left)
-            if self.over.wait(pause):
-                break
-            wait = min(2 * wait, LONGEST_WAIT)
-        raise RewardError(f"{self.name}: another request has failed")
+        retrying = Retrying(
+            retry=retry_if_exception(lambda error: isinstance(error, RewardError) and not isinstance(error, _Hopeless)),
+            stop=stop_any(stop_after_attempt(self.config.retries + 1), stop_when_event_set(self.over)),
+            wait=_pause,
+            before_sleep=self._tell,
+            sleep=self._sleep,
+            reraise=True,
+        )
+        try:
+            return retrying(self._try, request)
+        except RewardError as error:
+            tries = retrying.statistics["attempt_number"]
+            raise RewardError(f"{error}. Tried {tries} time{'s' * (tries > 1)}.") from error
+
+    def _try(self, request: _Request) -> list[float]:
+        return checked(self.name, self._answer(request.body), request.texts, request.first)
+
+    def _tell(self, state: RetryCallState) -> None:
+        assert state.outcome is not None
+        left = self.config.retries + 1 - state.attempt_number
+        log.warning("%s; trying again in %.1f s, %d left", state.outcome.exception(), state.upcoming_sleep, left)
+
+    def _sleep(self, seconds: float) -> None:
+        if self.over.wait(seconds):  # tenacity would try once more
+            raise RewardError(f"{self.name}: another request has failed")
 
     def _answer(self, body: bytes) -> Any:
         """What the service answers to one try, `timeout` seconds at most after it was asked."""
@@ -204,6 +217,13 @@ class _Busy(RewardError):
     """An answer that says after how many seconds to try again."""
 
     seconds = 0.0
+
+
+def _pause(state: RetryCallState) -> float:
+    """Seconds before the next try: twice as long each time, or what the service has asked for, if that is longer."""
+    assert state.outcome is not None
+    error, seconds = state.outcome.exception(), wait_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT)(state)
+    return max(seconds, error.seconds) if isinstance(error, _Busy) else seconds
 
 
 def _said(name: str, answer: requests.Response) -> Any:

@@ -167,7 +167,7 @@ def test_a_service_takes_arguments_of_its_models_template(tmp_path: Path, monkey
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(path)
     with pytest.raises(FastPPOError, match=r"--template has dat, which .* did you mean date"):
-        serve_reward.serve(path, template={"dat": 1})
+        serve_reward.serve(path, port=0, template={"dat": 1})
     model, tokenizer = serve_reward.load_reward(path, torch.float32, WORLD.device)
     source = serve_reward.alone(model, tokenizer, 100, WORLD.device, GIVEN)
     packed = source.tokenised(["x", "plain"], [" yes", " no"], [True, False], [USER, None])

@@ -6,7 +6,7 @@ import json
 import pytest
 import tiny
 import torch
-from services import serving
+from services import eventually, reward_service
 from tokenizers.processors import TemplateProcessing
 
 from fastppo.config import Config, DataConfig, HealthConfig, OptimConfig, PPOConfig, RewardConfig, ZeroConfig
@@ -19,7 +19,7 @@ from fastppo.models.roles import RewardModel
 from fastppo.rewards import RewardError, check_chats, load_judge, score
 from fastppo.rewards.model import ModelSource
 from fastppo.rewards.remote import remote_source
-from fastppo.serve_reward import RewardServer, alone
+from fastppo.serve_reward import alone
 
 WORLD = World(0, 1, torch.device("cpu"))
 # As ChatML: a line break stands behind the token that ends a turn.
@@ -89,6 +89,19 @@ def transformers_scores(model, tokenizer, rows, side):
         return torch.cat([model(**batch).logits[:, 0] for batch in batches]).tolist()
 
 
+@pytest.fixture(scope="module")
+def service(tokenizer):
+    """The address of a service, and a function that gives it another model."""
+
+    def source(model, tokenizer):
+        role = RewardModel(copy.deepcopy(model)).requires_grad_(False).eval()
+        return alone(role, tokenizer, 200, WORLD.device)
+
+    with reward_service(lambda: source(classifier(None, tokenizer), tokenizer)) as (url, scorer):
+        eventually(lambda: scorer.source is not None)
+        yield url, lambda *given: setattr(scorer, "source", source(*given))
+
+
 def asked(tmp_path, tokenizer, prompt, settings, texts=(" was good", " was", ""), ended=(True, False, True)):
     """Prompts, and a rollout of three responses to the only one; those that ended have their EOS."""
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": prompt}))
@@ -112,7 +125,9 @@ def asked(tmp_path, tokenizer, prompt, settings, texts=(" was good", " was", "")
     [("The film", {}), ("<s>The film", {}), ("The film was long", {"first_tokens": 6}), (CHAT, {})],
     ids=["plain", "with its BOS", "cut", "chat"],
 )
-def test_a_model_scores_as_in_transformers_in_every_way(tmp_path, tokenizer, prompt, settings, kind, padding, side):
+def test_a_model_scores_as_in_transformers_in_every_way(
+    tmp_path, tokenizer, service, prompt, settings, kind, padding, side
+):
     theirs = changed(tokenizer, kind)
     model = classifier(PADDINGS[padding], theirs)
     texts, ended = (" was good", " was", ""), (True, False, True)
@@ -126,10 +141,10 @@ def test_a_model_scores_as_in_transformers_in_every_way(tmp_path, tokenizer, pro
         rows = [row + [theirs.eos_token_id] * has for row, has in zip(rows, ended, strict=True)]
     expected = transformers_scores(model, theirs, rows, side)
     assert len({round(x, 5) for x in expected}) == 3
-    role = RewardModel(copy.deepcopy(model)).requires_grad_(False).eval()
-    with serving(RewardServer(("127.0.0.1", 0), "tiny", alone(role, theirs, 200, WORLD.device))) as url:
-        sources = [(reads(copy.deepcopy(model), theirs, tokenizer), 1.0), (remote_source(RewardConfig(url=url)), 1.0)]
-        said = score(rollout, prompts, sources, tokenizer, PPOConfig(), Moments(), WORLD, judge=sources[:1])
+    url, give = service
+    give(model, theirs)
+    sources = [(reads(copy.deepcopy(model), theirs, tokenizer), 1.0), (remote_source(RewardConfig(url=url)), 1.0)]
+    said = score(rollout, prompts, sources, tokenizer, PPOConfig(), Moments(), WORLD, judge=sources[:1])
     for found in (*said.by_source.T.tolist(), said.judged.tolist()):
         assert found == pytest.approx(expected, abs=1e-6)
 
@@ -165,7 +180,7 @@ def test_the_judge_of_a_run_reads_by_its_own_template(tmp_path, tokenizer):
     assert said == pytest.approx(transformers_scores(model, theirs, [ids], "right"), abs=1e-6)
 
 
-def test_a_template_that_refuses_a_chat_is_named_with_the_roles(tmp_path, tokenizer):
+def test_a_template_that_refuses_a_chat_is_named_with_the_roles(tmp_path, tokenizer, service):
     theirs = changed(tokenizer, "another with its template")
     theirs.chat_template = "{% if messages[0].role == 'user' %}{{ raise_exception('who asks?') }}{% endif %}"
     prompts, rollout = asked(tmp_path, tokenizer, CHAT, {}, (" was",), (True,))
@@ -185,11 +200,11 @@ def test_a_template_that_refuses_a_chat_is_named_with_the_roles(tmp_path, tokeni
     source = reads(copy.deepcopy(model), theirs, tokenizer)
     with pytest.raises(RewardError, match=words):
         score(rollout, prompts, [(source, 1.0)], tokenizer, PPOConfig(), Moments(), WORLD)
-    role = RewardModel(model).requires_grad_(False).eval()
-    with serving(RewardServer(("127.0.0.1", 0), "tiny", alone(role, theirs, 200, WORLD.device))) as url:
-        source = remote_source(RewardConfig(url=url))
-        with pytest.raises(RewardError, match=r"status 400: .*who asks"):
-            score(rollout, prompts, [(source, 1.0)], tokenizer, PPOConfig(), Moments(), WORLD)
+    url, give = service
+    give(model, theirs)
+    source = remote_source(RewardConfig(url=url))
+    with pytest.raises(RewardError, match=r"status 400: .*who asks"):
+        score(rollout, prompts, [(source, 1.0)], tokenizer, PPOConfig(), Moments(), WORLD)
 
 
 def test_a_model_that_reads_text_needs_an_eos(tokenizer):

@@ -8,7 +8,7 @@ from datetime import date
 
 import pytest
 import requests
-from services import lengths, service
+from services import eventually, lengths, service
 
 from fastppo.config import RewardConfig
 from fastppo.data.batch import pack
@@ -128,6 +128,40 @@ def test_a_busy_service_says_when_to_ask_again_within_limits(status, monkeypatch
     with service(lambda body: answers.pop() if answers else lengths(body)) as (url, _):
         assert ask(url, retries=1) == [3, 1, 2, 4, 5]
     assert "trying again in 0.1 s" in caplog.text
+
+
+def test_pauses_grow_twofold_up_to_the_longest_and_none_follows_the_last_try(monkeypatch, caplog):
+    monkeypatch.setattr(remote_module, "FIRST_WAIT", 0.1)
+    monkeypatch.setattr(remote_module, "LONGEST_WAIT", 0.3)
+    with service(lambda body: (500, b"broken")) as (url, asked), pytest.raises(RewardError, match=r"Tried 5 times\."):
+        ask(url, retries=4)
+    logged = [record.getMessage() for record in caplog.records]
+    assert len(asked) == 5 and all(f"rewards.url = {url} answered with status 500" in line for line in logged)
+    assert [line.partition("trying again in ")[2] for line in logged] == [
+        "0.1 s, 4 left",
+        "0.2 s, 3 left",
+        "0.3 s, 2 left",
+        "0.3 s, 1 left",
+    ]
+
+
+def test_a_request_that_pauses_is_not_tried_again_once_another_has_failed_for_good(monkeypatch, caplog):
+    monkeypatch.setattr(remote_module, "FIRST_WAIT", 20.0)
+
+    def answer(body):
+        if body["prompts"] == ["p0"]:
+            return 503, b"busy"
+        eventually(lambda: "trying again in 20.0 s" in caplog.text)
+        return 404, b"gone"
+
+    with service(answer) as (url, asked):
+        before = set(threading.enumerate())
+        with pytest.raises(RewardError, match=r"status 404: 'gone'. Tried 1 time\."):
+            ask(url, request_size=1, concurrency=2, retries=1)
+        for thread in set(threading.enumerate()) - before:
+            thread.join(10)
+            assert not thread.is_alive()
+        assert sorted(body["prompts"][0] for body in asked) == ["p0", "p1"]
 
 
 @pytest.mark.parametrize("status", [301, 302, 303])

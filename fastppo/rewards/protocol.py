@@ -1,0 +1,124 @@
+"""What a service of reward is sent and answers, as JSON: `remote` asks and `fastppo.serve_reward` answers so.
+
+`{"prompts": [text, ...], "responses": [text, ...], "ended": [true, ...]}`, columns being ignored by a model; the answer
+is `{"scores": [...]}`, or `{"error": "..."}` with another status than 200. Without `ended` all responses are taken as
+cut, so that the model sees no EOS. `"messages": [[{"role": ..., "content": ...}, ...] or null, ...]` has the prompts
+that are chat, which a model with a chat template reads by that one.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+
+from fastppo.data import SURROGATE, Messages, are_messages
+
+REQUEST = '{"prompts": [text, ...], "responses": [text, ...], "ended": [true, ...]}'
+MESSAGES = "messages has a list of chat messages ({role, content}) for each prompt, or null"
+EXAMPLE: dict[str, Any] = {
+    "prompts": ["Describe a tree."],
+    "responses": [" It has leaves."],
+    "ended": [True],
+    "columns": {"answer": ["oak"]},
+}
+
+
+def _chat(messages: list[dict[str, Any]]) -> Messages:
+    if not are_messages(messages):
+        raise ValueError("not chat messages")
+    return messages
+
+
+MESSAGE: dict[str, Any] = {
+    "type": "object",
+    "properties": {"role": {"type": "string"}, "content": {"type": "string"}},
+    "required": ["role", "content"],
+    "additionalProperties": True,  # for the template
+}
+Chat = Annotated[
+    list[dict[str, Any]],
+    AfterValidator(_chat),
+    WithJsonSchema({"type": "array", "items": MESSAGE, "minItems": 1}),
+]
+
+
+class ScoreRequest(BaseModel):
+    """Responses to be scored, each with its prompt: lists of the same length."""
+
+    model_config = ConfigDict(strict=True, json_schema_extra={"examples": [EXAMPLE]})
+
+    prompts: list[str] = Field(description="The prompts as text; chat as the actor's template writes it.")
+    responses: list[str] = Field(description="The text by which each response goes on from its prompt.")
+    ended: list[bool] | None = Field(
+        None, description="false for a response that was cut at its maximum length. Without it, all were."
+    )
+    messages: list[Chat | None] | None = Field(
+        None, description="The prompts that are chat as messages, for the model's own chat template; else null."
+    )
+    columns: Any = Field(
+        None, description="Further columns of the data. They are ignored.", json_schema_extra={"type": "object"}
+    )
+
+
+class ScoreAnswer(BaseModel):
+    """One finite number for each response, in their order."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"scores": [0.75]}]})
+
+    scores: list[float]
+
+
+class ErrorAnswer(BaseModel):
+    """Why there are no scores."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"error": f"a request is {REQUEST}"}]})
+
+    error: str
+
+
+class Health(BaseModel):
+    """Whether the model can be asked, and what it has done. The status is 200 if it can, else 503."""
+
+    ready: bool = Field(description="false while the model loads")
+    model: str = Field(description="hub name or directory")
+    waiting: int = Field(description="requests that wait for a forward pass")
+    requests: int = Field(description="requests that were scored")
+    responses: int = Field(description="responses that were scored")
+    batches: int = Field(description="groups of requests that were scored together")
+    failed: int = Field(description="requests that the model could not score")
+
+
+class Asked(NamedTuple):
+    prompts: list[str]
+    responses: list[str]
+    ended: list[bool]
+    messages: list[Messages | None]
+
+
+def read_request(body: bytes) -> Asked:
+    """What a request asks. Raises ValueError for anything else than what the protocol says."""
+    try:
+        said = ScoreRequest.model_validate(json.loads(body))
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["loc"][:1] == ("messages",):
+            raise ValueError(MESSAGES) from None
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        raise ValueError(f"a request is {REQUEST}; {where}: {first['msg']}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the request is not JSON: {error}") from None
+    prompts, responses = said.prompts, said.responses
+    ended = [False] * len(responses) if said.ended is None else said.ended
+    messages: list[Messages | None] = [None] * len(prompts) if said.messages is None else said.messages
+    if not len(prompts) == len(responses) == len(ended) == len(messages):
+        counts = f"{len(prompts)} prompts, {len(responses)} responses and {len(ended)} ended"
+        more = "" if said.messages is None else f", and {len(messages)} messages"
+        raise ValueError(f"the request has {counts}{more}")
+    contents = [message["content"] for chat in messages for message in chat or []]
+    for name, texts in (("prompt", prompts), ("response", responses), ("message", contents)):
+        for i, text in enumerate(texts):
+            if half := SURROGATE.search(text):
+                raise ValueError(f"{name} {i} has half a character at {half.start()}, the lone surrogate {half[0]!r}")
+    return Asked(prompts, responses, ended, messages)
