@@ -1,5 +1,6 @@
 """Settings of every test: no network, few threads, property tests that repeat."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -20,6 +21,11 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 settings.register_profile("fastppo", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("fastppo")
+
+
+def pytest_collection_finish() -> None:
+    """DeepSpeed collects garbage whenever it makes an engine: what libraries made is not looked through each time."""
+    gc.freeze()
 
 
 @pytest.fixture
