@@ -48,6 +48,7 @@ lint: setup
 	ruff check .
 	clang-format --dry-run --Werror csrc/* tests/simt/*
 	lint-imports
+	python .ci/pointers.py
 
 types: setup
 	mypy

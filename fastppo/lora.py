@@ -36,7 +36,7 @@ def add_adapters(
 ) -> None:
     """Freeze the model, and put an adapter on each of `lora.targets` whose weight would have trained.
 
-    model: with `requires_grad` as `models.set_trainable` leaves it. role: `actor` or `critic`, for messages.
+    model: with `requires_grad` as `trainable.set_trainable` leaves it. role: `actor` or `critic`, for messages.
     seed: of A, which is the same on every rank. source, revision: where the weights are from; an exported adapter names
     it. Raises ModelError if a target fits no linear layer, or if none of them would have trained.
     """
