@@ -23,6 +23,14 @@ settings.register_profile("fastppo", deadline=None, derandomize=True, max_exampl
 settings.load_profile("fastppo")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is marked `gpu` is skipped without one, so that no test has to do it itself."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 def pytest_collection_finish() -> None:
     """DeepSpeed collects garbage whenever it makes an engine: what libraries made is not looked through each time."""
     gc.freeze()
@@ -40,7 +48,6 @@ def triton_on_cpu() -> Iterator[None]:
         yield
 
 
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 COMPILED = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's tests run Triton compiled")
 
 
