@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from forks import Forks
 from hypothesis import settings
 
 if not torch.cuda.is_available():
@@ -34,6 +35,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """DeepSpeed collects garbage whenever it makes an engine: what libraries made is not looked through each time."""
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Starts runs in processes of their own. One for all tests: it takes seconds to import everything."""
+    with Forks(tmp_path_factory.mktemp("logs")) as forks:
+        yield forks
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -165,12 +164,6 @@ def seen(self, config, engines, data, *args, **options):
 
 checkpoint.Checkpoints.__init__ = seen
 """
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with Forks(tmp_path_factory.mktemp("logs")) as found:
-        yield found
 
 
 @pytest.mark.parametrize("command", COMMANDS)

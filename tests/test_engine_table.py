@@ -6,7 +6,6 @@ from pathlib import Path
 import engine_ranks
 import pytest
 import torch
-from forks import Forks
 
 from fastppo.config import ZeroConfig
 from fastppo.world import start_world
@@ -15,15 +14,14 @@ ROWS = engine_ranks.table()
 
 
 @pytest.fixture(scope="module")
-def walked(tmp_path_factory):
+def walked(tmp_path_factory, forks):
     """What each rank found: of one walk through all rows alone, and of one by two ranks."""
     folder = tmp_path_factory.mktemp("walks")
     (folder / "small.json").write_text(json.dumps({"zero_optimization": engine_ranks.SMALL}))
-    with Forks(folder) as forks:
-        for ranks in (1, 2):
-            call = f"import engine_ranks; engine_ranks.walk({str(folder)!r}); raise SystemExit(0)"
-            run = forks.start([], ranks, before=call)
-            assert forks.wait(run, seconds=300) == [0] * ranks, run.text()
+    for ranks in (1, 2):
+        call = f"import engine_ranks; engine_ranks.walk({str(folder)!r}); raise SystemExit(0)"
+        run = forks.start([], ranks, before=call)
+        assert forks.wait(run, seconds=300) == [0] * ranks, run.text()
     return {
         ranks: [json.loads((folder / f"{ranks}-{rank}.json").read_text()) for rank in range(ranks)] for ranks in (1, 2)
     }

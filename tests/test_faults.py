@@ -9,7 +9,6 @@ import pytest
 import tiny
 import torch
 import whole_runs
-from forks import Forks
 from ppo_step import config_of, step
 
 from fastppo.engine import Engine
@@ -33,12 +32,6 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return whole_runs.prepare(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    with Forks(tmp_path_factory.mktemp("logs")) as forks:
-        yield forks
 
 
 def break_update(monkeypatch, number, role):
