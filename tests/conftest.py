@@ -24,12 +24,14 @@ settings.register_profile("fastppo", deadline=None, derandomize=True, max_exampl
 settings.load_profile("fastppo")
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is marked `gpu` is skipped without one, so that no test has to do it itself."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu") is not None:
-                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    """What is marked `gpu` is skipped without one, and what forks whole runs is slow: no test has to say so itself."""
+    for item in items:
+        if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if "forks" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:

@@ -16,6 +16,8 @@ from fastppo.faults import TrainingFault
 from fastppo.rules import validate
 from fastppo.world import start_world
 
+pytestmark = pytest.mark.slow
+
 ROLES = {"separate": ["--critic.kind", "separate"], "shared": ["--critic.kind", "shared"]}
 
 

@@ -108,6 +108,7 @@ def on_two_ranks(model, folder, forks):
     return dict(zip(RANK_CASES, torch.load(out), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", RANK_CASES)
 def test_the_update_is_the_same_on_two_ranks_as_on_one_at_stage_0(model, folder, world, on_two_ranks, case):
     plain = ["--zero.stage", "0", "--zero.offload", "none", "--zero.deepspeed", "null"]
@@ -151,6 +152,7 @@ def test_a_separate_critics_warm_up_leaves_the_actor_alone(model, world):
     assert max(v for n, v in moved.items() if n.startswith("critic.")) > 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "zero"),
     [

@@ -126,6 +126,7 @@ def arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", arguments(torch.float32))
 @pytest.mark.usefixtures("backend")
@@ -133,6 +134,7 @@ def test_opcheck(op: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(getattr(torch.ops.fastppo, op.partition(",")[0]).default, arguments(dtype)[op])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", [op for op in arguments(torch.float32) if op.partition(",")[0] in library.OF_TENSORS])
 @pytest.mark.usefixtures("backend")
 def test_opcheck_with_coefficients_in_tensors(op: str) -> None:

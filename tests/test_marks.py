@@ -29,6 +29,13 @@ def test_what_is_marked_gpu_is_skipped_where_there_is_none(request):
     assert (request.node.get_closest_marker("skip") is None) == torch.cuda.is_available()
 
 
+def test_what_forks_whole_runs_is_slow(request):
+    for using in (False, True):
+        request.node.fixturenames.extend(["forks"] * using)
+        conftest.pytest_collection_modifyitems([request.node])
+        assert (request.node.get_closest_marker("slow") is not None) == using
+
+
 def skips_without_cuda(source: str) -> list[int]:
     """Lines of skips that ask for CUDA, in their own words or by a name that the module gave to such a question."""
     module = ast.parse(source)

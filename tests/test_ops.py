@@ -134,6 +134,7 @@ def test_the_hottest_and_coldest_that_is_taken_is_right(
         )
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(0, 5),

@@ -36,6 +36,8 @@ from fastppo.trunk import TrunkStates
 from fastppo.weights import Source, outline
 from fastppo.world import World, start_world
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("gathered", "reference", "rewards", "optimizers", "gradients")
 
 CASES = [

@@ -16,6 +16,8 @@ from fastppo.cli import PPO, REWARD, SFT, parse
 from fastppo.errors import FastPPOError
 from fastppo.world import start_world
 
+pytestmark = pytest.mark.slow
+
 Start = Callable[..., None]
 
 

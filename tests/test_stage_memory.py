@@ -19,6 +19,8 @@ from fastppo.machine import Machine
 from fastppo.memory import Bytes
 from fastppo.world import start_world
 
+pytestmark = pytest.mark.slow
+
 COMMANDS: dict[str, Command[Any]] = {"pairs": REWARD, "answers": SFT}
 SMALL, LARGE = Machine(1, 1, 24 * 10**9, 128 * 10**9), Machine(8, 1, 40 * 10**9, 10**12)
 

@@ -25,6 +25,8 @@ from fastppo.leave import ExportError
 from fastppo.track import Tracker
 from fastppo.world import start_world
 
+pytestmark = pytest.mark.slow
+
 ALARM = {"step": 2, "figure": "judge", "message": "it falls"}
 FAILURES = [
     OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),

@@ -16,6 +16,8 @@ from fastppo.errors import FastPPOError
 from fastppo.train import train
 from fastppo.world import start_world
 
+pytestmark = pytest.mark.slow
+
 REWARD = """
 def letters(prompts, responses, **columns):
     return [sum("a" <= c <= "z" for c in response) / 8 for response in responses]

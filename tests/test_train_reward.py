@@ -29,6 +29,8 @@ from fastppo.residency import Residency
 from fastppo.train_reward import train
 from fastppo.world import start_world
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -16,6 +16,8 @@ from fastppo.faults import TrainingFault
 from fastppo.train_sft import train
 from fastppo.world import start_world
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
