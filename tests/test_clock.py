@@ -100,6 +100,7 @@ def newest(folder: Path) -> dict[str, Any]:
     return about
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_run_goes_on_the_next_day_with_the_date_on_which_it_began(
     command: str, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch

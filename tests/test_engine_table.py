@@ -46,6 +46,7 @@ def test_an_engine_has_the_norm_the_update_and_the_states_that_a_plain_sum_has(w
 BEFORE = {"bf16": {"immediate_grad_update": False}, "communication_data_type": "bf16"}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_from_before_gradients_were_added_where_they_arrive_goes_on_as_it_was(tmp_path):
     world, (old, new) = start_world(1), (tmp_path / "old.json", tmp_path / "new.json")
     old.write_text(json.dumps(BEFORE))

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from fastppo import _C, ops
 
+pytestmark = pytest.mark.slow
+
 DTYPES = [torch.float32, torch.bfloat16]
 POINTERS = ("rewards", "values", "cu_seqlens", "bootstrap", "mask", "advantages", "returns")
 
@@ -202,12 +204,10 @@ def reported_races(races: Path, left_out: int) -> int:
     return found
 
 
-@pytest.mark.slow
 def test_no_thread_reads_what_another_may_still_write(races: Path) -> None:
     assert reported_races(races, left_out=0) == 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("left_out", [1, 2, 3, 4, 5])
 def test_a_missing_barrier_is_found(races: Path, left_out: int) -> None:
     assert reported_races(races, left_out) > 0

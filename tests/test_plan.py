@@ -96,6 +96,7 @@ def test_with_adapters_there_is_no_reference(settings: list[str]) -> None:
     assert names == ["actor", "critic"]
 
 
+@pytest.mark.slow
 def test_training_is_refused_where_it_cannot_fit(
     settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

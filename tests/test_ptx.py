@@ -19,6 +19,8 @@ from fastppo.ptx import Texts
 from fastppo.table import DataError
 from fastppo.world import World, start_world
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["a film.", "it was long and slow", "we left early.", "no", "the end is the best of it", "why?", "yes!", "well"]
 
 
