@@ -10,7 +10,7 @@ pip   := .venv/bin/python -m pip install --quiet --disable-pip-version-check --c
 short := $(if $(STEPS),--steps $(STEPS))
 ready := .venv/ready-$(shell cat constraints.txt pyproject.toml setup.py csrc/* | sha256sum | cut -c1-16)
 
-.PHONY: demo test setup lint types format docs build bench cuda clean
+.PHONY: demo test quick setup lint types format docs build bench cuda clean
 
 # SFT, a reward model and PPO on film reviews, and a report; `make demo STEPS=2` for short ones.
 demo: setup
@@ -25,6 +25,10 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 pytest --quiet --numprocesses $(JOBS) --dist loadfile
+
+# The tests that are not marked slow, in under two minutes.
+quick: setup
+	OMP_NUM_THREADS=1 pytest --quiet -m 'not slow' --numprocesses $(JOBS) --dist loadfile
 
 setup: $(ready)
 
@@ -48,6 +52,7 @@ lint: setup
 	ruff check .
 	clang-format --dry-run --Werror csrc/* tests/simt/*
 	lint-imports
+	python .ci/pointers.py
 
 types: setup
 	mypy

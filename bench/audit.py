@@ -10,9 +10,11 @@ What no GPU is there to tell: time, bandwidth reached, cache hits.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -39,6 +41,8 @@ ROWS, VOCABULARY, TOKENS = 2, 50_257, 8192
 ARCHITECTURES = (80, 90, 100)
 WARPS, BLOCKS, REGISTERS = 64, 32, 65_536  # of a multiprocessor, on all three
 SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
+
+Program = list[tuple[int, str]]  # address and instruction
 
 
 class Call(NamedTuple):
@@ -176,18 +180,41 @@ def compiled(call: Call, architecture: int) -> list[tuple[str, Any]]:
     return kernels
 
 
-def cuobjdump() -> Path:
-    """The disassembler that Triton carries."""
-    path = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+def tool(name: str) -> Path:
+    """A program for machine code that Triton carries."""
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
     if not path.exists():
-        raise SystemExit(f"no cuobjdump at {path}: the machine code cannot be read")
+        raise SystemExit(f"no {name} at {path}: the machine code cannot be read")
     return path
 
 
-def loops(sass: str) -> list[list[str]]:
-    """The instructions of each innermost loop: from a branch's target, when that lies above it, to the branch."""
+def instructions(cubin: bytes) -> bytes:
+    """What a cubin of one kernel holds of instructions: its section .text, found as ELF says (64 bits)."""
+    headers, (size, count, names) = struct.unpack_from("<Q", cubin, 0x28)[0], struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, headers + i * size) for i in range(count)]
+    (code,) = [s for s in sections if cubin.startswith(b".text.", sections[names][4] + s[0])]
+    return cubin[code[4] : code[4] + code[5]]
+
+
+def disassembled(cubins: list[bytes], architecture: int) -> list[Program]:
+    """The program of each cubin; addresses go on from one to the next. nvdisasm starts once, as that is slow."""
+    codes = [instructions(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(codes))
+        file.flush()
+        dump = [str(tool("nvdisasm")), "--binary", f"SM{architecture}", file.name]
+        sass = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
     lines = re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?([^;]+);", sass)
-    program = [(int(address, 16), text) for address, text in lines]
+    whole = [(int(address, 16), text) for address, text in lines]
+    ends = list(itertools.accumulate(map(len, codes)))
+    return [
+        [(address, text) for address, text in whole if end - len(code) <= address < end]
+        for code, end in zip(codes, ends, strict=True)
+    ]
+
+
+def loops(program: Program) -> list[list[str]]:
+    """The instructions of each innermost loop: from a branch's target, when that lies above it, to the branch."""
     spans = []
     for address, text in program:
         target = re.search(r"^BRA\b.*\b0x([0-9a-f]+)", text)
@@ -207,19 +234,19 @@ def occupancy(architecture: int, registers: int, shared: int, warps: int) -> flo
     return min(by_registers, by_shared, WARPS // warps, BLOCKS) * warps / WARPS
 
 
-def inspect(kernel: Any, architecture: int) -> dict[str, Any]:
+def inspect(kernel: Any, program: Program, architecture: int) -> dict[str, Any]:
     """What the machine code of a kernel says."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        dump = [str(cuobjdump()), "--dump-resource-usage", "-sass", file.name]
-        sass = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
-    registers, shared, warps = int(re.search(r"REG:(\d+)", sass)[1]), kernel.metadata.shared, kernel.metadata.num_warps
-    bodies = [body for body in loops(sass) if any(re.match(r"(LDG|STG)", text) for text in body)]
+        dump = [str(tool("cuobjdump")), "--dump-resource-usage", file.name]
+        usage = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
+    registers, shared, warps = int(re.search(r"REG:(\d+)", usage)[1]), kernel.metadata.shared, kernel.metadata.num_warps
+    bodies = [body for body in loops(program) if any(re.match(r"(LDG|STG)", text) for text in body)]
     memory = [[text.split()[0] for text in body if re.match(r"LDG|STG", text)] for body in bodies]
     return {
         "registers": registers,
-        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "spills": sum(text.startswith(("STL", "LDL")) for _, text in program),
         "shared": shared,
         "warps": warps,
         "occupancy": occupancy(architecture, registers, shared, warps),
@@ -233,12 +260,16 @@ def machine_code() -> list[dict[str, Any]]:
     for architecture in ARCHITECTURES:
         groups = [("bfloat16", row_calls(torch.bfloat16)), ("float32", row_calls(torch.float32))]
         groups += [("bfloat16, softcap", row_calls(torch.bfloat16, 30.0)[:-1]), ("float32", token_calls())]
+        entries, kernels = [], []
         for dtype, calls in groups:
             for call in calls:
                 for name, kernel in compiled(call, architecture):
                     if name != "finish_kernel" or call.name == "policy_loss":  # the same in all three
-                        entry = {"op": call.name, "kernel": name, "dtype": dtype, "sm": architecture}
-                        made.append(entry | inspect(kernel, architecture))
+                        entries.append({"op": call.name, "kernel": name, "dtype": dtype, "sm": architecture})
+                        kernels.append(kernel)
+        programs = disassembled([kernel.asm["cubin"] for kernel in kernels], architecture)
+        for entry, kernel, program in zip(entries, kernels, programs, strict=True):
+            made.append(entry | inspect(kernel, program, architecture))
     return made
 
 

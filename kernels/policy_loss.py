@@ -27,7 +27,7 @@ def policy_loss(
     entropy_coef: float | Tensor,
     kl_coef: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`fastppo.reference.policy_loss` (Schulman et al. 2017, eq. 7; Ye et al. 2020, eq. 5) and its gradient.
+    """`fastppo.ops.eager.policy_loss` (Schulman et al. 2017, eq. 7; Ye et al. 2020, eq. 5) and its gradient.
 
     logprobs, old_logprobs, advantages, entropy, kl: (M,) fp32, bf16 or fp16 each; mask: (M,) bool; normalizer: () fp32,
     read on the device. Returns loss (), sums (8,), the largest ratio () and d loss / d logprobs (M,), fp32 each; the
@@ -140,7 +140,7 @@ def clipped_objective(logprob, old_logprob, advantage, clip_low, clip_high, dual
 
 @triton.jit
 def bounded_exp(x):
-    """`fastppo.reference.bounded_exp`, its derivative, and `exp_less_tangent`, which is 0 at 0."""
+    """`fastppo.ops.eager.bounded_exp`, its derivative, and `exp_less_tangent`, which is 0 at 0."""
     near = tl.minimum(x, LOG_RATIO_MAX, propagate_nan=tl.PropagateNan.ALL)
     beyond = tl.maximum(x - LOG_RATIO_MAX, 0.0)
     slope = tl.exp(near)

@@ -202,7 +202,7 @@ def policy_loss_in_chunk_kernel(
 
 @triton.jit
 def kl_estimate(d, KL_KIND: tl.constexpr):
-    """k2 or k3 of d = logprob - ref_logprob, and its derivative (Schulman 2020; `fastppo.reference.kl_estimate`)."""
+    """k2 or k3 of d = logprob - ref_logprob, and its derivative (Schulman 2020; `fastppo.ops.eager.kl_estimate`)."""
     if KL_KIND == "k2":
         kl = d * d * 0.5
         slope = d

@@ -27,7 +27,7 @@ PART = 256  # columns whose probability is summed; those of the chosen part are 
 def sample_tokens(
     logits: Tensor, stream: Tensor, offset: Tensor, temperature: float | Tensor, seed: int | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`fastppo.reference.sample_tokens` (Devroye 1986, ch. III.2), with the u of `fastppo.philox.uniform`.
+    """`fastppo.ops.eager.sample_tokens` (Devroye 1986, ch. III.2), with the u of `fastppo.ops.philox.uniform`.
 
     logits: (R, V) fp32, bf16 or fp16, any row stride; stream, offset: (R,) int64; seed: modulo 2^64. Returns tokens,
     (R,) int64, and their log probabilities, (R,) fp32: NaN for a row with NaN, +inf or no finite entry. A token whose

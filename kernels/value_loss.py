@@ -20,7 +20,7 @@ def value_loss(
     normalizer: Tensor,
     clip: float | Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`fastppo.reference.value_loss` (Schulman et al. 2017, eq. 9; clip: Ziegler et al. 2019) and its gradient.
+    """`fastppo.ops.eager.value_loss` (Schulman et al. 2017, eq. 9; clip: Ziegler et al. 2019) and its gradient.
 
     values, old_values, returns: (M,) fp32, bf16 or fp16 each; mask: (M,) bool; normalizer: () fp32, read on the device.
     Returns loss (), sums (7,) of `ValueStats`, and d loss / d values (M,), fp32 each. Traffic with fp32 inputs and a

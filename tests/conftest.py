@@ -1,5 +1,6 @@
 """Settings of every test: no network, few threads, property tests that repeat."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from forks import Forks
 from hypothesis import settings
 
 if not torch.cuda.is_available():
@@ -20,6 +22,28 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 settings.register_profile("fastppo", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("fastppo")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is marked `gpu` is skipped without one, and what forks whole runs is slow: no test has to say so itself."""
+    for item in items:
+        if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if "forks" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """DeepSpeed collects garbage whenever it makes an engine: what libraries made is not looked through each time."""
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Starts runs in processes of their own. One for all tests: it takes seconds to import everything."""
+    with Forks(tmp_path_factory.mktemp("logs")) as forks:
+        yield forks
 
 
 @pytest.fixture
@@ -34,7 +58,6 @@ def triton_on_cpu() -> Iterator[None]:
         yield
 
 
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 COMPILED = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's tests run Triton compiled")
 
 

@@ -8,6 +8,7 @@ gone they belong to the script (a subreaper), which can wait for them.
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -155,6 +156,7 @@ def main() -> None:
         "transformers.models.llama.modeling_llama",
     ):
         importlib.import_module(name)
+    gc.freeze()  # a fork's collector passes over what is there; else it would write to, and so copy, every page of it
     ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, 1, 0, 0, 0)
     for line in sys.stdin:
         command = json.loads(line)

@@ -75,10 +75,13 @@ def step(config: Config, world: World, *, plan: list[list[Minibatch]] | None = N
     return Step(parameters, updates, experience)
 
 
-if __name__ == "__main__":
-    out, model, cases = sys.argv[1:]
+def main(out: str, model: str, cases: str) -> None:
     here = start_world(1)
     done = [step(config_of(model, *case), here) for case in json.loads(cases)]
     if here.rank == 0:
         torch.save([(d.parameters, [dataclasses.asdict(u) for u in d.updates]) for d in done], Path(out))
     stop_world()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCH = Path(__file__).parent.parent / "bench"
 # trl_ppo measures TRL, which has an environment of its own.
 LOAD_ALL = """
@@ -19,6 +21,7 @@ for path in sorted(Path(sys.argv[1]).glob("*.py")):
 """
 
 
+@pytest.mark.slow
 def test_what_benches_import_is_there():
     """In a process of its own, as some set the environment."""
     run = subprocess.run([sys.executable, "-c", LOAD_ALL, str(BENCH)], capture_output=True, text=True)

@@ -14,12 +14,11 @@ import pytest
 import tiny
 import torch
 import whole_runs
-from conftest import NEEDS_GPU
 from ppo_step import config_of, step
 
 from fastppo.distributed.world import start_world
 
-pytestmark = NEEDS_GPU
+pytestmark = pytest.mark.gpu
 HERE = Path(__file__).parent
 CASES = {
     "stage 0": [],

@@ -96,6 +96,7 @@ def loopback():
         return "127.0.0.1"
 
 
+@pytest.mark.slow
 def test_the_command_serves_a_model_and_says_where_and_why_not(tmp_path):
     host, command = loopback(), [sys.executable, "-m", "fastppo.serve_reward", "--dtype", "fp32", "--model"]
     one = tiny.saved(tmp_path / "one", tiny.classifier())

@@ -46,7 +46,7 @@ def leave_model(
     world: World,
     state: dict[str, Tensor] | None = None,
 ) -> Left:
-    """`checkpoint.export`, or to another place; the log says so. All ranks call it, and get the same; rank 0 writes."""
+    """`save.export`, or to another place; the log says so. All ranks call it, and get the same; rank 0 writes."""
     left = Left(folder, folder)
     if world.rank == 0:
         write = partial(export, role, tokenizer, lora=lora, state=state)

@@ -128,7 +128,7 @@ class Engine:
         """Add the gradient of this microbatch's share of the loss; `last` of those before the next `step`.
 
         DeepSpeed averages gradients over ranks. The loss is a sum over this rank's tokens divided by the tokens of all
-        ranks, so its normalizer carries the factor that turns the average into the sum (see `learn.normalizer`).
+        ranks, so its normalizer carries the factor that turns the average into the sum (see `learn._accumulate`).
         """
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)

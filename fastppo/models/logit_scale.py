@@ -39,7 +39,7 @@ def logit_scale(model: PreTrainedModel, head: nn.Module, softcap: float | None) 
     """The factor s of the model's logits, softcap tanh(s l / softcap) or s l, where l is what `head` gives.
 
     No weight is read, so they may be anywhere: on the meta device, in partitions. 1 where the forward pass cannot be
-    asked so, or where what it makes of a logit is no factor; `models.check_packing` then sees whether that is right.
+    asked so, or where what it makes of a logit is no factor; `model_check.check_model` then sees whether that is right.
     """
     try:
         got = _asked(model, head)

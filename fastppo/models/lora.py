@@ -2,7 +2,7 @@
 
 A weight W of shape (out, in) stays as it is, and W + alpha / rank * B A is used: A of shape (rank, in) and B of shape
 (out, rank) train, in the model's dtype, and B starts at zero. So the actor with its adapters off is its own reference,
-exactly, for as long as the run lasts (`models.adapters_off`).
+exactly, for as long as the run lasts (`roles.adapters_off`).
 
 Sampling runs on the same module, adapters unmerged: a merged weight rounds differently, and the first ratio of a batch
 would no longer be 1. There is no dropout, for the same reason.
@@ -36,7 +36,7 @@ def add_adapters(
 ) -> None:
     """Freeze the model, and put an adapter on each of `lora.targets` whose weight would have trained.
 
-    model: with `requires_grad` as `models.set_trainable` leaves it. role: `actor` or `critic`, for messages.
+    model: with `requires_grad` as `trainable.set_trainable` leaves it. role: `actor` or `critic`, for messages.
     seed: of A, which is the same on every rank. source, revision: where the weights are from; an exported adapter names
     it. Raises ModelError if a target fits no linear layer, or if none of them would have trained.
     """
@@ -72,7 +72,7 @@ def add_adapters(
 
 
 def _targets(model: PreTrainedModel, role: str, targets: str) -> dict[str, nn.Linear | Conv1D]:
-    """The linear layers that the setting names. The vocabulary head is none of them: `models.FusedHead` is its own."""
+    """The linear layers that the setting names. The vocabulary head is none of them: `roles.FusedHead` is its own."""
     linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
     linear = {name: layer for name, layer in linear.items() if type(layer).forward in PLAIN}
     if targets == "all-linear":
@@ -93,7 +93,7 @@ def _targets(model: PreTrainedModel, role: str, targets: str) -> dict[str, nn.Li
 def merged_state(model: PreTrainedModel, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The model's state with its adapters merged, under the names that it has without them.
 
-    state: that of the model where its own parameters are not whole (`gathered.whole_state`).
+    state: that of the model where its own parameters are not whole (`sampling_weights.whole_state`).
     Each merged weight is a new tensor in the host's memory, its sum computed in fp32 where the model is and rounded
     once; the model stays as it is, and its device needs no room for a second one.
     """

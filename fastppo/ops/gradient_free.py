@@ -96,7 +96,7 @@ def _run_oracle(
     gamma: Coefficient,
     lam: Coefficient,
 ) -> Tensor:
-    """`reference.gae` as one tensor, (2, M)."""
+    """`eager.gae` as one tensor, (2, M)."""
     check_starts(cu_seqlens, rewards.shape[0])
     discount = {"gamma": float(gamma), "lam": float(lam)}
     return torch.stack(eager.gae(rewards, values, cu_seqlens, **discount, bootstrap=bootstrap, mask=mask))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import whole_runs
-from forks import Forks, Run
+from forks import Run
 
 from fastppo.checkpoint import atomic_dir
 from fastppo.distributed import stop
@@ -41,12 +41,6 @@ PLACES = (("check_alone", 3), ("check", 8), ("check", 9), ("check_alone", 8))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return whole_runs.prepare(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    with Forks(tmp_path_factory.mktemp("logs")) as forks:
-        yield forks
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,10 @@ import shutil
 
 import old_runs
 import pytest
-from forks import Forks
 
 from fastppo.config.command_line import REWARD, SFT, parse
 
 PARSERS = {"ppo": (), "sft": (SFT,), "reward": (REWARD,)}
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    with Forks(tmp_path_factory.mktemp("logs")) as forks:
-        yield forks
 
 
 @pytest.mark.parametrize("name", old_runs.MODULES)

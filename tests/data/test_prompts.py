@@ -229,6 +229,7 @@ def test_impossible_batches_are_refused(count: int, size: int) -> None:
         next(batches(prompt_set(count), size=size, seed=1, shuffle=True))
 
 
+@pytest.mark.slow
 def test_the_quickstarts_prompts_are_the_starts_of_reviews() -> None:
     config, start = parse(["--config", "quickstart"]), parse(["--config", "quickstart-sft"], SFT).model
     smollm2 = AutoTokenizer.from_pretrained(locate(start.path), gguf_file=start.gguf_file)

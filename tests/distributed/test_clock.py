@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -103,6 +102,7 @@ def newest(folder: Path) -> dict[str, Any]:
     return about
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_run_goes_on_the_next_day_with_the_date_on_which_it_began(
     command: str, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
@@ -167,12 +167,6 @@ def seen(self, config, engines, data, *args, **options):
 
 checkpoint.Checkpoints.__init__ = seen
 """
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with Forks(tmp_path_factory.mktemp("logs")) as found:
-        yield found
 
 
 @pytest.mark.parametrize("command", COMMANDS)

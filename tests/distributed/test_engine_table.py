@@ -6,7 +6,6 @@ from pathlib import Path
 import engine_ranks
 import pytest
 import torch
-from forks import Forks
 
 from fastppo.config import ZeroConfig
 from fastppo.distributed.world import start_world
@@ -15,15 +14,14 @@ ROWS = engine_ranks.table()
 
 
 @pytest.fixture(scope="module")
-def walked(tmp_path_factory):
+def walked(tmp_path_factory, forks):
     """What each rank found: of one walk through all rows alone, and of one by two ranks."""
     folder = tmp_path_factory.mktemp("walks")
     (folder / "small.json").write_text(json.dumps({"zero_optimization": engine_ranks.SMALL}))
-    with Forks(folder) as forks:
-        for ranks in (1, 2):
-            call = f"import engine_ranks; engine_ranks.walk({str(folder)!r}); raise SystemExit(0)"
-            run = forks.start([], ranks, before=call)
-            assert forks.wait(run, seconds=300) == [0] * ranks, run.text()
+    for ranks in (1, 2):
+        call = f"import engine_ranks; engine_ranks.walk({str(folder)!r}); raise SystemExit(0)"
+        run = forks.start([], ranks, before=call)
+        assert forks.wait(run, seconds=300) == [0] * ranks, run.text()
     return {
         ranks: [json.loads((folder / f"{ranks}-{rank}.json").read_text()) for rank in range(ranks)] for ranks in (1, 2)
     }
@@ -48,6 +46,7 @@ def test_an_engine_has_the_norm_the_update_and_the_states_that_a_plain_sum_has(w
 BEFORE = {"bf16": {"immediate_grad_update": False}, "communication_data_type": "bf16"}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_from_before_gradients_were_added_where_they_arrive_goes_on_as_it_was(tmp_path):
     world, (old, new) = start_world(1), (tmp_path / "old.json", tmp_path / "new.json")
     old.write_text(json.dumps(BEFORE))

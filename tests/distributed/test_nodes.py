@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import whole_runs
-from forks import Forks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NODES = ("localhost", "127.0.0.1")  # a hostfile may not name a host twice
@@ -17,12 +16,6 @@ NODES = ("localhost", "127.0.0.1")  # a hostfile may not name a host twice
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return whole_runs.prepare(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    with Forks(tmp_path_factory.mktemp("logs")) as forks:
-        yield forks
 
 
 def start_nodes(folder, argv):

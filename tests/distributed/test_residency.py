@@ -110,6 +110,7 @@ def test_without_a_gpu_nothing_moves():
     assert on_device(part.tensors[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

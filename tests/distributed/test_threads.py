@@ -46,6 +46,7 @@ def test_what_the_user_has_set_stays(environment, words):
     assert seen(LOOK, **environment)[1:] == words
 
 
+@pytest.mark.slow
 @ON_CPU
 def test_threads_that_wait_take_little_time_from_others():
     """In seconds of the processor, which other work beside it does not stretch."""

@@ -116,6 +116,7 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rank", "address", "words"),
     [
@@ -150,6 +151,7 @@ def test_nodes_that_may_be_minutes_apart_are_told_from_ranks_of_one_command(
     assert rendezvous._on_one_machine(host, 2) == one
 
 
+@pytest.mark.slow
 def test_something_else_that_listens_is_no_rank_0() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -159,6 +161,7 @@ def test_something_else_that_listens_is_no_rank_0() -> None:
     assert run.returncode == 1 and "but it is not rank 0 of a run" in said and "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_ranks_that_start_one_after_the_other_meet() -> None:
     port = free_port()
     late = MEET.replace("start = ", "time.sleep(1.0)\nstart = ")

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from fastppo.distributed import engine
 
+pytestmark = pytest.mark.slow
+
 SPLIT_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 

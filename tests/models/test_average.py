@@ -4,7 +4,6 @@ import pytest
 import tiny
 import torch
 import whole_runs
-from forks import Forks
 from transformers import AutoModelForCausalLM
 
 from fastppo.distributed.world import World
@@ -57,12 +56,6 @@ def test_it_takes_the_actors_place_and_leaves_it_as_it_was(policy):
     for name, p in policy.named_parameters():
         assert torch.equal(p, before[name])
         assert torch.equal(inside[name], before[name]) != p.requires_grad
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    with Forks(tmp_path_factory.mktemp("logs")) as forks:
-        yield forks
 
 
 def exported(output, name):

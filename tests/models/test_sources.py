@@ -81,6 +81,7 @@ def test_quantised_weights_that_cannot_be_unpacked_are_refused_by_name_in_every_
     assert "is quantised (gptq), and such weights cannot be trained as they are. Give the checkpoint" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", AUTO_QUANTIZATION_CONFIG_MAPPING)
 def test_every_form_that_transformers_has_is_unpacked_or_refused(method, good, tmp_path):
     said = {"quant_method": method, "weight_block_size": [16, 16]}

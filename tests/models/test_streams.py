@@ -6,7 +6,6 @@ import memory
 import pytest
 import tiny
 import torch
-from forks import Forks
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -18,14 +17,12 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def on_ranks(tmp_path_factory):
-    with Forks(tmp_path_factory.mktemp("logs")) as forks:
+def on_ranks(forks):
+    def run(name, *arguments, ranks=2):
+        call = f"{name}({', '.join(repr(str(a)) for a in arguments)})"
+        forks.run([], ranks, before=f"import stream_ranks; stream_ranks.{call}; raise SystemExit(0)")
 
-        def run(name, *arguments, ranks=2):
-            call = f"{name}({', '.join(repr(str(a)) for a in arguments)})"
-            forks.run([], ranks, before=f"import stream_ranks; stream_ranks.{call}; raise SystemExit(0)")
-
-        yield run
+    return run
 
 
 def change(folder, edit):

@@ -26,6 +26,8 @@ from fastppo.distributed.world import start_world
 from fastppo.monitor.run_dir import ALARMS, METRICS, RESPONSES, Lines, read_lines, sizes
 from fastppo.monitor.tracker import Tracker
 
+pytestmark = pytest.mark.slow
+
 ALARM = {"step": 2, "figure": "judge", "message": "it falls"}
 FAILURES = [
     OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),

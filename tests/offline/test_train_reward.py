@@ -28,6 +28,8 @@ from fastppo.models.roles import ModelError
 from fastppo.rewards import load_sources, score
 from fastppo.train_reward import train
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

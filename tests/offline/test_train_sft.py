@@ -16,6 +16,8 @@ from fastppo.distributed.world import start_world
 from fastppo.errors import TrainingFault
 from fastppo.train_sft import train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -1,6 +1,8 @@
 """What bench/audit.py finds out about the Triton kernels without a GPU: bytes moved, and machine code."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,19 +10,32 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 Entries = list[dict[str, Any]]
 
 
+def start(kind: str) -> subprocess.Popen[str]:
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_INTERPRET": "1"} if kind == "bytes" else {}
+    command = [sys.executable, "bench/audit.py", kind]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
 @pytest.fixture(scope="module")
 def audit() -> tuple[Entries, Entries]:
-    """The entries of both tables."""
-    run = subprocess.run([sys.executable, "bench/audit.py"], cwd=ROOT, capture_output=True, text=True)
-    if "no cuobjdump" in run.stderr:
-        pytest.skip(run.stderr.splitlines()[-1])
-    assert run.returncode == 0, run.stdout + run.stderr
-    bytes_moved, code = (json.loads(line) for line in run.stdout.splitlines() if line.startswith("["))
-    return bytes_moved, code
+    """The entries of both tables, made side by side."""
+    tables = []
+    for run in [start("bytes"), start("code")]:
+        out, errors = run.communicate()
+        if re.search("no (cuobjdump|nvdisasm)", errors):
+            pytest.skip(errors.splitlines()[-1])
+        assert run.returncode == 0, out + errors
+        tables.append(json.loads(out.splitlines()[-1]))
+    return tables[0], tables[1]
 
 
 def test_no_kernel_moves_more_than_it_must(audit: tuple[Entries, Entries]) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NEEDS_GPU
 from gae_cases import EACH_LENGTH, GAE_CASES, GaeCase, assert_alone_as_together, assert_right
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +25,8 @@ from native import ROOT, SIMT, simt_kernel
 from torch import Tensor
 
 from fastppo import _C, ops
+
+pytestmark = pytest.mark.slow
 
 DTYPES = [torch.float32, torch.bfloat16]
 POINTERS = ("rewards", "values", "cu_seqlens", "bootstrap", "mask", "advantages", "returns")
@@ -87,7 +88,7 @@ def on_gpu(*packed: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     return advantages.cpu(), returns.cpu()
 
 
-@pytest.fixture(scope="session", params=["simulated", pytest.param("GPU", marks=NEEDS_GPU)])
+@pytest.fixture(scope="session", params=["simulated", pytest.param("GPU", marks=pytest.mark.gpu)])
 def gae(request: pytest.FixtureRequest) -> Callable[..., tuple[Tensor, Tensor]]:
     if request.param == "simulated":
         return request.getfixturevalue("kernels")
@@ -233,7 +234,7 @@ def test_a_wrong_cu_seqlens_stops_the_kernel_before_it_reads(kernels: Kernels, s
     assert dead and message in errors
 
 
-@NEEDS_GPU
+@pytest.mark.gpu
 def test_on_a_gpu_the_host_is_told_of_a_wrong_cu_seqlens() -> None:
     """In a process of its own, since no other kernel can run after it."""
     call = "ops.gae(torch.zeros(4).cuda(), torch.zeros(4).cuda(), torch.tensor([0, 3]).cuda(), gamma=1.0, lam=1.0)"

@@ -12,6 +12,8 @@ import triton
 from native import ROOT
 from torch.utils.cpp_extension import CUDA_HOME, include_paths
 
+pytestmark = pytest.mark.slow
+
 SETUP = runpy.run_path(str(ROOT / "setup.py"))
 ARCHS = [f"sm_{arch}" for arch in SETUP["ARCHS"]]
 KERNELS = {"gae_warps": 128, "gae_blocks": 256, "gae_summarize": 256, "gae_carry": 128, "gae_chunks": 256}

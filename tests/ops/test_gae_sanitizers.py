@@ -13,6 +13,8 @@ import torch
 from native import ROOT, gxx
 from torch.utils.cpp_extension import include_paths
 
+pytestmark = pytest.mark.slow
+
 SETUP = runpy.run_path(str(ROOT / "setup.py"))
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 

@@ -135,6 +135,7 @@ def test_the_hottest_and_coldest_that_is_taken_is_right(
         )
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(0, 5),
@@ -363,6 +364,7 @@ def test_backward_can_run_twice_over_a_kept_graph() -> None:
     torch.testing.assert_close(first, 2 * second)
 
 
+@pytest.mark.slow
 def test_no_tensor_of_all_tokens_by_the_vocabulary_is_made() -> None:
     """The logits would take 320 MB, the workspace is 8; measured in a process of its own."""
     script = """

@@ -49,6 +49,7 @@ def moved(call: Call, step: int, dtype: torch.dtype | None) -> Call:
     return Call(call.op, call.arguments, made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_two_compilations_serve_all_numbers_of_tokens(op: str) -> None:
     run, counter = compiled(op)
@@ -73,6 +74,7 @@ def test_numbers_that_change_do_not_compile_again(op: str) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", [op for op in OPS if op != "attend_cached"])
 def test_fp64_compiles_as_well(op: str) -> None:
     run, counter = compiled(op, dynamic=True)

@@ -71,6 +71,7 @@ def test_each_tensor_in_each_layout(op: str, layout: str, dtype: torch.dtype) ->
     walk(make(op, 6, vocabulary=19, dtype=dtype), layout, dtype)
 
 
+@pytest.mark.slow
 @COMPILED
 @pytest.mark.parametrize("layout", ["column-major", "at an odd address", "every second entry", "one row for all"])
 @pytest.mark.parametrize("op", [*TRAINED, "sample_tokens"])

@@ -127,6 +127,7 @@ def arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", arguments(torch.float32))
 @pytest.mark.usefixtures("backend")
@@ -134,6 +135,7 @@ def test_opcheck(op: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(getattr(torch.ops.fastppo, op.partition(",")[0]).default, arguments(dtype)[op])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "op", [op for op in arguments(torch.float32) if op.partition(",")[0] in registration.OF_TENSORS]
 )

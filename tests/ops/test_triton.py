@@ -243,7 +243,7 @@ def loss_in_chunk(arguments: dict[str, Any], gradient: bool = True) -> dict[str,
 
 
 def reference_loss(arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """What `reference.linear_policy_loss` does with the logits once it has them."""
+    """What `eager.linear_policy_loss` does with the logits once it has them."""
     a = dict(arguments)
     logits, kind = a.pop("logits").detach().requires_grad_(), a.pop("kl_kind", "exact")
     inputs = {name: a.pop(name) for name in ("targets", "temperature", "softcap")}

@@ -37,6 +37,7 @@ def positions(rows: int) -> tuple[Tensor, Tensor]:
     return rows_ * 2**33 + 7, rows_ * 5 - 3  # both words of the counter, and the sign
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("vocabulary", [1, 2, 127, 1000, 50257, 151936])
 def test_the_token_is_the_oracle_s(vocabulary: int, dtype: torch.dtype) -> None:
@@ -53,6 +54,7 @@ def test_the_token_is_the_oracle_s(vocabulary: int, dtype: torch.dtype) -> None:
         torch.testing.assert_close(logprobs.double(), chosen.log(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_draws_follow_the_softmax() -> None:
     draws = 300 if INTERPRETED else 200_000
     logits = torch.tensor([0.5, -math.inf, 1.0, -1.0, 0.0, 2.0, -math.inf], device=DEVICE)

@@ -139,6 +139,7 @@ def test_nvme_takes_the_states_that_the_host_would(seven_billion: Member) -> Non
     assert on_nvme.nvme == on_host.host and on_nvme.host.total == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_those_of_a_real_pass(tmp_path: Path, family: str, checkpointing: bool) -> None:

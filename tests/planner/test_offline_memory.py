@@ -20,6 +20,8 @@ from fastppo.planner.machine import Machine
 from fastppo.planner.memory import Bytes
 from fastppo.planner.plan import Plan, make_plan
 
+pytestmark = pytest.mark.slow
+
 COMMANDS: dict[str, Command[Any]] = {"pairs": REWARD, "answers": SFT}
 SMALL, LARGE = Machine(1, 1, 24 * 10**9, 128 * 10**9), Machine(8, 1, 40 * 10**9, 10**12)
 

@@ -60,6 +60,7 @@ def test_the_models_of_the_judge_are_counted_as_those_of_the_reward(settings: li
     assert found["judge 1"] == found["reward 1"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_exits_with_1_and_names_flags_that_make_it_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,6 +83,7 @@ def test_gathered_weights_that_are_too_large_for_a_gpu_are_named(
     assert "whole on each GPU to sample from, take 138.0 GB" in err and "GPUs with more memory" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "gpus", "gpu", "host"),
     [("1.3b", 1, 24, 128), ("7b", 8, 40, 1000), ("13b", 8, 80, 1000), ("34b", 8, 80, 2000)],
@@ -96,6 +98,7 @@ def test_with_adapters_there_is_no_reference(settings: list[str]) -> None:
     assert names == ["actor", "critic"]
 
 
+@pytest.mark.slow
 def test_training_is_refused_where_it_cannot_fit(
     settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,6 +38,8 @@ from fastppo.ppo.experience import estimate
 from fastppo.ppo.update import learn
 from fastppo.rewards import load_sources
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("gathered", "reference", "rewards", "optimizers", "gradients")
 
 CASES = [

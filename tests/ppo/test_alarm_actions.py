@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import whole_runs
-from forks import Forks
 from safetensors.torch import load_file
 from whole_runs import STOP_AT, assert_same_run
 
@@ -52,12 +51,6 @@ def folder(tmp_path_factory):
     judge = "def odd(prompts, responses, **columns):\n    return [sum(map(ord, r)) % 7 / 7 for r in responses]\n"
     (folder / "judge.py").write_text(judge)
     return folder
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    with Forks(tmp_path_factory.mktemp("logs")) as forks:
-        yield forks
 
 
 def settings(folder: Path, output: Path, action: str, **changes) -> list[str]:

@@ -9,13 +9,14 @@ import pytest
 import tiny
 import torch
 import whole_runs
-from forks import Forks
 from ppo_step import config_of, step
 
 from fastppo.config.validation import validate
 from fastppo.distributed.engine import Engine
 from fastppo.distributed.world import start_world
 from fastppo.errors import TrainingFault
+
+pytestmark = pytest.mark.slow
 
 ROLES = {"separate": ["--critic.kind", "separate"], "shared": ["--critic.kind", "shared"]}
 
@@ -33,12 +34,6 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return whole_runs.prepare(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    with Forks(tmp_path_factory.mktemp("logs")) as forks:
-        yield forks
 
 
 def break_update(monkeypatch, number, role):

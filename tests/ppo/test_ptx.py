@@ -9,7 +9,6 @@ import tiny
 import torch
 import torch.nn.functional as F
 import whole_runs
-from forks import Forks
 from ppo_step import config_of, step
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +18,8 @@ from fastppo.distributed.engine import Engine
 from fastppo.distributed.world import World, start_world
 from fastppo.ppo import ptx
 from fastppo.ppo.ptx import Texts
+
+pytestmark = pytest.mark.slow
 
 TEXTS = ["a film.", "it was long and slow", "we left early.", "no", "the end is the best of it", "why?", "yes!", "well"]
 
@@ -33,12 +34,6 @@ def folder(tmp_path_factory):
     folder = whole_runs.prepare(tmp_path_factory.mktemp("ptx"))
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     return folder
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    with Forks(tmp_path_factory.mktemp("logs")) as forks:
-        yield forks
 
 
 def mixed(folder, *arguments, coef=0.5):

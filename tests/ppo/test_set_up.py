@@ -16,6 +16,8 @@ from fastppo.config.command_line import PPO, REWARD, SFT, parse
 from fastppo.distributed.world import start_world
 from fastppo.errors import FastPPOError
 
+pytestmark = pytest.mark.slow
+
 Start = Callable[..., None]
 
 

@@ -16,6 +16,8 @@ from fastppo.distributed.world import start_world
 from fastppo.errors import FastPPOError
 from fastppo.train import train
 
+pytestmark = pytest.mark.slow
+
 REWARD = """
 def letters(prompts, responses, **columns):
     return [sum("a" <= c <= "z" for c in response) / 8 for response in responses]

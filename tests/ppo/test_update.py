@@ -2,9 +2,6 @@ import dataclasses
 import json
 import logging
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -102,28 +99,16 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def on_two_ranks(model, folder):
-    """All cases in one pair of processes, since starting them takes longer than the steps."""
-    out = folder / "out.pt"
-    cases = json.dumps([rank_settings(case, folder) for case in RANK_CASES])
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_SIZE": "2"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).parents[1] / "ppo_step.py"), str(out), model, cases],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-        )
-        for rank in range(2)
-    ]
-    errors = [rank.communicate(timeout=300)[1].decode()[-3000:] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+def on_two_ranks(model, folder, forks):
+    """All cases in one pair of processes."""
+    out, cases = folder / "out.pt", json.dumps([rank_settings(case, folder) for case in RANK_CASES])
+    call = f"import ppo_step; ppo_step.main(*{(str(out), model, cases)!r}); raise SystemExit(0)"
+    run = forks.start([], 2, before=call)
+    assert forks.wait(run, seconds=300) == [0, 0], run.text()
     return dict(zip(RANK_CASES, torch.load(out), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", RANK_CASES)
 def test_the_update_is_the_same_on_two_ranks_as_on_one_at_stage_0(model, folder, world, on_two_ranks, case):
     plain = ["--zero.stage", "0", "--zero.offload", "none", "--zero.deepspeed", "null"]
@@ -167,6 +152,7 @@ def test_a_separate_critics_warm_up_leaves_the_actor_alone(model, world):
     assert max(v for n, v in moved.items() if n.startswith("critic.")) > 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "zero"),
     [

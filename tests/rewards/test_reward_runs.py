@@ -10,14 +10,7 @@ import time
 import pytest
 import tiny
 import whole_runs
-from forks import Forks
 from services import lengths, service
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    with Forks(tmp_path_factory.mktemp("logs")) as forks:
-        yield forks
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

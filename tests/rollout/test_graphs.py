@@ -19,7 +19,6 @@ from fastppo.models.roles import Policy, fuse_head
 from fastppo.rollout import graphs, sample
 
 PROMPTS = [(5, 6, 7), (8, 9, 10, 11, 12, 13, 14, 15, 16), (17,), (18, 19, 20, 21, 22), *[(i, i + 1) for i in range(12)]]
-CUDA_AND_FLASH = torch.cuda.is_available() and choose_flash("auto", torch.bfloat16, torch.device("cuda")) is not None
 
 
 def responses(actor, **settings):
@@ -101,8 +100,10 @@ def test_without_flash_attn_on_a_gpu_nothing_is_recorded(actor, reads):
     assert not asks_nothing(actor.model)
 
 
-@pytest.mark.skipif(not CUDA_AND_FLASH, reason="needs a GPU and flash-attn")
+@pytest.mark.gpu
 def test_on_a_gpu_sampling_is_the_same(actor):
+    if choose_flash("auto", torch.bfloat16, torch.device("cuda")) is None:
+        pytest.skip("needs flash-attn")
     actor = actor.to("cuda")
     compute_with(choose_flash("flash", torch.bfloat16, torch.device("cuda")))
     try:

@@ -99,7 +99,7 @@ class _Trial:
         context = min([n for n in limits if isinstance(n, int) and n > 0] + [LONGEST])
         edges = [n for n in (switch, window) if isinstance(n, int) and n + BEYOND <= LONGEST]
         longest = min(context, max([12, *edges]) + BEYOND)
-        decoded = min(longest, switch or longest)  # a response may not cross it, see `weights.decoded_context`
+        decoded = min(longest, switch or longest)  # a response may not cross it, see `load._check_switch`
         prompts = [max(n - STEPS, 1) for n in (decoded, (decoded + STEPS) // 2, 2 + STEPS, decoded - 2)]
         if decoded <= STEPS:
             prompts = []
