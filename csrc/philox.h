@@ -5,7 +5,7 @@
 
 namespace fastppo {
 
-// The uniform number in (0, 1) of fastppo/ops/philox.py, bit for bit (Salmon et al. 2011): key = seed, counter = (offset,
+// The uniform number in (0, 1) of ops/philox.py, bit for bit (Salmon et al. 2011): key = seed, counter = (offset,
 // stream), each of two 32-bit words; the upper 23 bits of the first word, and a half.
 inline double uniform(uint64_t seed, uint64_t stream, uint64_t offset) {
   uint32_t counter[4] = {static_cast<uint32_t>(offset), static_cast<uint32_t>(offset >> 32),
