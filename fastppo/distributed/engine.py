@@ -49,12 +49,14 @@ def check_nvme(zero: ZeroConfig) -> None:
 
 
 @contextlib.contextmanager
-def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def gathered(parameters: Iterable[Tensor], *, written_by: int | None = None) -> Iterator[None]:
     """Within this context these parameters are whole; at stage 3 each rank has but a part of them otherwise.
 
-    All ranks enter it together. Whoever reads a weight outside the forward pass of its own module needs it.
+    All ranks enter it together. Whoever reads a weight outside the forward pass of its own module needs it, and so does
+    whoever writes one. written_by: the rank whose values are the parameters' afterwards; None: they were only read.
+    Nothing happens to those that are not partitioned.
     """
-    with deepspeed.zero.GatheredParameters(list(parameters)):
+    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=written_by):
         yield
 
 
