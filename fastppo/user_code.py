@@ -1,4 +1,4 @@
-"""Python of the user's that a setting names as `module:NAME` or `file.py:NAME`: its import, and its faults in a line."""
+"""Python of the user's that a setting names as `module:NAME` or `file.py:NAME`: its import, its faults in a line."""
 
 from __future__ import annotations
 

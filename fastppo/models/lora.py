@@ -93,7 +93,7 @@ def _targets(model: PreTrainedModel, role: str, targets: str) -> dict[str, nn.Li
 def merged_state(model: PreTrainedModel, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The model's state with its adapters merged, under the names that it has without them.
 
-    state: that of the model where its own parameters are not whole (`gathered.whole_state`).
+    state: that of the model where its own parameters are not whole (`sampling_weights.whole_state`).
     Each merged weight is a new tensor in the host's memory, its sum computed in fp32 where the model is and rounded
     once; the model stays as it is, and its device needs no room for a second one.
     """
