@@ -21,7 +21,7 @@ Make = Callable[[Config, Roles, Sequence[int], World], Sampler]
 
 ENGINES: Mapping[str, Make] = {"inprocess": make_inprocess}
 
-METHODS = ("sync", "sample")
+METHODS, BOTH_OR_NEITHER = ("sync", "sample"), ("sleep", "wake")
 
 
 class ChosenEngine(NamedTuple):
@@ -51,11 +51,13 @@ def find_engine(config: Config) -> ChosenEngine:
 
 
 def _check_methods(setting: str, sampler: object) -> None:
-    absent = [method for method in METHODS if not callable(getattr(sampler, method, None))]
+    sleeps = any(hasattr(sampler, method) for method in BOTH_OR_NEITHER)
+    needed = (*METHODS, *BOTH_OR_NEITHER) if sleeps else METHODS
+    absent = [method for method in needed if not callable(getattr(sampler, method, None))]
     if absent:
         raise SamplerError(
             f"{setting} has no {' and no '.join(absent)}; a sampler has the methods of fastppo.rollout.Sampler:"
-            f" {' and '.join(METHODS)}."
+            f" {' and '.join(METHODS)}; one with GPU memory of its own also {' and '.join(BOTH_OR_NEITHER)}."
         )
 
 

@@ -77,6 +77,10 @@ class ReturnsTexts(Fails):
 def returns_nothing(config, roles, stop_ids, world):
     return None
 
+class NeverWakes(Fails):
+    def sleep(self):
+        pass
+
 class OnlySamples:
     def sample(self, prompts, *, temperature, seed):
         return None
@@ -354,6 +358,7 @@ def test_the_examples_engine_refuses_settings_that_it_does_not_know(run: Run) ->
         ("nowhere.py:Engine", "nowhere.py could not be imported"),
         ("engine.py:Nothing", "engine.py has no class Nothing; it has: .*Noting"),
         ("engine.py:OnlySamples", "engine.py:OnlySamples has no sync; a sampler has the methods"),
+        ("engine.py:NeverWakes", "engine.py:NeverWakes has no wake; .* of its own also sleep and wake"),
     ],
 )
 def test_an_engine_that_is_none_is_refused_before_a_model_loads(
