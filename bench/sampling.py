@@ -23,7 +23,8 @@ from fastppo.data.batch import Prompts
 from fastppo.models.attention import choose_attention
 from fastppo.models.loading.policies import load_causal
 from fastppo.models.roles import Policy, fuse_head
-from fastppo.rollout import sample
+from fastppo.models.sampling_weights import SamplingWeights
+from fastppo.rollout import InProcess
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -57,11 +58,13 @@ def compare(name: str, model: PreTrainedModel, rows: int, prompt: int, new: int,
     config = SamplingConfig(max_new_tokens=new, ignore_eos=True, rows=rows)
     prompts = Prompts.of(tokens.tolist(), range(rows))
     policy = Policy(model)
+    sampler = InProcess(SamplingWeights(policy, stage=0), config, stop_ids=[])
+    sampler.sync()
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": True, "top_k": 0, "pad_token_id": 0}
 
     def ours() -> object:
         policy.model.set_attn_implementation("fastppo_packed")
-        return sample(policy, prompts, config, stop_ids=[], seed=1)
+        return sampler.sample(prompts, temperature=1.0, seed=1)
 
     @torch.no_grad()
     def theirs() -> object:
@@ -69,9 +72,9 @@ def compare(name: str, model: PreTrainedModel, rows: int, prompt: int, new: int,
         return model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
 
     pairs = [(seconds(ours), seconds(theirs)) for _ in range(rounds + 1)][1:]
-    mine, other = (statistics.median(rows * new / pair[i] for pair in pairs) for i in (0, 1))
+    fastppo, generate = (statistics.median(rows * new / pair[i] for pair in pairs) for i in (0, 1))
     ratio = statistics.median(t / o for o, t in pairs)
-    print(f"| {name} | {mine:,.0f} | {other:,.0f} | {ratio:.2f} |", flush=True)
+    print(f"| {name} | {fastppo:,.0f} | {generate:,.0f} | {ratio:.2f} |", flush=True)
 
 
 def main() -> None:

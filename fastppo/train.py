@@ -20,7 +20,6 @@ from fastppo.errors import exit_with_message
 from fastppo.monitor import claimed, setup_logging, watch
 from fastppo.ppo import ENDED, Setup, Step, estimate, evaluate_if_due, finish, learn, log_step, mean_kl, respond, set_up
 from fastppo.rewards import score
-from fastppo.rollout import sample
 
 
 def train(config: Config, world: World) -> bool:
@@ -85,8 +84,8 @@ def make_experience(setup: Setup, prompts: Prompts) -> Experience:
     """The actor's responses, their scores, and from these the advantage of every token."""
     config, roles, run, phases, world = setup.config, setup.roles, setup.progress, setup.phases, setup.world
     with phases("sampling"), together(world):
-        mine, seed = prompts.of_rank(world.rank, world.ranks), config.seed
-        rollout = sample(roles.gathered.policy(), mine, config.sampling, stop_ids=setup.stop_ids, seed=seed)
+        setup.sampler.sync()
+        rollout = setup.sampler.sample(prompts.of_rank(world.rank, world.ranks))
     with phases("feedback"):
         scored = score(rollout, setup.data, setup.sources, roles.tokenizer, config.ppo, run.moments, world, setup.judge)
     with phases("experience"):

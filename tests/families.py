@@ -26,10 +26,11 @@ from fastppo.data.batch import Packed, Prompts, pack
 from fastppo.errors import FastPPOError
 from fastppo.models.loading.policies import check_models, load_actor_tokenizer, load_policies
 from fastppo.models.roles import Critic, Policy
+from fastppo.models.sampling_weights import SamplingWeights
 from fastppo.planner.machine import Machine
 from fastppo.planner.plan import make_plan
 from fastppo.ppo.update import Targets, policy_term, value_term
-from fastppo.rollout import sample
+from fastppo.rollout import InProcess
 
 FAMILIES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 VOCABULARY, CONTEXT, LAYERS = 257, 128, 2
@@ -283,7 +284,9 @@ def before_learning(actor: Policy, reference: Policy, folder: Path) -> list[str]
 
 def sampled(actor: Policy, config: Config, folder: Path) -> list[str]:
     prompts = Prompts.of([s[: 9 + 20 * (i % 2)] for i, s in enumerate(SEQUENCES)], range(len(SEQUENCES)))
-    rollout = sample(actor, prompts, config.sampling, stop_ids=[], seed=1)
+    sampler = InProcess(SamplingWeights(actor, config.zero.stage), config.sampling, stop_ids=[])
+    sampler.sync()
+    rollout = sampler.sample(prompts, temperature=config.sampling.temperature, seed=1)
     return off("logprobs in decoding", rollout.logprobs, own_logprobs(folder, rollout.packed))
 
 

@@ -24,7 +24,7 @@ from fastppo.models.loading.policies import load_actor_tokenizer
 from fastppo.ppo.experience import estimate
 from fastppo.ppo.ptx import Texts
 from fastppo.ppo.update import learn
-from fastppo.rollout import sample
+from fastppo.rollout import InProcess
 
 PROMPTS = [tuple(range(5, 5 + n)) for n in (3, 9, 4, 7, 3, 5, 12, 6)]
 
@@ -52,7 +52,9 @@ def responses(roles: Roles) -> Scored:
     """Responses of many lengths and a made-up score for each."""
     config = config_of("none").sampling
     prompts = Prompts.of(PROMPTS, range(len(PROMPTS)))
-    rollout: Rollout = sample(roles.gathered.policy(), prompts, config, stop_ids=range(0, 257, 9), seed=7)
+    sampler = InProcess(roles.sampling_weights, config, stop_ids=range(0, 257, 9))
+    sampler.sync()
+    rollout: Rollout = sampler.sample(prompts, temperature=config.temperature, seed=7)
     scores = torch.linspace(-1, 1, len(PROMPTS))
     return Scored(rollout, scores[:, None], scores, scores, Moments(), torch.full_like(scores, torch.nan))
 

@@ -18,10 +18,10 @@ from fastppo import ops
 from fastppo.config import OptimConfig, ZeroConfig
 from fastppo.config.command_line import parse
 from fastppo.data.batch import pack
-from fastppo.distributed.engine import Engine
+from fastppo.distributed.engine import Engine, gathered
 from fastppo.distributed.world import World, start_world
 from fastppo.models.loading.policies import load_causal, load_policies, load_reward
-from fastppo.models.loading.streams import gathered, partition_config, stream, weight_files
+from fastppo.models.loading.streams import partition_config, stream, weight_files
 from fastppo.models.roles import ModelError, Policy, ValueHead
 
 CPU = torch.device("cpu")

@@ -7,6 +7,7 @@ from .command_line import dump as dump
 from .command_line import parse as parse
 from .data import DataConfig as DataConfig
 from .data import PtxConfig as PtxConfig
+from .data import RolloutConfig as RolloutConfig
 from .data import SamplingConfig as SamplingConfig
 from .health import FIGURES as FIGURES
 from .health import REST as REST

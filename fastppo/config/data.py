@@ -75,6 +75,15 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class RolloutConfig:
+    """What draws the responses, in training and in evaluation."""
+
+    engine: str = "inprocess"
+    """`inprocess`: in the trainer's own process, on the actor's own weights; or a sampler of yours, as `module:Class` or
+    `file.py:Class` (docs/how-to/engine.md)."""
+
+
+@dataclass(frozen=True)
 class PtxConfig:
     """Against forgetting (PPO-ptx; Ouyang et al., 2022, equation 2): a language-modelling loss on given text, mixed into
     the actor's updates."""

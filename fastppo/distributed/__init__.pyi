@@ -11,6 +11,7 @@ from .engine import even_passes as even_passes
 from .engine import gathered as gathered
 from .residency import REMADE as REMADE
 from .residency import Residency as Residency
+from .residency import Sleeper as Sleeper
 from .residency import uses as uses
 from .stop import Stopped as Stopped
 from .stop import together as together

@@ -49,12 +49,14 @@ def check_nvme(zero: ZeroConfig) -> None:
 
 
 @contextlib.contextmanager
-def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def gathered(parameters: Iterable[Tensor], *, written_by: int | None = None) -> Iterator[None]:
     """Within this context these parameters are whole; at stage 3 each rank has but a part of them otherwise.
 
-    All ranks enter it together. Whoever reads a weight outside the forward pass of its own module needs it.
+    All ranks enter it together. Whoever reads a weight outside the forward pass of its own module needs it, and so does
+    whoever writes one. written_by: the rank whose values are the parameters' afterwards; None: they were only read.
+    Nothing happens to those that are not partitioned.
     """
-    with deepspeed.zero.GatheredParameters(list(parameters)):
+    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=written_by):
         yield
 
 
@@ -103,6 +105,7 @@ class Engine:
         self._kept = [i for i, group in enumerate(trained) if group]
         self._adam: Any = _adam([trained[i] for i in self._kept], optim, offloaded=zero.optimizer_on != "none")
         self._parameters = [p for i in self._kept for p in trained[i]]
+        self.version = 0  # grows with each change of the weights
         self._first = True  # whether the next backward pass is the first of an update
         with quiet():
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -150,6 +153,7 @@ class Engine:
         """
         for group, i in zip(self._optimizer.param_groups, self._kept, strict=True):
             group["lr"] = learning_rates[i] if apply else 0.0
+        self.version += any(group["lr"] for group in self._optimizer.param_groups)
         gradients.before_step(self._optimizer)
         with _resting_at_rate_0(self._adam):
             self._engine.step()
@@ -177,6 +181,7 @@ class Engine:
 
     def load(self, folder: Path, name: str) -> None:
         """What `save` wrote on as many ranks. All ranks call it."""
+        self.version += 1
         with quiet():
             found, _ = self._engine.load_checkpoint(str(folder), tag=name, custom_load_fn=_load_trained)
         if found is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from fastppo.config import Config
 
 # The kinds of `uses` of which nothing is kept while they are away, and that come back as zeros: whoever samples fills
 # the copy to sample from first, and every update adds up its gradients from zero.
-REMADE = frozenset({"gathered", "gradients"})
+REMADE = frozenset({"sampling_weights", "gradients"})
 
 
 def uses(config: Config) -> dict[str, set[str]]:
@@ -30,12 +30,13 @@ def uses(config: Config) -> dict[str, set[str]]:
     learning = {"optimizers", "gradients"} | ({"reference"} if config.ppo.loss_reads_reference else set())
     return {
         "loading": set(),
-        "sampling": {"gathered"},
+        "sampling": {"sampler", "sampling_weights"},
         "feedback": {"rewards"},
         "experience": {"reference"},
         "learning": learning,
         "health": learning,  # it needs nothing, and nothing is to move for its milliseconds
         "checkpoint": {"optimizers"},  # written and read between two updates
+        "export": {"sampling_weights"},
     }
 
 
@@ -43,6 +44,17 @@ class HasStates(Protocol):
     """A role, or a part of one, that can leave the GPU."""
 
     def states(self) -> Iterable[Tensor]: ...
+
+
+@runtime_checkable
+class Sleeper(Protocol):
+    """A part of a run that manages memory of its own on the GPU."""
+
+    def sleep(self) -> None:
+        """Give the memory up, and with it what it holds."""
+
+    def wake(self) -> None:
+        """Take memory again."""
 
 
 @dataclass
@@ -77,13 +89,33 @@ class _Part:
         self.away = None
 
 
+@dataclass
+class _SleepingPart:
+    """As `_Part`, for what moves itself."""
+
+    kind: str
+    owner: Sleeper
+    away: list[object] | None = None
+
+    def states(self) -> list[Tensor]:
+        return []
+
+    def leave(self) -> None:
+        self.owner.sleep()
+        self.away = []
+
+    def come(self) -> None:
+        self.owner.wake()
+        self.away = None
+
+
 class Residency:
     """Moves the parts of a run between GPU and host as the stages change. Without a GPU there is nothing to move."""
 
     def __init__(self, config: Config, device: torch.device):
         self._uses, self._device = uses(config), device
         self._moves = device.type != "cpu"
-        self._parts: list[_Part] = []
+        self._parts: list[_Part | _SleepingPart] = []
         self._stage = "loading"
 
     def add(self, kind: str, owner: HasStates) -> None:
@@ -93,6 +125,11 @@ class Residency:
             return [x for x in owner.states() if x.device.type == self._device.type]
 
         self._parts.append(_Part(kind, on_device, kind not in REMADE))
+        self.enter(self._stage)
+
+    def add_sleeper(self, kind: str, owner: Sleeper) -> None:
+        """As `add`; the owner goes to sleep at once if the stage of now does not use it."""
+        self._parts.append(_SleepingPart(kind, owner))
         self.enter(self._stage)
 
     def enter(self, stage: str) -> None:

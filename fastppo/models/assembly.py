@@ -13,7 +13,7 @@ from fastppo.models.average import Average
 from fastppo.models.loading.policies import load_policies
 from fastppo.models.loading.weights import DTYPES
 from fastppo.models.roles import Policy, attention_ratio
-from fastppo.models.sampling_weights import GatheredPolicy
+from fastppo.models.sampling_weights import SamplingWeights
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Roles:
     actor: Engine  # of a Policy
     critic: Engine | None  # of a Critic; None: the value head on the actor's backbone
     reference: Frozen  # of a Policy
-    gathered: GatheredPolicy  # the actor to sample from and to export
+    sampling_weights: SamplingWeights  # the actor whole, to sample from and to export
     tokenizer: PreTrainedTokenizerBase
     residency: Residency
     average: Average | None  # of the actor's weights
@@ -36,9 +36,14 @@ class Roles:
 
     @property
     def policy(self) -> Policy:
-        """The actor's module. At ZeRO stage 3 its weights are elsewhere: `gathered.policy()` has them."""
+        """The actor's module. At ZeRO stage 3 its weights are elsewhere: `sampling_weights.gather()` has them."""
         policy: Policy = self.actor.module
         return policy
+
+    @property
+    def version(self) -> int:
+        """A number that is another one after each change of the actor's weights."""
+        return self.actor.version + (0 if self.average is None else self.average.version)
 
     @property
     def attention(self) -> float:
@@ -55,15 +60,15 @@ def assemble(config: Config, world: World, tokenizer: PreTrainedTokenizerBase) -
     value_head = [] if policy.value_head is None else list(policy.value_head.parameters())
     frozen = Frozen(reference, config.optim, zero)
     residency.add("reference", frozen)
-    gathered = GatheredPolicy(policy, zero.stage)  # before DeepSpeed has the actor
-    residency.add("gathered", gathered)
+    sampling_weights = SamplingWeights(policy, zero.stage)  # before DeepSpeed has the actor
+    residency.add("sampling_weights", sampling_weights)
     actor = Engine(policy, [list(policy.model.parameters()), value_head], config.optim, zero)
     _rest(actor, residency)
     trained_critic = None if critic is None else Engine(critic, [list(critic.parameters())], config.optim, zero)
     if trained_critic is not None:
         _rest(trained_critic, residency)
     average = None if config.actor.average is None else Average(policy, config.actor.average, world)
-    return Roles(actor, trained_critic, frozen, gathered, tokenizer, residency, average)
+    return Roles(actor, trained_critic, frozen, sampling_weights, tokenizer, residency, average)
 
 
 def _rest(engine: Engine, residency: Residency) -> None:

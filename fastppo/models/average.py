@@ -31,6 +31,7 @@ class Average:
         """actor: as it begins, in its engine."""
         self._decay, self._file = decay, f"rank-{world.rank:05d}.pt"
         self._weights = {name: p for name, p in actor.model.named_parameters() if p.requires_grad}
+        self.version = 0  # grows with each change of the actor's weights, which only `in_place` makes
         self._average = {name: _own(p).float().cpu().clone() for name, p in self._weights.items()}
 
     @torch.no_grad()
@@ -62,6 +63,7 @@ class Average:
 
     @torch.no_grad()
     def _put(self, weights: dict[str, Tensor]) -> None:
+        self.version += 1
         for name, p in self._weights.items():
             _own(p).copy_(weights[name])
         # Small weights are split too, and DeepSpeed keeps them whole beside that: they are gathered anew.

@@ -1,8 +1,8 @@
-"""The policy that responses are sampled from, and whole weights to export.
+"""The weights that responses are sampled from, and whole weights to export.
 
 At ZeRO stage 3 a forward pass fetches every layer from the other ranks. In sampling, which makes one for each token,
 that would cost far more than the pass itself, and ranks that finish at different times would wait for each other for
-ever. So the weights are gathered once a batch into a second module that DeepSpeed knows nothing of.
+ever. So the weights are gathered beforehand into a second module that DeepSpeed knows nothing of.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from fastppo.models.roles import Policy
 BUCKET = 2**28  # bytes of weights that are gathered at a time, on top of the copy
 
 
-class GatheredPolicy:
-    """The actor whole on every rank, as it is now. Below stage 3 that is the actor's own module.
+class SamplingWeights:
+    """The actor whole on every rank. Below stage 3 that is the actor's own module, at stage 3 a copy of it.
 
-    The copy is made once and its tensors stay the same ones, tied where the actor's are.
+    The copy's tensors stay the same ones, tied where the actor's are. They take no memory before `gather` is first
+    called, and so none ever where the sampler has weights of its own and the actor is exported in another way.
     """
 
     def __init__(self, actor: Policy, stage: int):
@@ -31,8 +32,9 @@ class GatheredPolicy:
             empty = {id(p): _empty_like(p) for p in actor.parameters()}
             self._copy = copy.deepcopy(actor, empty).eval()
 
-    def policy(self) -> Policy:
-        """The weights of now, to sample from. At stage 3 all ranks call it."""
+    def gather(self) -> Policy:
+        """The policy with the actor's present weights. At stage 3 all ranks call it, and the copy stays as it is until
+        it is called again or leaves the GPU."""
         if self._copy is not self._actor:
             with torch.no_grad():
                 _fill(self._copy, self._actor)
@@ -64,8 +66,11 @@ def whole_state(model: nn.Module, world: World) -> dict[str, Tensor]:
 
 
 def _empty_like(parameter: nn.Parameter) -> nn.Parameter:
+    """Of the same shape, on a storage without memory."""
     shape = getattr(parameter, "ds_shape", parameter.shape)  # of the whole, if it is split among the ranks already
-    return nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device=parameter.device), requires_grad=False)
+    empty = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+    empty.untyped_storage().resize_(0)
+    return nn.Parameter(empty, requires_grad=False)
 
 
 def _fill(policy: Policy, source: Policy) -> None:
@@ -73,6 +78,8 @@ def _fill(policy: Policy, source: Policy) -> None:
     bucket: list[tuple[nn.Parameter, nn.Parameter]] = []
     size = 0
     for pair in zip(policy.parameters(), source.parameters(), strict=True):
+        if not pair[0].untyped_storage().nbytes():  # the first time
+            pair[0].untyped_storage().resize_(pair[0].nbytes)
         if bucket and size + pair[0].nbytes > BUCKET:
             _copy(bucket)
             bucket, size = [], 0
@@ -82,6 +89,6 @@ def _fill(policy: Policy, source: Policy) -> None:
 
 
 def _copy(bucket: list[tuple[nn.Parameter, nn.Parameter]]) -> None:
-    with gathered(theirs for _, theirs in bucket):
-        for mine, theirs in bucket:
-            mine.copy_(theirs)
+    with gathered(source for _, source in bucket):
+        for copied, source in bucket:
+            copied.copy_(source)

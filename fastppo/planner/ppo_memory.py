@@ -64,7 +64,7 @@ def kinds(member: Member, config: Config, ranks: int) -> dict[str, Bytes]:
         "gradients": replace(buffers(member, config, ranks).gpu, gradients=sums),
     }
     if config.zero.stage == 3 and member.name == "actor":
-        found["gathered"] = Bytes(weights=member.size.parameters * b)
+        found["sampling_weights"] = Bytes(weights=member.size.parameters * b)
     return found
 
 

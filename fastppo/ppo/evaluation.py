@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,7 +16,7 @@ from fastppo.distributed import World, all_gather, even_passes, stop
 from fastppo.models import PrefixStates, Roles, token_stats
 from fastppo.monitor import Sample, distinct, ngrams
 from fastppo.rewards import Source, response_texts, score
-from fastppo.rollout import sample
+from fastppo.rollout import ActorSampler
 
 
 @dataclass(frozen=True)
@@ -35,24 +35,24 @@ class Evaluation:
 
 def evaluate(
     roles: Roles,
+    sampler: ActorSampler,
     heldout: PromptSet,
     sources: Sequence[tuple[Source, float]],
-    stop_ids: list[int],
     config: Config,
     world: World,
     judge: Sequence[tuple[Source, float]] = (),
 ) -> Evaluation:
     """One response to each held-out prompt, its score and what the judge says, and how far the actor has moved."""
     prompts = Prompts.of(heldout.tokens, range(len(heldout))).of_rank(world.rank, world.ranks)
-    sampling = replace(config.sampling, temperature=config.eval.temperature)
     roles.residency.enter("sampling")
     with stop.together(world):
-        rollout = sample(roles.gathered.policy(), prompts, sampling, stop_ids=stop_ids, seed=config.eval.seed)
+        sampler.sync()
+        rollout = sampler.sample(prompts, temperature=config.eval.temperature, seed=config.eval.seed)
     roles.residency.enter("feedback")
     scored = score(rollout, heldout, sources, roles.tokenizer, config.ppo, Moments(), world, judge)
     roles.residency.enter("experience")
-    own = _log_ratios(rollout.packed, roles, config, world)
-    surprise = sum(all_gather(own, world), torch.zeros(3, dtype=torch.float64))
+    of_rank = _log_ratios(rollout.packed, roles, config, world)
+    surprise = sum(all_gather(of_rank, world), torch.zeros(3, dtype=torch.float64))
     packed, scores = scored.rollout.packed, scored.scores.double()
     count, tokens = len(packed), int(packed.response_cu_seqlens[-1])
     metrics = {

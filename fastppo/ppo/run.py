@@ -33,7 +33,7 @@ from fastppo.ppo.ptx import Texts
 from fastppo.ppo.schedule import step_rates
 from fastppo.ppo.train_state import Progress, recall_experience
 from fastppo.rewards import Source, check_chats, load_functions, load_judge, load_sources
-from fastppo.rollout import named_stop_ids, stop_ids
+from fastppo.rollout import ActorSampler, find_engine, make_sampler, named_stop_ids
 
 log = logging.getLogger("fastppo")
 
@@ -45,12 +45,12 @@ class Setup:
     config: Config
     world: World
     roles: Roles
+    sampler: ActorSampler  # of responses, in training and in evaluation
     sources: Sequence[tuple[Source, float]]  # of reward, with their weights
     judge: Sequence[tuple[Source, float]]  # the held-out one; empty without
     data: PromptSet  # to train on
     heldout: PromptSet
     texts: Texts | None  # mixed into the updates
-    stop_ids: list[int]  # tokens that end a response
     checkpoints: Checkpoints
     progress: Progress  # where the run is; the one part that changes
     phases: Phases
@@ -90,12 +90,13 @@ def set_up(config: Config, world: World) -> Setup | None:
     """
     load_functions(config.rewards)  # a typo in a function's name should not cost the minutes of loading models
     load_functions(config.health.judge, "health.judge")
-    output, found = Path(config.output), find_checkpoint(config, world)
-    if found is not None and found.ended(config, world):
+    find_engine(config)
+    output, checkpoint = Path(config.output), find_checkpoint(config, world)
+    if checkpoint is not None and checkpoint.ended(config, world):
         return None
-    if found is None and world.rank == 0:
+    if checkpoint is None and world.rank == 0:
         check_folder(output)
-    begin_clock(None if found is None else found.clock, world)
+    begin_clock(None if checkpoint is None else checkpoint.clock, world)
     check_plan(config, world)
     tokenizer, context = load_actor_tokenizer(config), actor_context(config)
     check_models(config, tokenizer)
@@ -113,45 +114,31 @@ def set_up(config: Config, world: World) -> Setup | None:
     if texts is not None:
         check_actor_tokens(config, tokenizer, texts.examples.tokens, "ptx.path")
     if world.rank == 0:
-        begin_folder(output, None if found is None else found.sizes, dump(config))
+        begin_folder(output, None if checkpoint is None else checkpoint.sizes, dump(config))
     check_output_is_shared(output, world)
     roles = assemble(config, world, tokenizer)
+    sampler = make_sampler(config, roles, world)
     sources, judge = (load(config, tokenizer, world, roles.residency) for load in (load_sources, load_judge))
     learned = [data.tokens, heldout.tokens, *([] if texts is None else [texts.examples.tokens])]
     checkpoints = Checkpoints(config, roles.saved, learned, world, enter=roles.residency.enter)
-    progress = checkpoints.load(found, Progress.begin(config, world.rank))
-    if found is not None and found.since is not None:
-        progress.recall(found.since)
+    progress = checkpoints.load(checkpoint, Progress.begin(config, world.rank))
+    if checkpoint is not None and checkpoint.since is not None:
+        progress.recall(checkpoint.since)
     recall_experience(progress, roles, config, world)
     return Setup(
         config=config,
         world=world,
         roles=roles,
+        sampler=sampler,
         sources=sources,
         judge=judge,
         data=data,
         heldout=heldout,
         texts=texts,
-        stop_ids=_stop_ids(roles, config),
         checkpoints=checkpoints,
         progress=progress,
         phases=Phases(progress.seconds, roles.residency.enter),
     )
-
-
-def _stop_ids(roles: Roles, config: Config) -> list[int]:
-    """The tokens that end a response; the log says if there are none."""
-    ids, longest = stop_ids(roles.policy, roles.tokenizer, config.sampling), config.sampling.max_new_tokens
-    if not ids and config.sampling.ignore_eos:
-        log.info("sampling.ignore_eos: every response has sampling.max_new_tokens = %d tokens", longest)
-    elif not ids:
-        log.warning(
-            "no token ends a response: neither the actor's tokenizer nor its generation config has an EOS token, and"
-            " sampling.stop_tokens is empty. Every response will be cut at sampling.max_new_tokens = %d. Name one with"
-            " sampling.stop_tokens.",
-            longest,
-        )
-    return ids
 
 
 def evaluate_if_due(setup: Setup, tracker: Tracker) -> None:
@@ -160,31 +147,33 @@ def evaluate_if_due(setup: Setup, tracker: Tracker) -> None:
     due = run.step in (0, config.steps) or (config.eval.every and run.step % config.eval.every == 0)
     if not (config.eval.prompts and due and run.evaluated < run.step):
         return
-    found = evaluate(setup.roles, setup.heldout, setup.sources, setup.stop_ids, config, setup.world, setup.judge)
-    metrics = found.metrics
-    if setup.roles.average is not None:
+    roles, sampler, world = setup.roles, setup.sampler, setup.world
+    look = partial(evaluate, roles, sampler, setup.heldout, setup.sources, config, world, setup.judge)
+    evaluation = look()
+    metrics = evaluation.metrics
+    if roles.average is not None:
         after = random_state()  # a reward function that draws numbers goes on as if the average were not there
-        with setup.roles.average.in_place():
-            averaged = evaluate(
-                setup.roles, setup.heldout, setup.sources, setup.stop_ids, config, setup.world, setup.judge
-            )
+        with roles.average.in_place():
+            averaged = look()
         set_random_state(after)
         metrics = metrics | {f"average/{name}": value for name, value in averaged.metrics.items()}
-    run.add_evaluation(found)
+    run.add_evaluation(evaluation)
     tracker.log_evaluation(run.step, metrics)
-    kept = heldout_responses(setup.heldout.texts, found.responses, found.scores, count=config.track.responses)
-    tracker.log_responses(run.step, kept)
+    responses, scores = evaluation.responses, evaluation.scores
+    tracker.log_responses(
+        run.step, heldout_responses(setup.heldout.texts, responses, scores, count=config.track.responses)
+    )
 
 
 def log_step(setup: Setup, done: Step, tracker: Tracker) -> None:
-    """The metrics, responses and alarms of a step. Its stages' times begin anew."""
+    """The metrics, responses and alarms of a step. Its phases' times begin anew."""
     config, run, attention = setup.config, setup.progress, setup.roles.attention
     number, lengths = run.step + 1, done.experience.packed.lengths
     rates = dict(zip(("actor_lr", "critic_lr"), step_rates(config, run.step)[-1], strict=True))
     spread = imbalance(done.plan, lengths, setup.world.ranks, attention)
     metrics = step_metrics(done.experience, done.updates, setup.phases.take()) | done.health | rates
     tracker.log(number, metrics | {"kl_coef": run.beta.value, "imbalance": spread})
-    if number == 1 and (settings := settings_that_truncate(config.sampling, setup.stop_ids)):
+    if number == 1 and (settings := settings_that_truncate(config.sampling, setup.sampler.stop_ids)):
         log.info(
             "%s: tokens are left out of the draw, and learning knows the whole distribution. In this first batch the"
             " sampler's logprobs are %.2g nats a token from the trainer's in the mean, by rounding too (sampler_error)",
@@ -192,8 +181,8 @@ def log_step(setup: Setup, done: Step, tracker: Tracker) -> None:
             metrics["sampler_error"],
         )
     if tracker.wants_responses(number):
-        kept = training_responses(done.experience, setup.roles.tokenizer, count=config.track.responses)
-        tracker.log_responses(number, kept)
+        responses = training_responses(done.experience, setup.roles.tokenizer, count=config.track.responses)
+        tracker.log_responses(number, responses)
     tracker.log_alarms([asdict(alarm) for alarm in done.alarms])
 
 
@@ -215,11 +204,11 @@ def finish(setup: Setup, tracker: Tracker) -> None:
     config, world, roles, evaluations = setup.config, setup.world, setup.roles, setup.progress.evaluations
     leave = partial(leave_model, tokenizer=roles.tokenizer, lora=config.actor.lora, world=world)
     left = []
-    roles.residency.enter("sampling")
+    roles.residency.enter("export")
     if roles.average is not None:
         with roles.average.in_place():
-            left.append(leave(roles.gathered.policy(), folder=setup.output / "actor-average"))
-    left.append(leave(roles.gathered.policy(), folder=setup.output / "actor"))
+            left.append(leave(roles.sampling_weights.gather(), folder=setup.output / "actor-average"))
+    left.append(leave(roles.sampling_weights.gather(), folder=setup.output / "actor"))
     if world.rank == 0 and setup.progress.ended is not None:
         setup.progress.ended.write(setup.checkpoints.folder)
     if world.rank == 0 and len(evaluations) > 1:

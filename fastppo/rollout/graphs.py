@@ -8,9 +8,9 @@ place of their own.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ Run = Callable[[], Tensor]
 class StepGraphs:
     """`policy.step` on one cache, recorded anew for each number of active rows; there are a few, as buckets are."""
 
-    def __init__(self, policy: Policy, kept: Cache):
-        self._policy, self._cache = policy, kept
+    def __init__(self, policy: Policy, cache: Cache):
+        self._policy, self._cache = policy, cache
         self._steps: dict[int, _Step | None] = {}  # None: it could not be recorded
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -51,13 +51,13 @@ class StepGraphs:
 class _Step:
     """The graph of a step of R rows, and the tensors that it reads: tokens, positions, lengths and rows, (R,) each."""
 
-    def __init__(self, policy: Policy, kept: Cache, tokens: Tensor, positions: Tensor):
-        assert kept.active is not None  # its step has begun
-        self._cache = kept
+    def __init__(self, policy: Policy, cache: Cache, tokens: Tensor, positions: Tensor):
+        assert cache.active is not None  # its step has begun
+        self._cache = cache
         self._tokens, self._positions = tokens.clone(), positions.clone()
-        lengths, rows = kept.active
-        self._active = kept.active = (lengths.clone(), rows.clone())
-        self._replay = record(lambda: policy.step(self._tokens, self._positions, kept))
+        lengths, rows = cache.active
+        self._active = cache.active = (lengths.clone(), rows.clone())
+        self._replay = record(lambda: policy.step(self._tokens, self._positions, cache))
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
         assert self._cache.active is not None
@@ -90,6 +90,6 @@ def record(run: Run) -> Run:
     return replay
 
 
-@cache
+@functools.cache
 def _say_once(message: str) -> None:
     log.warning(message)

@@ -8,62 +8,42 @@ differently.
 
 from __future__ import annotations
 
-import difflib
-import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from fastppo import ops
-from fastppo.config import SamplingConfig
-from fastppo.data import Prompts, Rollout, decode_after, decode_pieces, encode_behind, pack, segment_offsets
-from fastppo.distributed import stop
-from fastppo.errors import FastPPOError
-from fastppo.models import Cache, Policy, attention
+from fastppo.config import Config, SamplingConfig
+from fastppo.data import Prompts, Rollout, pack, segment_offsets
+from fastppo.distributed import World, stop
+from fastppo.models import Cache, Policy, Roles, SamplingWeights, attention
 from fastppo.rollout.graphs import StepGraphs
-
-log = logging.getLogger("fastppo")
 
 Response = tuple[list[int], list[float], bool]  # tokens, their logprobs, whether it ended by itself
 
 BUCKETS = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 
-def stop_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig) -> list[int]:
-    """The tokens that end a response: all EOS ids of the generation config and the tokenizer, and `stop_tokens`."""
-    if config.ignore_eos:
-        return []
-    own = getattr(policy.model.generation_config, "eos_token_id", None)
-    ids = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, *named_stop_ids(tokenizer, config)}
-    rows = policy.model.config.get_text_config().vocab_size
-    if beyond := sorted(i for i in ids - {None} if i >= rows):
-        log.warning("the actor has no embedding of the stop tokens %s, so it never writes one", beyond)
-    return sorted(ids - {None, *beyond})
+class InProcess:
+    """The reference of all engines: the actor's own module, or at ZeRO stage 3 a copy of it."""
+
+    def __init__(self, weights: SamplingWeights, sampling: SamplingConfig, stop_ids: Sequence[int]):
+        self._weights, self._sampling, self._stop_ids = weights, sampling, stop_ids
+        self._policy: Policy | None = None
+
+    def sync(self) -> None:
+        self._policy = self._weights.gather()
+
+    def sample(self, prompts: Prompts, *, temperature: float, seed: int) -> Rollout:
+        assert self._policy is not None, "sync() comes first"
+        sampling = replace(self._sampling, temperature=temperature)
+        return sample(self._policy, prompts, sampling, stop_ids=self._stop_ids, seed=seed)
 
 
-def named_stop_ids(tokenizer: PreTrainedTokenizerBase, config: SamplingConfig) -> list[int]:
-    """The tokens that `stop_tokens` names, each as the vocabulary spells it or as text. Raises FastPPOError."""
-    vocabulary = tokenizer.get_vocab()
-    return [vocabulary[t] if t in vocabulary else _only_token(t, vocabulary, tokenizer) for t in config.stop_tokens]
-
-
-def _only_token(text: str, vocabulary: dict[str, int], tokenizer: PreTrainedTokenizerBase) -> int:
-    """The one token whose text this is, behind a prompt."""
-    before = tokenizer("x", add_special_tokens=False)["input_ids"]
-    ids = encode_behind([before], [text], tokenizer)[0]
-    if len(ids) == 1 and decode_after([before], [ids], tokenizer, special=True) == [text]:
-        return ids[0]
-    parts = decode_pieces(before, ids, tokenizer)
-    alike = [name for name in vocabulary if name.strip("\u2581\u0120 ").lower() == text.strip().lower() != ""]
-    named = [token.content for token in tokenizer.added_tokens_decoder.values()]
-    near = list(dict.fromkeys(alike + difflib.get_close_matches(text, named, cutoff=0.5)))[:4]
-    raise FastPPOError(
-        f"sampling.stop_tokens: {text!r} is not one token of the actor's tokenizer, but {len(ids)}: {parts}. A response"
-        " ends at single tokens: give one that only stands where it shall end"
-        + (f", or one of {', '.join(map(repr, near))}." if near else ".")
-    )
+def make_inprocess(config: Config, roles: Roles, stop_ids: Sequence[int], world: World) -> InProcess:
+    return InProcess(roles.sampling_weights, config.sampling, stop_ids)
 
 
 def sample(policy: Policy, prompts: Prompts, config: SamplingConfig, *, stop_ids: Sequence[int], seed: int) -> Rollout:

@@ -31,7 +31,7 @@ from fastppo.data.prompts import load_prompts
 from fastppo.data.tables import read_table
 from fastppo.distributed.world import World, start_world
 from fastppo.rewards import Responses, score
-from fastppo.rollout import sample
+from fastppo.rollout.inprocess import sample
 from fastppo.train import train
 
 LOSSLESS = [kind for kind in KINDS if kind != "WordPiece"]  # whose tokens say where spaces are
@@ -229,8 +229,7 @@ def test_a_run_keeps_and_scores_what_was_written_with_every_space(
         rollouts.append(sample(*arguments, **settings))
         return rollouts[-1]
 
-    monkeypatch.setattr("fastppo.train.sample", kept)
-    monkeypatch.setattr("fastppo.ppo.evaluation.sample", kept)
+    monkeypatch.setattr("fastppo.rollout.inprocess.sample", kept)
     changes = {
         "data__max_prompt_tokens": 30,
         "ppo__microbatch_tokens": 60,

@@ -37,7 +37,9 @@ def moving(config=None):
 
 
 def test_in_each_stage_only_what_it_uses_is_there():
-    parts = {kind: Part(torch.ones(3)) for kind in ("gathered", "rewards", "reference", "optimizers", "gradients")}
+    parts = {
+        kind: Part(torch.ones(3)) for kind in ("sampling_weights", "rewards", "reference", "optimizers", "gradients")
+    }
     residency = moving()
     for kind, part in parts.items():
         residency.add(kind, part)
@@ -48,7 +50,7 @@ def test_in_each_stage_only_what_it_uses_is_there():
         there[stage] = {kind for kind, part in parts.items() if on_device(part.tensors[0])}
     assert there == {
         "loading": set(),
-        "sampling": {"gathered"},
+        "sampling": {"sampling_weights"},
         "feedback": {"rewards"},
         "experience": {"reference"},
         "learning": {"optimizers", "gradients"},
@@ -80,7 +82,7 @@ def test_what_comes_back_is_the_same_through_every_view_of_it():
 def test_what_need_not_be_kept_is_not_copied_and_comes_back_as_zeros():
     buffer = torch.ones(1000)
     residency = moving()
-    residency.add("gathered", Part(buffer))
+    residency.add("sampling_weights", Part(buffer))
     residency.enter("feedback")
     ((host, _, size),) = residency._parts[0].away
     assert host.numel() == 0 and size == buffer.nbytes
@@ -147,7 +149,7 @@ def test_a_run_whose_states_move_is_the_run_whose_states_stay(tmp_path, monkeypa
         for more in ({"steps": 1}, {"steps": 2, "resume": "auto"}) if moves else ({"steps": 2},):
             train(parse(whole_runs.settings(folder, folder / name, **changes, **more)), start_world(1))
         monkeypatch.undo()
-    assert {"optimizers", "gradients", "reference"} <= set(moved) and ("gathered" in moved) == (
+    assert {"optimizers", "gradients", "reference"} <= set(moved) and ("sampling_weights" in moved) == (
         changes["zero__stage"] == 3
     )
     assert whole_runs.records(folder / "stays") == whole_runs.records(folder / "moves")

@@ -20,7 +20,7 @@ from fastppo.models.attention import choose_attention, compute_with
 from fastppo.models.flash import FlashAttention, choose_flash
 from fastppo.models.loading.model_check import check_kind
 from fastppo.models.roles import Policy, fuse_head
-from fastppo.rollout import sample
+from fastppo.rollout.inprocess import sample
 
 SEQUENCES = [(5, 6, 7, 8, 9, 10, 11, 12), (9, 10), (11, 12, 13), (1, 2, 3), (4,), tuple(range(20, 37))]
 PACKED = pack(SEQUENCES, [3, 1, 2, 1, 1, 9])

@@ -23,7 +23,8 @@ from fastppo.models.loading.weights import load_config
 from fastppo.models.roles import ModelError
 from fastppo.planner.machine import Machine
 from fastppo.planner.plan import make_plan
-from fastppo.rollout import sample, stop_ids
+from fastppo.rollout.inprocess import sample
+from fastppo.rollout.stop_tokens import stop_ids
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from fastppo.distributed.engine import Engine
 from fastppo.distributed.world import start_world
 from fastppo.models import sampling_weights
 from fastppo.models.roles import Policy, fuse_head
-from fastppo.models.sampling_weights import GatheredPolicy
+from fastppo.models.sampling_weights import SamplingWeights
 
 SPLIT_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
@@ -36,7 +36,7 @@ def engine_of(policy, config):
 
 def test_below_stage_3_it_is_the_actor_itself():
     policy = Policy(fuse_head(tiny.causal()))
-    assert GatheredPolicy(policy, 2).policy() is policy
+    assert SamplingWeights(policy, 2).gather() is policy
 
 
 @pytest.mark.parametrize("bucket", [1, 2**28])
@@ -44,10 +44,10 @@ def test_it_has_the_weights_of_now_in_tensors_that_stay(world, zero, monkeypatch
     monkeypatch.setattr(sampling_weights, "BUCKET", bucket)
     actor = Policy(fuse_head(tiny.causal(tie_word_embeddings=True)))
     before = {name: p.detach().clone() for name, p in actor.named_parameters()}
-    whole = GatheredPolicy(actor, 3)
+    whole = SamplingWeights(actor, 3)
     engine = engine_of(actor, zero)
     assert all(p.numel() == 0 for p in actor.parameters())
-    found = whole.policy()
+    found = whole.gather()
     assert all(torch.equal(p, before[name]) for name, p in found.named_parameters())
     assert all(p.numel() == 0 for p in actor.parameters())
     places = [p.data_ptr() for p in found.parameters()]
@@ -55,7 +55,7 @@ def test_it_has_the_weights_of_now_in_tensors_that_stay(world, zero, monkeypatch
     batch = pack([(1, 2, 3, 4, 5), (6, 7, 8)], [2, 1])
     engine.backward(engine(batch, lambda policy, hidden: policy.head(hidden).square().mean()), last=True)
     engine.step([1e-2])
-    again = whole.policy()
+    again = whole.gather()
     assert again is found and [p.data_ptr() for p in again.parameters()] == places
     assert not torch.equal(again.head.weight, before["model.model.embed_tokens.weight"])
     with sampling_weights.gathered(actor.parameters()):
@@ -64,9 +64,9 @@ def test_it_has_the_weights_of_now_in_tensors_that_stay(world, zero, monkeypatch
 
 def test_tied_weights_stay_tied_and_no_hook_of_deepspeed_is_in_it(world, zero):
     actor = Policy(fuse_head(tiny.causal(tie_word_embeddings=True)))
-    whole = GatheredPolicy(actor, 3)
+    whole = SamplingWeights(actor, 3)
     engine_of(actor, zero)
-    found = whole.policy()
+    found = whole.gather()
     assert found.head.weight is found.model.get_input_embeddings().weight
     assert found.head.weight is not actor.head.weight
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in found.modules())
@@ -82,8 +82,9 @@ import torch.distributed as dist
 from deepspeed.comm.torch import TorchBackend
 from fastppo import train
 from fastppo.distributed import stop
-from fastppo.models import sampling_weights as gathered
+from fastppo.models import sampling_weights
 from fastppo.data.batch import Prompts
+from fastppo.rollout import InProcess
 
 rank, events = int(os.environ["RANK"]), []
 
@@ -105,8 +106,8 @@ for owner in (dist, dist.ProcessGroup, TorchBackend):
         member = getattr(owner, name)
         if plain.startswith(COLLECTIVES) and callable(member) and not isinstance(member, type):
             setattr(owner, name, noted(member, f"{owner.__name__}.{name}"))
-train.sample = noted(train.sample, "sample")
-gathered._fill = noted(gathered._fill, "gather")
+InProcess.sample = noted(InProcess.sample, "sample")
+sampling_weights._fill = noted(sampling_weights._fill, "gather")
 train.score = noted(train.score, "score")
 
 Prompts.of_rank = lambda self, rank, ranks: self.select([range(1), range(1, len(self))][rank])

@@ -37,10 +37,11 @@ from fastppo.ppo import evaluation
 from fastppo.ppo.experience import estimate
 from fastppo.ppo.update import learn
 from fastppo.rewards import load_sources
+from fastppo.rollout import InProcess
 
 pytestmark = pytest.mark.slow
 
-KINDS = ("gathered", "reference", "rewards", "optimizers", "gradients")
+KINDS = ("sampling_weights", "reference", "rewards", "optimizers", "gradients")
 
 CASES = [
     {"stage": 0, "critic": "shared"},
@@ -357,7 +358,7 @@ def test_prefix_states_are_gone_once_a_batch_is_learned_from(
     tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch, kept_states: Callable[[], int]
 ) -> None:
     folder, found = whole_runs.prepare(tmp_path), []
-    log_step, sample = train.log_step, train.sample
+    log_step, sample = train.log_step, InProcess.sample
 
     def logging(setup: Any, done: Any, tracker: Any) -> None:
         found.append(("logged", kept_states()))
@@ -373,8 +374,9 @@ def test_prefix_states_are_gone_once_a_batch_is_learned_from(
         found.append(("learned", kept_states()))
         return learned(*args, **options)
 
-    for name, function in (("log_step", logging), ("sample", sampling), ("learn", learning)):
+    for name, function in (("log_step", logging), ("learn", learning)):
         monkeypatch.setattr(train, name, function)
+    monkeypatch.setattr(InProcess, "sample", sampling)
     argv = whole_runs.settings(
         folder, tmp_path / "out", steps=2, actor__train=1, eval__prompts=0, eval__every=0, checkpoint__every=0
     )

@@ -16,7 +16,8 @@ from fastppo.models import attention
 from fastppo.models.attention import asks_nothing, compute_with
 from fastppo.models.flash import FlashAttention, choose_flash
 from fastppo.models.roles import Policy, fuse_head
-from fastppo.rollout import graphs, sample
+from fastppo.rollout import graphs
+from fastppo.rollout.inprocess import sample
 
 PROMPTS = [(5, 6, 7), (8, 9, 10, 11, 12, 13, 14, 15, 16), (17,), (18, 19, 20, 21, 22), *[(i, i + 1) for i in range(12)]]
 

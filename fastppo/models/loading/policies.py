@@ -17,9 +17,10 @@ from transformers import (
 )
 
 from fastppo.config import AnyConfig, Config, Place
+from fastppo.distributed import gathered
 from fastppo.models.frozen_prefix import prefix_depth
 from fastppo.models.loading.source import Source
-from fastppo.models.loading.streams import copy_parts, gathered, partition_config
+from fastppo.models.loading.streams import copy_parts, partition_config
 from fastppo.models.loading.trained import choose_trained
 from fastppo.models.loading.weights import (
     DTYPES,

@@ -28,7 +28,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from fastppo.distributed import World  # noqa: F401  first: it tells DeepSpeed which accelerator to take
+from fastppo.distributed import gathered  # first: it tells DeepSpeed which accelerator to take
 from fastppo.models.loading.quantized import check_scales
 
 # isort: split
@@ -64,11 +64,6 @@ def partition(model: PreTrainedModel, partitions: dict[str, Any]) -> PreTrainedM
     """Partition a model that is whole on every rank."""
     deepspeed.zero.Init(module=model, config_dict_or_path=partitions)
     return model
-
-
-def gathered(parameters: list[Tensor]) -> contextlib.AbstractContextManager[object]:
-    """Within this context the parameters are whole, to be read; nothing happens to those that are not partitioned."""
-    return deepspeed.zero.GatheredParameters(parameters)  # type: ignore[no-any-return]
 
 
 def weight_files(name: str, revision: str | None = None) -> list[Path] | None:
@@ -270,7 +265,7 @@ def _fill(model: PreTrainedModel, outline: PreTrainedModel, plan: _Plan, found: 
         _copy_own_part(targets[name], tensor)
         targets[name]._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers leaves it alone then
     rest = [p for p in model.parameters() if not getattr(p, "_is_hf_initialized", False)]
-    with deepspeed.zero.GatheredParameters(rest, modifier_rank=0):
+    with gathered(rest, written_by=0):
         model.initialize_weights()
     cast(Any, model)._weight_conversions = plan.conversions
 
@@ -302,7 +297,7 @@ def _copy_own_part(target: Tensor, whole: Tensor) -> None:
         return
     part: Any = target.ds_tensor  # type: ignore[attr-defined]  # (parameter's elements / ranks, rounded up,)
     if part.final_location == OffloadDeviceEnum.nvme:  # DeepSpeed fetches it from the disks and writes it back
-        with deepspeed.zero.GatheredParameters([target], modifier_rank=0):
+        with gathered([target], written_by=0):
             if torch.distributed.get_rank() == 0:
                 target.copy_(whole)
         return

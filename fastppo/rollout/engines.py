@@ -1,0 +1,73 @@
+"""The rollout engines by name, and the one place where a run's sampler is made."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from fastppo.config import Config
+from fastppo.distributed import World
+from fastppo.models import Roles
+from fastppo.rollout.answers import SamplerError
+from fastppo.rollout.inprocess import make_inprocess
+from fastppo.rollout.sampler import ActorSampler, Sampler, explained
+from fastppo.rollout.stop_tokens import stop_ids
+from fastppo.user_code import import_user_code
+
+# What makes an engine; a class is one. The stop ids are the tokens that end a response, all of them.
+Make = Callable[[Config, Roles, Sequence[int], World], Sampler]
+
+ENGINES: Mapping[str, Make] = {"inprocess": make_inprocess}
+
+METHODS, BOTH_OR_NEITHER = ("sync", "sample"), ("sleep", "wake")
+
+
+class ChosenEngine(NamedTuple):
+    """A way to make an engine."""
+
+    setting: str  # as errors name it
+    make: Make
+    folder: Path | None = None  # of its file, if it is the user's
+
+
+def find_engine(config: Config) -> ChosenEngine:
+    """That of `rollout.engine`. Before any model loads: a typo should not cost those minutes. Raises SamplerError."""
+    name = config.rollout.engine
+    setting = f"rollout.engine = {name}"
+    if name in ENGINES:
+        return ChosenEngine(setting, ENGINES[name])
+    if ":" not in name:
+        near = difflib.get_close_matches(name, ENGINES, n=1)
+        raise SamplerError(
+            f"rollout.engine is {name or 'empty'}; it must be {' or '.join(ENGINES)}, or a class of yours as"
+            f" module:Class or file.py:Class.{f' Did you mean {near[0]}?' if near else ''}"
+        )
+    make, folder = import_user_code(name, setting, "class", SamplerError)
+    if isinstance(make, type):
+        _check_methods(setting, make)
+    return ChosenEngine(setting, make, folder)
+
+
+def _check_methods(setting: str, sampler: object) -> None:
+    sleeps = any(hasattr(sampler, method) for method in BOTH_OR_NEITHER)
+    needed = (*METHODS, *BOTH_OR_NEITHER) if sleeps else METHODS
+    absent = [method for method in needed if not callable(getattr(sampler, method, None))]
+    if absent:
+        raise SamplerError(
+            f"{setting} has no {' and no '.join(absent)}; a sampler has the methods of fastppo.rollout.Sampler:"
+            f" {' and '.join(METHODS)}; one with GPU memory of its own also {' and '.join(BOTH_OR_NEITHER)}."
+        )
+
+
+def make_sampler(config: Config, roles: Roles, world: World) -> ActorSampler:
+    """The sampler that training and evaluation ask, in the residency of the roles. All ranks call it."""
+    setting, make, folder = find_engine(config)
+    ids = stop_ids(roles.policy, roles.tokenizer, config.sampling)
+    with explained(setting, folder):
+        engine = make(config, roles, ids, world)
+    _check_methods(setting, engine)
+    sampler = ActorSampler(setting, engine, roles, config, ids, folder)
+    roles.residency.add_sleeper("sampler", sampler)
+    return sampler

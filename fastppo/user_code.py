@@ -1,0 +1,97 @@
+"""Python of the user's that a setting names as `module:NAME` or `file.py:NAME`: its import, its faults in a line."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from fastppo.errors import FastPPOError
+
+# What a function or a file may raise. Without SystemExit a run would end with no word of why, and on this rank alone.
+RAISED = (Exception, SystemExit)
+
+
+class UserCode(NamedTuple):
+    """A function or class of the user's, and the folder that its file lies in."""
+
+    called: Callable[..., Any]
+    folder: Path
+
+
+def import_user_code(
+    name: str, setting: str, kind: str = "function", error: type[FastPPOError] = FastPPOError
+) -> UserCode:
+    """`module:NAME`, the module importable from here, or `path/to/file.py:NAME`.
+
+    setting: as the error names it; kind: what NAME is, in words. Raises `error` for what is not there, cannot be
+    imported or cannot be called.
+    """
+    module_name, _, attribute = name.rpartition(":")
+    if not module_name or not attribute:
+        raise error(f"{setting}: write it as module:{kind} or file.py:{kind}")
+    try:
+        module = _import_file(Path(module_name)) if module_name.endswith(".py") else _import_module(module_name)
+    except RAISED as raised:
+        raise error(f"{setting}: {module_name} could not be imported ({type(raised).__name__}: {raised})") from raised
+    called: Any = getattr(module, attribute, None)
+    if not callable(called):
+        names = ", ".join(n for n in vars(module) if not n.startswith("_") and callable(vars(module)[n])) or "none"
+        raise error(f"{setting}: {module_name} has no {kind} {attribute}; it has: {names}")
+    return UserCode(called, Path(getattr(module, "__file__", None) or module_name).parent)
+
+
+def line_of(error: BaseException, folder: Path) -> str:
+    """Where it was raised, as `file.py:12`: the innermost line in a file of this folder, the user's, which a library
+    may have been called from; else the innermost of all."""
+    frames = traceback.extract_tb(error.__traceback__)
+    of_user = [frame for frame in frames if Path(frame.filename).parent == folder]
+    frame = (of_user or frames)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}"
+
+
+def _import_module(name: str) -> ModuleType:
+    here = str(Path.cwd())
+    sys.path.insert(0, here)  # the launcher's scripts do not see the folder they were started in
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(here)
+
+
+def _import_file(path: Path) -> ModuleType:
+    """The file as the module of its name, imported once; where another module has that name, with a number behind it.
+
+    Its folder goes to the end of Python's path, so that it finds modules beside it and hides none.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    path = path.resolve()
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    importlib.invalidate_caches()  # the file may be newer than what Python knows of its folder
+    stem = name = path.stem.replace(".", "_")
+    others = count(2)
+    while (spec := importlib.util.find_spec(name)) is not None:
+        if spec.origin is not None and Path(spec.origin).resolve() == path:
+            return importlib.import_module(name)
+        name = f"{stem}_{next(others)}"
+    return _import_as(name, path)
+
+
+def _import_as(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(name, None)
+        raise
+    return module
