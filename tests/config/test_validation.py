@@ -199,7 +199,9 @@ def test_settings_at_the_edge_of_a_rule_are_allowed(settings: dict[str, Any]) ->
 def test_each_minibatch_needs_a_response_for_each_rank() -> None:
     config = changed(ppo__batch_size=8, ppo__minibatches=2)
     validate(config, ranks=4)
-    with pytest.raises(ConfigError, match=r"minibatch of 4 responses cannot be divided equally among 5 ranks.* multiple of 10"):
+    with pytest.raises(
+        ConfigError, match=r"minibatch of 4 responses cannot be divided equally among 5 ranks.* multiple of 10"
+    ):
         validate(config, ranks=5)
 
 
