@@ -108,8 +108,7 @@ class Tracker:
                 self._files[name].add(records)
 
     def _send(self, service: str, work: Callable[[Any], object]) -> None:
-        """Call `work` with TensorBoard's writer or the W&B run, if the run uses it; after an error it is not used
-        again."""
+        """Call `work` with TensorBoard's writer or the W&B run, if it is used; after an error it is not used again."""
         if service in self._services:
             with self.guard(service):
                 work(self._services[service])
@@ -147,8 +146,7 @@ class Tracker:
             self._print(step, text)
 
     def log_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record an evaluation after this step (0: before training) as a separate line; each name gets the prefix
-        `eval/`."""
+        """Record an evaluation after this step (0: before training) as a separate line, with names `eval/NAME`."""
         self._write(step, {f"eval/{name}": value for name, value in metrics.items()})
         self._print(step, _summary(EVALUATION_FORMATS, metrics))
 
@@ -214,8 +212,7 @@ class Tracker:
                 print(line, flush=True)
 
     def _time_left(self, step: int) -> str:
-        """The remaining time as text, from the mean time of the steps since the first one that was logged; the time of
-        evaluations between them is included."""
+        """The remaining time as text, from the mean time per step since the first logged one, evaluations included."""
         now = time.perf_counter()
         self._first_logged = self._first_logged or (step, now)
         first_step, first_time = self._first_logged
@@ -296,8 +293,7 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Add the time inside this context to the phase `name`, and mark it in torch's profiles and, on CUDA, with
-        NVTX."""
+        """Add the time inside to the phase `name`, and mark it in torch's profiles and, on CUDA, with NVTX."""
         nvtx_range = torch.cuda.nvtx.range(name) if _on_cuda() else nullcontext()
         start = time.perf_counter()
         with record_function(name), nvtx_range:

@@ -364,7 +364,7 @@ def test_settings_that_change_nothing_may_change(forks, folder, straight, finish
 def test_auto_begins_where_there_is_nothing_to_resume_and_says_so(forks, folder, tmp_path):
     output = tmp_path / "new"
     said = resumed(forks, folder, output, code=0, steps=1, checkpoint__every=0)
-    assert "has no checkpoint: the run begins at step 0" in said
+    assert "has no checkpoint: the run starts at step 0" in said
     assert not (output / "checkpoints").exists()
 
 

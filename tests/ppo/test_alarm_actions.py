@@ -173,7 +173,7 @@ def test_of_checkpoints_that_were_set_aside_a_few_stay(folder, forks):
     fixed = {"checkpoint__keep_last": 1, "health__roll_backs": 4} | QUIET
     run = forks.start(settings(folder, output, "roll_back", **fixed), 1, ILL.format(cured=3))
     assert forks.wait(run) == [0], run.text()
-    assert run.text().count("it is now aside") == 3
+    assert run.text().count("it is renamed to aside") == 3
     assert len([n for n in whole_runs.checkpoints(output) if n.startswith("aside")]) == 1
 
 
