@@ -28,7 +28,7 @@ from fastppo.data import NO_ARGUMENTS, Packed, check_arguments, end_to_end
 from fastppo.distributed import Frozen, World
 from fastppo.errors import FastPPOError, exit_with_message
 from fastppo.models import DTYPES, RewardModel, load_reward
-from fastppo.monitor import reason
+from fastppo.monitor import error_summary
 from fastppo.rewards import (
     Asked,
     BadChat,
@@ -146,7 +146,7 @@ class Scorer:
             if len(group) == 1:
                 self._fail(group[0].answer, error)
                 return
-            log.warning("%d requests failed together (%s), so each is scored alone", len(group), reason(error))
+            log.warning("%d requests failed together (%s), so each is scored alone", len(group), error_summary(error))
         else:
             self.batches, self.requests = self.batches + 1, self.requests + len(group)
             self.responses += len(texts)
@@ -308,7 +308,7 @@ def _listening(host: str, port: int) -> socket.socket:
         listening.listen()
     except (OSError, UnicodeError) as error:
         listening.close()
-        problem = f"--host {host} and --port {port} cannot be listened on ({reason(error)}); give others."
+        problem = f"--host {host} and --port {port} cannot be listened on ({error_summary(error)}); give others."
         raise FastPPOError(problem) from error
     return listening
 

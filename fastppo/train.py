@@ -17,7 +17,7 @@ from fastppo.config import Config, parse
 from fastppo.data import Experience, Prompts, plan_step
 from fastppo.distributed import Stopped, World, start_world, stop_world, together, watching
 from fastppo.errors import exit_with_message
-from fastppo.monitor import claimed, setup_logging, watch
+from fastppo.monitor import lock_run_dir, setup_logging, watch
 from fastppo.ppo import ENDED, Setup, Step, estimate, evaluate_if_due, finish, learn, log_step, mean_kl, respond, set_up
 from fastppo.rewards import score
 
@@ -28,7 +28,7 @@ def train(config: Config, world: World) -> bool:
     Returns whether it did all its steps; an alarm may end it before. Raises Stopped where it was told to stop; what it
     has done is saved then.
     """
-    with claimed(Path(config.output), world.rank):
+    with lock_run_dir(Path(config.output), world.rank):
         setup = set_up(config, world)
         if setup is None:
             return False

@@ -18,13 +18,13 @@ if __package__ in (None, ""):  # run as a script: Python would look for modules 
 import torch
 from torch import Tensor
 
-from fastppo.checkpoint import Left, leave_model
+from fastppo.checkpoint import ExportedModel, export_model
 from fastppo.config import REWARD, RewardTrainingConfig, parse
 from fastppo.data import Examples, Packed, load_pairs
 from fastppo.distributed import Stopped, World, start_world, stop_world
 from fastppo.errors import exit_with_message
 from fastppo.models import PrefixStates, whole_state
-from fastppo.monitor import claimed, only_tells, setup_logging
+from fastppo.monitor import guard_output, lock_run_dir, setup_logging
 from fastppo.offline import (
     Objective,
     PairEvaluation,
@@ -60,7 +60,7 @@ def train(config: RewardTrainingConfig, world: World) -> None:
 
     Raises Stopped where it was told to stop; what it has done is saved then.
     """
-    with claimed(Path(config.output), world.rank):
+    with lock_run_dir(Path(config.output), world.rank):
         stage = set_up(config, world, assemble_scorer, load_pairs)
         run_stage(
             stage,
@@ -72,7 +72,7 @@ def train(config: RewardTrainingConfig, world: World) -> None:
         )
 
 
-def leave(stage: Stage[RewardTrainingConfig], evaluation: PairEvaluation | None) -> Left:
+def leave(stage: Stage[RewardTrainingConfig], evaluation: PairEvaluation | None) -> ExportedModel:
     """Export the model as it was evaluated, its scores centred, and how far its probabilities are to be believed.
 
     One that was never evaluated is centred on answers that it has seen. Training goes on with the head as it was. All
@@ -93,9 +93,9 @@ def leave(stage: Stage[RewardTrainingConfig], evaluation: PairEvaluation | None)
         if evaluation.centring is not None:
             state["score.weight"] = evaluation.centring.weight(state["score.weight"])
     folder = stage.output / "reward_model"
-    left = leave_model(learner.model, learner.tokenizer, folder, config.model.lora, world, state)
+    left = export_model(learner.model, learner.tokenizer, folder, config.model.lora, world, state)
     if world.rank == 0:
-        with only_tells("reliability.jsonl"):
+        with guard_output("reliability.jsonl"):
             write_reliability(stage.output / "reliability.jsonl", evaluation)
     return left
 

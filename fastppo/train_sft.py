@@ -15,13 +15,13 @@ if __package__ in (None, ""):  # run as a script: Python would look for modules 
 
 from torch import Tensor
 
-from fastppo.checkpoint import Left, leave_model
+from fastppo.checkpoint import ExportedModel, export_model
 from fastppo.config import SFT, SFTConfig, parse
 from fastppo.data import Packed, load_answers
 from fastppo.distributed import Stopped, World, start_world, stop_world
 from fastppo.errors import exit_with_message
 from fastppo.models import whole_state
-from fastppo.monitor import claimed, setup_logging
+from fastppo.monitor import lock_run_dir, setup_logging
 from fastppo.offline import (
     AnswerEvaluation,
     Stage,
@@ -44,7 +44,7 @@ def train(config: SFTConfig, world: World) -> None:
 
     Raises Stopped where it was told to stop; what it has done is saved then.
     """
-    with claimed(Path(config.output), world.rank):
+    with lock_run_dir(Path(config.output), world.rank):
         stage = set_up(config, world, assemble_learner, load_answers)
         lengths = stage.examples.response_lengths
         run_stage(
@@ -57,11 +57,11 @@ def train(config: SFTConfig, world: World) -> None:
         )
 
 
-def leave(stage: Stage[SFTConfig], evaluation: AnswerEvaluation | None) -> Left:
+def leave(stage: Stage[SFTConfig], evaluation: AnswerEvaluation | None) -> ExportedModel:
     """Export the model as it is. All ranks call it."""
     config, world, learner = stage.config, stage.world, stage.learner
     state = whole_state(learner.model.model, world)
-    return leave_model(learner.model, learner.tokenizer, stage.output / "model", config.model.lora, world, state)
+    return export_model(learner.model, learner.tokenizer, stage.output / "model", config.model.lora, world, state)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fastppo import ops
-from fastppo.checkpoint.save import export
+from fastppo.checkpoint.export import write_model
 from fastppo.config import Config
 from fastppo.config.command_line import parse
 from fastppo.data.batch import Packed, Prompts, pack
@@ -226,7 +226,7 @@ def walk(family: str, folder: Path) -> Outcome:
         assert critic is not None
         wrong = [*before_learning(actor, reference, folder), *sampled(actor, config, folder)]
         update(actor, critic, config)
-        export(actor, tokenizer, folder / "actor", config.actor.lora)
+        write_model(actor, tokenizer, folder / "actor", config.actor.lora)
         wrong += exported(actor, folder)
     except FastPPOError as error:
         text = str(error).replace(str(folder), "the model")

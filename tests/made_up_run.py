@@ -10,7 +10,7 @@ from typing import Any
 
 from fastppo.config import AlarmConfig, Config, EvalConfig, HealthConfig, RewardTrainingConfig, SFTConfig
 from fastppo.config.command_line import dump
-from fastppo.monitor.run_dir import as_line
+from fastppo.monitor.run_dir import json_line
 
 # What must never come out as anything but text.
 HOSTILE = (
@@ -186,4 +186,4 @@ def alarms(steps: int) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    path.write_text("".join(map(as_line, records)), encoding="utf-8", errors="backslashreplace")
+    path.write_text("".join(map(json_line, records)), encoding="utf-8", errors="backslashreplace")

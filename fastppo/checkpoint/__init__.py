@@ -1,4 +1,4 @@
-"""Checkpoints that resume bit for bit, and the trained model as a Hugging Face directory."""
+"""Checkpoints that resume bit for bit, and the export of the trained model as a Hugging Face directory."""
 
 import lazy_loader
 

@@ -1,8 +1,8 @@
-"""Folders that are either whole or not there, whatever happens while they are written.
+"""Directories that appear atomically: complete or not at all, even if the process or the machine dies while writing.
 
-A folder is filled under a temporary name beside its own, each file synced to the disk, then a manifest with the size
-and the hash of every file, then the folders; renaming it comes last. So a name without the prefix of unfinished ones
-belongs to a folder that was written to its end, and the manifest tells whether it still is what was written.
+The files are written into a directory with a temporary name beside the final one and synced to the disk; then a
+manifest with the size and the SHA-256 of every file is written, the directories are synced, and the temporary directory
+is renamed. A directory without the temporary prefix is therefore complete, and the manifest shows later damage.
 """
 
 from __future__ import annotations
@@ -21,23 +21,22 @@ import torch
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-UNFINISHED = ".unfinished-"  # a folder on its way in, or out
+UNFINISHED = ".unfinished-"  # prefix of a folder that is being written, or deleted
 
 
 @dataclass(frozen=True)
 class File:
-    """What a file must be to count as whole."""
+    """The size and the hash of a complete file, as in the manifest."""
 
-    name: str  # below the folder, with /
+    name: str  # relative to the folder, with / as separator
     bytes: int
     sha256: str
 
 
 class Writer:
-    """Writes one rank's files of a folder. A failure is kept in `error`, and nothing is written after it.
+    """Writes one rank's files of a folder. The first failure is stored in `error`; after it nothing is written.
 
-    It is not raised, since that could be where DeepSpeed asks for a file: the other ranks would then wait in a
-    collective.
+    It is not raised because DeepSpeed calls `save` between collectives: the other ranks would wait for this rank.
     """
 
     def __init__(self, folder: Path):
@@ -46,7 +45,7 @@ class Writer:
         self.error: str | None = None
 
     def save(self, state: Any, path: Path) -> None:
-        """`torch.save` to a path below the folder."""
+        """Save `state` with `torch.save`. path: inside the folder."""
         self._write(path, lambda file: torch.save(state, file))
 
     def save_text(self, text: str, path: Path) -> None:
@@ -61,7 +60,7 @@ class Writer:
                 file = _Hashed(raw)
                 fill(file)
                 file.finish()
-        except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of some
+        except (OSError, RuntimeError) as error:  # torch turns some OSErrors into RuntimeErrors
             self.error = f"{path.name}: {getattr(error, 'strerror', None) or error}"
             return
         name = path.relative_to(self.folder).as_posix()
@@ -69,14 +68,14 @@ class Writer:
 
 
 class _Hashed:
-    """A file that knows the hash of what it was given, which a full disk or a bad one may not hold afterwards."""
+    """A file that computes the hash of the data passed to it; a full or faulty disk may store something else."""
 
     def __init__(self, raw: BinaryIO):
         self._raw, self._error = raw, None  # type: BinaryIO, OSError | None
         self.size, self.digest = 0, hashlib.sha256()
 
     def write(self, content: Any) -> int:
-        """Errors wait for `finish`: torch's C++ writer, which calls this, does not survive them."""
+        """Write; an error is raised later, by `finish`, since torch's C++ writer, which calls this, would crash."""
         if self._error is None:
             try:
                 self._raw.write(content)
@@ -102,7 +101,7 @@ def unfinished(folder: Path) -> Path:
 
 
 def begin(folder: Path) -> Path:
-    """An empty folder under the temporary name of `folder`."""
+    """Create an empty folder under the temporary name of `folder`."""
     draft = unfinished(folder)
     if draft.exists():
         shutil.rmtree(draft)
@@ -111,26 +110,26 @@ def begin(folder: Path) -> Path:
 
 
 def finish(draft: Path, folder: Path, files: Iterable[File]) -> None:
-    """Make the draft, which holds these files, all synced, the folder. Raises OSError."""
+    """Write the manifest and rename `draft` to `folder`. files: those in `draft`, all synced. Raises OSError."""
     writer = Writer(draft)
     manifest = {"format": FORMAT, "files": [asdict(file) for file in files]}
     writer.save_text(json.dumps(manifest, indent=1), draft / MANIFEST)
     if writer.error is not None:
         raise OSError(writer.error)
-    for prefix_states in [draft, *(path for path in draft.rglob("*") if path.is_dir())]:
-        sync(prefix_states)
+    for directory in [draft, *(path for path in draft.rglob("*") if path.is_dir())]:
+        sync(directory)
     draft.rename(folder)
     sync(folder.parent)
 
 
 def replace(draft: Path, folder: Path) -> None:
-    """Make the draft the folder, once it is on the disk; what was there gives way then. Raises OSError."""
+    """Sync `draft` and rename it to `folder`, then delete the earlier content of `folder`. Raises OSError."""
     for path in [*draft.rglob("*"), draft]:
         sync(path)
     old = unfinished(folder.with_name(f"{folder.name}-old"))
     if old.exists():
         shutil.rmtree(old)
-    if folder.is_symlink():  # the folder that it leads to is somebody's, and no part of the run's
+    if folder.is_symlink():  # the target of the link is not part of the run's folder and stays
         folder.unlink()
     elif folder.exists():
         folder.rename(old)
@@ -145,7 +144,7 @@ def replace(draft: Path, folder: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder; cut off in the middle it is no longer one that counts as whole."""
+    """Delete a folder. It is renamed first, so that after an interruption it does not count as complete."""
     draft = unfinished(folder)
     if draft.exists():
         shutil.rmtree(draft)
@@ -154,14 +153,17 @@ def remove(folder: Path) -> None:
 
 
 def remove_unfinished(parent: Path) -> None:
-    """Delete what earlier attempts left behind."""
+    """Delete the incomplete folders of earlier attempts."""
     for path in parent.glob(UNFINISHED + "*"):
-        with contextlib.suppress(OSError):  # it is in nobody's way
+        with contextlib.suppress(OSError):  # an incomplete folder that stays does no harm
             shutil.rmtree(path)
 
 
 def problem(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a folder, None if nothing is. Reading it all takes time: `part` of `parts` takes its share."""
+    """Compare a folder with its manifest; returns a description of the damage, None if there is none.
+
+    Hashing takes time, so that ranks can share it: this call checks every `parts`-th file from index `part`.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
@@ -178,7 +180,7 @@ def problem(folder: Path, part: int = 0, parts: int = 1) -> str | None:
         try:
             size = path.stat().st_size
             if size != file.bytes:
-                return f"{file.name} has {size} bytes and not {file.bytes}"
+                return f"{file.name} has {size} bytes instead of {file.bytes}"
             with open(path, "rb") as content:
                 if hashlib.file_digest(content, "sha256").hexdigest() != file.sha256:
                     return f"{file.name} is damaged (its hash is not the one in {MANIFEST})"
@@ -188,7 +190,7 @@ def problem(folder: Path, part: int = 0, parts: int = 1) -> str | None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file's content, or a folder's list of names, to the disk."""
+    """Write a file's content, or a folder's entries, from the system's cache to the disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it fits the settings that the run has now."""
+"""Finding the checkpoint from which a run resumes, and checking that it fits the run's current settings."""
 
 from __future__ import annotations
 
@@ -16,101 +16,105 @@ import torch
 
 from fastppo import __version__
 from fastppo.checkpoint import atomic_dir
-from fastppo.checkpoint.rollback_record import Since, read_since
+from fastppo.checkpoint.rollback_record import RollbackRecord, read_rollback_record
 from fastppo.config import AnyConfig, Config
 from fastppo.distributed import World, all_gather
 from fastppo.errors import FastPPOError
-from fastppo.monitor import LINES
+from fastppo.monitor import JSONL_FILES
 
 log = logging.getLogger("fastppo")
 
 NAME = re.compile(r"step-\d{8}(-update-\d{4})?")
 
-# Settings that may differ on resuming, since the run that comes out does not depend on them, or (health) since a user
-# whose run an alarm has ended may think better of it ...
-WHERE = ("output", "timeout", "checkpoint.", "track.", "zero.nvme_path", "zero.offload_frozen", "actor.lora.export")
-ALARMED = ("health.alarms", "health.window", "health.raise_kl", "health.roll_backs")
-FREE = (*WHERE, *ALARMED, "plan", "sampling.cuda_graphs", "resume", "eval.show", "optim.max_skipped")
-FREE_IN_PPO = ("eval.every",)  # before PPO, evaluations decide what is exported
+# Settings that may change on resuming because the result does not depend on them, and those of alarms, which a user may
+# want to change after an alarm has ended the run.
+WITHOUT_EFFECT = (
+    *("output", "timeout", "checkpoint.", "track.", "zero.nvme_path", "zero.offload_frozen", "actor.lora.export"),
+    *("plan", "sampling.cuda_graphs", "resume", "eval.show", "optim.max_skipped"),
+)
+ALARM_SETTINGS = ("health.alarms", "health.window", "health.raise_kl", "health.roll_backs")
+FREE = (*WITHOUT_EFFECT, *ALARM_SETTINGS)
+FREE_IN_PPO = ("eval.every",)  # in SFT and reward modelling, the evaluations decide which weights are exported
 SOURCES = ("rewards", "health.judge")
-OF_URL = ("timeout", "retries", "request_size", "concurrency")
-# ... or only in how it is rounded.
+SERVICE_SETTINGS = ("timeout", "retries", "request_size", "concurrency")  # of a source with a url
+# Settings that may change on resuming but change how the result is rounded.
 ROUNDING = (
     *("attention", "threads", "ppo.microbatch_tokens", "sampling.rows", "optim.activation_checkpointing"),
-    *("microbatch_tokens", "keep_trunk_gb"),  # before PPO
+    *("microbatch_tokens", "keep_trunk_gb"),  # SFT and reward modelling
     "zero.deepspeed",
 )
 
 
 class CheckpointError(FastPPOError):
-    """A checkpoint that cannot be used or written. The message says why, and the way out."""
+    """A checkpoint cannot be used or written. The message gives the reason and the way out."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """A whole checkpoint that fits this run's settings and ranks."""
+class Checkpoint:
+    """A complete checkpoint that fits this run's settings and number of ranks."""
 
     folder: Path
-    about: Mapping[str, Any]
-    since: Since | None = None  # what the run that went back to it knows beyond it
+    about: Mapping[str, Any]  # the content of its about.json
+    rollback: RollbackRecord | None = None  # set if the run has rolled back to this checkpoint
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes of the run's files of lines at that time."""
-        then = self.about["bytes"] if self.since is None else self.since.bytes
-        return {name: int(then[name]) for name in LINES}
+        """The sizes in bytes that the run's JSONL files had at this checkpoint."""
+        sizes = self.about["bytes"] if self.rollback is None else self.rollback.bytes
+        return {name: int(sizes[name]) for name in JSONL_FILES}
 
     @property
     def clock(self) -> str:
-        """When its run began, for templates that write the date. Earlier versions did not keep it: they have refused to
-        go on on another day than that on which the run began, so the day is that on which this was written."""
+        """The ISO time at which the run started, for chat templates that write the date. Earlier versions did not store
+        it; they refused to resume on another day, so that the day on which this checkpoint was written is that of the
+        start."""
         written = datetime.fromtimestamp((self.folder / "about.json").stat().st_mtime)
         return str(self.about.get("clock", written.isoformat(timespec="seconds")))
 
     def ended(self, config: Config, world: World) -> bool:
-        """Whether an alarm has ended the run, and the settings of alarms are the same now; the log says why then."""
-        since = self.since
-        if since is None or since.ended is None or since.levels != levels(config):
+        """Whether an alarm has ended the run and the settings of alarms are unchanged; the reason is logged."""
+        record = self.rollback
+        if record is None or record.ended is None or record.levels != alarm_settings(config):
             return False
         if world.rank == 0:
             log.error(
-                "an alarm has ended this run, at %s It is at %s, and goes on from there with other health.alarms.",
-                since.ended,
+                "an alarm has ended this run, at %s Its checkpoint is %s. Change health.alarms to continue from there.",
+                record.ended,
                 self.folder,
             )
         return True
 
 
-def find_checkpoint(config: AnyConfig, world: World) -> Found | None:
-    """The checkpoint that `resume` asks for; None for a run from the start. All ranks call it.
+def find_checkpoint(config: AnyConfig, world: World) -> Checkpoint | None:
+    """The checkpoint that the setting `resume` selects; None for a new run. All ranks call it.
 
-    Raises CheckpointError if there are checkpoints and none can be used: beginning anew is for the user to decide.
+    Raises CheckpointError if there are checkpoints but none is usable: only the user can decide to start a new run.
     """
     if config.resume is None:
         return None
     candidates = all_gather(_candidates(config), world)[0]
     problems = []
     for folder in candidates:
-        found = all_gather(atomic_dir.problem(folder, world.rank, world.ranks), world)
-        problem = next((p for p in found if p is not None), None)
+        rank_problems = all_gather(atomic_dir.problem(folder, world.rank, world.ranks), world)
+        problem = next((p for p in rank_problems if p is not None), None)
         if problem is None:
             about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
             _check_fit(folder, about, config, world)
-            log.info("going on from %s", folder)
-            return Found(folder, about, read_since(folder))
+            log.info("continuing from %s", folder)
+            return Checkpoint(folder, about, read_rollback_record(folder))
         problems.append(f"{folder} cannot be used: {problem}.")
         log.error(problems[-1])
     if problems:
         raise CheckpointError(
-            f"resume is {config.resume}, but no checkpoint is whole. {' '.join(problems)} Restore one of them, or give"
-            " --resume null to begin anew."
+            f"resume is {config.resume}, but no checkpoint is complete. {' '.join(problems)} Restore one of them, or"
+            " give --resume null to start a new run."
         )
-    log.info("resume is auto and %s has no checkpoint: the run begins at step 0", config.output)
+    log.info("resume is auto and %s has no checkpoint: the run starts at step 0", config.output)
     return None
 
 
 def _candidates(config: AnyConfig) -> list[Path]:
-    """The checkpoints to try, the newest first."""
+    """The checkpoints to try, the newest first. Raises CheckpointError if `resume` is not a checkpoint of this run."""
     assert config.resume is not None
     folder = Path(config.output) / "checkpoints"
     if config.resume == "auto":
@@ -118,88 +122,92 @@ def _candidates(config: AnyConfig) -> list[Path]:
     chosen = Path(config.resume)
     if not chosen.is_dir():
         raise CheckpointError(
-            f"resume is {chosen}, and there is no such folder. Give auto, or one of {_names(folder)}."
+            f"resume is {chosen}, and this folder does not exist. Give auto, or one of {_names(folder)}."
         )
     if chosen.resolve().parent != folder.resolve() or not NAME.fullmatch(chosen.resolve().name):
         raise CheckpointError(
-            f"resume is {chosen}, which is no checkpoint of output = {config.output}; a run goes on in its own folder."
-            f" Give auto, one of {_names(folder)}, or the --output that the checkpoint belongs to."
+            f"resume is {chosen}, which is not a checkpoint of output = {config.output}; a run continues in the folder"
+            f" that has its checkpoints. Give auto, one of {_names(folder)}, or the --output of the checkpoint."
         )
     return [folder / chosen.resolve().name]
 
 
 def _names(folder: Path) -> str:
-    found = sorted(str(p) for p in folder.glob("step-*") if NAME.fullmatch(p.name))
-    return ", ".join(found) or f"those in {folder} (it has none)"
+    """The paths of the checkpoints in `folder`, for a message."""
+    paths = sorted(str(p) for p in folder.glob("step-*") if NAME.fullmatch(p.name))
+    return ", ".join(paths) or f"the checkpoints in {folder} (there are none)"
 
 
 def _check_fit(folder: Path, about: Mapping[str, Any], config: AnyConfig, world: World) -> None:
-    """Refuse a checkpoint of another number of ranks or of settings that make another run."""
+    """Raise CheckpointError if a checkpoint has another number of ranks, or settings that would change the result."""
     if about["ranks"] != world.ranks:
-        start = "actor's weights (--actor.model, with the first actor as --reference.model)"
+        start = "actor's weights (--actor.model, with the initial actor as --reference.model)"
         start = start if isinstance(config, Config) else "exported model (--model.path)"
         raise CheckpointError(
             f"{folder} was written by {about['ranks']} rank(s), and this run has {world.ranks}: optimizer states are"
-            f" split by rank. Resume with --num_accelerators {about['ranks']}; to go on with {world.ranks}, begin a new"
+            f" split by rank. Resume with --num_accelerators {about['ranks']}; to train with {world.ranks}, start a new"
             f" run from the {start}."
         )
-    then, now, fresh = dict(about["config"]), settings(config), settings(type(config)())
+    saved, current, defaults = dict(about["config"]), settings(config), settings(type(config)())
     free = (*FREE, *FREE_IN_PPO) if isinstance(config, Config) else FREE
-    for name in sorted({*then, *now}):
-        old, new = then.get(name, fresh.get(name)), now.get(name, fresh.get(name))
-        if old == new or _among(name, free) or (name in SOURCES and _said_alike(old) == _said_alike(new)):
+    for name in sorted({*saved, *current}):
+        old, new = saved.get(name, defaults.get(name)), current.get(name, defaults.get(name))
+        if old == new or _matches(name, free) or (name in SOURCES and _scoring_part(old) == _scoring_part(new)):
             continue
         if name in ROUNDING:
-            log.warning("%s was %s and is %s: the run goes on, but not bit for bit as it would have", name, old, new)
+            log.warning("%s was %s and is %s: the result will not be the same bit for bit", name, old, new)
         elif name == "steps" and config.optim.schedule == "constant":
             log.info("steps was %s and is %s", old, new)
         else:
-            hint = " (the learning rate falls to 0 at the last step; set from the start, optim.schedule constant lets"
-            hint = f"{hint} steps change)" if name == "steps" else ""
+            hint = " (the learning rate falls to 0 at the last step; steps can change only in a run that has"
+            hint = f"{hint} optim.schedule constant from its start)" if name == "steps" else ""
             raise CheckpointError(
                 f"{name} is {json.dumps(new)}, but {folder} was made with {json.dumps(old)}{hint}. Resume with"
-                f" --{name} {json.dumps(old)}, or give --resume null to begin anew."
+                f" --{name} {json.dumps(old)}, or give --resume null to start a new run."
             )
     for library, old in about["versions"].items():
         if old != (new := versions()[library]):
-            log.warning("%s was %s and is %s: bits may differ", library, old, new)
+            log.warning("%s was %s and is %s: the result may not be the same bit for bit", library, old, new)
 
 
-def _among(name: str, settings: tuple[str, ...]) -> bool:
-    """Whether a setting is one of these, or of a group of these, whose name ends with a dot."""
+def _matches(name: str, settings: tuple[str, ...]) -> bool:
+    """Whether `name` is one of the settings, or belongs to one of the groups among them, which end with a dot."""
     return any(name == other or (other.endswith(".") and name.startswith(other)) for other in settings)
 
 
-def _said_alike(sources: Any) -> list[dict[str, Any]]:
-    """The sources without where a service is and how it is asked: it may have moved, and says what it said."""
-    return [{k: v is not None if k == "url" else v for k, v in r.items() if k not in OF_URL} for r in sources]
+def _scoring_part(sources: Any) -> list[dict[str, Any]]:
+    """The sources without the URL of a service and its request settings: a service may move without changing its
+    scores."""
+    return [{k: v is not None if k == "url" else v for k, v in r.items() if k not in SERVICE_SETTINGS} for r in sources]
 
 
 def settings(config: AnyConfig) -> dict[str, Any]:
-    """Every setting by its dotted name, as JSON has it."""
+    """Every setting by its dotted name, as values that JSON can represent."""
 
-    def flat(group: Any, plain: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for name, value in plain.items():
-            inner = getattr(group, name)
-            if dataclasses.is_dataclass(inner):
-                yield from flat(inner, value, f"{prefix}{name}.")
-            else:  # a setting, which may be a mapping itself
+    def flatten(group: Any, values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in values.items():
+            member = getattr(group, name)
+            if dataclasses.is_dataclass(member):
+                yield from flatten(member, value, f"{prefix}{name}.")
+            else:  # a setting; its value may be a mapping
                 yield prefix + name, json.loads(json.dumps(value))
 
-    return dict(flat(config, dataclasses.asdict(config), ""))
+    return dict(flatten(config, dataclasses.asdict(config), ""))
 
 
-def levels(config: Config) -> dict[str, Any]:
-    """The settings by which alarms end a run."""
-    return {name: value for name, value in settings(config).items() if name.startswith(ALARMED)}
+def alarm_settings(config: Config) -> dict[str, Any]:
+    """The settings that decide whether an alarm ends a run, by their dotted names."""
+    return {name: value for name, value in settings(config).items() if name.startswith(ALARM_SETTINGS)}
 
 
 def versions() -> dict[str, str]:
+    """The versions of the libraries on which the result depends."""
     return {"fastppo": __version__, "torch": torch.__version__, "deepspeed": version("deepspeed")}
 
 
 def held_out_score(checkpoint: Path) -> float | None:
-    """By which checkpoints are compared (`Evaluation.held_out`); None for one that was not evaluated."""
+    """The held-out score of a checkpoint, by which the best is chosen (`Evaluation.held_out`); None if it was not
+    evaluated."""
     try:
         about = json.loads((checkpoint / "about.json").read_text(encoding="utf-8"))
         return None if about["score"] is None else float(about["score"])

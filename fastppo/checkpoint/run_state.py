@@ -1,4 +1,4 @@
-"""What checkpoints save of a run: where it is, and the generators that its reward functions may draw from."""
+"""The state of a run in a checkpoint: its progress, and the random generators that reward functions may use."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ State = dict[str, Any]
 
 
 def random_state() -> State:
-    """The state of every generator of this process that a reward function could use; the run's own depend on step and
-    seed alone."""
+    """The states of this process's global random generators, which a reward function may use.
+
+    The trainer's random numbers depend on step and seed only and need no state.
+    """
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return {
         "python": random.getstate(),
@@ -24,7 +26,7 @@ def random_state() -> State:
 
 
 def seed_random(seed: int, rank: int) -> None:
-    """Begin each of those generators at a place of its own for every rank."""
+    """Seed the global random generators, with a different sequence on every rank."""
     random.seed(f"{seed}/{rank}")
     number = random.getrandbits(32)
     numpy.random.seed(number)
@@ -32,6 +34,7 @@ def seed_random(seed: int, rank: int) -> None:
 
 
 def set_random_state(state: State) -> None:
+    """Restore what `random_state` returned."""
     random.setstate(state["python"])
     numpy.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -40,7 +43,7 @@ def set_random_state(state: State) -> None:
 
 
 class Run(Protocol):
-    """What checkpoints save: `Progress` of PPO, `supervised.Training` of the stages before it."""
+    """The interface of what checkpoints save: `Progress` in PPO, `Training` in SFT and reward modelling."""
 
     step: int
     random: State
@@ -53,8 +56,8 @@ class Run(Protocol):
 
     @property
     def good(self) -> int | None:
-        """The step that an alarm would go back to, or before it; None if none would."""
+        """The last step whose checkpoint an alarm could roll back to; None if no alarm rolls back."""
 
     def state(self) -> State: ...
 
-    def restore(self, state: State, own: State) -> None: ...
+    def restore(self, state: State, rank_state: State) -> None: ...

@@ -1,9 +1,9 @@
-"""What a run leaves behind: checkpoints to resume from bit for bit, and the actor as a Hugging Face directory.
+"""Writing, loading and deleting the checkpoints of a run, from which it resumes bit for bit.
 
-A checkpoint is a folder `output`/checkpoints/step-N (N steps done) or step-N-update-U (and U updates of the next one,
-where a run was told to stop). DeepSpeed writes weights, master weights and optimizer of each trained role and rank into
-`actor` and `critic`; `progress.pt` and `rank-R.pt` hold the rest, `about.json` what it belongs to. `durable` makes it
-whole or absent.
+A checkpoint is a folder `output`/checkpoints/step-N (after N steps) or step-N-update-U (after U updates of the next
+step, if a run was stopped during it). DeepSpeed writes weights, master weights and optimizer states of each trained
+role and rank into `actor` and `critic`; `progress.pt` and `rank-R.pt` contain the rest of the state, and `about.json`
+the settings, data and versions that it belongs to. `atomic_dir` makes the folder complete or absent.
 """
 
 from __future__ import annotations
@@ -18,16 +18,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from fastppo.checkpoint import atomic_dir
-from fastppo.checkpoint.resume import NAME, CheckpointError, Found, held_out_score, settings, versions
+from fastppo.checkpoint.resume import NAME, Checkpoint, CheckpointError, held_out_score, settings, versions
 from fastppo.checkpoint.run_state import Run, set_random_state
-from fastppo.config import ActorLoraConfig, AnyConfig, Config, LoraConfig
+from fastppo.config import AnyConfig, Config
 from fastppo.distributed import Saved, Stopped, World, all_gather, clock
-from fastppo.models import ATTENTION, Backbone, merged_state, save_adapters
-from fastppo.monitor import LINES, sizes
+from fastppo.monitor import JSONL_FILES, file_sizes
 from fastppo.rewards import RewardError
 
 log = logging.getLogger("fastppo")
@@ -45,58 +42,59 @@ class Checkpoints:
         data: Iterable[Sequence[Sequence[int]]],
         world: World,
         *,
-        enter: Callable[[str], None] = lambda stage: None,
+        enter: Callable[[str], None] = lambda phase: None,
     ):
-        """engines: what trains, by name; data: tokens that the run depends on; on resuming they must be what they were.
-
-        enter: called with `checkpoint` before engines are saved or loaded (`Residency.enter`).
+        """engines: what is trained, by name. data: the tokens that the run depends on; they must be the same on
+        resuming. enter: called with `checkpoint` before engines are saved or loaded (`Residency.enter`).
         """
         self._config, self._engines, self._world, self._enter = config, engines, world, enter
         self._output = Path(config.output)
-        self.folder = self._output / "checkpoints"  # where they are
+        self.folder = self._output / "checkpoints"
         digest, counts = hashlib.sha256(), []
         for part in data:
             counts.append(str(len(part)))
             for tokens in part:
                 digest.update(array("q", [len(tokens), *tokens]))
-        self._prompts = f"{'+'.join(counts)}-{digest.hexdigest()[:16]}"
+        self._data_id = f"{'+'.join(counts)}-{digest.hexdigest()[:16]}"
         self._paths = f"data.path = {config.data.path}"
         if isinstance(config, Config) and config.ptx.path:
             self._paths += f" and ptx.path = {config.ptx.path}"
 
-    def load(self, found: Found | None, run: R) -> R:
-        """The run as it begins, goes on or goes back to, with the engines' weights and optimizers as they were."""
+    def load(self, checkpoint: Checkpoint | None, run: R) -> R:
+        """Restore `run`, the weights and the optimizers from a checkpoint, and return `run`; None: leave it unchanged.
+
+        Newer checkpoints are renamed (`_set_aside_newer`). Raises CheckpointError.
+        """
         if self._world.rank == 0:
             atomic_dir.remove_unfinished(self.folder)
-        if found is None:
+        if checkpoint is None:
             return run
-        if found.about["prompts"] != self._prompts:
+        if checkpoint.about["prompts"] != self._data_id:
             raise CheckpointError(
-                f"{found.folder} was made with other data ({found.about['prompts']}, number and hash) than that of"
-                f" {self._paths} now ({self._prompts}). Give the data as it was, or"
-                " --resume null to begin anew."
+                f"{checkpoint.folder} was made with other data ({checkpoint.about['prompts']}, number and hash) than"
+                f" {self._paths} has now ({self._data_id}). Restore the data, or give --resume null to start a new run."
             )
         self._enter("checkpoint")
         try:
             for name, engine in self._engines.items():
-                engine.load(found.folder, name)
-            state = torch.load(found.folder / "progress.pt", weights_only=False)
-            own = torch.load(found.folder / f"rank-{self._world.rank:05d}.pt", weights_only=False)
+                engine.load(checkpoint.folder, name)
+            state = torch.load(checkpoint.folder / "progress.pt", weights_only=False)
+            rank_state = torch.load(checkpoint.folder / f"rank-{self._world.rank:05d}.pt", weights_only=False)
         except (OSError, RuntimeError, KeyError, ValueError) as error:
             raise CheckpointError(
-                f"{found.folder} does not fit the models ({error}). If a model changed since, give"
-                " them as they were, or --resume null to begin anew."
+                f"{checkpoint.folder} does not fit the models ({error}). If a model has changed since, restore it, or"
+                " give --resume null to start a new run."
             ) from error
-        run.restore(state, own)
+        run.restore(state, rank_state)
         if self._world.rank == 0:
-            self._set_aside_newer(found.folder)
+            self._set_aside_newer(checkpoint.folder)
         set_random_state(run.random)
         return run
 
     def _set_aside_newer(self, folder: Path) -> None:
-        """Checkpoints beyond the one gone back to, damaged or not wanted, must not be what `auto` takes next time.
+        """Rename the checkpoints that are newer than `folder`, so that `--resume auto` does not choose them next time.
 
-        Of all that were ever set aside as many stay as of the others: a run that goes back often fills no disk.
+        Of the renamed ones, the newest `keep_last + keep_best` are kept, so that many rollbacks do not fill the disk.
         """
         for path in self.folder.glob("step-*"):
             if NAME.fullmatch(path.name) and path.name > folder.name:
@@ -104,81 +102,89 @@ class Checkpoints:
                 while (aside := path.with_name(f"aside-{path.name}.{n}")).exists():
                     n += 1
                 path.rename(aside)
-                log.warning("%s is beyond where this run goes on; it is now %s", path, aside.name)
+                log.warning("%s is newer than the checkpoint of this run; it is renamed to %s", path, aside.name)
         keep = self._config.checkpoint.keep_last + self._config.checkpoint.keep_best
-        asides = sorted(self.folder.glob("aside-*"), key=lambda path: path.stat().st_mtime)  # when each was written
+        asides = sorted(self.folder.glob("aside-*"), key=lambda path: path.stat().st_mtime)  # oldest first
         for path in asides[: max(len(asides) - keep, 0)]:
             _remove(path)
 
     def save_if_due(self, run: Run) -> None:
-        """A checkpoint every `checkpoint.every` steps. A failure is logged, unless `checkpoint.on_error` says stop."""
+        """Save a checkpoint every `checkpoint.every` steps. A failure is logged; with `checkpoint.on_error` = stop it
+        raises CheckpointError."""
         every = self._config.checkpoint.every
         if every and run.step % every == 0:
             error = self.save(run)
             if error is not None and self._config.checkpoint.on_error == "stop":
                 raise CheckpointError(f"{error} checkpoint.on_error is stop, so the run ends here.")
             if error is not None:
-                log.error("%s The run goes on; %s stays.", error, self.newest() or "no older checkpoint")
+                newest = self.newest()
+                log.error("%s The run continues. The newest checkpoint: %s.", error, newest or "there is none")
 
     @contextmanager
     def saved_when_stopped(self, run: Run) -> Iterator[None]:
-        """When told to stop or failed by a source of reward, save the run as it stands; the exception goes on.
+        """Save a checkpoint if a stop signal or the error of a reward source ends the code inside, and raise it again.
 
-        Raises CheckpointError if that fails. A source that fails in the first step has cost nothing yet.
+        Raises CheckpointError if saving fails. After a reward error in the first step nothing is saved, as there is
+        nothing to lose.
         """
         try:
             yield
-        except (Stopped, RewardError) as reason:
-            if isinstance(reason, RewardError) and run.step == 0:
+        except (Stopped, RewardError) as exception:
+            if isinstance(exception, RewardError) and run.step == 0:
                 raise
-            why = "told to stop" if isinstance(reason, Stopped) else "a source of reward failed"
-            log.info("%s at step %d; saving", why, run.step)
+            cause = "stopped by a signal" if isinstance(exception, Stopped) else "a source of reward failed"
+            log.info("%s at step %d; saving a checkpoint", cause, run.step)
             error = self.save(run)
             if error is not None:
                 newest = self.newest()
-                raise CheckpointError(f"{error} What is left is {newest or 'nothing to resume from'}.") from None
-            log.info("saved; --resume auto goes on from %s", self.folder / run.name)
+                raise CheckpointError(f"{error} The newest checkpoint: {newest or 'there is none'}.") from None
+            log.info("saved; --resume auto continues from %s", self.folder / run.name)
             raise
 
     def save(self, run: Run) -> str | None:
-        """Write a checkpoint; returns what went wrong, the same on every rank. Nothing older is deleted then."""
+        """Write a checkpoint, then delete old ones; returns the error, the same on every rank, or None.
+
+        After an error no older checkpoint is deleted.
+        """
         folder = self.folder / run.name
-        if self._agree(str(folder.exists()) if self._world.rank == 0 else None) == "True":
-            return None  # written before, or resumed from
-        error = self._agree(self._attempt(lambda: self._begin(folder)))
+        if self._first_message(str(folder.exists()) if self._world.rank == 0 else None) == "True":
+            return None  # already written, or the run has resumed from it
+        error = self._first_message(self._attempt(lambda: self._create_draft(folder)))
         if error is None:
             writer = atomic_dir.Writer(atomic_dir.unfinished(folder))
             self._enter("checkpoint")
             for name, engine in self._engines.items():
                 engine.save(writer.folder, name, writer.save)
             writer.save(run.random, writer.folder / f"rank-{self._world.rank:05d}.pt")
-            failed = self._attempt(lambda: self._save_shared(run, writer))
-            parts = all_gather((failed or writer.error, writer.files), self._world)
-            error = next((e for e, _ in parts if e is not None), None)
+            shared_error = self._attempt(lambda: self._save_shared(run, writer))
+            written = all_gather((shared_error or writer.error, writer.files), self._world)
+            error = next((rank_error for rank_error, _ in written if rank_error is not None), None)
             if error is None:
-                files = [file for _, part in parts for file in part]
-                error = self._agree(self._attempt(lambda: self._finish(writer.folder, folder, files, run.good)))
+                files = [file for _, rank_files in written for file in rank_files]
+                error = self._first_message(self._attempt(lambda: self._finish(writer.folder, folder, files, run.good)))
         if error is None:
             return None
         self._attempt(lambda: atomic_dir.remove_unfinished(self.folder))
         return f"The checkpoint {folder} could not be written ({error})."
 
-    def _begin(self, folder: Path) -> None:
-        """The folders of all engines too: an engine that cannot make its own would raise amid a collective."""
+    def _create_draft(self, folder: Path) -> None:
+        """Create the temporary folder with those of the engines: if an engine failed to create its folder, it would
+        raise while the other ranks wait in a collective."""
         draft = atomic_dir.begin(folder)
         for name in self._engines:
             (draft / name).mkdir()
 
     def _save_shared(self, run: Run, writer: atomic_dir.Writer) -> None:
+        """Write the files that exist once for all ranks."""
         writer.save(run.state(), writer.folder / "progress.pt")
         writer.save_text(json.dumps(self._about(run), indent=1), writer.folder / "about.json")
 
-    def _agree(self, said: str | None) -> str | None:
-        """What the first rank with something to say says, on every rank."""
-        return next((x for x in all_gather(said, self._world) if x is not None), None)
+    def _first_message(self, message: str | None) -> str | None:
+        """The message of the lowest rank that has one, on every rank; None if no rank has one. A collective."""
+        return next((text for text in all_gather(message, self._world) if text is not None), None)
 
     def _attempt(self, work: Callable[[], object]) -> str | None:
-        """Let rank 0 do it; returns the error."""
+        """Call `work` on rank 0 only; returns the text of an OSError there, otherwise None."""
         if self._world.rank == 0:
             try:
                 work()
@@ -187,7 +193,8 @@ class Checkpoints:
         return None
 
     def _finish(self, draft: Path, folder: Path, files: list[atomic_dir.File], good: int | None) -> None:
-        for name in LINES:
+        """Rename the complete checkpoint to its final name, after syncing the JSONL files, and delete old ones."""
+        for name in JSONL_FILES:
             if (self._output / name).exists():
                 atomic_dir.sync(self._output / name)
         atomic_dir.finish(draft, folder, files)
@@ -198,30 +205,30 @@ class Checkpoints:
             "step": run.step,
             "ranks": self._world.ranks,
             "score": run.score,
-            "bytes": sizes(self._output),
-            "prompts": self._prompts,
+            "bytes": file_sizes(self._output),
+            "prompts": self._data_id,
             "clock": clock.reading(),
             "versions": versions(),
             "config": settings(self._config),
         }
 
     def newest(self) -> Path | None:
+        """The newest checkpoint; None if there is none."""
         return max((p for p in self.folder.glob("step-*") if NAME.fullmatch(p.name)), default=None)
 
     def _prune(self, good: int | None) -> None:
-        """Keep the newest, the best, and the one that an alarm would go back to, `good` steps or fewer.
-
-        A checkpoint that cannot be deleted is none the worse for it.
+        """Delete all checkpoints but the newest, the best, and the one that an alarm would roll back to: the newest
+        after at most `good` steps. If one cannot be deleted, a warning is logged.
         """
         keep = self._config.checkpoint
         names = sorted(p.name for p in self.folder.glob("step-*") if NAME.fullmatch(p.name))
         scores = {name: held_out_score(self.folder / name) for name in names} if keep.keep_best else {}
         best = sorted((name for name, score in scores.items() if score is not None), key=lambda n: (scores[n], n))
-        kept = {*names[-keep.keep_last :], *best[max(len(best) - keep.keep_best, 0) :]}
-        if good is not None:  # none within a step, which may have learned from the batch that went bad
-            kept.update([name for name in names if name <= f"step-{good:08d}" and "update" not in name][-1:])
+        retained = {*names[-keep.keep_last :], *best[max(len(best) - keep.keep_best, 0) :]}
+        if good is not None:  # not one within a step: it may have learned from the batch that raised the alarm
+            retained.update([name for name in names if name <= f"step-{good:08d}" and "update" not in name][-1:])
         for name in names:
-            if name not in kept:
+            if name not in retained:
                 _remove(self.folder / name)
 
 
@@ -230,32 +237,3 @@ def _remove(path: Path) -> None:
         atomic_dir.remove(path)
     except OSError as error:
         log.warning("%s could not be deleted (%s)", path, error.strerror)
-
-
-def export(
-    role: Backbone,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    lora: LoraConfig,
-    state: dict[str, Tensor] | None = None,
-) -> None:
-    """Write a trained model and its tokenizer so that transformers' `from_pretrained(folder)` loads them.
-
-    Adapters are merged, or of an actor written alone: then peft, and where it is installed transformers too, loads them
-    onto the model that the actor began as. A shared critic's value head is no part of a language model and stays
-    behind. What is in `folder` gives way once the new files are whole.
-
-    state: weights to write in the place of the model's own, under the same names.
-    """
-    model, draft = role.model, atomic_dir.begin(folder)
-    if lora.rank and isinstance(lora, ActorLoraConfig) and lora.export == "adapters":
-        save_adapters(model, draft)
-    else:
-        model.set_attn_implementation("sdpa")  # ours is known in this process alone
-        try:
-            model.save_pretrained(draft, state_dict=merged_state(model, state) if lora.rank else state)
-        finally:
-            model.set_attn_implementation(ATTENTION)
-    tokenizer.save_pretrained(draft)
-    atomic_dir.replace(draft, folder)
-    log.info("the trained model is in %s", folder)

@@ -1,7 +1,7 @@
-"""The settings of a run, as frozen dataclasses; their validation, the command line, and what DeepSpeed is told.
+"""The settings of a run as frozen dataclasses, their validation, the command line, and the configuration of DeepSpeed.
 
-Each field is documented by the string below it, which `--help` shows. A field that holds a quantity names its unit.
-Importing this needs no torch.
+Each field is documented by the string below it, which `--help` shows. The documentation of a quantity names its unit.
+This package can be imported without torch.
 """
 
 import lazy_loader

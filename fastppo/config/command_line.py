@@ -122,7 +122,7 @@ def _parser(command: Command[Any]) -> ArgumentParser:
         action=_ConfigFile,
         command=command,
         metavar="PRESET|FILE",
-        help=f"A preset ({', '.join(command.presets)}) or a YAML file. May be given again; what comes later wins.",
+        help=f"A preset ({', '.join(command.presets)}) or a YAML file. Can be repeated; later values replace earlier ones.",
     )
     parser.add_argument("--local_rank", type=int, help=SUPPRESS)  # the deepspeed launcher adds it
     parser.add_class_arguments(command.root)

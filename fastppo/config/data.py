@@ -1,4 +1,4 @@
-"""Prompts, how they are answered, and text that is learned beside them."""
+"""Settings of prompts, sampling, and the text of PPO-ptx."""
 
 from __future__ import annotations
 
@@ -14,64 +14,67 @@ class DataConfig:
     """Hub dataset name, a directory of `datasets.save_to_disk`, a .jsonl, .parquet or .csv file, or
     `package:NAME/FILE` (`package:NAME==VERSION/FILE`) inside an installed package. Required."""
     name: str | None = None
-    """Configuration of a hub dataset that has several."""
+    """Configuration name of a hub dataset, if it has several."""
     split: str = "train"
     """Split of a hub dataset or of a saved DatasetDict."""
     column: str = "prompt"
     """Column with the prompt: text, or a list of chat messages ({role, content})."""
     chat: Literal["auto", "always", "never"] = "auto"
-    """`auto`: lists of messages go through the tokenizer's chat template and text stays plain; `always`: text becomes
-    one user message; `never`: messages are an error."""
+    """`auto`: the chat template is applied to lists of messages, and text is used as it is; `always`: text becomes one
+    user message; `never`: messages are an error."""
     template: dict[str, Any] = field(default_factory=dict, hash=False)
-    """Arguments of the chat template beside the messages, as in `{enable_thinking: false}`: whatever the tokenizer's
-    template reads, for prompts, `ptx`'s text and reward models with the same template."""
+    """Arguments that the chat template takes in addition to the messages, for example `{enable_thinking: false}`. They
+    apply to prompts, to the text of `ptx`, and to reward models with the same template."""
     first_tokens: int | None = None
-    """Keep only this many tokens from the start of each plain-text prompt (rows that are shorter are left out); the
-    quickstart's way to make prompts out of texts."""
+    """Use only this many tokens from the start of each plain-text prompt; shorter rows are dropped. The quickstart makes
+    prompts from whole texts in this way."""
     max_prompt_tokens: int = 512
-    """Longest prompt, in tokens."""
+    """Maximum prompt length, in tokens."""
     too_long: Literal["drop", "error"] = "drop"
-    """A prompt longer than `max_prompt_tokens`: `drop` leaves it out and reports how many, `error` stops."""
+    """What to do with prompts longer than `max_prompt_tokens`: `drop` skips them and reports their number, `error`
+    stops."""
     shuffle: bool = True
-    """Shuffle with the run's seed, anew in every pass over the data."""
+    """Shuffle with the run's seed, in a new order in every pass over the data."""
     eval_path: str | None = None
-    """Held-out prompts for evaluation in the same forms as `path`, `path` itself included; when left out, the
-    `eval.prompts` prompts that `split_seed` picks are held out of `path`."""
+    """Held-out prompts for evaluation, in the forms of `path`; it may be the same as `path`. Default: `eval.prompts`
+    prompts of `path`, chosen by `split_seed`, are held out of training."""
     eval_split: str = "train"
     """Split of `eval_path`."""
     split_seed: int = 0
-    """Seed of the held-out choice, apart from `seed` so that runs with other seeds are evaluated on the same
-    prompts."""
+    """Seed of the choice of held-out prompts. It is separate from `seed`, so that runs with different seeds are
+    evaluated on the same prompts."""
     limit: int | None = None
-    """Use at most this many rows of `path`, held-out ones included, taken after a shuffle by `split_seed`."""
+    """Maximum number of rows of `path` to use, including held-out ones; they are taken after a shuffle by
+    `split_seed`."""
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the actor writes its responses. The learner uses the same temperature."""
+    """How the actor samples its responses. Learning uses the same temperature."""
 
     temperature: float = 1.0
-    """Divides the logits, in sampling and in learning; > 0."""
+    """The logits are divided by it, in sampling and in learning; > 0."""
     top_p: float = 1.0
-    """Nucleus sampling: smallest set of tokens with at least this probability, in (0, 1]; 1 is off."""
+    """Nucleus sampling: sample from the smallest set of tokens with at least this total probability, in (0, 1]; 1: from
+    all tokens."""
     top_k: int = 0
-    """Only the k most likely tokens; 0 is off."""
+    """Sample from the k most likely tokens; 0: from all tokens."""
     max_new_tokens: int = 128
-    """Longest response, in tokens, the EOS included."""
+    """Maximum response length, in tokens, including the EOS."""
     min_new_tokens: int = 0
-    """No stop token may be drawn as one of so many first tokens, as in transformers' `generate`; where it is
-    `max_new_tokens`, none ever."""
+    """No stop token is sampled among the first `min_new_tokens` tokens, as in transformers' `generate`; if it equals
+    `max_new_tokens`, no stop token is sampled at all."""
     samples_per_prompt: int = 1
-    """Responses to each prompt; `ppo.batch_size` counts responses."""
+    """Number of responses to each prompt; `ppo.batch_size` counts responses."""
     stop_tokens: tuple[str, ...] = ()
-    """Further tokens that end a response, beside all EOS ids of the model's generation config: each as text, such as
-    `\\n`, or as the vocabulary spells it."""
+    """Tokens that end a response, in addition to all EOS ids of the model's generation config: each as text, such as
+    `\\n`, or as written in the vocabulary."""
     ignore_eos: bool = False
-    """Write `max_new_tokens` tokens whatever is drawn (for benchmarks)."""
+    """Always generate `max_new_tokens` tokens and ignore stop tokens (for benchmarks)."""
     rows: int = 64
-    """Rows decoded together on each rank; bounds the key/value cache."""
+    """Number of responses decoded together on each rank; it bounds the size of the key/value cache."""
     cuda_graphs: bool = True
-    """Record decode steps as CUDA graphs, where flash-attn computes attention on a GPU."""
+    """Record decode steps as CUDA graphs, if flash-attn computes attention on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -85,34 +88,34 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class PtxConfig:
-    """Against forgetting (PPO-ptx; Ouyang et al., 2022, equation 2): a language-modelling loss on given text, mixed into
-    the actor's updates."""
+    """PPO-ptx (Ouyang et al., 2022, equation 2): a language-modelling loss on given text, added to the actor's updates
+    to reduce forgetting."""
 
     coef: float = 0.0
-    """Gamma: what the text's mean negative logprob a token, at temperature 1, is multiplied by before it is added to
-    PPO's loss, itself a mean over tokens. 0 is off, and no text is loaded."""
+    """Coefficient gamma of the text's loss in the actor's loss. Both are means over tokens; the text's is the negative
+    logprob at temperature 1. 0: no text is loaded."""
     batch_size: int = 64
-    """Texts in each update, over all ranks. Their microbatches are those of PPO in size (`ppo.microbatch_tokens`)."""
+    """Number of texts per update, over all ranks. Their microbatches have the size of PPO's (`ppo.microbatch_tokens`)."""
     path: str = ""
-    """Where the text is, in the same forms as `data.path`."""
+    """The text, in the forms of `data.path`."""
     name: str | None = None
-    """Configuration of a hub dataset that has several."""
+    """Configuration name of a hub dataset, if it has several."""
     split: str = "train"
     """Split of a hub dataset or of a saved DatasetDict."""
     response: str = "text"
-    """Column with what is learned: plain text, every token of it and an EOS; or a list of chat messages, of which the
-    last one, the assistant's, is learned."""
+    """Column with the text to learn: plain text, of which every token and an EOS are learned; or a list of chat
+    messages, of which the last one, the assistant's, is learned."""
     prompt: str | None = None
-    """Column with what stands before it and is not learned: text or chat messages; null where there is none."""
+    """Column with the text or the chat messages before it, which are not learned; null: there is no such column."""
     messages: str | None = None
-    """Column with whole conversations in place of the two above; each message of the assistant is learned."""
+    """Column with whole conversations, in place of the two above; every assistant message is learned."""
     chat: Literal["auto", "always", "never"] = "auto"
-    """`auto`: lists of messages go through the tokenizer's chat template and text stays plain; `always`: a prompt that
-    is text becomes a user's message, a response an assistant's; `never`: messages are an error."""
+    """`auto`: the chat template is applied to lists of messages, and text is used as it is; `always`: a prompt that is
+    text becomes a user message, and a response an assistant message; `never`: messages are an error."""
     max_tokens: int = 1024
-    """Longest text, in tokens, prompt and EOS included."""
+    """Maximum length of prompt and text, in tokens, including the EOS."""
     too_long: Literal["drop", "cut", "error"] = "cut"
-    """A text longer than `max_tokens`: `drop` leaves it out, `cut` takes its end away (and its EOS), both report how
-    many; `error` stops."""
+    """What to do with texts longer than `max_tokens`: `drop` skips them, `cut` truncates them (they then have no EOS);
+    both report the number. `error` stops."""
     limit: int | None = None
-    """Use at most this many texts, taken after a shuffle."""
+    """Maximum number of texts to use, taken after a shuffle."""

@@ -1,4 +1,4 @@
-"""What a run watches of itself, and what it does about it."""
+"""Settings of the health figures, the judge and the alarms."""
 
 from __future__ import annotations
 
@@ -34,14 +34,15 @@ Action = Literal["warn", "raise_kl", "stop_epoch", "roll_back", "stop"]
 
 
 class Figure(NamedTuple):
-    """How a figure is held against a level."""
+    """How a figure is compared with a level."""
 
     worse: Literal["lower", "higher", "either"]
     level_is: Literal["times start", "from start", "deviations from start", "value"]
-    warn: float  # the level that warns where the settings give none
+    warn: float  # the level of the default warning
 
     def threshold(self, level: float, start: float, spread: float) -> float:
-        """A level in the figure's own unit. start: its mean in the first steps; spread: its deviation there."""
+        """Convert a level to the figure's unit. start: the figure's mean in the first steps; spread: the standard
+        deviation there."""
         if self.level_is == "value":
             return level
         if self.level_is == "times start":
@@ -50,10 +51,10 @@ class Figure(NamedTuple):
         return start + distance * (spread if self.level_is == "deviations from start" else 1.0)
 
 
-REST = 10  # steps after which an alarm that stays on is raised again
+REST = 10  # steps before the same alarm is raised again
 
-# The quickstart may go beyond none of these: bench/quickstart_seeds.py holds it to that. Its batches are small, 32
-# responses of 20 tokens, and so as noisy as any.
+# The quickstart must stay within all of these levels, which bench/quickstart_seeds.py checks. Its batches are small, 32
+# responses of 20 tokens, so that its figures are among the noisiest.
 FIGURES: dict[FigureName, Figure] = {
     "entropy": Figure("lower", "times start", 0.5),
     "distinct_1": Figure("lower", "times start", 0.6),
@@ -74,45 +75,46 @@ FIGURES: dict[FigureName, Figure] = {
     "length_correlation": Figure("either", "value", 0.7),
     "rewarded_phrase": Figure("higher", "value", 0.4),
     "approx_kl": Figure("higher", "value", 0.5),
-    # SmolLM2-135M in bf16: 0.04 by rounding alone, 0.06 under a top_p of 0.95, 0.10 under one of 0.9.
+    # SmolLM2-135M in bf16: 0.04 from rounding alone, 0.06 with a top_p of 0.95, 0.10 with 0.9.
     "sampler_error": Figure("higher", "value", 0.08),
 }
 
 
 @dataclass(frozen=True)
 class AlarmConfig:
-    """A level of one figure, and what happens beyond it."""
+    """A level of one figure, and the action if the figure is beyond it."""
 
     figure: FigureName
     """A figure of the README's table (Health)."""
     level: float | None = None
-    """In the unit of that table: a multiple of the figure's start, a distance from it, or a value. null with `warn`
-    takes the figure's standing warning away."""
+    """The level, in the unit of that table: a multiple of the figure's value at the start, a distance from it, or a
+    value. null with `warn` turns the figure's default warning off."""
     action: Action = "warn"
-    """`warn` writes to the log; `raise_kl` also multiplies the KL coefficient by `health.raise_kl`; `roll_back` goes
-    back to the last checkpoint from before, with a raised coefficient; `stop` ends the run at the best checkpoint from
-    before; `stop_epoch`, for approx_kl alone, ends the learning from a batch at the update that goes beyond."""
+    """`warn` writes to the log. The other actions also: `raise_kl` multiply the KL coefficient by `health.raise_kl`;
+    `roll_back` return to the last checkpoint before the figure went beyond the level, with a raised coefficient; `stop`
+    end the run at the best such checkpoint; `stop_epoch`, only for approx_kl, leave out the remaining updates of the
+    batch, from the one beyond the level on."""
 
 
 @dataclass(frozen=True)
 class HealthConfig:
-    """Figures of every batch that tell collapse, drift and reward hacking, and alarms on them."""
+    """Figures of every batch that show collapse, drift and reward hacking, and alarms on them."""
 
     judge: tuple[RewardConfig, ...] = ()
-    """Held-out judge: sources in the form of `rewards` that score the same responses and are never trained on. Empty:
-    no judge, and no figures of it."""
+    """Held-out judge: sources in the form of `rewards` that score the same responses but are not part of the reward.
+    Empty: no judge, and none of its figures."""
     alarms: tuple[AlarmConfig, ...] = ()
-    """Levels that act, or that warn instead of the figure's standing warning."""
+    """Levels with actions, or with `warn` in place of the figure's default warning."""
     window: int = 3
-    """PPO steps whose median is held against a level, so that one odd batch raises no alarm; as many at the start of
-    the run are what a figure started from."""
+    """Number of PPO steps whose median is compared with a level, so that a single outlier raises no alarm. A figure's
+    value at the start is its mean over as many first steps."""
     raise_kl: float = 2.0
-    """Factor by which `raise_kl` and `roll_back` raise the KL coefficient."""
+    """Factor by which `raise_kl` and `roll_back` multiply the KL coefficient."""
     roll_backs: int = 3
-    """How often a run may roll back; the next time it stops."""
+    """Maximum number of rollbacks of a run; the next one stops it instead."""
 
     @property
     def kl_limit(self) -> float:
-        """The approximate KL of an update beyond which the learning from a batch ends; infinity where no alarm sets it."""
+        """The approximate KL beyond which the remaining updates of a batch are left out; infinity if no alarm sets it."""
         levels = [alarm.level for alarm in self.alarms if alarm.action == "stop_epoch" and alarm.level is not None]
         return min(levels, default=math.inf)

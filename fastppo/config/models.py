@@ -1,4 +1,4 @@
-"""The roles: which weights each starts from, and what of them trains."""
+"""Settings of the roles: the initial weights of each, and which parameters are trained."""
 
 from __future__ import annotations
 
@@ -8,73 +8,74 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Adapters of low rank on frozen weights (Hu et al., 2021). There is no dropout: a policy that drops at random is
-    another policy at every call, and ratios would mean nothing."""
+    """Low-rank adapters on frozen weights (Hu et al., 2021). There is no dropout: it would change the policy at every
+    call, and the ratios would have no meaning."""
 
     rank: int = 0
-    """Rank of the adapters; 0 is off. They learn at the role's `lr`, usually ten times what whole weights take."""
+    """Rank of the adapters; 0: no LoRA. Their learning rate is the role's `lr`, usually ten times that of full weights."""
     alpha: float = 16.0
-    """What the adapters add is scaled by alpha / rank."""
+    """The output of the adapters is scaled by alpha / rank."""
     targets: str = "all-linear"
-    """Which linear layers get an adapter: `all-linear`, or comma-separated names (`q_proj,v_proj`) or patterns
-    (`*.mlp.*`); of these, those whose weights the role's `train` chooses."""
+    """Linear layers that get an adapter: `all-linear`, or comma-separated names (`q_proj,v_proj`) or patterns
+    (`*.mlp.*`). Layers whose weights the role's `train` does not select get none."""
 
 
 @dataclass(frozen=True)
 class ActorLoraConfig(LoraConfig):
-    """The actor's adapters. The reference is then the actor with its adapters off."""
+    """LoRA for the actor. The reference is then the actor with its adapters turned off."""
 
     export: Literal["merged", "adapters"] = "merged"
-    """What is left in `output`/actor: a `merged` model, or the `adapters` alone, for peft."""
+    """What is written to `output`/actor: a `merged` model, or only the `adapters`, for peft."""
 
 
 @dataclass(frozen=True)
 class ActorConfig:
-    """The policy that is trained. The frozen reference is a second copy of its weights; with LoRA it needs none."""
+    """The policy that is trained. The frozen reference is a second copy of its initial weights; with LoRA there is no
+    second copy."""
 
     model: str = ""
     """Hugging Face hub name, a directory, or `package:NAME` for weights inside an installed package. Required."""
     gguf_file: str | None = None
-    """Name of a GGUF file inside `model`; its weights are unpacked at load."""
+    """Name of a GGUF file inside `model`; its weights are dequantized when they are loaded."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     train: int | str = "all"
-    """Which parameters train: `all`, an integer k for the upper k layers, or comma-separated name patterns
-    (`*.mlp.*`). With LoRA: where there are adapters."""
+    """Parameters to train: `all`, an integer k for the last k layers, or comma-separated name patterns (`*.mlp.*`). With
+    LoRA: the layers that may have adapters."""
     lr: float = 3e-6
     """Peak learning rate of the actor."""
     average: float | None = None
-    """Decay, for each update, of an exponential moving average of the actor's weights, 0.99 for example. It is
-    evaluated (`eval/average/...`) and exported to `output`/actor-average beside the actor; off when left out."""
+    """Decay per update of an exponential moving average of the actor's weights, for example 0.99. The average is
+    evaluated (`eval/average/...`) and exported to `output`/actor-average in addition to the actor. Default: no average."""
     lora: ActorLoraConfig = field(default_factory=ActorLoraConfig)
 
 
 @dataclass(frozen=True)
 class CriticConfig:
-    """The value function V(s), one number for each response token."""
+    """The value function V(s): one value for each response token."""
 
     kind: Literal["separate", "shared"] = "separate"
-    """`separate`: a model of its own; `shared`: a value head on the actor's backbone (one engine, less memory)."""
+    """`separate`: a second model; `shared`: a value head on the actor's backbone (one engine, less memory)."""
     model: str | None = None
-    """Weights of a separate critic: hub name, directory or `package:NAME`; the actor's when left out. It must share the
-    actor's tokenizer."""
+    """Initial weights of a separate critic: hub name, directory or `package:NAME`; it must have the actor's tokenizer.
+    Default: the actor's initial weights."""
     gguf_file: str | None = None
-    """GGUF file inside `model`."""
+    """Name of a GGUF file inside `model`."""
     train: int | str = "all"
-    """Which parameters of a separate critic train, as for the actor. The value head always trains."""
+    """Parameters of a separate critic to train, in the form of `actor.train`. The value head is always trained."""
     lr: float = 3e-6
     """Peak learning rate of a separate critic, or of the value head of a shared one."""
     warmup_steps: int = 0
-    """PPO steps at the start that train the critic alone (shared: the value head alone)."""
+    """Number of PPO steps at the start that train only the critic (shared: only the value head)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """The frozen model that the KL penalty holds the actor to."""
+    """The frozen model from which the KL penalty measures the actor's distance."""
 
     model: str | None = None
-    """Hub name, directory or `package:NAME`; the actor's own starting weights when left out. It must share the
-    actor's tokenizer."""
+    """Hub name, directory or `package:NAME`; it must have the actor's tokenizer. Default: the actor's initial
+    weights."""
     gguf_file: str | None = None
-    """GGUF file inside `model`."""
+    """Name of a GGUF file inside `model`."""

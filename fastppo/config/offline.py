@@ -1,4 +1,4 @@
-"""The stages before PPO: a supervised start, and a reward model. Each is a command with settings of its own."""
+"""Settings of supervised fine-tuning (SFT) and of reward modelling, two commands."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from fastppo.config.run import CheckpointConfig, TrackConfig
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The one model that is trained."""
+    """The model that is trained."""
 
     path: str = ""
     """Hugging Face hub name, a directory, or `package:NAME` for weights inside an installed package. A reward model may
     start from a language model or from another reward model. Required."""
     gguf_file: str | None = None
-    """Name of a GGUF file inside `path`; its weights are unpacked at load."""
+    """Name of a GGUF file inside `path`; its weights are dequantized when they are loaded."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     train: int | str = "all"
-    """Which parameters train: `all`, an integer k for the upper k layers, comma-separated name patterns (`*.mlp.*`), or,
-    of a reward model, `head`. With LoRA: where there are adapters. The head of a reward model always trains."""
+    """Parameters to train: `all`, an integer k for the last k layers, comma-separated name patterns (`*.mlp.*`), or, for
+    a reward model, `head`. With LoRA: the layers that may have adapters. The head of a reward model is always trained."""
     lr: float = 1e-5
     """Peak learning rate."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -31,91 +31,94 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ExamplesConfig:
-    """Where examples come from, and which of them are used."""
+    """The source and the selection of examples."""
 
-    group = "data"  # no setting, but the name that these settings have in messages
+    group = "data"  # not a setting, but the name of this group of settings in messages
 
     path: str = ""
     """Hub dataset name, a directory of `datasets.save_to_disk`, a .jsonl, .parquet or .csv file, or
     `package:NAME/FILE` (`package:NAME==VERSION/FILE`) inside an installed package. Required."""
     name: str | None = None
-    """Configuration of a hub dataset that has several."""
+    """Configuration name of a hub dataset, if it has several."""
     split: str = "train"
     """Split of a hub dataset or of a saved DatasetDict."""
     prompt: str | None = "prompt"
-    """Column with the prompt: text, or a list of chat messages ({role, content}); null where there is none, or where
-    the answers are whole conversations."""
+    """Column with the prompt: text, or a list of chat messages ({role, content}); null: there is no prompt, or the
+    answers are whole conversations."""
     chat: Literal["auto", "always", "never"] = "auto"
-    """`auto`: lists of messages go through the tokenizer's chat template and text stays plain; `always`: a prompt that
-    is text becomes a user's message, an answer an assistant's; `never`: messages are an error."""
+    """`auto`: the chat template is applied to lists of messages, and text is used as it is; `always`: a prompt that is
+    text becomes a user message, and an answer an assistant message; `never`: messages are an error."""
     template: dict[str, Any] = field(default_factory=dict, hash=False)
-    """Arguments of the chat template beside the messages, as in `{enable_thinking: false}`: whatever the tokenizer's
-    template reads."""
+    """Arguments that the chat template takes in addition to the messages, for example `{enable_thinking: false}`."""
     last_tokens: int | None = None
-    """Keep only this many tokens from the end of each plain-text answer; the quickstart's way to make short answers out
-    of reviews, whose ends say what was thought."""
+    """Use only this many tokens from the end of each plain-text answer. The quickstart makes short answers from reviews
+    in this way, since the end of a review contains its verdict."""
     eos: bool = True
-    """An answer ends with the EOS, or of chat with the token that ends a turn, as PPO's responses do unless they are cut
-    at their longest; an answer of chat in a preference pair with all that the template writes behind it, as reward
-    models read a chat whole. Set it to false where responses are always cut; in PPO a chat is closed even then."""
+    """End each answer with the EOS; a chat answer with the token that ends a turn, or, in a preference pair, with
+    everything that the template writes after it, since reward models read complete chats. PPO's responses end in the
+    same way unless they are truncated. Set it to false if responses are always truncated; even then PPO completes
+    chats."""
     max_tokens: int = 1024
-    """Longest prompt and answer, in tokens, the EOS included."""
+    """Maximum length of prompt and answer, in tokens, including the EOS."""
     too_long: Literal["drop", "cut", "error"] = "drop"
-    """An example longer than `max_tokens`: `drop` leaves it out, `cut` takes the answer's end away (and its EOS), both
-    report how many; `error` stops."""
+    """What to do with examples longer than `max_tokens`: `drop` skips them, `cut` truncates the answer (which then has
+    no EOS); both report the number. `error` stops."""
     unusable: Literal["drop", "error"] = "drop"
-    """An example whose prompt or answer is empty or missing, a conversation without an answer or one that the chat
-    template rewrites, a pair with equal answers: `drop` leaves it out and reports how many, `error` stops."""
+    """What to do with unusable examples: an empty or missing prompt or answer, a conversation without an answer or one
+    that the chat template rewrites, a pair of equal answers. `drop` skips them and reports their number, `error`
+    stops."""
     shuffle: bool = True
-    """Shuffle with the run's seed, anew in every pass over the data."""
+    """Shuffle with the run's seed, in a new order in every pass over the data."""
     eval_path: str | None = None
-    """Held-out examples in the same forms as `path`, `path` itself included; when left out, the `eval.examples` examples
-    that `split_seed` picks are held out of `path`."""
+    """Held-out examples, in the forms of `path`; it may be the same as `path`. Default: `eval.examples` examples of
+    `path`, chosen by `split_seed`, are held out of training."""
     eval_split: str = "train"
     """Split of `eval_path`."""
     split_seed: int = 0
-    """Seed of the held-out choice, apart from `seed` so that runs with other seeds are evaluated on the same examples."""
+    """Seed of the choice of held-out examples. It is separate from `seed`, so that runs with different seeds are
+    evaluated on the same examples."""
     limit: int | None = None
-    """Use at most this many examples of `path`, those held out of it included, taken after a shuffle by `split_seed`."""
+    """Maximum number of examples of `path` to use, including held-out ones; they are taken after a shuffle by
+    `split_seed`."""
 
 
 @dataclass(frozen=True)
 class PairsConfig(ExamplesConfig):
-    """Preference pairs: two answers to a prompt, one preferred. Answers are text, or lists of chat messages."""
+    """Preference pairs: two answers to a prompt, one of them preferred. Answers are text, or lists of chat messages."""
 
     chosen: str = "chosen"
     """Column with the preferred answer."""
     rejected: str = "rejected"
     """Column with the other answer."""
     margin: str | None = None
-    """Column with the margin by which the preferred answer's score should lead, for pairs that differ in how clear they
-    are (Touvron et al., 2023, Llama 2); added to `margin` of the run."""
+    """Column with the margin by which the preferred answer's score should be higher, for data with clear and unclear
+    preferences (Touvron et al., 2023, Llama 2); it is added to the run's `margin`."""
     rating: str | None = None
-    """Column with a number that rates a single answer, for data whose rows are answers and not pairs: each answer in
-    the column `answer` is paired with one to the same prompt that is rated lower, no answer twice."""
+    """Column with a rating of a single answer, for data whose rows are answers instead of pairs: each answer in the
+    column `answer` is paired with one to the same prompt that has a lower rating; no answer is used twice."""
     answer: str = "response"
-    """Column with the answer where `rating` is set."""
+    """Column with the answer, if `rating` is set."""
 
 
 @dataclass(frozen=True)
 class AnswersConfig(ExamplesConfig):
-    """Prompts with the responses to be learned."""
+    """Prompts with the responses to learn."""
 
     response: str = "response"
     """Column with the response: text, or a list of chat messages."""
     messages: str | None = None
-    """Column with whole conversations in place of `prompt` and `response`; each message of the assistant is a response
-    to all that stands before it."""
+    """Column with whole conversations, in place of `prompt` and `response`; every assistant message is a response to the
+    messages before it."""
 
 
 @dataclass(frozen=True)
 class HeldOutConfig:
-    """Evaluation on held-out examples, before training, on the way and at the end."""
+    """Evaluation on held-out examples: before, during and after training."""
 
     every: int = 50
-    """Updates between evaluations; 0 evaluates before and after training only."""
+    """Updates between evaluations; 0: evaluate before and after training only."""
     examples: int = 256
-    """Held-out examples; 0 turns evaluation off, and what is exported is the model after the last update."""
+    """Number of held-out examples; 0 turns evaluation off, and the model after the last update is exported."""
 
 
 @dataclass(frozen=True)
@@ -128,40 +131,42 @@ class RewardTrainingConfig:
     seed: int = 1
     """Seed of data order and of the score head's initial weights."""
     epochs: int = 1
-    """Passes over the pairs."""
+    """Number of passes over the pairs."""
     steps: int | None = None
-    """Updates; those that `epochs` needs when left out."""
+    """Number of updates. Default: those of `epochs` passes."""
     batch_size: int = 64
-    """Pairs in each update, over all ranks."""
+    """Number of pairs per update, over all ranks."""
     microbatch_tokens: int = 8192
-    """Token budget of one forward and backward pass on one rank, both answers of a pair included; the update does not
-    depend on it."""
+    """Maximum number of tokens in one forward and backward pass on one rank, including both answers of each pair. The
+    update does not depend on it."""
     margin: float = 0.0
-    """By how much the preferred answer's score should lead: the loss is -log sigmoid(chosen - rejected - margin)."""
+    """Margin by which the preferred answer's score should be higher: the loss is
+    -log sigmoid(chosen - rejected - margin)."""
     centre: Literal["pairs", "chosen", "off"] = "pairs"
-    """Which held-out answers score 0 on average in the model that is exported: all of the `pairs`, or the `chosen`."""
+    """Held-out answers whose mean score is made 0 in the exported model: those of the `pairs`, or only the `chosen`."""
     centre_coef: float = 0.01
-    """Coefficient of (chosen + rejected)^2 in the loss, which keeps scores near 0 while the model trains (Eisenstein et
-    al., 2023)."""
+    """Coefficient of (chosen + rejected)^2 in the loss, which keeps scores near 0 during training (Eisenstein et al.,
+    2023)."""
     patience: int | None = 3
-    """Evaluations in a row without a lower held-out loss, the start's included, after which the run ends; never when
-    null."""
+    """The run ends after this many consecutive evaluations without a lower held-out loss, the evaluation before training
+    included; null: it never ends early."""
     keep_trunk_gb: float = 2.0
-    """Memory on each rank, in GB, for what the model's frozen lower layers hand up. Where it is enough for all pairs,
-    each is computed once and kept for the other epochs."""
+    """Memory per rank, in GB, for the outputs of the frozen prefix (the frozen lower layers of the model). If it is
+    enough for all pairs, they are computed once and stored for the other epochs."""
     resume: str | None = None
-    """`auto`: go on from the newest whole checkpoint in `output`, or begin if there is none; a path: from that
-    checkpoint of `output`; null: begin anew, an earlier run in `output` being moved aside."""
+    """`auto`: continue from the newest complete checkpoint in `output`, or start a new run if there is none; a path:
+    continue from that checkpoint of `output`; null: start a new run, and rename the folder of an earlier run in
+    `output`."""
     threads: int | None = None
-    """CPU threads of each rank; when left out, the machine's cores divided by the ranks on it."""
+    """CPU threads per rank. Default: the machine's cores divided by its ranks."""
     timeout: float = 1800.0
-    """Seconds that a rank waits for the others before it ends with an error."""
+    """Seconds that a rank waits for the other ranks before it ends with an error."""
     attention: Literal["auto", "flash", "sdpa"] = "auto"
-    """What computes attention: `flash` flash-attn (CUDA, bf16), `sdpa` PyTorch; `auto` flash-attn where it can be used
-    and PyTorch elsewhere, which the log says."""
+    """The implementation of attention: `flash` uses flash-attn (CUDA, bf16), `sdpa` uses PyTorch; `auto` uses flash-attn
+    where possible and PyTorch otherwise, which is logged."""
     plan: Literal["check", "warn", "off"] = "check"
-    """Before the model loads, the memory that it needs in learning and in evaluation is computed and shown. `check`
-    refuses a run that does not fit, `warn` says so and goes on, `off` leaves the computation out."""
+    """Whether to compute and show, before the model is loaded, the memory that it needs in learning and in evaluation.
+    `check` stops a run that does not fit, `warn` warns and continues, `off` skips the computation."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: PairsConfig = field(default_factory=PairsConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -173,40 +178,41 @@ class RewardTrainingConfig:
 
 @dataclass(frozen=True)
 class SFTConfig:
-    """fastppo: supervised fine-tuning on responses, where PPO starts from."""
+    """fastppo: supervised fine-tuning on responses, from which PPO starts."""
 
     output: str = "runs/sft"
     """Folder of the run: config, metrics, and the trained model with the lowest held-out loss in `output`/model."""
     seed: int = 1
     """Seed of the data order."""
     epochs: int = 1
-    """Passes over the examples."""
+    """Number of passes over the examples."""
     steps: int | None = None
-    """Updates; those that `epochs` needs when left out."""
+    """Number of updates. Default: those of `epochs` passes."""
     batch_size: int = 64
-    """Responses in each update, over all ranks."""
+    """Number of responses per update, over all ranks."""
     microbatch_tokens: int = 8192
-    """Token budget (prompt and response) of one forward and backward pass on one rank; the update does not depend on
-    it."""
+    """Maximum number of tokens (prompts and responses) in one forward and backward pass on one rank. The update does
+    not depend on it."""
     patience: int | None = None
-    """Evaluations in a row without a lower held-out loss, the start's included, after which the run ends; never when
-    null."""
+    """The run ends after this many consecutive evaluations without a lower held-out loss, the evaluation before training
+    included; null: it never ends early."""
     keep_trunk_gb: float = 2.0
-    """Memory on each rank, in GB, for what the model's frozen lower layers hand up. Where it is enough for all examples,
-    each is computed once and kept for the other epochs."""
+    """Memory per rank, in GB, for the outputs of the frozen prefix (the frozen lower layers of the model). If it is
+    enough for all examples, they are computed once and stored for the other epochs."""
     resume: str | None = None
-    """`auto`: go on from the newest whole checkpoint in `output`, or begin if there is none; a path: from that
-    checkpoint of `output`; null: begin anew, an earlier run in `output` being moved aside."""
+    """`auto`: continue from the newest complete checkpoint in `output`, or start a new run if there is none; a path:
+    continue from that checkpoint of `output`; null: start a new run, and rename the folder of an earlier run in
+    `output`."""
     threads: int | None = None
-    """CPU threads of each rank; when left out, the machine's cores divided by the ranks on it."""
+    """CPU threads per rank. Default: the machine's cores divided by its ranks."""
     timeout: float = 1800.0
-    """Seconds that a rank waits for the others before it ends with an error."""
+    """Seconds that a rank waits for the other ranks before it ends with an error."""
     attention: Literal["auto", "flash", "sdpa"] = "auto"
-    """What computes attention: `flash` flash-attn (CUDA, bf16), `sdpa` PyTorch; `auto` flash-attn where it can be used
-    and PyTorch elsewhere, which the log says."""
+    """The implementation of attention: `flash` uses flash-attn (CUDA, bf16), `sdpa` uses PyTorch; `auto` uses flash-attn
+    where possible and PyTorch otherwise, which is logged."""
     plan: Literal["check", "warn", "off"] = "check"
-    """Before the model loads, the memory that it needs in learning and in evaluation is computed and shown. `check`
-    refuses a run that does not fit, `warn` says so and goes on, `off` leaves the computation out."""
+    """Whether to compute and show, before the model is loaded, the memory that it needs in learning and in evaluation.
+    `check` stops a run that does not fit, `warn` warns and continues, `off` skips the computation."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: AnswersConfig = field(default_factory=AnswersConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

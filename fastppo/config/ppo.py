@@ -21,23 +21,24 @@ class Config:
     output: str = "runs/ppo"
     """Folder of the run: config, metrics, samples, and the trained actor in `output`/actor."""
     seed: int = 1
-    """Seed of data order, sampling and minibatches, and of the generators that a reward function may draw from."""
+    """Seed of data order, sampling and minibatches, and of the random generators that a reward function may use."""
     steps: int = 100
-    """PPO steps: one batch each of sampling, feedback and learning."""
+    """Number of PPO steps. Each step has one batch: sampling, feedback and learning."""
     resume: str | None = None
-    """`auto`: go on from the newest whole checkpoint in `output`, or begin if there is none; a path: from that
-    checkpoint of `output`; null: begin anew, an earlier run in `output` being moved aside."""
+    """`auto`: continue from the newest complete checkpoint in `output`, or start a new run if there is none; a path:
+    continue from that checkpoint of `output`; null: start a new run, and rename the folder of an earlier run in
+    `output`."""
     threads: int | None = None
-    """CPU threads of each rank; when left out, the machine's cores divided by the ranks on it."""
+    """CPU threads per rank. Default: the machine's cores divided by its ranks."""
     timeout: float = 1800.0
-    """Seconds that a rank waits for the others before it ends with an error; more than the slowest stage can differ
-    between ranks."""
+    """Seconds that a rank waits for the other ranks before it ends with an error. It must exceed the largest difference
+    in time between ranks in any phase of a step."""
     attention: Literal["auto", "flash", "sdpa"] = "auto"
-    """What computes attention, in every role: `flash` flash-attn (CUDA, bf16), `sdpa` PyTorch; `auto` flash-attn where
-    it can be used and PyTorch elsewhere, which the log says."""
+    """The implementation of attention in every role: `flash` uses flash-attn (CUDA, bf16), `sdpa` uses PyTorch; `auto`
+    uses flash-attn where possible and PyTorch otherwise, which is logged."""
     plan: Literal["check", "warn", "off"] = "check"
-    """Before models load, the memory that each role needs in each stage is computed and shown. `check` refuses a run
-    that does not fit, `warn` says so and goes on, `off` leaves the computation out."""
+    """Whether to compute and show, before the models are loaded, the memory that each role needs in each phase. `check`
+    stops a run that does not fit, `warn` warns and continues, `off` skips the computation."""
     actor: ActorConfig = field(default_factory=ActorConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)

@@ -1,11 +1,11 @@
-"""Where scores come from."""
+"""Settings of the sources of reward."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before a service is asked again: at first, and at most
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before a failed request is retried: the first time, and at most
 
 
 @dataclass(frozen=True)
@@ -13,32 +13,33 @@ class RewardConfig:
     """One source of reward. Exactly one of function, model, ensemble, pattern and url is set."""
 
     function: str | None = None
-    """`module:function` or `file.py:function`, which may import modules beside it; called with prompts, responses and
-    all columns of the data but those of these two names, or the ones among them that it names; returns one number
-    (true and false are 1 and 0) for each response. A coroutine function is awaited; a parameter `completions` gets the
-    responses."""
+    """`module:function` or `file.py:function`; a file may import modules from its folder. The function is called with
+    `prompts`, `responses` (or `completions`) and the other columns of the data as keyword arguments, only with those
+    that it has as parameters unless it takes `**kwargs`. It returns one number per response; true and false count as 1
+    and 0. A coroutine function is awaited."""
     model: str | None = None
-    """An `AutoModelForSequenceClassification` with one label: hub name or directory. It reads chat by its own template,
-    if it has one. Else with another tokenizer than the actor's it reads the text, chat prompts as the actor's template
-    writes them, and its own EOS behind a response that ended."""
+    """Reward model, an `AutoModelForSequenceClassification` with one label: hub name or directory. If it has a chat
+    template, that is applied to chats. Otherwise, if its tokenizer differs from the actor's, it gets the text, with chat
+    prompts as written by the actor's template, and its EOS after a response that is not truncated."""
     ensemble: tuple[str, ...] = ()
-    """Several such models, two or more; `combine` says what they say together."""
+    """Two or more reward models; `combine` determines the common score."""
     combine: Literal["mean", "min"] = "mean"
-    """`mean` of an ensemble, or its minimum: what pleases one member alone is no gain then."""
+    """Score of an ensemble: the `mean` of its models, or their minimum (`min`), which does not rise if only one model's
+    score rises."""
     pattern: str | None = None
-    """A regular expression: 1 for a response in which it is found, else 0. `{column}` in it stands for that column of
-    the data, taken literally; where the column is null or empty, the response gets 0. `\\{column}` is braces."""
+    """Regular expression: a response that contains a match gets 1, otherwise 0. `{column}` stands for the literal text
+    of that column of the data; if it is null or empty, the response gets 0. `\\{column}` stands for literal braces."""
     url: str | None = None
-    """A service that is sent prompts, responses, whether they ended, columns and chats as JSON and answers with scores;
-    `python -m fastppo.serve_reward` is one."""
+    """URL of a service. It receives prompts, responses, whether they are complete, columns and chats as JSON, and
+    returns scores; `python -m fastppo.serve_reward` is such a service."""
     timeout: float = 60.0
-    """Seconds from a request to the end of its answer."""
+    """Seconds from the start of a request to the end of its response."""
     retries: int = 4
-    """How often a request that failed is tried again, after 0.5 seconds and then twice as long each time, up to 30; or
-    after what a status 429 or 503 says in Retry-After, if that is longer."""
+    """Number of retries of a failed request. The first pause is 0.5 seconds and each further one is twice as long, up to
+    30; a longer Retry-After of a status 429 or 503 takes precedence."""
     request_size: int = 16
-    """Responses in one request."""
+    """Number of responses per request."""
     concurrency: int = 4
-    """Requests of one rank at a time."""
+    """Number of simultaneous requests per rank."""
     weight: float = 1.0
     """Factor of this source in the weighted sum of all sources."""

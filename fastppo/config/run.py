@@ -1,4 +1,4 @@
-"""What a run evaluates, records and saves of itself."""
+"""Settings of evaluation, tracking and checkpoints."""
 
 from __future__ import annotations
 
@@ -8,51 +8,53 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation on held-out prompts, with a seed of its own, before training and at the end."""
+    """Evaluation on held-out prompts before and after training, with a separate seed."""
 
     every: int = 0
-    """PPO steps between evaluations; 0 evaluates before and after training only."""
+    """PPO steps between evaluations; 0: evaluate before and after training only."""
     prompts: int = 64
-    """Held-out prompts; 0 turns evaluation off."""
+    """Number of held-out prompts; 0 turns evaluation off."""
     seed: int = 1234
-    """Seed of the samples, the same in every evaluation and for every `seed`."""
+    """Seed of the responses in every evaluation. It does not depend on the run's `seed`."""
     temperature: float = 1.0
-    """Temperature of the samples."""
+    """Sampling temperature in evaluation."""
     show: int = 4
-    """Responses shown before and after, side by side, at the end of the run."""
+    """Number of prompts whose responses before and after training are shown side by side at the end of the run."""
 
 
 @dataclass(frozen=True)
 class TrackConfig:
-    """What a run records beside `metrics.jsonl`."""
+    """Records of a run in addition to `metrics.jsonl`."""
 
     tensorboard: bool = True
     """Write TensorBoard events to `output`/tensorboard."""
     wandb: str | None = None
-    """Weights & Biases project that the run is logged to as well; the package is `pip install wandb`. With
-    WANDB_MODE=offline in the environment nothing leaves the machine until `wandb sync`."""
+    """Weights & Biases project to log to; needs `pip install wandb`. With WANDB_MODE=offline in the environment no data
+    is uploaded until `wandb sync`."""
     responses: int = 4
-    """Responses kept for the report in `responses.jsonl`: so many of each evaluation, always to the same prompts, and so
-    many of a training step from the best scored to the worst, with each token's advantage; 0 keeps none."""
+    """Number of responses written to `responses.jsonl` for the report: of each evaluation, always to the same prompts;
+    and of training steps (see `responses_every`), from the highest score to the lowest, with the advantage of each
+    token. 0: none."""
     responses_every: int = 10
-    """PPO steps between those whose training responses are kept; those of step 1 are, too."""
+    """PPO steps between those whose training responses are written; those of step 1 are always written."""
     progress: Literal["auto", "always", "never"] = "auto"
-    """`auto`: a progress bar if the output is a terminal, else one line a step."""
+    """`auto`: a progress bar if the output is a terminal, otherwise one line per step."""
     profile_steps: tuple[int, ...] = ()
-    """PPO steps, counted from 1, to record with torch's profiler, each stage named; traces go to `output`/profile."""
+    """PPO steps, counted from 1, to record with torch's profiler, in which the phases are named; traces are written to
+    `output`/profile."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What a run saves of itself in `output`/checkpoints, to be resumed from there bit for bit."""
+    """Checkpoints in `output`/checkpoints, from which a run resumes bit for bit."""
 
     every: int = 50
-    """PPO steps between checkpoints; 0 saves only when the run is told to stop."""
+    """PPO steps between checkpoints; 0: save only when the run is stopped by a signal."""
     keep_last: int = 2
-    """How many of the newest checkpoints stay; older ones are deleted once a newer one is whole."""
+    """Number of the newest checkpoints to keep; an older one is deleted after a newer one is complete."""
     keep_best: int = 0
-    """How many checkpoints with the highest held-out score (the judge's, if there is one) stay beside those; each checkpoint must be evaluated then
-    (`eval.every`)."""
+    """Number of checkpoints with the highest held-out score (the judge's, if there is one) to keep in addition. An
+    evaluation is then needed at every checkpoint (`eval.every`)."""
     on_error: Literal["continue", "stop"] = "continue"
-    """A checkpoint that cannot be written, on a full disk for example: `continue` logs the error and trains on, `stop`
-    ends the run."""
+    """What to do if a checkpoint cannot be written, for example on a full disk: `continue` logs the error and trains on,
+    `stop` ends the run."""

@@ -1,6 +1,6 @@
-"""What is seen of a run: health figures and alarms, metrics, samples, and the files of its folder.
+"""Monitoring a run: health figures and alarms, metrics, samples, and the files of its folder.
 
-What only reads a run's files needs no torch.
+Code that only reads a run's files can import this package without torch.
 """
 
 import lazy_loader

@@ -1,7 +1,7 @@
-"""How a policy is doing, in figures of the batch at hand: is it collapsing, drifting, or exploiting its reward?
+"""Health figures of a batch, which show collapse of the policy, drift from the reference, and reward hacking.
 
-Everything here is a pure function of an `Experience`, which is global, so every rank gets the same numbers.
-n-grams of all responses are counted together by sorting: no loop runs over tokens.
+All functions are pure. They take an `Experience`, which is global, so that every rank computes the same values.
+The n-grams of all responses are counted together by sorting, without a Python loop over tokens.
 """
 
 from __future__ import annotations
@@ -18,43 +18,45 @@ from fastppo.data import Experience
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-BLEU_SAMPLE = 64  # responses compared with each other; the cost of self-BLEU is bounded by it
-NO_MATCH = 0.1  # what counts as the number of matches where there is none (Chen and Cherry, 2014, smoothing 1)
-RANKED = 8  # pairs: 6 batches in 100 of this size correlate beyond 0.7 by chance, and 34 of half of it
-# Tokens of a phrase: from how surprising on it counts. Under a policy that does well many a single token is twice as
-# likely, for a reward likes some words; one that is twenty times as likely in half of the responses has been bought.
-SURPRISING = {1: math.log(20), 3: math.log(2)}
-SPREAD = 3  # responses that must hold a phrase before it counts as one that the policy repeats
+BLEU_SAMPLE = 64  # the number of responses that self-BLEU compares with each other; bounds its cost
+NO_MATCH = 0.1  # the count used in place of 0 matches (Chen and Cherry, 2014, smoothing 1)
+# A rank correlation needs this many pairs: with 8, 6 batches in 100 correlate beyond 0.7 by chance, and with 4, 34.
+MIN_RANK_PAIRS = 8
+# Number of tokens of a phrase -> the least surprise (log ratio) that counts. Single tokens that are twice as likely are
+# common under a policy that improves, as a reward prefers some words; one that is twenty times as likely in half of the
+# responses is a sign of reward hacking.
+MIN_SURPRISE = {1: math.log(20), 3: math.log(2)}
+MIN_HOLDERS = 3  # a phrase counts only if at least this many responses contain it
 
 
 class Grams(NamedTuple):
-    """All n-grams of B responses for one n, G of them; none reaches from one response into the next."""
+    """All G n-grams of B responses for one n; none crosses the boundary between two responses."""
 
-    ids: Ints  # (G,) equal for equal n-grams, from 0 without gaps
-    starts: Ints  # (G,) where each begins in the packed responses
-    rows: Ints  # (G,) the response that it is in
+    ids: Ints  # (G,) equal for equal n-grams; contiguous from 0
+    starts: Ints  # (G,) index of the first token in the packed responses
+    rows: Ints  # (G,) index of the response
 
 
 class Phrase(NamedTuple):
-    """An n-gram that several responses share and the reference would write less often."""
+    """An n-gram that several responses contain and that is less likely under the reference."""
 
     tokens: tuple[int, ...]
-    share: float  # of the responses that hold it
-    gain: float  # mean score of those, less that of the batch, in standard deviations of the batch's scores
-    surprise: float  # log of how many times likelier it is under the policy than under the reference, the mean in nats
+    share: float  # the share of responses that contain it
+    gain: float  # their mean score minus that of the batch, in standard deviations of the batch's scores
+    surprise: float  # the mean of log p - log p_ref over its occurrences, in nats; p_ref is the reference's
 
 
 def figures(experience: Experience, *, exact_kl: bool) -> dict[str, float]:
-    """Every figure of a batch by its name; NaN where it has no meaning, such as a correlation of equal numbers.
+    """All figures of a batch by name; NaN if a figure is undefined, such as a correlation of constant values.
 
-    exact_kl: whether the experience's KL is that over the whole vocabulary.
+    exact_kl: whether the experience has the KL over the whole vocabulary.
     """
     packed = experience.packed
     tokens, lengths = packed.responses.numpy(), packed.response_lengths.numpy()
     log_ratios = (experience.old_logprobs - experience.ref_logprobs).double()
     grams = ngrams(tokens, lengths, 4)
-    scores, judged = experience.scores.double().numpy(), experience.judged.double().numpy()
-    found = {
+    scores, judge_scores = experience.scores.double().numpy(), experience.judged.double().numpy()
+    values = {
         "entropy": float(experience.entropy.double().mean()),
         **{f"distinct_{n}": distinct(grams[n - 1]) for n in (1, 2, 3)},
         "self_bleu": self_bleu(tokens, lengths),
@@ -63,174 +65,183 @@ def figures(experience: Experience, *, exact_kl: bool) -> dict[str, float]:
         "length_spread": float(lengths.std() / lengths.mean()),
         "kl_token": float(log_ratios.mean()),
         "kl_sequence": float(log_ratios.sum()) / len(lengths),
-        "perplexity": float((-experience.ref_logprobs.double().mean()).exp()),  # inf where math.exp would raise
+        "perplexity": float(
+            (-experience.ref_logprobs.double().mean()).exp()
+        ),  # math.exp would raise an error instead of inf
         "score": float(scores.mean()),
         "score_std": float(scores.std()),
-        "judge": float(judged.mean()),
-        "judge_std": float(judged.std()),
+        "judge": float(judge_scores.mean()),
+        "judge_std": float(judge_scores.std()),
         "length_correlation": rank_correlation(scores, lengths.astype(np.float64)),
         "sampler_error": sampler_error(experience),
         "rewarded_phrase": max((phrase.share for phrase in _phrases(experience, grams, 1)), default=0.0),
     }
     if exact_kl:
         kl = experience.kl.double()
-        found |= {"kl_exact": float(kl.mean()), "kl_exact_sequence": float(kl.sum()) / len(lengths)}
-    return found
+        values |= {"kl_exact": float(kl.mean()), "kl_exact_sequence": float(kl.sum()) / len(lengths)}
+    return values
 
 
 def sampler_error(experience: Experience) -> float:
-    """How far the sampler's log probabilities are from the trainer's, in nats a token, the mean of the distances.
+    """The mean absolute difference of the sampler's and the trainer's log probabilities, in nats per token.
 
-    The two see other roundings, and other distributions where `sampling` leaves tokens out of the draw.
+    They differ by rounding, and in their distributions if `sampling` excludes tokens (top_p, top_k).
     """
     return float((experience.sampler_logprobs - experience.old_logprobs).double().abs().mean())
 
 
 def ngrams(tokens: Ints, lengths: Ints, largest: int) -> list[Grams]:
-    """The n-grams for n = 1 to `largest`. tokens (M,) of all responses end to end, lengths (B,).
+    """The n-grams for n = 1 to `largest`. tokens: (M,), all responses concatenated; lengths: (B,).
 
-    An n-gram is the pair of its first n-1 tokens, which have an id already, and its last.
+    The id of an n-gram is computed from the pair of the id of its first n-1 tokens and its last token.
     """
     rows = np.repeat(np.arange(len(lengths)), lengths)
-    left = np.cumsum(lengths)[rows] - np.arange(len(tokens))  # (M,) tokens from here to the response's end
-    single = _renumbered(tokens)
-    all_ids, found = single, [Grams(single, np.arange(len(tokens)), rows)]
+    remaining = np.cumsum(lengths)[rows] - np.arange(len(tokens))  # (M,) tokens from here to the response's end
+    token_ids = _dense_ids(tokens)
+    prefix_ids, all_grams = token_ids, [Grams(token_ids, np.arange(len(tokens)), rows)]
     for n in range(2, largest + 1):
-        starts = np.flatnonzero(left >= n)
-        ids = _renumbered(all_ids[starts] * len(tokens) + single[starts + n - 1])
-        all_ids = np.zeros_like(single)
-        all_ids[starts] = ids
-        found.append(Grams(ids, starts, rows[starts]))
-    return found
+        starts = np.flatnonzero(remaining >= n)
+        ids = _dense_ids(prefix_ids[starts] * len(tokens) + token_ids[starts + n - 1])
+        prefix_ids = np.zeros_like(token_ids)
+        prefix_ids[starts] = ids
+        all_grams.append(Grams(ids, starts, rows[starts]))
+    return all_grams
 
 
-def _renumbered(keys: Ints) -> Ints:
-    """Each key's place among the different ones."""
+def _dense_ids(keys: Ints) -> Ints:
+    """The rank of each key among the distinct keys, from 0."""
     order = np.argsort(keys)
     numbers = np.empty_like(keys)
     numbers[order] = np.cumsum(np.diff(keys[order], prepend=-1) != 0) - 1
     return numbers
 
 
-def _different(keys: Ints) -> Ints:
-    """The different keys, 0 or more, sorted. numpy.unique would hash them, which takes 25 times as long here."""
+def _sorted_unique(keys: Ints) -> Ints:
+    """The distinct keys, each at least 0, sorted. numpy.unique hashes them, which takes 25 times as long here."""
     ordered: Ints = np.sort(keys)
-    different: Ints = ordered[np.diff(ordered, prepend=-1) != 0]
-    return different
+    unique: Ints = ordered[np.diff(ordered, prepend=-1) != 0]
+    return unique
 
 
 def distinct(grams: Grams) -> float:
-    """Different n-grams over all n-grams of the batch (Li et al., 2016, distinct-n), in (0, 1]."""
+    """The number of distinct n-grams divided by that of all n-grams of the batch (Li et al., 2016, distinct-n), in
+    (0, 1]."""
     return (int(grams.ids.max()) + 1) / len(grams.ids) if len(grams.ids) else math.nan
 
 
 def repetition(grams: Grams, responses: int) -> float:
-    """The share of a response's n-grams that it has written before, the mean over responses that have n-grams.
+    """The share of repeated n-grams within a response, averaged over the responses that have n-grams, in [0, 1).
 
-    1 - different / all within each response (Welleck et al., 2020, seq-rep-n), in [0, 1).
+    1 - distinct / all within each response (Welleck et al., 2020, seq-rep-n). responses: their number, B.
     """
-    written = np.bincount(grams.rows, minlength=responses)
-    different = np.bincount(_different(grams.ids * responses + grams.rows) % responses, minlength=responses)
-    some = written > 0
-    return float((1 - different[some] / written[some]).mean()) if some.any() else math.nan
+    counts = np.bincount(grams.rows, minlength=responses)
+    distinct_counts = np.bincount(_sorted_unique(grams.ids * responses + grams.rows) % responses, minlength=responses)
+    nonempty = counts > 0
+    return float((1 - distinct_counts[nonempty] / counts[nonempty]).mean()) if nonempty.any() else math.nan
 
 
 def duplicates(tokens: Ints, lengths: Ints) -> float:
-    """The share of responses that are copies of another one in the batch, in [0, 1)."""
-    return 1 - len({part.tobytes() for part in _responses(tokens, lengths)}) / len(lengths)
+    """The share of responses that are copies of another one in the batch, in [0, 1). tokens: (M,); lengths: (B,)."""
+    return 1 - len({response.tobytes() for response in _split(tokens, lengths)}) / len(lengths)
 
 
-def _responses(tokens: Ints, lengths: Ints) -> list[Ints]:
+def _split(tokens: Ints, lengths: Ints) -> list[Ints]:
     return np.split(tokens, np.cumsum(lengths)[:-1])
 
 
 def self_bleu(tokens: Ints, lengths: Ints, sample: int = BLEU_SAMPLE) -> float:
-    """BLEU-4 of each response with the others as references, the mean (Zhu et al., 2018); 1 if all are equal.
+    """The mean BLEU-4 of each response with all others as references (Zhu et al., 2018); 1 if all are equal.
 
-    Of more than `sample` responses as many are drawn, the same places in every batch. Orders that a response is too
-    short for are left out. NaN for a single response.
+    tokens: (M,); lengths: (B,). If there are more than `sample` responses, that many are drawn, with the same indices
+    in every batch. n-gram orders longer than a response are left out for it. NaN for a single response.
     """
     if len(lengths) > sample:
         chosen = np.sort(np.random.default_rng(0).choice(len(lengths), sample, replace=False))
-        parts = _responses(tokens, lengths)
-        tokens, lengths = np.concatenate([parts[i] for i in chosen]), lengths[chosen]
+        responses = _split(tokens, lengths)
+        tokens, lengths = np.concatenate([responses[i] for i in chosen]), lengths[chosen]
     count = len(lengths)
     if count < 2:
         return math.nan
     log_precision, orders = np.zeros(count), np.zeros(count)
     for n, grams in enumerate(ngrams(tokens, lengths, 4), start=1):
-        written = lengths - n + 1
-        some = written > 0
-        matches = np.maximum(_matches(grams, count), NO_MATCH)
-        log_precision[some] += np.log(matches[some] / written[some])
-        orders += some
-    return float(np.exp(log_precision / orders + _brevity(lengths)).mean())
+        gram_counts = lengths - n + 1
+        nonempty = gram_counts > 0
+        matches = np.maximum(_clipped_matches(grams, count), NO_MATCH)
+        log_precision[nonempty] += np.log(matches[nonempty] / gram_counts[nonempty])
+        orders += nonempty
+    return float(np.exp(log_precision / orders + _log_brevity_penalty(lengths)).mean())
 
 
-def _matches(grams: Grams, count: int) -> Floats:
-    """(B,) how many of a response's n-grams are found in another one, none more often than it is there."""
+def _clipped_matches(grams: Grams, count: int) -> Floats:
+    """(B,) BLEU's clipped matches: per distinct n-gram of a response, the smaller of its count there and its highest
+    count in any other response. count: the number of responses, B."""
     pairs, times = np.unique(grams.ids * count + grams.rows, return_counts=True)
     if not len(pairs):
         return np.zeros(count)
     ids, rows = pairs // count, pairs % count  # sorted by n-gram
     first = np.flatnonzero(np.diff(ids, prepend=-1))
-    most = np.maximum.reduceat(times, first)[ids]
-    leads = times == most
-    alone = np.add.reduceat(leads.astype(np.int64), first)[ids] == 1
-    second = np.maximum.reduceat(np.where(leads, 0, times), first)[ids]
-    elsewhere = np.where(leads & alone, second, most)  # the most that any other response has of it
+    highest = np.maximum.reduceat(times, first)[ids]
+    has_highest = times == highest
+    is_only_one = np.add.reduceat(has_highest.astype(np.int64), first)[ids] == 1
+    second = np.maximum.reduceat(np.where(has_highest, 0, times), first)[ids]
+    elsewhere = np.where(has_highest & is_only_one, second, highest)  # the highest count in any other response
     matches = np.minimum(times, elsewhere).astype(np.float64)
     return np.bincount(rows, matches, minlength=count).astype(np.float64)
 
 
-def _brevity(lengths: Ints) -> Floats:
-    """(B,) the log of BLEU's brevity penalty against the reference of the closest length, the shorter of two."""
-    apart = np.abs(lengths[:, None] - lengths[None, :]) * (2 * int(lengths.max()) + 1) + lengths[None, :]
-    np.fill_diagonal(apart, np.iinfo(np.int64).max)
-    closest = lengths[apart.argmin(1)]
+def _log_brevity_penalty(lengths: Ints) -> Floats:
+    """(B,) the log of BLEU's brevity penalty; the reference is the response with the closest length, of two equally
+    close ones the shorter."""
+    # one integer key: the difference of the lengths first, then the length of the reference
+    distance = np.abs(lengths[:, None] - lengths[None, :]) * (2 * int(lengths.max()) + 1) + lengths[None, :]
+    np.fill_diagonal(distance, np.iinfo(np.int64).max)
+    closest = lengths[distance.argmin(1)]
     logs: Floats = np.minimum(1 - closest / lengths, 0)
     return logs
 
 
 def rank_correlation(x: Floats, y: Floats) -> float:
-    """Spearman's correlation of x and y (B,), ties at their mean rank, in [-1, 1].
+    """Spearman's rank correlation of x and y, both (B,), with mean ranks for ties, in [-1, 1].
 
-    NaN if either is constant, and for fewer than `RANKED` pairs, which are often in order by chance.
+    NaN if x or y is constant, and for fewer than `MIN_RANK_PAIRS` pairs, which often correlate by chance.
     """
-    if len(x) < RANKED:
+    if len(x) < MIN_RANK_PAIRS:
         return math.nan
     a, b = _ranks(x), _ranks(y)
     a, b = a - a.mean(), b - b.mean()
-    size = math.sqrt(float(a @ a) * float(b @ b))
-    return float(a @ b) / size if size > 0 else math.nan
+    norm = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / norm if norm > 0 else math.nan
 
 
 def _ranks(x: Floats) -> Floats:
-    _, which, times = np.unique(x, return_inverse=True, return_counts=True)
-    ranks: Floats = (np.cumsum(times) - (times - 1) / 2)[which]
+    """(B,) the ranks of x, from 1, with mean ranks for ties."""
+    _, index, times = np.unique(x, return_inverse=True, return_counts=True)
+    ranks: Floats = (np.cumsum(times) - (times - 1) / 2)[index]
     return ranks
 
 
-def rewarded_phrases(experience: Experience, most: int = 3) -> list[Phrase]:
-    """The phrases that policy and reward like and the reference does not, the most shared first.
+def rewarded_phrases(experience: Experience, limit: int = 3) -> list[Phrase]:
+    """Up to `limit` phrases that the policy repeats, the reward does not punish and the reference makes less likely,
+    sorted by the share of responses that contain them, the highest first.
 
-    A phrase of three tokens counts if three responses or more hold it, they score at least as well as the batch, and it
-    is at least twice as likely under the policy as under the reference; a single token if it is twenty times as likely.
+    A phrase of three tokens counts if at least three responses contain it, their mean score is at least that of the
+    batch, and the phrase is at least twice as likely under the policy as under the reference; a single token, if it is
+    at least twenty times as likely.
     """
     packed = experience.packed
-    grams = ngrams(packed.responses.numpy(), packed.response_lengths.numpy(), max(SURPRISING))
-    return _phrases(experience, grams, most)
+    grams = ngrams(packed.responses.numpy(), packed.response_lengths.numpy(), max(MIN_SURPRISE))
+    return _phrases(experience, grams, limit)
 
 
-def _phrases(experience: Experience, grams: Sequence[Grams], most: int) -> list[Phrase]:
-    """grams: for n = 1, 2, ..."""
-    found = [phrase for n in SURPRISING for phrase in _of_tokens(n, experience, grams[n - 1], most)]
-    return sorted(found, key=lambda phrase: (-phrase.share, -phrase.gain))[:most]
+def _phrases(experience: Experience, grams: Sequence[Grams], limit: int) -> list[Phrase]:
+    """`rewarded_phrases` from given n-grams. grams: for n = 1, 2, ..."""
+    phrases = [phrase for n in MIN_SURPRISE for phrase in _phrases_of_length(n, experience, grams[n - 1], limit)]
+    return sorted(phrases, key=lambda phrase: (-phrase.share, -phrase.gain))[:limit]
 
 
-def _of_tokens(n: int, experience: Experience, grams: Grams, most: int) -> list[Phrase]:
+def _phrases_of_length(n: int, experience: Experience, grams: Grams, limit: int) -> list[Phrase]:
     count = len(experience.packed)
-    pairs = _different(grams.ids * count + grams.rows)
+    pairs = _sorted_unique(grams.ids * count + grams.rows)
     if not len(pairs):
         return []
     ids, rows = pairs // count, pairs % count
@@ -238,9 +249,9 @@ def _of_tokens(n: int, experience: Experience, grams: Grams, most: int) -> list[
     holders = np.bincount(ids)
     gains = np.bincount(ids, scores[rows] - scores.mean()) / holders
     gains = gains / scores.std() if scores.std() > 0 else np.zeros_like(gains)
-    surprise = np.bincount(grams.ids, _log_ratio_of(n, experience, grams)) / np.bincount(grams.ids)
-    liked = (holders >= SPREAD) & (gains > -1e-6) & (surprise >= SURPRISING[n])
-    order = sorted(np.flatnonzero(liked), key=lambda i: (-holders[i], -gains[i], i))[:most]
+    surprise = np.bincount(grams.ids, _log_ratios(n, experience, grams)) / np.bincount(grams.ids)
+    is_phrase = (holders >= MIN_HOLDERS) & (gains > -1e-6) & (surprise >= MIN_SURPRISE[n])
+    order = sorted(np.flatnonzero(is_phrase), key=lambda i: (-holders[i], -gains[i], i))[:limit]
     starts = np.zeros(len(holders), np.int64)
     starts[grams.ids] = grams.starts
     tokens = experience.packed.responses
@@ -255,7 +266,7 @@ def _of_tokens(n: int, experience: Experience, grams: Grams, most: int) -> list[
     ]
 
 
-def _log_ratio_of(n: int, experience: Experience, grams: Grams) -> Any:
-    """(G,) log p - log p_ref of each phrase of n tokens."""
+def _log_ratios(n: int, experience: Experience, grams: Grams) -> Any:
+    """(G,) log p - log p_ref of each n-gram, in nats."""
     ratios = (experience.old_logprobs - experience.ref_logprobs).double().numpy()
     return sum(ratios[grams.starts + i] for i in range(n))

@@ -1,7 +1,8 @@
-"""One run at a time in a folder: a lock that ends with the process that holds it, however that ends.
+"""A lock on a run's folder, so that only one run at a time uses it. It ends with its process, even if that is killed.
 
-It is a `flock` on a file in the folder, so it holds for every name of the folder, on every machine that shares it, and
-goes along when the folder is renamed. Rank 0 holds it for the whole run. Readers, like the report, need none.
+The lock is a `flock` on a file in the folder. It therefore holds for every path to the folder and for every machine
+that shares it, and stays valid when the folder is renamed. Rank 0 holds it for the whole run. Processes that only read
+the folder, such as the report, need no lock.
 """
 
 from __future__ import annotations
@@ -23,93 +24,95 @@ from fastppo.errors import FastPPOError
 log = logging.getLogger("fastppo")
 
 NAME = "run.lock"
-HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # how file systems say that another process has a lock
+# The errors by which file systems report that another process holds the lock.
+HELD_BY_ANOTHER = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
 
 class FolderInUse(FastPPOError):
-    """Another run is in the folder. The message says which, and the ways out."""
+    """Another run uses the folder. The message names its process and the ways out."""
 
 
 @contextmanager
-def claiming(rank: int) -> Iterator[None]:
-    """Within this context `take` holds locks; at its end they are let go, and their files are gone.
+def lock_scope(rank: int) -> Iterator[None]:
+    """A context in which `acquire` takes locks; at its end they are released and their files deleted.
 
-    rank: of this process; only rank 0 takes any.
+    rank: of this process; only rank 0 takes locks.
     """
-    global _claim
-    before, _claim = _claim, _Claim() if rank == 0 else None
+    global _lock
+    outer, _lock = _lock, _FolderLock() if rank == 0 else None
     try:
         yield
     finally:
-        if _claim is not None:
-            _claim.let_go()
-        _claim = before
+        if _lock is not None:
+            _lock.release()
+        _lock = outer
 
 
-def take(folder: Path, output: Path) -> None:
-    """Hold the lock of this folder, which exists, in the place of another folder's.
+def acquire(folder: Path, output: Path) -> None:
+    """Lock this folder, which exists, and release the lock of the folder before it. Does nothing outside `lock_scope`.
 
-    output: the folder by the name that the user gave it. Raises FolderInUse if another run has it. Where a file system
-    keeps no locks, or takes no file, the log says that a second run would not be noticed. Does nothing outside of
-    `claiming`.
+    output: the path of the folder as the user gave it, for messages. Raises FolderInUse if another run holds the lock.
+    If the file system has no locks or the file cannot be created, a warning says that a second run would not be
+    noticed.
     """
-    if _claim is not None:
-        _claim.take(folder / NAME, output)
+    if _lock is not None:
+        _lock.acquire(folder / NAME, output)
 
 
-def moved(folder: Path) -> None:
-    """The folder whose lock is held is here now."""
-    if _claim is not None and _claim.path is not None:
-        _claim.path = folder / NAME
+def folder_renamed(folder: Path) -> None:
+    """Record the new path of the folder whose lock is held."""
+    if _lock is not None and _lock.path is not None:
+        _lock.path = folder / NAME
 
 
-class _Claim:
+class _FolderLock:
     """The lock that this process holds, if any."""
 
     def __init__(self) -> None:
         self.path: Path | None = None
         self._handle: int | None = None
 
-    def take(self, path: Path, output: Path) -> None:
-        if path == self.path and self._handle is not None and _is_at(self._handle, path):
+    def acquire(self, path: Path, output: Path) -> None:
+        if path == self.path and self._handle is not None and _is_same_file(self._handle, path):
             return
         try:
-            handle = _locked(path, output)
+            handle = _open_locked(path, output)
         except OSError as error:
             log.warning(
                 "%s cannot be locked (%s): a second run with output = %s would not be noticed, and would mix its files"
-                " with those of this one",
+                " with those of this run",
                 path,
                 error.strerror,
                 output,
             )
             return
-        self.let_go()
+        self.release()
         self.path, self._handle = path, handle
 
-    def let_go(self) -> None:
-        """The file goes first: a process that waits for nothing finds it gone, and makes another."""
+    def release(self) -> None:
+        """Delete the file first, then close it: a process that gets the lock in between sees that the file is gone
+        and creates a new one."""
         if self._handle is not None and self.path is not None:
             with suppress(OSError):
-                if _is_at(self._handle, self.path):
+                if _is_same_file(self._handle, self.path):
                     self.path.unlink()
             os.close(self._handle)
         self.path = self._handle = None
 
-    def forget(self) -> None:
-        """In a fork: the lock is its parent's, and ends with it."""
+    def close_in_child(self) -> None:
+        """Close a forked child's copy of the handle: the lock belongs to the parent and ends with it."""
         if self._handle is not None:
             with suppress(OSError):
                 os.close(self._handle)
         self.path = self._handle = None
 
 
-_claim: _Claim | None = None
-os.register_at_fork(after_in_child=lambda: _claim.forget() if _claim is not None else None)
+_lock: _FolderLock | None = None
+os.register_at_fork(after_in_child=lambda: _lock.close_in_child() if _lock is not None else None)
 
 
-def _locked(path: Path, output: Path) -> int:
-    """A handle of the file that has the lock. Raises FolderInUse, or OSError where there can be none."""
+def _open_locked(path: Path, output: Path) -> int:
+    """Open and lock the file; returns its descriptor. Raises FolderInUse, or OSError if locking is not possible."""
     while True:
         handle = _open(path)
         try:
@@ -117,42 +120,47 @@ def _locked(path: Path, output: Path) -> int:
         except OSError as error:
             holder = os.pread(handle, 4096, 0)
             os.close(handle)
-            if error.errno in HELD:
-                raise FolderInUse(_in_use(path, output, holder)) from None
+            if error.errno in HELD_BY_ANOTHER:
+                raise FolderInUse(_in_use_message(path, output, holder)) from None
             raise
-        if _is_at(handle, path):
+        if _is_same_file(handle, path):
             break
-        os.close(handle)  # its holder has just let go of it, and taken the file away
-    me = {"process": os.getpid(), "host": socket.gethostname(), "since": datetime.now().isoformat(" ", "seconds")}
-    with suppress(OSError):  # on a full disk, or in another user's file, the lock holds as well
+        os.close(handle)  # the previous holder has deleted the file between the open and the lock
+    this_run = {
+        "process": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.now().isoformat(" ", "seconds"),
+    }
+    with suppress(OSError):  # the lock holds even if this cannot be written: full disk, or a file of another user
         os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps(me).encode(), 0)
+        os.pwrite(handle, json.dumps(this_run).encode(), 0)
     return handle
 
 
 def _open(path: Path) -> int:
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except PermissionError:  # another user's, which can be locked all the same
+    except PermissionError:  # a file of another user can still be locked
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
-def _is_at(handle: int, path: Path) -> bool:
+def _is_same_file(handle: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(handle), os.stat(path))
     except OSError:
         return False
 
 
-def _in_use(path: Path, output: Path, holder: bytes) -> str:
+def _in_use_message(path: Path, output: Path, holder: bytes) -> str:
+    """The error for the user. holder: the content of the lock file, JSON with process, host and since."""
     try:
-        said: dict[str, Any] = json.loads(holder)
-        who = f"process {said['process']} on {said['host']}, since {said['since']}"
-        end = f"end that one (`kill {said['process']}` on {said['host']}; it saves itself)"
-    except (ValueError, KeyError, TypeError):  # written in this moment
-        who, end = "which has not said yet who it is", "end that one"
+        run: dict[str, Any] = json.loads(holder)
+        description = f"process {run['process']} on {run['host']}, since {run['since']}"
+        end = f"end that run (`kill {run['process']}` on {run['host']}; it saves a checkpoint)"
+    except (ValueError, KeyError, TypeError):  # the other run has the lock and is about to write these
+        description, end = "its process is not known yet", "end that run"
     return (
-        f"output = {output} is in use by another run ({who}). Two runs in one folder would mix their metrics and"
-        f" checkpoints. Give another --output, or {end} and go on in its place with --resume auto. The lock ends with"
+        f"output = {output} is in use by another run ({description}). Two runs in one folder would mix their metrics"
+        f" and checkpoints. Give another --output, or {end} and continue it with --resume auto. The lock ends with"
         f" the process that holds it; if its machine is gone and a network file system has not noticed, delete {path}."
     )

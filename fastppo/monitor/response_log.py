@@ -1,7 +1,7 @@
-"""What a run keeps of its responses in `responses.jsonl`, for people to read and `fastppo.report` to show.
+"""The responses that a run writes to `responses.jsonl`, for people to read and for `fastppo.report` to show.
 
-Each record is one response: `of` (heldout or training), `prompt`, `score`, and then either the text `response`, or its
-`tokens` as pieces of text with the `advantages` of each.
+Each record is one response: `of` (heldout or training), `prompt`, `score`, and then either the text `response`, or the
+text of each token as `tokens`, with the token's `advantages`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ Record = dict[str, Any]
 def heldout_responses(
     prompts: Sequence[str], responses: Sequence[str], scores: Sequence[float], *, count: int
 ) -> list[Record]:
-    """The first `count` of an evaluation: the same prompts every time, so that steps can be laid side by side."""
+    """Records of the first `count` responses of an evaluation: always the same prompts, so that steps can be compared.
+
+    prompts, responses, scores: of the evaluation's B prompts.
+    """
     rows = list(zip(prompts, responses, scores, strict=True))[:count]
     return [{"of": "heldout", "prompt": p, "response": r, "score": s} for p, r, s in rows]
 
 
 def training_responses(experience: Experience, tokenizer: PreTrainedTokenizerBase, *, count: int) -> list[Record]:
-    """`count` responses of a batch from the best scored to the worst, evenly spaced in rank."""
+    """Records of `count` responses of a batch from the highest score to the lowest, evenly spaced in rank."""
     packed, records = experience.packed, []
     for sequence in spread(experience.scores.tolist(), count):
         start, end = packed.cu_seqlens[sequence : sequence + 2].tolist()
@@ -45,7 +48,7 @@ def training_responses(experience: Experience, tokenizer: PreTrainedTokenizerBas
 
 
 def spread(scores: Sequence[float], count: int) -> list[int]:
-    """Indices of `count` scores (all, if there are fewer), evenly spaced in rank; the highest and the lowest are in."""
+    """Indices of `count` scores (all, if there are fewer), evenly spaced in rank, with the highest and the lowest."""
     ranked = sorted(range(len(scores)), key=lambda i: -scores[i])
     if count >= len(ranked):
         return ranked

@@ -1,6 +1,6 @@
-"""The folder of a run: made anew, gone on in, and its files of lines, which are read while they are written.
+"""The folder of a run: creating it, continuing in it, and its JSONL files, which can be read while a run writes them.
 
-A file of lines (JSONL) has one JSON object a line, each with the `step` it belongs to.
+A JSONL file has one JSON object per line, each with the `step` that it belongs to.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from fastppo.monitor import lock
 
 log = logging.getLogger("fastppo")
 
-METRICS = "metrics.jsonl"  # a folder with this file is a run's
+METRICS = "metrics.jsonl"  # a folder with this file is the folder of a run
 CONFIG = "config.yaml"
 RESPONSES = "responses.jsonl"
 ALARMS = "alarms.jsonl"
-MOST_WAITING = 64 << 20  # bytes of lines that are kept while a file takes none
-LINES = (METRICS, RESPONSES, ALARMS)  # what grows with the steps, and goes back with them when a run is resumed
+MAX_PENDING_BYTES = 64 << 20  # of lines that are held in memory while a file cannot be written
+JSONL_FILES = (METRICS, RESPONSES, ALARMS)  # grow with every step; truncated to the checkpoint's step on resuming
 
 
 class RunFolderError(FastPPOError):
-    """A folder that cannot be the run's, or a file in it that cannot be read. The message names the way out."""
+    """A folder that cannot be used for a run, or a file in it that cannot be read. The message names the way out."""
 
 
 @contextmanager
-def claimed(output: Path, rank: int) -> Iterator[None]:
-    """Within this context no other run can begin in `output`, or go on there. For every rank; rank 0 holds the lock.
+def lock_run_dir(output: Path, rank: int) -> Iterator[None]:
+    """A context in which no other run can start or continue in `output`. All ranks enter it; rank 0 holds the lock.
 
-    A folder that is not there yet is locked where it is made (`fresh_folder`). Raises lock.FolderInUse.
+    A folder that does not exist yet is locked when `fresh_folder` creates it. Raises lock.FolderInUse.
     """
-    with lock.claiming(rank):
+    with lock.lock_scope(rank):
         if rank == 0 and (output / METRICS).is_file():
-            lock.take(output.resolve(), output)
+            lock.acquire(output.resolve(), output)
         yield
 
 
 def check_folder(output: Path) -> None:
-    """Whether `fresh_folder` can take `output`, as far as a look tells. For rank 0 alone. Raises RunFolderError."""
-    with _told(output):
+    """Check, without changing anything, that `fresh_folder` can use `output`. Rank 0 only. Raises RunFolderError."""
+    with _explained_errors(output):
         if not output.resolve().exists() or _is_unused(output):
             return
         if not (output / METRICS).is_file():
@@ -54,137 +54,146 @@ def check_folder(output: Path) -> None:
             )
         if Path.cwd().is_relative_to(output.resolve()):
             raise RunFolderError(
-                f"output = {output} is the folder that you are in, or above it. Give another --output."
+                f"output = {output} is the current folder or one of its parents. Give another --output."
             )
 
 
 def fresh_folder(output: Path) -> Path:
-    """Make `output` an empty run folder and return it; an earlier run there is moved aside to `output`.1, .2, ...
+    """Create `output` as an empty run folder and return it; an earlier run is renamed to `output`.1, .2, ...
 
-    Where `output` is a symbolic link it stays one, and leads to the new folder; the one it led to is moved aside.
-    A run that ended before its first line, like one whose config is wrong, leaves nothing to keep: its folder is taken.
-    To be called by rank 0 alone, before the other ranks touch the folder.
-    Raises RunFolderError if `output` holds something else than a run, or cannot be made.
+    If `output` is a symbolic link it stays one and points to the new folder; the old target is renamed.
+    The folder of a run that ended before its first line, for example because of a wrong setting, is reused.
+    Rank 0 only, before the other ranks use the folder.
+    Raises RunFolderError if `output` contains something other than a run, or cannot be created.
     """
     check_folder(output)
-    with _told(output):
-        where = output.resolve()
-        if where.exists():
-            lock.take(where, output)
-            if not _is_unused(where):
+    with _explained_errors(output):
+        target = output.resolve()
+        if target.exists():
+            lock.acquire(target, output)
+            if not _is_unused(target):
                 _move_aside(output)
-        where.mkdir(parents=True, exist_ok=True)
-        lock.take(where, output)
-        (where / METRICS).touch()
+        target.mkdir(parents=True, exist_ok=True)
+        lock.acquire(target, output)
+        (target / METRICS).touch()
     return output
 
 
 @contextmanager
-def _told(output: Path) -> Iterator[None]:
+def _explained_errors(output: Path) -> Iterator[None]:
+    """Turn errors of the file system inside this context into a RunFolderError."""
     try:
         yield
     except OSError as error:
-        raise RunFolderError(f"output = {output} cannot be made ({error.strerror}). Give another --output.") from error
-    except RuntimeError as error:  # how Python 3.11 puts it
+        raise RunFolderError(
+            f"output = {output} cannot be created ({error.strerror}). Give another --output."
+        ) from error
+    except RuntimeError as error:  # Python 3.11 raises it for a loop of symbolic links
         raise RunFolderError(f"output = {output} is a symbolic link to itself. Give another --output.") from error
 
 
 def _is_unused(output: Path) -> bool:
     if not output.is_dir():
         return False
-    return {path.name for path in output.iterdir()} <= {METRICS, CONFIG, lock.NAME} and not any(sizes(output).values())
+    names = {path.name for path in output.iterdir()}
+    return names <= {METRICS, CONFIG, lock.NAME} and not any(file_sizes(output).values())
 
 
 def _move_aside(output: Path) -> None:
-    where, n = output.resolve(), 1
-    while (aside := where.with_name(f"{where.name}.{n}")).exists():
+    target, n = output.resolve(), 1
+    while (aside := target.with_name(f"{target.name}.{n}")).exists():
         n += 1
-    where.rename(aside)
-    lock.moved(aside)
-    log.info("%s held an earlier run, which is now %s", output, aside.name)
+    target.rename(aside)
+    lock.folder_renamed(aside)
+    log.info("%s contained an earlier run; it is renamed to %s", output, aside.name)
 
 
-def sizes(output: Path) -> dict[str, int]:
-    """Bytes of each file of lines in the folder `output`; 0 for one that is not there."""
-    return {name: path.stat().st_size if (path := output / name).exists() else 0 for name in LINES}
+def file_sizes(output: Path) -> dict[str, int]:
+    """The size in bytes of each JSONL file in the folder `output`; 0 for one that does not exist."""
+    return {name: path.stat().st_size if (path := output / name).exists() else 0 for name in JSONL_FILES}
 
 
-def begin_folder(output: Path, then: Mapping[str, int] | None, settings: str) -> None:
-    """The folder of a run from the start, or of one that goes on where its files had the `sizes` then; its settings.
+def begin_folder(output: Path, sizes: Mapping[str, int] | None, settings: str) -> None:
+    """Create the folder of a new run, or truncate the files of a resumed one; then write its settings.
 
-    To be called by rank 0 alone, before the other ranks touch the folder. Raises RunFolderError.
+    sizes: the `file_sizes` at the checkpoint that a run resumes from; None: a new run. settings: the content of
+    `config.yaml`. Rank 0 only, before the other ranks use the folder. Raises RunFolderError.
     """
-    fresh_folder(output) if then is None else continue_folder(output, then)
-    draft = output / f".{CONFIG}"  # a full disk would leave an empty file in the place of the one that was there
+    fresh_folder(output) if sizes is None else continue_folder(output, sizes)
+    draft = output / f".{CONFIG}"  # written directly, the old file would be lost if the disk is full
     try:
         draft.write_text(settings, encoding="utf-8")
         draft.replace(output / CONFIG)
     except OSError as error:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
-        if then is None:
+        if sizes is None:
             raise RunFolderError(
-                f"output = {output}: nothing can be written there ({error.strerror}). Make room, or give another"
+                f"output = {output}: nothing can be written there ({error.strerror}). Free some space, or give another"
                 " --output."
             ) from error
-        log.error("%s could not be written (%s), and stays as it was", output / CONFIG, error.strerror)
+        log.error("%s could not be written (%s); the old file stays", output / CONFIG, error.strerror)
 
 
-def continue_folder(output: Path, then: Mapping[str, int]) -> None:
-    """Bring the files of lines in `output` back to the `sizes` they had then, so that no step is in them twice.
+def continue_folder(output: Path, sizes: Mapping[str, int]) -> None:
+    """Truncate the JSONL files in `output` to `sizes`, those at a checkpoint, so that no step is in them twice.
 
-    To be called by rank 0 alone, before the other ranks touch the folder.
+    Rank 0 only, before the other ranks use the folder. Raises RunFolderError.
     """
-    for name, size in then.items():
+    for name, size in sizes.items():
         if size == 0 and not (output / name).exists():
             continue
         try:
-            _cut(output / name, size)
+            _truncate(output / name, size)
         except OSError as error:
             raise RunFolderError(f"output = {output} cannot be continued ({error}). Make it writable.") from error
 
 
-def _cut(path: Path, size: int) -> None:
-    with open(path, "ab+") as lines:
-        if lines.seek(0, 2) < size:  # a machine that lost power may have kept the checkpoint and lost these lines
+def _truncate(path: Path, size: int) -> None:
+    """Truncate a file to `size` bytes; one that is shorter, to its last complete line."""
+    with open(path, "ab+") as file:
+        if (
+            file.seek(0, 2) < size
+        ):  # possible after a power failure: the checkpoint was on the disk, these lines not yet
             log.warning("%s ends before the checkpoint's step; lines are missing", path)
-            lines.seek(0)
-            size = lines.read().rfind(b"\n") + 1
-        lines.truncate(size)
+            file.seek(0)
+            size = file.read().rfind(b"\n") + 1
+        file.truncate(size)
 
 
-class Lines:
-    """A file of lines that grows. What cannot be written waits for the next time, and the file has whole lines only."""
+class JsonlFile:
+    """A JSONL file to append to. It contains complete lines only; lines that cannot be written are kept in memory, up
+    to `MAX_PENDING_BYTES`, and written with the next ones."""
 
     def __init__(self, path: Path):
-        self._path = path.resolve()  # wherever the process goes
-        self._waiting = b""
+        self._path = path.resolve()  # the working directory of the process may change
+        self._pending = b""
 
     def add(self, records: Iterable[Mapping[str, Any]] = ()) -> None:
-        """Append a line for each record. Raises OSError if they are not all on the disk now."""
-        # a lone surrogate is written as \ud800, which is how JSON has it
-        lines = "".join(as_line(record) for record in records).encode("utf-8", "backslashreplace")
-        if len(self._waiting) + len(lines) <= MOST_WAITING:
-            self._waiting += lines
+        """Append a line per record, after the pending ones. Raises OSError if not all of them could be written."""
+        # a lone surrogate is written as \ud800, as in JSON
+        lines = "".join(json_line(record) for record in records).encode("utf-8", "backslashreplace")
+        if len(self._pending) + len(lines) <= MAX_PENDING_BYTES:
+            self._pending += lines
         with open(self._path, "ab", buffering=0) as file:
-            size, left = os.fstat(file.fileno()).st_size, memoryview(self._waiting)
+            size, remaining = os.fstat(file.fileno()).st_size, memoryview(self._pending)
             try:
-                while left:
-                    left = left[file.write(left) :]
+                while remaining:
+                    remaining = remaining[file.write(remaining) :]
             except OSError:
                 with suppress(OSError):
                     file.truncate(size)
                 raise
-        self._waiting = b""
+        self._pending = b""
 
-    def drop(self) -> int:
-        """Forget the lines that wait; returns how many."""
-        lines, self._waiting = self._waiting.count(b"\n"), b""
+    def drop_pending(self) -> int:
+        """Discard the pending lines; returns their number."""
+        lines, self._pending = self._pending.count(b"\n"), b""
         return lines
 
 
-def as_line(record: Mapping[str, Any]) -> str:
-    """One line of strict JSON, which has no NaN and no infinities: alone or in a list they become null."""
+def json_line(record: Mapping[str, Any]) -> str:
+    """One line of strict JSON. It has no NaN and no infinity: as values or in lists they are written as null."""
     finite = {k: [_finite(x) for x in v] if isinstance(v, list) else _finite(v) for k, v in record.items()}
     return json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -194,10 +203,10 @@ def _finite(value: Any) -> Any:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in a file of lines; null (None) is a number that was not finite.
+    """Read the objects of a JSONL file; None stands for a number that was not finite.
 
-    A last line that has no end yet is left out: a run is writing it, or was killed at it. Raises RunFolderError if
-    another line is no JSON object, or the file cannot be read.
+    A last line without a line end is skipped: a run is writing it, or was killed while writing it. Raises
+    RunFolderError if any other line is not a JSON object, or if the file cannot be read.
     """
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
@@ -207,13 +216,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except ValueError as error:  # no JSON, or no UTF-8
-            raise _broken(path, number, f"is not JSON ({error})") from error
+        except ValueError as error:  # not JSON, or not UTF-8
+            raise _line_error(path, number, f"is not JSON ({error})") from error
         if not isinstance(record, dict):
-            raise _broken(path, number, "is no JSON object")
+            raise _line_error(path, number, "is not a JSON object")
         records.append(record)
     return records
 
 
-def _broken(path: Path, number: int, what: str) -> RunFolderError:
-    return RunFolderError(f"{path}, line {number}: this {what}. Mend the line, or remove it.")
+def _line_error(path: Path, number: int, problem: str) -> RunFolderError:
+    return RunFolderError(f"{path}, line {number}: this {problem}. Correct the line, or remove it.")

@@ -1,4 +1,4 @@
-"""Held-out prompts with what the actor wrote to them before and after training: as a file, and on the terminal."""
+"""Held-out prompts with the actor's responses before and after training: as a file, and on the terminal."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from fastppo.monitor.run_dir import as_line
-from fastppo.monitor.tell import Terminal
+from fastppo.monitor.output_guard import Terminal
+from fastppo.monitor.run_dir import json_line
 
-SHOWN_CELLS = 300  # columns of the terminal for one text in the table of samples; samples.jsonl holds all of it
+SHOWN_CELLS = 300  # the number of terminal columns per text in the table of samples; samples.jsonl has the whole text
 
 
 class Sample(NamedTuple):
@@ -31,7 +31,7 @@ def show_samples(rows: Iterable[Sample]) -> None:
 
 
 def samples_table(rows: Iterable[Sample]) -> Table:
-    """Prompt, and response and score before and after, for a terminal. Long texts are cut."""
+    """A table for a terminal: prompt, and response and score before and after training. Long texts are truncated."""
     table = Table(expand=True, show_lines=True)
     for text, score in (("prompt", None), ("before", "score"), ("after", "score")):
         table.add_column(text, ratio=1, overflow="fold")
@@ -44,13 +44,14 @@ def samples_table(rows: Iterable[Sample]) -> Table:
 
 
 def _printable(text: str) -> Text:
-    """Models write anything. Markup stays text (`Text` reads none), and escape codes lose their force."""
+    """A text that is safe to print, whatever a model wrote: `Text` does not interpret markup, and characters that are
+    not printable, such as escape codes, are replaced."""
     shown = Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split())))
     shown.truncate(SHOWN_CELLS, overflow="ellipsis")
     return shown
 
 
 def write_samples(path: Path, rows: Sequence[Sample]) -> None:
-    """One JSON object a row, with the field names of `Sample`."""
-    lines = "".join(as_line(row._asdict()) for row in rows)
-    path.write_text(lines, encoding="utf-8", errors="backslashreplace")  # a lone surrogate: \ud800, as JSON writes it
+    """Write one JSON object per row, with the field names of `Sample`."""
+    lines = "".join(json_line(row._asdict()) for row in rows)
+    path.write_text(lines, encoding="utf-8", errors="backslashreplace")  # a lone surrogate becomes \ud800, as in JSON

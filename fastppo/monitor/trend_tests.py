@@ -1,4 +1,4 @@
-"""What a row of numbers says beyond its noise. Without torch, so that the report may ask too."""
+"""Tests for a trend in a noisy series. They do not need torch, so that the report can use them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from statistics import median
 
 
 def trend(values: Sequence[float]) -> float:
-    """The Mann-Kendall statistic: about normal with variance 1 without a trend, positive where values rise.
+    """The Mann-Kendall statistic z: approximately standard normal without a trend, positive if the values rise.
 
-    z = (S - sign S) / sqrt(var S), S the pairs that rise less those that fall, var S corrected for ties (Kendall).
+    z = (S - sign S) / sqrt(var S). S is the number of rising pairs minus the number of falling ones; var S is corrected
+    for ties (Kendall).
     """
     n, rising = len(values), sum((b > a) - (b < a) for a, b in combinations(values, 2))
     ties = [values.count(x) for x in set(values)]
@@ -20,5 +21,5 @@ def trend(values: Sequence[float]) -> float:
 
 
 def slope(values: Sequence[float]) -> float:
-    """The median slope of all pairs, a step (Theil, 1950; Sen, 1968)."""
+    """The median of the slopes of all pairs, per step (Theil, 1950; Sen, 1968)."""
     return median((b - a) / (j - i) for (i, a), (j, b) in combinations(enumerate(values), 2))

@@ -1,4 +1,4 @@
-"""A run in Weights & Biases, for those who have the package; nothing else of fastppo needs it."""
+"""A run in Weights & Biases, if the optional package `wandb` is installed."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from fastppo.monitor.run_dir import CONFIG
 
 
 class WandbError(FastPPOError):
-    """Weights & Biases did not take the run. The message says what it said, and the ways out."""
+    """Weights & Biases did not accept the run. The message quotes its error and names the ways out."""
 
 
 def wandb_run(output: Path, project: str) -> Any:
-    """A `wandb.Run` with the settings in `output`/config.yaml, its own files in `output`/wandb.
+    """A `wandb.Run` with the settings in `output`/config.yaml; its local files are in `output`/wandb.
 
-    A run that is resumed goes on under its old id. Weights & Biases keeps all that it was ever sent: steps that are
-    done again after a checkpoint stand twice in their charts, which have the PPO step as x axis. Raises WandbError.
+    A resumed run keeps its id. Weights & Biases never deletes what it has received: steps that are repeated after a
+    checkpoint appear twice in its charts, whose x axis is the PPO step. Raises WandbError.
     """
-    import wandb  # seconds of imports that not every run wants; fastppo.rules has seen that it is there
+    import wandb  # takes seconds to import, and not every run needs it; config.validation checks that it is installed
 
-    settings, known = output / CONFIG, output / "wandb-id.txt"
+    settings, id_file = output / CONFIG, output / "wandb-id.txt"
     try:
         run = wandb.init(
             project=project,
             name=output.name,
-            id=known.read_text(encoding="utf-8") if known.exists() else None,
+            id=id_file.read_text(encoding="utf-8") if id_file.exists() else None,
             resume="allow",
             dir=str(output),
             config=yaml.safe_load(settings.read_text(encoding="utf-8")),
         )
     except wandb.Error as error:
         raise WandbError(
-            f"track.wandb is {project}, but Weights & Biases did not take the run ({error}). Run `wandb login`, or set"
-            " WANDB_MODE=offline to keep it on this machine until `wandb sync`, or leave track.wandb out."
+            f"track.wandb is {project}, but Weights & Biases did not accept the run ({error}). Run `wandb login`, or"
+            " set WANDB_MODE=offline to keep the data on this machine until `wandb sync`, or remove track.wandb."
         ) from error
-    known.write_text(run.id, encoding="utf-8")
+    id_file.write_text(run.id, encoding="utf-8")
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run

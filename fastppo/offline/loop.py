@@ -11,7 +11,7 @@ from typing import Generic, Protocol, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from fastppo.checkpoint import Checkpoints, Left, find_checkpoint, settle, supersede
+from fastppo.checkpoint import Checkpoints, ExportedModel, check_exports, find_checkpoint, replace_export
 from fastppo.config import RewardTrainingConfig, SFTConfig, dump
 from fastppo.data import Examples, batches
 from fastppo.distributed import World, begin_clock, check_output_is_shared, watching
@@ -112,7 +112,7 @@ def run_stage(
     statistics: Sequence[str],
     count: Callable[[list[int]], int],
     evaluate: Callable[[Learner, Examples, PrefixStates, C, World], E],
-    leave: Callable[[Stage[C], E | None], Left],
+    leave: Callable[[Stage[C], E | None], ExportedModel],
 ) -> None:
     """Update, evaluate on held-out examples, and leave the trained model with the lowest held-out loss behind.
 
@@ -122,11 +122,11 @@ def run_stage(
     is elsewhere, or nowhere.
     """
     config, world, run, steps, times = stage.config, stage.world, stage.run, stage.steps, Phases({})
-    left: list[Left] = []  # the model behind it, as it was left last
+    left: list[ExportedModel] = []  # the model behind it, as it was left last
     with watching(world), Tracker(stage.output, config.track, steps=steps, rank=world.rank, done=run.step) as tracker:
 
         def leave_it(evaluation: E | None) -> None:
-            left[:] = [supersede(left, leave(stage, evaluation), world)]
+            left[:] = [replace_export(left, leave(stage, evaluation), world)]
 
         def evaluate_if_due() -> None:
             due = run.step in (0, steps) or (config.eval.every and run.step % config.eval.every == 0)
@@ -166,7 +166,7 @@ def run_stage(
             leave_it(None)
         if run.step > 0 and run.evaluated >= 0 and world.rank == 0:
             _tell_best(run, config)
-        settle(left, stage.checkpoints, run)
+        check_exports(left, stage.checkpoints, run)
 
 
 def _tell_best(run: Training, config: RewardTrainingConfig | SFTConfig) -> None:

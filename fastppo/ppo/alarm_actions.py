@@ -13,10 +13,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
-from fastppo.checkpoint import Checkpoints, Found, Since, atomic_dir, held_out_score, levels
+from fastppo.checkpoint import Checkpoint, Checkpoints, RollbackRecord, alarm_settings, atomic_dir, held_out_score
 from fastppo.config import Config
 from fastppo.distributed import World, all_gather
-from fastppo.monitor import ALARMS, GO_BACK, Alarm, Tracker, sizes
+from fastppo.monitor import ALARMS, ROLLBACK_ACTIONS, Alarm, Tracker, file_sizes
 from fastppo.ppo.train_state import Progress
 
 log = logging.getLogger("fastppo")
@@ -41,18 +41,20 @@ def respond(
         return "go on"
     at, beta = f"step {run.step + 1}", run.beta.value
     rolling = alarm.action == "roll_back" and run.health.roll_backs < health.roll_backs
-    good = min(other.good for other in alarms if other.action in GO_BACK)
+    good = min(other.good for other in alarms if other.action in ROLLBACK_ACTIONS)
     found = checkpoint_before(good, config, world, best=not rolling)
     if found is not None:
         _go_back(found, run, checkpoints)
     if found is None or not rolling:
         _say(world, logging.ERROR, f"{at}: the run ends here: {alarm.message} {_where(found, good, alarm, run)}")
         if found is not None:
-            run.ended = replace(_since(found, run, config), ended=f"{at}: {alarm.message}", levels=levels(config))
+            run.ended = replace(
+                _since(found, run, config), ended=f"{at}: {alarm.message}", levels=alarm_settings(config)
+            )
         return "ended"
     run.health.roll_backs += 1
     run.beta.value = max(beta, run.beta.value) * health.raise_kl
-    tracker.go_back(run.step, found.sizes)
+    tracker.roll_back(run.step, found.sizes)
     if world.rank == 0:
         _since(found, run, config).write(found.folder.parent)
     _say(
@@ -69,7 +71,7 @@ def _say(world: World, level: int, message: str) -> None:
         log.log(level, message)
 
 
-def _where(found: Found | None, good: int, alarm: Alarm, run: Progress) -> str:
+def _where(found: Checkpoint | None, good: int, alarm: Alarm, run: Progress) -> str:
     """Where a run that ends stands."""
     before = f"Roll backs so far: {run.health.roll_backs}. " if alarm.action == "roll_back" else ""
     if found is None:
@@ -80,21 +82,21 @@ def _where(found: Found | None, good: int, alarm: Alarm, run: Progress) -> str:
     return f"{before}The best checkpoint from before is {found.folder}; the actor goes back to it."
 
 
-def _go_back(found: Found, run: Progress, checkpoints: Checkpoints) -> None:
+def _go_back(found: Checkpoint, run: Progress, checkpoints: Checkpoints) -> None:
     """Weights, optimizers and progress as they were; what alarms have said and done since is not forgotten."""
     alarms, roll_backs = run.health.alarms, run.health.roll_backs
     checkpoints.load(found, run)
     run.health.alarms, run.health.roll_backs = alarms, roll_backs
 
 
-def _since(found: Found, run: Progress, config: Config) -> Since:
+def _since(found: Checkpoint, run: Progress, config: Config) -> RollbackRecord:
     """What the run, which has gone back there, knows beyond it."""
-    lines = found.sizes | {ALARMS: sizes(Path(config.output))[ALARMS]}
+    lines = found.sizes | {ALARMS: file_sizes(Path(config.output))[ALARMS]}
     alarms = [asdict(alarm) for alarm in run.health.alarms]
-    return Since(found.folder.name, run.beta.value, run.health.roll_backs, alarms, lines)
+    return RollbackRecord(found.folder.name, run.beta.value, run.health.roll_backs, alarms, lines)
 
 
-def checkpoint_before(step: int, config: Config, world: World, *, best: bool = False) -> Found | None:
+def checkpoint_before(step: int, config: Config, world: World, *, best: bool = False) -> Checkpoint | None:
     """The newest whole checkpoint after at most `step` steps; None if there is none.
 
     best: the one with the highest held-out score, the judge's if there is a judge; the newest if none was evaluated.
@@ -106,7 +108,7 @@ def checkpoint_before(step: int, config: Config, world: World, *, best: bool = F
     for path in all_gather(paths, world)[0]:
         problem = next((p for p in all_gather(atomic_dir.problem(path, world.rank, world.ranks), world) if p), None)
         if problem is None:
-            return Found(path, json.loads((path / "about.json").read_text(encoding="utf-8")))
+            return Checkpoint(path, json.loads((path / "about.json").read_text(encoding="utf-8")))
         _say(world, logging.ERROR, f"{path} cannot be used: {problem}.")
     return None
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from fastppo.checkpoint import Checkpoints, find_checkpoint, leave_model, random_state, set_random_state, settle
+from fastppo.checkpoint import Checkpoints, check_exports, export_model, find_checkpoint, random_state, set_random_state
 from fastppo.config import Config, SamplingConfig, dump
 from fastppo.data import Experience, Minibatch, Prompts, PromptSet, Update, batches, imbalance, load_prompts
 from fastppo.distributed import World, begin_clock, check_output_is_shared
@@ -122,8 +122,8 @@ def set_up(config: Config, world: World) -> Setup | None:
     learned = [data.tokens, heldout.tokens, *([] if texts is None else [texts.examples.tokens])]
     checkpoints = Checkpoints(config, roles.saved, learned, world, enter=roles.residency.enter)
     progress = checkpoints.load(checkpoint, Progress.begin(config, world.rank))
-    if checkpoint is not None and checkpoint.since is not None:
-        progress.recall(checkpoint.since)
+    if checkpoint is not None and checkpoint.rollback is not None:
+        progress.recall(checkpoint.rollback)
     recall_experience(progress, roles, config, world)
     return Setup(
         config=config,
@@ -202,7 +202,7 @@ def finish(setup: Setup, tracker: Tracker) -> None:
     Raises ExportError at the end if the actor is elsewhere, or nowhere.
     """
     config, world, roles, evaluations = setup.config, setup.world, setup.roles, setup.progress.evaluations
-    leave = partial(leave_model, tokenizer=roles.tokenizer, lora=config.actor.lora, world=world)
+    leave = partial(export_model, tokenizer=roles.tokenizer, lora=config.actor.lora, world=world)
     left = []
     roles.residency.enter("export")
     if roles.average is not None:
@@ -213,8 +213,8 @@ def finish(setup: Setup, tracker: Tracker) -> None:
         setup.progress.ended.write(setup.checkpoints.folder)
     if world.rank == 0 and len(evaluations) > 1:
         shown = samples(setup.heldout, evaluations[0], evaluations[-1])
-        with tracker.only_tells("samples.jsonl"):
+        with tracker.guard("samples.jsonl"):
             write_samples(setup.output / "samples.jsonl", shown)
-        with tracker.only_tells(TERMINAL):
+        with tracker.guard(TERMINAL):
             show_samples(shown[: config.eval.show])
-    settle(left, setup.checkpoints, setup.progress)
+    check_exports(left, setup.checkpoints, setup.progress)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastppo.checkpoint import Since, State, random_state, seed_random
+from fastppo.checkpoint import RollbackRecord, State, random_state, seed_random
 from fastppo.config import Config
 from fastppo.data import Experience, Moments, Packed, Update, plan_step
 from fastppo.distributed import World
@@ -37,7 +37,7 @@ class Progress:
     seconds: dict[str, float] = field(default_factory=dict)  # of the next step's stages
     health: Health = field(default_factory=Health)
     random: State = field(default_factory=random_state)  # as it was where the run would go on
-    ended: Since | None = None  # by an alarm; where the run went back to
+    ended: RollbackRecord | None = None  # by an alarm; where the run went back to
 
     @staticmethod
     def begin(config: Config, rank: int) -> Progress:
@@ -102,11 +102,11 @@ class Progress:
         self.seconds.update(state["seconds"])
         self.evaluations = [Evaluation(**e) for e in state["evaluations"]]
         self.updates = [Update(**u) for u in state["updates"]]
-        self.health = Health.of(state["health"])
+        self.health = Health.from_state(state["health"])
         kept = state["experience"]
         self.experience = kept and Experience(**kept | {"packed": Packed(**kept["packed"]), "prefix": no_prefix})
 
-    def recall(self, since: Since) -> None:
+    def recall(self, since: RollbackRecord) -> None:
         """What the run that went back to where this one is knew beyond it."""
         self.beta.value = since.kl_coef
         self.health.roll_backs = since.roll_backs

@@ -1,7 +1,7 @@
-"""A run as one HTML file, without network: `python -m fastppo.report RUN [OTHER_RUN] [--output FILE]`.
+"""One HTML file that shows a run, without network access: `python -m fastppo.report RUN [OTHER_RUN] [--output FILE]`.
 
-`run` reads the run's folder, which may still be written to, and `lines` its files; `curves` thins and smooths numbers;
-`stats` tells what is noise; `titles` says what each metric is, `levels` where it warns or acts; `plot` draws charts;
-`tiles`, `learning`, `frontier`, `health`, `times`, `texts`, `settings` and `page` write the sections. page.css and
-page.js go into the file as they are.
+`run` reads the run's folder, to which a run may still write, and `lines` reads and checks its files; `curves` thins and
+smooths the numbers; `titles` has the title and the unit of each metric, `levels` the levels at which it warns or acts;
+`plot` draws charts; `tiles`, `learning`, `frontier`, `health`, `times`, `texts`, `settings` and `page` write the
+sections. page.css and page.js are copied into the file.
 """

@@ -14,12 +14,12 @@ from fastppo.report.run import read_runs
 
 
 def write_report(folders: list[Path], output: Path) -> None:
-    """Write the report of one run, or of two laid over each other. Raises RunFolderError."""
+    """Write the report of one run, or a comparison of two. Raises RunFolderError."""
     html = page(read_runs(folders))
     draft = output.with_name(f".{output.name}.{os.getpid()}")
     try:
         draft.write_text(html, encoding="utf-8", errors="replace")
-        draft.replace(output)  # a reader sees the old report or the new one, never half of one
+        draft.replace(output)  # atomic: a reader never sees an incomplete report
     except OSError as error:
         draft.unlink(missing_ok=True)
         raise RunFolderError(f"{output} cannot be written ({error.strerror}). Give another --output.") from error
@@ -28,15 +28,15 @@ def write_report(folders: list[Path], output: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m fastppo.report",
-        description="Write one HTML file about a run, or about two runs laid over each other. The run may be going on.",
+        description="Write one HTML file that shows a run, or compares two runs. The runs may still be in progress.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, with its metrics.jsonl")
-    parser.add_argument("other", type=Path, nargs="?", metavar="OTHER_RUN", help="a second run, laid over the first")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where to write; RUN/report.html when left out")
-    given = parser.parse_args(argv)
-    output = given.output or given.run / "report.html"
+    parser.add_argument("other", type=Path, nargs="?", metavar="OTHER_RUN", help="folder of a second run to compare")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="file to write; default: RUN/report.html")
+    options = parser.parse_args(argv)
+    output = options.output or options.run / "report.html"
     try:
-        write_report([given.run] + ([given.other] if given.other else []), output)
+        write_report([options.run] + ([options.other] if options.other else []), output)
     except FastPPOError as error:
         print(f"fastppo: {error}", file=sys.stderr)
         raise SystemExit(2) from None

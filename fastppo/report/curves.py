@@ -1,4 +1,4 @@
-"""Numbers for charts: thinned, smoothed, put on axes and written out. Plain Python, no drawing."""
+"""The numbers of charts: thinning, smoothing, axes, and formatting. Plain Python without drawing."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-POINTS = 1000  # at most so many of a curve are drawn: about one for each pixel
-SMOOTHED_FROM = 50  # points; charts of shorter curves alone show them as they are
+POINTS = 1000  # the maximum number of points drawn of a curve: about one per pixel
+SMOOTHED_FROM = 50  # a chart shows running means if one of its curves has at least this many points
 
 
 @dataclass(frozen=True)
 class Curve:
-    """n points; a y of None is a number that was not finite, and a gap in the line."""
+    """n points; a y of None stands for a number that was not finite, and is a gap in the line."""
 
     x: Sequence[float]
     y: Sequence[float | None]
@@ -22,28 +22,29 @@ class Curve:
 
     @property
     def points(self) -> list[tuple[float, float]]:
-        """Those that can be drawn."""
+        """The points with a finite y."""
         return [(x, y) for x, y in zip(self.x, self.y, strict=True) if y is not None]
 
 
 def thin(curve: Curve, points: int = POINTS) -> Curve:
-    """At most `points` of the curve: the least and the greatest of each of `points`/2 stretches, so that no peak goes.
+    """At most `points` points of the curve: the minimum and the maximum of each of `points`/2 sections, so that peaks
+    stay visible.
 
-    A stretch without any number stays a gap.
+    A section without numbers stays a gap.
     """
-    n, buckets = len(curve), points // 2
+    n, sections = len(curve), points // 2
     if n <= points:
         return curve
-    kept: list[int] = []
-    for bucket in range(buckets):
-        rows = range(bucket * n // buckets, (bucket + 1) * n // buckets)
-        drawn = [(y, i) for i in rows if (y := curve.y[i]) is not None]
-        kept += sorted({min(drawn)[1], max(drawn)[1]}) if drawn else [rows[0]]
-    return Curve([curve.x[i] for i in kept], [curve.y[i] for i in kept])
+    indices: list[int] = []
+    for section in range(sections):
+        rows = range(section * n // sections, (section + 1) * n // sections)
+        finite = [(y, i) for i in rows if (y := curve.y[i]) is not None]
+        indices += sorted({min(finite)[1], max(finite)[1]}) if finite else [rows[0]]
+    return Curve([curve.x[i] for i in indices], [curve.y[i] for i in indices])
 
 
 def smooth(curve: Curve, window: int | None = None) -> Curve:
-    """The mean of the `window` points around each, when left out a 25th of all; at the ends there are fewer."""
+    """The running mean: of the `window` points around each point, fewer at the ends. Default: a 25th of all points."""
     half = (window or max(len(curve) // 25, 3)) // 2
     sums, counts = [0.0], [0]
     for y in curve.y:
@@ -58,14 +59,14 @@ def smooth(curve: Curve, window: int | None = None) -> Curve:
 
 
 def span(values: Sequence[float], room: float = 0.06) -> tuple[float, float]:
-    """An axis that holds all values, with this share of room at both ends; never empty."""
+    """The range of an axis for these values, with a margin of the share `room` at both ends; never empty."""
     low, high = min(values), max(values)
-    spare = (high - low) * room if high - low > 1e-100 else max(abs(high) * 0.05, 1e-9) if high else 0.5
-    return low - spare, high + spare
+    margin = (high - low) * room if high - low > 1e-100 else max(abs(high) * 0.05, 1e-9) if high else 0.5
+    return low - margin, high + margin
 
 
 def ticks(low: float, high: float, count: int = 4, whole: bool = False) -> list[float]:
-    """Round numbers from low to high, about `count` of them, one, two or five times a power of ten apart."""
+    """About `count` round numbers from low to high, whose distance is 1, 2 or 5 times a power of ten."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     gap = power * next(m for m, most in ((1, 1.5), (2, 3.5), (5, 7.5), (10, 10)) if rough / power <= most)
@@ -76,7 +77,7 @@ def ticks(low: float, high: float, count: int = 4, whole: bool = False) -> list[
 
 
 def number(value: float | None) -> str:
-    """Four significant digits, as people write them; a dash for a number that was not finite."""
+    """A number with four significant digits, for people; a dash for a number that was not finite."""
     if value is None or not math.isfinite(value):
         return "—"
     size = abs(value)
@@ -91,12 +92,12 @@ def number(value: float | None) -> str:
 
 
 def short_number(value: float) -> str:
-    """For an axis, where there is little room: 10k for 10,000."""
+    """A number in short form, for an axis: 10k for 10,000."""
     return f"{number(value / 1000)}k" if 1000 <= abs(value) < 1e6 else number(value)
 
 
 def duration(seconds: float) -> str:
-    """235 -> 3 min 55 s."""
+    """A duration as text: 235 -> 3 min 55 s."""
     whole = round(seconds)
     hours, minutes = whole // 3600, whole // 60 % 60
     if hours:

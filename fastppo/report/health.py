@@ -1,4 +1,4 @@
-"""The health of a run: its figures over the steps, and the alarms that they gave."""
+"""The health section: the figures over the steps, and the alarms."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def health(runs: Sequence[Run], charts: Charts) -> str:
     if not any(run.is_watched for run in runs):
         return ""
     note = (
-        f'<p class="note">{SIGNS["warn"]} a warning, {SIGNS["act"]} an alarm that acts; dashed: the level of each,'
-        " where it is near.</p>"
+        f'<p class="note">{SIGNS["warn"]} warning, {SIGNS["act"]} alarm with an action; dashed lines: their levels, if'
+        " they are close to the values.</p>"
     )
     return alarms(runs) + note + grid(figures(runs, charts))
 
 
 def figures(runs: Sequence[Run], charts: Charts) -> str:
-    """A chart of each health figure, with its levels and the alarms that it gave."""
+    """A chart of each health figure with its levels and alarms."""
     names = dict.fromkeys(name for run in runs for name in run.names if name.startswith("health/"))
     drawn = []
     for name in names:
@@ -39,7 +39,7 @@ def figures(runs: Sequence[Run], charts: Charts) -> str:
 
 
 def flags(runs: Sequence[Run], *figures: str) -> list[Flag]:
-    """Where the alarms of these figures began; of every figure, those that acted, if none is named."""
+    """Markers at the first step of each alarm of these figures; without figures, of all alarms with an action."""
     return [
         Flag(float(e.first), f"{e.when}: {e.figure}. {e.message}", e.level, f"alarm-{i}-{n}")
         for i, run in enumerate(runs)
@@ -50,13 +50,13 @@ def flags(runs: Sequence[Run], *figures: str) -> list[Flag]:
 
 @dataclass(frozen=True)
 class Episode:
-    """An alarm, with those of its kind that follow it at once."""
+    """An alarm together with the repetitions of it that follow closely."""
 
     first: int  # step
     last: int
     figure: str
     level: str  # warn or act
-    value: float | None  # at the first step, as what follows
+    value: float | None  # this and the following fields are of the first step
     threshold: float | None
     action: str
     message: str
@@ -67,24 +67,24 @@ class Episode:
 
 
 def episodes(run: Run) -> list[Episode]:
-    """The alarms of a run. Those of one kind count as one while no more lies between than `REST` steps, or a hundredth
-    of the run, so that a chart of a long run has room for their signs."""
+    """The alarms of a run. Alarms of the same kind are merged if at most `REST` steps, or a hundredth of the run, lie
+    between them, so that a chart of a long run has space for the markers."""
     gap = max(REST, run.steps // 100)
-    found: list[Episode] = []
-    newest: dict[tuple[str, str, str], int] = {}
+    merged: list[Episode] = []
+    newest: dict[tuple[str, str, str], int] = {}  # kind -> index of its last episode
     for alarm in run.alarms:
         episode, kind = _episode(alarm)
-        at = newest.get(kind)
-        if at is not None and episode.first - found[at].last <= gap:
-            found[at] = replace(found[at], last=episode.first)
+        index = newest.get(kind)
+        if index is not None and episode.first - merged[index].last <= gap:
+            merged[index] = replace(merged[index], last=episode.first)
         else:
-            newest[kind] = len(found)
-            found.append(episode)
-    return found
+            newest[kind] = len(merged)
+            merged.append(episode)
+    return merged
 
 
 def _episode(alarm: Record) -> tuple[Episode, tuple[str, str, str]]:
-    """An alarm alone, and its kind."""
+    """A single alarm as an episode, and its kind: figure, level and action."""
     figure, step = alarm["figure"].removeprefix("health/"), alarm["step"]
     level = "act" if alarm["level"] == "act" else "warn"
     action = (alarm["action"] or "none").replace("_", " ")
@@ -93,22 +93,22 @@ def _episode(alarm: Record) -> tuple[Episode, tuple[str, str, str]]:
 
 
 def alarms(runs: Sequence[Run]) -> str:
-    """Every alarm with its steps, figure, value, threshold and what was done."""
+    """A table of all alarms: steps, figure, value, threshold, action and message."""
     rows = [(i, run, n, e) for i, run in enumerate(runs) for n, e in enumerate(episodes(run))]
     if not rows:
         return '<p class="good">No alarm was raised.</p>'
-    body = "".join(_row(f"alarm-{i}-{n}", _whose(i, run) if len(runs) > 1 else "", e) for i, run, n, e in rows)
+    body = "".join(_row(f"alarm-{i}-{n}", _run_label(i, run) if len(runs) > 1 else "", e) for i, run, n, e in rows)
     return (
         '<div class="scroll" tabindex="0" role="group" aria-label="Alarms"><table class="alarms"><thead><tr>'
         f"{''.join(f'<th>{column}' for column in COLUMNS)}</thead><tbody>{body}</tbody></table></div>"
     )
 
 
-def _whose(i: int, run: Run) -> str:
+def _run_label(i: int, run: Run) -> str:
     return f'<i class="swatch run{i}"></i>{text(run.name)}: '
 
 
-def _row(key: str, whose: str, episode: Episode) -> str:
+def _row(key: str, label: str, episode: Episode) -> str:
     e = episode
     cells = (
         e.when.partition(" ")[2],
@@ -119,4 +119,4 @@ def _row(key: str, whose: str, episode: Episode) -> str:
         text(e.action),
     )
     row = "".join(f'<td data-of="{column}">{cell}' for column, cell in zip(COLUMNS, cells, strict=False))
-    return f'<tr id="{key}">{row}<td data-of="{COLUMNS[-1]}" dir="auto">{whose}{text(e.message)}'
+    return f'<tr id="{key}">{row}<td data-of="{COLUMNS[-1]}" dir="auto">{label}{text(e.message)}'

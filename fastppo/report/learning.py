@@ -1,4 +1,4 @@
-"""What a run learns: its metrics over the steps, and the evaluations on held-out data laid over them."""
+"""The learning section: the metrics of training over the steps, with the evaluations on held-out data."""
 
 from __future__ import annotations
 
@@ -36,48 +36,48 @@ SMALL = (
     "grad_norm",
     "lr",
 )
-OF_HEALTH = {"judge": "health/judge"}  # metrics that training has under another name
-ELSEWHERE = ("time/", "health/", "tokens_per_second")  # metrics with a section of their own
-ENDS = ("_error", "_low", "_high")  # metrics that are drawn as the bars of another
-CALIBRATION = Quantity("Calibration", "share of pairs that are right; bars: 95%", 0.0, 1.0)
+TRAINING_NAMES = {"judge": "health/judge"}  # metrics that have another name in training than in evaluations
+OTHER_SECTIONS = ("time/", "health/", "tokens_per_second")  # prefixes of the metrics that other sections show
+BAR_ENDS = ("_error", "_low", "_high")  # suffixes of metrics that are drawn as error bars of another metric
+CALIBRATION = Quantity("Calibration", "share of correctly ordered pairs; bars: 95%", 0.0, 1.0)
 
 
 def learning(runs: Sequence[Run], charts: Charts) -> str:
-    """The charts of training and evaluation, the most telling first; the rest folds away."""
+    """The charts of training and evaluation, the most important first; the rest is in a closed `<details>`."""
     names = dict.fromkeys(name.removeprefix("eval/") for run in runs for name in run.names)
-    rest = [name for name in names if name not in (*MAIN, *SMALL) and not name.startswith(ELSEWHERE)]
-    rest = [name for name in rest if not any(name.removesuffix(end) in names for end in ENDS if name.endswith(end))]
-    main = grid("".join(_both(runs, charts, name, "large") for name in MAIN), "large")
-    small = grid(_calibration(runs, charts) + "".join(_both(runs, charts, name) for name in SMALL))
-    more = grid("".join(_both(runs, charts, name) for name in rest))
+    rest = [name for name in names if name not in (*MAIN, *SMALL) and not name.startswith(OTHER_SECTIONS)]
+    rest = [name for name in rest if not any(name.removesuffix(end) in names for end in BAR_ENDS if name.endswith(end))]
+    main = grid("".join(_chart(runs, charts, name, "large") for name in MAIN), "large")
+    small = grid(_calibration(runs, charts) + "".join(_chart(runs, charts, name) for name in SMALL))
+    more = grid("".join(_chart(runs, charts, name) for name in rest))
     if (main or small) and more:
         return f"{main}{small}<details><summary>More metrics</summary>{more}</details>"
     return main + small + more or "<p>No step has been recorded yet.</p>"
 
 
-def _both(runs: Sequence[Run], charts: Charts, name: str, kind: str = "small") -> str:
-    """A metric over the steps and, as dots, the evaluations' metric of the same name."""
+def _chart(runs: Sequence[Run], charts: Charts, name: str, kind: str = "small") -> str:
+    """A chart of a training metric over the steps, with the metric of the same name in evaluations as dots."""
     lines = []
     for i, run in enumerate(runs):
-        whose = f"{run.name}, " if len(runs) > 1 else ""
-        lines.append(Line(f"{whose}training", run.curve(OF_HEALTH.get(name, name)), i))
-        lines.append(Line(f"{whose}held-out", run.curve(f"eval/{name}"), i, dots=True, bars=_bars(run, name)))
+        prefix = f"{run.name}, " if len(runs) > 1 else ""
+        lines.append(Line(f"{prefix}training", run.curve(TRAINING_NAMES.get(name, name)), i))
+        lines.append(Line(f"{prefix}held-out", run.curve(f"eval/{name}"), i, dots=True, bars=_bars(run, name)))
     shown = quantity(name)
     if any(line.bars for line in lines):
-        of_error = any(run.curve(f"eval/{name}_error").points for run in runs)
-        shown = shown._replace(note=f"{shown.note}; bars: {'standard error' if of_error else '95%'}")
+        has_error = any(run.curve(f"eval/{name}_error").points for run in runs)
+        shown = shown._replace(note=f"{shown.note}; bars: {'standard error' if has_error else '95%'}")
     return charts.draw(shown, lines, flags=flags(runs) if kind == "large" else (), kind=kind)
 
 
 def _bars(run: Run, name: str) -> Mapping[float, tuple[float, float]]:
-    """Of each evaluation: its interval, or its error on both sides."""
-    error, low, high = (dict(run.curve(f"eval/{name}{end}").points) for end in ENDS)
-    around = {x: (y - error[x], y + error[x]) for x, y in run.curve(f"eval/{name}").points if x in error}
-    return around | {x: (low[x], high[x]) for x in low.keys() & high.keys()}
+    """The error bar of each evaluation, step -> (low, high): its confidence interval, or +/- its standard error."""
+    error, low, high = (dict(run.curve(f"eval/{name}{end}").points) for end in BAR_ENDS)
+    symmetric = {x: (y - error[x], y + error[x]) for x, y in run.curve(f"eval/{name}").points if x in error}
+    return symmetric | {x: (low[x], high[x]) for x in low.keys() & high.keys()}
 
 
 def _calibration(runs: Sequence[Run], charts: Charts) -> str:
-    """How often a reward model is right, by how sure it is."""
+    """A chart of a reward model's accuracy against its predicted probability."""
     lines = []
     for i, run in enumerate(runs):
         bins = [b for b in run.reliability if b["predicted"] is not None and b["observed"] is not None]

@@ -1,4 +1,4 @@
-"""The levels at which a run's health warns or acts, in each figure's own unit, as far as the run's files tell them."""
+"""The levels at which a health figure warns or acts, in the figure's unit, as far as the run's files contain them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastppo.report.lines import is_number
 from fastppo.report.plot import SIGNS, Level
 from fastppo.report.run import Run
 
-DOES = {
+ACTIONS = {
     "warn": "warns",
     "raise_kl": "raises the KL coefficient",
     "stop_epoch": "ends the epoch",
@@ -24,30 +24,31 @@ KINDS: Mapping[str, Figure] = {str(name): figure for name, figure in FIGURES.ite
 
 
 def levels(runs: Sequence[Run], figure: str) -> list[Level]:
-    """The levels of a figure in all runs, by what happens beyond them.
+    """The levels of a figure in all runs, one `Level` for each action.
 
-    Where settings and metrics do not tell them, as for the judge, whose level is in deviations that only the trainer
-    knows, they are those that its alarms name.
+    If they do not follow from settings and metrics, they are taken from the run's alarms: the judge's level, for
+    example, is in standard deviations that only the trainer knows.
     """
-    found = [level for run in runs for level in (list(_in_force(run, figure)) or _named(run, figure))]
+    thresholds = [level for run in runs for level in (list(_configured(run, figure)) or _from_alarms(run, figure))]
     side = KINDS[figure].worse if figure in KINDS else "at"
-    drawn = []
-    for action in dict.fromkeys(action for _, action in found):
-        ys = tuple(dict.fromkeys(y for y, other in found if other == action))
+    levels = []
+    for action in dict.fromkeys(action for _, action in thresholds):
+        ys = tuple(dict.fromkeys(y for y, other in thresholds if other == action))
         sign = "warn" if action == "warn" else "act"
-        beyond = " or ".join(dict.fromkeys(number(float(f"{y:.3g}")) for y in ys))
-        text = f"{SIGNS[sign]} {DOES.get(action, action)} {SIDES[side]}{beyond}"
-        drawn.append(Level(ys + tuple(-y for y in ys if side == "either"), sign, text))
-    return drawn
+        values = " or ".join(dict.fromkeys(number(float(f"{y:.3g}")) for y in ys))
+        text = f"{SIGNS[sign]} {ACTIONS.get(action, action)} {SIDES[side]}{values}"
+        levels.append(Level(ys + tuple(-y for y in ys if side == "either"), sign, text))
+    return levels
 
 
-def _in_force(run: Run, figure: str) -> Iterator[tuple[float, str]]:
-    """The standing warning unless the settings take its place, and the alarms that they set: threshold, action."""
+def _configured(run: Run, figure: str) -> Iterator[tuple[float, str]]:
+    """Threshold and action of each alarm on the figure in the settings, and of its default warning, unless the settings
+    replace that."""
     alarms, kind = run.settings.get("health.alarms"), KINDS.get(figure)
     if kind is None or not isinstance(alarms, list):
         return
-    own = [alarm for alarm in alarms if isinstance(alarm, dict) and alarm.get("figure") == figure]
-    rules = [(alarm.get("level"), str(alarm.get("action", "warn"))) for alarm in own]
+    on_figure = [alarm for alarm in alarms if isinstance(alarm, dict) and alarm.get("figure") == figure]
+    rules = [(alarm.get("level"), str(alarm.get("action", "warn"))) for alarm in on_figure]
     if not any(action == "warn" for _, action in rules):
         rules.insert(0, (kind.warn, "warn"))
     for level, action in rules:
@@ -56,17 +57,18 @@ def _in_force(run: Run, figure: str) -> Iterator[tuple[float, str]]:
 
 
 def _threshold(run: Run, figure: str, kind: Figure, level: float) -> float | None:
-    """The level in the figure's own unit; None while its start is not over, or not told."""
+    """The level, converted to the figure's unit; None if it needs a baseline that the metrics do not contain (yet)."""
     window = run.settings.get("health.window")
     first = list(islice(run.curve(f"health/{figure}").y, window)) if isinstance(window, int) and window > 0 else []
     finite = [y for y in first if y is not None]
-    started = finite and len(first) == window and kind.level_is != "deviations from start"
-    if not (started or kind.level_is == "value"):
+    has_baseline = finite and len(first) == window and kind.level_is != "deviations from start"
+    if not (has_baseline or kind.level_is == "value"):
         return None
     return kind.threshold(level, fmean(finite) if finite else 0.0, 0.0)
 
 
-def _named(run: Run, figure: str) -> list[tuple[float, str]]:
+def _from_alarms(run: Run, figure: str) -> list[tuple[float, str]]:
+    """Threshold and action of each alarm that the figure has raised."""
     return [
         (float(alarm["threshold"]), alarm["action"] or "warn")
         for alarm in run.alarms

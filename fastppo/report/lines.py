@@ -1,6 +1,7 @@
-"""The lines of a run's files, each held to what it must have, so that what is damaged is named.
+"""Reading a run's JSONL files. The fields of every line are checked, so that an error names the damaged line.
 
-A number may be null, which is one that was not finite. Infinity, and what is larger than `LARGEST`, are read as null.
+A number may be null, which stands for one that was not finite. Infinity, and numbers larger than `LARGEST`, are read as
+null.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from typing import Any, TypeGuard
 from fastppo.monitor import RunFolderError, read_lines
 
 Record = dict[str, Any]
-LARGEST = 1e100  # sums of numbers up to this are finite, in charts and in means
+LARGEST = 1e100  # sums of numbers up to this one are finite, as charts and means need
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Finite, and no truth value."""
+    """Whether a value is a finite number of at most `LARGEST`, and not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
@@ -48,26 +49,29 @@ def _are_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_number_or_null, value))
 
 
-Kinds = Mapping[str, tuple[Callable[[Any], bool], str]]  # of fields: whether a value is right, and what it must be
+Fields = Mapping[str, tuple[Callable[[Any], bool], str]]  # field name -> test of a value, and what it must be, in words
 
 TEXT, NUMBER = (_is_text, "text"), (_is_number_or_null, "number")
-STEP: Kinds = {"step": (_is_step, "whole number")}
-ALARM: Kinds = {
+STEP: Fields = {"step": (_is_step, "whole number")}
+ALARM: Fields = {
     **STEP,
     **dict.fromkeys(("figure", "level", "message"), TEXT),
     **dict.fromkeys(("value", "threshold"), NUMBER),
     "action": (_is_text_or_null, "text or null"),
 }
-RESPONSE: Kinds = {**STEP, "of": (_is_kind, "heldout or training"), "prompt": TEXT, "score": NUMBER}
-OF: Mapping[str, Kinds] = {
+RESPONSE: Fields = {**STEP, "of": (_is_kind, "heldout or training"), "prompt": TEXT, "score": NUMBER}
+RESPONSE_KINDS: Mapping[str, Fields] = {
     "heldout": {"response": TEXT},
     "training": {"tokens": (_are_texts, "list of texts"), "advantages": (_are_numbers, "list of numbers")},
 }
-BIN: Kinds = dict.fromkeys(("pairs", "predicted", "observed", "observed_low", "observed_high"), NUMBER)
+BIN: Fields = dict.fromkeys(("pairs", "predicted", "observed", "observed_low", "observed_high"), NUMBER)
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """In the order of their steps; every other field is a number or None. Raises RunFolderError, as all of these."""
+    """The records of metrics.jsonl, sorted by step; every field but the step is a number or None.
+
+    Raises RunFolderError, like the other functions here.
+    """
     records = _read(path, STEP)
     for number, record in enumerate(records, start=1):
         _check(path, number, record, dict.fromkeys(record.keys() - STEP.keys(), NUMBER))
@@ -79,13 +83,13 @@ def read_alarms(path: Path) -> list[Record]:
 
 
 def read_responses(path: Path) -> tuple[list[Record], list[Record]]:
-    """The held-out ones, and those of training."""
+    """The held-out and the training responses, each sorted by step."""
     records = _read(path, RESPONSE)
     for number, record in enumerate(records, start=1):
-        _check(path, number, record, OF[record["of"]])
+        _check(path, number, record, RESPONSE_KINDS[record["of"]])
         if len(record.get("tokens", ())) != len(record.get("advantages", ())):
             raise _damaged(path, number, "advantage for each of its tokens")
-    heldout, training = ([record for record in records if record["of"] == kind] for kind in OF)
+    heldout, training = ([record for record in records if record["of"] == kind] for kind in RESPONSE_KINDS)
     return _by_step(heldout), _by_step(training)
 
 
@@ -93,11 +97,11 @@ def read_reliability(path: Path) -> list[Record]:
     return _read(path, BIN)
 
 
-def _read(path: Path, kinds: Kinds) -> list[Record]:
-    """None if the file is not there."""
+def _read(path: Path, fields: Fields) -> list[Record]:
+    """Read a JSONL file and check its fields; an empty list if the file does not exist."""
     records = [{name: _finite(value) for name, value in r.items()} for r in (read_lines(path) if path.exists() else [])]
     for number, record in enumerate(records, start=1):
-        _check(path, number, record, kinds)
+        _check(path, number, record, fields)
     return records
 
 
@@ -107,14 +111,15 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, int | float) and not abs(value) <= LARGEST else value
 
 
-def _check(path: Path, number: int, record: Record, kinds: Kinds) -> None:
-    for name, (is_right, what) in kinds.items():
+def _check(path: Path, number: int, record: Record, fields: Fields) -> None:
+    for name, (is_right, what) in fields.items():
         if name not in record or not is_right(record[name]):
             raise _damaged(path, number, f"{what} as its {name}")
 
 
 def _damaged(path: Path, number: int, lacks: str) -> RunFolderError:
-    return RunFolderError(f"{path}, line {number}: this has no {lacks}. Mend the line, or remove it.")
+    """The error for a line that lacks a valid field."""
+    return RunFolderError(f"{path}, line {number}: this has no {lacks}. Correct the line, or remove it.")
 
 
 def _by_step(records: list[Record]) -> list[Record]:

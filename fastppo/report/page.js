@@ -1,5 +1,5 @@
 "use strict";
-// The values under the pointer, the arrow keys, and the choice of light or dark. Without it the page shows all the same.
+// Values at the pointer, arrow keys, and the choice of the theme. The page is complete without scripts.
 
 const charts = JSON.parse(document.getElementById("data").textContent);
 const format = new Intl.NumberFormat("en", { maximumSignificantDigits: 4 });
@@ -40,7 +40,7 @@ function follow(figure) {
     const percent = (value) => ((value - left) / (right - left || 1)) * 100;
     cursor.hidden = false;
     cursor.style.left = `${percent(x)}%`;
-    const said = chart.lines.map((line, i) => {
+    const texts = chart.lines.map((line, i) => {
       const point = nearest(line, x);
       const other = line.steps ? ` (step ${line.steps[point]})` : line.x[point] !== x ? ` (${chart.x} ${written(line.x[point])})` : "";
       values[i].textContent = written(line.y[point]) + other;
@@ -50,7 +50,7 @@ function follow(figure) {
     });
     at.textContent = chart.x === "step" ? `step ${written(x)}` : `at ${written(x)}`;
     plot.setAttribute("aria-valuenow", x);
-    plot.setAttribute("aria-valuetext", `${at.textContent}: ${said.join(", ")}`);
+    plot.setAttribute("aria-valuetext", `${at.textContent}: ${texts.join(", ")}`);
   }
 
   function rest() {
@@ -76,7 +76,7 @@ function follow(figure) {
 
 document.querySelectorAll("figure.chart").forEach(follow);
 
-// A phone has no pointer that hovers: a tap on a token says its advantage.
+// A touch screen has no hovering pointer: a tap on a token shows its advantage.
 const token = document.querySelector(".token");
 document.addEventListener("click", (event) => {
   if (token && event.target.matches(".words .t")) token.textContent = `\u201c${event.target.textContent}\u201d ${event.target.title}`;
@@ -92,7 +92,7 @@ function choose(theme) {
 }
 
 function remembered() {
-  try { return localStorage.getItem("fastppo-theme"); } catch { return null; } // a file may have no storage
+  try { return localStorage.getItem("fastppo-theme"); } catch { return null; } // pages opened from a file may have no storage
 }
 
 choose(themes.includes(remembered()) ? remembered() : "auto");
@@ -100,5 +100,5 @@ button.hidden = false;
 button.addEventListener("click", () => {
   const theme = themes[(themes.indexOf(button.textContent.slice(7)) + 1) % themes.length];
   choose(theme);
-  try { localStorage.setItem("fastppo-theme", theme); } catch { /* it holds for this visit */ }
+  try { localStorage.setItem("fastppo-theme", theme); } catch { /* the choice is not remembered */ }
 });

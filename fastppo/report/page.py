@@ -1,4 +1,4 @@
-"""The page: its sections, and the frame around them."""
+"""The HTML page: its sections, and the markup around them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastppo.report.times import times
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The whole HTML file about one run, or two laid over each other."""
+    """The content of the HTML file for one run, or for a comparison of two."""
     charts = Charts()
     sections = [
         ("learning", "Learning", learning(runs, charts)),
@@ -33,7 +33,7 @@ def page(runs: Sequence[Run]) -> str:
     links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in shown)
     body = "".join(f'<section id="{key}"><h2>{title}</h2>{content}</section>' for key, title, content in shown)
     name = " and ".join(run.name for run in runs)
-    own = files("fastppo.report")
+    assets = files("fastppo.report")
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -42,7 +42,7 @@ def page(runs: Sequence[Run]) -> str:
 <title>{escape(name)} · fastppo</title>
 <link rel="icon" href="data:,">
 <style>
-{own.joinpath("page.css").read_text(encoding="utf-8")}</style>
+{assets.joinpath("page.css").read_text(encoding="utf-8")}</style>
 </head>
 <body>
 <header>
@@ -59,7 +59,7 @@ def page(runs: Sequence[Run]) -> str:
 <footer>fastppo {__version__}</footer>
 <script type="application/json" id="data">{as_script(charts.data)}</script>
 <script>
-{own.joinpath("page.js").read_text(encoding="utf-8")}</script>
+{assets.joinpath("page.js").read_text(encoding="utf-8")}</script>
 </body>
 </html>
 """

@@ -1,7 +1,7 @@
-"""Charts: an SVG that stretches to any width, with its labels in HTML so that they keep their size.
+"""Charts: an SVG that is scaled to any width, with labels in HTML, which are not scaled.
 
-The SVG is 1000 by 1000 units, drawn without keeping its proportions; its strokes do not scale. page.js adds the values
-under the pointer, from the numbers that `Charts` collects.
+The SVG has 1000 by 1000 units and does not preserve its aspect ratio; its strokes are not scaled. page.js shows the
+values at the pointer, from the numbers that `Charts` collects.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from fastppo.report.curves import SMOOTHED_FROM, Curve, number, short_number, sm
 from fastppo.report.titles import Quantity
 
 SIZE = 1000
-RINGS = 12
-LEAST_SHARE = 1 / 8  # of a chart's height for its numbers; a level that would leave less is told in words alone
-SIGNS = {"warn": "\N{BLACK UP-POINTING TRIANGLE}", "act": "\N{BLACK SQUARE}"}  # of alarms; not by colour alone
+MAX_RINGS = 12  # dots of a longer line are drawn small and filled, not as rings
+# The values take at least this share of the chart's height; a level that would leave them less is not drawn, and only
+# named in the text below.
+MIN_VALUE_SHARE = 1 / 8
+SIGNS = {"warn": "\N{BLACK UP-POINTING TRIANGLE}", "act": "\N{BLACK SQUARE}"}  # alarms differ in shape and in colour
 
 
 @dataclass(frozen=True)
@@ -28,19 +30,19 @@ class Line:
     label: str
     curve: Curve
     run: int = 0  # 0 or 1, for its colour
-    dots: bool = False  # single points, as of evaluations
-    steps: Sequence[float] = ()  # of the points, where x is something else
-    bars: Mapping[float, tuple[float, float]] = field(default_factory=dict)  # x -> between which numbers y may lie
+    dots: bool = False  # draw separate points, as for evaluations
+    steps: Sequence[float] = ()  # the step of each point, if x is another quantity
+    bars: Mapping[float, tuple[float, float]] = field(default_factory=dict)  # x -> ends of the error bar
 
     @property
     def is_cloud(self) -> bool:
-        """Whether its dots are too many to be rings."""
-        return self.dots and len(self.curve) > RINGS
+        """Whether there are too many dots to draw them as rings."""
+        return self.dots and len(self.curve) > MAX_RINGS
 
 
 @dataclass(frozen=True)
 class Flag:
-    """An alarm's place on the x axis, with a link to what it says."""
+    """A marker of an alarm on the x axis, with a link to its row in the table of alarms."""
 
     x: float
     title: str
@@ -50,7 +52,7 @@ class Flag:
 
 @dataclass(frozen=True)
 class Level:
-    """Horizontal lines, and a sentence about them."""
+    """Horizontal lines, and a sentence that describes them."""
 
     ys: Sequence[float]
     level: str  # warn or act
@@ -58,7 +60,7 @@ class Level:
 
 
 def grid(figures: str, kind: str = "") -> str:
-    """Charts beside and below each other; empty without one."""
+    """Charts in a grid; an empty text if there are none."""
     return f'<div class="grid {kind}">{figures}</div>' if figures else ""
 
 
@@ -81,7 +83,8 @@ class Charts:
         diagonal: bool = False,
         kind: str = "small",
     ) -> str:
-        """A figure; empty if no line has a point. marks: verticals, named; diagonal: where y is x."""
+        """An HTML figure; an empty text if no line has a point. marks: vertical lines with their texts; diagonal: draw
+        the line y = x."""
         drawn = [line for line in lines if line.curve.points]
         if not drawn:
             return ""
@@ -101,12 +104,12 @@ class Charts:
         }
         grid = "".join(f'<path d="M0,{place.y(y):.0f}H{SIZE}"/>' for y in y_ticks)
         smoothed = max(len(line.curve) for line in drawn) >= SMOOTHED_FROM
-        behind = [_level(y, level, place) for level in levels for y in level.ys if low <= y <= high]
-        behind += [f'<path class="mark" d="M{place.x(x):.0f},0V{SIZE}"/>' for x, _ in marks]
+        background = [_level(y, level, place) for level in levels for y in level.ys if low <= y <= high]
+        background += [f'<path class="mark" d="M{place.x(x):.0f},0V{SIZE}"/>' for x, _ in marks]
         if diagonal:
-            behind.append(f'<path class="mark" d="{_path(Curve((left, right), (left, right)), place)}"/>')
-        said = [f'<em class="{level.level}">{escape(level.text)}</em>' for level in levels]
-        said += [f"<em>{escape(text)}</em>" for _, text in marks if text]
+            background.append(f'<path class="mark" d="{_path(Curve((left, right), (left, right)), place)}"/>')
+        captions = [f'<em class="{level.level}">{escape(level.text)}</em>' for level in levels]
+        captions += [f"<em>{escape(text)}</em>" for _, text in marks if text]
         label = f"{shown.title}, {shown.note}. {'; '.join(map(_in_words, drawn))}."
         return f"""<figure class="chart {kind}" id="{key}">
 <figcaption><b>{escape(shown.title)}</b> <span>{escape(shown.note)}</span></figcaption>
@@ -114,30 +117,31 @@ class Charts:
 <div class="plot" role="slider" tabindex="0" aria-label="{escape(label)}" aria-valuemin="{left:g}" \
 aria-valuemax="{right:g}" aria-valuenow="{right:g}">
 <svg viewBox="0 0 {SIZE} {SIZE}" preserveAspectRatio="none" aria-hidden="true"><g class="grid">{grid}</g>
-{"".join(behind)}{"".join(_drawn(line, curve, place, smoothed) for line, curve in curves)}\
+{"".join(background)}{"".join(_drawn(line, curve, place, smoothed) for line, curve in curves)}\
 {"".join(_lone(line, curve, place, smoothed) for line, curve in curves)}</svg>
 {"".join(f'<span class="y" style="bottom:{place.up(y):.1f}%">{short_number(y)}</span>' for y in y_ticks)}
 {"".join(f'<span class="x" style="left:{place.right_of(x):.1f}%">{short_number(x)}</span>' for x in x_ticks)}
 {"".join(_flag(flag, place) for flag in flags)}<i class="cursor" hidden></i></div>
-<p class="axis"><span>{escape(x_title)}</span>{"".join(said)}</p>
+<p class="axis"><span>{escape(x_title)}</span>{"".join(captions)}</p>
 </figure>"""
 
 
 def _heights(
     shown: Quantity, lines: Sequence[Line], levels: Sequence[Level], others: Sequence[float]
 ) -> tuple[float, float]:
-    """The y axis: it holds all numbers, and the levels that leave them `LEAST_SHARE` of it, within what is possible."""
+    """The range of the y axis: it contains all values, and the levels close enough to leave them `MIN_VALUE_SHARE` of
+    it, within the limits of the quantity."""
     ys = [end for line in lines for x, y in line.curve.points for end in (y, *line.bars.get(x, ()))] + [*others]
     low, high = min(ys), max(ys)
-    reach = (high - low) / LEAST_SHARE
+    reach = (high - low) / MIN_VALUE_SHARE
     near = [y for level in levels for y in level.ys if high - reach <= y <= low + reach]
-    least, most = span(ys + near)
-    return max(least, min(shown.low, low)), min(most, max(shown.high, high))
+    bottom, top = span(ys + near)
+    return max(bottom, min(shown.low, low)), min(top, max(shown.high, high))
 
 
 @dataclass(frozen=True)
 class _Place:
-    """From values to places in the chart."""
+    """The conversion of values to positions in the chart."""
 
     left: float
     right: float
@@ -145,11 +149,11 @@ class _Place:
     high: float
 
     def right_of(self, x: float) -> float:
-        """Percent of the width."""
+        """The position of x as a percentage of the width, from the left."""
         return (x - self.left) / (self.right - self.left) * 100
 
     def up(self, y: float) -> float:
-        """Percent of the height, from below."""
+        """The position of y as a percentage of the height, from the bottom."""
         return (y - self.low) / (self.high - self.low) * 100
 
     def x(self, x: float) -> float:
@@ -160,7 +164,7 @@ class _Place:
 
 
 def _drawn(line: Line, curve: Curve, place: _Place, smoothed: bool) -> str:
-    """The curve; if smoothed, faintly, with its running mean over it."""
+    """The curve as SVG paths; if smoothed, in a pale colour with its running mean over it."""
     if line.dots:
         bars = "".join(
             f"M{place.x(x):.0f},{place.y(line.bars[x][0]):.0f}V{place.y(line.bars[x][1]):.0f}"
@@ -186,14 +190,14 @@ def _mean(line: Line) -> Curve:
 
 
 def _lone(line: Line, curve: Curve, place: _Place, smoothed: bool) -> str:
-    """Dots for the points without a neighbour, which a line does not show."""
+    """Dots for points without neighbours, which a line does not show."""
     if line.dots:
         return ""
     shown = _mean(line) if smoothed and not line.steps else curve
     y = [None, *shown.y, None]
-    alone = [i for i in range(len(shown)) if y[i + 1] is not None and y[i] is y[i + 2] is None]
-    points = Curve([shown.x[i] for i in alone], [shown.y[i] for i in alone])
-    return f'<path class="lone run{line.run}" d="{_dots(points, place)}"/>' if alone else ""
+    isolated = [i for i in range(len(shown)) if y[i + 1] is not None and y[i] is y[i + 2] is None]
+    points = Curve([shown.x[i] for i in isolated], [shown.y[i] for i in isolated])
+    return f'<path class="lone run{line.run}" d="{_dots(points, place)}"/>' if isolated else ""
 
 
 def _path(curve: Curve, place: _Place) -> str:
@@ -206,7 +210,7 @@ def _path(curve: Curve, place: _Place) -> str:
 
 
 def _dots(curve: Curve, place: _Place) -> str:
-    """Strokes of no length with round ends: circles that do not stretch with the chart."""
+    """Strokes of length 0 with round ends: circles that are not distorted when the chart is scaled."""
     return "".join(f"M{place.x(x):.0f},{place.y(y):.0f}h0" for x, y in curve.points)
 
 
@@ -215,7 +219,7 @@ def _level(y: float, level: Level, place: _Place) -> str:
 
 
 def _flag(flag: Flag, place: _Place) -> str:
-    left = min(max(place.right_of(flag.x), 0), 100)  # a run that was ended may lack the metrics of that step
+    left = min(max(place.right_of(flag.x), 0), 100)  # the step of an alarm that ended the run may have no metrics
     return (
         f'<a class="flag {flag.level}" href="#{escape(flag.href)}" style="left:{left:.1f}%"'
         f' title="{escape(flag.title)}" aria-label="{escape(flag.title)}">{SIGNS[flag.level]}</a>'
@@ -223,7 +227,7 @@ def _flag(flag: Flag, place: _Place) -> str:
 
 
 def _key(lines: Sequence[Line]) -> str:
-    """The lines' names with their last values, which page.js replaces by those under the pointer."""
+    """The legend: the lines' names with their last values, which page.js replaces by those at the pointer."""
     items = []
     for line in lines:
         swatch = f"swatch run{line.run}{' dot' * line.dots}{' many' * line.is_cloud}"
@@ -238,13 +242,14 @@ def _in_words(line: Line) -> str:
 
 
 def _numbers(line: Line, curve: Curve, place: _Place) -> dict[str, Any]:
-    drawn = curve.points
-    found: dict[str, Any] = {
-        "x": [_short(x) for x, _ in drawn],
-        "y": [_short(y) for _, y in drawn],
-        "up": [round(place.up(y), 1) for _, y in drawn],
+    """The numbers of a line for page.js."""
+    points = curve.points
+    numbers: dict[str, Any] = {
+        "x": [_short(x) for x, _ in points],
+        "y": [_short(y) for _, y in points],
+        "up": [round(place.up(y), 1) for _, y in points],
     }
-    return found | ({"steps": list(line.steps)} if line.steps else {})
+    return numbers | ({"steps": list(line.steps)} if line.steps else {})
 
 
 def _short(value: float) -> float:
@@ -252,6 +257,6 @@ def _short(value: float) -> float:
 
 
 def as_script(value: Any) -> str:
-    """JSON that may stand in a script element whatever its texts are."""
-    text = json.dumps(value, separators=(",", ":"))  # ASCII alone
+    """JSON that is safe inside a script element, whatever texts it contains."""
+    text = json.dumps(value, separators=(",", ":"))  # only ASCII
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -1,4 +1,4 @@
-"""A run's folder, read as it is now: a run that goes on leaves a last line half written, and files come with time."""
+"""Reading a run's folder. The run may be in progress: a last line may be incomplete, and files may not exist yet."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ RELIABILITY = "reliability.jsonl"
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder holds."""
+    """The content of a run's folder."""
 
-    name: str  # as the report calls it
+    name: str  # the run's name in the report
     settings: dict[str, Any] = field(default_factory=dict)  # dotted name -> value; empty without a config.yaml
-    metrics: list[Record] = field(default_factory=list)  # one a step, and one an evaluation: eval/NAME
+    metrics: list[Record] = field(default_factory=list)  # one per step, and one per evaluation: eval/NAME
     alarms: list[Record] = field(default_factory=list)  # step, figure, value, threshold, level, action, message
     heldout: list[Record] = field(default_factory=list)  # step, prompt, response, score
     training: list[Record] = field(default_factory=list)  # step, prompt, tokens, advantages, score
@@ -31,12 +31,12 @@ class Run:
 
     @cached_property
     def names(self) -> list[str]:
-        """Every metric that has a number, in the order of its first appearance."""
-        found = {name: None for record in self.metrics for name, value in record.items() if value is not None}
-        return [name for name in found if name != "step"]
+        """The metrics that have at least one number, in the order of their first appearance."""
+        names = {name: None for record in self.metrics for name, value in record.items() if value is not None}
+        return [name for name in names if name != "step"]
 
     def curve(self, name: str) -> Curve:
-        """A metric over the steps; None where it was not finite. Empty if there is no such metric."""
+        """A metric over the steps; None at steps where it was not finite. Empty if there is no such metric."""
         rows = [(r["step"], r[name]) for r in self.metrics if name in r]
         return Curve([float(step) for step, _ in rows], [None if y is None else float(y) for _, y in rows])
 
@@ -47,12 +47,12 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Steps done."""
+        """The number of completed steps."""
         return max((record["step"] for record in self.metrics), default=0)
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs under names that tell them apart. Raises RunFolderError for what is no run, or cannot be read."""
+    """Read the runs, with distinct names. Raises RunFolderError if a folder is not a run's or cannot be read."""
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
@@ -61,10 +61,10 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 def _read_run(folder: Path, name: str) -> Run:
     if not folder.is_dir():
-        raise RunFolderError(f"{folder} is no folder. Give the folder of a run: the --output that it was started with.")
+        raise RunFolderError(f"{folder} is not a folder. Give the folder of a run: the --output of its command.")
     if not (folder / METRICS).is_file():
         raise RunFolderError(
-            f"{folder} is not the folder of a run: it has no {METRICS}. Give the --output that a run was started with."
+            f"{folder} is not the folder of a run: it has no {METRICS}. Give the --output of a run's command."
         )
     heldout, training = read_responses(folder / RESPONSES)
     return Run(
@@ -90,7 +90,7 @@ def _settings(path: Path) -> dict[str, Any]:
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Settings by their dotted names."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for name, value in tree.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
+        settings |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return settings

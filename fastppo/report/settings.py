@@ -1,4 +1,4 @@
-"""The settings of a run: what is not the default, and what is not the same in two runs."""
+"""The settings section: all settings, those that differ from the default, and those that differ between two runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastppo.report.run import Run, flat
 
 
 def settings(runs: Sequence[Run]) -> str:
-    """Every setting; marked is what is not the default, and for two runs the differences come first."""
+    """Tables of all settings, in bold those that are not the default; for two runs the differences come first."""
     if not any(run.settings for run in runs):
         return ""
     defaults = [_defaults(run) for run in runs]
@@ -34,13 +34,13 @@ def settings(runs: Sequence[Run]) -> str:
         + "</div>"
         for group in groups
     )
-    note = '<p class="note">Bold is what is not the default.</p>'
+    note = '<p class="note">Bold: not the default.</p>'
     whole = f'{note}<div class="groups">{tables}</div>'
     return f"{head}<details><summary>All settings</summary>{whole}</details>" if head else whole
 
 
 def _defaults(run: Run) -> dict[str, Any]:
-    """Those of the command that has the most of the run's settings."""
+    """The default settings of the command that shares the most settings with the run."""
     commands = [flat(dataclasses.asdict(config())) for config in (Config, RewardTrainingConfig, SFTConfig)]
     return max(commands, key=lambda command: len(command.keys() & run.settings.keys()))
 
@@ -54,15 +54,15 @@ def _table(rows: str, runs: Sequence[Run]) -> str:
     return f'<table class="settings">{f"<thead><tr><th>{head}</thead>" if len(runs) > 1 else ""}<tbody>{rows}</table>'
 
 
-def _setting(name: str, called: str, runs: Sequence[Run], defaults: Sequence[dict[str, Any]]) -> str:
+def _setting(name: str, label: str, runs: Sequence[Run], defaults: Sequence[dict[str, Any]]) -> str:
     cells = []
     for run, default in zip(runs, defaults, strict=True):
         value = _yaml(run.settings[name]) if name in run.settings else number(None)
         changed = name in run.settings and name in default and value != _yaml(default[name])
         cells.append(f"<td><b>{texts.text(value)}</b>" if changed else f"<td>{texts.text(value)}")
-    return f"<tr><th>{escape(called)}{''.join(cells)}"
+    return f"<tr><th>{escape(label)}{''.join(cells)}"
 
 
 def _yaml(value: Any) -> str:
-    """A value as a config file has it."""
+    """A value as it is written in a config file."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

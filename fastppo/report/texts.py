@@ -1,6 +1,7 @@
-"""Responses by step, side by side: the held-out ones of each evaluation, and training ones with their advantages.
+"""The sections of responses by step: held-out responses of each evaluation, and training responses with advantages.
 
-Models write anything. What they wrote is shown as text, in a direction of its own, without control characters.
+The output of a model can contain anything. It is shown as text, with its own writing direction and without control
+characters.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from fastppo.report.curves import number
 from fastppo.report.lines import Record
 from fastppo.report.run import Run
 
-COLUMNS = 8  # steps shown of a run, evenly spaced, the first and the last among them
-TOKENS = 400  # shown of a response
-SHADES = 4  # of each sign
-UNSHOWN = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")  # control characters, halves of characters
+COLUMNS = 8  # the number of steps shown of a run, evenly spaced, including the first and the last
+TOKENS = 400  # the maximum number of tokens shown of a response
+SHADES = 4  # colours for positive advantages, and as many for negative ones
+UNSHOWN = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")  # control characters and lone surrogates
 
 
 def heldout(runs: Sequence[Run]) -> str:
-    """Each held-out prompt, and what each run answered at each evaluation."""
+    """Each held-out prompt with the response of each run at each evaluation."""
     prompts = list(dict.fromkeys(r["prompt"] for run in runs for r in run.heldout))
     return "".join(_prompt(prompt, runs) for prompt in prompts)
 
@@ -49,7 +50,7 @@ def _card(record: Record, shown: str, prompt: str = "") -> str:
 
 
 def training(runs: Sequence[Run]) -> str:
-    """Training responses, a column for each step, the tokens coloured by their advantage."""
+    """Training responses, one column per step, with tokens coloured by their advantage."""
     chosen = [_steps(run) for run in runs]
     scale = _scale(a for steps in chosen for rows in steps for r in rows for a in r["advantages"] if a is not None)
     strips = []
@@ -76,7 +77,7 @@ def _spaced(rows: Sequence[Any]) -> list[Any]:
 
 
 def _scale(advantages: Iterable[float]) -> float:
-    """The advantage of the strongest colour: 95% are below it, so that one outlier does not pale all others."""
+    """The advantage with the strongest colour: 95% are below it, so that one outlier does not make the others pale."""
     sizes = sorted(abs(a) for a in advantages)
     return sizes[int(0.95 * (len(sizes) - 1))] or 1.0 if sizes else 1.0
 
@@ -106,11 +107,11 @@ def _legend(scale: float) -> str:
     return (
         f'<p class="scale">advantage <span>{_signed(-scale)}</span>'
         f'<span class="cells" aria-hidden="true">{cells}</span><span>{_signed(scale)}</span>'
-        " <small>dashed below: worse than the critic expected; solid: better</small>"
+        " <small>dashed underline: worse than the critic expected; solid underline: better</small>"
         '<output class="token" aria-live="polite"></output></p>'
     )
 
 
 def text(words: Any) -> str:
-    """Any text as HTML."""
+    """A text as HTML, escaped, with control characters replaced."""
     return escape(UNSHOWN.sub("\N{REPLACEMENT CHARACTER}", str(words)))

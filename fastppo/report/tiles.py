@@ -1,4 +1,4 @@
-"""What a reader sees first: where a run stands, the alarm that ended it, and its few most telling numbers."""
+"""The top of the page: the progress of a run, the alarm that ended it, and its most important numbers."""
 
 from __future__ import annotations
 
@@ -28,49 +28,50 @@ def state(runs: Sequence[Run]) -> str:
 
 
 def _done(run: Run) -> str:
-    whole = run.settings.get("steps")
-    return f"{run.steps} of {whole} steps" if isinstance(whole, int) else f"{run.steps} steps"
+    total = run.settings.get("steps")
+    return f"{run.steps} of {total} steps" if isinstance(total, int) else f"{run.steps} steps"
 
 
 def endings(runs: Sequence[Run]) -> str:
-    """For each run that an alarm has ended, which and when."""
-    found = [(i, run, *ended) for i, run in enumerate(runs) if (ended := ending(run))]
+    """The alarm that ended a run, for each run that was ended by one."""
+    ended_runs = [(i, run, *ended) for i, run in enumerate(runs) if (ended := ending(run))]
     return "".join(
         f'<p class="ended">{f"{swatch(i)}{text(run.name)}: " if len(runs) > 1 else ""}<a href="#alarm-{i}-{n}">'
         f"{SIGNS['act']} Ended by an alarm of {text(e.figure)} at step {e.last}</a> <span>{text(e.message)}</span>"
-        f"<span>Done: {text(e.action)}; the actor is that of the best checkpoint from before, if one is left.</span>"
-        "</p>"
-        for i, run, n, e in found
+        f"<span>Action: {text(e.action)}; the actor is that of the best checkpoint before the alarm, if there is one."
+        "</span></p>"
+        for i, run, n, e in ended_runs
     )
 
 
 def ending(run: Run) -> tuple[int, Episode] | None:
-    """The alarm that ended the run, with its place among the episodes; None if it went on, or may roll back."""
+    """The alarm that ended the run, with its index among the episodes; None if no alarm has ended it."""
     allowed = run.settings.get("health.roll_backs")
     ends = {"stop"}
     if isinstance(allowed, int) and sum(alarm["action"] == "roll_back" for alarm in run.alarms) > allowed:
         ends.add("roll back")
-    found = [(n, e) for n, e in enumerate(episodes(run)) if e.action in ends and e.last >= run.steps]
-    return found[-1] if found else None
+    ending_episodes = [(n, e) for n, e in enumerate(episodes(run)) if e.action in ends and e.last >= run.steps]
+    return ending_episodes[-1] if ending_episodes else None
 
 
 def tiles(runs: Sequence[Run]) -> str:
-    """Those that some run has something for."""
+    """The tiles for which at least one run has a value."""
     cells = []
-    for title, tell in TILES:
-        told = [tell(run) for run in runs]
-        if any(told):
-            values = "".join(f'<dd class="run{i}">{value or number(None)}</dd>' for i, value in enumerate(told))
-            cells.append(f"<div><dt>{title}</dt>{values}</div>")
+    for title, value_of in TILES:
+        values = [value_of(run) for run in runs]
+        if any(values):
+            entries = "".join(f'<dd class="run{i}">{value or number(None)}</dd>' for i, value in enumerate(values))
+            cells.append(f"<div><dt>{title}</dt>{entries}</div>")
     return f'<dl class="tiles{" two" if len(runs) > 1 else ""}">{"".join(cells)}</dl>' if cells else ""
 
 
-def _from_to(run: Run, name: str, beside: str = "") -> str:
+def _from_to(run: Run, name: str, note: str = "") -> str:
+    """The first and the last value of a metric, with a note in small print."""
     points = run.curve(name).points
     if not points:
         return ""
-    before = f"{_short(points[0][1])} → " if len(points) > 1 else ""
-    return before + _short(points[-1][1]) + (f" <small>{beside}</small>" if beside else "")
+    first = f"{_short(points[0][1])} → " if len(points) > 1 else ""
+    return first + _short(points[-1][1]) + (f" <small>{note}</small>" if note else "")
 
 
 def _short(value: float) -> str:
@@ -97,7 +98,7 @@ def _judge(run: Run) -> str:
 
 def _kl(run: Run) -> str:
     last = _last(run, "kl") or _last(run, "eval/kl")
-    return f"{last} <small>nats a response</small>" if last else ""
+    return f"{last} <small>nats per response</small>" if last else ""
 
 
 def _accuracy(run: Run) -> str:
@@ -105,20 +106,20 @@ def _accuracy(run: Run) -> str:
     return _from_to(run, "eval/accuracy", f"95%: {low} to {high}" if low and high else "")
 
 
-def _took(run: Run) -> str:
-    stages = ["time/step"] if "time/step" in run.names else [name for name in run.names if name.startswith("time/")]
-    seconds = sum(y for name in stages for _, y in run.curve(name).points)
+def _duration(run: Run) -> str:
+    names = ["time/step"] if "time/step" in run.names else [name for name in run.names if name.startswith("time/")]
+    seconds = sum(y for name in names for _, y in run.curve(name).points)
     speeds = [y for _, y in run.curve("tokens_per_second").points]
     speed = f" <small>{_short(fmean(speeds))} tokens/s</small>" if speeds else ""
     return duration(seconds) + speed if seconds else ""
 
 
 def _alarms(run: Run) -> str:
-    found = episodes(run)
-    if not found:
+    alarms = episodes(run)
+    if not alarms:
         return "none" if run.is_watched else ""
-    acted = sum(e.level == "act" for e in found)
-    return f'<a href="#health">{len(found)}</a>' + (f" <small>of them {acted} acted</small>" if acted else "")
+    acted = sum(e.level == "act" for e in alarms)
+    return f'<a href="#health">{len(alarms)}</a>' + (f" <small>{acted} with an action</small>" if acted else "")
 
 
 TILES: tuple[tuple[str, Callable[[Run], str]], ...] = (
@@ -131,6 +132,6 @@ TILES: tuple[tuple[str, Callable[[Run], str]], ...] = (
     ("Accuracy, held-out", _accuracy),
     ("Calibration error", lambda run: _from_to(run, "eval/calibration_error")),
     ("Learning rate", lambda run: _from_to(run, "lr")),
-    ("Time", _took),
+    ("Time", _duration),
     ("Alarms", _alarms),
 )

@@ -1,4 +1,4 @@
-"""One score for each whole response, from reward models, Python functions, patterns and remote services."""
+"""Sources of reward: reward models, Python functions, patterns and remote services, and the score of a response."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Python functions as sources of reward, plain ones and coroutine functions."""
+"""Python functions, plain or coroutine functions, as sources of reward."""
 
 from __future__ import annotations
 
@@ -13,105 +13,105 @@ from typing import Any
 
 import torch
 
-from fastppo.rewards import awaiting
-from fastppo.rewards.apart import apart
+from fastppo.rewards import event_loop
+from fastppo.rewards.process_state import module_state
 from fastppo.rewards.responses import Responses, RewardError, checked
 from fastppo.user_code import RAISED, import_user_code, line_of
 
 Function = Callable[..., Any]
 
-COMPLETIONS = "completions"  # what TRL calls responses
+COMPLETIONS = "completions"  # TRL's name for responses
 
 
 class FunctionSource:
-    """A function of the user's that is called with copies of prompts, responses and the columns of the data.
+    """A function of the user, called with copies of the prompts, the responses and the columns of the data.
 
-    It is given all columns of the data if it takes `**kwargs`, else those that it names; a parameter `completions`, as
-    TRL calls them, gets the responses. Coroutine functions are awaited.
+    A function with `**kwargs` gets all columns of the data, any other those that it has as parameters; a parameter
+    `completions`, TRL's name, gets the responses. Coroutine functions are awaited.
     """
 
     def __init__(self, name: str, where: str):
-        """where: the setting it belongs to, for errors. Raises RewardError for a function that is not there."""
+        """where: the setting with the source, for errors. Raises RewardError if the function cannot be imported."""
         self._setting = f"{where}.function = {name}"
         module = name.rpartition(":")[0]
-        self._apart = apart(str(Path(module).resolve()) if module.endswith(".py") else module)
-        with self._apart(importing=True):
+        self._state = module_state(str(Path(module).resolve()) if module.endswith(".py") else module)
+        with self._state(importing=True):
             self._function, self._folder = import_user_code(name, self._setting, error=RewardError)
         self.is_async = _is_async(self._function)
 
     def __call__(self, responses: Responses) -> list[float]:
         if self.is_async:
-            return ask_at_once([self], responses)[self]
+            return score_concurrently([self], responses)[self]
         if not responses.texts:
             return []
-        wanted = self._copies(responses)
-        with self._apart():
+        arguments = self._arguments(responses)
+        with self._state():
             try:
-                answer = self._function(**wanted)
-                if isinstance(answer, Iterator):  # the function goes on in there
+                answer = self._function(**arguments)
+                if isinstance(answer, Iterator):  # a generator runs the function's code while it is iterated
                     answer = list(answer)
             except RAISED as error:
                 raise self._failed(error) from error
-        if awaiting.is_async(answer):  # of a decorator that hides what it decorates
-            answer = awaiting.begin(self._awaited(answer)).result()
+        if event_loop.is_async(answer):  # a decorator may hide that the function is a coroutine function
+            answer = event_loop.submit(self._resolve(answer)).result()
         return checked(self._setting, answer, responses.texts)
 
     async def answer(self, responses: Responses) -> list[float]:
-        """Of a coroutine function, or of an asynchronous generator."""
+        """The scores of a coroutine function or an asynchronous generator function."""
         if not responses.texts:
             return []
-        wanted = self._copies(responses)
-        torch.set_grad_enabled(True)  # of this thread, where another function may have switched them off
+        arguments = self._arguments(responses)
+        torch.set_grad_enabled(True)  # in this thread, in which another function may have turned gradients off
         try:
-            answer = self._function(**wanted)
+            answer = self._function(**arguments)
         except RAISED as error:
             raise self._failed(error) from error
-        return checked(self._setting, await self._awaited(answer), responses.texts)
+        return checked(self._setting, await self._resolve(answer), responses.texts)
 
-    async def _awaited(self, answer: Any) -> Any:
+    async def _resolve(self, answer: Any) -> Any:
         try:
-            return await awaiting.settled(answer)
+            return await event_loop.resolve(answer)
         except (*RAISED, asyncio.CancelledError) as error:
             raise self._failed(error) from error
 
-    def _copies(self, responses: Responses) -> dict[str, list[Any]]:
-        """What it changes is not what the next source sees."""
-        said = {"prompts": responses.prompts, "responses": responses.texts} | responses.columns
-        return copy.deepcopy(_wanted(self._function, said, self._setting))
+    def _arguments(self, responses: Responses) -> dict[str, list[Any]]:
+        """The function's arguments, copied, so that changes by the function do not affect other sources."""
+        available = {"prompts": responses.prompts, "responses": responses.texts} | responses.columns
+        return copy.deepcopy(_select_arguments(self._function, available, self._setting))
 
     def _failed(self, error: BaseException) -> RewardError:
         what = f"{self._setting} raised {type(error).__name__}: {error} ({line_of(error, self._folder)})"
         if isinstance(error, TypeError) and _names_completions(self._function):
-            what += ". Its completions are texts here, also for chats, where TRL gives lists of messages"
+            what += ". Its completions are texts here, also for chats, for which TRL passes lists of messages"
         return RewardError(what)
 
 
 def function_source(name: str, where: str = "rewards") -> FunctionSource:
-    """`module:function` or `file.py:function`, imported. where: the setting it belongs to, for errors."""
+    """Import a function. name: `module:function` or `file.py:function`; where: the setting with it, for errors."""
     return FunctionSource(name, where)
 
 
-def ask_at_once(sources: Sequence[FunctionSource], responses: Responses) -> dict[FunctionSource, list[float]]:
-    """What coroutine functions say of the responses, all of them awaited together.
+def score_concurrently(sources: Sequence[FunctionSource], responses: Responses) -> dict[FunctionSource, list[float]]:
+    """Run all coroutine functions at the same time; returns their scores.
 
-    Raises the RewardError of the first that fails; no other is waited for then.
+    Raises the RewardError of the first one that fails, and cancels the others.
     """
     with ExitStack() as stack:
         for source in sources:
-            stack.enter_context(source._apart())
-        asked = {source: awaiting.begin(source.answer(responses)) for source in sources}
-        done, pending = wait(asked.values(), return_when=FIRST_EXCEPTION)
+            stack.enter_context(source._state())
+        futures = {source: event_loop.submit(source.answer(responses)) for source in sources}
+        done, pending = wait(futures.values(), return_when=FIRST_EXCEPTION)
         for future in pending:
             future.cancel()
     for future in done:
-        if (failed := future.exception()) is not None:
-            raise failed
-    return {source: future.result() for source, future in asked.items()}
+        if (error := future.exception()) is not None:
+            raise error
+    return {source: future.result() for source, future in futures.items()}
 
 
 def _is_async(function: Function) -> bool:
-    called = (function, getattr(function, "__call__", None))  # noqa: B004 - of an object that can be called
-    return any(inspect.iscoroutinefunction(f) or inspect.isasyncgenfunction(f) for f in called)
+    candidates = (function, getattr(function, "__call__", None))  # noqa: B004 - of a callable object
+    return any(inspect.iscoroutinefunction(f) or inspect.isasyncgenfunction(f) for f in candidates)
 
 
 def _names_completions(function: Function) -> bool:
@@ -121,18 +121,21 @@ def _names_completions(function: Function) -> bool:
         return False
 
 
-def _wanted(function: Function, said: Mapping[str, list[Any]], setting: str) -> dict[str, list[Any]]:
-    """Of all that can be said, what the function takes."""
+def _select_arguments(function: Function, available: Mapping[str, list[Any]], setting: str) -> dict[str, list[Any]]:
+    """The available arguments that the function takes. Raises RewardError if it requires another one."""
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # some that are written in C do not tell
-        return dict(said)
-    if COMPLETIONS not in said and _names_completions(function):
-        said = {**said, COMPLETIONS: said["responses"]}
+    except (TypeError, ValueError):  # some functions written in C have no signature
+        return dict(available)
+    if COMPLETIONS not in available and _names_completions(function):
+        available = {**available, COMPLETIONS: available["responses"]}
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return dict(said)
+        return dict(available)
     named = [p for p in parameters if p.kind is not p.VAR_POSITIONAL]
     for p in named:
-        if p.default is p.empty and p.name not in said:
-            raise RewardError(f"{setting} takes {p.name}, which is no column of the data; there are: {', '.join(said)}")
-    return {p.name: said[p.name] for p in named if p.name in said}
+        if p.default is p.empty and p.name not in available:
+            raise RewardError(
+                f"{setting} has the parameter {p.name}, which is not a column of the data; these are:"
+                f" {', '.join(available)}"
+            )
+    return {p.name: available[p.name] for p in named if p.name in available}

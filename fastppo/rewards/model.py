@@ -1,4 +1,4 @@
-"""Reward models as a source of reward, one or an ensemble."""
+"""Reward models, single or as an ensemble, as sources of reward."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ log = logging.getLogger("fastppo")
 
 
 class TooLong(RewardError):
-    """A prompt and response that do not fit the model."""
+    """A prompt and response exceed the context length of the model."""
 
 
 class BadChat(RewardError):
-    """A chat that the model's template refuses."""
+    """The model's chat template rejects a chat."""
 
 
 class ModelSource:
-    """A reward model, given what it was made to read.
+    """A reward model that scores prompts and responses in its own format.
 
-    A chat, where its tokenizer has a template, whole and as that writes it. Else with the actor's tokenizer the very
-    tokens, and with another the text anew.
+    A chat is formatted by the chat template of the model's tokenizer, if it has one. Otherwise the model gets the
+    actor's tokens, if the tokenizers are the same, or the text tokenised by its tokenizer.
     """
 
     def __init__(
@@ -56,27 +56,28 @@ class ModelSource:
         name: str = "the reward model",
         template: Mapping[str, Any] = NO_ARGUMENTS,
     ):
-        """model: of a RewardModel; tokenizer: its own; actors: None where only text is at hand; budget: tokens of a
-        forward pass; name: for errors; template: arguments of its chat template."""
+        """model: a frozen RewardModel; tokenizer: of the reward model; actors: the actor's tokenizer, None if there are
+        only texts; budget: maximum tokens of a forward pass; name: for errors; template: arguments of the chat
+        template."""
         self.model, self.tokenizer, self.budget, self.zero, self.world = model, tokenizer, budget, zero, world
         self.name, self.template = name, template
         self.same = actors is not None and tokenizer.get_vocab() == actors.get_vocab()
         self.context = context_of(model.module.model.config)
         self.rows: int = model.module.model.config.get_text_config().vocab_size
         if not self.same and tokenizer.eos_token_id is None:
-            raise RewardError(f"{name}: its tokenizer has no EOS token, with which a response ends. Give it one.")
+            raise RewardError(f"{name}: its tokenizer has no EOS token, with which a response ends. Define one.")
         if actors is not None and not self.same:
-            log.info("%s has a tokenizer of its own: prompts and responses are tokenised anew for it", name)
+            log.info("%s has another tokenizer than the actor: prompts and responses are tokenised again for it", name)
         if actors is not None:
-            template_of = "the actor's" if tokenizer.chat_template is None else "its own"
-            log.info("%s reads prompts that are chat by %s template", name, template_of)
+            owner = "the actor's" if tokenizer.chat_template is None else "its own"
+            log.info("%s gets chat prompts formatted by %s template", name, owner)
 
     def __call__(self, responses: Responses) -> list[float]:
         if self.same and not self._chats(responses.messages):
             return self.scores(responses.packed, responses.texts)
-        own = [part.tolist() for part in responses.packed.tokens.split(responses.packed.lengths.tolist())]
+        actor_tokens = [part.tolist() for part in responses.packed.tokens.split(responses.packed.lengths.tolist())]
         packed = self.tokenised(
-            responses.prompts, responses.texts, responses.ended, responses.messages, own if self.same else None
+            responses.prompts, responses.texts, responses.ended, responses.messages, actor_tokens if self.same else None
         )
         return self.scores(packed, responses.texts)
 
@@ -111,18 +112,18 @@ class ModelSource:
         responses: Sequence[str],
         ended: Sequence[bool],
         messages: Sequence[Messages | None] | None = None,
-        own: Sequence[list[int]] | None = None,
+        actor_tokens: Sequence[list[int]] | None = None,
     ) -> Packed:
-        """Prompts and responses in the model's own tokens. messages: of prompts that are chat; own: where it reads the
-        very tokens, those.
+        """Prompts and responses as tokens of the model. messages: the chat of each prompt, None for one that is not a
+        chat; actor_tokens: the actor's tokens of each sequence, if the tokenizers are the same.
 
-        A chat with its response is what the model's template writes. Else it is the two texts, with the EOS behind
-        those responses that ended. These are the tokens that it is given where it has the actor's tokenizer, but for
-        what text does not tell: special tokens within a response; that it was written in other tokens than its text is
-        split into, or cut within a character; that it ended with another token than this EOS; that a chat template
-        leaves out the BOS which the tokenizer puts before a text.
+        A chat with its response is formatted by the model's template. Otherwise the two texts are tokenised, with the
+        EOS after a response that is not truncated. The result equals the actor's tokens, if the tokenizers are the
+        same, except for what a text does not show: special tokens within a response; a response sampled in other tokens
+        than the tokenizer would use, or truncated within a character; another end token than the EOS; and the BOS,
+        which the tokenizer adds to a text and a chat template may leave out.
         """
-        rows = list(own) if own is not None else self._texts(prompts, responses, ended)
+        rows = list(actor_tokens) if actor_tokens is not None else self._texts(prompts, responses, ended)
         for i in self._chats(messages):
             assert messages is not None
             rows[i] = chat_tokens(self.name, messages[i] or [], responses[i], self.tokenizer, self.template)
@@ -137,7 +138,7 @@ class ModelSource:
         return rows
 
     def _chats(self, messages: Sequence[Messages | None] | None) -> list[int]:
-        """Which prompts are chat that the model's own template can write."""
+        """Indices of the prompts that are chats to be formatted by the model's template; none if it has no template."""
         if messages is None or self.tokenizer.chat_template is None:
             return []
         return [i for i, chat in enumerate(messages) if chat is not None]
@@ -146,10 +147,10 @@ class ModelSource:
 def chat_tokens(
     name: str, asked: Messages, response: str, tokenizer: PreTrainedTokenizerBase, template: Mapping[str, Any]
 ) -> list[int]:
-    """A chat with its response, whole as a classifier's users give it: every template closes it its own way.
+    """The tokens of a chat and its response, complete to the end of the template, as a classifier reads it.
 
-    Spaces around a response are the actor's template's, and no part of what was said. name: of the model, for errors;
-    template: arguments. Raises BadChat.
+    Spaces around the response are removed: they come from the actor's template. asked: the messages before the
+    response; name: of the model, for errors; template: arguments of the template. Raises BadChat.
     """
     chat = [*asked, {"role": "assistant", "content": response.strip()}]
     try:
@@ -160,26 +161,25 @@ def chat_tokens(
 
 
 def ensemble(members: Sequence[Source], combine: str) -> Source:
-    """`mean` or `min` of what the members say of each response. Raises the first RewardError of a member.
+    """A source that returns the `mean` or `min` of the members' scores. It raises the first RewardError of a member.
 
-    The minimum is the cautious choice: a response must please all members, and a flaw that one of them has cannot be
-    exploited alone (Coste et al., 2023, "Reward model ensembles help mitigate overoptimization", worst-case
+    The minimum is conservative: it is high only if all members give a high score, so that the flaw of a single member
+    cannot be exploited (Coste et al., 2023, "Reward model ensembles help mitigate overoptimization", worst-case
     optimisation).
     """
 
     def source(responses: Responses) -> list[float]:
         answers: list[Sequence[float]] = []
-        failed: list[RewardError] = []
-        for member in members:  # all of them, whatever one says: their collectives need every rank
+        errors: list[RewardError] = []
+        for member in members:  # call all of them even after an error: their collectives need every rank
             try:
                 answers.append(member(responses))
             except RewardError as error:
-                failed.append(error)
-        if failed:
-            raise failed[0]
-        said = torch.tensor(answers, dtype=torch.float64)  # (members, B)
-        together = said.amin(0) if combine == "min" else said.mean(0)
-        numbers: list[float] = together.tolist()
-        return numbers
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        by_member = torch.tensor(answers, dtype=torch.float64)  # (members, B)
+        scores: list[float] = (by_member.amin(0) if combine == "min" else by_member.mean(0)).tolist()
+        return scores
 
     return source

@@ -1,4 +1,4 @@
-"""A rule check as a source of reward: whether a response matches a regular expression."""
+"""Regular expressions as sources of reward: whether a response contains a match."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from collections.abc import Mapping
 
 from fastppo.rewards.responses import Responses, RewardError, Source
 
-# What is read as one: an escaped character and a set of characters, in which braces are braces; {answer}, which is a
-# column, and not the {2,3} of a regular expression.
+# The parts of a pattern: an escaped character or a character set, in which braces are literal; and {answer}, the name
+# of a column (the {2,3} of a regular expression does not match).
 PIECE = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(?P<column>[A-Za-z_]\w*)\}", re.DOTALL)
 
 
 def pattern_source(pattern: str, where: str = "rewards") -> Source:
-    """1 for a response in which the pattern is found, else 0; 0 too where a column that it names is None or empty.
+    """A source that gives 1 to a response that contains a match of the pattern, otherwise 0; also 0 if a column named
+    in the pattern is None or empty.
 
-    `{column}` in it stands for that column of the data, taken literally and as a whole: `answer is {answer}\\b`. Braces
-    in a set, `[{}]`, and behind a backslash, `\\{answer}`, are braces. A pattern of Python's `re`, where `(?i)` at the
-    start ignores case. where: the setting it belongs to, for errors.
+    `{column}` stands for the literal text of that column of the data, as one group: `answer is {answer}\\b`. Braces in
+    a character set, `[{}]`, and after a backslash, `\\{answer}`, are literal. The syntax is that of Python's `re`;
+    `(?i)` at the start ignores case. where: the setting with the source, for errors.
     """
     setting = f"{where}.pattern = {pattern}"
     names = list(filter(None, (piece["column"] for piece in PIECE.finditer(pattern))))
@@ -27,21 +28,23 @@ def pattern_source(pattern: str, where: str = "rewards") -> Source:
         for name in names:
             if name not in columns:
                 raise RewardError(
-                    f"{setting} names the column {name}, which the data lacks; it has: {', '.join(columns)}. Name one"
-                    f" of these, or write \\{{{name}}} for braces of the text."
+                    f"{setting} names the column {name}, which the data does not have; it has: {', '.join(columns)}."
+                    f" Name one of these, or write \\{{{name}}} for literal braces."
                 )
 
-        def found(i: int, text: str) -> float:
+        def has_match(i: int, text: str) -> float:
             values = {name: "" if columns[name][i] is None else str(columns[name][i]) for name in names}
-            if not all(values.values()):  # nothing would be found in every response
+            if not all(values.values()):  # an empty text would match in every response
                 return 0.0
             filled = PIECE.sub(lambda piece: _filled(piece, values), pattern)
             try:
                 return float(re.search(filled, text) is not None)
             except (re.error, OverflowError, RecursionError) as error:
-                raise RewardError(f"{setting} is no regular expression once it is filled, {filled}: {error}") from error
+                raise RewardError(
+                    f"{setting} is not a regular expression after its columns are filled in, {filled}: {error}"
+                ) from error
 
-        return [found(i, text) for i, text in enumerate(responses.texts)]
+        return [has_match(i, text) for i, text in enumerate(responses.texts)]
 
     return source
 

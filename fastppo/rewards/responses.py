@@ -1,4 +1,4 @@
-"""What a source of reward sees, and what it must answer."""
+"""The input of a source of reward, and the validation of the scores that it returns."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from torch import Tensor
 from fastppo.data import Messages, Packed
 from fastppo.errors import FastPPOError
 
-LARGEST = torch.finfo(torch.float32).max  # what a score may be, in size
+LARGEST = torch.finfo(torch.float32).max  # the largest absolute value of a score
 
 
 class RewardError(FastPPOError):
-    """A source of reward that is missing, fails or answers with something that is not one finite number a response."""
+    """A source of reward is missing, fails, or does not return one finite number per response."""
 
 
 @dataclass(frozen=True)
 class Responses:
-    """B responses as text, and for reward models with the actor's tokenizer the tokens themselves.
+    """B responses as text, and as tokens for reward models with the actor's tokenizer.
 
-    A prompt and its response together are the text that the actor has written on, also where its tokenizer puts a space
-    before a text of its own.
+    A prompt and its response, concatenated, are the text of the whole sequence, also if the tokenizer adds a space at
+    the start of a text.
     """
 
-    prompts: list[str]  # chat as the actor's template writes it
-    texts: list[str]  # without special tokens, and so without the EOS
-    ended: list[bool]  # False where the response was cut at its maximum length
-    columns: dict[str, list[Any]]  # every other column of the data, one value a response
+    prompts: list[str]  # chats as formatted by the actor's template
+    texts: list[str]  # the responses without special tokens, and therefore without the EOS
+    ended: list[bool]  # False if the response was truncated at its maximum length
+    columns: dict[str, list[Any]]  # the other columns of the data, one value per response
     packed: Packed
-    messages: Sequence[Messages | None] | None = None  # of each prompt, None where it is no chat; None where none is
+    messages: Sequence[Messages | None] | None = None  # chat of each prompt, None if it is text; None: no chats at all
 
 
 Source = Callable[[Responses], Sequence[float]]
 
 
 def checked(name: str, answer: Any, texts: Sequence[str], first: int = 0) -> list[float]:
-    """One number for each response that fp32 can hold, or a RewardError that shows the first that is none.
+    """Check that `answer` has one finite number in the range of fp32 per response, and return them as floats.
 
-    A bool counts as 1 or 0. name: the source by its setting, as in `rewards.function = file.py:function`; first: the
-    number of the first of these responses among all that are scored.
+    A bool counts as 1 or 0. Raises RewardError with the first wrong value. name: the source's setting, as in
+    `rewards.function = file.py:function`; texts: the responses; first: the index of the first of them in the batch.
     """
     numbers = _listed(name, answer)
     if len(numbers) != len(texts):
@@ -59,31 +59,31 @@ def _listed(name: str, answer: Any) -> list[Any]:
     if isinstance(answer, Tensor):
         answer = answer.tolist()
     try:
-        if isinstance(answer, str | bytes | bytearray | Mapping | Set):  # lists of something else than the scores
+        if isinstance(answer, str | bytes | bytearray | Mapping | Set):  # iterable, but not lists of scores
             raise TypeError
         return list(answer)
-    except Exception as error:  # what is iterated may raise what it likes
+    except Exception as error:  # the iteration of an unknown object may raise anything
         why = f" ({type(error).__name__}: {error})" if str(error) else ""
         raise RewardError(f"{name} returned {type(answer).__name__}, not one number for each response{why}") from error
 
 
 def _problem(number: Any) -> str | None:
-    """Why it can be no score, to be written behind it; None if it can."""
-    beyond = ", beyond what fp32 holds,"
+    """Why a value is not a valid score, as text to append to it; None if it is valid."""
+    out_of_range = ", outside the range of fp32,"
     try:
         size = math.fabs(number)
     except OverflowError:
-        return beyond
-    except Exception:  # conversions of other libraries' numbers may raise what they like
+        return out_of_range
+    except Exception:  # conversions of other libraries' numbers may raise anything
         return f" ({type(number).__name__}), not a number,"
     if size <= LARGEST:
         return None
-    return beyond if math.isfinite(size) else ""
+    return out_of_range if math.isfinite(size) else ""
 
 
 def shown(value: Any) -> str:
-    """A value in an error."""
+    """A value as text for an error, at most 200 characters."""
     try:
         return repr(value)[:200]
-    except Exception:  # Python writes out no integer of thousands of digits
-        return "something that cannot be written out"
+    except Exception:  # Python does not convert integers of thousands of digits to text
+        return "a value that cannot be shown as text"

@@ -1,4 +1,4 @@
-"""From what the sources say of each response to the score that PPO maximises."""
+"""The score of each response that PPO maximises, computed from the scores of all sources."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from fastppo.config import PPOConfig
 from fastppo.data import Moments, Packed, PromptSet, Rollout, Scored, concatenate, decode_after
 from fastppo.distributed import World, all_gather
-from fastppo.rewards.function import FunctionSource, ask_at_once
+from fastppo.rewards.function import FunctionSource, score_concurrently
 from fastppo.rewards.responses import LARGEST, Responses, RewardError, Source
 
-SMALLEST_STD = 1e-6  # a source that says the same of all responses would be divided by 0
+SMALLEST_STD = 1e-6  # avoids a division by 0 if all scores are equal
 
 
 def score(
@@ -29,10 +29,11 @@ def score(
     world: World,
     judge: Sequence[tuple[Source, float]] = (),
 ) -> Scored:
-    """Ask the sources about this rank's responses; returns those of all ranks, in the order of the prompts.
+    """Score this rank's responses with all sources; returns the responses of all ranks, in the order of the prompts.
 
-    moments: of the scores that the run has had; judge: sources that nothing learns from. Raises RewardError on every
-    rank if a source failed on one of them, so that none is left waiting for it, or if a weighted sum is beyond fp32.
+    sources, judge: pairs of a source and its weight; the judge's scores are not part of the reward. moments: of all
+    scores of the run so far. Raises RewardError on every rank if a source failed on one of them, so that no rank waits
+    for it, or if a weighted sum is outside the range of fp32.
     """
     rows = rollout.sources.tolist()
     responses = Responses(
@@ -43,18 +44,18 @@ def score(
         packed=rollout.packed,
         messages=prompts.messages_of(rows),
     )
-    by_source, scores = _ask_all("rewards", sources, responses, world)
-    judged = _ask_all("health.judge", judge, responses, world)[1] if judge else torch.full_like(scores, math.nan)
-    everyone = concatenate(all_gather(rollout, world))
+    by_source, scores = _score_all("rewards", sources, responses, world)
+    judged = _score_all("health.judge", judge, responses, world)[1] if judge else torch.full_like(scores, math.nan)
+    global_rollout = concatenate(all_gather(rollout, world))
     moments = moments.add(scores)
-    return Scored(everyone, by_source, scores, shape(scores, everyone, moments, ppo), moments, judged)
+    return Scored(global_rollout, by_source, scores, shape(scores, global_rollout, moments, ppo), moments, judged)
 
 
 def shape(scores: Tensor, rollout: Rollout, moments: Moments, ppo: PPOConfig) -> Tensor:
-    """scores (B,) -> (B,) as PPO learns from them.
+    """scores (B,) -> (B,), the scores that PPO learns from.
 
-    In this order: brought to mean 0 and standard deviation 1 over all scores of the run so far (`moments`), clipped,
-    less the penalties for a response that was cut and for each token beyond the soft limit.
+    In this order: normalised to mean 0 and standard deviation 1 over all scores of the run so far (`moments`), clipped,
+    and reduced by the penalties for a truncated response and for each token beyond the soft length limit.
     """
     if ppo.score_normalise:
         scores = (scores - moments.mean) / max(moments.std, SMALLEST_STD)
@@ -66,63 +67,63 @@ def shape(scores: Tensor, rollout: Rollout, moments: Moments, ppo: PPOConfig) ->
     return scores
 
 
-def _ask_all(
+def _score_all(
     where: str, sources: Sequence[tuple[Source, float]], responses: Responses, world: World
 ) -> tuple[Tensor, Tensor]:
-    """What each of the S sources says of the responses of all ranks, (B, S) fp32, and the weighted sum, (B,) fp32.
+    """The scores of the S sources for the responses of all ranks, (B, S) fp32, and their weighted sum, (B,) fp32.
 
-    where: the setting that the sources belong to, for errors.
+    where: the setting with the sources, for errors.
     """
-    awaited = _awaited([source for source, _ in sources], responses)
-    by_source = torch.stack([_ask(awaited.get(source, source), responses, world) for source, _ in sources], dim=1)
+    resolved = _resolve_async([source for source, _ in sources], responses)
+    by_source = torch.stack([_score(resolved.get(source, source), responses, world) for source, _ in sources], dim=1)
     weights = [weight for _, weight in sources]
     sums = by_source.double() @ torch.tensor(weights, dtype=torch.float64)
     for i in (sums.abs() > LARGEST).nonzero().flatten().tolist()[:1]:
-        said = [f"{weight:g} * {x:g}" for weight, x in zip(weights, by_source[i].tolist(), strict=True)]
+        terms = [f"{weight:g} * {x:g}" for weight, x in zip(weights, by_source[i].tolist(), strict=True)]
         raise RewardError(
-            f"{where}: the weighted sum for response {i} of the batch is {' + '.join(said)} = {float(sums[i]):g},"
-            " beyond what fp32 holds. Lower the weights, or scale what the sources say."
+            f"{where}: the weighted sum for response {i} of the batch is {' + '.join(terms)} = {float(sums[i]):g},"
+            " outside the range of fp32. Lower the weights, or let the sources return smaller scores."
         )
     return by_source, sums.float()
 
 
-def _awaited(sources: Sequence[Source], responses: Responses) -> dict[Source, Source]:
-    """For each coroutine function a source that says what it has answered, or why one of them has not.
+def _resolve_async(sources: Sequence[Source], responses: Responses) -> dict[Source, Source]:
+    """For each coroutine function among the sources, a source that returns its computed scores or raises the error.
 
-    They are awaited together, so several services that each takes its time over are asked at once.
+    They run at the same time, so that the waiting times of several services do not add up.
     """
     functions = [source for source in sources if isinstance(source, FunctionSource) and source.is_async]
     try:
-        answers = ask_at_once(functions, responses)
+        answers = score_concurrently(functions, responses)
     except RewardError as error:
         return dict.fromkeys(functions, partial(_raise, error))
-    return {source: partial(_said, answer) for source, answer in answers.items()}
+    return {source: partial(_return, answer) for source, answer in answers.items()}
 
 
 def _raise(error: RewardError, responses: Responses) -> Sequence[float]:
     raise error
 
 
-def _said(answer: Sequence[float], responses: Responses) -> Sequence[float]:
+def _return(answer: Sequence[float], responses: Responses) -> Sequence[float]:
     return answer
 
 
-def _ask(source: Source, responses: Responses, world: World) -> Tensor:
-    """What a source says of the responses of all ranks, (B,) fp32."""
+def _score(source: Source, responses: Responses, world: World) -> Tensor:
+    """The scores of a source for the responses of all ranks, (B,) fp32."""
     answer: Tensor | RewardError
     try:
         answer = torch.tensor(source(responses), dtype=torch.float32)
     except RewardError as error:
         answer = error
     answers = all_gather(answer, world)
-    for failed in answers:
-        if isinstance(failed, RewardError):
-            raise failed
-    return torch.cat([answer for answer in answers if isinstance(answer, Tensor)])
+    for rank_answer in answers:
+        if isinstance(rank_answer, RewardError):
+            raise rank_answer
+    return torch.cat([rank_answer for rank_answer in answers if isinstance(rank_answer, Tensor)])
 
 
 def response_texts(packed: Packed, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text by which each response goes on from its prompt, without special tokens."""
+    """The text of each response as the continuation of its prompt, without special tokens."""
     sequences = [part.tolist() for part in packed.tokens.split(packed.lengths.tolist())] if len(packed) else []
     pairs = list(zip(sequences, packed.response_lengths.tolist(), strict=True))
     return decode_after([ids[:-n] for ids, n in pairs], [ids[-n:] for ids, n in pairs], tokenizer)

@@ -1,4 +1,4 @@
-"""The sources of reward that a config names."""
+"""Creating the sources of reward of a config."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ log = logging.getLogger("fastppo")
 
 
 def load_functions(rewards: Sequence[RewardConfig], where: str = "rewards") -> None:
-    """Import the Python functions among the sources. Done before any model loads, so a typo costs no minutes.
+    """Import the Python functions among the sources, to find errors before a model is loaded, which takes minutes.
 
-    where: the setting that the sources belong to, for errors.
+    where: the setting with the sources, for errors. Raises RewardError.
     """
     for reward in rewards:
         if reward.function is not None:
@@ -33,9 +33,9 @@ def load_functions(rewards: Sequence[RewardConfig], where: str = "rewards") -> N
 
 
 def check_chats(config: Config, tokenizer: PreTrainedTokenizerBase, *prompts: PromptSet) -> None:
-    """Whether the templates of reward models and judges write the chats of these prompts, by the roles that they have.
+    """Check, before a model is loaded, that the chat templates of reward models and judges accept these prompts.
 
-    Done before any model loads. tokenizer: the actor's. Raises RewardError.
+    One chat is tested for each sequence of roles. tokenizer: the actor's. Raises RewardError.
     """
     chats = [chat for part in prompts for chat in part.messages if chat is not None]
     kinds = {tuple(message["role"] for message in chat): chat for chat in chats}
@@ -43,48 +43,59 @@ def check_chats(config: Config, tokenizer: PreTrainedTokenizerBase, *prompts: Pr
         for reward in rewards if kinds else ():
             setting = f"{where}.model" if reward.model is not None else f"{where}.ensemble"
             for name in (each for each in (reward.model, *reward.ensemble) if each is not None):
-                theirs = load_tokenizer(setting, name)
-                for chat in kinds.values() if theirs.chat_template is not None else ():
-                    chat_tokens(f"{setting} = {name}", chat, "yes", theirs, _arguments(config, theirs, tokenizer))
+                reward_tokenizer = load_tokenizer(setting, name)
+                for chat in kinds.values() if reward_tokenizer.chat_template is not None else ():
+                    chat_tokens(
+                        f"{setting} = {name}",
+                        chat,
+                        "yes",
+                        reward_tokenizer,
+                        _arguments(config, reward_tokenizer, tokenizer),
+                    )
 
 
-def _arguments(config: Config, theirs: PreTrainedTokenizerBase, actors: PreTrainedTokenizerBase) -> Mapping[str, Any]:
-    """What a reward model's chat template is given: `data.template`, if it is the actor's template."""
-    return config.data.template if theirs.chat_template == actors.chat_template else NO_ARGUMENTS
+def _arguments(
+    config: Config, reward_tokenizer: PreTrainedTokenizerBase, actors: PreTrainedTokenizerBase
+) -> Mapping[str, Any]:
+    """The arguments of a reward model's chat template: `data.template`, if it is the same template as the actor's.
+
+    reward_tokenizer: the reward model's tokenizer; actors: the actor's.
+    """
+    return config.data.template if reward_tokenizer.chat_template == actors.chat_template else NO_ARGUMENTS
 
 
 def load_sources(
     config: Config, tokenizer: PreTrainedTokenizerBase, world: World, residency: Residency
 ) -> list[tuple[Source, float]]:
-    """Every source of the config with its weight, in order; tokenizer: the actor's."""
+    """Load every source in `rewards`, in order; returns each with its weight. tokenizer: the actor's."""
     return [(_load(r, "rewards", config, tokenizer, world, residency), r.weight) for r in config.rewards]
 
 
 def load_judge(
     config: Config, tokenizer: PreTrainedTokenizerBase, world: World, residency: Residency
 ) -> list[tuple[Source, float]]:
-    """The sources of the held-out judge with their weights, in order; none if there is no judge."""
+    """Load the sources of the held-out judge, in order; returns each with its weight, empty without a judge."""
     if world.rank == 0:
-        for twin in shared_sources(config):
+        for name in shared_sources(config):
             log.warning(
-                "health.judge and rewards both have %s: a judge that is the reward itself rises with it and cannot tell"
-                " when the reward is exploited. Judge by another model or function.",
-                twin,
+                "health.judge and rewards both have %s: a judge that is also the reward rises with it and cannot show"
+                " reward hacking. Use another model or function as judge.",
+                name,
             )
     return [(_load(r, "health.judge", config, tokenizer, world, residency), r.weight) for r in config.health.judge]
 
 
 def shared_sources(config: Config) -> list[str]:
-    """What stands both in `rewards` and in `health.judge`; a model by where it is, however the path is written."""
+    """The sources that are both in `rewards` and in `health.judge`; models are compared by their resolved paths."""
     rewards, judges = ([name for r in group for name in _names(r)] for group in (config.rewards, config.health.judge))
     return [name for name in dict.fromkeys(judges) if name in rewards]
 
 
 def _names(reward: RewardConfig) -> list[str]:
     models = [name for name in (reward.model, *reward.ensemble) if name is not None]
-    where = [str(Path(name).resolve()) if Path(name).exists() else name for name in models]
+    paths = [str(Path(name).resolve()) if Path(name).exists() else name for name in models]
     others = (reward.function, reward.pattern, reward.url)
-    return [*where, *(name for name in others if name is not None)]
+    return [*paths, *(name for name in others if name is not None)]
 
 
 def _load(
@@ -95,7 +106,7 @@ def _load(
     world: World,
     residency: Residency,
 ) -> Source:
-    """where: the setting that the source belongs to, for errors."""
+    """Load one source. where: the setting with it, for errors."""
     if reward.function is not None:
         return function_source(reward.function, where)
     if reward.pattern is not None:
@@ -105,18 +116,18 @@ def _load(
 
     def model(name: str, setting: str) -> Source:
         dtype = DTYPES[config.optim.dtype]
-        loaded, theirs = load_reward(name, dtype, world.device, frozen_partitions(config), setting)
+        loaded, reward_tokenizer = load_reward(name, dtype, world.device, frozen_partitions(config), setting)
         frozen = Frozen(loaded, config.optim, config.zero)
         residency.add("rewards", frozen)
         return ModelSource(
             frozen,
-            theirs,
+            reward_tokenizer,
             tokenizer,
             budget=config.ppo.microbatch_tokens,
             zero=config.zero,
             world=world,
             name=f"{setting} = {name}",
-            template=_arguments(config, theirs, tokenizer),
+            template=_arguments(config, reward_tokenizer, tokenizer),
         )
 
     if reward.model is not None:

@@ -176,13 +176,13 @@ def test_a_second_ctrl_c_ends_at_once(folder, forks):
 
 SLOW_EXPORT = """
 import time
-from fastppo.checkpoint import leave
-real = leave.export
-def export(*args, **kwargs):
+from fastppo.checkpoint import export
+real = export.write_model
+def write_model(*args, **kwargs):
     print("exporting", flush=True)
     time.sleep(2)
     real(*args, **kwargs)
-leave.export = export
+export.write_model = write_model
 """
 
 
@@ -197,13 +197,16 @@ def test_a_run_that_is_told_to_stop_while_it_writes_its_model_writes_it_to_the_e
 
 
 def test_a_model_that_nothing_takes_ends_all_ranks_with_where_the_run_can_go_on(folder, forks):
-    output, before = folder / "nowhere", "from fastppo.checkpoint import leave\nleave.export = lambda *a, **k: 1 / 0\n"
-    before += "leave._free_name = lambda *a: None"
+    output, before = (
+        folder / "nowhere",
+        "from fastppo.checkpoint import export\nexport.write_model = lambda *a, **k: 1 / 0\n",
+    )
+    before += "export._free_name = lambda *a: None"
     changes = {"steps": 1, "eval__prompts": 0, "eval__every": 0, "checkpoint__every": 0}
     run = forks.start(whole_runs.settings(folder, output, **changes), 2, before)
     assert forks.wait(run) == [1, 1], run.text()
     for log in run.logs:
-        words = "could not be written (ZeroDivisionError: division by zero); nor elsewhere. Make room or"
+        words = "could not be written (ZeroDivisionError: division by zero); no other place could be written either."
         assert words in log.read_text() and "--resume auto" in log.read_text() and "Traceback" not in log.read_text()
     assert whole_runs.checkpoints(output) == ["step-00000001"]
 
@@ -295,7 +298,7 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "damage", "words"),
     [
-        ("actor/mp_rank_00_model_states.pt", cut, "bytes and not"),
+        ("actor/mp_rank_00_model_states.pt", cut, "bytes instead of"),
         ("critic/zero_pp_rank_0_mp_rank_00_optim_states.pt", flip, "is damaged"),
         ("manifest.json", cut, "manifest.json is damaged"),
         ("rank-00000.pt", Path.unlink, "cannot be read"),
@@ -306,7 +309,7 @@ def test_a_damaged_checkpoint_costs_no_more_than_the_steps_since_the_one_before(
 ):
     damage(finished / "checkpoints/step-00000004" / file)
     said = resumed(forks, folder, finished, code=0)
-    assert words in said and "going on from" in said and "step-00000003" in said
+    assert words in said and "continuing from" in said and "step-00000003" in said
     whole_runs.assert_same_run(straight(1, "separate critic, fp32, stage 1"), finished)
     assert "aside-step-00000004.1" in whole_runs.checkpoints(finished)
 
@@ -318,15 +321,15 @@ def test_what_cannot_be_resumed_is_refused_and_left_as_it_was(forks, folder, fin
         ({"ppo__lam": 0.9}, "ppo.lam is 0.9, but"),
         ({"steps": 6}, "steps is 6"),
         ({"seed": 2}, "--seed 1"),
-        ({"resume": finished / "checkpoints/step-7"}, f"there is no such folder. Give auto, or one of {chosen}"),
-        ({"resume": folder}, "which is no checkpoint of output"),
+        ({"resume": finished / "checkpoints/step-7"}, f"this folder does not exist. Give auto, or one of {chosen}"),
+        ({"resume": folder}, "which is not a checkpoint of output"),
     ]:
         assert words in resumed(forks, folder, finished, **changes)
     assert "written by 1 rank(s), and this run has 2" in resumed(forks, folder, finished, ranks=2)
     for path in (finished / "checkpoints").glob("step-*"):
         cut(path / "manifest.json")
     said = resumed(forks, folder, finished)
-    assert "no checkpoint is whole" in said and "--resume null" in said
+    assert "no checkpoint is complete" in said and "--resume null" in said
     assert (whole_runs.records(finished), whole_runs.checkpoints(finished)) == before
 
 
@@ -355,7 +358,7 @@ def test_settings_that_change_nothing_may_change(forks, folder, straight, finish
 def test_auto_begins_where_there_is_nothing_to_resume_and_says_so(forks, folder, tmp_path):
     output = tmp_path / "new"
     said = resumed(forks, folder, output, code=0, steps=1, checkpoint__every=0)
-    assert "has no checkpoint: the run begins at step 0" in said
+    assert "has no checkpoint: the run starts at step 0" in said
     assert not (output / "checkpoints").exists()
 
 
@@ -408,7 +411,7 @@ def test_a_checkpoint_that_cannot_be_written_costs_nothing_else(forks, folder, s
     argv = whole_runs.settings(folder, output, **ROLES[roles])
     run = forks.start(argv, 2, FAILING.format(save=3, file=file, rank=0, left=left))
     assert forks.wait(run) == [0, 0], run.text()
-    assert words in run.text() and "The run goes on; " in run.text() and "step-00000002 stays" in run.text()
+    assert words in run.text() and f"The run continues. The newest checkpoint: {output}" in run.text()
     whole_runs.assert_same_run(straight(2, roles), output)
     assert whole_runs.checkpoints(output) == ["step-00000002", "step-00000004"]
 

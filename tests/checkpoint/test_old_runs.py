@@ -21,7 +21,7 @@ def test_an_old_checkpoint_resumes_to_the_end_that_it_had_then(forks, tmp_path, 
     argv = json.loads((folder / name / "argv.json").read_text())
     run = forks.start(argv, before=f"import os; os.chdir({str(folder)!r})", module=old_runs.MODULES[name])
     assert forks.wait(run) == [0], run.text()
-    assert f"going on from checkpoints/{checkpoint.name}" in run.text().replace(f"{name}/", "")
+    assert f"continuing from checkpoints/{checkpoint.name}" in run.text().replace(f"{name}/", "")
 
     then, now = old_runs.expected(), old_runs.left(folder / name)
     if then["machine"] == old_runs.machine():

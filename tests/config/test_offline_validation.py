@@ -1,4 +1,4 @@
-"""Every rule between the settings of the stages before PPO refuses what it should, with the reason."""
+"""Every rule about the settings of SFT and reward modelling refuses what it should, with the reason."""
 
 import dataclasses
 from pathlib import Path

@@ -67,9 +67,9 @@ def test_the_defaults_and_the_quickstart_are_allowed() -> None:
         (dict(rewards=(RewardConfig(model="m", weight=0.0),)), ["rewards all have weight 0"]),
         (dict(rewards=(RewardConfig(model="m", combine="min"),)), ["combine is min", "belongs to ensemble"]),
         (dict(rewards=(RewardConfig(ensemble=("m",)),)), ["rewards[0].ensemble has one model, m"]),
-        (dict(rewards=(RewardConfig(pattern="("),)), ["rewards[0].pattern is (", "no regular expression"]),
+        (dict(rewards=(RewardConfig(pattern="("),)), ["rewards[0].pattern is (", "not a regular expression"]),
         (dict(rewards=(RewardConfig(url="host:80"),)), ["rewards[0].url is host:80", "http://"]),
-        (dict(rewards=(RewardConfig(url="http://:80"),)), ["rewards[0].url is http://:80", "name a host"]),
+        (dict(rewards=(RewardConfig(url="http://:80"),)), ["rewards[0].url is http://:80", "contain a host name"]),
         (
             dict(rewards=(RewardConfig(url="http://a:99999"),)),
             ["url is http://a:99999", "Port out of range"],
@@ -78,7 +78,7 @@ def test_the_defaults_and_the_quickstart_are_allowed() -> None:
         (dict(rewards=(RewardConfig(url="http://a", retries=-1),)), ["rewards[0].retries is -1", "0 to 1000"]),
         (dict(rewards=(RewardConfig(url="http://a", timeout=86401.0),)), ["timeout is 86401.0", "0.001 to 86400"]),
         (dict(rewards=(RewardConfig(model="m", timeout=5.0),)), ["rewards[0].timeout is 5.0", "belongs to url"]),
-        (dict(ppo__length_penalty=0.1), ["length_penalty is 0.1", "length_limit is not set"]),
+        (dict(ppo__length_penalty=0.1), ["length_penalty is 0.1", "length_limit, beyond which it applies, is not set"]),
         (dict(ppo__length_limit=99), ["length_limit is 99", "length_penalty 0.0"]),
         (dict(ppo__length_limit=128, ppo__length_penalty=0.1), ["length_limit is 128", "max_new_tokens 128"]),
         (dict(resume=""), ["resume is empty", "auto"]),
@@ -144,7 +144,7 @@ def test_the_defaults_and_the_quickstart_are_allowed() -> None:
         (dict(zero__offload_optimizer="nvme"), ["zero.offload_optimizer is nvme and zero.stage 1"]),
         (dict(zero__stage=2, zero__offload_parameters="cpu"), ["zero.offload_parameters is cpu and zero.stage 2"]),
         (dict(zero__offload_frozen="cpu"), ["zero.offload_frozen is cpu and zero.stage 1", "Set zero.stage to 3"]),
-        (dict(zero__stage=3, zero__offload="nvme"), ["offloaded to nvme", "zero.nvme_path is not set"]),
+        (dict(zero__stage=3, zero__offload="nvme"), ["zero.offload_frozen is nvme", "zero.nvme_path is not set"]),
         (dict(zero__stage=3, zero__offload_frozen="nvme"), ["zero.offload_frozen", "zero.nvme_path is not set"]),
         (dict(optim__betas=(0.9, 1.0)), ["optim.betas is [0.9, 1.0]", "less than 1"]),
     ],
@@ -199,7 +199,9 @@ def test_settings_at_the_edge_of_a_rule_are_allowed(settings: dict[str, Any]) ->
 def test_each_minibatch_needs_a_response_for_each_rank() -> None:
     config = changed(ppo__batch_size=8, ppo__minibatches=2)
     validate(config, ranks=4)
-    with pytest.raises(ConfigError, match=r"minibatch of 4 responses cannot be spread over 5 ranks.* multiple of 10"):
+    with pytest.raises(
+        ConfigError, match=r"minibatch of 4 responses cannot be divided equally among 5 ranks.* multiple of 10"
+    ):
         validate(config, ranks=5)
 
 
@@ -208,7 +210,7 @@ def test_the_tries_of_a_request_take_no_longer_than_other_ranks_wait() -> None:
     config = changed(health__judge=judge, timeout=28.5)
     validate(config)
     validate(changed(health__judge=judge, timeout=29.0), ranks=2)
-    with pytest.raises(ConfigError, match=r"health.judge\[0\].timeout is 9 .*retries 2: .* 28.5 s .* timeout is 28.5"):
+    with pytest.raises(ConfigError, match=r"health.judge\[0\].timeout is 9 .*retries 2: .* 28.5 s .* timeout = 28.5"):
         validate(config, ranks=2)
 
 

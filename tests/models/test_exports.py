@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fastppo import ops
-from fastppo.checkpoint.save import export
+from fastppo.checkpoint.export import write_model
 from fastppo.config import ActorLoraConfig
 from fastppo.config.command_line import REWARD, parse
 from fastppo.data.batch import pack
@@ -86,7 +86,7 @@ def assert_plain(folder: Path, dtype: torch.dtype) -> None:
 def test_an_export_loaded_again_says_what_the_trained_model_says(start, tmp_path):
     policy = trained(loaded(start, tmp_path / "start"))
     expected = logprobs(policy)
-    export(policy, tiny.tokenizer(), tmp_path / "out", ActorLoraConfig())
+    write_model(policy, tiny.tokenizer(), tmp_path / "out", ActorLoraConfig())
     dtype = DTYPES[STARTS[start][1]]
     assert_plain(tmp_path / "out", dtype)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype, attn_implementation="eager")
@@ -108,7 +108,7 @@ def test_adapters_exported_either_way_say_what_the_trained_model_says(start, how
     ).actor  # fmt: skip
     choose_trained(policy, "actor", config, config.model, None, 0)
     expected = logprobs(trained(policy))
-    export(policy, tiny.tokenizer(), tmp_path / "out", config.lora)
+    write_model(policy, tiny.tokenizer(), tmp_path / "out", config.lora)
     if how == "merged":
         assert_plain(tmp_path / "out", torch.float32)
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -129,7 +129,7 @@ def test_a_reward_model_exported_scores_as_it_did(start, tmp_path):
     scorer = trained(load_scorer(config.model, config.optim, 0, CPU))
     with torch.no_grad():
         expected = scorer(PACKED)
-    export(scorer, tiny.tokenizer(), tmp_path / "out", config.model.lora)
+    write_model(scorer, tiny.tokenizer(), tmp_path / "out", config.model.lora)
     assert_plain(tmp_path / "out", torch.float32)
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     again.config.pad_token_id = None
@@ -172,7 +172,7 @@ def test_a_copy_is_exported_as_its_original(tmp_path):
     """The reference and a critic start as copies of the actor."""
     policy = loaded("FP8", tmp_path / "start")
     twin = Policy(copy.deepcopy(policy.model))
-    export(twin, tiny.tokenizer(), tmp_path / "out", ActorLoraConfig())
+    write_model(twin, tiny.tokenizer(), tmp_path / "out", ActorLoraConfig())
     assert_plain(tmp_path / "out", torch.float32)
 
 

@@ -9,7 +9,7 @@ from test_roles import PACKED, objective
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
-from fastppo.checkpoint.save import export
+from fastppo.checkpoint.export import write_model
 from fastppo.config import ActorLoraConfig, LoraConfig
 from fastppo.data.microbatches import plan_step
 from fastppo.distributed.world import start_world
@@ -277,7 +277,7 @@ def test_merged_weights_are_made_one_by_one_and_kept_on_the_host():
 
 
 def exported(policy, folder, how):
-    export(policy, tiny.tokenizer(), folder, ActorLoraConfig(rank=4, export=how))
+    write_model(policy, tiny.tokenizer(), folder, ActorLoraConfig(rank=4, export=how))
     return folder
 
 

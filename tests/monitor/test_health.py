@@ -14,7 +14,7 @@ import torch
 
 from fastppo.config import AlarmConfig, Config, HealthConfig, PPOConfig, RewardConfig
 from fastppo.config.health import FIGURES
-from fastppo.monitor.health import Health, _good, judge_turn, watch
+from fastppo.monitor.health import Health, _last_good_step, judge_turn, watch
 from fastppo.monitor.trend_tests import slope, trend
 
 TOKENIZER = tiny.tokenizer()
@@ -213,7 +213,7 @@ def test_what_would_go_back_is_known_before_there_is_an_alarm():
     assert run(settings=stop).good == STEPS and run().good is None
     kept = run(made_up.one_response, stop)
     alarm = next(a for a in kept.alarms if a.action == "stop")
-    assert kept.good == alarm.good and f"Step {alarm.good} was the last to end a whole window" in alarm.message
+    assert kept.good == alarm.good and f"Step {alarm.good} was the last to end a full window" in alarm.message
     odd = Health()
     odd_batches(odd, stop, {20, 22})
     assert odd.good == 30
@@ -225,7 +225,7 @@ def test_what_would_go_back_is_known_before_there_is_an_alarm():
 def test_a_run_that_went_bad_within_its_first_window_was_good_until_then(bad_from, good):
     """Where fewer steps than a window have been, those were good if all of them were."""
     kept = Health(history={"kl_token": [0.1 if step < bad_from else 2.0 for step in range(1, 7)]})
-    assert _good(AlarmConfig("kl_token", 1.0, "stop"), kept, window=3) == good
+    assert _last_good_step(AlarmConfig("kl_token", 1.0, "stop"), kept, window=3) == good
 
 
 def test_levels_have_the_unit_of_their_figure():
@@ -258,7 +258,7 @@ def test_a_batch_whose_learning_was_ended_is_an_alarm_each_time():
 def test_what_was_seen_survives_a_checkpoint_and_goes_on_as_if_nothing_had_been():
     straight, settings = run(made_up.the_judge_falls), config()
     kept = run(made_up.the_judge_falls, steps=22)
-    kept = Health.of(json.loads(json.dumps(kept.state())))
+    kept = Health.from_state(json.loads(json.dumps(kept.state())))
     for step in range(23, STEPS + 1):
         experience = made_up.the_judge_falls(made_up.healthy(step), min((step - ILL_FROM) / ILL_FOR, 1.0))
         watch(experience, [made_up.update()], kept, settings, TOKENIZER)

@@ -17,14 +17,14 @@ import pytest
 
 from fastppo.monitor import lock
 from fastppo.monitor.lock import FolderInUse
-from fastppo.monitor.run_dir import begin_folder, claimed, fresh_folder
+from fastppo.monitor.run_dir import begin_folder, fresh_folder, lock_run_dir
 
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from fastppo.monitor.run_dir import claimed, fresh_folder
+from fastppo.monitor.run_dir import lock_run_dir, fresh_folder
 output = Path(sys.argv[1])
-with claimed(output, 0):
+with lock_run_dir(output, 0):
     fresh_folder(output)
     (output / "metrics.jsonl").write_text('{"step": 1}\\n')
     heard, say = os.pipe()
@@ -57,12 +57,12 @@ def names(folder: Path) -> list[str]:
 
 
 def begin(output: Path) -> None:
-    with claimed(output, 0):
+    with lock_run_dir(output, 0):
         fresh_folder(output)
 
 
 def go_on(output: Path) -> None:
-    with claimed(output, 0):
+    with lock_run_dir(output, 0):
         begin_folder(output, {"metrics.jsonl": 0}, "")
 
 
@@ -93,7 +93,7 @@ def test_a_run_that_was_killed_holds_no_lock_and_its_folder_is_an_earlier_runs(t
 def test_a_folder_that_another_run_makes_meanwhile_is_refused(tmp_path: Path) -> None:
     output = tmp_path / "run"
     with (
-        claimed(output, 0),
+        lock_run_dir(output, 0),
         another(output),
         pytest.raises(FolderInUse),
     ):  # the other began while this one looked around
@@ -104,7 +104,7 @@ def test_the_new_folder_is_held_once_the_earlier_run_is_moved_aside_and_no_lock_
     output = tmp_path / "run"
     begin(output)
     (output / "metrics.jsonl").write_text('{"step": 1}\n')
-    with claimed(output, 0):
+    with lock_run_dir(output, 0):
         fresh_folder(output)
         assert names(tmp_path / "run") == ["metrics.jsonl", "run.lock"] and names(tmp_path / "run.1") == [
             "metrics.jsonl"
@@ -116,9 +116,9 @@ def test_the_new_folder_is_held_once_the_earlier_run_is_moved_aside_and_no_lock_
 
 def test_only_rank_0_holds_it(tmp_path: Path) -> None:
     begin(tmp_path / "run")
-    with claimed(tmp_path / "run", 1):
+    with lock_run_dir(tmp_path / "run", 1):
         assert names(tmp_path / "run") == ["metrics.jsonl"]
-    with claimed(tmp_path / "run", 0):
+    with lock_run_dir(tmp_path / "run", 0):
         assert names(tmp_path / "run") == ["metrics.jsonl", "run.lock"]
 
 
@@ -145,5 +145,5 @@ def test_a_lock_of_another_user_and_one_on_a_full_disk_hold(tmp_path: Path, monk
     output = fresh_folder(tmp_path / "run")
     (output / lock.NAME).touch()
     monkeypatch.setattr(os, "open", read_only)
-    with claimed(output, 0), pytest.raises(FolderInUse, match="has not said yet who it is"):
-        lock._locked(output / lock.NAME, output)
+    with lock_run_dir(output, 0), pytest.raises(FolderInUse, match="its process is not known yet"):
+        lock._open_locked(output / lock.NAME, output)

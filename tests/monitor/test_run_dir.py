@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 
 from fastppo.monitor.run_dir import (
-    Lines,
+    JsonlFile,
     RunFolderError,
-    as_line,
     begin_folder,
     check_folder,
     continue_folder,
+    file_sizes,
     fresh_folder,
+    json_line,
     read_lines,
-    sizes,
 )
 
 
@@ -79,7 +79,7 @@ def test_a_last_line_that_was_cut_is_left_out_even_within_a_character(tmp_path: 
 
 
 def test_a_line_is_strict_json_in_its_lists_too() -> None:
-    line = as_line({"step": 1, "score": math.inf, "advantages": [0.5, math.nan], "prompt": "長"})
+    line = json_line({"step": 1, "score": math.inf, "advantages": [0.5, math.nan], "prompt": "長"})
     assert line == '{"step": 1, "score": null, "advantages": [0.5, null], "prompt": "長"}\n'
 
 
@@ -87,7 +87,7 @@ def test_a_line_is_strict_json_in_its_lists_too() -> None:
 def test_another_broken_line_is_an_error_with_its_number(broken: bytes, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + broken + b'\n{"step": 3}\n')
-    with pytest.raises(RunFolderError, match=r"metrics\.jsonl, line 2: this is .*JSON.*Mend the line, or remove it"):
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl, line 2: this is .*JSON.*Correct the line, or remove it"):
         read_lines(path)
 
 
@@ -99,7 +99,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_every_file_of_lines_goes_back_to_where_it_was(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     (tmp_path / "responses.jsonl").write_text('{"step": 1, "prompt": "長い"}\n')
-    then = sizes(tmp_path)
+    then = file_sizes(tmp_path)
     for name in ("metrics", "responses", "alarms"):  # the alarms begin later
         with open(tmp_path / f"{name}.jsonl", "a") as lines:
             lines.write('{"step": 2}\n{"step": 3, "cu')
@@ -176,7 +176,7 @@ def open_full(room: int, *name: Any, **how: Any) -> Full:
 def test_lines_wait_for_room_and_the_file_never_has_half_of_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = Lines(tmp_path / "metrics.jsonl")
+    lines = JsonlFile(tmp_path / "metrics.jsonl")
     lines.add([{"step": 1, "prompt": "長\ud800"}])
     for step, room in ((2, 5), (3, 0)):
         full = partial(open_full, room)
@@ -188,7 +188,7 @@ def test_lines_wait_for_room_and_the_file_never_has_half_of_one(
     monkeypatch.undo()
     lines.add([{"step": 4}])
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
-    assert lines.drop() == 0
+    assert lines.drop_pending() == 0
 
 
 def test_settings_that_cannot_be_written_end_a_new_run_and_leave_a_resumed_ones_as_they_were(
@@ -201,8 +201,10 @@ def test_settings_that_cannot_be_written_end_a_new_run_and_leave_a_resumed_ones_
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(RunFolderError, match=r"nothing can be written there \(No space left on device\). Make room"):
+    with pytest.raises(
+        RunFolderError, match=r"nothing can be written there \(No space left on device\). Free some space"
+    ):
         begin_folder(tmp_path / "new", None, "seed: 1")
-    begin_folder(tmp_path / "run", sizes(tmp_path / "run"), "seed: 1")
-    assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 1" and "stays as it was" in caplog.text
+    begin_folder(tmp_path / "run", file_sizes(tmp_path / "run"), "seed: 1")
+    assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 1" and "the old file stays" in caplog.text
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.yaml", "metrics.jsonl"]

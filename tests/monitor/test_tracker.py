@@ -19,7 +19,7 @@ from rich.text import Text
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastppo.config import TrackConfig
-from fastppo.monitor.run_dir import ALARMS, METRICS, RESPONSES, continue_folder, fresh_folder, read_lines, sizes
+from fastppo.monitor.run_dir import ALARMS, METRICS, RESPONSES, continue_folder, file_sizes, fresh_folder, read_lines
 from fastppo.monitor.samples import Sample, samples_table, show_samples, write_samples
 from fastppo.monitor.tracker import THIRD_PARTY, Phases, Tracker, setup_logging
 
@@ -92,7 +92,7 @@ def test_a_run_that_is_continued_has_no_step_twice(tmp_path: Path) -> None:
     config, metrics = TrackConfig(progress="never"), tmp_path / "metrics.jsonl"
     with Tracker(tmp_path, config, steps=4, rank=0) as tracker:
         tracker.log(1, STEP)
-        then = sizes(tmp_path)
+        then = file_sizes(tmp_path)
         tracker.log(2, STEP)
         tracker.log(3, STEP)
     continue_folder(tmp_path, then)
@@ -332,7 +332,7 @@ def test_alarms_are_lines_of_strict_json_that_rank_0_writes(tmp_path, caplog):
     assert [json.loads(line)["step"] for line in lines] == [3, 4] and json.loads(lines[0])["value"] is None
     with Tracker(tmp_path / "run", TrackConfig(), steps=9, rank=1) as tracker:
         tracker.log_alarms([alarm])
-        tracker.go_back(0, {METRICS: 0, ALARMS: 0})
+        tracker.roll_back(0, {METRICS: 0, ALARMS: 0})
     assert (tmp_path / "run" / ALARMS).read_text().splitlines() == lines
 
 
@@ -340,12 +340,12 @@ def test_a_run_that_goes_back_has_no_step_twice(tmp_path):
     with Tracker(fresh_folder(tmp_path / "run"), TrackConfig(progress="never"), steps=9, rank=0) as tracker:
         tracker.log(1, {"score": 0.1})
         tracker.log_responses(1, [{"of": "heldout"}])
-        then = sizes(tmp_path / "run")
+        then = file_sizes(tmp_path / "run")
         tracker.log(2, {"score": 0.2})
         tracker.log(3, {"score": 0.3})
         tracker.log_responses(3, [{"of": "heldout"}])
         tracker.log_alarms([{"step": 3, "figure": "judge", "message": "it falls"}])
-        tracker.go_back(1, then)
+        tracker.roll_back(1, then)
         tracker.log(2, {"score": 0.4})
     assert [(r["step"], r["score"]) for r in read_lines(tmp_path / "run" / METRICS)] == [(1, 0.1), (2, 0.4)]
     assert [r["step"] for r in read_lines(tmp_path / "run" / RESPONSES)] == [1]

@@ -10,7 +10,7 @@ import whole_runs
 from safetensors.torch import load_file
 from whole_runs import STOP_AT, assert_same_run
 
-from fastppo.checkpoint.rollback_record import Since, SinceError, read_since
+from fastppo.checkpoint.rollback_record import RollbackRecord, RollbackRecordError, read_rollback_record
 
 # From step 5 on distinct-2 is 0.1, until the run has rolled back `cured` times.
 ILL = """
@@ -148,12 +148,17 @@ def test_a_run_that_an_alarm_ends_leaves_the_best_actor_from_before(folder, fork
 
 
 def test_what_a_run_that_went_back_knows_is_whole_or_named(tmp_path):
-    since = Since("step-00000004", 0.2, 1, [], {"metrics.jsonl": 7}, levels={"health.window": 3})
+    since = RollbackRecord("step-00000004", 0.2, 1, [], {"metrics.jsonl": 7}, levels={"health.window": 3})
     since.write(tmp_path)
-    assert read_since(tmp_path / "step-00000004") == since and read_since(tmp_path / "step-00000005") is None
+    assert (
+        read_rollback_record(tmp_path / "step-00000004") == since
+        and read_rollback_record(tmp_path / "step-00000005") is None
+    )
     (tmp_path / "since.json").write_text('{"checkpoint": "step-0')
-    with pytest.raises(SinceError, match=r"since\.json cannot be read .* the run goes on as if neither had been"):
-        read_since(tmp_path / "step-00000004")
+    with pytest.raises(
+        RollbackRecordError, match=r"since\.json cannot be read .* the run continues as if neither had happened"
+    ):
+        read_rollback_record(tmp_path / "step-00000004")
 
 
 def test_of_checkpoints_that_were_set_aside_a_few_stay(folder, forks):
@@ -161,7 +166,7 @@ def test_of_checkpoints_that_were_set_aside_a_few_stay(folder, forks):
     fixed = {"checkpoint__keep_last": 1, "health__roll_backs": 4} | QUIET
     run = forks.start(settings(folder, output, "roll_back", **fixed), 1, ILL.format(cured=3))
     assert forks.wait(run) == [0], run.text()
-    assert run.text().count("it is now aside") == 3
+    assert run.text().count("it is renamed to aside") == 3
     assert len([n for n in whole_runs.checkpoints(output) if n.startswith("aside")]) == 1
 
 

@@ -96,10 +96,10 @@ def test_every_chart_says_in_words_what_it_shows(shown: Parsed) -> None:
         assert re.search(r"\S.*, .*: .+ at .+, .+ at .+\.$", plot["aria-label"] or "", re.S)
 
 
-def test_the_stages_times_are_shown_as_shares(shown: Parsed) -> None:
+def test_the_phases_times_are_shown_as_shares(shown: Parsed) -> None:
     shares = [int(share) for share in re.findall(r"(\d+)%", shown.text)]
     assert len(shares) == 4 and 98 <= sum(shares) <= 102
-    assert all(stage in shown.text for stage in ("sampling", "feedback", "experience", "learning"))
+    assert all(phase in shown.text for phase in ("sampling", "feedback", "experience", "learning"))
 
 
 def test_settings_are_all_there_and_those_that_are_no_default_are_marked(hacked: Path) -> None:

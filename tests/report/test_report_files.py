@@ -63,7 +63,7 @@ def without(record: dict[str, Any], name: str) -> str:
     ("name", "line", "words"),
     [
         ("metrics", '{"step": 2, "sco', "this is not JSON"),
-        ("metrics", '{"score": 2}', "this has no whole number as its step. Mend the line, or remove it."),
+        ("metrics", '{"score": 2}', "this has no whole number as its step. Correct the line, or remove it."),
         ("metrics", '{"step": true}', "this has no whole number as its step"),
         ("metrics", '{"step": -1}', "this has no whole number as its step"),
         ("metrics", f'{{"step": {10**400}}}', "this has no whole number as its step"),
@@ -116,7 +116,7 @@ def test_numbers_without_bounds_are_gaps_wherever_they_stand(number: str, tmp_pa
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match=r"none is no folder\. Give the folder of a run"):
+    with pytest.raises(RunFolderError, match=r"none is not a folder\. Give the folder of a run"):
         runs(tmp_path / "none")
     with pytest.raises(RunFolderError, match=r"is not the folder of a run: it has no metrics\.jsonl"):
         runs(tmp_path)

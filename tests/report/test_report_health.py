@@ -124,7 +124,7 @@ def test_a_run_that_an_alarm_ended_says_so_at_the_top(tmp_path: Path) -> None:
     html = page(runs(write_run(tmp_path / "hacked")))
     top = html.partition("<nav")[0]
     assert '<a href="#alarm-0-1">■ Ended by an alarm of judge_gap at step 60</a>' in top
-    assert "the judge falls while the score rises" in top and "Done: stop" in top
+    assert "the judge falls while the score rises" in top and "Action: stop" in top
     assert "Ended" not in page(runs(write_run(tmp_path / "sound", hacked=False))).partition("<nav")[0]
 
 

@@ -1,4 +1,4 @@
-"""fastppo.report on the stages before PPO: a supervised start, and a reward model."""
+"""fastppo.report on SFT and reward modelling."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def tiles(html: str) -> list[tuple[str, str]]:
     return [(title, re.sub("<[^>]+>", "", told)) for title, told in found]
 
 
-def test_what_is_not_the_default_is_that_of_the_stages_own_settings(reward: str, sft: str, tmp_path: Path) -> None:
+def test_bold_settings_are_those_that_differ_from_the_defaults_of_the_runs_command(
+    reward: str, sft: str, tmp_path: Path
+) -> None:
     assert bold(reward) == ["patience", "path", "lr", "path"]
     assert bold(sft) == ["epochs", "path", "lr"]
     assert "batch_size" not in bold(page(runs(write_run(tmp_path / "ppo", 3))))

@@ -12,8 +12,8 @@ import torch
 from fastppo.config import RewardConfig
 from fastppo.data.batch import pack
 from fastppo.rewards import Responses, RewardError, load_functions
-from fastppo.rewards.apart import SETTINGS
-from fastppo.rewards.function import ask_at_once, function_source
+from fastppo.rewards.function import function_source, score_concurrently
+from fastppo.rewards.process_state import SETTINGS
 
 RESPONSES = Responses(
     prompts=["one", "two"],
@@ -84,7 +84,7 @@ def test_a_function_gets_what_it_names_or_everything(write, parameters, expressi
 
 def test_a_parameter_that_is_no_column_is_an_error_with_the_columns(write):
     write(own_reward="def reward(responses, label): return [1, 2]")
-    with pytest.raises(RewardError, match=r"takes label, .* there are: prompts, responses, prompt, answer"):
+    with pytest.raises(RewardError, match=r"has the parameter label, .* these are: prompts, responses, prompt, answer"):
         ask()
 
 
@@ -256,9 +256,9 @@ def test_async_functions_of_one_call_are_awaited_together_and_a_failure_waits_fo
         """
     )
     meet, also, never, fails = (function_source(f"own_reward.py:{n}") for n in ("meet", "also", "never", "fails"))
-    assert ask_at_once([meet, also], RESPONSES) == {meet: [1, 2], also: [1, 2]}
+    assert score_concurrently([meet, also], RESPONSES) == {meet: [1, 2], also: [1, 2]}
     with pytest.raises(RewardError, match="fails raised LookupError: the cause"):
-        ask_at_once([never, fails], RESPONSES)
+        score_concurrently([never, fails], RESPONSES)
 
 
 # What a function changes in the whole process

@@ -84,9 +84,9 @@ def test_a_tensor_is_as_good_as_a_list(tmp_path, monkeypatch):
         ("return b'123'", "returned bytes, not one number for each response"),
         ("return dict.fromkeys(responses, 1.0)", "returned dict, not one number for each response"),
         ("return {1.0, 2.0, 3.0}", "returned set, not one number for each response"),
-        ("return [1, 1e39, 2]", r"returned 1e\+39, beyond what fp32 holds, for response 1: 'bcd'"),
-        ("return [1, -(10**400), 2]", "returned -1000.*, beyond what fp32 holds, for response 1"),
-        ("return [1, 10**5000, 2]", "returned something that cannot be written out, beyond what fp32 holds"),
+        ("return [1, 1e39, 2]", r"returned 1e\+39, outside the range of fp32, for response 1: 'bcd'"),
+        ("return [1, -(10**400), 2]", "returned -1000.*, outside the range of fp32, for response 1"),
+        ("return [1, 10**5000, 2]", "returned a value that cannot be shown as text, outside the range of fp32"),
         ("import decimal; return [decimal.Decimal('sNaN')] * 3", r"'sNaN'\) \(Decimal\), not a number, for response 0"),
         ("raise KeyError('label')", r"raised KeyError: 'label' \(mine.py:2\)"),
     ],
@@ -103,7 +103,7 @@ def test_the_largest_number_of_fp32_is_a_score_and_so_is_a_bool(tmp_path, monkey
 
 
 def test_a_weighted_sum_beyond_fp32_is_an_error_with_what_each_source_said(tmp_path, monkeypatch):
-    with pytest.raises(RewardError, match=r"rewards: .*response 1 of the batch is 3e\+38 \* 2 = 6e\+38, beyond"):
+    with pytest.raises(RewardError, match=r"rewards: .*response 1 of the batch is 3e\+38 \* 2 = 6e\+38, outside"):
         scores(tmp_path, monkeypatch, "return [1, 2, 0]", weight=3e38)
 
 
@@ -209,8 +209,14 @@ def test_a_pattern_is_looked_for_in_each_response_with_its_own_columns(pattern, 
 @pytest.mark.parametrize(
     ("pattern", "words"),
     [
-        ("{nothing}", r"names the column nothing, which the data lacks; it has: .*answer.* write \\\{nothing\} for"),
-        ("(?<={prompt}|a)b", "is no regular expression once it is filled, .*look-behind requires fixed-width"),
+        (
+            "{nothing}",
+            r"names the column nothing, which the data does not have; it has: .*answer.* write \\\{nothing\} for",
+        ),
+        (
+            "(?<={prompt}|a)b",
+            "is not a regular expression after its columns are filled in, .*look-behind requires fixed-width",
+        ),
     ],
 )
 def test_a_pattern_that_cannot_be_filled_is_an_error(pattern, words):
@@ -271,7 +277,7 @@ def test_a_judge_that_is_the_reward_is_warned_of_and_another_is_not(tmp_path, mo
     ):
         assert shared_sources(Config(rewards=rewards, health=HealthConfig(judge=(judge,)))) == warned
     scored(Config(rewards=rewards[1:], health=HealthConfig(judge=rewards[1:])))
-    assert "health.judge and rewards both have b: a judge that is the reward itself" in caplog.text
+    assert "health.judge and rewards both have b: a judge that is also the reward" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""Every rule between settings that can be checked before a model loads.
+"""All rules about settings that can be checked before a model is loaded.
 
-`validate` is called once, by `fastppo.config.command_line.parse`; the stages before PPO have their own in `rules.stages`. Each message
-names the settings, their values, the reason and the way out.
+`fastppo.config.command_line.parse` calls `validate` for PPO, and the functions of `validation.offline` for SFT and
+reward modelling. Each message names the settings, their values, the reason and the way out.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from fastppo.config.validation.ranges import Ranges, check_betas, check_ranges, 
 from fastppo.config.validation.rewards import check_rewards, check_waiting
 from fastppo.config.validation.run import check_checkpoints, check_tracking
 
-# What a number must be, the test for it, and the settings it holds for. A setting that is null is off.
-# NaN fails every comparison, and so every test.
+# The allowed range in words, its test, and the settings that it applies to. A setting that is null is not checked.
+# NaN fails every comparison and therefore every test.
 RANGES: Ranges = (
     (
         "0 or more",
@@ -50,7 +50,7 @@ RANGES: Ranges = (
 
 
 def validate(config: Config, ranks: int = 1) -> None:
-    """Raises `ConfigError` for the first rule that the settings break on this many ranks (processes)."""
+    """Raise `ConfigError` for the first rule that the settings violate. ranks: the number of processes of the run."""
     check_ranges(config, RANGES)
     check_betas(config.optim)
     check_train("actor.train", config.actor.train)

@@ -1,4 +1,4 @@
-"""Rules between the settings of prompts and sampling."""
+"""Rules about the settings of prompts and sampling."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def check_data(config: Config) -> None:
     if data.first_tokens is not None:
         if data.chat == "always":
             raise ConfigError(
-                f"data.first_tokens is {data.first_tokens} and data.chat is always: first_tokens cuts plain text, and"
-                " a chat prompt cut in the middle has lost the end of its template. Set data.chat to auto or never,"
+                f"data.first_tokens is {data.first_tokens} and data.chat is always: first_tokens truncates plain text,"
+                " and a truncated chat prompt would lack the end of its template. Set data.chat to auto or never,"
                 " or leave out data.first_tokens."
             )
         if data.first_tokens > data.max_prompt_tokens:
@@ -30,20 +30,20 @@ def check_data(config: Config) -> None:
         raise ConfigError(f"{setting} but eval.prompts is 0, which turns evaluation off. Set eval.prompts above 0.")
     if data.eval_path is None and data.eval_split != "train":
         raise ConfigError(
-            f"data.eval_split is {data.eval_split} but data.eval_path is not set, and held-out prompts come from"
-            f" data.path. Set data.eval_path to {data.path} to evaluate on another split of it."
+            f"data.eval_split is {data.eval_split} but data.eval_path is not set, so that held-out prompts are taken"
+            f" from data.path. Set data.eval_path to {data.path} to evaluate on another split of it."
         )
     if data.eval_path is None and data.limit is not None and data.limit <= prompts:
         raise ConfigError(
-            f"data.limit is {data.limit} and eval.prompts {prompts}: holding those out leaves no prompt to train on."
-            " Raise data.limit, lower eval.prompts, or give data.eval_path."
+            f"data.limit is {data.limit} and eval.prompts {prompts}: if these are held out, no prompt remains for"
+            " training. Raise data.limit, lower eval.prompts, or give data.eval_path."
         )
 
 
 def check_template(data: DataConfig | ExamplesConfig) -> None:
     if data.template and data.chat == "never":
         raise ConfigError(
-            f"data.template is {data.template} and data.chat is never: without chat no template is asked. Leave out"
+            f"data.template is {data.template} and data.chat is never: without chat no template is applied. Leave out"
             " data.template, or set data.chat to auto or always."
         )
 
@@ -53,14 +53,15 @@ def check_sampling(config: Config) -> None:
     if sampling.min_new_tokens > sampling.max_new_tokens:
         raise ConfigError(
             f"sampling.min_new_tokens is {sampling.min_new_tokens} and sampling.max_new_tokens"
-            f" {sampling.max_new_tokens}: the shortest response may not be longer than the longest."
+            f" {sampling.max_new_tokens}: the minimum length must not exceed the maximum. Lower min_new_tokens or raise"
+            " max_new_tokens."
         )
     if "" in sampling.stop_tokens:
-        raise ConfigError("sampling.stop_tokens holds an empty text; each must be a token of the tokenizer.")
+        raise ConfigError("sampling.stop_tokens contains an empty text; each must be a token of the tokenizer.")
     if sampling.ignore_eos and sampling.stop_tokens:
         raise ConfigError(
             f"sampling.stop_tokens is {list(sampling.stop_tokens)} and sampling.ignore_eos is true: with ignore_eos"
-            " nothing ends a response before max_new_tokens. Leave out one of the two."
+            " no token ends a response before max_new_tokens. Leave out one of the two."
         )
     if longest + sampling.max_new_tokens > ppo.microbatch_tokens:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Rules between the settings of health."""
+"""Rules about the settings of health figures and alarms."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def _check_level(where: str, alarm: AlarmConfig) -> None:
     if alarm.level is None:
         if alarm.action != "warn":
             raise ConfigError(
-                f"{where}.level is null and its action {alarm.action}: there is nothing to act on. Give a level; null"
-                " is for warn alone, to take a standing warning away."
+                f"{where}.level is null and its action {alarm.action}: the action needs a level. Give one; null is"
+                " allowed only with warn, to turn a default warning off."
             )
         return
     allowed, holds = {
-        ("lower", "times start"): ("between 0 and 1, a part of what the figure was at the start", 0 < alarm.level < 1),
-        ("higher", "times start"): ("above 1, a multiple of what the figure was at the start", alarm.level > 1),
+        ("lower", "times start"): ("between 0 and 1, a part of the figure's value at the start", 0 < alarm.level < 1),
+        ("higher", "times start"): ("above 1, a multiple of the figure's value at the start", alarm.level > 1),
     }.get((figure.worse, figure.level_is), ("above 0", alarm.level > 0))
     if alarm.figure in SHARES:
-        allowed, holds = "above 0 and below 1, beyond which the figure cannot go", 0 < alarm.level < 1
+        allowed, holds = "above 0 and below 1, which is the figure's maximum", 0 < alarm.level < 1
     if not (holds and math.isfinite(alarm.level)):
         raise ConfigError(f"{where}.level is {alarm.level} for {alarm.figure}; it must be {allowed}.")
 
@@ -42,27 +42,27 @@ def _check_alarm(where: str, alarm: AlarmConfig, config: Config) -> None:
     health, every = config.health, config.checkpoint.every
     if (alarm.action == "stop_epoch") != (alarm.figure == "approx_kl") and alarm.action != "warn":
         raise ConfigError(
-            f"{where} has figure {alarm.figure} and action {alarm.action}: approx_kl is known after each update and"
-            " stop_epoch ends the learning from a batch there, so each goes with the other or with warn. The rest of"
-            " the figures are known once a step."
+            f"{where} has figure {alarm.figure} and action {alarm.action}: stop_epoch leaves out the remaining updates"
+            " of a batch, and only approx_kl is known after each update; the other figures are known once per step. Use"
+            " approx_kl with stop_epoch or warn, and the other figures with another action."
         )
     if alarm.figure.startswith("judge") and not health.judge:
         raise ConfigError(
-            f"{where}.figure is {alarm.figure}, but health.judge is empty: nothing judges the responses. Give a judge,"
+            f"{where}.figure is {alarm.figure}, but health.judge is empty: there are no judge scores. Give a judge,"
             """ as in --health.judge '[{"function": "my_module:my_function"}]'."""
         )
     if alarm.figure.startswith("kl_exact") and config.ppo.kl_kind != "exact":
         raise ConfigError(
             f"{where}.figure is {alarm.figure}, but ppo.kl_kind is {config.ppo.kl_kind}: the KL over the whole"
-            " vocabulary is not computed. Set kl_kind to exact, or watch kl_token or kl_sequence."
+            " vocabulary is not computed. Set kl_kind to exact, or use kl_token or kl_sequence."
         )
     if alarm.action in ("raise_kl", "roll_back") and config.ppo.kl_coef == 0:
         raise ConfigError(
             f"{where}.action is {alarm.action}, which multiplies the KL coefficient, but ppo.kl_coef is 0 and would"
-            " stay 0. Give kl_coef a positive value, or let the action be stop."
+            " stay 0. Give kl_coef a positive value, or set the action to stop."
         )
     if alarm.action == "roll_back" and not 0 < every < config.steps:
         raise ConfigError(
             f"{where}.action is roll_back, but with checkpoint.every {every} and {config.steps} steps there is never a"
-            f" checkpoint to go back to. Set checkpoint.every to 1 up to {config.steps - 1}, or let the action be stop."
+            f" checkpoint to roll back to. Set checkpoint.every to 1 up to {config.steps - 1}, or the action to stop."
         )

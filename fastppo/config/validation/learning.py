@@ -1,4 +1,4 @@
-"""Rules between the settings of the algorithm, the optimizer and the ranks."""
+"""Rules about the settings of the algorithm, the optimizer and ZeRO."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ def check_batch(config: Config, ranks: int) -> None:
     for name, parts in (("sampling.samples_per_prompt", samples), ("ppo.minibatches", minibatches)):
         if size % parts:
             near = " or ".join(str(n) for n in (size - size % parts, size - size % parts + parts) if n)
-            reason = "each prompt is answered" if parts is samples else "each update of an epoch takes"
-            unit = "that many times" if parts is samples else "an equal part of the batch"
+            reason = "each prompt has as many responses" if parts is samples else "all updates of an epoch are equal"
             raise ConfigError(
-                f"ppo.batch_size is {size} and {name} {parts}: {reason} {unit}, and {size} is not a multiple of"
-                f" {parts}. Take a batch_size of {near}, or another {name.split('.')[1]}."
+                f"ppo.batch_size is {size} and {name} {parts}: {reason}, and {size} is not a multiple of {parts}. Set"
+                f" batch_size to {near}, or choose another {name.split('.')[1]}."
             )
     if size // minibatches % ranks:
         raise ConfigError(
             f"ppo.batch_size is {size} and ppo.minibatches {minibatches}: a minibatch of {size // minibatches}"
-            f" responses cannot be spread over {ranks} ranks, as each takes as many. Make batch_size a multiple of"
+            f" responses cannot be divided equally among {ranks} ranks. Set batch_size to a multiple of"
             f" {ranks * minibatches}, or use fewer minibatches or ranks."
         )
 
@@ -31,19 +30,19 @@ def check_ptx(config: Config, ranks: int) -> None:
     if ptx.coef == 0:
         if ptx.path:
             raise ConfigError(
-                f"ptx.path is {ptx.path} but ptx.coef is 0, so that text would not be learned. Set ptx.coef above 0, or"
-                " leave out ptx.path."
+                f"ptx.path is {ptx.path} but ptx.coef is 0, so that its text would have no effect. Set ptx.coef above 0,"
+                " or leave out ptx.path."
             )
         return
     if not ptx.path:
         raise ConfigError(
-            f"ptx.coef is {ptx.coef} but ptx.path is not set: give a dataset on the hub, a directory or a file with the"
-            " text that is not to be forgotten, or set ptx.coef to 0."
+            f"ptx.coef is {ptx.coef} but ptx.path is not set: give a dataset on the hub, a directory or a file with"
+            " text, or set ptx.coef to 0."
         )
     if ptx.batch_size % ranks:
         raise ConfigError(
-            f"ptx.batch_size is {ptx.batch_size} and there are {ranks} ranks, each of which takes as many texts. Make"
-            f" it a multiple of {ranks}."
+            f"ptx.batch_size is {ptx.batch_size} and there are {ranks} ranks, among which the texts are divided"
+            f" equally. Set it to a multiple of {ranks}."
         )
     if ptx.max_tokens > budget:
         raise ConfigError(
@@ -51,39 +50,40 @@ def check_ptx(config: Config, ranks: int) -> None:
             " must fit into one microbatch. Raise ppo.microbatch_tokens, or lower ptx.max_tokens."
         )
     if ptx.messages is not None and ptx.chat == "never":
-        raise ConfigError(f"ptx.messages is {ptx.messages} and ptx.chat never: messages are chat. Set auto.")
+        raise ConfigError(
+            f"ptx.messages is {ptx.messages} and ptx.chat never: messages are chat. Set ptx.chat to auto."
+        )
 
 
 def check_zero(config: AnyConfig) -> None:
     zero = config.zero
     if zero.stage == 0 and config.optim.dtype == "bf16":
         raise ConfigError(
-            "zero.stage is 0 and optim.dtype bf16: at stage 0 DeepSpeed would add up gradients in bf16, which rounds"
-            " small ones away. Set zero.stage to 1 (on one rank it costs nothing), or optim.dtype to fp32."
+            "zero.stage is 0 and optim.dtype bf16: at stage 0 DeepSpeed would accumulate gradients in bf16, which loses"
+            " small ones by rounding. Set zero.stage to 1 (on one rank it costs nothing), or optim.dtype to fp32."
         )
     optimizer = "zero.offload" if zero.offload_optimizer is None else "zero.offload_optimizer"
     if zero.stage == 0 and zero.optimizer_on != "none":
         raise ConfigError(
-            f"{optimizer} is {zero.optimizer_on} and zero.stage 0: DeepSpeed offloads the optimizer from stage 1 on."
-            f" Set zero.stage to 1 or more, or {optimizer} to none."
+            f"{optimizer} is {zero.optimizer_on} and zero.stage 0: DeepSpeed offloads the optimizer only at stage 1 and"
+            f" higher. Set zero.stage to 1 or more, or {optimizer} to none."
         )
     if zero.stage < 3:
         if zero.optimizer_on == "nvme":
             raise ConfigError(
-                f"{optimizer} is nvme and zero.stage {zero.stage}: DeepSpeed reads and writes NVMe at stage 3 alone."
+                f"{optimizer} is nvme and zero.stage {zero.stage}: DeepSpeed reads and writes NVMe only at stage 3."
                 f" Set zero.stage to 3, or {optimizer} to cpu."
             )
         for name in ("offload_parameters", "offload_frozen"):
             if (place := getattr(zero, name)) not in (None, "none"):
                 raise ConfigError(
-                    f"zero.{name} is {place} and zero.stage {zero.stage}: only at stage 3 are parameters split among"
-                    f" the ranks and fetched layer by layer. Set zero.stage to 3, or leave out zero.{name}."
+                    f"zero.{name} is {place} and zero.stage {zero.stage}: parameters are partitioned over the ranks and"
+                    f" fetched layer by layer only at stage 3. Set zero.stage to 3, or leave out zero.{name}."
                 )
     if "nvme" in (zero.optimizer_on, zero.parameters_on, zero.frozen_on) and not zero.nvme_path:
         raise ConfigError(
-            "something is offloaded to nvme (zero.offload, zero.offload_optimizer, zero.offload_parameters or"
-            " zero.offload_frozen), but zero.nvme_path is not set. Give a folder on a local NVMe drive, or offload to"
-            " cpu."
+            "zero.offload, zero.offload_optimizer, zero.offload_parameters or zero.offload_frozen is nvme, but"
+            " zero.nvme_path is not set. Set it to a folder on a local NVMe drive, or offload to cpu."
         )
     deepspeed_config.check(config)
 
@@ -92,8 +92,8 @@ def check_kl(config: Config) -> None:
     ppo = config.ppo
     if ppo.kl_in == "loss" and ppo.kl_kind == "k1":
         raise ConfigError(
-            "ppo.kl_kind is k1 and ppo.kl_in is loss: as a term of the loss, the gradient of k1 is zero in"
-            " expectation, so it adds noise and no penalty. Set kl_kind to exact, k2 or k3, or kl_in to reward."
+            "ppo.kl_kind is k1 and ppo.kl_in is loss: the gradient of k1 as a term of the loss is zero in expectation,"
+            " so that it adds noise and no penalty. Set kl_kind to exact, k2 or k3, or kl_in to reward."
         )
     if ppo.kl_target is None:
         return
@@ -106,18 +106,18 @@ def check_kl(config: Config) -> None:
     if ppo.kl_horizon <= 0.2 * ppo.batch_size:
         raise ConfigError(
             f"ppo.kl_horizon is {ppo.kl_horizon} and ppo.batch_size {ppo.batch_size}: one step could multiply the KL"
-            f" coefficient by {1 - 0.2 * ppo.batch_size / ppo.kl_horizon:.3g}, and it must stay positive. Raise"
+            f" coefficient by {1 - 0.2 * ppo.batch_size / ppo.kl_horizon:.3g}, but it must stay positive. Raise"
             f" kl_horizon above {0.2 * ppo.batch_size:g}; 10 or more batches are usual."
         )
 
 
 def check_schedule(config: Config) -> None:
     steps, critic_steps, warmup = config.steps, config.critic.warmup_steps, config.optim.warmup_steps
-    # of the actor; in a run that only evaluates, none
+    # updates of the actor; 0 in a run that only evaluates
     updates = (steps - critic_steps) * config.ppo.epochs * config.ppo.minibatches
     if 0 < steps <= critic_steps:
         raise ConfigError(
-            f"critic.warmup_steps is {critic_steps} and steps {steps}: the critic alone would train in the whole run."
+            f"critic.warmup_steps is {critic_steps} and steps {steps}: the actor would not be trained in the whole run."
             " Lower critic.warmup_steps or raise steps."
         )
     if 0 < updates < warmup:
@@ -129,5 +129,5 @@ def check_schedule(config: Config) -> None:
     for step in config.track.profile_steps:
         if not 1 <= step <= steps:
             raise ConfigError(
-                f"track.profile_steps names step {step}, but the run has steps 1 to {steps}. Name steps among them."
+                f"track.profile_steps contains step {step}, but the run has steps 1 to {steps}. Choose steps among them."
             )

@@ -1,4 +1,4 @@
-"""Rules between the settings of the roles."""
+"""Rules about the settings of the roles."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ def check_models(config: Config) -> None:
             if value != default:
                 raise ConfigError(
                     f"critic.{field} is {value} but critic.kind is shared: a shared critic is a value head on the"
-                    f" actor's backbone and has no weights of its own. Leave out critic.{field}, or set"
-                    " critic.kind to separate."
+                    f" actor's backbone and has no separate weights. Leave out critic.{field}, or set critic.kind to"
+                    " separate."
                 )
     for name, lora in (("actor.lora", actor.lora), ("critic.lora", critic.lora)):
         check_targets(name, lora)
     if actor.lora.export == "adapters" and not actor.lora.rank:
         raise ConfigError(
-            "actor.lora.export is adapters but actor.lora.rank is 0: without LoRA there are none, and the run would"
-            " leave nothing. Set actor.lora.rank, or leave out actor.lora.export."
+            "actor.lora.export is adapters but actor.lora.rank is 0: without LoRA there are no adapters to export. Set"
+            " actor.lora.rank, or leave out actor.lora.export."
         )
     for name, role in (("critic", critic), ("reference", reference)):
         if role.gguf_file is not None and role.model is None:
             raise ConfigError(
-                f"{name}.gguf_file is {role.gguf_file} but {name}.model is not set: the file is looked for inside"
-                f" {name}.model. Set {name}.model too, or neither (the actor's weights are used then)."
+                f"{name}.gguf_file is {role.gguf_file} but {name}.model is not set, in which the file is searched. Set"
+                f" {name}.model too, or neither of them to use the actor's weights."
             )
 
 
@@ -56,6 +56,6 @@ def check_attention(config: AnyConfig) -> None:
 def check_targets(name: str, lora: LoraConfig) -> None:
     if not all(target.strip() for target in lora.targets.split(",")):
         raise ConfigError(
-            f"{name}.targets is {lora.targets!r}, which has an empty name in it; give all-linear, or names or"
-            " patterns of linear layers, as in q_proj,v_proj."
+            f"{name}.targets is {lora.targets!r}, which contains an empty name; give all-linear, or names or patterns"
+            " of linear layers, as in q_proj,v_proj."
         )

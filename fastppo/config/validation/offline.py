@@ -1,4 +1,4 @@
-"""Rules between the settings of the stages before PPO."""
+"""Rules about the settings of SFT and reward modelling."""
 
 from __future__ import annotations
 
@@ -33,31 +33,36 @@ REWARD_RANGES: Ranges = (*RANGES, ("0 or more", lambda x: 0 <= x < math.inf, "ma
 
 
 def validate_reward(config: RewardTrainingConfig, ranks: int = 1) -> None:
-    """Raises `ConfigError` for the first rule that the settings break on this many ranks (processes)."""
+    """Raise `ConfigError` for the first rule that the settings violate. ranks: the number of processes of the run."""
     check_ranges(config, REWARD_RANGES)
     _check_stage(config, ranks, "pairs", 2)
     data = config.data
     if data.rating is not None and data.margin is not None:
         raise ConfigError(
-            f"data.rating is {data.rating} and data.margin {data.margin}: a margin belongs to a pair, and with a rating"
-            " the rows are single answers. Leave out one of the two."
+            f"data.rating is {data.rating} and data.margin {data.margin}: a margin belongs to a pair, but with a rating"
+            " each row is a single answer. Leave out one of the two."
         )
     if data.rating is None and data.chosen == data.rejected:
         raise ConfigError(f"data.chosen and data.rejected are both {data.chosen}; name the two columns of a pair.")
 
 
 def validate_sft(config: SFTConfig, ranks: int = 1) -> None:
-    """Raises `ConfigError` for the first rule that the settings break on this many ranks (processes)."""
+    """Raise `ConfigError` for the first rule that the settings violate. ranks: the number of processes of the run."""
     check_ranges(config, RANGES)
     _check_stage(config, ranks, "responses", 1)
     if config.model.train == "head":
         raise ConfigError("model.train is head, which is for reward models. Give all, a number of layers or patterns.")
     if config.data.messages is not None and config.data.chat == "never":
-        raise ConfigError(f"data.messages is {config.data.messages} and data.chat never: messages are chat. Set auto.")
+        raise ConfigError(
+            f"data.messages is {config.data.messages} and data.chat never: messages are chat. Set data.chat to auto."
+        )
 
 
 def _check_stage(config: RewardTrainingConfig | SFTConfig, ranks: int, what: str, answers: int) -> None:
-    """what: what an example is called; answers: sequences of an example, which share a microbatch."""
+    """Check the rules that SFT and reward modelling share.
+
+    what: the examples' name in messages; answers: sequences per example, all of which are in the same microbatch.
+    """
     data, heldout = config.data, config.eval.examples
     check_betas(config.optim)
     check_train("model.train", config.model.train)
@@ -79,8 +84,8 @@ def _check_stage(config: RewardTrainingConfig | SFTConfig, ranks: int, what: str
         )
     if config.batch_size % ranks:
         raise ConfigError(
-            f"batch_size is {config.batch_size} and there are {ranks} ranks, each of which takes as many {what}. Make"
-            f" it a multiple of {ranks}."
+            f"batch_size is {config.batch_size} and there are {ranks} ranks, among which the {what} are divided"
+            f" equally. Set it to a multiple of {ranks}."
         )
     if heldout == 0 and data.eval_path is not None:
         raise ConfigError(
@@ -89,13 +94,13 @@ def _check_stage(config: RewardTrainingConfig | SFTConfig, ranks: int, what: str
         )
     if data.eval_path is None and data.eval_split != "train":
         raise ConfigError(
-            f"data.eval_split is {data.eval_split} but data.eval_path is not set, and held-out {what} come from"
-            f" data.path. Set data.eval_path to {data.path} to evaluate on another split of it."
+            f"data.eval_split is {data.eval_split} but data.eval_path is not set, so that held-out {what} are taken"
+            f" from data.path. Set data.eval_path to {data.path} to evaluate on another split of it."
         )
     if data.eval_path is None and data.limit is not None and data.limit <= heldout:
         raise ConfigError(
-            f"data.limit is {data.limit} and eval.examples {heldout}: holding those out leaves nothing to train on."
-            " Raise data.limit, lower eval.examples, or give data.eval_path."
+            f"data.limit is {data.limit} and eval.examples {heldout}: if these are held out, no {what} remain for"
+            " training. Raise data.limit, lower eval.examples, or give data.eval_path."
         )
     if config.steps is not None and 0 < config.steps < config.optim.warmup_steps:
         raise ConfigError(

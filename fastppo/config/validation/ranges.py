@@ -1,4 +1,4 @@
-"""What single settings may be."""
+"""The allowed values of single settings."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from fastppo.config.learning import OptimConfig
 from fastppo.errors import ConfigError
 
-# What a number must be, the test for it, and the settings it holds for. A setting that is null is off.
-# NaN fails every comparison, and so every test.
+# The allowed range in words, its test, and the settings that it applies to. A setting that is null is not checked.
+# NaN fails every comparison and therefore every test.
 Ranges = tuple[tuple[str, Callable[[float], bool], str], ...]
 
 

@@ -1,4 +1,4 @@
-"""Rules between the settings of the rewards."""
+"""Rules about the settings of the rewards."""
 
 from __future__ import annotations
 
@@ -22,44 +22,44 @@ def check_rewards(config: Config) -> None:
     ppo, longest = config.ppo, config.sampling.max_new_tokens
     if ppo.length_limit is None and ppo.length_penalty:
         raise ConfigError(
-            f"ppo.length_penalty is {ppo.length_penalty} but ppo.length_limit is not set: there is nothing beyond it to"
-            " be penalised. Give length_limit, in tokens."
+            f"ppo.length_penalty is {ppo.length_penalty} but ppo.length_limit, beyond which it applies, is not set."
+            " Give length_limit, in tokens."
         )
     if ppo.length_limit is not None and not (ppo.length_penalty and ppo.length_limit < longest):
         raise ConfigError(
             f"ppo.length_limit is {ppo.length_limit}, ppo.length_penalty {ppo.length_penalty} and"
-            f" sampling.max_new_tokens {longest}: no response could be penalised. Take a limit below max_new_tokens and"
+            f" sampling.max_new_tokens {longest}: no response could be penalised. Set a limit below max_new_tokens and"
             " a penalty above 0, or leave out both."
         )
     if ppo.bootstrap_truncated:
         raise ConfigError(
-            "ppo.bootstrap_truncated is true, but each of the rewards scores the whole response on its last token."
-            " For a response that was cut this asks the value of its last state to be V = score + V, which has no"
-            " fixed point at gamma = 1: V grows without end. Set it to false; ppo.truncation_penalty is the way to"
-            " treat such responses differently."
+            "ppo.bootstrap_truncated is true, but each of the rewards gives the score of a response to its last token."
+            " The value target of the last state of a truncated response would be V = score + V, which has no fixed"
+            " point at gamma = 1: V would grow without limit. Set it to false; to treat truncated responses"
+            " differently, use ppo.truncation_penalty."
         )
 
 
 KINDS = ("function", "model", "ensemble", "pattern", "url")
-LARGEST_WEIGHT = (2 - 2**-23) * 2.0**127  # fp32 holds no larger number
+LARGEST_WEIGHT = (2 - 2**-23) * 2.0**127  # the largest number in fp32
 OF_URL = (("timeout", 0.001, 86400), ("retries", 0, 1000), ("request_size", 1, math.inf), ("concurrency", 1, 1000))
 
 
 def check_sources(where: str, sources: Sequence[RewardConfig]) -> None:
-    """Each source alone; where: the setting that they belong to."""
+    """Check each source separately. where: the setting that contains them."""
     for i, source in enumerate(sources):
         name = f"{where}[{i}]"
         _check_kind(name, source)
         if source.function is not None and not all(source.function.rpartition(":")[::2]):
             raise ConfigError(f"{name}.function is {source.function}; write module:function or file.py:function.")
         if not abs(source.weight) <= LARGEST_WEIGHT:
-            raise ConfigError(f"{name}.weight is {source.weight}; it must be a number that fp32 holds.")
+            raise ConfigError(f"{name}.weight is {source.weight}; it must be within the range of fp32.")
     if sources and not any(source.weight for source in sources):
-        raise ConfigError(f"{where} all have weight 0: every score would be 0. Give one of them another weight.")
+        raise ConfigError(f"{where} all have weight 0: every score would be 0. Give at least one another weight.")
 
 
 def _check_kind(where: str, source: RewardConfig) -> None:
-    """What one source is, and the settings that belong to that kind alone."""
+    """Check that a source has exactly one kind, and only the settings of that kind."""
     given = [kind for kind in KINDS if getattr(source, kind)]
     if len(given) != 1:
         what = " and ".join(f"{kind} is {getattr(source, kind)}" for kind in given) or "none is set"
@@ -76,7 +76,7 @@ def _check_kind(where: str, source: RewardConfig) -> None:
         try:
             re.compile(source.pattern)
         except (re.error, OverflowError, RecursionError) as error:
-            raise ConfigError(f"{where}.pattern is {source.pattern}, no regular expression: {error}.") from None
+            raise ConfigError(f"{where}.pattern is {source.pattern}, not a regular expression: {error}.") from None
     if source.url is not None:
         _check_url(f"{where}.url", source.url)
     for name, least, most in OF_URL:
@@ -88,15 +88,15 @@ def _check_kind(where: str, source: RewardConfig) -> None:
 def _check_url(name: str, url: str) -> None:
     try:
         parts = urlsplit(url)
-        host, _ = parts.hostname, parts.port  # which is looked at here
+        host, _ = parts.hostname, parts.port  # reading the port checks it
     except ValueError as error:
-        raise ConfigError(f"{name} is {url}, which is no address: {error}.") from None
+        raise ConfigError(f"{name} is {url}, which is not a URL: {error}.") from None
     if parts.scheme not in ("http", "https") or not host:
-        raise ConfigError(f"{name} is {url}; it must begin with http:// or https:// and name a host.")
+        raise ConfigError(f"{name} is {url}; it must start with http:// or https:// and contain a host name.")
 
 
 def check_waiting(config: Config, ranks: int) -> None:
-    """All tries of one request together; a rank that waits for them longer than the others wait for it loses them."""
+    """Check that all attempts of one request take less time than the ranks wait for each other (`timeout`)."""
     groups = (("rewards", config.rewards), ("health.judge", config.health.judge))
     for name, source in ((f"{where}[{i}]", source) for where, group in groups for i, source in enumerate(group)):
         pauses = sum(min(FIRST_WAIT * 2**n, LONGEST_WAIT) for n in range(source.retries))
@@ -104,6 +104,6 @@ def check_waiting(config: Config, ranks: int) -> None:
         if ranks > 1 and source.url is not None and longest >= config.timeout:
             raise ConfigError(
                 f"{name}.timeout is {source.timeout:g} and {name}.retries {source.retries}: one request may take"
-                f" {longest:g} s with its pauses, but timeout is {config.timeout:g}, and then the other ranks give up."
-                f" Raise timeout above {longest:g}, or lower one of these."
+                f" {longest:g} s with its retries and pauses, but the other ranks wait only timeout = "
+                f"{config.timeout:g} s. Raise timeout above {longest:g}, or lower one of these."
             )

@@ -1,4 +1,4 @@
-"""Rules between the settings of checkpoints, and of what a run records."""
+"""Rules about the settings of checkpoints and tracking."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from fastppo.errors import ConfigError
 def check_checkpoints(config: AnyConfig) -> None:
     checkpoint, evaluated = config.checkpoint, config.eval.every
     if config.resume == "":
-        raise ConfigError("resume is empty; give auto, the path of a checkpoint, or null to begin anew.")
+        raise ConfigError("resume is empty; give auto, the path of a checkpoint, or null to start a new run.")
     if checkpoint.keep_best == 0:
         return
     if checkpoint.every == 0:
         raise ConfigError(
-            f"checkpoint.keep_best is {checkpoint.keep_best} and checkpoint.every 0: no checkpoint is written that"
-            " could be the best. Set checkpoint.every above 0, or keep_best to 0."
+            f"checkpoint.keep_best is {checkpoint.keep_best} and checkpoint.every 0: no checkpoints are written to"
+            " choose from. Set checkpoint.every above 0, or keep_best to 0."
         )
     if evaluated == 0 or checkpoint.every % evaluated:
         raise ConfigError(
             f"checkpoint.keep_best is {checkpoint.keep_best}, which compares held-out scores, but checkpoint.every is"
-            f" {checkpoint.every} and eval.every {evaluated}: a checkpoint without an evaluation at its own step has no"
+            f" {checkpoint.every} and eval.every {evaluated}: a checkpoint without an evaluation at its step has no"
             f" score. Set checkpoint.every to a multiple of eval.every (both {checkpoint.every}, for example), or"
             " keep_best to 0."
         )
@@ -35,5 +35,5 @@ def check_tracking(config: AnyConfig) -> None:
     if project is not None and find_spec("wandb") is None:
         raise ConfigError(
             f"track.wandb is {project}, but the package wandb is not installed. Run `pip install wandb`, or leave"
-            " track.wandb out; metrics.jsonl and TensorBoard hold the same numbers."
+            " track.wandb out; metrics.jsonl and TensorBoard have the same numbers."
         )

@@ -1,8 +1,9 @@
-"""Process-wide state, which a user's function may change for itself alone.
+"""Process-wide state, such as torch's default dtype, kept separately for each module of the user.
 
-A function that switches gradients off, or the default dtype to fp64, changes them for the whole process, and learning
-goes on in it. What a module or its functions change is taken back when they return and is theirs again when they are
-called. Random generators are left out: nothing of the run draws from them, and a function goes on in their row.
+A function that turns gradients off, or sets the default dtype to fp64, changes that for the whole process, in which
+learning continues. What a module or its functions change is therefore restored when they return, and applied again when
+they are called the next time. Random generators are not part of this: the trainer does not use the global ones, and a
+function continues their sequence.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ SETTINGS = {
     "precision of fp32 products": _Setting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     "deterministic algorithms": _Setting(
         lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
-        lambda said: torch.use_deterministic_algorithms(said[0], warn_only=said[1]),
+        lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
     ),
     "detection of anomalies": _Setting(torch.is_anomaly_enabled, lambda on: torch.autograd.set_detect_anomaly(on)),
     "GPU": _Setting(_gpu, lambda gpu: None if gpu is None else torch.cuda.set_device(gpu)),
@@ -64,38 +65,40 @@ SETTINGS = {
 }
 
 
-class Apart:
-    """The state as one module of the user's has it."""
+class ModuleState:
+    """The process-wide state of one module of the user."""
 
     def __init__(self) -> None:
-        self._theirs: dict[str, Any] = {}  # what they changed, as they left it
+        self._changed: dict[str, Any] = {}  # setting -> its value at the module's last return, if it differs
 
     @contextmanager
     def __call__(self, *, importing: bool = False) -> Iterator[None]:
-        """Within this context the state is theirs; then it is as it was, and the run hears signals as before.
+        """Apply the module's state inside this context; then restore the trainer's state and its signal handlers.
 
-        importing: the state begins as the run's, in whose folder the module is looked for, and what it sets is added.
+        importing: start from the trainer's state instead, since the module is searched in the trainer's working
+        directory, and add what the import changes to the module's state.
         """
-        with torch.inference_mode(False):  # its end takes back an inference mode that was left on, and their gradients
+        with torch.inference_mode(False):  # its exit also ends an inference mode that the module has left on
             before = {name: setting.read() for name, setting in SETTINGS.items()}
-            kept = self._theirs if importing else {}
-            _write({} if importing else self._theirs, before)
+            previous = self._changed if importing else {}
+            _apply({} if importing else self._changed, before)
             try:
                 yield
             finally:
                 after = {name: setting.read() for name, setting in SETTINGS.items()}
-                self._theirs = kept | {name: value for name, value in after.items() if value != before[name]}
-                _write(before, after)
+                self._changed = previous | {name: value for name, value in after.items() if value != before[name]}
+                _apply(before, after)
                 stop.listen()
 
 
-def _write(wanted: dict[str, Any], now: dict[str, Any]) -> None:
-    for name, value in wanted.items():
-        if value != now[name]:
+def _apply(values: dict[str, Any], current: dict[str, Any]) -> None:
+    """Set each setting whose value differs from the current one."""
+    for name, value in values.items():
+        if value != current[name]:
             SETTINGS[name].write(value)
 
 
 @cache
-def apart(module: str) -> Apart:
-    """Of a module, by its name or by its file."""
-    return Apart()
+def module_state(module: str) -> ModuleState:
+    """The state of a module, given by its name or its file; the same object for the same module."""
+    return ModuleState()

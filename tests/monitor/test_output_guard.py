@@ -18,12 +18,12 @@ from test_wandb_run import StandIn, installed
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fastppo import train, train_reward, train_sft
-from fastppo.checkpoint import atomic_dir, leave
-from fastppo.checkpoint.leave import ExportError
+from fastppo.checkpoint import atomic_dir, export
+from fastppo.checkpoint.export import ExportError
 from fastppo.config import TrackConfig
 from fastppo.config.command_line import PPO, REWARD, SFT, parse
 from fastppo.distributed.world import start_world
-from fastppo.monitor.run_dir import ALARMS, METRICS, RESPONSES, Lines, read_lines, sizes
+from fastppo.monitor.run_dir import ALARMS, METRICS, RESPONSES, JsonlFile, file_sizes, read_lines
 from fastppo.monitor.tracker import Tracker
 
 pytestmark = pytest.mark.slow
@@ -40,7 +40,7 @@ EVERYTHING = TrackConfig(progress="always", profile_steps=(1, 2), wandb="films")
 
 # Each way out of a tracker: what is put in the place of what.
 OUTLETS = {
-    "metrics.jsonl": "fastppo.monitor.run_dir.Lines.add",
+    "metrics.jsonl": "fastppo.monitor.run_dir.JsonlFile.add",
     "a writer of TensorBoard": "torch.utils.tensorboard.SummaryWriter.__init__",
     "a scalar of TensorBoard": "torch.utils.tensorboard.SummaryWriter.add_scalar",
     "an alarm of TensorBoard": "torch.utils.tensorboard.SummaryWriter.add_text",
@@ -70,14 +70,14 @@ def failing(error: Exception) -> Callable[..., None]:
 
 def a_run(folder: Path, config: TrackConfig = EVERYTHING, done: int = 0) -> None:
     with Tracker(folder, config, steps=3, rank=0, done=done) as tracker:
-        then = sizes(folder)
+        then = file_sizes(folder)
         for step in (1, 2):
             with tracker.profile(step):
                 tracker.log(step, {"score": 0.5})
             tracker.log_evaluation(step, {"score": 0.5})
             tracker.log_responses(step, [{"of": "heldout"}])
             tracker.log_alarms([ALARM])
-        tracker.go_back(0, then)
+        tracker.roll_back(0, then)
         tracker.log(1, {"score": 0.5})
 
 
@@ -98,7 +98,7 @@ def test_no_output_that_fails_ends_a_run_and_each_is_one_line(
     monkeypatch.setattr(OUTLETS[outlet], failing(error))
     a_run(folder)
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
-    assert said and all(line.endswith(". The run goes on without.") for line in said)
+    assert said and all(line.endswith(". The run continues without it.") for line in said)
     assert len(said) == len({line.partition(":")[0] for line in said}) <= 3  # three files, if all files fail
     if outlet != "metrics.jsonl":
         assert len(read_lines(folder / METRICS)) == 1
@@ -111,15 +111,15 @@ def test_an_output_that_works_again_is_told_and_lines_that_found_no_room_are_cou
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     config = TrackConfig(tensorboard=False, progress="never")
-    real, full = Lines.add, {"now": True}
+    real, full = JsonlFile.add, {"now": True}
 
-    def add(self: Lines, records: Any = ()) -> None:
+    def add(self: JsonlFile, records: Any = ()) -> None:
         if not (full["now"] and self._path.name == name):
             return real(self, records)
-        self._waiting += b"{}\n" * len(list(records))
+        self._pending += b"{}\n" * len(list(records))
         raise FAILURES[0]
 
-    monkeypatch.setattr(Lines, "add", add)
+    monkeypatch.setattr(JsonlFile, "add", add)
     caplog.set_level(logging.INFO, "fastppo")
     with Tracker(tmp_path, config, steps=9, rank=0) as tracker:
         for step in range(1, 5):
@@ -129,9 +129,9 @@ def test_an_output_that_works_again_is_told_and_lines_that_found_no_room_are_cou
             tracker.log_alarms([ALARM])
     said = [record.getMessage() for record in caplog.records if name in record.getMessage()]
     assert [line.partition(": ")[2] for line in said] == [
-        "No space left on device. The run goes on without.",
+        "No space left on device. The run continues without it.",
         "works again",
-        "No space left on device. The run goes on without.",
+        "No space left on device. The run continues without it.",
         "2 lines could not be written and are lost",
     ]
 
@@ -141,7 +141,7 @@ def test_a_service_that_refuses_a_run_that_goes_on_does_not_end_it(
 ) -> None:
     installed(monkeypatch, StandIn(refuses="is down"))
     a_run(folder, TrackConfig(tensorboard=False, wandb="films"), done=1)
-    assert "did not take the run (is down)" in caplog.text
+    assert "did not accept the run (is down)" in caplog.text
 
 
 PRINTS = """
@@ -149,7 +149,7 @@ import sys
 from pathlib import Path
 from fastppo.config import TrackConfig
 from fastppo.monitor.samples import Sample, show_samples
-from fastppo.monitor.tell import only_tells
+from fastppo.monitor.output_guard import guard_output
 from fastppo.monitor.tracker import Tracker, setup_logging
 setup_logging(0)
 for progress in ("always", "never"):
@@ -157,7 +157,7 @@ for progress in ("always", "never"):
     with Tracker(Path(sys.argv[1]), config, steps=9, rank=0) as tracker:
         for step in range(1, 5):
             tracker.log(step, {"score": 0.5})
-        with tracker.only_tells("stdout"):
+        with tracker.guard("stdout"):
             show_samples([Sample("長い \\u2026", "\\ud800", 0.5, "é", 1.0)])
 (Path(sys.argv[1]) / "done").touch()
 """
@@ -185,7 +185,7 @@ def test_a_terminal_that_cannot_show_it_costs_nothing(tmp_path: Path, where: str
     if where == "ascii":
         assert r"\u9577" in found.stdout and r"\xe9" in found.stdout and "ERROR" not in found.stderr
     if where == "full disk":
-        assert found.stderr.count("ERROR stdout: No space left on device. The run goes on without.") == 1
+        assert found.stderr.count("ERROR stdout: No space left on device. The run continues without it.") == 1
 
 
 # The three commands
@@ -231,7 +231,7 @@ def test_a_run_of_which_nothing_can_be_told_leaves_its_model(
     start(data, command, tmp_path / "run", **changes)
     assert_loads(tmp_path / "run" / COMMANDS[command][2])
     for output in ("metrics.jsonl", "TensorBoard", "stdout", "the profile of step 1"):
-        assert f"{output}: No space left on device. The run goes on without." in caplog.text
+        assert f"{output}: No space left on device. The run continues without it." in caplog.text
 
 
 def test_samples_are_shown_when_the_actor_is_saved(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,15 +245,15 @@ def test_samples_are_shown_when_the_actor_is_saved(data: Path, tmp_path: Path, m
 
 def refusing(output: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """Exports below `output` fail, when they have written something."""
-    real = leave.export
+    real = export.write_model
 
-    def export(role: Any, tokenizer: Any, folder: Path, **kwargs: Any) -> None:
+    def write_model(role: Any, tokenizer: Any, folder: Path, **kwargs: Any) -> None:
         if output in folder.parents:
             (atomic_dir.begin(folder) / "part").touch()
             raise error
         real(role, tokenizer, folder, **kwargs)
 
-    monkeypatch.setattr(leave, "export", export)
+    monkeypatch.setattr(export, "write_model", write_model)
 
 
 @pytest.mark.parametrize("error", FAILURES[:1] + FAILURES[3:4], ids=lambda error: type(error).__name__)
@@ -265,7 +265,7 @@ def test_a_model_that_cannot_be_written_is_saved_elsewhere(
     refusing(output, monkeypatch, error)
     changes = {"actor__average": 0.9} if command == "ppo" else {}
     with pytest.raises(
-        ExportError, match=rf"{output / name} could not be written .*it is in .*resume auto.*step-00000002"
+        ExportError, match=rf"{output / name} could not be written .*the model is in .*resume auto.*step-00000002"
     ):
         start(data, command, output, **changes)
     places = sorted(path.name for path in tmp_path.iterdir())
@@ -283,9 +283,11 @@ def test_a_model_that_no_place_takes_can_be_written_by_the_run_that_is_resumed(
 ) -> None:
     output, name = tmp_path / "run", COMMANDS[command][2]
     with monkeypatch.context() as patched:
-        patched.setattr(leave, "_free_name", lambda *_: None)  # no disk has room
+        patched.setattr(export, "_free_name", lambda *_: None)  # no disk has room
         refusing(output, patched, FAILURES[0])
-        with pytest.raises(ExportError, match=r"No space left on device\); nor elsewhere\. .*step-00000002"):
+        with pytest.raises(
+            ExportError, match=r"No space left on device\); no other place could be written either\. .*step-00000002"
+        ):
             start(data, command, output)
     assert [path.name for path in tmp_path.iterdir()] == ["run"] and not (output / name).exists()
     start(data, command, output, resume="auto")
