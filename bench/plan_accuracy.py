@@ -53,7 +53,7 @@ STAGE_CASES: dict[str, tuple[str, dict[str, int], dict[str, object]]] = {
         {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 8192},
         {"microbatch_tokens": 2048},
     ),
-    "supervised start in fp32, large vocabulary": (
+    "SFT in fp32, large vocabulary": (
         "qwen2",
         {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "vocab_size": 65536},
         {"microbatch_tokens": 1024, "optim.dtype": "fp32"},
