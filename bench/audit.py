@@ -1,11 +1,11 @@
-"""Audits of the Triton kernels that need no GPU: `python bench/audit.py`, or with `bytes` or `code` for one of the two.
+"""Two audits of the Triton kernels without a GPU: `python bench/audit.py [bytes|code]`.
 
-bytes: every load and store of Triton's interpreter is counted, and its sum set against the least possible traffic.
-code: each kernel is compiled for sm_80, sm_90 and sm_100 with its arguments specialised as its launcher passes them,
-and the machine code read: registers, spills, shared memory, occupancy, and the main loops' instructions and loads.
+bytes: counts every load and store in Triton's interpreter, and compares the sum with the least possible traffic.
+code: compiles each kernel for sm_80, sm_90 and sm_100, with arguments specialised as its launcher passes them, and
+reads the machine code: registers, spills, shared memory, occupancy, instructions and loads of the main loops.
 
-Rows of GPT-2's 50,257 tokens, padded to start at multiples of 16 bytes. The last line of each audit is JSON.
-What no GPU is there to tell: time, bandwidth reached, cache hits.
+Rows have GPT-2's vocabulary of 50,257 tokens, padded to start at multiples of 16 bytes. The last line of each audit is
+JSON. Time, bandwidth and cache hits cannot be measured without a GPU.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from fastppo.kernels.vocabulary_forward import vocabulary_forward
 
 ROWS, VOCABULARY, TOKENS = 2, 50_257, 8192
 ARCHITECTURES = (80, 90, 100)
-WARPS, BLOCKS, REGISTERS = 64, 32, 65_536  # of a multiprocessor, on all three
+WARPS, BLOCKS, REGISTERS = 64, 32, 65_536  # limits of a multiprocessor, the same on all three
 SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 
 Program = list[tuple[int, str]]  # address and instruction
@@ -59,7 +59,7 @@ def padded_logits(dtype: torch.dtype) -> Tensor:
 
 
 def row_calls(dtype: torch.dtype, softcap: float | None = None) -> list[Call]:
-    """The kernels over rows of logits; least is what reads and writes of whole rows take."""
+    """The kernels over rows of logits. least: the bytes of the necessary reads and writes of whole rows."""
     logits, ref_logits = padded_logits(dtype), padded_logits(dtype)
     targets, numbers, normalizer = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS), torch.ones(())
     row_bytes = ROWS * VOCABULARY * dtype.itemsize
@@ -89,7 +89,7 @@ def row_calls(dtype: torch.dtype, softcap: float | None = None) -> list[Call]:
 
 
 def token_calls() -> list[Call]:
-    """The kernels over tokens; least is what one read of each input and one write of each output take."""
+    """The kernels over tokens. least: the bytes of one read of each input and one write of each output."""
     x, mask, normalizer = torch.zeros(TOKENS), torch.ones(TOKENS, dtype=torch.bool), torch.ones(())
     clips, coefs = (0.2, 0.2, 1.5), (0.1, 0.1)
     token_stats = torch.zeros(8, TOKENS)
@@ -104,7 +104,7 @@ def token_calls() -> list[Call]:
 
 
 class Traffic:
-    """Counts what interpreted kernels load and store while it is entered: elements that no mask hides."""
+    """A context that counts the elements that interpreted kernels load and store, without masked ones."""
 
     def __enter__(self) -> Traffic:
         self.bytes = 0
@@ -123,7 +123,7 @@ class Traffic:
             shown = int(mask.data.sum()) * pointers.data.size // mask.data.size
             return shown * max(1, pointers.get_element_ty().primitive_bitwidth // 8)
 
-        # Loads and stores without a mask go through the same two.
+        # Loads and stores without a mask call the same two functions.
         self.builder.create_masked_load, self.builder.create_masked_store = load, store
         return self
 
@@ -132,7 +132,7 @@ class Traffic:
 
 
 def bytes_moved() -> list[dict[str, Any]]:
-    """One entry a call: bytes moved, least possible, and their ratio. Needs TRITON_INTERPRET=1."""
+    """One entry per call: bytes moved, least possible, and their ratio. Needs TRITON_INTERPRET=1."""
     made = []
     for dtype in (torch.bfloat16, torch.float32):
         for call in row_calls(dtype) + (token_calls() if dtype == torch.float32 else []):
@@ -148,7 +148,7 @@ def bytes_moved() -> list[dict[str, Any]]:
 
 
 class NoGPU:
-    """Stands where Triton looks for its driver, and names an architecture to compile for."""
+    """A replacement for Triton's driver that only names the architecture to compile for."""
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
@@ -157,14 +157,14 @@ class NoGPU:
         return GPUTarget("cuda", self.architecture, 32)
 
     def get_current_device(self) -> int:
-        return self.architecture  # kernels are cached by device
+        return self.architecture  # Triton caches kernels by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
 
 def compiled(call: Call, architecture: int) -> list[tuple[str, Any]]:
-    """The kernels that a call launches, compiled and not run: `triton.compile` of what the launcher passes."""
+    """The kernels that a call launches, compiled with the launcher's arguments but not run."""
     kernels = []
     run = JITFunction.run
 
@@ -181,7 +181,7 @@ def compiled(call: Call, architecture: int) -> list[tuple[str, Any]]:
 
 
 def tool(name: str) -> Path:
-    """A program for machine code that Triton carries."""
+    """The path of a machine-code tool that Triton's package contains."""
     path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
     if not path.exists():
         raise SystemExit(f"no {name} at {path}: the machine code cannot be read")
@@ -189,7 +189,7 @@ def tool(name: str) -> Path:
 
 
 def instructions(cubin: bytes) -> bytes:
-    """What a cubin of one kernel holds of instructions: its section .text, found as ELF says (64 bits)."""
+    """The instructions of a cubin with one kernel: its section .text, found by its 64-bit ELF headers."""
     headers, (size, count, names) = struct.unpack_from("<Q", cubin, 0x28)[0], struct.unpack_from("<HHH", cubin, 0x3A)
     sections = [struct.unpack_from("<IIQQQQ", cubin, headers + i * size) for i in range(count)]
     (code,) = [s for s in sections if cubin.startswith(b".text.", sections[names][4] + s[0])]
@@ -197,7 +197,7 @@ def instructions(cubin: bytes) -> bytes:
 
 
 def disassembled(cubins: list[bytes], architecture: int) -> list[Program]:
-    """The program of each cubin; addresses go on from one to the next. nvdisasm starts once, as that is slow."""
+    """The program of each cubin. nvdisasm starts slowly, so it runs once, and addresses continue across cubins."""
     codes = [instructions(cubin) for cubin in cubins]
     with tempfile.NamedTemporaryFile(suffix=".bin") as file:
         file.write(b"".join(codes))
@@ -214,7 +214,7 @@ def disassembled(cubins: list[bytes], architecture: int) -> list[Program]:
 
 
 def loops(program: Program) -> list[list[str]]:
-    """The instructions of each innermost loop: from a branch's target, when that lies above it, to the branch."""
+    """The instructions of each innermost loop: from the target of a backward branch to the branch."""
     spans = []
     for address, text in program:
         target = re.search(r"^BRA\b.*\b0x([0-9a-f]+)", text)
@@ -225,17 +225,17 @@ def loops(program: Program) -> list[list[str]]:
 
 
 def occupancy(architecture: int, registers: int, shared: int, warps: int) -> float:
-    """Warps that a multiprocessor holds over those it could."""
+    """Resident warps of a multiprocessor over the most that it can have."""
     warp_registers = -(-registers * 32 // 256) * 256
     by_registers = (
         REGISTERS // 4 // warp_registers * 4 // warps
-    )  # a quarter of the registers for a quarter of the warps
+    )  # each quarter of the warps has a quarter of the registers
     by_shared = SHARED[architecture] // (shared + 1024)
     return min(by_registers, by_shared, WARPS // warps, BLOCKS) * warps / WARPS
 
 
 def inspect(kernel: Any, program: Program, architecture: int) -> dict[str, Any]:
-    """What the machine code of a kernel says."""
+    """What the machine code of a kernel shows."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -255,7 +255,7 @@ def inspect(kernel: Any, program: Program, architecture: int) -> dict[str, Any]:
 
 
 def machine_code() -> list[dict[str, Any]]:
-    """One entry a kernel, dtype and architecture. Needs a process without TRITON_INTERPRET."""
+    """One entry per kernel, dtype and architecture. Needs a process without TRITON_INTERPRET."""
     made = []
     for architecture in ARCHITECTURES:
         groups = [("bfloat16", row_calls(torch.bfloat16)), ("float32", row_calls(torch.float32))]
@@ -264,7 +264,7 @@ def machine_code() -> list[dict[str, Any]]:
         for dtype, calls in groups:
             for call in calls:
                 for name, kernel in compiled(call, architecture):
-                    if name != "finish_kernel" or call.name == "policy_loss":  # the same in all three
+                    if name != "finish_kernel" or call.name == "policy_loss":  # the same for all three architectures
                         entries.append({"op": call.name, "kernel": name, "dtype": dtype, "sm": architecture})
                         kernels.append(kernel)
         programs = disassembled([kernel.asm["cubin"] for kernel in kernels], architecture)
@@ -300,7 +300,7 @@ def main() -> None:
         for entry in made:
             print_code(entry)
         print(json.dumps(made))
-    else:  # the interpreter is chosen when triton is imported
+    else:  # triton chooses its interpreter when it is imported, so use two processes
         for audit in ("bytes", "code"):
             environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
             environment |= {"TRITON_INTERPRET": "1"} if audit == "bytes" else {}

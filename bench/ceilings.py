@@ -1,4 +1,4 @@
-"""What a device could do at most, so that a benchmark can name its ceiling."""
+"""The ceilings of a device, bandwidth and speed of products, with which benchmarks compare."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-# Datasheets: bytes/s of memory and dense bf16 FLOP/s, by what torch calls the card.
+# From datasheets: bytes/s of memory and dense bf16 FLOP/s, by torch's name of the card.
 CARDS = {
     "H200": (4.8e12, 989e12),
     "H100 PCIe": (2.0e12, 756e12),
@@ -20,22 +20,22 @@ CARDS = {
 }
 
 
-LEAD = 4_000_000  # cycles, some 2 ms, that a GPU waits for the host to have launched what is timed
+LEAD = 4_000_000  # cycles, about 2 ms, that the GPU waits so that the host can launch the timed kernels meanwhile
 
 
 class Ceilings(NamedTuple):
     device: str
     bandwidth: float  # bytes/s
-    flops: float  # FLOP/s in bf16 products
+    flops: float  # FLOP/s of bf16 matrix products
     source: str
 
     def share(self, seconds: float, *, moved: int = 0, flops: int = 0) -> float:
-        """Of the speed that the tighter of the two ceilings allows, 0 to 1."""
+        """Speed reached, as a share of what the tighter of the two ceilings allows, 0 to 1."""
         return max(moved / self.bandwidth, flops / self.flops) / seconds
 
 
 def ceilings(device: torch.device) -> Ceilings:
-    """From the datasheet of a known card, else measured: torch.add over 400 MB, and a product of 2,048 squared."""
+    """From the datasheet of a known card, else measured: torch.add over 400 MB, and a product of 2,048 x 2,048."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for card, (bandwidth, flops) in CARDS.items():
@@ -49,7 +49,7 @@ def ceilings(device: torch.device) -> Ceilings:
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """One call: on a GPU that of its kernels, from the first to the last, by CUDA events."""
+    """Seconds of one call; on a GPU from its first kernel to its last, by CUDA events."""
     if device.type != "cuda":
         start = time.perf_counter()
         call()

@@ -1,4 +1,4 @@
-"""Whole PPO steps of fastppo, with the time of each stage, and paired with TRL's PPOTrainer where that is installed.
+"""Time whole PPO steps of fastppo and each phase, and compare with TRL's PPOTrainer.
 
     python bench/end_to_end.py --dtype bf16 --steps 5
     python bench/end_to_end.py --dtype bf16 --steps 5 --trl OTHER_ENVIRONMENT/bin/python
@@ -7,7 +7,7 @@ A step: 64 prompts of 32 random tokens, 64 new tokens each with no stop token, 4
 reference, critic and reward model are random 4-layer Llamas (hidden 256, intermediate 512, 4 heads, vocabulary 4,096).
 With `--size 1b`, for a GPU, they have the shape of Llama-3.2-1B, and a step has 128 prompts of 128 tokens and 256 new
 tokens each, 1 epoch.
-With `--trl`, an interpreter that has trl==0.29.1, runs of the two alternate and each pair gives a ratio.
+`--trl` takes a Python interpreter with trl==0.29.1. Runs of fastppo and TRL then alternate; each pair gives a ratio.
 """
 
 import argparse
@@ -44,7 +44,7 @@ SIZES = {
 
 
 def make_inputs(folder: Path, size: Size) -> None:
-    """Random models and prompts as files, so that the bench runs what a user runs."""
+    """Write random models and prompts to files, so that the benchmark runs the same command as a user."""
     import torch
     from tokenizers import Tokenizer, models
     from transformers import (
@@ -71,14 +71,14 @@ def make_inputs(folder: Path, size: Size) -> None:
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
         del model
-    torch.cuda.empty_cache()  # the run is another process, and needs the memory
+    torch.cuda.empty_cache()  # free it: the run is another process and needs the memory
     tokens = torch.randint(size.vocabulary, (size.prompts * 4, size.prompt_tokens)).tolist()
     lines = [json.dumps({"prompt": " ".join(f"w{t}" for t in row)}) for row in tokens]
     (folder / "prompts.jsonl").write_text("\n".join(lines))
 
 
 def run_fastppo(folder: Path, size: Size, dtype: str, steps: int) -> list[dict[str, float]]:
-    """The metrics of each step but the first."""
+    """The metrics of each step except the first."""
     settings = {
         "output": str(folder / "run"), "steps": steps, "threads": 2, "actor.model": str(folder / "actor"),
         "rewards": json.dumps([{"model": str(folder / "reward")}]), "data.path": str(folder / "prompts.jsonl"),
@@ -93,19 +93,19 @@ def run_fastppo(folder: Path, size: Size, dtype: str, steps: int) -> list[dict[s
 
 
 def run_trl(python: str, dtype: str, steps: int) -> list[float]:
-    """Seconds of each step but the first."""
+    """Seconds of each step except the first."""
     command = [python, str(HERE / "trl_ppo.py"), "--dtype", dtype, "--steps", str(steps), "--json"]
     found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return list(json.loads(found.strip().splitlines()[-1])["seconds"])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Seconds of a PPO step, stage by stage.")
+    parser = argparse.ArgumentParser(description="Seconds of a PPO step and of its phases.")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--steps", type=int, default=5, help="steps of a run; the first is not counted (at least 2)")
-    parser.add_argument("--rounds", type=int, default=1, help="runs, alternating with TRL's")
+    parser.add_argument("--rounds", type=int, default=1, help="number of runs, alternating with runs of TRL")
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--trl", help="a Python interpreter that has trl==0.29.1")
+    parser.add_argument("--trl", help="a Python interpreter with trl==0.29.1")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "2")
 

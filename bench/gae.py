@@ -1,9 +1,9 @@
-"""GAE on the CPU against its targets: `python bench/gae.py [ROUNDS]`. Medians of paired rounds; the last line is JSON.
+"""Compare GAE on the CPU with its targets: `python bench/gae.py [ROUNDS]`. Medians of paired rounds.
 
-With `--gpu`, its bandwidth there: 64,000,000 tokens, against torch.add.
+512 sequences of 1 to 2,000 tokens, and one sequence of 4,000,000 tokens compared with 4,000 of 1,000. The ceiling is
+memory: 16 bytes per token at the bandwidth of torch.add(a, b, out=c). The last line is JSON.
 
-512 sequences of 1 to 2,000 tokens, and one of 4,000,000 against 4,000 of 1,000. The ceiling is memory, 16 bytes a token
-at the bandwidth of torch.add(a, b, out=c).
+With `--gpu`: the bandwidth on the GPU over 64,000,000 tokens, compared with torch.add.
 """
 
 import functools
@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 
-os.environ.setdefault("OMP_PROC_BIND", "true")  # two threads that share a core would be measured, not GAE
+os.environ.setdefault("OMP_PROC_BIND", "true")  # else two threads might share a core
 
 import gae_baselines as baselines
 import torch
@@ -23,7 +23,7 @@ from ceilings import median_seconds
 from fastppo import ops
 
 GAMMA, LAM = 0.99, 0.95
-# What is compared, the number of threads, repetitions in a round, and the ratio asked for.
+# Title, the two cases whose times are divided, and the ratio that is the target.
 TARGETS = [
     ("padded PyTorch loop / fastppo, 2 threads", "padded loop", "fastppo, 2 threads", 25.0),
     ("plain -O3 loop / fastppo, 1 thread", "plain loop", "fastppo, 1 thread", 3.0),
@@ -64,7 +64,7 @@ def interruptions():
 
 
 def seconds(threads, repetitions, call):
-    """The median of some calls in a row, without those in which another program was seen to take a core."""
+    """The median over several calls, without those during which another program used a core."""
     torch.set_num_threads(threads)
     call()
     quiet, others = [], []
@@ -77,7 +77,7 @@ def seconds(threads, repetitions, call):
 
 
 def on_gpu() -> None:
-    """Bytes that must move, over the time of CUDA's events. Median of 20 calls."""
+    """Bytes that must be moved, divided by the time between CUDA events. Median of 20 calls."""
     device = torch.device("cuda")
     print(f"{torch.cuda.get_device_name()}; fp32 unless said")
     a, b, c = (torch.randn(1 << 27, device=device) for _ in range(3))

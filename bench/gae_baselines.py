@@ -1,4 +1,4 @@
-"""What GAE is measured against: the ways in which it is written elsewhere, over the same packed tokens."""
+"""Other implementations of GAE to compare with, over the same packed tokens."""
 
 import ctypes
 import subprocess
@@ -36,7 +36,7 @@ def packed(lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def padded(rows: Tensor, starts: Tensor) -> Tensor:
-    """(B, T), zeros at the end of each row."""
+    """Packed tokens as (B, T), padded with zeros at the end of each row."""
     return torch.nn.utils.rnn.pad_sequence([rows[a:b] for a, b in pairwise(starts.tolist())], batch_first=True)
 
 
@@ -63,9 +63,9 @@ def compiled_step():
 
 
 def compiled_loop(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """(T, B) -> (T, B) twice: the loop with time outermost, so that a step reads whole lines, and each step compiled.
+    """(T, B) -> (T, B) twice: time is the first dimension, so a step reads contiguous memory; each step is compiled.
 
-    Compiled whole, T steps are one graph of 5 T nodes, and take minutes to compile at T = 2,000.
+    The whole loop would be one graph of 5 T nodes, which takes minutes to compile at T = 2,000.
     """
     run = compiled_step()
     zero = torch.zeros_like(rewards[0])

@@ -1,11 +1,12 @@
-"""`linear_policy_loss` forward and backward: peak memory, and time against the same products with a compiled pass.
+"""Peak memory and time of `linear_policy_loss`, forward and backward.
 
     python bench/head.py --rounds 5
 
-M = 2,048 tokens, H = 576, V = 49,152, bf16, two threads; on a GPU, where there is one, M = 8,192, H = 4,096 and
-V = 128,256. Memory is the process's peak, or that of torch's allocator, over what inputs, gradients (that
-of the weight in fp32) and the workspace take; its ceiling is 1.1. Time is paired with the same chunks' three products,
-the weight's gradient summed in fp32, and one `torch.compile`d pass from logits to their gradient; its ceiling is 1.1.
+M = 2,048 tokens, H = 576, V = 49,152, bf16, two threads. With a GPU it runs there, with M = 8,192, H = 4,096 and
+V = 128,256. Memory is the peak of the process, or on a GPU of torch's allocator, divided by the memory of the inputs,
+the gradients (the weight's in fp32) and the workspace; its ceiling is 1.1. Time is divided by the time of three matrix
+products on the same chunks, with the weight's gradient summed in fp32, and a `torch.compile`d pass from logits to their
+gradient between them (paired); its ceiling is 1.1.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def inputs(tokens: int) -> tuple[Tensor, ...]:
 
 
 def update(hidden: Tensor, weight: Tensor, *tokens: Tensor) -> None:
-    """fastppo's."""
+    """The update with fastppo's op."""
     normalizer = torch.tensor(float(len(hidden)), device=DEVICE)
     loss, _ = ops.linear_policy_loss(hidden, weight, *tokens, **OPTIONS, normalizer=normalizer)
     torch.autograd.grad(loss, [hidden, weight])
@@ -48,7 +49,7 @@ def update(hidden: Tensor, weight: Tensor, *tokens: Tensor) -> None:
 
 @torch.compile(dynamic=False)
 def compiled_pass(logits: Tensor, targets: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
-    """The gradient of the clipped loss with entropy bonus by the logits: the kernel's work, as a compiler does it."""
+    """The gradient of the clipped loss with entropy bonus with respect to the logits, for torch.compile."""
     log_p = logits.float().log_softmax(-1)
     p = log_p.exp()
     entropy = -(p * log_p).sum(-1, keepdim=True)
@@ -62,7 +63,7 @@ def compiled_pass(logits: Tensor, targets: Tensor, old: Tensor, advantages: Tens
 
 @torch.no_grad()
 def products(hidden: Tensor, weight: Tensor, *tokens: Tensor) -> None:
-    """The same chunks, by torch alone."""
+    """The same chunks with torch only."""
     d_hidden, total = torch.empty_like(hidden), None
     head, none = chunked_head.Head(hidden, weight, None), chunked_head.Head(None, None, None)
     for rows, logits, _ in chunked_head.chunks(head, none, WORKSPACE):
@@ -73,7 +74,7 @@ def products(hidden: Tensor, weight: Tensor, *tokens: Tensor) -> None:
 
 
 def in_use(most: bool = False) -> int:
-    """Bytes of this process in memory, or of the GPU in tensors: now, or at the most since `mark`."""
+    """Resident bytes of this process, or on a GPU bytes of tensors: now, or the maximum since `mark`."""
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated() if most else torch.cuda.memory_allocated()
     kind = "VmHWM" if most else "VmRSS"
@@ -82,7 +83,7 @@ def in_use(most: bool = False) -> int:
 
 
 def mark() -> None:
-    """From here on the most is counted."""
+    """Reset the maximum of `in_use`."""
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -90,10 +91,10 @@ def mark() -> None:
 
 
 def memory(tokens: tuple[Tensor, ...]) -> float:
-    """Peak of an update over inputs, gradients and workspace; a small update before it warms up."""
+    """Peak of an update divided by inputs, gradients and workspace. A small update runs first, as warm-up."""
     update(*inputs(64))
     size = sum(x.numel() * x.element_size() for x in tokens)
-    before = in_use()  # with the inputs
+    before = in_use()  # includes the inputs
     mark()
     update(*tokens)
     gradients = tokens[0].numel() * 2 + tokens[1].numel() * 4

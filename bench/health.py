@@ -1,10 +1,10 @@
-"""What watching over a run costs: each figure's time on a batch, and the share of a step that all of them take.
+"""The cost of the health figures: the time of each figure on a batch, and the share of a step for all of them.
 
     python bench/health.py
 
-Batches are words as frequent as in a language: those of the quickstart (32 responses of 20 tokens), whose step takes
-3 s on two cores, and of a larger run (512 of 128), whose step is taken to last no more than 5 s, as on a fast GPU.
-Exits with 1 if a share is 2% or more. Times are of the processor: it is one thread's work.
+The batches have words with the frequencies of a natural language. One is as large as the quickstart's (32 responses of
+20 tokens), where a step takes 3 s on two cores. One is larger (512 of 128), where a step is assumed to take
+at most 5 s, as on a fast GPU. Exits with 1 if a share is 2% or more. Times are processor times of one thread.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from fastppo.config import Config, HealthConfig, RewardConfig
 from fastppo.monitor import health_metrics
 from fastppo.monitor.health import Health, judge_gap, judge_turn, watch
 
-BATCHES = {(32, 20): 3.0, (512, 128): 5.0}  # responses and tokens in each: seconds of a step
+BATCHES = {(32, 20): 3.0, (512, 128): 5.0}  # responses, tokens in each: seconds of a step
 
 
 def batch(responses: int, length: int) -> Any:
@@ -72,7 +72,7 @@ def drift(experience: Any) -> list[float]:
 
 
 def late(experience: Any) -> dict[str, Callable[[], object]]:
-    """What takes longer the longer a run lasts; `watch` is all of it, the alarms included."""
+    """The figures whose cost grows with the number of steps; `watch` is everything, including alarms."""
     config = Config(health=HealthConfig(judge=(RewardConfig(function="none:none"),)))
     kept, updates = Health(), [made_up_batches.update()]
     tokenizer, window = tiny.tokenizer(), config.health.window
@@ -89,7 +89,7 @@ def late(experience: Any) -> dict[str, Callable[[], object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What watching over a run costs.")
+    parser = argparse.ArgumentParser(description="The cost of the health figures.")
     parser.add_argument("--rounds", type=int, default=20)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)

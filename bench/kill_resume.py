@@ -1,10 +1,10 @@
-"""A run on two ranks that is killed at random moments, against one that is not; a soak of minutes.
+"""Compare a run on two ranks that is killed at random moments with an uninterrupted one. Takes minutes.
 
     python bench/kill_resume.py --kills 20
 
-Both runs use the `deepspeed` command. One is ended by SIGKILL, launcher and ranks at once, at twenty moments that lie
-anywhere: while models load, in a stage, in the middle of writing a checkpoint. Each time `--resume auto` goes on. At
-the end weights, optimizer states, random states and metrics must be equal bit for bit. Exits with 1 if they are not.
+Both runs use the `deepspeed` command. One is killed with SIGKILL, launcher and ranks together, at twenty random
+moments: while models load, in any phase, while a checkpoint is written. Each time `--resume auto` continues it. At the
+end weights, optimizer states, random states and metrics must be equal bit for bit. Exits with 1 if they are not.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import whole_runs
 def command(folder: Path, output: Path, steps: int, settings: list[str]) -> list[str]:
     changes = {"steps": steps, "optim__dtype": "bf16", "zero__stage": 2, "resume": "auto"}
     fixed = whole_runs.settings(folder, output, **changes)
-    with socket.socket() as s:  # DeepSpeed's own port may belong to another run
+    with socket.socket() as s:  # a free port: another run may use DeepSpeed's default
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     return ["deepspeed", "--num_accelerators", "2", "--master_port", port, "fastppo/train.py", *fixed, *settings]
@@ -37,7 +37,7 @@ def start(argv: list[str], log: Path) -> subprocess.Popen[bytes]:
 
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:
-    """`deepspeed`, its `launch` and the ranks are one session but several process groups: go through /proc."""
+    """Kill the whole session by /proc: `deepspeed`, its `launch` and the ranks are several process groups in it."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -68,7 +68,7 @@ def main() -> None:
     whole = time.monotonic() - began
     for kill in range(options.kills):
         process, before = start(command(folder, killed, steps, settings), log), progress(killed)
-        if kill % 5:  # every fifth falls into start-up, wherever that is
+        if kill % 5:  # every fifth kill comes during start-up, at any point of it
             while process.poll() is None and progress(killed) in (0, before):
                 time.sleep(0.01)
             time.sleep(moments.uniform(0, 1.5))

@@ -1,10 +1,10 @@
-"""What loading a model under ZeRO stage 3 adds to each rank's memory, as a share of the model's size.
+"""The memory that loading a model at ZeRO stage 3 adds to each rank, as a share of the model's size.
 
     python bench/load_memory.py --megabytes 600 --ranks 2
 
-Anonymous resident memory (RssAnon of /proc/self/status) over what it was after imports and the start of the process
-group: the most of it while loading, sampled every 2 ms, and what is left at the end. Beside fastppo's loader stands
-Hugging Face's own, `from_pretrained` under `HfDeepSpeedConfig`. Exits with 1 if fastppo's adds more than 0.7.
+Measured is the anonymous resident memory (RssAnon of /proc/self/status) above its value after imports and after the
+start of the process group: the maximum while loading, sampled every 2 ms, and the value at the end. fastppo's loader is
+compared with Hugging Face's, `from_pretrained` with `HfDeepSpeedConfig`. Exits with 1 if fastppo's adds more than 0.7.
 """
 
 import argparse
@@ -26,7 +26,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def rank_of(loader: str, path: str, name: str) -> None:
-    """One rank: load and print what it took, as one line of JSON."""
+    """One rank: load, and print the measurements as one line of JSON."""
     from memory import Anonymous
 
     from fastppo.distributed.world import start_world, stop_world
@@ -78,7 +78,7 @@ def measure(loader: str, path: str, name: str, ranks: int) -> list[dict[str, flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Memory that loading under ZeRO stage 3 adds to each rank.")
+    parser = argparse.ArgumentParser(description="Memory that loading at ZeRO stage 3 adds to each rank.")
     parser.add_argument("--megabytes", type=int, default=600)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")

@@ -1,13 +1,13 @@
-"""Time of a PPO step with and without other work on the same cores.
+"""Time of a PPO step with and without other programs on the same cores.
 
     python bench/loaded.py
     python bench/loaded.py --rounds 5 --steps 8 --before
 
-Each round runs the quickstart's PPO (its stages before must have been run: `make demo`) on a quiet machine, then beside
-one busy process, then beside two, and once more quiet with the spinning of OpenMP's threads as the library has it by
-itself; so ratios are within a round. With --before that last setting is run beside busy processes too, which takes
-minutes a step. On two cores a step beside one busy process should take at most 2.5 times its quiet time and beside two
-at most 4, and bounding the spinning should cost a quiet step at most 5%. Exits with 1 where it does not hold.
+Each round runs the quickstart's PPO (`make demo` must have run first) four times: alone on the machine, beside one busy
+process, beside two, and alone with OpenMP's default spinning of waiting threads. Ratios are computed within a round.
+With --before, OpenMP's default also runs beside busy processes, which takes minutes per step. Targets on two cores: a
+step takes at most 2.5 times as long beside one busy process and at most 4 times beside two, and limiting the spinning
+costs a step without other programs at most 5%. Exits with 1 if a target is missed.
 """
 
 import argparse
@@ -23,13 +23,13 @@ from pathlib import Path
 
 from ranks import run
 
-LIBRARY = "300000"  # turns that GNU OpenMP's threads spin where nothing says otherwise
+LIBRARY = "300000"  # GNU OpenMP's default number of spins
 MOST = {"beside 1": 2.5, "beside 2": 4.0, "quiet over the library's own": 1.05}
 
 
 @contextlib.contextmanager
 def busy(processes: int) -> Iterator[None]:
-    """Beside the context run so many processes that do nothing but compute."""
+    """A context during which this many other processes compute without end."""
     others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
     try:
         yield
@@ -40,7 +40,7 @@ def busy(processes: int) -> Iterator[None]:
 
 
 def step_seconds(config: str, steps: int, output: Path, spins: str | None) -> float:
-    """The median step of a run; spins: None for fastppo's own bound."""
+    """Seconds of a run's median step. spins: OpenMP's number of spins; None for fastppo's limit."""
     before = os.environ.pop("GOMP_SPINCOUNT", None)
     if spins is not None:
         os.environ["GOMP_SPINCOUNT"] = spins
@@ -54,12 +54,12 @@ def step_seconds(config: str, steps: int, output: Path, spins: str | None) -> fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Seconds of a PPO step on a quiet machine and on a busy one.")
+    parser = argparse.ArgumentParser(description="Seconds of a PPO step with and without other programs.")
     parser.add_argument("--config", default="quickstart")
     parser.add_argument("--steps", type=int, default=6, help="steps of a run; the first is not counted (at least 2)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--spins", help="a bound to try in the place of fastppo's own")
-    parser.add_argument("--before", action="store_true", help="run the library's own setting beside busy processes too")
+    parser.add_argument("--spins", help="a number of spins to try instead of fastppo's")
+    parser.add_argument("--before", action="store_true", help="also run OpenMP's default beside busy processes")
     options = parser.parse_args()
     if options.steps < 2:
         parser.error("--steps must be at least 2: the first step is not counted")
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def _ratio(values: list[float], over: list[float]) -> float:
-    """The median of the rounds' own ratios."""
+    """The median of the ratios of the rounds."""
     return statistics.median(a / b for a, b in zip(values, over, strict=True))
 
 

@@ -1,10 +1,10 @@
-"""The plan against the memory that runs take: `python bench/plan_accuracy.py`.
+"""Compare the memory plan with the memory that runs use: `python bench/plan_accuracy.py`.
 
-Runs that differ in what fills the memory, of PPO and of the stages before it. Each is a process of its own that trains
-for two steps on the CPU; its peak is the kernel's (VmHWM) over what it had after its imports. The last line is JSON.
+The runs of PPO, SFT and reward modelling differ in what fills the memory. Each is a separate process that trains for
+two steps on the CPU. Its peak is VmHWM of the kernel above its value after the imports. The last line is JSON.
 
-Large blocks go back to the kernel when they are freed (MALLOC_MMAP_THRESHOLD_), so that the peak is what the run holds
-and not what glibc keeps for later.
+Large blocks are returned to the kernel when they are freed (MALLOC_MMAP_THRESHOLD_), so that the peak is what the run
+holds, without blocks that glibc keeps for later.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ CASES: dict[str, tuple[str, dict[str, int], dict[str, object]]] = {
     ),
 }
 
-# The same of `train_reward` and `train_sft`.
+# The same for `train_reward` and `train_sft`.
 STAGE_CASES: dict[str, tuple[str, dict[str, int], dict[str, object]]] = {
     "reward model in bf16": (
         "llama",
         {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 8192},
         {"microbatch_tokens": 2048},
     ),
-    "supervised start in fp32, large vocabulary": (
+    "SFT in fp32, large vocabulary": (
         "qwen2",
         {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "vocab_size": 65536},
         {"microbatch_tokens": 1024, "optim.dtype": "fp32"},
@@ -74,7 +74,7 @@ def settings(folder: Path, name: str) -> list[str]:
         "def length(prompts, responses, **columns):\n    return [float(len(r)) for r in responses]\n"
     )
     if name in STAGE_CASES:
-        return [part for key, value in (_of_stage(folder) | changes).items() for part in (f"--{key}", str(value))]
+        return [part for key, value in (_offline(folder) | changes).items() for part in (f"--{key}", str(value))]
     fixed = {
         "output": folder / "run",
         "steps": 2,
@@ -96,8 +96,8 @@ def settings(folder: Path, name: str) -> list[str]:
     return [part for key, value in (fixed | changes).items() for part in (f"--{key}", str(value))]
 
 
-def _of_stage(folder: Path) -> dict[str, object]:
-    """Pairs, which are responses too, all cut at the longest that they may be."""
+def _offline(folder: Path) -> dict[str, object]:
+    """Settings of an SFT or reward-model run, and its data: all texts are cut to the maximum length."""
     rows = [{"prompt": f"{i} ", "chosen": "yes" * 99, "rejected": "not" * 99} for i in range(32)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
@@ -123,7 +123,7 @@ def memory(field: str) -> int:
 
 
 def warm_up(config: Any) -> None:
-    """One update of one layer: what the libraries load at first use is no part of a run's plan."""
+    """One update of one layer: what libraries load at first use is not part of the plan, so do not measure it."""
     import torch
 
     from fastppo.distributed.engine import Engine
@@ -136,7 +136,7 @@ def warm_up(config: Any) -> None:
 
 
 def measure(argv: list[str], name: str) -> None:
-    """In a fresh process: the plan of a run, and the run itself."""
+    """In a new process: the plan of a run, then the run itself."""
     from fastppo import train, train_reward, train_sft
     from fastppo.config.command_line import PPO, REWARD, SFT, Command, parse
     from fastppo.distributed.world import start_world, stop_world
@@ -151,7 +151,7 @@ def measure(argv: list[str], name: str) -> None:
     plan = make_plan(config, this_machine(1, 1, cpu=True))
     world = start_world(config.threads)
     warm_up(config)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again at what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM to the current memory
     before = memory("VmRSS")
     module.train(config, world)
     peak = memory("VmHWM") - before

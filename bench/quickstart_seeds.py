@@ -1,14 +1,14 @@
-"""The quickstart's PPO over several seeds, against what it promises; a soak of minutes a seed.
+"""Run the quickstart's PPO with several seeds and compare with its targets. Takes minutes per seed.
 
     python bench/quickstart_seeds.py --seeds 1 2 3
     python bench/quickstart_seeds.py --seeds 1 2 3 --hacked
 
-It starts from what the two stages before PPO left (`make demo` runs all three), the same for every seed. On 64 fixed
-held-out prompts at temperature 1 the mean score must rise by 0.4 and the judge by 0.2, while KL (k1, summed over a
-response) stays at most 12, the responses' perplexity under the reference at most 1.5 times its start and distinct-2 at
-least 0.8 of its start; and no alarm may be raised. With --hacked the penalty is all but gone (`quickstart-hacked`): an
-alarm must end the run with exit status 3, and no batch may have a distinct-2 below half of that of the first three.
-Exits with 1 if a seed falls short.
+Every seed starts from the same SFT and reward models, which `make demo` makes. Targets, on 64 fixed held-out prompts at
+temperature 1: the mean score rises by 0.4 and the judge by 0.2; KL (k1, summed over a response) is at most 12; the
+responses' perplexity under the reference is at most 1.5 times, and distinct-2 at least 0.8 times, its value at the
+start; no alarm is raised. With --hacked there is almost no KL penalty (`quickstart-hacked`): an alarm must end the run
+with exit status 3, and no batch may have a distinct-2 below half of the mean of the first three. Exits with 1 if a seed
+misses a target.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from fastppo.models.loading.source import LEFT_BY
 from fastppo.monitor.run_dir import ALARMS, METRICS, read_lines
 from fastppo.ppo.alarm_actions import ENDED
 
-Verdict = tuple[dict[str, str], list[str]]  # a row of the table, and the promises that were broken
+Verdict = tuple[dict[str, str], list[str]]  # a row of the table, and the targets that were missed
 
 
 def run(preset: str, seed: int, output: Path, settings: list[str]) -> tuple[int, float]:
@@ -41,9 +41,9 @@ def plain(status: int, metrics: list[dict[str, Any]], alarms: list[dict[str, Any
     perplexity, distinct = (after[f"eval/{x}"] / before[f"eval/{x}"] for x in ("ref_perplexity", "distinct_2"))
     row = {f"{x} {when}": f"{r[f'eval/{x}']:.2f}" for x in ("score", "judge") for when, r in _around(before, after)}
     row |= {
-        "KL a response": f"{after['eval/kl']:.2f}",
-        "perplexity, of its start": f"{perplexity:.2f}",
-        "distinct-2, of its start": f"{distinct:.2f}",
+        "KL per response": f"{after['eval/kl']:.2f}",
+        "perplexity / start": f"{perplexity:.2f}",
+        "distinct-2 / start": f"{distinct:.2f}",
         "alarms": str(len(alarms)),
     }
     promises = {
@@ -51,15 +51,15 @@ def plain(status: int, metrics: list[dict[str, Any]], alarms: list[dict[str, Any
         "score + 0.4": after["eval/score"] - before["eval/score"] >= 0.4,
         "judge + 0.2": after["eval/judge"] - before["eval/judge"] >= 0.2,
         "KL at most 12": after["eval/kl"] <= 12,
-        "perplexity at most 1.5 of its start": perplexity <= 1.5,
-        "distinct-2 at least 0.8 of its start": distinct >= 0.8,
+        "perplexity at most 1.5 times its start": perplexity <= 1.5,
+        "distinct-2 at least 0.8 times its start": distinct >= 0.8,
         "no alarm": not alarms,
     }
     return row, [name for name, kept in promises.items() if not kept]
 
 
 def hacked(status: int, metrics: list[dict[str, Any]], alarms: list[dict[str, Any]], output: Path) -> Verdict:
-    """Which alarm ended the run and where it went back to; score and judge are those of held-out prompts."""
+    """Which alarm ended the run, and its best checkpoint; score and judge are those of held-out prompts."""
     evaluated = {record["step"]: record for record in metrics if "eval/score" in record}
     before, after = evaluated[0], evaluated[max(evaluated)]
     distinct = [record["health/distinct_2"] for record in metrics if "health/distinct_2" in record]
@@ -68,7 +68,7 @@ def hacked(status: int, metrics: list[dict[str, Any]], alarms: list[dict[str, An
     row = {
         "ended by": ", ".join(alarm["figure"] for alarm in acted) or "nothing",
         "at step": str(acted[0]["step"]) if acted else str(metrics[-1]["step"]),
-        "lowest distinct-2, of its start": f"{lowest:.2f}",
+        "lowest distinct-2 / start": f"{lowest:.2f}",
     }
     row |= {f"{x} {when}": f"{r[f'eval/{x}']:.2f}" for x in ("score", "judge") for when, r in _around(before, after)}
     best = _best(output, min(alarm["good"] for alarm in acted), evaluated) if acted else None
@@ -87,19 +87,19 @@ def _around(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, di
 
 
 def _best(output: Path, good: int, evaluated: dict[int, dict[str, Any]]) -> int | None:
-    """The step of the checkpoint that the judge likes best, up to step `good` (`respond.checkpoint_before`)."""
+    """The step of the checkpoint with the judge's highest score, up to step `good` (as in `checkpoint_before`)."""
     steps = [int(path.name[5:]) for path in (output / "checkpoints").glob(f"step-{'[0-9]' * 8}")]
     return max((s for s in steps if s <= good), key=lambda s: (evaluated[s]["eval/judge"], s), default=None)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The quickstart's PPO over several seeds.")
+    parser = argparse.ArgumentParser(description="The quickstart's PPO with several seeds.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--hacked", action="store_true", help="the preset that an alarm must end")
-    parser.add_argument("--output", type=Path, help="runs/seeds or runs/seeds-hacked when left out")
+    parser.add_argument("--hacked", action="store_true", help="run quickstart-hacked, which an alarm must end")
+    parser.add_argument("--output", type=Path, help="default: runs/seeds or runs/seeds-hacked")
     options, settings = parser.parse_known_args()
     if missing := [f"{path}, which `{command}` leaves" for path, command in LEFT_BY.items() if not Path(path).exists()]:
-        sys.exit(f"There is no {' and no '.join(missing)}. `make demo` runs both stages before PPO, and PPO.")
+        sys.exit(f"There is no {' and no '.join(missing)}. `make demo` runs SFT, reward modelling and PPO.")
     preset, judge = ("quickstart-hacked", hacked) if options.hacked else ("quickstart", plain)
     folder = options.output or Path("runs/seeds-hacked" if options.hacked else "runs/seeds")
     soak(preset, judge, options.seeds, folder, settings)
@@ -114,7 +114,7 @@ def soak(preset: str, judge: Callable[..., Verdict], seeds: list[int], folder: P
             sys.exit(f"seed {seed}: the run failed with exit status {status}")
         row, short = judge(status, read_lines(output / METRICS), read_lines(output / ALARMS), output)
         rows.append({"seed": str(seed)} | row | {"seconds": f"{seconds:.0f}"})
-        broken += [f"seed {seed} breaks a promise: {promise}" for promise in short]
+        broken += [f"seed {seed} misses a target: {promise}" for promise in short]
     print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
     for row in rows:
         print("| " + " | ".join(row.values()) + " |")

@@ -1,12 +1,12 @@
-"""Time of a PPO step on two ranks against one, at the same global batch and on the same cores, and each stage's share.
+"""Time of a PPO step and of its phases on one rank and on two, with the same global batch and the same cores.
 
     python bench/ranks.py
     python bench/ranks.py --config quickstart --steps 3
 
-Runs on one rank and on two alternate, and each pair gives a ratio. The cores are divided by the ranks: on CPUs two
-ranks have no more to compute with than one, so the best ratio is 1 and what is above it is what ranks cost: products of
-half the rows, their imbalance, and what they tell each other. On GPUs each rank has one of its own. Without `--config`
-the models are those of bench/end_to_end.py, with prompts answered in 1 to 64 tokens.
+Runs on one rank and on two alternate; each pair gives a ratio. The cores are divided among the ranks, so on CPUs two
+ranks have no more computing power than one. A ratio above 1 is the cost of the second rank: matrix products with half
+the rows, imbalance, and communication. On GPUs each rank has its own GPU. Without `--config` the models are those of
+bench/end_to_end.py, with responses of 1 to 64 tokens.
 """
 
 import argparse
@@ -26,7 +26,7 @@ STAGES = ("sampling", "feedback", "experience", "learning")
 
 
 def small(folder: Path, dtype: str) -> list[str]:
-    """Settings of a run of the small models; a twentieth of the tokens ends a response, so lengths differ."""
+    """Settings of a run of the small models. One token in twenty is a stop token, so that lengths differ."""
     make_inputs(folder, SIZES["small"])
     settings = {
         "actor.model": folder / "actor",
@@ -44,8 +44,8 @@ def small(folder: Path, dtype: str) -> list[str]:
 
 
 def run(settings: list[str], output: Path, ranks: int, steps: int) -> list[dict[str, float]]:
-    """The metrics of each step but the first."""
-    with socket.socket() as s:  # DeepSpeed's own port may be another run's
+    """The metrics of each step except the first."""
+    with socket.socket() as s:  # a free port: another run may use DeepSpeed's default
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--master_port", port]
@@ -62,9 +62,9 @@ def run(settings: list[str], output: Path, ranks: int, steps: int) -> list[dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Seconds of a PPO step on one rank and on two, stage by stage.")
+    parser = argparse.ArgumentParser(description="Seconds of a PPO step and of its phases on one rank and on two.")
     parser.add_argument("--config", help="a preset or a file of settings instead of the small models")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16", help="of the small models")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16", help="data type of the small models")
     parser.add_argument("--steps", type=int, default=5, help="steps of a run; the first is not counted (at least 2)")
     parser.add_argument("--rounds", type=int, default=3, help="pairs of runs")
     options = parser.parse_args()

@@ -1,9 +1,9 @@
-"""The quickstart's reward model over several seeds, against what it promises; about a minute a seed.
+"""Train the quickstart's reward model with several seeds and compare with its target. About a minute per seed.
 
     python bench/reward_seeds.py --seeds 1 2 3
 
-On 300 held-out pairs of film reviews, the same for every seed, at least 80% must be in the right order. A seed decides
-the score head's start and the order of the pairs. Exits with 1 if a seed falls short.
+Of 300 held-out pairs of film reviews, the same for every seed, at least 80% must be ordered correctly. The seed
+determines the initial score head and the order of the pairs. Exits with 1 if a seed misses the target.
 """
 
 import argparse
@@ -17,7 +17,7 @@ PROMISED = 0.8
 
 
 def run(seed: int, output: Path, settings: list[str]) -> dict[str, str]:
-    """One run, and the numbers of the model that it leaves: those of its lowest held-out loss."""
+    """One run. Returns the measurements of the model that it saves, the one with the lowest held-out loss."""
     command = ["deepspeed", "fastppo/train_reward.py", "--config", "quickstart-reward", "--seed", str(seed)]
     start = time.monotonic()
     subprocess.run([*command, "--output", str(output), *settings], check=True, stdout=sys.stderr)
@@ -41,7 +41,7 @@ def run(seed: int, output: Path, settings: list[str]) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The quickstart's reward model over several seeds.")
+    parser = argparse.ArgumentParser(description="The quickstart's reward model with several seeds.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--output", type=Path, default=Path("runs/reward-seeds"))
     options, settings = parser.parse_known_args()

@@ -1,4 +1,4 @@
-"""Sampling against transformers' `generate`, paired in one run: tokens a second, and the median ratio.
+"""Compare sampling with transformers' `generate` in paired rounds: tokens per second, and the median ratio.
 
     python bench/sampling.py --rounds 5
 
@@ -35,7 +35,7 @@ def smollm2() -> PreTrainedModel:
 
 
 def small_llama(dtype: torch.dtype) -> PreTrainedModel:
-    """The model of the comparison with TRL."""
+    """The model that is also compared with TRL."""
     shape = LlamaConfig(
         vocab_size=4_096, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=4, bos_token_id=None, eos_token_id=None, pad_token_id=None,
@@ -52,7 +52,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def compare(name: str, model: PreTrainedModel, rows: int, prompt: int, new: int, rounds: int) -> None:
-    """Alternate the two on the same model and prompts, after one round that is not counted."""
+    """Run the two alternately on the same model and prompts, after one round that is not counted."""
     choose_attention("auto", model.dtype, DEVICE)
     tokens = torch.randint(5, 4_000, (rows, prompt), device=DEVICE)
     config = SamplingConfig(max_new_tokens=new, ignore_eos=True, rows=rows)
@@ -78,12 +78,12 @@ def compare(name: str, model: PreTrainedModel, rows: int, prompt: int, new: int,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Sampling against transformers' generate.")
+    parser = argparse.ArgumentParser(description="Compare sampling with transformers' generate.")
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     torch.manual_seed(0)
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("fastppo").setLevel(logging.INFO)  # it tells what computes attention
+    logging.getLogger("fastppo").setLevel(logging.INFO)  # shows what computes attention
     print("| model | fastppo, tokens/s | `generate`, tokens/s | times faster (paired median) |\n|---|---|---|---|")
     model = smollm2()
     compare("SmolLM2-135M, bf16, 32 x (16 + 48)", model, 32, 16, 48, rounds)

@@ -1,4 +1,4 @@
-"""Decode attention over the cache: `pytest bench --benchmark-only`. The size is that of the quickstart's sampler."""
+"""Decode attention over the cache: `pytest bench --benchmark-only`. The sizes are those of the quickstart."""
 
 import os
 

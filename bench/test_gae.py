@@ -1,6 +1,6 @@
-"""GAE over packed sequences against what it replaces: `pytest bench/test_gae.py --benchmark-only`.
+"""Compare GAE over packed sequences with other implementations: `pytest bench/test_gae.py --benchmark-only`.
 
-Runs on the GPU where there is one; `bench/gae.py` has the CPU's targets.
+Runs on the GPU if there is one. `bench/gae.py` has the targets on the CPU.
 """
 
 import functools

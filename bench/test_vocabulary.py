@@ -1,11 +1,11 @@
-"""The ops over the vocabulary against eager PyTorch, torch.compile of it and, where installed, Liger-Kernel.
+"""Compare the ops over the vocabulary with eager PyTorch, with torch.compile and, if installed, with Liger-Kernel.
 
     pytest bench/test_vocabulary.py --benchmark-only
     python bench/test_vocabulary.py            # a table of paired ratios, and one line of JSON
 
-In the table candidates take turns in one process, so that what else the machine does slows all of them alike. The
-ceiling of a forward pass is one read of the logits, of a backward pass one more and a write, of a policy loss its three
-matrix products. Runs on the GPU where there is one, in the size of an 8B Llama.
+For the table, candidates run alternately in one process, so that other programs slow all of them equally. The ceiling
+of a forward pass is one read of the logits; of a backward pass one more read and a write; of a policy loss its three
+matrix products. Runs on the GPU if there is one, with the sizes of an 8B Llama.
 """
 
 import os
@@ -29,19 +29,19 @@ from fastppo import ops
 from fastppo.ops import philox, registration
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# SmolLM2's head, and on a GPU that of an 8B Llama with as many rows as fill the card: tokens, vocabulary, width, and
-# rows of a decode step.
+# Sizes of SmolLM2's head, or on a GPU of an 8B Llama's with enough rows to fill the card: tokens, vocabulary, width,
+# and rows of a decode step.
 M, V, H, ROWS = (256, 49_152, 576, 32) if DEVICE.type == "cpu" else (4096, 128_256, 4096, 256)
 BLOCK = 128
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Group(NamedTuple):
-    """Candidates that compute the same from the same."""
+    """Candidates that compute the same result from the same arguments."""
 
     candidates: dict[str, Callable[..., Any]]
     arguments: Callable[[torch.dtype], tuple[Any, ...]]
-    moved: Callable[[int], int]  # least bytes, given those of an element
+    moved: Callable[[int], int]  # least possible bytes, given the bytes of an element
     flops: int = 0
 
     def calls(self, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
@@ -80,7 +80,7 @@ def rows_to_differentiate(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def eager_sample(logits: Tensor, stream: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """The blocked inverse distribution function: the block that u falls in, then the token in it."""
+    """Sampling by inverting the distribution function in two steps: the block that u is in, then the token."""
     x = logits.float()
     x = x - x.amax(-1, keepdim=True)
     e = x.exp().view(len(x), -1, BLOCK)
@@ -125,7 +125,7 @@ def fastppo_loss(hidden: Tensor, weight: Tensor, targets: Tensor, old: Tensor, a
 
 
 def liger_loss(hidden: Tensor, weight: Tensor, targets: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
-    """Its nearest: GRPO's loss on sequences of one token, so that each token has an advantage of its own."""
+    """The most similar loss there: GRPO's, with sequences of one token, so that each token has its own advantage."""
     from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOLoss
 
     loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, chunk_size=M, loss_type="bnpo")
@@ -187,7 +187,7 @@ def test_vocabulary(benchmark: Any, group: str, dtype: str, candidate: str) -> N
 
 
 def compare(group: str, dtype: str, rounds: int, most: Ceilings) -> dict[str, Any]:
-    """Alternate a group's candidates; medians, and each one's median ratio to fastppo."""
+    """Run a group's candidates alternately. Returns medians, and the median ratio of each to fastppo."""
     calls = GROUPS[group].calls(DTYPES[dtype])
     times = [{name: seconds(call, DEVICE) for name, call in calls.items()} for _ in range(rounds + 2)][2:]
     median = {name: statistics.median(t[name] for t in times) for name in calls}

@@ -1,14 +1,14 @@
-"""TRL's PPOTrainer at the work that fastppo is compared with: seconds a step.
+"""Seconds per step of TRL's PPOTrainer, at the work at which fastppo is compared with it.
 
-Needs trl==0.29.1, and nothing of fastppo: run it with the interpreter of an environment of its own (tried with
+Needs trl==0.29.1 and does not need fastppo: run it with the interpreter of a separate environment (tested with
 torch 2.13.0 and transformers 4.57.6 and 5.23.0).
 
     python bench/trl_ppo.py --dtype bf16 --steps 5 --json
 
 A step: 64 prompts of 32 random tokens, 64 new tokens each with no stop token, scores, values and reference logprobs,
 4 epochs of one minibatch of 64. Policy, reference, critic and reward model are random 4-layer Llamas. Settings that
-made TRL faster are kept: one microbatch, no gradient checkpointing, no cache where nothing is generated, fused AdamW,
-and with bf16 the two frozen models held in bf16, since TRL's autocast covers the four epochs alone.
+make TRL faster are used: one microbatch, no gradient checkpointing, a cache only for generation, fused AdamW, and with
+bf16 the two frozen models in bf16, because TRL's autocast covers only the four epochs.
 """
 
 import os
@@ -43,11 +43,11 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 VERSION = "0.29.1"
 VOCABULARY = 4_096
-BATCH, PROMPT, RESPONSE = 64, 32, 64  # prompts a step, tokens, tokens
+BATCH, PROMPT, RESPONSE = 64, 32, 64  # prompts per step, tokens of a prompt, new tokens
 
 
 class Clock(TrainerCallback):
-    """Notes the time at the end of every step: one batch of 64 prompts with its four epochs."""
+    """Records the time at the end of every step, which is one batch of 64 prompts with its four epochs."""
 
     def __init__(self) -> None:
         self.wall: list[float] = []  # seconds, of an arbitrary origin
@@ -59,10 +59,10 @@ class Clock(TrainerCallback):
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One word for each id of the model, and a pad that is none of them.
+    """One word for each id of the model, and a pad token outside the model's vocabulary.
 
-    TRL masks every pad it meets and stops a response there. A pad outside the model's vocabulary is never sampled, so
-    every response keeps its 64 tokens. TRL also counts EOS tokens and fails without one, so EOS is that same id.
+    TRL masks every pad token and ends a response there. A pad token outside the vocabulary is never sampled, so every
+    response keeps its 64 tokens. TRL also counts EOS tokens and fails without one, so EOS is the same id.
     """
     words = {f"w{i}": i for i in range(VOCABULARY)} | {"[PAD]": VOCABULARY}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
@@ -71,7 +71,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_trainer(dtype: str, steps: int, folder: str, clock: Clock) -> PPOTrainer:
     """A trainer that stops after `steps` batches; `dtype` is "fp32", or "bf16" for autocast over fp32 weights."""
-    # PPOTrainer builds its own Accelerator, which since transformers 5 hears of bf16 through this variable alone.
+    # PPOTrainer makes its own Accelerator; since transformers 5 only this variable sets bf16 there.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if dtype == "bf16" else "no"
     torch.manual_seed(0)
     shape = LlamaConfig(
@@ -80,7 +80,7 @@ def build_trainer(dtype: str, steps: int, folder: str, clock: Clock) -> PPOTrain
     )  # fmt: skip
     frozen = torch.bfloat16 if dtype == "bf16" else torch.float32
     policy = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
-    shape.use_cache = False  # each model keeps a copy: only the policy generates
+    shape.use_cache = False  # each model has a copy of the config: only the policy generates
     reference = AutoModelForCausalLM.from_config(shape, dtype=frozen)
     reference.load_state_dict(policy.state_dict())
     prompts = Dataset.from_dict({"input_ids": torch.randint(VOCABULARY, (BATCH * steps, PROMPT)).tolist()})
@@ -98,7 +98,7 @@ def build_trainer(dtype: str, steps: int, folder: str, clock: Clock) -> PPOTrain
         reward_model=AutoModelForSequenceClassification.from_config(shape, dtype=frozen),
         value_model=AutoModelForSequenceClassification.from_config(shape, dtype=torch.float32),
         train_dataset=prompts,
-        eval_dataset=prompts,  # required, and never generated from
+        eval_dataset=prompts,  # required, but never used to generate
         callbacks=[clock],
     )  # fmt: skip
     if trainer.accelerator.mixed_precision != os.environ["ACCELERATE_MIXED_PRECISION"]:
@@ -107,10 +107,10 @@ def build_trainer(dtype: str, steps: int, folder: str, clock: Clock) -> PPOTrain
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Seconds a step of TRL's PPOTrainer on the CPU.")
+    parser = argparse.ArgumentParser(description="Seconds per step of TRL's PPOTrainer on the CPU.")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16", help="bf16 is autocast over fp32 weights")
     parser.add_argument("--steps", type=int, default=5, help="batches to run; the first is not counted (at least 2)")
-    parser.add_argument("--json", action="store_true", help="print the JSON line alone")
+    parser.add_argument("--json", action="store_true", help="print only the JSON line")
     options = parser.parse_args()
     if options.steps < 2:
         parser.error(f"--steps {options.steps}: the first step is not counted, give at least 2")
@@ -125,7 +125,7 @@ def main() -> None:
     )
     median = round(statistics.median(seconds), 3)
     if not options.json:
-        print(f"TRL {trl.__version__}, {options.dtype}: {median:.2f} s a step, the median of {len(seconds)}")
+        print(f"TRL {trl.__version__}, {options.dtype}: {median:.2f} s per step, the median of {len(seconds)}")
     result = {
         "trainer": "trl",
         "dtype": options.dtype,

@@ -1,8 +1,8 @@
-"""All commands under one name: `fastppo train --config quickstart`, or `python -m fastppo train ...` for the same.
+"""The command `fastppo`: `fastppo train --config quickstart`, or equally `python -m fastppo train ...`.
 
-A command that trains runs on ranks, as `deepspeed --module fastppo.train ...` does. The launcher of DeepSpeed runs in
-this process, as it does in that of the script `deepspeed`, with one difference: SIGTERM and SIGINT reach the ranks,
-which save the run. By itself the launcher would end alone and leave them at work.
+A training command starts ranks, as `deepspeed --module fastppo.train ...` does. DeepSpeed's launcher runs in this
+process, as in the script `deepspeed`. There is one difference: SIGTERM and SIGINT are passed on to the ranks, which
+save the run. The script `deepspeed` would end and leave the ranks running.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from fastppo import __version__
 
 @dataclass(frozen=True)
 class Command:
-    """What is run for a name on the command line."""
+    """What `fastppo NAME` runs."""
 
-    module: str  # its `main(argv)` does it, on one rank or alone
-    line: str  # of --help
-    settings: str | None = None  # of a command that trains on ranks: the name of its settings in fastppo.config
+    module: str  # its `main(argv)` is called, in each rank's process or in this one
+    line: str  # its description in --help
+    settings: str | None = None  # training commands only: the name of its Command in fastppo.config
 
 
 COMMANDS = {
-    "train": Command("fastppo.train", "PPO: a language model learns from rewards", "PPO"),
-    "sft": Command("fastppo.train_sft", "a supervised start, from prompts and responses", "SFT"),
-    "reward": Command("fastppo.train_reward", "a reward model, from preference pairs", "REWARD"),
-    "plan": Command("fastppo.plan", "the memory of a run, before anything is loaded"),
-    "report": Command("fastppo.report.__main__", "a run, or two, as one HTML file"),
-    "serve-reward": Command("fastppo.serve_reward", "a reward model as a service"),
+    "train": Command("fastppo.train", "PPO: train a language model with rewards", "PPO"),
+    "sft": Command("fastppo.train_sft", "supervised fine-tuning on prompts and responses", "SFT"),
+    "reward": Command("fastppo.train_reward", "train a reward model on preference pairs", "REWARD"),
+    "plan": Command("fastppo.plan", "predict the memory of a run, without loading weights"),
+    "report": Command("fastppo.report.__main__", "write a report of one run or several, as one HTML file"),
+    "serve-reward": Command("fastppo.serve_reward", "serve a reward model over HTTP"),
 }
 
 LAUNCHER = """\
-Flags of DeepSpeed's launcher come first, before all settings:
+Flags of DeepSpeed's launcher must come before all settings:
 
   fastppo {name} --num_gpus 4 --config my_run.yaml
 
-`deepspeed --help` lists them. Without one, each GPU of this machine is a rank. SIGTERM and Ctrl-C let the run save
-itself, and `--resume auto` goes on from there. What follows them are settings:
+`deepspeed --help` lists these flags. Without them, one rank is started for each GPU of this machine. After SIGTERM or
+Ctrl-C the run saves itself and ends; `--resume auto` continues it. The settings are:
 """
 
 
@@ -72,11 +72,11 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {command.line}" for name, command in COMMANDS.items()]
     start = "usage: fastppo COMMAND [ARGUMENT ...]\n\nPPO for language models. The commands:\n"
-    return "\n".join([start, *lines, "\n`fastppo COMMAND --help` tells what each takes."])
+    return "\n".join([start, *lines, "\n`fastppo COMMAND --help` lists the arguments of a command."])
 
 
 def exit_with_usage(name: str) -> None:
-    """Says what is wrong with the name of a command and leaves with status 2."""
+    """Print what is wrong with the command's name, and exit with status 2."""
     if not name:
         print(usage(), file=sys.stderr)
     elif name.startswith("-"):
@@ -89,7 +89,7 @@ def exit_with_usage(name: str) -> None:
 
 
 def show_settings(name: str) -> None:
-    """--help of a command that trains."""
+    """Print --help of a training command."""
     from fastppo import config
 
     print(LAUNCHER.format(name=name))
@@ -97,7 +97,7 @@ def show_settings(name: str) -> None:
 
 
 def launch(name: str, args: list[str]) -> None:
-    """Run a command on ranks, and exit as DeepSpeed's launcher does: with 0 where all ranks did."""
+    """Run a training command on ranks. Exits as DeepSpeed's launcher does: with 0 if all ranks exit with 0."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _tell_ranks)
     from deepspeed.launcher import runner
@@ -105,15 +105,15 @@ def launch(name: str, args: list[str]) -> None:
     flags, settings = split(name, args, launcher_flags())
     try:
         runner.main([*flags, "--module", COMMANDS[name].module, *settings])
-    except (AssertionError, OSError, RuntimeError, ValueError) as error:  # the launcher's own; it runs nothing of ours
+    except (AssertionError, OSError, RuntimeError, ValueError) as error:  # the launcher's own errors
         print(f"fastppo: DeepSpeed's launcher cannot start the ranks: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
 def split(name: str, args: list[str], flags: dict[str, bool]) -> tuple[list[str], list[str]]:
-    """The launcher's flags, which come first, and the settings behind them.
+    """Split arguments into the launcher's flags, which come first, and the settings after them.
 
-    flags: those of the launcher, and whether each takes a value. Exits with 2 where one stands behind a setting.
+    flags: the launcher's flags, and whether each takes a value. Exits with status 2 if one comes after a setting.
     """
     end = 0
     while end < len(args) and (flag := args[end].partition("=")[0]) in flags:
@@ -130,10 +130,10 @@ def split(name: str, args: list[str], flags: dict[str, bool]) -> tuple[list[str]
 
 
 def launcher_flags() -> dict[str, bool]:
-    """Every flag of DeepSpeed's launcher, and whether it takes a value; as its parser knows them."""
+    """Every flag of DeepSpeed's launcher, and whether it takes a value, read from the launcher's parser."""
     from deepspeed.launcher import runner
 
-    def caught(parser: Any, *_: Any, **__: Any) -> Any:  # that parser lives within a function, which returns this
+    def caught(parser: Any, *_: Any, **__: Any) -> Any:  # the parser is local to a function; return it
         return parser
 
     parse_args = argparse.ArgumentParser.parse_args
@@ -146,10 +146,10 @@ def launcher_flags() -> dict[str, bool]:
 
 
 def _tell_ranks(number: int, _: FrameType | None) -> None:
-    """SIGTERM to each rank; where there is none yet, to what would start them, and the signal's usual end here.
+    """Send SIGTERM to each rank. If no rank has started yet, end the launcher, and this process as the signal does.
 
-    One Ctrl-C reaches the ranks of a terminal beside this process, and a second SIGINT would end them unsaved: SIGTERM
-    never does. On several nodes by `pdsh` DeepSpeed has put its own handlers in the place of this one.
+    It sends SIGTERM and not SIGINT: in a terminal one Ctrl-C already reaches the ranks, and a second SIGINT would end
+    them without saving. On several nodes with `pdsh`, DeepSpeed's own handlers replace this one.
     """
     children = psutil.Process().children()
     launchers = [child for child in children if "deepspeed.launcher.launch" in _command_line(child)]

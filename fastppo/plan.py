@@ -1,7 +1,7 @@
-"""The memory of a run before anything is loaded: `python -m fastppo.plan --config PRESET|FILE [--gpus 8 ...]`.
+"""Predict the memory of a run without loading weights: `python -m fastppo.plan --config PRESET|FILE [--gpus 8 ...]`.
 
-Models are built on the meta device, from their configs alone. The table says what each role holds in each stage, on
-each GPU, in the host's memory and on NVMe, whether that fits, and if not, the smallest change that would.
+Models are built on the meta device from their configs. The table shows how much memory each role uses in each phase, on
+each GPU, in the host's memory and on NVMe, and whether this fits; if not, the smallest change that makes it fit.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from fastppo.planner import (
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     options = argparse.ArgumentParser(prog="python -m fastppo.plan", add_help=False, allow_abbrev=False)
-    options.add_argument("--gpus", type=parse_count, help="GPUs of each node; without a GPU, ranks on the CPU")
-    options.add_argument("--gpu-memory", type=parse_bytes, metavar="80GB", help="memory of each GPU")
-    options.add_argument("--host-memory", type=parse_bytes, metavar="1TB", help="memory of each node")
-    options.add_argument("--nvme", type=parse_bytes, metavar="4TB", help="room on NVMe of each node")
-    options.add_argument("--nodes", type=parse_count, default=1, help="how many nodes")
+    options.add_argument("--gpus", type=parse_count, help="GPUs per node, or ranks per node on CPUs")
+    options.add_argument("--gpu-memory", type=parse_bytes, metavar="80GB", help="memory per GPU")
+    options.add_argument("--host-memory", type=parse_bytes, metavar="1TB", help="host memory per node")
+    options.add_argument("--nvme", type=parse_bytes, metavar="4TB", help="free space on NVMe per node")
+    options.add_argument("--nodes", type=parse_count, default=1, help="number of nodes")
     commands: dict[str, Command[Any]] = {command.script.removesuffix(".py"): command for command in (PPO, REWARD, SFT)}
-    options.add_argument("--command", choices=commands, default="train", help="whose settings are given; train is PPO")
+    options.add_argument("--command", choices=commands, default="train", help="the command to plan for (train is PPO)")
     given, settings = options.parse_known_args(argv)
     if {"-h", "--help"} & set(settings):
-        print(f"{options.format_help()}\nWhat is left out is taken from this machine. All settings of a run:\n")
+        print(f"{options.format_help()}\nValues that are not given are those of this machine. Settings of a run:\n")
     cpu = given.gpu_memory is None and not torch.cuda.is_available()
     if given.gpu_memory is None or given.host_memory is None or (given.gpus is None and not cpu):
         here = this_machine(given.gpus, given.nodes, cpu=not torch.cuda.is_available())

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def favourable(prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[Any]) -> list[float]:
-    """VADER's compound sentiment of each response, in [-1, 1] (Hutto and Gilbert, 2014). 0.04 ms a text."""
+    """VADER's compound sentiment of each response, in [-1, 1] (Hutto and Gilbert, 2014). 0.04 ms per text."""
     analyzer = _analyzer()
     return [float(analyzer.polarity_scores(response)["compound"]) for response in responses]
 

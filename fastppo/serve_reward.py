@@ -1,9 +1,9 @@
 """Serve a reward model over HTTP: `python -m fastppo.serve_reward --model DIR`, for `rewards.url`.
 
-POST / takes prompts and responses in the form of `fastppo.rewards.protocol` and answers with scores, or with an error:
-status 400 for a request that is wrong, 503 while the model loads, 500 for a model that fails. GET / tells which model
-it is, `/health` whether it is ready, `/openapi.json` the schema. Requests that wait while a forward pass runs share the
-next one.
+POST / accepts prompts and responses as `fastppo.rewards.protocol` defines them. It answers with scores or with an
+error: status 400 if the request is wrong, 503 while the model loads, 500 if the model fails. GET / returns the model's
+name, `/health` whether it is ready, `/openapi.json` the schema. Requests that arrive while a forward pass runs share
+the next one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from fastppo.rewards import (
     read_request,
 )
 
-MISSING: str | None = None  # what the extra `serve` would have brought
+MISSING: str | None = None  # the package of the extra `serve` that is not installed
 try:
     import uvicorn
     from fastapi import FastAPI, Request
@@ -55,9 +55,9 @@ except ModuleNotFoundError as error:
 log = logging.getLogger("fastppo")
 
 LARGEST = 64 << 20  # bytes of a request
-KEEP_ALIVE = 2 * int(LONGEST_WAIT)  # seconds: a client that pauses before it tries again finds its connection open
-LAST_ANSWERS = 20  # seconds that requests under way have after SIGTERM
-LOADING = 10  # seconds after which to ask again
+KEEP_ALIVE = 2 * int(LONGEST_WAIT)  # seconds: a client that pauses between two tries can reuse its connection
+LAST_ANSWERS = 20  # seconds after SIGTERM in which requests are still answered
+LOADING = 10  # seconds after which a client should try again
 
 
 class _Waiting(NamedTuple):
@@ -67,22 +67,22 @@ class _Waiting(NamedTuple):
 
 
 class Scorer:
-    """One model in a thread of its own, in which `run` loads it and scores what is asked, in the order of arrival.
+    """Scores requests with one model, in the order of arrival. `run` loads the model and is called in its own thread.
 
-    What waits while a forward pass runs shares the next one, up to the model's budget of tokens. A request that cannot
-    be scored fails alone.
+    Requests that wait while a forward pass runs share the next one, up to the model's token budget. A request that
+    cannot be scored does not affect the others.
     """
 
     def __init__(self, name: str, load: Callable[[], ModelSource], loaded: Callable[[], None] = lambda: None):
-        """name: the model's, for people; loaded: called once it can be asked."""
+        """name: the model's name, for messages; loaded: called when the model is ready."""
         self.name, self._load, self._loaded = name, load, loaded
-        self.source: ModelSource | None = None  # until it is loaded
+        self.source: ModelSource | None = None  # None until the model is loaded
         self.requests = self.responses = self.batches = self.failed = 0
         self._arrived = SimpleQueue[tuple[Asked, Future[list[float]]] | None]()
         self._waiting = deque[_Waiting]()
 
     def ask(self, asked: Asked) -> Future[list[float]]:
-        """The scores, or what `ModelSource.scores` raises. Cancelled before its forward pass it costs none."""
+        """A future of the scores, or of the error. If it is cancelled before its forward pass, it is not computed."""
         answer = Future[list[float]]()
         self._arrived.put((asked, answer))
         return answer
@@ -99,7 +99,7 @@ class Scorer:
         )
 
     def run(self) -> None:
-        """Until `stop`. Raises what loading raises."""
+        """Load the model, then score requests until `stop`. Raises the errors of loading."""
         self.source = self._load()
         self._loaded()
         while self._tokenise():
@@ -110,7 +110,7 @@ class Scorer:
         self._arrived.put(None)
 
     def _tokenise(self) -> bool:
-        """Make tokens of all that has arrived, once there is something; False at the end."""
+        """Wait until there is a request, then tokenise all that have arrived. Returns False after `stop`."""
         assert self.source is not None
         while not self._waiting or not self._arrived.empty():
             arrived = self._arrived.get()
@@ -128,7 +128,7 @@ class Scorer:
         return True
 
     def _group(self, budget: int) -> list[_Waiting]:
-        """The first that waits and those behind it that fit into one forward pass with it; without cancelled ones."""
+        """The first waiting requests that fit into one forward pass together, at least one; skips cancelled ones."""
         group: list[_Waiting] = []
         while self._waiting and (not group or len(self._waiting[0].packed.tokens) <= budget):
             first = self._waiting.popleft()
@@ -154,7 +154,7 @@ class Scorer:
             for one in group:
                 one.answer.set_result([next(rest) for _ in one.responses])
             return
-        for one in group:  # out of the handler of the error, which holds what the failed pass had in memory
+        for one in group:  # outside the except block: the exception keeps the failed pass's tensors in memory
             self._score([one])
 
     def _fail(self, answer: Future[list[float]], error: Exception) -> None:
@@ -166,16 +166,16 @@ def make_app(scorer: Scorer) -> FastAPI:
     """The routes of the service."""
     app = FastAPI(title="fastppo reward model", version=__version__, description=f"The reward model {scorer.name}.")
     errors: dict[int | str, dict[str, Any]] = {
-        400: {"model": ErrorAnswer, "description": "The request is wrong, and would be again."},
+        400: {"model": ErrorAnswer, "description": "The request is wrong; do not repeat it."},
         500: {"model": ErrorAnswer, "description": "The model failed."},
-        503: {"model": ErrorAnswer, "description": "The model still loads; Retry-After has seconds."},
+        503: {"model": ErrorAnswer, "description": "The model is still loading; try again after Retry-After seconds."},
     }
     body = {"required": True, "content": {"application/json": {"schema": ScoreRequest.model_json_schema()}}}
 
-    # The body is read here and not by FastAPI: its size is looked at first, and clients need not name its type.
+    # The body is read here and not by FastAPI, to check its size first, and to accept it without a Content-Type.
     @app.post("/", response_model=ScoreAnswer, responses=errors, openapi_extra={"requestBody": body})
     async def scores(request: Request) -> JSONResponse:
-        """One score for each response."""
+        """One score per response."""
         said = request.headers.get("transfer-encoding") or request.headers.get("content-length") or "0"
         if not (said.isdecimal() and len(said) < 20 and 0 < int(said) <= LARGEST):
             problem = f"a request has a body of 1 to {LARGEST} bytes and says so; this one says {said[:20]!r}"
@@ -192,12 +192,12 @@ def make_app(scorer: Scorer) -> FastAPI:
 
     @app.get("/")
     async def model() -> dict[str, str]:
-        """Which model it is."""
+        """The name of the model."""
         return {"model": scorer.name}
 
     @app.get("/health", response_model=Health, responses={503: {"model": Health, "description": "It is not ready."}})
     async def health() -> JSONResponse:
-        """Whether the model is ready, and what it has done."""
+        """Whether the model is ready, and how many requests it has scored."""
         now = scorer.health()
         return JSONResponse(now.model_dump(), 200 if now.ready else 503)
 
@@ -211,11 +211,11 @@ def make_app(scorer: Scorer) -> FastAPI:
 
 
 async def _answer(scorer: Scorer, asked: Asked, request: Request) -> JSONResponse:
-    """The scores of a request or why there are none. It waits no longer than its client does."""
+    """The answer to a request: scores or an error. Cancels the request if its client disconnects."""
     if not asked.responses:
         return JSONResponse({"scores": []})
     answer = asyncio.wrap_future(scorer.ask(asked))
-    gone: asyncio.Future[Any] = asyncio.ensure_future(request.receive())  # the body is read: only an end can come
+    gone: asyncio.Future[Any] = asyncio.ensure_future(request.receive())  # the next message is the disconnect
     try:
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
@@ -223,7 +223,7 @@ async def _answer(scorer: Scorer, asked: Asked, request: Request) -> JSONRespons
         return JSONResponse({"scores": answer.result()})
     except (TooLong, BadChat) as error:
         return _problem(400, str(error))
-    except RewardError as error:  # a NaN, which may be none another time
+    except RewardError as error:  # a NaN, which a second try might not give
         log.error("a request failed: %s", error)
         return _problem(500, str(error))
     except Exception as error:
@@ -250,11 +250,12 @@ def serve(
 
     Args:
         model: An `AutoModelForSequenceClassification` with one label: hub name or directory.
-        host: Address to listen on. Other machines reach 0.0.0.0, and so does anybody: there is no password.
-        port: 0 to 65535; 0 takes a free one, which is printed.
-        dtype: Type of weights and activations.
-        microbatch_tokens: Tokens of one forward pass.
-        template: Arguments of the model's chat template, as in '{"enable_thinking": false}'.
+        host: Address to listen on. Use 0.0.0.0 for requests from other machines; there is no password, so anyone who
+            can reach the port can send requests.
+        port: 0 to 65535; with 0 the system chooses a free port, which is printed.
+        dtype: Data type of weights and activations.
+        microbatch_tokens: Maximum number of tokens in one forward pass.
+        template: Arguments for the model's chat template, as in '{"enable_thinking": false}'.
     """
     if MISSING is not None:
         raise FastPPOError(
@@ -278,7 +279,7 @@ def serve(
 
 
 def run(scorer: Scorer, listening: socket.socket) -> None:
-    """Load the model and answer, until SIGTERM, Ctrl-C or `scorer.stop`. Raises what loading raises."""
+    """Load the model and answer requests until SIGTERM, Ctrl-C or `scorer.stop`. Raises the errors of loading."""
     quiet: dict[str, Any] = {"log_config": None, "log_level": logging.WARNING, "access_log": False}
     times: dict[str, Any] = {"timeout_keep_alive": KEEP_ALIVE, "timeout_graceful_shutdown": LAST_ANSWERS}
     config = uvicorn.Config(make_app(scorer), http="h11", ws="none", lifespan="off", **quiet, **times)
@@ -300,7 +301,7 @@ def run(scorer: Scorer, listening: socket.socket) -> None:
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """Before the model loads, so that an address that is taken costs no minutes."""
+    """The listening socket. Opened before the model loads, so that an address in use is reported at once."""
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -320,7 +321,7 @@ def alone(
     device: torch.device,
     template: Mapping[str, Any] = NO_ARGUMENTS,
 ) -> ModelSource:
-    """The model as a source of reward of this process, which knows its tokens alone."""
+    """The model as a reward source in one process, without the tokens of an actor: it tokenises all texts itself."""
     zero = ZeroConfig(stage=0)
     frozen, world = Frozen(model, OptimConfig(), zero), World(0, 1, device)
     return ModelSource(frozen, tokenizer, None, budget=budget, zero=zero, world=world, template=template)

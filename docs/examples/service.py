@@ -1,7 +1,8 @@
 """A reward service of your own: `uvicorn --app-dir docs/examples service:app --port 8200`.
 
-A run asks it for some responses at a time, on several connections at once, and it answers one finite number for each.
-What it cannot score is a status: 4xx ends the run with the text that goes with it, 429 and 5xx are tried again.
+A run sends it several responses per request, on several connections at the same time. The answer is one finite number
+per response. If it cannot score a request, it answers with an error status: after 4xx the run ends with the text of the
+answer; after 429 and 5xx the run tries again.
 """
 
 from typing import Any
@@ -14,8 +15,8 @@ class Request(BaseModel):
     prompts: list[str]
     responses: list[str]
     ended: list[bool]  # false: cut at its maximum length
-    columns: dict[str, list[Any]] = {}  # of the data, by name
-    messages: list[list[dict[str, str]] | None] | None = None  # where prompts are chat
+    columns: dict[str, list[Any]] = {}  # columns of the data, by name
+    messages: list[list[dict[str, str]] | None] | None = None  # if prompts are chat
 
 
 class Answer(BaseModel):
@@ -33,6 +34,6 @@ def score(request: Request) -> Answer:
 
 
 def variety(response: str) -> float:
-    """The share of words that have not come before in the response."""
+    """The share of words that did not occur before in the response."""
     words = response.lower().split()
     return len(set(words)) / len(words) if words else 0.0

@@ -1,9 +1,9 @@
-"""What a service of reward is sent and answers, as JSON: `remote` asks and `fastppo.serve_reward` answers so.
+"""The JSON of requests to a reward service and of its answers. `remote` is the client, `fastppo.serve_reward` a server.
 
-`{"prompts": [text, ...], "responses": [text, ...], "ended": [true, ...]}`, columns being ignored by a model; the answer
-is `{"scores": [...]}`, or `{"error": "..."}` with another status than 200. Without `ended` all responses are taken as
-cut, so that the model sees no EOS. `"messages": [[{"role": ..., "content": ...}, ...] or null, ...]` has the prompts
-that are chat, which a model with a chat template reads by that one.
+A request is `{"prompts": [text, ...], "responses": [text, ...], "ended": [true, ...]}`. A reward model ignores columns.
+The answer is `{"scores": [...]}`, or `{"error": "..."}` with a status other than 200. Without `ended` all responses
+count as cut, so that the model reads no EOS. `"messages": [[{"role": ..., "content": ...}, ...] or null, ...]` has the
+prompts that are chat; a reward model with a chat template writes them with its own template.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MESSAGE: dict[str, Any] = {
     "type": "object",
     "properties": {"role": {"type": "string"}, "content": {"type": "string"}},
     "required": ["role", "content"],
-    "additionalProperties": True,  # for the template
+    "additionalProperties": True,  # other keys are for the chat template
 }
 Chat = Annotated[
     list[dict[str, Any]],
@@ -45,25 +45,25 @@ Chat = Annotated[
 
 
 class ScoreRequest(BaseModel):
-    """Responses to be scored, each with its prompt: lists of the same length."""
+    """Responses to score, each with its prompt: lists of the same length."""
 
     model_config = ConfigDict(strict=True, json_schema_extra={"examples": [EXAMPLE]})
 
-    prompts: list[str] = Field(description="The prompts as text; chat as the actor's template writes it.")
-    responses: list[str] = Field(description="The text by which each response goes on from its prompt.")
+    prompts: list[str] = Field(description="The prompts as text; chat as the actor's chat template writes it.")
+    responses: list[str] = Field(description="The responses: the text that continues each prompt.")
     ended: list[bool] | None = Field(
-        None, description="false for a response that was cut at its maximum length. Without it, all were."
+        None, description="false for a response that was cut at its maximum length. If missing, all count as cut."
     )
     messages: list[Chat | None] | None = Field(
-        None, description="The prompts that are chat as messages, for the model's own chat template; else null."
+        None, description="The messages of each prompt that is chat, for the model's own chat template; else null."
     )
     columns: Any = Field(
-        None, description="Further columns of the data. They are ignored.", json_schema_extra={"type": "object"}
+        None, description="Other columns of the data. They are ignored.", json_schema_extra={"type": "object"}
     )
 
 
 class ScoreAnswer(BaseModel):
-    """One finite number for each response, in their order."""
+    """One finite number per response, in the order of the responses."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"scores": [0.75]}]})
 
@@ -79,7 +79,7 @@ class ErrorAnswer(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether the model can be asked, and what it has done. The status is 200 if it can, else 503."""
+    """Whether the model is ready (status 200, else 503), and how many requests it has scored."""
 
     ready: bool = Field(description="false while the model loads")
     model: str = Field(description="hub name or directory")
@@ -98,7 +98,7 @@ class Asked(NamedTuple):
 
 
 def read_request(body: bytes) -> Asked:
-    """What a request asks. Raises ValueError for anything else than what the protocol says."""
+    """Parse a request. Raises ValueError if it does not follow the protocol."""
     try:
         said = ScoreRequest.model_validate(json.loads(body))
     except ValidationError as error:

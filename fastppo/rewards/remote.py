@@ -1,9 +1,9 @@
-"""A service on the network as a source of reward.
+"""An HTTP service as a reward source.
 
-It is sent `{"prompts": [...], "responses": [...], "ended": [...], "columns": {name: [...]}}` by POST and answers
-`{"scores": [...]}`, one finite number for each response. `ended` is false for a response that was cut at its maximum
-length. Where prompts are chat, `"messages": [...]` has the messages of each, or null. An error has another status than
-200 and may say more in `{"error": "..."}`. `fastppo.serve_reward` serves a reward model that way.
+A request is a POST of `{"prompts": [...], "responses": [...], "ended": [...], "columns": {name: [...]}}`. The answer is
+`{"scores": [...]}`, one finite number per response. `ended` is false for a response that was cut at its maximum length.
+If prompts are chat, `"messages": [...]` has one entry per prompt: its messages, or null. An error has a status other
+than 200 and may have a message in `{"error": "..."}`. `fastppo.serve_reward` is such a service for a reward model.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ log = logging.getLogger("fastppo")
 
 T = TypeVar("T")
 
-HOPELESS = range(400, 500)  # the request itself is wrong, and would be again
-BUSY = (408, 425, 429)  # among those, the ones that pass
-SAYS_WHEN = (429, 503)  # with a Retry-After, in seconds
+HOPELESS = range(400, 500)  # the request is wrong; repeating it cannot help
+BUSY = (408, 425, 429)  # the exceptions: temporary states of the service
+SAYS_WHEN = (429, 503)  # may have a Retry-After, in seconds
 CERTIFICATE = re.compile(r"certificate verify failed: (.*?) \(")
 
 
 def remote_source(config: RewardConfig, where: str = "rewards") -> Source:
-    """Requests of `request_size` responses, `concurrency` at a time, each tried `retries` times more if it fails.
+    """A source that sends requests of `request_size` responses, `concurrency` at a time.
 
-    where: the setting it belongs to, for errors. Raises RewardError for the first request that fails every time or
-    whose answer is hopeless; no other is begun or tried again then, and none is waited for.
+    A failed request is repeated up to `retries` times. where: the name of the source's setting, for errors. Raises
+    RewardError for the first request that fails in every try, or for whose error repeating cannot help. After that no
+    request is started, repeated or waited for.
     """
 
     def source(responses: Responses) -> list[float]:
@@ -54,7 +55,7 @@ def remote_source(config: RewardConfig, where: str = "rewards") -> Source:
 
 
 class _Request(NamedTuple):
-    first: int  # number of its first response among all that are scored
+    first: int  # index of its first response among all responses of the batch
     texts: list[str]
     body: bytes
 
@@ -96,15 +97,15 @@ def _is_json(value: Any) -> bool:
 
 
 class _Asking:
-    """The requests of one batch. Threads that are no longer waited for end by themselves, or with the process."""
+    """The requests of one batch. After a failure the other threads are not waited for; they end by themselves."""
 
     def __init__(self, session: requests.Session, config: RewardConfig, where: str):
         self.session, self.config, self.where = session, config, where
         self.name = f"{where}.url = {config.url}"
-        self.over = Event()  # one has failed for good
+        self.over = Event()  # set when one request has failed finally
 
     def all(self, asked: list[_Request]) -> list[list[float]]:
-        """The scores of each request. Raises the first final failure as soon as it is there."""
+        """The scores of each request. Raises the first final failure immediately."""
         scores: dict[int, list[float]] = {}
         todo, done = deque(enumerate(asked)), SimpleQueue[tuple[int, list[float] | Exception]]()
 
@@ -112,12 +113,12 @@ class _Asking:
             while not self.over.is_set():
                 try:
                     i, request = todo.popleft()
-                except IndexError:  # that was all
+                except IndexError:  # no request is left
                     return
                 try:
                     done.put((i, self._scores(request)))
                 except Exception as error:
-                    done.put((i, error))  # before the others see that it is over, so that this one is raised
+                    done.put((i, error))  # before `over` is set, so that this error is the first in the queue
                     self.over.set()
 
         for _ in range(min(self.config.concurrency, len(asked))):
@@ -133,7 +134,7 @@ class _Asking:
         return [scores[i] for i in range(len(asked))]
 
     def _scores(self, request: _Request) -> list[float]:
-        """The scores of one request, after as many tries as it takes or is given."""
+        """The scores of one request, with retries. Raises the last error if all tries fail."""
         retrying = Retrying(
             retry=retry_if_exception(lambda error: isinstance(error, RewardError) and not isinstance(error, _Hopeless)),
             stop=stop_any(stop_after_attempt(self.config.retries + 1), stop_when_event_set(self.over)),
@@ -157,11 +158,11 @@ class _Asking:
         log.warning("%s; trying again in %.1f s, %d left", state.outcome.exception(), state.upcoming_sleep, left)
 
     def _sleep(self, seconds: float) -> None:
-        if self.over.wait(seconds):  # tenacity would try once more
+        if self.over.wait(seconds):  # after this sleep tenacity would try again
             raise RewardError(f"{self.name}: another request has failed")
 
     def _answer(self, body: bytes) -> Any:
-        """What the service answers to one try, `timeout` seconds at most after it was asked."""
+        """The service's answer to one try. Waits at most `timeout` seconds."""
         assert self.config.url is not None
         post = partial(
             self.session.post,
@@ -193,9 +194,10 @@ class _Asking:
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
-    """What a call returns or raises; TimeoutError if it is not done by then, whatever it is at.
+    """What a call returns or raises; TimeoutError if it takes longer.
 
-    The timeout of requests is one for each read, and a service that sends a byte now and then would never exceed it.
+    The timeout of the package requests applies to each read: a service that sends a byte from time to time would never
+    exceed it.
     """
     said: Future[T] = Future()
 
@@ -210,24 +212,24 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
 
 
 class _Hopeless(RewardError):
-    """An answer that trying again would not change."""
+    """An error after which repeating the request cannot help."""
 
 
 class _Busy(RewardError):
-    """An answer that says after how many seconds to try again."""
+    """A temporary error, with the number of seconds after which to try again."""
 
     seconds = 0.0
 
 
 def _pause(state: RetryCallState) -> float:
-    """Seconds before the next try: twice as long each time, or what the service has asked for, if that is longer."""
+    """Seconds before the next try: doubled each time, or what the service asks for if that is longer."""
     assert state.outcome is not None
     error, seconds = state.outcome.exception(), wait_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT)(state)
     return max(seconds, error.seconds) if isinstance(error, _Busy) else seconds
 
 
 def _said(name: str, answer: requests.Response) -> Any:
-    """The `scores` of an answer. Raises RewardError for anything else than status 200 and the JSON agreed on."""
+    """The `scores` of an answer. Raises RewardError if the status is not 200 or the JSON is not of this form."""
     if answer.request.method != "POST":
         raise _Hopeless(
             f"{name} redirects with status {answer.history[0].status_code} to {answer.url}, which turns the request"
@@ -235,7 +237,7 @@ def _said(name: str, answer: requests.Response) -> Any:
         )
     try:
         said = answer.json()
-    except (ValueError, RecursionError):  # of Python's too: an integer of too many digits, arrays in arrays
+    except (ValueError, RecursionError):  # also Python's limits: digits of an integer, depth of arrays
         said = None
     if answer.status_code != 200:
         detail = said["error"] if isinstance(said, dict) and "error" in said else _beginning(answer.text)
