@@ -10,7 +10,6 @@ z = u / temperature, e^(z - max z) = 2^((u - max u) rate) with rate = log2(e) / 
 
 from __future__ import annotations
 
-import functools
 import logging
 from typing import NamedTuple
 
@@ -18,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fastppo.log_once import log_once
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,21 +59,17 @@ def as_rows(logits: Tensor | None) -> Rows:
     if logits is None:
         return Rows(None, 0, 1)
     if logits.stride(1) != 1 and logits.shape[1] != 1:
-        log_once(f"columns of logits are {logits.stride(1)} elements apart: their rows are copied first")
+        log_once(f"columns of logits are {logits.stride(1)} elements apart: the rows are copied first", logging.WARNING)
         logits = logits.contiguous()
     width = 16 // logits.element_size()
     if logits.stride(0) % width == 0 and logits.data_ptr() % 16 == 0:
         return Rows(logits, logits.stride(0) // width, width)
     log_once(
         f"rows of {logits.shape[1]} logits in {logits.dtype}, {logits.stride(0)} elements apart, do not all start at "
-        f"multiples of 16 bytes ({width} elements): they are read and written one element at a time"
+        f"multiples of 16 bytes ({width} elements): they are read and written one element at a time",
+        logging.WARNING,
     )
     return Rows(logits, logits.stride(0), 1)
-
-
-@functools.cache
-def log_once(message: str) -> None:
-    logging.getLogger("fastppo").warning(message)
 
 
 def operand(coefficient: float | Tensor, like: Tensor) -> float | Tensor:
