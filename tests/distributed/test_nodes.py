@@ -66,7 +66,7 @@ DISKS = """
 import os
 from fastppo.distributed import world
 
-world.PATIENCE = 0.5
+world.FILE_TIMEOUT = 0.5
 disk = os.path.join({folder!r}, "disk-" + os.environ["RANK"])
 os.makedirs(disk)
 os.chdir(disk)
