@@ -211,7 +211,7 @@ def test_a_prompt_with_a_token_beyond_the_embedding_is_an_error_that_names_it(tm
     config = config_of(grown(tmp_path))
     tokenizer = load_actor_tokenizer(config)
     check_actor_tokens(config, tokenizer, [[5, 256], []], "data.path")  # what is never used does no harm
-    with pytest.raises(ModelError, match=r"data.path: a text holds token 258 \('<most>'\), and actor"):
+    with pytest.raises(ModelError, match=r"data.path: a text contains token 258 \('<most>'\), and actor"):
         check_actor_tokens(config, tokenizer, [[5], [7, 258]], "data.path")
 
 
