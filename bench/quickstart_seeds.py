@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fastppo.models.loading.source import LEFT_BY
+from fastppo.models.loading.source import EXPORTED_BY
 from fastppo.monitor.run_dir import ALARMS, METRICS, read_lines
 from fastppo.ppo.alarm_actions import ENDED
 
@@ -98,7 +98,9 @@ def main() -> None:
     parser.add_argument("--hacked", action="store_true", help="run quickstart-hacked, which an alarm must end")
     parser.add_argument("--output", type=Path, help="default: runs/seeds or runs/seeds-hacked")
     options, settings = parser.parse_known_args()
-    if missing := [f"{path}, which `{command}` leaves" for path, command in LEFT_BY.items() if not Path(path).exists()]:
+    if missing := [
+        f"{path}, which `{command}` exports" for path, command in EXPORTED_BY.items() if not Path(path).exists()
+    ]:
         sys.exit(f"There is no {' and no '.join(missing)}. `make demo` runs SFT, reward modelling and PPO.")
     preset, judge = ("quickstart-hacked", hacked) if options.hacked else ("quickstart", plain)
     folder = options.output or Path("runs/seeds-hacked" if options.hacked else "runs/seeds")

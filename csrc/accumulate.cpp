@@ -1,4 +1,4 @@
-// fastppo::accumulate: a sum in fp32 of matrices in half precision, on the CPU.
+// fastppo::accumulate: adds a matrix in fp32 or half precision to an fp32 matrix, on the CPU.
 #include "checks.h"
 #include "simd.h"
 

@@ -15,7 +15,7 @@
 namespace fastppo {
 namespace {
 
-constexpr int64_t kTile = 16;  // positions widened to fp32 at a time; a multiple of every level's lanes
+constexpr int64_t kTile = 16;  // positions converted to fp32 at a time; a multiple of the lanes of every level
 
 template <typename T>
 struct Heads {  // (rows, heads, width), the last dimension dense
@@ -31,7 +31,7 @@ struct Cache {  // (rows, kv heads, positions, width), the last dimension dense
   T* at(int64_t row, int64_t head) const { return data + row * row_stride + head * head_stride; }
 };
 
-struct Span {  // positions [start, stop) of a cache row that one active row sees
+struct Span {  // positions [start, stop) of a cache row to which an active row attends
   int64_t row, start, stop;
 };
 
@@ -131,7 +131,7 @@ void run(const Tensor& query, const Tensor& key, const Tensor& value, const Tens
   const auto attend = AT_LEVEL(attend<T>);
   const int64_t items = static_cast<int64_t>(spans.size()) * kv_heads;
   const int64_t floats = (2 * group + kTile) * padded + group * scores + group;
-  // A thread is worth waking for about 10 us of work: some 100,000 products.
+  // Waking a thread pays off for about 10 us of work: about 100,000 products.
   const int64_t grain = std::max<int64_t>(1, 100'000 * static_cast<int64_t>(spans.size()) / std::max<int64_t>(1, work));
   torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
     constexpr std::align_val_t line{64};
@@ -174,13 +174,13 @@ Tensor attend_cached(const Tensor& query, const Tensor& key, const Tensor& value
 }  // namespace
 }  // namespace fastppo
 
-// The newest key and value of R active rows enter the cache at position lengths[row] of their row; then each query
-// attends to that row's positions 0 .. lengths[row], the last `window` of them if that is not 0:
-// softmax(scale * q k) v, with q k capped to softcap * tanh(q k / softcap) if that is not 0. Sums are fp32.
+// Writes the newest key and value of R active rows to the cache, at position lengths[row] of their row; then each query
+// attends to positions 0 .. lengths[row] of its row, or to the last `window` of them if window is not 0:
+// softmax(s) v, s = scale * q k, or softcap * tanh(scale * q k / softcap) if softcap is not 0. Sums are fp32.
 //   query (R, heads, width), key and value (R, kv heads, width), fp32 or bf16, dense in the last dimension
 //   key_cache, value_cache (rows, kv heads, positions, width), dense in the last dimension, written in place
-//   lengths (rows,) and rows (R,), int32 or int64: positions already there, and the cache row of each active row
-// Returns (R, heads, width) in the query's dtype. A row's result depends on nothing but that row, bit for bit.
+//   lengths (rows,) and rows (R,), int32 or int64: number of earlier positions, and the cache row of each active row
+// Returns (R, heads, width) in the dtype of the query. The result of a row depends on that row only, bit for bit.
 STABLE_TORCH_LIBRARY_FRAGMENT(fastppo, m) {
   m.def(
       "attend_cached(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "

@@ -1,4 +1,4 @@
-// Checks of arguments, shared by the ops. A message names the argument, what it is and what it must be.
+// Checks of arguments, shared by the ops. A message has the argument, its value and the allowed values.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -22,7 +22,7 @@ template <typename... Parts>
   throw std::invalid_argument(message.str());  // a ValueError in Python
 }
 
-// The message is built only if the condition does not hold: some ops run once a layer and token.
+// The message is built only if the condition is false, because some ops run once for each layer and token.
 #define REQUIRE(condition, ...) \
   if (!(condition)) ::fastppo::fail(__VA_ARGS__)
 
@@ -74,7 +74,7 @@ inline void require_floating(const Tensor& x, const char* name) {
           ", expected float32, bfloat16 or float16");
 }
 
-// Rows that are written must not share memory, and their entries must lie side by side.
+// Rows that are written must not share memory, and must be dense in the last dimension.
 inline void require_writable_rows(const Tensor& x, const char* name) {
   const int64_t rows = x.size(0), width = x.size(1);
   REQUIRE(width <= 1 || x.stride(1) == 1, name, " must be dense in its last dimension; its stride there is ",

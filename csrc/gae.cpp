@@ -1,4 +1,4 @@
-// fastppo::gae: advantages and returns of packed sequences. The schema, and the kernel for the CPU.
+// fastppo::gae: advantages and returns of packed sequences: the schema, and the kernel for the CPU.
 #include "gae_arguments.h"
 #include "simd.h"
 
@@ -18,17 +18,17 @@ namespace {
 
 using torch::stable::Tensor;
 
-// A sequence is cut at multiples of kBlock tokens from its own start: where the cuts are, and hence the rounding,
-// depends on nothing but the sequence.
+// A sequence is divided into blocks of kBlock tokens from its start: the blocks, and hence the rounding, depend on the
+// sequence only.
 constexpr int64_t kBlock = 2048;
-constexpr int64_t kGrain = 8192;  // tokens that are worth waking a thread for
-constexpr double kFold = 0.6;     // the time of a summary, where that of the outputs is 1
+constexpr int64_t kGrain = 8192;  // tokens for which waking a thread pays off
+constexpr double kFold = 0.6;     // the time of a summary over that of the outputs
 constexpr int64_t kMaxLanes = 16;
 
 struct Discount {
   float gap;                   // 1 - gamma
   float power[kMaxLanes + 1];  // decay^k, decay = gamma lambda
-  float reach[2 * kMaxLanes];  // decay^(kMaxLanes - k), then zeros: a register's weights for what follows it
+  float reach[2 * kMaxLanes];  // decay^(kMaxLanes - k), then zeros: weights of the carry in a register
   double gamma, decay;
 };
 
@@ -36,9 +36,9 @@ struct Carry {  // the advantage and the value of the token that follows
   double advantage, value;
 };
 
-struct Summary {  // of a block's unmasked tokens; the last one's delta waits for the value that follows
+struct Summary {  // of the unmasked tokens of a block; the delta of the last one needs the value that follows
   int64_t count;
-  double sum;  // of decay^t delta_t over all but the last
+  double sum;  // of decay^t delta_t over all tokens but the last
   double last_reward, last_value, first_value;
 };
 
@@ -51,7 +51,7 @@ struct Call {
   Discount discount;
 };
 
-// Past a block, towards the start of the sequence.
+// The carry before a block, from the carry after it.
 Carry across(const Discount& d, const Summary& block, Carry next) {
   if (block.count == 0) return next;
   const double last = block.last_reward + d.gamma * next.value - block.last_value + d.decay * next.advantage;
@@ -87,14 +87,14 @@ struct Handover {  // a carry from one thread to another
   std::atomic<bool> ready{false};
 };
 
-// A sequence that is long for the batch: each thread has a piece, [cuts[k], cuts[k + 1]). To learn what follows its
-// own, thread k summarizes the piece after it. The last thread need not wait for anything and meets the one before it
-// in the middle of its piece; so that all end at the same time, that piece is the longest.
+// A sequence that is long relative to the batch: thread k computes the piece [cuts[k], cuts[k + 1]). To get the carry
+// into its piece, thread k summarizes the piece after it. The last thread needs no carry of another thread, and shares
+// its piece with the thread before it; so that all threads end at the same time, this piece is the longest.
 struct Shared {
   int64_t sequence;
   std::vector<int64_t> cuts;
   int64_t meeting;
-  std::vector<Handover> given;  // by thread k, what follows `summarized_to(k)`
+  std::vector<Handover> given;  // by thread k: the carry after `summarized_to(k)`
 
   Shared(int64_t sequence, int64_t begin, int64_t end, int64_t threads) : sequence(sequence), given(threads) {
     const double piece = (end - begin) / (threads + kFold);
@@ -105,7 +105,7 @@ struct Shared {
   }
 
   int64_t last() const { return static_cast<int64_t>(given.size()) - 1; }
-  // Where the summaries of piece k end that thread k - 1 makes.
+  // The end of the part of piece k that thread k - 1 summarizes.
   int64_t summarized_to(int64_t k) const { return k == last() ? meeting : cuts[k + 1]; }
 };
 
@@ -116,7 +116,7 @@ struct Batch {
   const std::vector<int64_t>& starts;
   const int64_t threads;
   std::vector<Shared> shared;
-  std::vector<int64_t> firsts;  // thread k has the sequences [firsts[k], firsts[k + 1]), but for the shared ones
+  std::vector<int64_t> firsts;  // thread k computes the sequences [firsts[k], firsts[k + 1]), except the shared ones
 
   Batch(const Call<T>& call, const std::vector<int64_t>& starts, int64_t threads)
       : call(call), on(level<T>()), starts(starts), threads(threads), firsts(1) {
@@ -140,7 +140,7 @@ struct Batch {
     return threads > 1 && starts[s + 1] - starts[s] > std::max(2 * kGrain, starts.back() / (4 * threads));
   }
 
-  // Always the same tokens for the same thread: its caches may still hold them.
+  // A thread always gets the same tokens, because they may still be in its caches.
   void work(int64_t thread) {
     for (int64_t s = firsts[thread + 1] - 1; s >= firsts[thread]; --s) {  // backwards, as within a sequence
       if (!is_shared(s)) on.finish(call, starts[s], starts[s + 1], after(s), false);
@@ -158,12 +158,12 @@ struct Batch {
     on.finish(call, begin, given, carry, false);
   }
 
-  // What follows a thread's piece.
+  // The carry into the piece of a thread.
   Carry carry_into(const Shared& sequence, int64_t thread) const {
     if (thread == sequence.last()) return after(sequence.sequence);
     const int64_t begin = sequence.cuts[thread + 1], end = sequence.summarized_to(thread + 1);
     std::vector<Summary> summaries((end - begin + kBlock - 1) / kBlock);
-    for (int64_t k = static_cast<int64_t>(summaries.size()) - 1; k >= 0; --k) {  // forwards would take twice as long
+    for (int64_t k = static_cast<int64_t>(summaries.size()) - 1; k >= 0; --k) {  // forwards takes twice as long
       const int64_t at = begin + k * kBlock;
       summaries[k] = on.summarize(call, at, std::min(end, at + kBlock));
     }
@@ -178,7 +178,7 @@ struct Batch {
     for (int64_t patience = 0; patience < 1'000'000; ++patience) {
       if (given.ready.load(std::memory_order_acquire)) return given.carry;
     }
-    // The thread may have been put aside, or not exist. What it will come to can be found without it.
+    // The other thread may be suspended, or not exist. Its result can be computed without it.
     const int64_t from = sequence.summarized_to(thread), end = starts[sequence.sequence + 1];
     Carry carry = after(sequence.sequence);
     for (int64_t at = from + (end - from - 1) / kBlock * kBlock; at >= from; at -= kBlock) {
@@ -243,11 +243,11 @@ Tensor run_gae(const Tensor& rewards, const Tensor& values, const Tensor& cu_seq
 
 // For t = T-1, ..., 0 of each sequence, with V_T = bootstrap (0 without) and A_T = 0:
 //   delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, return_t = A_t + V_t;
-// a token whose mask is false is passed over: t+1 is the next one that is not, and its own outputs are 0.
+// a token whose mask is false is skipped: t+1 is the next unmasked token, and the outputs of a masked token are 0.
 //   rewards, values (M,) fp32 or bf16; cu_seqlens (B+1,) int32 or int64, from 0 to M
 //   bootstrap (B,) fp32; mask (M,) bool
-// Returns advantages and returns as rows of one tensor, (2, M) fp32: the allocator hands one block out again where two
-// would go back to the system at each call. A sequence's result depends on nothing but that sequence, bit for bit.
+// Returns advantages and returns as rows of one tensor, (2, M) fp32: the allocator reuses one block, but would return
+// two to the system at each call. The result of a sequence depends on that sequence only, bit for bit.
 STABLE_TORCH_LIBRARY_FRAGMENT(fastppo, m) {
   m.def(
       "gae(Tensor rewards, Tensor values, Tensor cu_seqlens, float gamma, float lam, Tensor? bootstrap=None, "

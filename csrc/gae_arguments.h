@@ -1,4 +1,4 @@
-// What the kernels of fastppo::gae are called with, checked without looking at the numbers.
+// The arguments of the kernels of fastppo::gae, checked without reading values of tensors.
 #pragma once
 
 #include "checks.h"

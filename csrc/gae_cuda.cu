@@ -1,4 +1,4 @@
-// fastppo::gae on CUDA: checks, allocates, launches. The schema stands in gae.cpp, the kernels in gae_kernels.cuh.
+// fastppo::gae on CUDA: checks, allocates, launches. The schema is in gae.cpp, the kernels are in gae_kernels.cuh.
 #include "gae_arguments.h"
 #include "gae_kernels.cuh"
 
@@ -17,7 +17,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Working memory from torch's allocator, which knows the stream; freed with the tensor.
+// Working memory from torch's allocator, on the current stream; freed with the tensor.
 Tensor bytes_like(const Tensor& like, int64_t count) {
   return torch::stable::new_empty(like, {count}, ScalarType::Byte);
 }

@@ -1,20 +1,20 @@
 // GAE on CUDA: the kernels, and the order of their launches. gae_cuda.cu launches them on a GPU; tests/simt runs them
-// on the CPU, thread for thread, so there is nothing here but the language and CUDA's built-ins.
+// on the CPU, thread for thread, so this file uses only the language and CUDA's built-ins.
 //
-// The host does not know the lengths. So each kernel is launched for all sequences and leaves those of another length
-// alone: a warp for a short one, a block for one of up to kBlockTokens. Longer ones are cut into chunks: one kernel
-// summarizes them, one carries from chunk to chunk, one writes the outputs.
+// The host does not know the lengths. So each kernel is launched for all sequences and ignores those of another length:
+// a warp computes a short one, a block one of up to kBlockTokens. Longer ones are divided into chunks: one kernel
+// summarizes them, one passes the carry from chunk to chunk, one writes the outputs.
 #pragma once
 
 #include "gae_tile.cuh"
 
-#undef NDEBUG  // a wrong cu_seqlens is reported by assertions: the host never waits to look at it
+#undef NDEBUG  // assertions report a wrong cu_seqlens: the host never reads it, which would need a synchronisation
 #include <cassert>
 
 namespace fastppo::cuda {
 
-constexpr int kWarpsInBlock = 4;        // of the kernels that give each sequence a warp
-constexpr int kBlockThreads = 256;      // of the kernels that give each run a block
+constexpr int kWarpsInBlock = 4;        // of the kernels with a warp for each sequence
+constexpr int kBlockThreads = 256;      // of the kernels with a block for each run
 constexpr int64_t kWarpTokens = 1024;   // the longest sequence for a warp
 constexpr int64_t kBlockTokens = 8192;  // the longest sequence for a block
 constexpr int64_t kChunkTokens = 4096;  // at most kBlockTokens, see `slot_of`
@@ -79,9 +79,9 @@ __global__ void __launch_bounds__(kBlockThreads) gae_blocks(const Call<T> call) 
   walk<kBlockThreads, true>(call.arrays, call.discount, tile, run.begin, run.end, after_sequence(call, run.sequence));
 }
 
-// A block must find its chunk before anyone has counted them. So a chunk's slot follows from where it starts: 2j for
-// one that starts in tokens [j, j+1) * kChunkTokens of the batch, 2j + 1 if it is its sequence's first. No two chunks
-// share a slot: those of a sequence start kChunkTokens apart, and no sequence that is cut is shorter than that.
+// A block must find its chunk without a count of the chunks. So the slot of a chunk is computed from its start: 2j for
+// a chunk that starts in tokens [j, j+1) * kChunkTokens of the batch, 2j + 1 if it is the first of its sequence. No two
+// chunks share a slot: the chunks of a sequence start kChunkTokens apart, and no divided sequence is shorter than that.
 inline int64_t slots_of(int64_t tokens) { return 2 * ((tokens + kChunkTokens - 1) / kChunkTokens); }
 
 __device__ inline int64_t slot_of(const Run& sequence, int64_t chunk) {
@@ -113,8 +113,8 @@ __device__ inline Run chunk_at(const Call<T>& call, int64_t slot) {
   return {sequence.sequence, begin, begin + kChunkTokens < sequence.end ? begin + kChunkTokens : sequence.end};
 }
 
-// Of a chunk's unmasked tokens: the sum of decay^t delta_t over all but the last, whose delta waits for the value that
-// follows; reward and value of the last; value of the first.
+// For the unmasked tokens of a chunk: the sum of decay^t delta_t over all but the last, whose delta needs the value
+// that follows; reward and value of the last; value of the first.
 template <typename T>
 __global__ void __launch_bounds__(kBlockThreads) gae_summarize(const Call<T> call) {
   __shared__ Tile<kBlockThreads> tile;
@@ -127,8 +127,8 @@ __global__ void __launch_bounds__(kBlockThreads) gae_summarize(const Call<T> cal
   __stcg(call.counts + blockIdx.x, carry.count);
 }
 
-// What a chunk does to the advantage and the value that follow it: A becomes offset + scale A + slope V, V becomes
-// value.
+// The effect of a chunk on the carry, the advantage A and the value V that follow it: A becomes offset + scale A +
+// slope V, V becomes value.
 struct Step {
   double scale, slope, offset, value;
   bool any;  // false: it has no unmasked token and changes nothing
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kWarpsInBlock* kWarp) gae_carry(const Call<T> 
   if (sequence >= call.sequences) return;
   const Run run = sequence_of(call, sequence);
   if (run.length() <= kBlockTokens) return;
-  // Begins with the bootstrap: a step that makes every A zero and every V the value after the sequence.
+  // The first step is the bootstrap: it sets every A to zero and every V to the value after the sequence.
   Step after = {0.0, 0.0, 0.0, after_sequence(call, sequence).value, true};
   for (int64_t last = (run.length() - 1) / kChunkTokens; last >= 0; last -= kWarp) {
     const int64_t chunk = last - lane;

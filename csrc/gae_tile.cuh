@@ -1,8 +1,8 @@
-// GAE on CUDA: how a group of threads works through a run of tokens. gae_kernels.cuh makes kernels of it.
+// GAE on CUDA: the computation of a run of tokens by a group of threads, used by the kernels in gae_kernels.cuh.
 //
-// A group of threads (a warp, or a block) walks over a run of tokens from its end, one tile at a time. Where tiles are
-// cut depends on the sequence alone, and so does the rounding. Reads and writes are 16 bytes wide and go by the
-// alignment of the array; shared memory in between lets each thread have consecutive tokens of the sequence.
+// A group of threads (a warp, or a block) processes a run of tokens from its end, one tile at a time. The tiles depend
+// on the sequence only, and so does the rounding. Reads and writes are 16 bytes wide and aligned in the array; through
+// shared memory each thread gets consecutive tokens of the sequence.
 #pragma once
 
 #include <cmath>
@@ -18,7 +18,7 @@ constexpr int kItems = 8;  // consecutive tokens of a thread
 struct Discount {
   float gap;         // 1 - gamma
   float decay;       // gamma lambda
-  float log2_decay;  // -inf where decay is 0
+  float log2_decay;  // -inf if decay is 0
   double gamma64, log2_decay64, decay64;
 };
 
@@ -32,7 +32,7 @@ inline Discount discount_of(double gamma, double lam) {
           decay};
 }
 
-struct Carry {  // what follows a run: the next unmasked token, or the bootstrap
+struct Carry {  // the state after a run: of the next unmasked token, or the bootstrap
   float advantage, value;
   bool known;  // false at the end of a chunk that is summarized
   int count;   // unmasked tokens passed
@@ -41,10 +41,10 @@ struct Carry {  // what follows a run: the next unmasked token, or the bootstrap
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(uint16_t x) { return __uint_as_float(static_cast<unsigned>(x) << 16); }
 
-// decay^n. Absolute error stays below 1e-7 for any decay and n, where a product of n factors would lose digits.
+// decay^n. The absolute error is below 1e-7 for any decay and n; a product of n factors would lose digits.
 __device__ inline float power(const Discount& d, int n) { return n == 0 ? 1.0f : exp2f(n * d.log2_decay); }
 
-// r + gamma V' - V, written so that digits survive where values are large and gamma is near 1.
+// r + gamma V' - V, in a form that loses no digits if values are large and gamma is near 1.
 __device__ inline float difference(const Discount& d, float reward, float value, float next) {
   return reward + fmaf(-d.gap, next, next - value);
 }
@@ -65,7 +65,7 @@ struct Tile {
   float rewards[kTokens + kTokens / kWarp];  // in the end the advantages
   float values[kTokens + kTokens / kWarp];   // in the end the returns
   uint8_t kept[kTokens];
-  // Of each warp: has it an unmasked token, the value of the first, their number, and the sum of decay^t delta_t.
+  // For each warp: whether it has an unmasked token, the value of the first, their number, the sum of decay^t delta_t.
   bool any[kWarps];
   float first[kWarps];
   int count[kWarps];
@@ -73,7 +73,7 @@ struct Tile {
   // The last unmasked token of a chunk that is summarized.
   float last_reward, last_value;
 
-  // One word is left out after every 32, so that threads that read 8 words apart use different banks.
+  // One word of padding after every 32, so that threads that read 8 words apart use different banks.
   __device__ static int at(int token) { return token + token / kWarp; }
 };
 
@@ -93,7 +93,7 @@ __device__ inline void read(const T* from, int64_t begin, int count, int64_t siz
       for (int j = 0; j < kPer; ++j) {
         if (i + j >= head && i + j < head + count) put(i + j - head, vector[j]);
       }
-    } else {  // the vector sticks out of the array
+    } else {  // the vector exceeds the array
       for (int j = 0; j < kPer; ++j) {
         if (i + j >= head && i + j < head + count) put(i + j - head, __ldg(from + aligned + i + j));
       }
@@ -101,7 +101,7 @@ __device__ inline void read(const T* from, int64_t begin, int count, int64_t siz
   }
 }
 
-// to[begin + i] = get(i) for 0 <= i < count. Tokens around the run belong to others and are not touched.
+// to[begin + i] = get(i) for 0 <= i < count. Tokens outside of the run belong to other groups and are not written.
 template <int kThreads, typename Get>
 __device__ inline void write(float* to, int64_t begin, int count, int rank, Get get) {
   const int head = static_cast<int>(reinterpret_cast<uintptr_t>(to + begin) % 16 / sizeof(float));
@@ -118,10 +118,10 @@ __device__ inline void write(float* to, int64_t begin, int count, int rank, Get 
   }
 }
 
-// A thread's own tokens of a tile.
+// The tokens of a tile that a thread computes.
 struct Items {
   float rewards[kItems], values[kItems], delta[kItems];
-  unsigned kept;  // bit j: the token is there and unmasked
+  unsigned kept;  // bit j: token j exists and is unmasked
 };
 
 template <int kThreads>
@@ -139,7 +139,8 @@ __device__ inline Items items_of(const Tile<kThreads>& tile, int rank, int token
   return own;
 }
 
-// The value of the first unmasked token after this thread's, if the tile or `next` has one. Publishes this warp's own.
+// The value of the first unmasked token after those of this thread, if the tile or `next` has one. Stores that of this
+// warp in shared memory.
 template <int kThreads>
 __device__ inline Carry value_after(Tile<kThreads>& tile, const Items& own, int rank, Carry next) {
   const int warp = rank / kWarp, lane = rank % kWarp;
@@ -182,7 +183,7 @@ __device__ inline float differences(Tile<kThreads>& tile, Items& own, const Disc
   return sum;
 }
 
-// Scans one tile. Returns what the tile is to the tokens before it; `own.delta` becomes the advantages.
+// Scans one tile. Returns the carry for the tokens before it; `own.delta` becomes the advantages.
 template <int kThreads>
 __device__ inline Carry scan_tile(Tile<kThreads>& tile, Items& own, const Discount& d, int rank, Carry next) {
   const int warp = rank / kWarp, lane = rank % kWarp;
@@ -227,8 +228,8 @@ struct Arrays {  // T: float, or uint16_t for bf16
   int64_t tokens;  // M
 };
 
-// Walks over tokens [begin, end) of one sequence, backwards, and writes the outputs if `kOutputs`. Returns, in every
-// thread of the group, what the run is to the tokens before it.
+// Processes tokens [begin, end) of one sequence, backwards, and writes the outputs if `kOutputs`. Returns, in every
+// thread of the group, the carry for the tokens before the run.
 template <int kThreads, bool kOutputs, typename T>
 __device__ inline Carry walk(const Arrays<T>& arrays, const Discount& d, Tile<kThreads>& tile, int64_t begin,
                              int64_t end, Carry next) {
@@ -257,7 +258,7 @@ __device__ inline Carry walk(const Arrays<T>& arrays, const Discount& d, Tile<kT
       group_sync<kThreads>();
       write<kThreads>(arrays.advantages, start, tokens, rank, [&](int i) { return tile.rewards[tile.at(i)]; });
       write<kThreads>(arrays.returns, start, tokens, rank, [&](int i) { return tile.values[tile.at(i)]; });
-      group_sync<kThreads>();  // before the next tile takes its place
+      group_sync<kThreads>();  // before the next tile overwrites it
     }
   }
   return next;

@@ -1,4 +1,4 @@
-// The Python module fastppo._C. It tells what was built; the ops register themselves, each in its own file.
+// The Python module fastppo._C: information on the build. The ops register themselves, each in its own file.
 #include "simd.h"
 
 #include <pybind11/pybind11.h>
@@ -15,7 +15,7 @@
 #define FASTPPO_COMPILER "g++ "
 #endif
 
-#ifndef FASTPPO_CUDA_ARCHS  // 80, 90, ... where setup.py links the CUDA sources
+#ifndef FASTPPO_CUDA_ARCHS  // 80, 90, ... if setup.py links the CUDA sources
 #define FASTPPO_CUDA_ARCHS
 #endif
 

@@ -1,12 +1,12 @@
-// Philox4x32-10: random numbers that are a function of (seed, stream, offset) and of nothing else.
+// Philox4x32-10: random numbers that depend on (seed, stream, offset) only.
 #pragma once
 
 #include <cstdint>
 
 namespace fastppo {
 
-// The uniform number in (0, 1) of ops/philox.py, bit for bit (Salmon et al. 2011): key = seed, counter = (offset,
-// stream), each of two 32-bit words; the upper 23 bits of the first word, and a half.
+// The uniform number in (0, 1) of fastppo/ops/philox.py, bit for bit (Salmon et al. 2011): key = seed, counter =
+// (offset, stream), each of two 32-bit words; the upper 23 bits of the first word, plus one half.
 inline double uniform(uint64_t seed, uint64_t stream, uint64_t offset) {
   uint32_t counter[4] = {static_cast<uint32_t>(offset), static_cast<uint32_t>(offset >> 32),
                          static_cast<uint32_t>(stream), static_cast<uint32_t>(stream >> 32)};

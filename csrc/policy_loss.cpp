@@ -65,10 +65,10 @@ std::tuple<Tensor, Tensor, Tensor> sum_tokens(const Tensor& token_stats, double 
 }  // namespace fastppo
 
 // policy_loss: logprobs, old_logprobs, advantages, entropy, kl (M,) floating, fp64 only beside others; mask (M,) bool,
-// False for a token left out; normalizer () fp32. Returns, fp32: loss () = (sums[0] - entropy_coef sums[1] + kl_coef
-// sums[2]) / normalizer; sums (8,) over the tokens kept of the policy loss, entropy, KL to the reference, approximate
-// KL, clipped, dual-clipped, ratio, 1; the largest ratio (); d loss / d logprobs (M,).
-// sum_tokens: the same of the token_stats (8, M) fp32 that policy_loss_in_chunk writes. Sums are fp64, in fixed order.
+// False excludes a token; normalizer () fp32. Returns, fp32: loss () = (sums[0] - entropy_coef sums[1] + kl_coef
+// sums[2]) / normalizer; sums (8,) over the unmasked tokens of the policy loss, entropy, KL to the reference,
+// approximate KL, clipped, dual-clipped, ratio, 1; the largest ratio (); d loss / d logprobs (M,).
+// sum_tokens: the same from the token_stats (8, M) fp32 of policy_loss_in_chunk. Sums are fp64, in fixed order.
 STABLE_TORCH_LIBRARY_FRAGMENT(fastppo, m) {
   m.def(
       "policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? entropy, Tensor? kl, Tensor? mask, "

@@ -1,4 +1,4 @@
-// fastppo::policy_loss_in_chunk: PPO's loss from a chunk of logits, which become their gradient, on the CPU.
+// fastppo::policy_loss_in_chunk: PPO's loss from a chunk of logits, which it overwrites by their gradient, on the CPU.
 #include "token_loss.h"
 #include "tokens.h"
 #include "vocabulary_rows.h"
@@ -28,7 +28,7 @@ struct Loss {
   KlKind kl_kind;
 };
 
-// A token's column of token_stats, and the gradients of loss / normalizer by the statistics of its row.
+// The column of token_stats of a token, and the gradients of loss / normalizer by the statistics of its row.
 struct Outcome {
   std::array<float, 8> stats;
   RowGradients gradients;
@@ -73,7 +73,7 @@ void policy_loss_in_chunk(const Tensor& logits, const Tensor& targets, const Ten
 
   float* const columns = token_stats.mutable_data_ptr<float>();
   const int64_t kind_stride = token_stats.stride(0), row_stride = token_stats.stride(1);
-  // Row by row, since a row is still in the cache when its gradient is written.
+  // Row by row, because a row is then still in the cache when its gradient is written.
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     std::vector<TileStats> tiles(vocabulary.tiles);
     for (int64_t row = begin; row < end; ++row) {
@@ -98,11 +98,11 @@ void policy_loss_in_chunk(const Tensor& logits, const Tensor& targets, const Ten
 }  // namespace fastppo
 
 // logits (m, V) fp32, bf16 or fp16, dense in the last dimension; targets (m,) int64, ref_logits (m, V): as for
-// vocabulary_forward. old_logprobs, advantages, ref_logprobs (m,) floating; mask (m,) bool, False for a row left out;
-// normalizer () fp32. With `gradient` the logits become the gradient of loss / normalizer, 0 in rows left out, where
-// loss = sum of -J - entropy_coef H + kl_coef KL. KL is that of kl_kind: "exact" from ref_logits, "k2" and "k3" from
-// ref_logprobs, and 0 without them. token_stats (8, m) fp32 of any strides receives policy loss -J, entropy, KL,
-// approximate KL of old to new, clipped, dual-clipped, ratio, 1; a row left out is 0.
+// vocabulary_forward. old_logprobs, advantages, ref_logprobs (m,) floating; mask (m,) bool, False excludes a row;
+// normalizer () fp32. With `gradient` the logits are overwritten by the gradient of loss / normalizer, 0 in masked
+// rows, where loss = sum of -J - entropy_coef H + kl_coef KL. KL is of kl_kind: "exact" from ref_logits, "k2" and "k3"
+// from ref_logprobs, and 0 without them. token_stats (8, m) fp32 of any strides receives policy loss -J, entropy, KL,
+// approximate KL of old to new, clipped, dual-clipped, ratio, 1; 0 for a masked row.
 STABLE_TORCH_LIBRARY_FRAGMENT(fastppo, m) {
   m.def(
       "policy_loss_in_chunk(Tensor(a!) logits, Tensor targets, Tensor old_logprobs, Tensor advantages, "

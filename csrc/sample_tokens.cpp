@@ -1,4 +1,4 @@
-// fastppo::sample_tokens: one token a row, drawn by the inverse distribution function, on the CPU.
+// fastppo::sample_tokens: samples one token a row by the inverse distribution function, on the CPU.
 #include "philox.h"
 #include "vocabulary_rows.h"
 
@@ -25,8 +25,9 @@ struct Sampler {
   std::vector<float> sums;   // (rows, blocks) of e^x, relative to the peak of the block's tile
 };
 
-// The token within `block` that the distribution function, which is `before` at the block's start, passes `threshold`
-// at. A token of probability 0 passes nothing; if rounding leaves all below, it is the last that has some.
+// The token in `block` at which the distribution function, whose value at the start of the block is `before`, exceeds
+// `threshold`; never a token of probability 0. If because of rounding it exceeds it at no token, the last token with a
+// probability above 0.
 int64_t token_in_block(const Sampler& s, int64_t row, int64_t block, float peak, double before, double threshold) {
   const int64_t first = block * kBlock, count = std::min(kBlock, s.size - first);
   float e[kBlock];
@@ -46,7 +47,7 @@ Draw draw(const Sampler& s, int64_t row, double u) {
   const float* const peaks = &s.peaks[row * s.tiles];
   const float* const sums = &s.sums[row * s.blocks];
   const float peak = *std::max_element(peaks, peaks + s.tiles);
-  std::vector<double> weights(s.tiles);  // from a tile's peak to the row's
+  std::vector<double> weights(s.tiles);  // factors from the peak of a tile to that of the row
   for (int64_t t = 0; t < s.tiles; ++t) {
     weights[t] = std::exp((static_cast<double>(peaks[t]) - peak) * s.inverse_temperature);
   }
@@ -59,7 +60,7 @@ Draw draw(const Sampler& s, int64_t row, double u) {
   int64_t block = 0;
   for (;; ++block) {
     const double next = before + weights[block * kBlock / kTile] * sums[block];
-    if (next > threshold) break;  // comes before the end, since u < 1
+    if (next > threshold) break;  // always before the end, because u < 1
     before = next;
   }
   const int64_t token = token_in_block(s, row, block, peak, before, threshold);
@@ -109,11 +110,11 @@ std::tuple<Tensor, Tensor> sample_tokens(const Tensor& logits, const Tensor& str
 }  // namespace
 }  // namespace fastppo
 
-// logits (R, V) fp32, bf16 or fp16 of any strides; stream, offset (R,) int64: with the seed, modulo 2^64, the name of
-// a row's random number u in (0, 1). The token is the first v with p_0 + ... + p_v > u, p = softmax(logits /
-// temperature); one whose p is 0, or whose e^x underflows, is never drawn. Returns tokens (R,) int64 and their log
-// probabilities (R,) fp32, a NaN in a row with a NaN, +inf or no finite logit. A row's result depends on that row and
-// its u alone, bit for bit.
+// logits (R, V) fp32, bf16 or fp16 of any strides; stream, offset (R,) int64: with the seed, modulo 2^64, they
+// determine the random number u in (0, 1) of a row. The token is the first v with p_0 + ... + p_v > u, p =
+// softmax(logits / temperature); a token whose p is 0, or whose e^x underflows, is never sampled. Returns tokens (R,)
+// int64 and their log probabilities (R,) fp32, NaN in a row with a NaN, +inf or no finite logit. The result of a row
+// depends on that row and its u only, bit for bit.
 STABLE_TORCH_LIBRARY_FRAGMENT(fastppo, m) {
   m.def(
       "sample_tokens(Tensor logits, Tensor stream, Tensor offset, float temperature, int seed)"

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-// Each kernel body is compiled once a level through `#pragma GCC target`, which only GCC has.
+// Each kernel body is compiled once for each level with `#pragma GCC target`, which only GCC has.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define FASTPPO_X86 1
 #include <immintrin.h>
@@ -15,10 +15,10 @@
 #define FASTPPO_X86 0
 #endif
 
-// For the steps of a loop, which GCC takes for too large to be copied into both of its unrolled halves.
+// For functions in an unrolled loop, which GCC would otherwise consider too large for inlining.
 #define INLINE inline __attribute__((always_inline))
 
-// The address of a function that levels.inc compiled, at the level in use.
+// The address of a function compiled by levels.inc, for the level in use.
 #if FASTPPO_X86
 #define AT_LEVEL(...)                                                  \
   (::fastppo::simd() == ::fastppo::Simd::avx512 ? &avx512::__VA_ARGS__ \
@@ -38,7 +38,7 @@ enum class Simd { baseline, avx2, avx512 };
 // Names of the levels compiled in, best first.
 std::vector<std::string> simd_compiled();
 
-// The level in use: the best one that both the build and this machine have, unless `set_simd` chose another.
+// The level in use: the best one that both the build and this machine support, unless `set_simd` set another.
 Simd simd();
 std::string simd_name();
 

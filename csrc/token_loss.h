@@ -10,9 +10,9 @@
 
 namespace fastppo {
 
-constexpr double kLogRatioMax = 20.0;  // e^20 = 4.9e8: far past any clip, and far from overflow
+constexpr double kLogRatioMax = 20.0;  // e^20 = 4.9e8: far above any clip, and far from overflow
 
-// e^x up to kLogRatioMax, from there on its tangent, which is finite and not flat; less_tangent is value - 1 - x.
+// e^x up to kLogRatioMax, above it its tangent, which is finite and has a gradient; less_tangent is value - 1 - x.
 struct BoundedExp {
   double value, slope, less_tangent;
 };
@@ -70,8 +70,8 @@ inline KlEstimate k3(double d) {  // e^-d - 1 + d
   return {inverse_ratio.less_tangent, 1.0 - inverse_ratio.slope};
 }
 
-// What the losses of tokens add up to: policy loss, entropy, KL to the reference, approximate KL (k3), clipped,
-// dual-clipped, ratio, count; and the largest ratio, which is a NaN where one is.
+// Sums over the losses of tokens: policy loss, entropy, KL to the reference, approximate KL (k3), clipped,
+// dual-clipped, ratio, count; and the largest ratio, NaN if a ratio is NaN.
 struct PolicySums {
   std::array<double, 8> sums{};
   double ratio_max = 0.0;
@@ -85,7 +85,7 @@ struct PolicySums {
     add_ratio(other.ratio_max);
   }
 
-  // A coefficient of 0 leaves its term out: 0 times an infinite KL is a NaN.
+  // A term with coefficient 0 is left out: 0 times an infinite KL would be a NaN.
   double loss(double entropy_coef, double kl_coef) const {
     double total = sums[0];
     if (entropy_coef != 0.0) total -= entropy_coef * sums[1];

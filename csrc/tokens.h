@@ -1,4 +1,4 @@
-// Arguments of one number a token, and sums over tokens whose bits do not depend on the number of threads.
+// Arguments with one number for each token, and sums over tokens whose bits do not depend on the number of threads.
 #pragma once
 
 #include "checks.h"
@@ -32,7 +32,7 @@ inline std::optional<Tokens> tokens_of(const std::optional<Tensor>& x, const cha
   return tokens_of(*x, name, count);
 }
 
-// (M,) bool, or None where every token counts.
+// (M,) bool, or None if no token is masked.
 struct Mask {
   std::optional<Tensor> tensor;
   const bool* data;
@@ -47,7 +47,7 @@ inline Mask mask_of(const std::optional<Tensor>& x, int64_t count) {
   return {dense, dense.const_data_ptr<bool>()};
 }
 
-// () fp32 or fp64: what a loss is divided by.
+// () fp32 or fp64: the divisor of a loss.
 inline double normalizer_of(const Tensor& x) {
   require_shape(x, "normalizer", {});
   if (x.scalar_type() == ScalarType::Double) return *x.const_data_ptr<double>();

@@ -1,4 +1,4 @@
-// fastppo::value_loss: the critic's squared error, clipped around its old value, on the CPU.
+// fastppo::value_loss: the squared error of the critic, clipped around the old value, on the CPU.
 #include "tokens.h"
 
 #include <torch/csrc/stable/library.h>
@@ -54,8 +54,8 @@ std::tuple<Tensor, Tensor, Tensor> value_loss(const Tensor& values, const Tensor
 }  // namespace
 }  // namespace fastppo
 
-// values, old_values, returns (M,) floating, values not fp64; mask (M,) bool, False for a token left out; normalizer ()
-// fp32. Returns, fp32: loss () = sums[0] / normalizer; sums (7,) over the tokens kept of half the squared error,
+// values, old_values, returns (M,) floating, values not fp64; mask (M,) bool, False excludes a token; normalizer ()
+// fp32. Returns, fp32: loss () = sums[0] / normalizer; sums (7,) over the unmasked tokens of half the squared error,
 // clipped, V, V^2, R, R^2, (R - V)^2; d loss / d values (M,). Sums are fp64, in fixed order.
 STABLE_TORCH_LIBRARY_FRAGMENT(fastppo, m) {
   m.def(

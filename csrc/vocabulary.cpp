@@ -63,17 +63,17 @@ void vocabulary_backward(const Tensor& logits, const Tensor& targets, const Tens
 }  // namespace
 }  // namespace fastppo
 
-// M rows over a vocabulary of V: logits (M, V) and ref_logits (M, V), fp32, bf16 or fp16, each of its own dtype and any
-// strides; targets (M,) int64. With z = softcap tanh(logits / softcap) / temperature, x = z - max z, s = sum e^x and
-// p = e^x / s, and r, y, s_r for the reference:
+// M rows over a vocabulary of V: logits (M, V) and ref_logits (M, V), fp32, bf16 or fp16, of the same or different
+// dtypes and any strides; targets (M,) int64. With z = softcap tanh(logits / softcap) / temperature, x = z - max z, s =
+// sum e^x, p = e^x / s, and r, y, s_r for the reference:
 //   stats (5, M) fp32: logprob = x_target - log s, entropy = log s - E[x], lse = max z + log s, max of z temperature,
 //   log s; with a reference (10, M): also ref_logprob, KL(p || reference) = E[x - y] - log s + log s_r, ref_lse, max of
 //   r temperature, log s_r
 //   grad (4, M) fp32 of any strides: upstream gradients of logprob, entropy, lse and KL, the last only with a reference
-//   out (M, V) in the logits' dtype, dense in the last dimension: d logits =
+//   out (M, V) in the dtype of logits, dense in the last dimension: d logits =
 //   dz/dlogits (g_logprob (1_target - p) + g_lse p - g_entropy p (x - E[x]) + g_kl p (x - y - E[x - y]))
-// `out` may be the logits. Where p = 0 everything but KL is 0 times whatever; KL is infinite where p > 0 and the
-// reference is -inf, and then passes no gradient. Sums over a tile of 4096 tokens are fp32, over tiles fp64, in order.
+// `out` may be the logits. An entry with p = 0 adds 0 to everything but KL; KL is infinite if p > 0 and the reference
+// is -inf, and then has no gradient. Sums over a tile of 4096 tokens are fp32, over tiles fp64, in fixed order.
 STABLE_TORCH_LIBRARY_FRAGMENT(fastppo, m) {
   m.def(
       "vocabulary_forward(Tensor logits, Tensor targets, float temperature, float? softcap, Tensor? ref_logits)"

@@ -13,13 +13,13 @@ struct Total {
   float peak;
   double sum, inverse_temperature;
 
-  // e^z of a tile's tokens is relative to the tile's peak; this brings it to the row's.
+  // The e^z of a tile are relative to the peak of the tile; this factor makes them relative to that of the row.
   double weight(float tile_peak) const {
     return std::exp((static_cast<double>(tile_peak) - peak) * inverse_temperature);
   }
 };
 
-// A tile of -inf alone: it adds nothing, and has no weight if the whole row is like that.
+// A tile with -inf only: it adds nothing, and has no weight if the whole row is -inf.
 bool is_empty(float peak, float sum) { return peak == -std::numeric_limits<float>::infinity() && !std::isnan(sum); }
 
 Total total_of(const TileStats* tiles, int64_t count, float TileStats::* peak, float TileStats::* sum, double inverse) {
@@ -134,7 +134,7 @@ RowStats row_stats(const Vocabulary& v, int64_t row, const TileStats* tiles) {
 }
 
 Slopes row_slopes(const Vocabulary& v, const RowStats& stats, const RowGradients& upstream) {
-  // An infinite KL passes no gradient.
+  // An infinite KL has no gradient.
   const double kl_slope = v.ref && !std::isinf(stats.kl) ? upstream.kl : 0.0;
   const double mean_x = static_cast<double>(stats.log_total) - stats.entropy;
   double constant = upstream.lse - upstream.logprob + upstream.entropy * mean_x;

@@ -1,4 +1,4 @@
-// Rows of logits, with targets and perhaps a reference: checked arguments, and statistics and gradients of a row.
+// Rows of logits, with targets and an optional reference: checked arguments, statistics and gradients of a row.
 #pragma once
 
 #include "checks.h"
@@ -13,7 +13,7 @@
 
 namespace fastppo {
 
-// (M, V) of any floating dtype and any row stride, dense in the last dimension; rows past 2^31 elements are reached.
+// (M, V) of any floating dtype and any row stride, dense in the last dimension; offsets may exceed 2^31 elements.
 struct Rows {
   Tensor tensor;  // keeps the memory alive
   char* data;
@@ -27,7 +27,7 @@ struct Rows {
   char* at(int64_t row, int64_t token) const { return data + row * row_bytes + token * token_bytes; }
 };
 
-// The (M, V) argument `x` dense in its last dimension: a copy where it is not.
+// The (M, V) argument `x`, or a copy if it is not dense in its last dimension.
 Rows readable_rows(const Tensor& x, const char* name);
 
 struct Vocabulary {
@@ -37,20 +37,20 @@ struct Vocabulary {
   const int64_t* targets;  // (rows,)
   int64_t rows, size, tiles;
   Scale scale;
-  TileKernels kernels, plain, ref_kernels;  // of both rows, of logits alone, of the reference alone
+  TileKernels kernels, plain, ref_kernels;  // of both rows, of logits only, of the reference only
 
   int64_t tile_size(int64_t tile) const { return std::min(kTile, size - tile * kTile); }
   const char* ref_at(int64_t row, int64_t token) const { return ref ? ref->at(row, token) : nullptr; }
 };
 
-// Checks what all vocabulary ops take; nothing is written before it returns.
+// Checks the arguments that all vocabulary ops have; nothing is written before it returns.
 Vocabulary checked_vocabulary(const Tensor& logits, const Tensor& targets, double temperature,
                               std::optional<double> softcap, const std::optional<Tensor>& ref_logits);
 
 constexpr int64_t kStats = 5, kRefStats = 10;
 
-// Statistics of a row, in the order of vocabulary_forward's output; from ref_logprob on only with a reference. The
-// peaks are max c and max q, which fp32 holds exactly, where max z would be rounded.
+// Statistics of a row, in the order of the output of vocabulary_forward; those from ref_logprob on only with a
+// reference. The peaks are max c and max q, which fp32 represents exactly; max z would be rounded.
 struct RowStats {
   float logprob, entropy, lse, peak, log_total;
   float ref_logprob, kl, ref_lse, ref_peak, ref_log_total;
@@ -63,7 +63,7 @@ struct RowGradients {
 
 TileStats read_tile(const Vocabulary& vocabulary, int64_t row, int64_t tile);
 
-// `tiles` are all of the row's, in order.
+// `tiles`: all tiles of the row, in order.
 RowStats row_stats(const Vocabulary& vocabulary, int64_t row, const TileStats* tiles);
 
 Slopes row_slopes(const Vocabulary& vocabulary, const RowStats& stats, const RowGradients& upstream);
@@ -71,13 +71,14 @@ Slopes row_slopes(const Vocabulary& vocabulary, const RowStats& stats, const Row
 // `out` may be the logits.
 void write_tile(const Vocabulary& vocabulary, int64_t row, int64_t tile, const Slopes& slopes, const Rows& out);
 
-// f(row, tile) for all tiles of all rows, shared out among threads; finish(row) on the thread that ends a row's last.
+// Calls f(row, tile) for all tiles of all rows, on several threads, and finish(row) on the thread that ends the last
+// tile of a row.
 template <typename F, typename G>
 void for_each_tile(int64_t rows, int64_t vocabulary, const F& f, const G& finish) {
   const int64_t tiles = (vocabulary + kTile - 1) / kTile;
   std::vector<std::atomic<int64_t>> left(rows);
   for (auto& count : left) count.store(tiles, std::memory_order_relaxed);
-  // A thread is worth waking for about 10 us of work: some 30,000 tokens.
+  // Waking a thread pays off for about 10 us of work: about 30,000 tokens.
   const int64_t grain = std::max<int64_t>(1, 30'000 / std::min(vocabulary, kTile));
   torch::stable::parallel_for(0, rows * tiles, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

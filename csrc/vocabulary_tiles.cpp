@@ -1,4 +1,4 @@
-// Compiles the loops of vocabulary_tiles.inc for every SIMD level, and picks them by dtype.
+// Compiles the loops of vocabulary_tiles.inc for every SIMD level, and selects them by dtype.
 #include "vocabulary_tiles.h"
 
 #include "simd.h"

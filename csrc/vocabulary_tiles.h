@@ -1,4 +1,4 @@
-// The loops over a vocabulary, a tile of a row at a time: what every vocabulary op spends its time in.
+// The loops over a vocabulary, one tile of a row at a time, in which the vocabulary ops spend their time.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
@@ -8,12 +8,12 @@
 
 namespace fastppo {
 
-// Tokens a tile holds at most. A tile of logits and one of a reference's stay in the first-level cache from the search
-// of their maximum to the sum of their exponentials. Fixed, since the order of summation is part of a result.
+// The largest number of tokens in a tile. A tile of logits and one of a reference stay in the first-level cache from
+// the search of their maximum to the sum of their exponentials. Fixed, because the order of summation changes results.
 constexpr int64_t kTile = 4096;
-constexpr int64_t kBlock = 256;  // tokens of one entry of a sampler's distribution function; divides kTile
+constexpr int64_t kBlock = 256;  // tokens of one entry of the distribution function in sampling; divides kTile
 
-// Below this, e^x counts as 0: p is 0 there, for statistics, gradients and the sampler alike.
+// For x below this, e^x counts as 0, and so does p: in statistics, gradients and sampling.
 constexpr float kSmallestExponent = -87.0f;
 
 // From logits to z = c / temperature, c = softcap tanh(logits / softcap), or the logits themselves without a softcap.
@@ -38,10 +38,10 @@ struct Slopes {
   float constant, slope, gap_slope, target;
 };
 
-// Functions of `count` <= kTile tokens. Each row lies dense; `ref` is not looked at where the kernels are for none.
+// Functions of `count` <= kTile tokens. Rows are dense; `ref` is not read by kernels without a reference.
 struct TileKernels {
   TileStats (*read)(const void* logits, const void* ref, int64_t count, Scale scale);
-  // `out`, in the dtype of logits, may be `logits`. `target` is the target's place in this tile, or -1.
+  // `out`, in the dtype of logits, may be `logits`. `target` is the index of the target in this tile, or -1.
   void (*write)(const void* logits, const void* ref, void* out, int64_t count, Scale scale, const Slopes& slopes,
                 int64_t target);
   // c of one logit, rounded as in `read`.

@@ -1,4 +1,4 @@
-"""Errors that a user can put right: shown as one message, with no traceback."""
+"""Errors that a user can correct: they are shown as one message, without a traceback."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import NoReturn
 
 
 class FastPPOError(ValueError):
-    """Something that the user can put right. The message names what is wrong, its value and the way out."""
+    """An error that the user can correct. The message names the cause, its value and the way out."""
 
 
 class ConfigError(ValueError):
-    """A setting, or two settings together, that cannot work. The message says which, why and what to do."""
+    """A setting, or a combination of settings, that is not valid. The message gives the reason and the way out."""
 
 
 class ModelError(FastPPOError):
@@ -25,11 +25,11 @@ class ModelError(FastPPOError):
 
 
 class TrainingFault(FastPPOError):
-    """Training that has broken down. The message says what was seen and what to try."""
+    """Training that has failed. The message says what was observed and what to try."""
 
 
-# How gloo and NCCL put it that another rank has gone, or has not come.
-ANOTHER_RANK = (
+# Parts of messages of gloo and NCCL after another rank has ended, or has not connected.
+ANOTHER_RANK_ENDED = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
@@ -38,60 +38,60 @@ ANOTHER_RANK = (
 )
 
 LESS_MEMORY = (
-    "Smaller microbatches (ppo.microbatch_tokens; microbatch_tokens before PPO), fewer sampling.rows,"
-    " optim.activation_checkpointing, a higher zero.stage and zero.offload each take less, and `python -m fastppo.plan`"
-    " shows how much every stage needs."
+    "To use less memory: smaller microbatches (ppo.microbatch_tokens; microbatch_tokens in SFT and reward modelling),"
+    " fewer sampling.rows, optim.activation_checkpointing, a higher zero.stage or zero.offload."
+    " `python -m fastppo.plan` shows how much memory each phase needs."
 )
 
 
 @contextmanager
 def exit_with_message(rank: int) -> Iterator[None]:
-    """Print what went wrong and leave with status 1 at once, so that the launcher ends the other ranks.
+    """Within this context, print an exception and exit with status 1 at once, so that the launcher ends the others.
 
-    Of a `FastPPOError` the message is shown; of a GPU without memory, where that was and what takes less; a collective
-    that broke since another rank failed gets one line, so that the other's error is the one that is seen; anything else
-    is a fault of ours and shows its traceback. Ctrl-C comes here where there is nothing yet to save
-    (`fastppo.distributed.stop`).
+    A `FastPPOError` is printed as its message; an out-of-memory error of the GPU with its place and settings that need
+    less memory; a collective that failed because another rank ended as one line, so that the error of that rank stands
+    out; any other exception is a bug of fastppo and is printed with its traceback. Ctrl-C is handled here only before
+    a run has anything to save (`fastppo.distributed.stop`).
     """
     try:
         yield
     except KeyboardInterrupt:
         if rank == 0:
-            _leave(lambda: print("fastppo: interrupted before there was anything to save.", file=sys.stderr), 130)
-        _leave(lambda: None, 130)
+            _exit(lambda: print("fastppo: interrupted before there was anything to save.", file=sys.stderr), 130)
+        _exit(lambda: None, 130)
     except Exception as error:
-        _leave(partial(_say, error, rank), 1)
+        _exit(partial(_print_error, error, rank), 1)
 
 
-def _say(error: Exception, rank: int) -> None:
-    where = "" if rank == 0 else f" (rank {rank})"
+def _print_error(error: Exception, rank: int) -> None:
+    which_rank = "" if rank == 0 else f" (rank {rank})"
     if isinstance(error, FastPPOError):
-        print(f"fastppo{where}: {error}", file=sys.stderr)
-    elif type(error).__name__ == "OutOfMemoryError":  # torch's; the report imports this module, and no torch
-        told, _, _ = str(error).partition(" If reserved")  # what follows is about the allocator's settings
-        print(f"fastppo{where}, in {_innermost(error)}: {told} {LESS_MEMORY}", file=sys.stderr)
-    elif isinstance(error, RuntimeError) and any(words in str(error) for words in ANOTHER_RANK):
+        print(f"fastppo{which_rank}: {error}", file=sys.stderr)
+    elif type(error).__name__ == "OutOfMemoryError":  # of torch, which this module must not import (for the report)
+        message, _, _ = str(error).partition(" If reserved")  # the rest is about settings of the allocator
+        print(f"fastppo{which_rank}, in {_innermost_module(error)}: {message} {LESS_MEMORY}", file=sys.stderr)
+    elif isinstance(error, RuntimeError) and any(words in str(error) for words in ANOTHER_RANK_ENDED):
         print(
             f"fastppo (rank {rank}): another rank has ended or does not answer, so this one ends too"
             f" ({str(error).strip().splitlines()[-1]})",
             file=sys.stderr,
         )
     else:
-        print(f"fastppo{where}: an error that is not yours to put right:", file=sys.stderr)
+        print(f"fastppo{which_rank}: an error that you cannot correct, a bug in fastppo:", file=sys.stderr)
         traceback.print_exception(error)
 
 
-def _leave(say: Callable[[], object], status: int) -> NoReturn:
-    """At once: a rank that waits for the others in a collective would hold up an orderly exit for minutes."""
-    for last in (say, lambda: sys.stderr.flush(), lambda: sys.stdout.flush()):
-        with suppress(Exception):  # a terminal that is gone, or never was
-            last()
+def _exit(print_message: Callable[[], object], status: int) -> NoReturn:
+    """Exit without cleanup: a rank that waits for others in a collective would delay a normal exit for minutes."""
+    for action in (print_message, lambda: sys.stderr.flush(), lambda: sys.stdout.flush()):
+        with suppress(Exception):  # the terminal is closed, or there is none
+            action()
     os._exit(status)
 
 
-def _innermost(error: Exception) -> str:
-    """The module of fastppo that was at work when the error was raised, as `fastppo/ppo/update.py`."""
-    here = Path(__file__).parent
+def _innermost_module(error: Exception) -> str:
+    """The innermost module of fastppo in the traceback of an error, for example `fastppo/ppo/update.py`."""
+    package = Path(__file__).parent
     files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
-    ours = [file for file in files if here in file.parents and file != Path(__file__)]
-    return ours[-1].relative_to(here.parent).as_posix() if ours else "code around it"
+    modules = [file for file in files if package in file.parents and file != Path(__file__)]
+    return modules[-1].relative_to(package.parent).as_posix() if modules else "code outside of fastppo"

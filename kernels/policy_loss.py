@@ -10,7 +10,7 @@ from torch import Tensor
 from fastppo.kernels.row import check_tokens, number, operand
 from fastppo.kernels.sums import TOKEN_BLOCK, finish, store_partials
 
-LOG_RATIO_MAX = tl.constexpr(20.0)  # from here on e^x goes on along its tangent, see `bounded_exp`
+LOG_RATIO_MAX = tl.constexpr(20.0)  # above it e^x is continued by its tangent, see `bounded_exp`
 
 
 def policy_loss(
@@ -31,12 +31,13 @@ def policy_loss(
 
     logprobs, old_logprobs, advantages, entropy, kl: (M,) fp32, bf16 or fp16 each; mask: (M,) bool; normalizer: () fp32,
     read on the device. Returns loss (), sums (8,), the largest ratio () and d loss / d logprobs (M,), fp32 each; the
-    sums are those of `PolicyStats`. Traffic with fp32 inputs: 25 bytes a token, 17 without entropy and kl, less 1
-    without a mask. Repeats bit for bit.
+    sums are those of `PolicyStats`. Traffic with fp32 inputs: 25 bytes a token, 17 without entropy and kl, 1 less
+    without a mask. Results repeat bit for bit.
     """
-    given = {"logprobs": logprobs, "old_logprobs": old_logprobs, "advantages": advantages, "entropy": entropy, "kl": kl}
-    check_tokens(len(logprobs), **given, mask=mask)
-    inputs = [None if x is None else x.contiguous() for x in (*given.values(), mask)]
+    floats: dict[str, Tensor | None] = {"logprobs": logprobs, "old_logprobs": old_logprobs, "advantages": advantages}
+    floats |= {"entropy": entropy, "kl": kl}
+    check_tokens(len(logprobs), **floats, mask=mask)
+    inputs = [None if x is None else x.contiguous() for x in (*floats.values(), mask)]
     tokens = len(logprobs)
     blocks = triton.cdiv(tokens, TOKEN_BLOCK)
     partials = torch.empty(9, blocks, dtype=torch.float32, device=logprobs.device)
@@ -105,7 +106,7 @@ def policy_loss_kernel(
 
 @triton.jit
 def load_kept(tokens, i, keep):
-    """fp32; 0 for a token that is dropped, whatever it holds."""
+    """Load tokens as fp32; 0 where `keep` is False, for any value in memory."""
     return tl.load(tokens + i, mask=keep, other=0.0).to(tl.float32)
 
 
@@ -119,7 +120,7 @@ def clamp(x, low, high):
 def clipped_objective(logprob, old_logprob, advantage, clip_low, clip_high, dual_clip):
     """PPO's objective J of tokens, to be maximised.
 
-    Returns J, dJ / d logprob, ratio, k3 of the old policy to the new, and whether the clip and the dual clip hold J.
+    Returns J, dJ / d logprob, ratio, k3 of the old policy to the new, and whether the clip and the dual clip bound J.
     """
     ratio, ratio_slope, k3 = bounded_exp(logprob - old_logprob)
     unclipped = ratio * advantage

@@ -1,4 +1,4 @@
-"""PPO's loss on a chunk of logits: statistics, loss and coefficients of a row, then its gradient over its logits."""
+"""PPO's loss on a chunk of logits: statistics and loss of a row, then its gradient, written over its logits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastppo.kernels.row import (
     write_row,
 )
 
-SOFTCAP_REGISTERS = 96  # a thread's, with a reference too: fewer spill, and the compiler would take fewer
+SOFTCAP_REGISTERS = 96  # of a thread, with softcap and reference: with fewer, the compiler's choice, registers spill
 
 
 def policy_loss_in_chunk(
@@ -51,10 +51,10 @@ def policy_loss_in_chunk(
 
     logits: (m, V) fp32, bf16 or fp16, any row stride; targets: (m,) int64; old_logprobs, advantages, ref_logprobs: (m,)
     fp32; normalizer: () fp32, read on the device; mask: (m,) bool; token_stats: (8, m) fp32, any strides, receives
-    for each token what `sum_tokens` adds up, 0 for a dropped one, whose gradient is 0 too. The KL is exact with
+    the terms of `sum_tokens` for each token, 0 for a masked one, whose gradient is 0 too. The KL is exact with
     kl_kind "exact" and ref_logits, (m, V); k2 or k3 with ref_logprobs; else 0.
 
-    Traffic: 3 m V b bytes, 1 without gradient; a reference's logits are read once, twice where their KL is in the loss.
+    Traffic: 3 m V b bytes, 1 without gradient; the logits of a reference are read once, twice if the loss has its KL.
     """
     tokens = {"targets": targets, "old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs}
     check_chunk(logits, ref_logits, token_stats, kl_kind, **tokens, mask=mask)
@@ -147,7 +147,7 @@ def policy_loss_in_chunk_kernel(
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    m = tl.program_id(0).to(tl.int64)  # offsets pass 2^31
+    m = tl.program_id(0).to(tl.int64)  # offsets exceed 2^31
     logits += m * stride * UNIT
     if ref_logits is not None:
         ref_logits += m * ref_stride * REF_UNIT
@@ -188,7 +188,7 @@ def policy_loss_in_chunk_kernel(
             slopes = gradient_slopes(
                 g_logprob, -entropy_coef * share, 0.0, g_kl, log_total, mean, ref_mean, temperature
             )
-            tl.debug_barrier()  # all threads have read the row before one of them writes to it
+            tl.debug_barrier()  # all threads must have read the row before a thread writes to it
             if REF_GRADIENT:
                 write_row(logits, ref_logits, logits, columns, target, V, softcap, rate, peak, ref_peak, slopes)
             else:

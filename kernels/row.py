@@ -1,16 +1,16 @@
-"""What the vocabulary kernels share: how a row of logits is cut into tiles, read once, and overwritten by its gradient.
+"""Shared code of the vocabulary kernels: a row of logits is processed in tiles, read once, and overwritten by its
+gradient.
 
-A program owns a row. A tile is BLOCK columns as (BLOCK // WIDTH, WIDTH): a thread's WIDTH columns are adjacent and fill
-16 bytes, one load. Each group of WIDTH columns keeps its own running peak and sums, so that no thread waits for
-another before the end of the row, and the cost of moving a peak is shared by WIDTH columns.
+A program processes one row. A tile is BLOCK columns as (BLOCK // WIDTH, WIDTH): the WIDTH columns of a thread are
+adjacent and fill 16 bytes, one load. Each group of WIDTH columns has its own running maximum (peak) and sums, so that
+no thread waits for another before the end of the row, and WIDTH columns share the cost of a new peak.
 
-Logits stay in their own unit, that of the capped logits u = softcap tanh(logits / softcap), until the end:
+The kernels compute with the capped logits u = softcap tanh(logits / softcap), and apply the temperature at the end:
 z = u / temperature, e^(z - max z) = 2^((u - max u) rate) with rate = log2(e) / temperature.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 from typing import NamedTuple
 
@@ -19,16 +19,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastppo.log_once import log_once
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MINUS_2_LOG2_E = tl.constexpr(-2.8853900817779268)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # the smallest fp32: a peak before anything was read
-FAR = tl.constexpr(-1e30)  # stands for -inf in differences: 2^(FAR rate) = 0, and 0 FAR is 0 where 0 (-inf) is NaN
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # the smallest fp32: the initial peak
+FAR = tl.constexpr(-1e30)  # replaces -inf in differences: 2^(FAR rate) = 0, and 0 FAR is 0, but 0 (-inf) is NaN
 
 
 class Tiling(NamedTuple):
-    """How a kernel cuts rows into tiles."""
+    """The tiles of a kernel."""
 
     block: int  # columns of a tile
     width: int  # columns that fill 16 bytes
@@ -36,9 +38,9 @@ class Tiling(NamedTuple):
 
 
 def tiling(vocabulary: int, dtype: torch.dtype, softcap: float | None, aligned: bool) -> Tiling:
-    """Two loads of 16 bytes a thread and tile; one where a softcap, or rows that are not aligned, take the registers of
-    the other. As many warps, up to 8, as leave a row at least 4 tiles. Nothing here tells one kernel from another, so
-    that all form the same sums, bit for bit."""
+    """The tiling for rows of this size: two loads of 16 bytes a thread and tile, or one with a softcap or with rows
+    that are not aligned, which need more registers; the largest number of warps, up to 8, with at least 4 tiles a row.
+    It is the same for all kernels, so that all compute the same sums, bit for bit."""
     width = 16 // dtype.itemsize
     warp_columns = (2 if softcap is None and aligned else 1) * width * 32
     num_warps = min(8, triton.next_power_of_2(max(1, vocabulary // (4 * warp_columns)) + 1) // 2)
@@ -46,44 +48,40 @@ def tiling(vocabulary: int, dtype: torch.dtype, softcap: float | None, aligned: 
 
 
 class Rows(NamedTuple):
-    """A tensor whose columns lie next to each other and whose rows start stride * unit elements apart."""
+    """A tensor with adjacent columns, whose rows start stride * unit elements apart."""
 
     tensor: Tensor | None
     stride: int
-    unit: int  # 16 bytes in elements where all rows are aligned to that, which tells the compiler; else 1
+    unit: int  # elements in 16 bytes if all rows are aligned to 16 bytes, so that the compiler knows it; else 1
 
 
 def as_rows(logits: Tensor | None) -> Rows:
-    """Logits as the kernels take them: themselves, or a copy where their columns lie apart."""
+    """Logits for the kernels: the tensor itself, or a copy if its columns are not adjacent."""
     if logits is None:
         return Rows(None, 0, 1)
     if logits.stride(1) != 1 and logits.shape[1] != 1:
-        log_once(f"columns of logits are {logits.stride(1)} elements apart: their rows are copied first")
+        log_once(f"columns of logits are {logits.stride(1)} elements apart: the rows are copied first", logging.WARNING)
         logits = logits.contiguous()
     width = 16 // logits.element_size()
     if logits.stride(0) % width == 0 and logits.data_ptr() % 16 == 0:
         return Rows(logits, logits.stride(0) // width, width)
     log_once(
         f"rows of {logits.shape[1]} logits in {logits.dtype}, {logits.stride(0)} elements apart, do not all start at "
-        f"multiples of 16 bytes ({width} elements): they are read and written one element at a time"
+        f"multiples of 16 bytes ({width} elements): they are read and written one element at a time",
+        logging.WARNING,
     )
     return Rows(logits, logits.stride(0), 1)
 
 
-@functools.cache
-def log_once(message: str) -> None:
-    logging.getLogger("fastppo").warning(message)
-
-
 def operand(coefficient: float | Tensor, like: Tensor) -> float | Tensor:
-    """A coefficient for a kernel on the device of `like`: a tensor there, which `number` reads, or a number."""
-    there = isinstance(coefficient, Tensor) and coefficient.device == like.device
-    return coefficient if there else float(coefficient)
+    """A coefficient for a kernel: a tensor on the device of `like`, which `number` reads, or a number."""
+    on_device = isinstance(coefficient, Tensor) and coefficient.device == like.device
+    return coefficient if on_device else float(coefficient)
 
 
 def check_logits(name: str, logits: Tensor, like: Tensor) -> None:
     if logits.dtype not in DTYPES:
-        raise TypeError(f"{name} has dtype {logits.dtype}; these kernels take fp32, bf16 and fp16")
+        raise TypeError(f"{name} has dtype {logits.dtype}; these kernels support fp32, bf16 and fp16")
     if logits.shape != like.shape or logits.device != like.device or logits.ndim != 2:
         raise ValueError(
             f"{name} has shape {tuple(logits.shape)} on {logits.device}; expected {tuple(like.shape)} on {like.device}"
@@ -91,7 +89,7 @@ def check_logits(name: str, logits: Tensor, like: Tensor) -> None:
 
 
 def check_tokens(rows: int, **tokens: Tensor | None) -> None:
-    """Each given tensor has one number for each of the rows."""
+    """Check that each tensor has one number for each row."""
     for name, tensor in tokens.items():
         if tensor is not None and tensor.shape != (rows,):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected ({rows},)")
@@ -99,7 +97,7 @@ def check_tokens(rows: int, **tokens: Tensor | None) -> None:
 
 @triton.jit
 def number(coefficient):
-    """fp32, from a number or a pointer to one."""
+    """A coefficient as fp32, from a number or a pointer to one."""
     value = tl.to_tensor(coefficient)
     if value.dtype.is_ptr():
         value = tl.load(value).to(tl.float32)
@@ -108,15 +106,15 @@ def number(coefficient):
 
 @triton.jit
 def tile_columns(BLOCK: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr):
-    """(BLOCK // WIDTH, WIDTH) columns of a tile. A thread holds whole groups of WIDTH: adjacent columns, which are one
-    load; in rows that are not aligned, UNIT = 1, it is adjacent threads that load adjacent columns."""
+    """The columns of a tile, (BLOCK // WIDTH, WIDTH). A thread has whole groups of WIDTH columns: adjacent columns,
+    which are one load; in rows that are not aligned (UNIT = 1) adjacent threads load adjacent columns."""
     group, member = tl.arange(0, BLOCK // WIDTH)[:, None], tl.arange(0, WIDTH)[None, :]
     return group + member * (BLOCK // WIDTH) if UNIT == 1 else group * WIDTH + member
 
 
 @triton.jit
 def load_tile(row, columns, V, TAIL: tl.constexpr):
-    """fp32 logits of a tile. Only a row's last tile is masked: a mask splits loads of 16 bytes."""
+    """fp32 logits of a tile. Only the last tile of a row is masked: a mask would split loads of 16 bytes."""
     logits = tl.load(row + columns, mask=columns < V, other=float("-inf")) if TAIL else tl.load(row + columns)
     return logits.to(tl.float32)
 
@@ -125,7 +123,7 @@ def load_tile(row, columns, V, TAIL: tl.constexpr):
 def capped(logits, softcap):
     """u = softcap tanh(logits / softcap), and du / d logits = 1 - tanh^2.
 
-    By t = e^(-2 |v|), tanh = (1 - t) / (1 + t), or by its series where 1 - t would lose digits.
+    tanh = (1 - t) / (1 + t) with t = e^(-2 |v|), or its series if 1 - t would lose digits.
     """
     u, slope = logits, 1.0
     if softcap is not None:
@@ -143,7 +141,7 @@ def capped(logits, softcap):
 
 @triton.jit
 def capped_tile(row, columns, V, softcap, TAIL: tl.constexpr):
-    """u of a tile, -inf past the row's end."""
+    """u of a tile, -inf past the end of the row."""
     u, _ = capped(load_tile(row, columns, V, TAIL), softcap)
     if TAIL:
         u = tl.where(columns < V, u, float("-inf"))
@@ -152,16 +150,16 @@ def capped_tile(row, columns, V, softcap, TAIL: tl.constexpr):
 
 @triton.jit
 def below(u, peak):
-    """u - peak, at least FAR. NaN stays NaN, so that a row which holds one shows it."""
+    """u - peak, at least FAR. NaN stays NaN, so that the result of a row with a NaN is NaN."""
     return tl.maximum(u - peak, FAR, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def add_tile(u, peak, total, weighted, rate):
-    """Take a tile u, (G, WIDTH), into each group's peak, total = sum e and weighted = sum e (u - peak), (G,).
+    """Add a tile u, (G, WIDTH), to the peak, total = sum e and weighted = sum e (u - peak) of each group, (G,).
 
-    e = 2^((u - peak) rate). Returns the three, e, and by what the peak's move has shrunk the sums. All terms of
-    `weighted` are at most 0, also that of a move, so that nothing cancels.
+    e = 2^((u - peak) rate). Returns the three, e, and the factor by which the new peak has scaled the sums. All terms
+    of `weighted`, that of a new peak too, are at most 0, so that nothing cancels.
     """
     new_peak = tl.maximum(peak, tl.max(u, axis=1))
     moved = below(peak, new_peak)
@@ -175,7 +173,7 @@ def add_tile(u, peak, total, weighted, rate):
 
 @triton.jit
 def read_tile(row, ref_row, columns, V, softcap, rate, peak, total, weighted, ref, TAIL: tl.constexpr):
-    """One tile of `read_row`: its running values after the tile's columns."""
+    """One tile of `read_row`: the running values after the columns of the tile."""
     u = capped_tile(row, columns, V, softcap, TAIL)
     if ref_row is None:
         peak, total, weighted, _, _ = add_tile(u, peak, total, weighted, rate)
@@ -196,10 +194,10 @@ def read_tile(row, ref_row, columns, V, softcap, rate, peak, total, weighted, re
 
 @triton.jit
 def read_row(row, ref_row, columns, V, softcap, rate):
-    """One read of a row and, unless ref_row is None, of its reference's, in tiles of `columns`, (G, WIDTH).
+    """Read a row and, unless ref_row is None, that of its reference once, in tiles of `columns`, (G, WIDTH).
 
     Returns (peak, log_total, mean, ref_peak, ref_log_total, ref_mean), fp32 scalars: max u, log s = log sum
-    e^(z - max z) and E[u - max u]; of the reference max r, its log s, and E[r - max r] under the policy: -inf where the
+    e^(z - max z) and E[u - max u]; for the reference max r, its log s, and E[r - max r] under the policy: -inf if the
     reference is -inf at a column with p > 0. The last three are 0 without a reference.
     """
     BLOCK: tl.constexpr = columns.shape[0] * columns.shape[1]
@@ -235,9 +233,9 @@ def read_row(row, ref_row, columns, V, softcap, rate):
 
 @triton.jit
 def against_reference(log_total, mean, r_target, ref_peak, ref_log_total, ref_mean, over_temperature):
-    """The reference's log probability of the target, and the KL, of what `read_row` returns.
+    """The log probability of the target under the reference, and the KL, from the results of `read_row`.
 
-    Where the whole row of the reference is -inf, and log_total with it, they are -inf and +inf.
+    If all entries of the reference's row are -inf, and so is log_total, they are -inf and +inf.
     """
     kl = (mean * over_temperature - log_total) - (ref_mean * over_temperature - ref_log_total)
     excluded = ref_log_total == float("-inf")
@@ -248,11 +246,12 @@ def against_reference(log_total, mean, r_target, ref_peak, ref_log_total, ref_me
 
 @triton.jit
 def gradient_slopes(g_logprob, g_entropy, g_lse, g_kl, log_total, mean, ref_mean, temperature):
-    """The coefficients of a row's gradient: d logits = (base + slope x - kl_slope y) e + target_slope at the target.
+    """The coefficients of the gradient of a row: d logits = (base + slope x - kl_slope y) e + target_slope at the
+    target.
 
     x = u - max u, y = r - max r, e = e^(x / temperature); mean = E[x], ref_mean = E[y]. From
     dz = g_logprob (1_target - p) + g_lse p + (g_kl - g_entropy) p (x - E[x]) - g_kl p (y - E[y]), x and y over the
-    temperature, p = e / s. An infinite KL, where ref_mean is -inf, passes no gradient.
+    temperature, p = e / s. An infinite KL (ref_mean is -inf) has no gradient.
     """
     infinite = ref_mean == float("-inf")
     g_kl = tl.where(infinite, 0.0, g_kl)
@@ -286,7 +285,7 @@ def write_tile(row, ref_row, out, columns, target, V, softcap, rate, peak, ref_p
 
 @triton.jit
 def write_row(row, ref_row, out, columns, target, V, softcap, rate, peak, ref_peak, slopes):
-    """One read of a row (and its reference's unless ref_row is None), one write of its gradient; out may be row."""
+    """Read a row (and that of its reference unless ref_row is None) and write its gradient; out may be row."""
     BLOCK: tl.constexpr = columns.shape[0] * columns.shape[1]
     whole = V // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):

@@ -1,4 +1,4 @@
-"""One token a row from softmax(logits / temperature), by the inverse distribution function over parts of the row."""
+"""Sampling of one token a row from softmax(logits / temperature) by the inverse distribution function."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from fastppo.kernels.row import (
     tiling,
 )
 
-PART = 256  # columns whose probability is summed; those of the chosen part are read again
+PART = 256  # columns whose probabilities are summed; the columns of the selected part are read again
 
 
 def sample_tokens(
     logits: Tensor, stream: Tensor, offset: Tensor, temperature: float | Tensor, seed: int | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`fastppo.ops.eager.sample_tokens` (Devroye 1986, ch. III.2), with the u of `fastppo.ops.philox.uniform`.
+    """`fastppo.ops.eager.sample_tokens` (Devroye 1986, ch. III.2), with u from `fastppo.ops.philox.uniform`.
 
     logits: (R, V) fp32, bf16 or fp16, any row stride; stream, offset: (R,) int64; seed: modulo 2^64. Returns tokens,
     (R,) int64, and their log probabilities, (R,) fp32: NaN for a row with NaN, +inf or no finite entry. A token whose
-    e^(z - max z) is 0 in fp32 is never drawn. A row's result depends on its own logits and (seed, stream, offset)
-    alone, bit for bit, for rows that are aligned alike. Traffic: R (V + PART) b bytes.
+    e^(z - max z) is 0 in fp32 is never sampled. The result of a row depends on its logits and (seed, stream, offset)
+    only, bit for bit, for rows with the same alignment. Traffic: R (V + PART) b bytes.
     """
     check_logits("logits", logits, logits)
     rows, vocabulary = logits.shape
@@ -43,7 +43,7 @@ def sample_tokens(
         return tokens, logprobs
 
     policy = as_rows(logits)
-    block, width, num_warps = tiling(vocabulary, logits.dtype, None, True)  # whole parts, aligned or not
+    block, width, num_warps = tiling(vocabulary, logits.dtype, None, True)  # whole parts, also if not aligned
     with torch.cuda.device_of(logits):
         sample_tokens_kernel[(rows,)](
             policy.tensor,
@@ -82,13 +82,13 @@ def sample_tokens_kernel(
     PART: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    m = tl.program_id(0).to(tl.int64)  # offsets pass 2^31
+    m = tl.program_id(0).to(tl.int64)  # offsets exceed 2^31
     logits += m * stride * UNIT
     temperature = number(temperature)
     rate = LOG2_E / temperature
     columns = tile_columns(BLOCK, WIDTH, WIDTH)
-    peaks = tl.full((TILES, BLOCK // PART), LOWEST, tl.float32)  # of each part, in the vocabulary's order
-    totals = tl.zeros((TILES, BLOCK // PART), tl.float32)  # sums of e^(z - the part's peak)
+    peaks = tl.full((TILES, BLOCK // PART), LOWEST, tl.float32)  # of each part, in the order of the vocabulary
+    totals = tl.zeros((TILES, BLOCK // PART), tl.float32)  # sums of e^(z - peak of the part)
     tile = tl.arange(0, TILES)[:, None]
     whole = V // BLOCK
     for t in range(0, whole):
@@ -120,7 +120,7 @@ def sample_tokens_kernel(
 
 @triton.jit
 def sum_parts(u, rate, PART: tl.constexpr):
-    """Peak and sum of 2^((u - peak) rate) of each PART columns of a tile (G, WIDTH): (G WIDTH / PART,) each."""
+    """Peak and sum of 2^((u - peak) rate) of each part of a tile (G, WIDTH): (G WIDTH / PART,) each."""
     GROUPS: tl.constexpr = u.shape[0]
     WIDTH: tl.constexpr = u.shape[1]
     group_peak = tl.maximum(tl.max(u, axis=1), LOWEST)
@@ -134,8 +134,9 @@ def sum_parts(u, rate, PART: tl.constexpr):
 
 @triton.jit
 def first_above(mass, threshold):
-    """The first index with mass > 0 whose cumulative sum exceeds the threshold; failing that, by rounding, the last
-    with mass > 0; 0 where there is none. The scan need not be monotonic to the last bit, hence both conditions."""
+    """The first index with mass > 0 whose cumulative sum exceeds the threshold; if there is none because of rounding,
+    the last index with mass > 0; 0 if no mass is > 0. Rounding can make cumulative sums decrease, so both conditions
+    are needed."""
     index = tl.arange(0, mass.shape[0])
     above = (tl.cumsum(mass, axis=0) > threshold) & (mass > 0)
     first = tl.min(tl.where(above, index, mass.shape[0]), axis=0)

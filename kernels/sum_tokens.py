@@ -1,4 +1,4 @@
-"""The loss of a batch from what `policy_loss_in_chunk` wrote for each of its tokens."""
+"""The loss of a batch from the terms that `policy_loss_in_chunk` wrote for each token."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def sum_tokens(
     """Sums over tokens, and the loss (sums[0] - entropy_coef sums[1] + kl_coef sums[2]) / normalizer.
 
     token_stats: (8, M) fp32, rows as `PolicyStats.sums`, any row stride; normalizer: () fp32, read on the device.
-    Returns loss (), sums (8,) and the largest of row 6, the ratio, (), 0 without tokens; fp32. A term with coefficient
-    0 is left out of the loss. Traffic: 32 bytes a token. Repeats bit for bit.
+    Returns loss (), sums (8,) and the maximum of row 6, the ratio, (), 0 without tokens; fp32. A term with coefficient
+    0 is left out of the loss. Traffic: 32 bytes a token. Results repeat bit for bit.
     """
     if token_stats.ndim != 2 or len(token_stats) != 8 or token_stats.dtype != torch.float32:
         raise ValueError(f"token_stats is {token_stats.dtype} {tuple(token_stats.shape)}; expected fp32 (8, M)")

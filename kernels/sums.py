@@ -1,4 +1,4 @@
-"""Sums over tokens that repeat bit for bit: a partial sum for each block of tokens, then the partial sums in order."""
+"""Sums over tokens that repeat bit for bit: a partial sum for each block of tokens, then their sum in fixed order."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 
 from fastppo.kernels.row import number, operand
 
-TOKEN_BLOCK = 1024  # tokens of a partial sum, of 8 warps
+TOKEN_BLOCK = 1024  # tokens of a partial sum, computed by 8 warps
 
 
 def finish(
     partials: Tensor, sums: int, normalizer: Tensor, entropy_coef: float | Tensor, kl_coef: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Adds up partial sums, (sums + 1, blocks) fp32, the last row of which holds maxima >= 0.
+    """Sum partial sums, (sums + 1, blocks) fp32, whose last row contains maxima >= 0.
 
     Returns (sums[0] - entropy_coef sums[1] + kl_coef sums[2]) / normalizer, (); sums, (sums,); the maximum, (): fp32.
-    A term with coefficient 0 is left out, so that it may be infinite. Added in fp64, one program.
+    A term with coefficient 0 is left out, so that it may be infinite. One program sums in fp64.
     """
     if normalizer.shape != () or normalizer.dtype != torch.float32:
         raise ValueError(f"normalizer is {normalizer.dtype} {tuple(normalizer.shape)}; expected fp32 ()")
@@ -66,6 +66,6 @@ def finish_kernel(
 
 @triton.jit
 def store_partials(partials, blocks, block, values):
-    """values[i], (TOKEN_BLOCK,), summed into row i of partials, column `block`."""
+    """Store the sum of values[i], (TOKEN_BLOCK,), in row i and column `block` of partials."""
     for i in tl.static_range(len(values)):
         tl.store(partials + i * blocks + block, tl.sum(values[i], axis=0))

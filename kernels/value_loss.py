@@ -1,4 +1,4 @@
-"""The critic's squared error over tokens, its gradient and its sums, in one pass."""
+"""The squared error of the critic over tokens, its gradient and its sums, in one pass."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def value_loss(
 
     values, old_values, returns: (M,) fp32, bf16 or fp16 each; mask: (M,) bool; normalizer: () fp32, read on the device.
     Returns loss (), sums (7,) of `ValueStats`, and d loss / d values (M,), fp32 each. Traffic with fp32 inputs and a
-    mask: 17 bytes a token; old_values are read only where there is a clip. Repeats bit for bit.
+    mask: 17 bytes a token; old_values are read only with a clip. Results repeat bit for bit.
     """
     check_tokens(len(values), values=values, old_values=old_values, returns=returns, mask=mask)
     inputs = [None if x is None else x.contiguous() for x in (values, old_values, returns, mask)]

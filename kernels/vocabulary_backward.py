@@ -31,11 +31,11 @@ def vocabulary_backward(
     ref_logits: Tensor | None,
     out: Tensor,
 ) -> None:
-    """d logits, given the upstream gradients of a `vocabulary_forward` with the same arguments, into `out`.
+    """Write d logits to `out`, given the upstream gradients of a `vocabulary_forward` with the same arguments.
 
-    stats: what that returned, (5 or 10, M) fp32; grad: (4, M) fp32, any strides, of logprobs, entropy, lse and kl, the
-    last ignored without a reference; out: (M, V) of logits' dtype, any row stride, perhaps logits itself. A KL of +inf
-    passes no gradient, and an entry of probability 0 receives none. Traffic: 2 M V b bytes, 3 with a reference.
+    stats: its result, (5 or 10, M) fp32; grad: (4, M) fp32, any strides, gradients by logprobs, entropy, lse and kl,
+    the last ignored without a reference; out: (M, V) in the dtype of logits, any row stride, may be logits. A KL of
+    +inf has no gradient, and an entry of probability 0 receives none. Traffic: 2 M V b bytes, 3 with a reference.
     """
     check_logits("logits", logits, logits)
     check_logits("out", out, logits)
@@ -106,7 +106,7 @@ def vocabulary_backward_kernel(
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    m = tl.program_id(0).to(tl.int64)  # offsets pass 2^31
+    m = tl.program_id(0).to(tl.int64)  # offsets exceed 2^31
     logits += m * stride * UNIT
     out += m * out_stride * OUT_UNIT
     temperature = number(temperature)

@@ -25,12 +25,12 @@ from fastppo.kernels.row import (
 def vocabulary_forward(
     logits: Tensor, targets: Tensor, temperature: float | Tensor, softcap: float | None, ref_logits: Tensor | None
 ) -> Tensor:
-    """Statistics of z = softcap tanh(logits / softcap) / temperature at each row.
+    """Statistics of z = softcap tanh(logits / softcap) / temperature for each row.
 
-    logits: (M, V) fp32, bf16 or fp16, any row stride; targets: (M,) int64 in [0, V); ref_logits: (M, V) or None, its
-    dtype its own. Returns (5, M) fp32: logprobs, entropy, lse, max u, in the unit of the capped logits u, where
-    fp32 holds it exactly, and log sum e^(z - max z); with a reference (10, M): then also its logprobs, KL(policy ||
-    reference), its lse, max and log sum. Traffic: M V b bytes, b those of an element, and as much for the reference.
+    logits: (M, V) fp32, bf16 or fp16, any row stride; targets: (M,) int64 in [0, V); ref_logits: (M, V) or None, may
+    have another dtype. Returns (5, M) fp32: logprobs, entropy, lse, max u of the capped logits u, which fp32 represents
+    exactly, and log sum e^(z - max z); with a reference (10, M): also its logprobs, KL(policy || reference), its lse,
+    max and log sum. Traffic: M V b bytes, b bytes an element, and as much for the reference.
     """
     check_logits("logits", logits, logits)
     check_tokens(logits.shape[0], targets=targets)
@@ -82,7 +82,7 @@ def vocabulary_forward_kernel(
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    m = tl.program_id(0).to(tl.int64)  # offsets pass 2^31
+    m = tl.program_id(0).to(tl.int64)  # offsets exceed 2^31
     logits += m * stride * UNIT
     if ref_logits is not None:
         ref_logits += m * ref_stride * REF_UNIT

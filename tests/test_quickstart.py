@@ -7,7 +7,7 @@ import pytest
 
 from fastppo.config import HealthConfig, RewardConfig
 from fastppo.config.command_line import REWARD, SFT, parse
-from fastppo.models.loading.source import LEFT_BY
+from fastppo.models.loading.source import EXPORTED_BY
 from fastppo.quickstart import _analyzer, favourable
 
 JUDGE = RewardConfig(function="fastppo.quickstart:favourable")
@@ -17,8 +17,8 @@ def test_each_stage_takes_what_the_ones_before_leave() -> None:
     sft, reward = parse(["--config", "quickstart-sft"], SFT), parse(["--config", "quickstart-reward"], REWARD)
     ppo = parse(["--config", "quickstart"])
     left = [f"{sft.output}/model", f"{reward.output}/reward_model"]
-    assert [ppo.actor.model, *(source.model for source in ppo.rewards)] == left == list(LEFT_BY)
-    assert all(command.startswith("deepspeed fastppo/train_") for command in LEFT_BY.values())
+    assert [ppo.actor.model, *(source.model for source in ppo.rewards)] == left == list(EXPORTED_BY)
+    assert all(command.startswith("deepspeed fastppo/train_") for command in EXPORTED_BY.values())
     assert (sft.model.path, sft.model.gguf_file) == (reward.model.path, reward.model.gguf_file)
     assert ppo.actor.train == sft.model.train  # so that the layers below are still those of the reward model
     assert {ppo.data.path, sft.data.path, reward.data.path} == {ppo.data.path}

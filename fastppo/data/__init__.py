@@ -1,4 +1,4 @@
-"""What a run reads and hands on: packed batch types, microbatches, tables, prompts, examples, conversations."""
+"""The data of a run: packed batch types, microbatches, tables, prompts, examples, conversations."""
 
 import lazy_loader
 

@@ -1,7 +1,7 @@
-"""The types that travel from stage to stage, all in one layout: packed, without padding.
+"""The types that the phases of a step pass on, all in one layout: packed, without padding.
 
-B sequences (prompt and response) are one row of N tokens. Their responses alone are a second, shorter packing
-of M tokens: everything that PPO knows of a token (logprobs, KL, rewards, values, advantages, returns) is `(M,)`.
+B sequences (prompt and response) form one row of N tokens. The responses alone form a second, shorter row of M tokens:
+all quantities per token of PPO (logprobs, KL, rewards, values, advantages, returns) have the shape `(M,)`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Packed:
-    """B sequences, each a prompt followed by its response, end to end. Every response has at least one token."""
+    """B sequences end to end, each a prompt followed by its response. Every response has at least one token."""
 
     tokens: Tensor  # (N,) int64
     cu_seqlens: Tensor  # (B+1,) int32, where each sequence starts in `tokens`; the last entry is N
@@ -43,13 +43,13 @@ class Packed:
     def last_rows(self) -> Tensor:  # (B,) int64, the row of each sequence's last token
         return self.cu_seqlens[1:].long() - 1
 
-    def last_rows_but(self, padding: int | None) -> Tensor:
-        """(B,) int64, the row of each sequence's last token that is no `padding`; its first where every one is."""
+    def last_rows_without(self, padding: int | None) -> Tensor:
+        """(B,) int64, the row of each sequence's last token that is not `padding`; its first row if all tokens are."""
         if padding is None:
             return self.last_rows
         rows = torch.arange(len(self.tokens), device=self.tokens.device)
-        seen = torch.where(self.tokens != padding, rows, 0).cummax(0).values[self.last_rows]
-        return torch.maximum(seen, self.cu_seqlens[:-1].long())
+        last_other = torch.where(self.tokens != padding, rows, 0).cummax(0).values[self.last_rows]
+        return torch.maximum(last_other, self.cu_seqlens[:-1].long())
 
     @cached_property
     def predictors(self) -> Tensor:  # (M,) int64, the row whose hidden state predicts each response token
@@ -81,10 +81,10 @@ class Packed:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts to be answered. A prompt that is to be answered n times stands here n times."""
+    """Prompts for which responses are sampled. A prompt with n responses occurs n times."""
 
     tokens: tuple[tuple[int, ...], ...]  # B prompts
-    streams: Tensor  # (B,) int64, prompt index * n + sample index: what a response's random numbers depend on
+    streams: Tensor  # (B,) int64, prompt index * n + sample index: selects the random numbers of a response
     sources: Tensor  # (B,) int64, the row of each prompt in its prompt set, for its text and columns
 
     def __len__(self) -> int:
@@ -92,7 +92,7 @@ class Prompts:
 
     @staticmethod
     def of(tokens: Sequence[Sequence[int]], rows: Sequence[int], *, first: int = 0, samples: int = 1) -> Prompts:
-        """The given rows of a prompt set, each to be answered `samples` times; the first has the index `first`."""
+        """The given rows of a prompt set, each `samples` times; first: prompt index of the first row."""
         repeated = [row for row in rows for _ in range(samples)]
         streams = torch.arange(len(repeated)) + first * samples
         return Prompts(
@@ -100,34 +100,34 @@ class Prompts:
         )
 
     def of_rank(self, rank: int, ranks: int) -> Prompts:
-        """This rank's part, the next rank's following it."""
+        """This rank's part; the parts of the ranks are contiguous and in the order of ranks."""
         return self.select(torch.arange(len(self)).tensor_split(ranks)[rank].tolist())
 
     def select(self, indices: Sequence[int]) -> Prompts:
-        chosen = torch.as_tensor(list(indices), dtype=torch.int64)
-        return Prompts(tuple(self.tokens[i] for i in indices), self.streams[chosen], self.sources[chosen])
+        rows = torch.as_tensor(list(indices), dtype=torch.int64)
+        return Prompts(tuple(self.tokens[i] for i in indices), self.streams[rows], self.sources[rows])
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """What sampling returns."""
+    """The result of sampling."""
 
     packed: Packed
-    logprobs: Tensor  # (M,) fp32, of the distribution that each token was drawn from
-    ended: Tensor  # (B,) bool, False where the response was cut at its maximum length
+    logprobs: Tensor  # (M,) fp32, of the distribution that each token was sampled from
+    ended: Tensor  # (B,) bool, False where the response was cut at the maximum length
     sources: Tensor  # (B,) int64, the row of each prompt in its prompt set
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean and sum of squared distances from it, of all scores of a run so far."""
+    """Count, mean and sum of squared deviations from the mean (m2) of all scores of a run so far."""
 
     count: int = 0
     mean: float = 0.0
     m2: float = 0.0
 
     def add(self, x: Tensor) -> Moments:
-        """With the numbers x (B,) too: the two parts' moments merged (Chan et al., 1983), where sums would cancel."""
+        """The moments with the numbers x (B,) added, by merging moments (Chan et al., 1983): sums would lose digits."""
         x = x.double()
         count, delta = self.count + len(x), float(x.mean()) - self.mean
         m2 = self.m2 + float((x - x.mean()).square().sum()) + delta**2 * self.count * len(x) / count
@@ -140,31 +140,31 @@ class Moments:
 
 @dataclass(frozen=True)
 class Scored:
-    """The rollouts of all ranks, and what the sources of reward say of each whole response."""
+    """The rollouts of all ranks, and the scores of the reward sources for each whole response."""
 
     rollout: Rollout
-    by_source: Tensor  # (B, S) fp32, what each of the S sources said
+    by_source: Tensor  # (B, S) fp32, the score of each of the S reward sources
     scores: Tensor  # (B,) fp32, their weighted sum
-    shaped: Tensor  # (B,) fp32, that as PPO learns from it: normalised, clipped, less penalties
+    shaped: Tensor  # (B,) fp32, `scores` as PPO uses them: normalised, clipped, minus penalties
     moments: Moments  # of all scores of the run, these included
-    judged: Tensor  # (B,) fp32, what the held-out judge says of each; NaN without a judge
+    judged: Tensor  # (B,) fp32, the score of the held-out judge; NaN without a judge
 
 
 @dataclass(frozen=True)
 class Experience:
-    """All that learning needs, for the global batch and, but for `prefix`, the same on every rank."""
+    """The input of learning, for the global batch; the same on every rank, except `prefix`."""
 
     packed: Packed
-    scores: Tensor  # (B,) fp32, the weighted sum of what the sources of reward said
-    by_source: Tensor  # (B, S) fp32, what each of them said
-    judged: Tensor  # (B,) fp32, the held-out judge's, which nothing learns from; NaN without a judge
+    scores: Tensor  # (B,) fp32, the weighted sum of the scores of the reward sources
+    by_source: Tensor  # (B, S) fp32, the score of each source
+    judged: Tensor  # (B,) fp32, the score of the held-out judge, not used in learning; NaN without a judge
     ended: Tensor  # (B,) bool
     sampler_logprobs: Tensor  # (M,) fp32
     old_logprobs: Tensor  # (M,) fp32, of the trainer's own forward pass before the first update
     ref_logprobs: Tensor  # (M,) fp32
     entropy: Tensor  # (M,) fp32, of the policy that sampled
     kl: Tensor  # (M,) fp32, to the reference, of the configured kind
-    rewards: Tensor  # (M,) fp32, shaped score on the last token and KL penalty on each
+    rewards: Tensor  # (M,) fp32, the shaped score on the last token, and the KL penalty on each token
     values: Tensor  # (M,) fp32
     advantages: Tensor  # (M,) fp32, whitened if so configured
     returns: Tensor  # (M,) fp32, before whitening
@@ -214,12 +214,13 @@ def pack(sequences: Sequence[Sequence[int]], response_lengths: Sequence[int]) ->
 
 @dataclass(frozen=True)
 class Update:
-    """What one minibatch did: means over its tokens on all ranks. Policy numbers are NaN while the critic warms up."""
+    """Metrics of the update by one minibatch: means over its tokens on all ranks; those of the policy are NaN during
+    critic warm-up."""
 
     epoch: int
     policy_loss: float
     entropy: float  # nats a token
-    kl_loss: float  # the KL term of the loss before its coefficient, nats a token; 0 where the penalty is in the reward
+    kl_loss: float  # the KL term of the loss before its coefficient, nats a token; 0 if the penalty is in the reward
     approx_kl: float  # k3 between the policy before and after, nats a token
     clip_fraction: float
     dual_clip_fraction: float
@@ -227,8 +228,8 @@ class Update:
     ratio_max: float
     value_loss: float
     value_clip_fraction: float
-    actor_grad_norm: float  # before clipping; of both where actor and critic share a backbone
+    actor_grad_norm: float  # before clipping; of both if actor and critic share a backbone
     critic_grad_norm: float
-    ptx_loss: float = 0.0  # of the text that is mixed in, before its coefficient, nats a token; 0 where there is none
-    skipped: int = 0  # updates in a row, this one included, that were not applied: loss or gradient was not finite
-    stopped: bool = False  # not applied, and the last of its batch: its approx_kl is beyond `health.kl_limit`
+    ptx_loss: float = 0.0  # of the PPO-ptx text, before its coefficient, nats a token; 0 without such text
+    skipped: int = 0  # consecutive updates, up to this one, that were not applied: loss or gradient was not finite
+    stopped: bool = False  # not applied, and the last of its batch: its approx_kl exceeds `health.kl_limit`

@@ -1,4 +1,4 @@
-"""Prompts with answers, plain or chat, as the tokens that PPO will meet: a prompt, an answer, and the EOS behind it."""
+"""Encoding of prompts with answers, plain or chat, as in PPO: the tokens of a prompt, of an answer, and an EOS."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ if TYPE_CHECKING:
 Messages = list[dict[str, Any]]
 
 NO_ARGUMENTS: Mapping[str, Any] = {}  # of a chat template
-OURS = {"messages", "add_generation_prompt", "raise_exception", "strftime_now"}  # what a template reads from us
+# the variables of a template that fastppo and transformers set
+SET_VARIABLES = {"messages", "add_generation_prompt", "raise_exception", "strftime_now"}
 
 
 class Answered(NamedTuple):
-    """A prompt and an answer to it, or why they cannot be learned from."""
+    """A prompt and an answer to it as tokens, or the reason why they cannot be used."""
 
-    prompt: tuple[int, ...]  # ends where the answer begins; of chat, with the template's words for that
-    answer: tuple[int, ...]  # with the EOS, or of chat the token that ends a turn; empty if the answer has no text
+    prompt: tuple[int, ...]  # up to the answer; for chat with the generation prompt of the template
+    answer: tuple[int, ...]  # with the EOS, for chat with the token that ends a turn; empty if the answer has no text
     problem: str | None = None
 
 
@@ -34,7 +35,7 @@ def unusable(problem: str) -> Answered:
     return Answered((), (), problem)
 
 
-def answered(
+def encode_answer(
     prompt: Any,
     answer: Any,
     config: ExamplesConfig,
@@ -43,46 +44,48 @@ def answered(
     *,
     closed: bool = False,
 ) -> Answered:
-    """The tokens of a prompt (text or messages) and an answer (text or messages); None is a missing value.
+    """Encode a prompt (text or messages) and an answer (text or messages); None is a missing value.
 
-    closed: an answer of chat is all that the template writes behind the prompt, as a reward model reads it, and not up
-    to the token at which sampling stops.
+    closed: an answer of chat includes all that the template writes after the prompt, as a reward model reads it; False:
+    it ends with the token at which sampling stops.
 
-    Messages as an answer are the assistant's, or the whole conversation if they begin with another role; `prompt` is
-    not looked at then. where: for errors, the row and the columns. Raises `DataError`.
+    An answer that is a list of messages has messages of the assistant only, or, if it starts with another role, is the
+    whole conversation, and `prompt` is ignored. where: the row and the columns, for messages. Raises `DataError`.
     """
-    whole = are_messages(answer) and answer[0]["role"] != "assistant"
-    if _is_missing(prompt) and config.prompt is not None and not whole:
+    whole_conversation = are_messages(answer) and answer[0]["role"] != "assistant"
+    if _is_missing(prompt) and config.prompt is not None and not whole_conversation:
         return unusable("an empty prompt")
     if _is_missing(answer):
         return unusable("an empty answer")
-    prompt = None if whole else prompt
+    prompt = None if whole_conversation else prompt
     if config.chat == "always" or isinstance(prompt, list) or isinstance(answer, list):
-        asked = [] if prompt is None else _as_messages(prompt, "user", config, where)
-        messages = [*asked, *_as_messages(answer, "assistant", config, where)]
+        prompt_messages = [] if prompt is None else _as_messages(prompt, "user", config, where)
+        messages = [*prompt_messages, *_as_messages(answer, "assistant", config, where)]
         return _last_turn(messages, config, where, tokenizer, closed=closed)
     for value in (prompt or "", answer):
         if not isinstance(value, str):
-            raise _neither(where, value)
+            raise _type_error(where, value)
     start = tuple(plain_tokens([prompt or ""], tokenizer)[0])
     text = encode_after([prompt or ""], [start], [answer], tokenizer)[0][-(config.last_tokens or 0) :]
     return Answered(start, (*text, _eos(tokenizer)) if config.eos else tuple(text))
 
 
-def turns(messages: Any, config: ExamplesConfig, where: str, tokenizer: PreTrainedTokenizerBase) -> list[Answered]:
-    """Each message of the assistant in a conversation, as the answer to all that stands before it."""
+def encode_turns(
+    messages: Any, config: ExamplesConfig, where: str, tokenizer: PreTrainedTokenizerBase
+) -> list[Answered]:
+    """Encode each message of the assistant in a conversation as the answer to all messages before it."""
     if isinstance(messages, str):
         raise DataError(
-            f"{where} holds text and no chat messages ({{role, content}}): {_shown(messages)}. Name another column, or"
-            f" set {config.group}.messages to null and name those of prompt and response."
+            f"{where} contains text and no chat messages ({{role, content}}): {_start_of(messages)}. Name another"
+            f" column, or set {config.group}.messages to null and name the columns of prompt and response."
         )
     if _is_missing(messages):
         return [unusable("an empty conversation")]
     messages = _as_messages(messages, "user", config, where)
-    spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not spoken:
+    assistant_turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not assistant_turns:
         return [unusable("no message of the assistant")]
-    return [_last_turn(messages[: i + 1], config, where, tokenizer) for i in spoken]
+    return [_last_turn(messages[: i + 1], config, where, tokenizer) for i in assistant_turns]
 
 
 def are_messages(value: Any) -> bool:
@@ -95,7 +98,7 @@ def are_messages(value: Any) -> bool:
 
 
 def _is_missing(value: Any) -> bool:
-    """Whether a table's value is null, or says nothing."""
+    """Whether a value of a table is null, an empty list, or text without a visible character."""
     return value is None or value == [] or (isinstance(value, str) and not value.strip())
 
 
@@ -107,9 +110,9 @@ def template_tokens(
     to_be_answered: bool,
     arguments: Mapping[str, Any] = NO_ARGUMENTS,
 ) -> tuple[int, ...]:
-    """Messages through the tokenizer's chat template; `to_be_answered`: with its words for where an answer begins.
+    """Encode messages with the chat template of the tokenizer; to_be_answered: with the generation prompt.
 
-    arguments: further ones of the template, which `check_arguments` has seen. Raises `DataError`.
+    arguments: further arguments of the template, checked by `check_arguments`. Raises `DataError`.
     """
     text = template_text(messages, where, tokenizer, to_be_answered=to_be_answered, arguments=arguments)
     return _tokens(text, tokenizer)
@@ -123,23 +126,23 @@ def template_text(
     to_be_answered: bool,
     arguments: Mapping[str, Any] = NO_ARGUMENTS,
 ) -> str:
-    """What `template_tokens` makes tokens of."""
+    """The text that `template_tokens` encodes."""
     if tokenizer.chat_template is None:
         raise DataError(
             f"{where} is chat, but the tokenizer has no chat template. Use an instruction-tuned model's tokenizer, or"
             " plain text with a chat of auto or never."
         )
     try:
-        # What a template is given by name goes before transformers' own function of that name.
-        given: Any = {"add_generation_prompt": to_be_answered, "strftime_now": strftime_now, **arguments}
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **given))
-    except Exception as error:  # a template may raise what it likes
-        named = f" (given {json.dumps(dict(arguments))})" if arguments else ""
-        raise DataError(f"{where} is refused by the tokenizer's chat template{named}: {error}") from error
+        # An argument of this name replaces transformers' function of the same name.
+        variables: Any = {"add_generation_prompt": to_be_answered, "strftime_now": strftime_now, **arguments}
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **variables))
+    except Exception as error:  # a template may raise any exception
+        used = f" (with {json.dumps(dict(arguments))})" if arguments else ""
+        raise DataError(f"{where} is refused by the tokenizer's chat template{used}: {error}") from error
 
 
 def check_arguments(setting: str, arguments: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises DataError for arguments that the tokenizer's chat template does not read; setting: what gives them."""
+    """Raises DataError for arguments that the tokenizer's chat template does not read; setting: that gives them."""
     if not arguments:
         return
     if tokenizer.chat_template is None:
@@ -155,24 +158,24 @@ def check_arguments(setting: str, arguments: Mapping[str, Any], tokenizer: PreTr
 
 
 def template_variables(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] = NO_ARGUMENTS) -> set[str]:
-    """The names that the tokenizer's chat template reads and that are the user's to give."""
-    from jinja2 import Environment, meta  # which transformers renders templates with
+    """The names of the variables in the tokenizer's chat template that the user may set."""
+    from jinja2 import Environment, meta  # transformers renders templates with it
 
     template = tokenizer.get_chat_template(None, arguments.get("tools"))
-    marks = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # transformers' own tag, without a meaning for the text
+    marks = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # a tag of transformers that does not change the text
     parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(marks.sub("", template))
-    return set(meta.find_undeclared_variables(parsed)) - OURS
+    return set(meta.find_undeclared_variables(parsed)) - SET_VARIABLES
 
 
 def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Of text that has its special tokens already, or is to have none."""
+    """The tokens of a text that contains its special tokens, or should have none."""
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _as_messages(value: Any, role: str, config: ExamplesConfig, where: str) -> Messages:
     messages = [{"role": role, "content": value}] if isinstance(value, str) else value
     if not are_messages(messages):
-        raise _neither(where, value)
+        raise _type_error(where, value)
     if config.chat == "never":
         raise DataError(
             f"{where} is a list of chat messages, and {config.group}.chat is never. Set it to auto or always."
@@ -188,47 +191,50 @@ def _last_turn(
     *,
     closed: bool = False,
 ) -> Answered:
-    """The last message as the answer to those before it.
+    """Encode the last message as the answer to the messages before it.
 
-    An answer is what the template adds to the prompt, up to the token that ends the turn: sampling stops there, so the
-    line break that many templates write behind it is never seen. closed: with all that the template writes.
+    The answer is the text that the template adds to the prompt, up to the token that ends the turn: sampling stops
+    there, so the line break that many templates write after it is never sampled. closed: the whole text.
     """
     if messages[-1]["role"] != "assistant":
         return unusable("the last message is not the assistant's")
     if len(messages) == 1:
         return unusable("no message before the assistant's")
-    asked = template_text(messages[:-1], where, tokenizer, to_be_answered=True, arguments=config.template)
-    prompt = _tokens(asked, tokenizer)
+    prompt_text = template_text(messages[:-1], where, tokenizer, to_be_answered=True, arguments=config.template)
+    prompt = _tokens(prompt_text, tokenizer)
     if not messages[-1]["content"].strip():
         return Answered(prompt, ())
-    whole = template_text(messages, where, tokenizer, to_be_answered=False, arguments=config.template)
-    if not whole.startswith(asked):
-        return unusable("the chat template writes the messages before an answer in another way once it is there")
+    whole_text = template_text(messages, where, tokenizer, to_be_answered=False, arguments=config.template)
+    if not whole_text.startswith(prompt_text):
+        return unusable("the chat template writes the messages before an answer differently if the answer follows")
     if closed and config.eos:
-        return _parted(prompt, _tokens(whole, tokenizer))
-    answer = _ended(_behind(prompt, asked, whole, tokenizer), tokenizer)
+        return _split(prompt, _tokens(whole_text, tokenizer))
+    answer = _up_to_end_of_turn(_answer_tokens(prompt, prompt_text, whole_text, tokenizer), tokenizer)
     return Answered(prompt, answer if config.eos else answer[:-1])
 
 
-def _parted(prompt: Sequence[int], whole: tuple[int, ...]) -> Answered:
-    """A conversation as it is read whole, parted where its tokens are no longer the prompt's."""
+def _split(prompt: Sequence[int], whole: tuple[int, ...]) -> Answered:
+    """Split a whole conversation at the first token that differs from the prompt."""
     shared = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
     return Answered(whole[:shared], whole[shared:])
 
 
-def _behind(prompt: tuple[int, ...], asked: str, whole: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens of what `whole` adds to `asked`, whose own are `prompt`.
+def _answer_tokens(
+    prompt: tuple[int, ...], prompt_text: str, whole_text: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+    """The tokens of the text that `whole_text` adds to `prompt_text`; prompt: the tokens of the latter.
 
-    Tokenizers may join the template's last line break with one that the answer begins with. In sampling that cannot be,
-    since the prompt is given: the answer's tokens are its own then.
+    A tokenizer may merge the last line break of the template with a line break at the start of the answer. In sampling
+    this cannot happen, because the tokens of the prompt are fixed: then the answer is encoded separately.
     """
-    tokens = _tokens(whole, tokenizer)
+    tokens = _tokens(whole_text, tokenizer)
     if tokens[: len(prompt)] == prompt:
         return tokens[len(prompt) :]
-    return tuple(encode_behind([prompt], [whole.removeprefix(asked)], tokenizer)[0])
+    return tuple(encode_behind([prompt], [whole_text.removeprefix(prompt_text)], tokenizer)[0])
 
 
-def _ended(answer: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def _up_to_end_of_turn(answer: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The answer up to its last special token if only white space follows, else the answer and an EOS."""
     special = special_ids(tokenizer)
     last = max((i for i, token in enumerate(answer) if token in special), default=None)
     if last is not None and not str(tokenizer.decode(list(answer[last + 1 :]))).strip():
@@ -238,16 +244,17 @@ def _ended(answer: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tuple[i
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
-        raise DataError(f"the tokenizer ({type(tokenizer).__name__}) has no EOS token, with which an answer ends.")
+        raise DataError(f"the tokenizer ({type(tokenizer).__name__}) has no EOS token to end an answer with.")
     return int(tokenizer.eos_token_id)
 
 
-def _neither(where: str, value: Any) -> DataError:
+def _type_error(where: str, value: Any) -> DataError:
     return DataError(
-        f"{where}: {_shown(value)} is neither text nor chat messages ({{role, content}}). Correct or remove the row, or"
-        " name another column."
+        f"{where}: {_start_of(value)} is neither text nor chat messages ({{role, content}}). Correct or remove the row,"
+        " or name another column."
     )
 
 
-def _shown(value: Any) -> str:
+def _start_of(value: Any) -> str:
+    """The first characters and the type of a value, for messages."""
     return f"{str(value)[:80]!r} ({type(value).__name__})"

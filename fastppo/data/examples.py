@@ -1,4 +1,4 @@
-"""What is learned from beside responses of PPO's own: preference pairs, responses to prompts, and text."""
+"""Examples that are learned from beside sampled responses: preference pairs, responses to prompts, and plain text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastppo.config import AnswersConfig, ExamplesConfig, PairsConfig, PtxConfig
 from fastppo.data.batch import Packed, pack
-from fastppo.data.conversations import NO_ARGUMENTS, Answered, answered, check_arguments, turns
+from fastppo.data.conversations import NO_ARGUMENTS, Answered, check_arguments, encode_answer, encode_turns
 from fastppo.data.tables import DataError, Table, read_table
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ class Examples:
     """E examples of S packed sequences each: the chosen and the rejected answer of a pair, or one response."""
 
     packed: Packed  # E * S sequences, those of an example next to each other; on the CPU
-    each: int  # S
-    margins: Tensor  # (E,) fp32, of pairs
+    each: int  # S, the number of sequences of an example
+    margins: Tensor  # (E,) fp32, of pairs; else 0
 
     def __len__(self) -> int:
         return len(self.packed) // self.each
@@ -48,13 +48,13 @@ class Examples:
 
     @property
     def tokens(self) -> list[list[int]]:
-        """Each sequence."""
+        """The tokens of each sequence."""
         return [part.tolist() for part in self.packed.tokens.split(self.packed.lengths.tolist())]
 
     def first(self, count: int) -> Examples:
-        """The first `count` of them, or all."""
-        few = torch.arange(min(count, len(self)))
-        return Examples(self.packed.select(self.sequences(few)), self.each, self.margins[few])
+        """The first `count` examples, or all if there are fewer."""
+        indices = torch.arange(min(count, len(self)))
+        return Examples(self.packed.select(self.sequences(indices)), self.each, self.margins[indices])
 
     def sequences(self, examples: Tensor) -> Tensor:
         """Indices of the given examples' sequences in `packed`, int64."""
@@ -79,10 +79,10 @@ Reader = Callable[[Table], Iterator[Candidate]]
 def load_pairs(
     config: PairsConfig, tokenizer: PreTrainedTokenizerBase, *, heldout: int, context: int | None
 ) -> tuple[Examples, Examples]:
-    """Training pairs and `heldout` held-out ones; no held-out answer is trained on, also if the data repeats it.
+    """Load training pairs and `heldout` held-out pairs; no held-out answer is trained on, even if the data repeats it.
 
-    Both are in an order that the data and `split_seed` alone decide. context: the model's longest sequence, in tokens
-    (None: unknown). Raises `DataError`.
+    The order of both depends on the data and `split_seed` only. context: of the model, in tokens (None: unknown).
+    Raises `DataError`.
     """
     check_arguments("data.template", config.template, tokenizer)
     pairs = _rated_pairs if config.rating is not None else _pairs
@@ -92,7 +92,7 @@ def load_pairs(
 def load_answers(
     config: AnswersConfig, tokenizer: PreTrainedTokenizerBase, *, heldout: int, context: int | None
 ) -> tuple[Examples, Examples]:
-    """Training responses and `heldout` held-out ones, as `load_pairs` does it."""
+    """Load training responses and `heldout` held-out responses, in the way of `load_pairs`."""
     check_arguments("data.template", config.template, tokenizer)
     return _load(config, partial(_answers, config=config, tokenizer=tokenizer), 1, heldout, context)
 
@@ -108,16 +108,16 @@ def load_texts(
     context: int | None,
     template: Mapping[str, Any] = NO_ARGUMENTS,
 ) -> Examples:
-    """The text of PPO-ptx, one response a row, as `load_answers` reads it. None is held out.
+    """Load the text of PPO-ptx, one response a row, in the way of `load_answers`. None is held out.
 
     template: arguments of the chat template.
     """
-    own = {f.name for f in fields(PtxConfig)} & {f.name for f in fields(AnswersConfig)}
-    answers = _TextConfig(**{name: getattr(config, name) for name in own}, template=dict(template))
+    shared_settings = {f.name for f in fields(PtxConfig)} & {f.name for f in fields(AnswersConfig)}
+    answers = _TextConfig(**{name: getattr(config, name) for name in shared_settings}, template=dict(template))
     _check_context(answers, context)
     read = partial(_answers, config=answers, tokenizer=tokenizer)
-    texts = _together(_usable(read_table(config.path, config.name, config.split), answers, read, config.limit), 1)
-    log.info("%s: %d texts of %d tokens to learn beside", config.path, len(texts), len(texts.packed.tokens))
+    texts = _packed(_usable(read_table(config.path, config.name, config.split), answers, read, config.limit), 1)
+    log.info("%s: %d texts of %d tokens for PPO-ptx", config.path, len(texts), len(texts.packed.tokens))
     return texts
 
 
@@ -133,38 +133,38 @@ def _load(
     config: ExamplesConfig, read: Reader, each: int, heldout: int, context: int | None
 ) -> tuple[Examples, Examples]:
     _check_context(config, context)
-    found = _usable(read_table(config.path, config.name, config.split), config, read, config.limit)
+    usable = _usable(read_table(config.path, config.name, config.split), config, read, config.limit)
     if config.eval_path is None:
-        chosen = found[:heldout]
+        held_out = usable[:heldout]
     else:
         name = config.name if config.eval_path == config.path else None
-        chosen = _usable(read_table(config.eval_path, name, config.eval_split), config, read, heldout)
-    if len(chosen) < heldout:
+        held_out = _usable(read_table(config.eval_path, name, config.eval_split), config, read, heldout)
+    if len(held_out) < heldout:
         raise DataError(
-            f"{config.eval_path or config.path} has {len(chosen)} usable examples, but eval.examples asks for"
+            f"{config.eval_path or config.path} has {len(held_out)} usable examples, but eval.examples asks for"
             f" {heldout}. Lower eval.examples or give more data."
         )
-    seen = {sequence for example in chosen for sequence in example.sequences}
-    rest = [example for example in found if seen.isdisjoint(example.sequences)]
-    if not rest:
+    heldout_sequences = {sequence for example in held_out for sequence in example.sequences}
+    training = [example for example in usable if heldout_sequences.isdisjoint(example.sequences)]
+    if not training:
         raise DataError(
-            f"{config.path} has {len(found)} usable examples, and holding out {len(chosen)} for evaluation leaves none"
-            " to train on. Lower eval.examples or give more data."
+            f"{config.path} has {len(usable)} usable examples, and holding out {len(held_out)} for evaluation leaves"
+            " none to train on. Lower eval.examples or give more data."
         )
-    log.info("%s: %d examples to train on, %d held out", config.path, len(rest), len(chosen))
-    return _together(rest, each), _together(chosen, each)
+    log.info("%s: %d examples to train on, %d held out", config.path, len(training), len(held_out))
+    return _packed(training, each), _packed(held_out, each)
 
 
-def _together(examples: Sequence[Example], each: int) -> Examples:
+def _packed(examples: Sequence[Example], each: int) -> Examples:
     sequences = [sequence for example in examples for sequence in example.sequences]
     lengths = [length for example in examples for length in example.response_lengths]
     return Examples(pack(sequences, lengths), each, torch.tensor([example.margin for example in examples]))
 
 
 def _usable(table: Table, config: ExamplesConfig, read: Reader, limit: int | None) -> list[Example]:
-    """The examples that can be learned from, at most `limit`; one log line tells what was left out or cut."""
+    """The usable examples, at most `limit`; logs how many were dropped or cut."""
     examples: list[Example] = []
-    dropped: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()  # reason -> number of examples
     cut = 0
     for candidate in read(table):
         problem = _problem(candidate)
@@ -182,7 +182,7 @@ def _usable(table: Table, config: ExamplesConfig, read: Reader, limit: int | Non
             else:
                 candidate, cut = _cut(candidate, config.max_tokens), cut + 1
                 if (problem := _problem(candidate)) is not None:
-                    problem = f"{problem} once cut at {config.group}.max_tokens {config.max_tokens}"
+                    problem = f"{problem} after cutting at {config.group}.max_tokens {config.max_tokens}"
         if problem is not None:
             dropped[problem] += 1
             continue
@@ -191,21 +191,21 @@ def _usable(table: Table, config: ExamplesConfig, read: Reader, limit: int | Non
             break
     reasons = ", ".join(f"{count} ({reason})" for reason, count in dropped.items())
     if not examples:
-        raise DataError(f"{table.source}: there is no example left to learn from: {reasons}. {_way(dropped, config)}")
+        raise DataError(f"{table.source}: there is no usable example: {reasons}. {_way_out(dropped, config)}")
     if dropped:
         count = dropped.total()
-        log.warning("%s: left out %d of %d examples: %s", table.source, count, count + len(examples), reasons)
+        log.warning("%s: dropped %d of %d examples: %s", table.source, count, count + len(examples), reasons)
     if cut:
         bound = f"{config.group}.max_tokens {config.max_tokens}"
         log.warning("%s: cut the answers of %d examples at %s", table.source, cut, bound)
     return examples
 
 
-def _way(dropped: Counter[str], config: ExamplesConfig) -> str:
-    """Out of having no example left."""
+def _way_out(dropped: Counter[str], config: ExamplesConfig) -> str:
+    """The way out if no example is usable, for the message."""
     group = config.group
     if any(f"{group}.max_tokens" in reason for reason in dropped):
-        return f"Raise {group}.max_tokens, or where prompts leave room for answers set {group}.too_long to cut."
+        return f"Raise {group}.max_tokens, or, if the prompts are shorter than that, set {group}.too_long to cut."
     if any("chat template" in reason for reason in dropped):
         return "Use a tokenizer with another chat template, or give plain text."
     names = ", ".join(f"{group}.{name}" for name in _columns(config))
@@ -229,19 +229,19 @@ def _problem(candidate: Candidate) -> str | None:
     if len(answers) == 2 and answers[0] == answers[1]:
         return "the two answers are equal"
     if any(len(each.prompt) + len(each.answer) < 2 for each in answers):
-        return "a single token, which nothing predicts"
+        return "a single token, which no other token predicts"
     return None
 
 
 def _cut(candidate: Candidate, longest: int) -> Candidate:
-    """The first `longest` tokens of each prompt with its answer; the end is missing then, and so is the EOS."""
+    """Cut each answer so that prompt and answer have `longest` tokens; the EOS is cut off too."""
     cut = (each._replace(answer=each.answer[: max(longest - len(each.prompt), 0)]) for each in candidate.answers)
     return candidate._replace(answers=tuple(cut))
 
 
 def _example(candidate: Candidate) -> Example:
     sequences = tuple((*each.prompt, *each.answer) for each in candidate.answers)
-    # without a prompt, and without a BOS, nothing predicts the first token
+    # without a prompt and without a BOS no token predicts the first one
     lengths = tuple(len(each.answer) if each.prompt else len(each.answer) - 1 for each in candidate.answers)
     return Example(sequences, lengths, candidate.margin)
 
@@ -253,14 +253,16 @@ def _pairs(table: Table, config: PairsConfig, tokenizer: PreTrainedTokenizerBase
     for row in _order(table, config):
         margin = 0.0 if margins is None else _number(margins[row], _where(table, row, config.margin))
         both = (
-            answered(prompts[row], column[row], config, _where(table, row, config.prompt, name), tokenizer, closed=True)
+            encode_answer(
+                prompts[row], column[row], config, _where(table, row, config.prompt, name), tokenizer, closed=True
+            )
             for column, name in zip(answers, (config.chosen, config.rejected), strict=True)
         )
         yield Candidate(_where(table, row, config.prompt, config.chosen, config.rejected), tuple(both), margin)
 
 
 def _rated_pairs(table: Table, config: PairsConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Candidate]:
-    """Answers to one prompt, the best with the worst, the second best with the second worst, and so on."""
+    """Pairs of answers to one prompt: the best with the worst, the second best with the second worst, and so on."""
     assert config.rating is not None
     prompts = _prompts(table, config)
     answers, ratings = _column(table, config, "answer"), _column(table, config, "rating")
@@ -275,7 +277,7 @@ def _rated_pairs(table: Table, config: PairsConfig, tokenizer: PreTrainedTokeniz
         pairs += [(best, worst) for (high, best), (low, worst) in best_and_worst if high > low]
     if not pairs:
         raise DataError(
-            f"{table.source} makes no pair: no two answers to one prompt have different ratings in the column"
+            f"{table.source} contains no pair: no two answers to one prompt have different ratings in the column"
             f" {config.rating} ({_few(ratings)}), over {len(of_prompt)} different prompts. Name another column with"
             " data.rating or data.prompt."
         )
@@ -283,16 +285,16 @@ def _rated_pairs(table: Table, config: PairsConfig, tokenizer: PreTrainedTokeniz
     for rows in pairs:
         wheres = [_where(table, row, config.prompt, config.answer) for row in rows]
         both = (
-            answered(prompts[row], answers[row], config, where, tokenizer, closed=True)
+            encode_answer(prompts[row], answers[row], config, where, tokenizer, closed=True)
             for row, where in zip(rows, wheres, strict=True)
         )
         yield Candidate(f"{table.where(rows[0])} and {wheres[1]}", tuple(both))
 
 
 def _few(values: Sequence[Any]) -> str:
-    """The first different ones, to be shown."""
-    seen = list(dict.fromkeys(map(str, values)))
-    return ", ".join(seen[:4]) + ", ..." * (len(seen) > 4)
+    """The first different values, for messages."""
+    different = list(dict.fromkeys(map(str, values)))
+    return ", ".join(different[:4]) + ", ..." * (len(different) > 4)
 
 
 def _answers(table: Table, config: AnswersConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Candidate]:
@@ -300,17 +302,17 @@ def _answers(table: Table, config: AnswersConfig, tokenizer: PreTrainedTokenizer
         conversations = _column(table, config, "messages")
         for row in _order(table, config):
             where = _where(table, row, config.messages)
-            for turn in turns(conversations[row], config, where, tokenizer):
+            for turn in encode_turns(conversations[row], config, where, tokenizer):
                 yield Candidate(where, (turn,))
         return
     prompts, responses = _prompts(table, config), _column(table, config, "response")
     for row in _order(table, config):
         where = _where(table, row, config.prompt, config.response)
-        yield Candidate(where, (answered(prompts[row], responses[row], config, where, tokenizer),))
+        yield Candidate(where, (encode_answer(prompts[row], responses[row], config, where, tokenizer),))
 
 
 def _where(table: Table, row: int, *columns: str | None) -> str:
-    """A row and its columns, for messages. None: a column that is not asked for."""
+    """A row and its columns, for messages. None: a column that is not used."""
     *others, last = [name for name in columns if name is not None]
     named = f"columns {', '.join(others)} and {last}" if others else f"column {last}"
     return f"{table.where(row)}, {named}"
@@ -321,18 +323,18 @@ def _prompts(table: Table, config: ExamplesConfig) -> list[Any]:
     if name is not None and name not in table.columns:
         raise DataError(
             f"{table.source} has no column {name}. It has {', '.join(table.columns)}; name one with"
-            f" {config.group}.prompt, or set it to null if answers come without a prompt or as whole conversations."
+            f" {config.group}.prompt, or set it to null if answers have no prompt or are whole conversations."
         )
     return [None] * len(table) if name is None else table.columns[name]
 
 
 def _column(table: Table, config: ExamplesConfig, setting: str) -> list[Any]:
-    """The column that this setting names."""
+    """The values of the column that this setting names."""
     return table.column(getattr(config, setting), f"{config.group}.{setting}")
 
 
 def _order(table: Table, config: ExamplesConfig) -> list[int]:
-    """Shuffled, so that the first rows are no other than the rest."""
+    """The rows in random order, so that the first rows are a random sample."""
     rows = list(range(len(table)))
     random.Random(f"{config.split_seed}").shuffle(rows)
     return rows
@@ -344,5 +346,5 @@ def _number(value: Any, where: str) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise DataError(f"{where} holds {value!r}, which is not a number. Correct or remove the row.")
+        raise DataError(f"{where} contains {value!r}, which is not a number. Correct or remove the row.")
     return number

@@ -1,6 +1,6 @@
-"""Who computes what, when: a batch into epochs, minibatches and packed microbatches, spread evenly over the ranks.
+"""Division of a batch into epochs, minibatches and packed microbatches, with equal work for all ranks.
 
-Even means the work: a sequence's tokens and, as attention looks back from each of them, a term in their square.
+The work of a sequence has a term in its number of tokens and, for attention, a term in the square of it.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch import Tensor
 from fastppo.config import Config
 from fastppo.data.batch import pack
 
-# Read by a rank that has nothing left to read while others have, where each forward pass takes all ranks.
+# The input of a rank without a sequence in a forward pass that is a collective of all ranks.
 IDLE = pack([(0, 0)], [1])
 
 
 @dataclass(frozen=True)
 class Minibatch:
-    """The sequences of one update, in microbatches. Rank r of W takes microbatches r, r + W, ...; each has as many.
+    """The sequences of one update, in microbatches. Rank r of W computes microbatches r, r + W, ...
 
-    So microbatches i W to (i + 1) W - 1 are a round that the ranks compute side by side. Under ZeRO-3 they wait for
-    each other in every layer of it, and a rank that had one microbatch more would wait for ever.
+    All ranks have the same number of microbatches. The ranks compute microbatches i W to (i + 1) W - 1, a round, at the
+    same time. Under ZeRO-3 they synchronise in every layer, so a rank with one microbatch more would wait for ever.
     """
 
     microbatches: tuple[Tensor, ...]  # int64 indices of sequences; disjoint, none empty
@@ -33,12 +33,13 @@ class Minibatch:
 
 
 def work(lengths: Tensor, attention: float) -> Tensor:
-    """The work of each sequence, (B,) fp64, in tokens of a model without attention.
+    """The work of each sequence, (B,) fp64, in units of one token of a model without attention.
 
-    A forward pass takes 2 P FLOPs a token in the P weights of the layers, and 2 n d t in attention at position t of
-    its sequence, twice (scores, and the sum of values), with n layers and d = heads x width of a head (Kaplan et al.,
-    2020, table 1). Over a sequence of L tokens that is 2 P L + 2 n d L^2, so in tokens L + (n d / P) L^2. A backward
-    pass has twice as much of both. attention: n d / P, see `models.attention_ratio`; lengths (B,) int64.
+    A forward pass takes 2 P FLOPs a token in the P weights of the layers, and twice 2 n d t in attention at position t
+    of its sequence (scores, and the sum of values), with n layers and d = heads x width of a head (Kaplan et al., 2020,
+    table 1). Over a sequence of L tokens this is 2 P L + 2 n d L^2, or L + (n d / P) L^2 in units of a token. A
+    backward pass takes twice as much of both. attention: n d / P (`fastppo.models.attention_ratio`); lengths (B,)
+    int64.
     """
     tokens = lengths.double()
     return tokens + attention * tokens.square()
@@ -54,11 +55,11 @@ def plan_epochs(
     generator: torch.Generator,
     attention: float = 0.0,
 ) -> list[list[Minibatch]]:
-    """Shuffle the B sequences anew in each epoch, cut them into minibatches, and pack each into microbatches.
+    """For each epoch, shuffle the B sequences, divide them into minibatches, and pack each into microbatches.
 
-    lengths (B,) int64, tokens of each sequence; budget: the most tokens in a microbatch; attention: as in `work`. The
-    plan depends on its arguments alone, so every rank makes the same one. Which sequences a minibatch holds does not
-    depend on `ranks`.
+    lengths (B,) int64, tokens of each sequence; budget: the largest number of tokens in a microbatch; attention: as in
+    `work`. The plan depends on the arguments only, so every rank makes the same one. The sequences of a minibatch do
+    not depend on `ranks`.
     """
     plan = []
     for _ in range(epochs):
@@ -70,7 +71,7 @@ def plan_epochs(
 
 
 def plan_step(lengths: Tensor, config: Config, step: int, ranks: int, attention: float) -> list[list[Minibatch]]:
-    """The plan of PPO step `step`, counted from 0: a function of the run's seed, the step and the B lengths."""
+    """The plan of PPO step `step`, counted from 0: a function of the seed of the run, the step and the B lengths."""
     return plan_epochs(
         lengths,
         epochs=config.ppo.epochs,
@@ -83,9 +84,9 @@ def plan_step(lengths: Tensor, config: Config, step: int, ranks: int, attention:
 
 
 def imbalance(plan: list[list[Minibatch]], lengths: Tensor, ranks: int, attention: float) -> float:
-    """How much longer the plan takes than one that is perfectly even, 1 or more.
+    """The time of the plan over that of a plan with equal work for all ranks, 1 or more.
 
-    In each round the slowest rank decides. Their work over all rounds, divided by the mean work of a rank.
+    The slowest rank determines the time of a round: the sum of its work over all rounds, over the mean work of a rank.
     """
     slowest, total = 0.0, 0.0
     for minibatch in (minibatch for epoch in plan for minibatch in epoch):
@@ -98,11 +99,11 @@ def imbalance(plan: list[list[Minibatch]], lengths: Tensor, ranks: int, attentio
 def pack_even(
     sequences: Tensor, lengths: Tensor, budget: int, ranks: int, attention: float = 0.0
 ) -> tuple[Tensor, ...]:
-    """Spread sequences over the fewest microbatches that the budget allows, a multiple of `ranks`, evenly in work.
+    """Pack sequences into the fewest microbatches that the budget allows, a multiple of `ranks`, with equal work.
 
-    Largest first into the microbatch with the least work that has room (Graham, 1969: at most 4/3 of the best spread
-    where there is room in all). Within a microbatch sequences stand in order of length, so that packed attention takes
-    those of equal length in one call. Microbatches of similar work are computed side by side.
+    The largest sequence first, each into the microbatch with the least work that has room for it (Graham, 1969: at most
+    4/3 of the best distribution if all have room). A microbatch is ordered by length, so that packed attention computes
+    sequences of equal length in one call. Microbatches of similar work are computed in the same round.
     """
     sizes = lengths[sequences].tolist()
     if max(sizes) > budget:
@@ -120,21 +121,21 @@ def pack_even(
 
 
 def pack_alone(lengths: Tensor, budget: int) -> tuple[Tensor, ...]:
-    """All B sequences of one rank in microbatches; a sequence beyond the budget does not break it. None for B = 0."""
+    """Pack all B sequences of one rank; a sequence longer than the budget raises it. No microbatch for B = 0."""
     if not len(lengths):
         return ()
     return pack_even(torch.arange(len(lengths)), lengths, max(budget, int(lengths.max())), ranks=1)
 
 
 def _fill_bins(sizes: Sequence[int], costs: Sequence[float], count: int, budget: int) -> list[list[int]] | None:
-    """Indices into sizes for each of `count` bins; None if one finds no room."""
+    """Indices into sizes for each of `count` bins; None if an item does not fit into any bin."""
     bins: list[list[int]] = [[] for _ in range(count)]
     loads, tokens = [0.0] * count, [0] * count
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        room = [b for b in range(count) if tokens[b] + sizes[i] <= budget]
-        if not room:
+        with_room = [b for b in range(count) if tokens[b] + sizes[i] <= budget]
+        if not with_room:
             return None
-        least = min(room, key=lambda b: (loads[b], len(bins[b]), b))
+        least = min(with_room, key=lambda b: (loads[b], len(bins[b]), b))
         bins[least].append(i)
         loads[least] += costs[i]
         tokens[least] += sizes[i]
@@ -142,16 +143,16 @@ def _fill_bins(sizes: Sequence[int], costs: Sequence[float], count: int, budget:
 
 
 def _in_rounds(bins: list[list[int]], costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """The bins by falling work, so that those of a round are alike; within a round the most goes to the rank that has
-    the least so far.
+    """The bins in order of decreasing work, so that those of a round are similar; within a round the bin with the most
+    work goes to the rank with the least work so far.
     """
     loads = [sum(costs[i] for i in b) for b in bins]
-    falling = sorted(range(len(bins)), key=lambda b: (-loads[b], b))
+    decreasing = sorted(range(len(bins)), key=lambda b: (-loads[b], b))
     ordered, totals = [], [0.0] * ranks
     for start in range(0, len(bins), ranks):
-        takers = sorted(range(ranks), key=lambda rank: (totals[rank], rank))
-        taken = dict(zip(takers, falling[start : start + ranks], strict=True))
+        by_total = sorted(range(ranks), key=lambda rank: (totals[rank], rank))
+        bin_of_rank = dict(zip(by_total, decreasing[start : start + ranks], strict=True))
         for rank in range(ranks):
-            totals[rank] += loads[taken[rank]]
-            ordered.append(bins[taken[rank]])
+            totals[rank] += loads[bin_of_rank[rank]]
+            ordered.append(bins[bin_of_rank[rank]])
     return ordered

@@ -1,4 +1,4 @@
-"""Paths of the form `package:NAME/FILE`: weights and data that come inside an installed Python package."""
+"""Paths of the form `package:NAME/FILE`: weights and data in an installed Python package."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ PREFIX = "package:"
 
 
 def locate(path: str) -> Path:
-    """`package:NAME`, `package:NAME/FILE` or `package:NAME==VERSION/FILE` -> where it is on disk.
+    """The path on disk of `package:NAME`, `package:NAME/FILE` or `package:NAME==VERSION/FILE`.
 
-    Every other path, and the name of a model on the hub, comes back as it is. The package is found and never
-    imported, so that its own imports need not work. Raises `FileNotFoundError`, in one line, if the package or the
-    file is missing or has another version.
+    Any other path, and the name of a model on the hub, is returned unchanged. The package is located without importing
+    it, so that its dependencies are not needed. Raises `FileNotFoundError`, in one line, if the package or the file is
+    missing or has another version.
     """
     if not path.startswith(PREFIX):
         return Path(path)
@@ -27,8 +27,10 @@ def locate(path: str) -> Path:
     spec = find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(f"{path}: the package {name} is not installed. Install it with: {install}")
-    if wanted and (found := _version(distribution)) != wanted:
-        raise FileNotFoundError(f"{path}: {distribution} has version {found} here. Install the other with: {install}")
+    if wanted and (installed := _version(distribution)) != wanted:
+        raise FileNotFoundError(
+            f"{path}: version {installed} of {distribution} is installed. Install version {wanted} with: {install}"
+        )
     root = Path(next(iter(spec.submodule_search_locations)))
     if not (root / file).exists():
         raise FileNotFoundError(f"{path}: the package {name} is installed in {root} and has no {file}.")

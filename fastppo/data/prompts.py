@@ -1,4 +1,4 @@
-"""Prompts: rows of a table turned into tokens, split into training and held-out ones, dealt out in batches."""
+"""Prompts: rows of a table as tokens, split into training and held-out prompts, and batches of them."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fastppo")
 
-RESERVED = {"prompts", "responses"}  # what a reward function receives beside the columns
+RESERVED = {"prompts", "responses"}  # arguments of a reward function beside the columns
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """P prompts, and what a reward function is told about each."""
+    """P prompts, and the data about each that a reward function receives."""
 
     tokens: tuple[tuple[int, ...], ...]  # P prompts
-    texts: tuple[str, ...]  # P; as in the data; cut ones decoded, without BOS; chat as the template writes it
+    texts: tuple[str, ...]  # P; as in the data; truncated ones decoded, without BOS; chat as rendered by the template
     columns: dict[str, list[Any]]  # every column of the data, P raw values each: chat as messages, CSV as text
-    messages: tuple[Messages | None, ...] = ()  # P, None where a prompt is plain text; none at all where all are
+    messages: tuple[Messages | None, ...] = ()  # P, None for a plain prompt; empty if all prompts are plain
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -53,10 +53,10 @@ def load_prompts(
     context: int | None,
     reserve: int,
 ) -> tuple[PromptSet, PromptSet]:
-    """Training prompts in the order of the data, and `prompts_heldout` evaluation prompts that are not among them.
+    """Load training prompts, in the order of the data, and `prompts_heldout` other prompts for evaluation.
 
-    The held-out choice depends on the data and `split_seed` alone. `context` is the model's longest sequence, in
-    tokens (None: unknown), of which `reserve` are kept for the response. Raises `DataError`.
+    The held-out prompts depend on the data and `split_seed` only. context: of the model, in tokens (None: unknown);
+    reserve: tokens of it for the response. Raises `DataError`.
     """
     longest = config.max_prompt_tokens
     if context is not None and longest + reserve > context:
@@ -72,30 +72,30 @@ def load_prompts(
         heldout = _prompt_set(table, prompts[:prompts_heldout])
     else:
         name = config.name if config.eval_path == config.path else None
-        other = read_table(config.eval_path, name, config.eval_split)
-        found = _prompts(other, _shuffled(len(other), f"{config.split_seed}"), config, tokenizer)
-        heldout = _prompt_set(other, found[:prompts_heldout])
+        eval_table = read_table(config.eval_path, name, config.eval_split)
+        eval_rows = _shuffled(len(eval_table), f"{config.split_seed}")
+        heldout = _prompt_set(eval_table, _prompts(eval_table, eval_rows, config, tokenizer)[:prompts_heldout])
     if len(heldout) < prompts_heldout:
         raise DataError(
             f"{config.eval_path or config.path} has {len(heldout)} usable prompts, but eval.prompts asks for"
             f" {prompts_heldout}. Lower eval.prompts or give more prompts."
         )
-    seen = set(heldout.tokens)  # by content: a prompt that the data repeats may not stand on both sides
-    rest = [prompt for prompt in prompts if prompt.tokens not in seen]
-    if not rest:
+    heldout_tokens = set(heldout.tokens)  # by content: a prompt that the data repeats must not be in both sets
+    training = [prompt for prompt in prompts if prompt.tokens not in heldout_tokens]
+    if not training:
         raise DataError(
             f"{config.path} has {len(prompts)} usable prompts, and holding out {len(heldout)} for evaluation leaves"
             " none to train on. Lower eval.prompts or give more prompts."
         )
-    log.info("%s: %d prompts to train on, %d held out", config.path, len(rest), len(heldout))
-    return _prompt_set(table, sorted(rest, key=lambda prompt: prompt.row)), heldout
+    log.info("%s: %d prompts to train on, %d held out", config.path, len(training), len(heldout))
+    return _prompt_set(table, sorted(training, key=lambda prompt: prompt.row)), heldout
 
 
 def batches(prompts: Sized, *, size: int, seed: int, shuffle: bool, start: int = 0) -> Iterator[list[int]]:
-    """Endless batches of exactly `size` prompt indices, from batch number `start` on.
+    """Yield batches of exactly `size` prompt indices without end, from batch number `start` on.
 
-    The batches are cut from one long row of passes over the prompts; with `shuffle` each pass has an order of its
-    own. So a batch may span passes, and batch k is a function of `seed` and k alone.
+    The batches are consecutive parts of repeated passes over the prompts; with `shuffle` each pass has another order.
+    So a batch may contain the end of one pass and the start of the next, and batch k depends on `seed` and k only.
     """
     count, position = len(prompts), start * size
     if size < 1 or count < 1:
@@ -114,7 +114,7 @@ def batches(prompts: Sized, *, size: int, seed: int, shuffle: bool, start: int =
 
 
 def _shuffled(count: int, key: str) -> list[int]:
-    """0 .. count - 1 in an order that depends on `key` alone, the same on every machine and rank."""
+    """0 .. count - 1 in an order that depends on `key` only, the same on every machine and rank."""
     order = list(range(count))
     random.Random(key).shuffle(order)
     return order
@@ -131,15 +131,15 @@ def _prompt_set(table: Table, prompts: list[_Prompt]) -> PromptSet:
 
 
 def _prompts(table: Table, rows: list[int], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[_Prompt]:
-    """The rows that make usable prompts, in the given order."""
+    """The usable prompts of the rows, in the given order."""
     values = table.column(config.column)
     chats = {row for row in rows if config.chat == "always" or not isinstance(values[row], str)}
-    made = {row: _chat_prompt(row, table, config, tokenizer) for row in chats}
-    made |= _plain_prompts([row for row in rows if row not in chats], table, config, tokenizer)
-    kept = []
+    prompts = {row: _chat_prompt(row, table, config, tokenizer) for row in chats}
+    prompts |= _plain_prompts([row for row in rows if row not in chats], table, config, tokenizer)
+    usable = []
     short = long = 0
     for row in rows:
-        length = len(made[row].tokens)
+        length = len(prompts[row].tokens)
         if length > config.max_prompt_tokens:
             if config.too_long == "error":
                 raise DataError(
@@ -150,21 +150,21 @@ def _prompts(table: Table, rows: list[int], config: DataConfig, tokenizer: PreTr
         elif row not in chats and length < (config.first_tokens or 0):
             short += 1
         else:
-            kept.append(made[row])
-    _report(table, config, len(rows), short, long)
-    return kept
+            usable.append(prompts[row])
+    _log_dropped(table, config, len(rows), short, long)
+    return usable
 
 
-def _report(table: Table, config: DataConfig, rows: int, short: int, long: int) -> None:
-    """One log line about what was left out; an error if that was all."""
-    dropped = [f"{long} longer than data.max_prompt_tokens {config.max_prompt_tokens}"] if long else []
-    dropped += [f"{short} shorter than data.first_tokens {config.first_tokens}"] if short else []
+def _log_dropped(table: Table, config: DataConfig, rows: int, short: int, long: int) -> None:
+    """Log the number of dropped prompts; raise DataError if all were dropped."""
+    reasons = [f"{long} longer than data.max_prompt_tokens {config.max_prompt_tokens}"] if long else []
+    reasons += [f"{short} shorter than data.first_tokens {config.first_tokens}"] if short else []
     if short + long == rows:
-        raise DataError(f"{table.source}: none of its {rows} prompts is left: {', '.join(dropped)}.")
-    if dropped:
-        log.info("%s: left out %d of %d prompts: %s", table.source, short + long, rows, ", ".join(dropped))
+        raise DataError(f"{table.source}: none of its {rows} prompts can be used: {', '.join(reasons)}.")
+    if reasons:
+        log.info("%s: dropped %d of %d prompts: %s", table.source, short + long, rows, ", ".join(reasons))
     if clash := sorted(RESERVED.intersection(table.columns)):
-        log.info("%s: reward functions do not receive %s; the names are taken", table.source, ", ".join(clash))
+        log.info("%s: reward functions do not receive the columns %s: reserved names", table.source, ", ".join(clash))
 
 
 def _plain_prompts(
@@ -181,12 +181,12 @@ def _plain_prompts(
 
 
 def _plain_tokens(texts: list[str], first: int | None, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, ...]]:
-    """The tokens of each text, or only the first so many.
+    """Yield the tokens of each text, or only the first `first` ones.
 
-    Tokenizing thousands of long texts for a few tokens each is slow, so only the start of a text is tokenized, with
-    room to spare (a token has 4 characters on average). The cut can change tokens near it, but hardly further away
-    than the word it goes through: tokenizers split text into words first. So the first tokens are those of the whole
-    text if some more follow them, and where none do the whole text is tokenized.
+    Tokenizing thousands of long texts for a few tokens each is slow, so only the start of a text is tokenized, twice as
+    long as needed on average (a token has 4 characters). The cut can change the tokens of the word in which it is, but
+    hardly earlier ones, because tokenizers split text into words first. So if at least 8 more tokens follow, the first
+    ones are those of the whole text; otherwise the whole text is tokenized.
     """
     starts = texts if first is None else [text[: 8 * first] for text in texts]
     for text, start, ids in zip(texts, starts, plain_tokens(starts, tokenizer), strict=True):
@@ -196,7 +196,7 @@ def _plain_tokens(texts: list[str], first: int | None, tokenizer: PreTrainedToke
 
 
 def _chat_prompt(row: int, table: Table, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> _Prompt:
-    """A list of messages, or with `chat: always` a text, through the tokenizer's chat template."""
+    """The prompt of a list of messages, or of a text with `chat: always`, by the chat template of the tokenizer."""
     value, where = table.column(config.column)[row], f"{table.where(row)}: the prompt in column {config.column}"
     messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
     if not are_messages(messages):
@@ -209,8 +209,10 @@ def _chat_prompt(row: int, table: Table, config: DataConfig, tokenizer: PreTrain
     if not messages[-1]["content"].strip():
         raise DataError(f"{where} is empty.")
     if messages[-1]["role"] == "assistant":
-        raise DataError(f"{where} ends with an assistant's message: it holds the answer already. Remove that message.")
-    given = config.template
-    ids = template_tokens(messages, where, tokenizer, to_be_answered=True, arguments=given)
-    text = template_text(messages, where, tokenizer, to_be_answered=True, arguments=given)
+        raise DataError(
+            f"{where} ends with an assistant's message: it already contains the answer. Remove that message."
+        )
+    arguments = config.template
+    ids = template_tokens(messages, where, tokenizer, to_be_answered=True, arguments=arguments)
+    text = template_text(messages, where, tokenizer, to_be_answered=True, arguments=arguments)
     return _Prompt(row, ids, text, messages)

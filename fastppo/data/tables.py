@@ -1,4 +1,4 @@
-"""Columns of rows from a file, a `datasets` directory or the hub, with errors that name the file and the line."""
+"""Tables from a file, a `datasets` directory or the hub, with errors that name the file and the line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from fastppo.data.paths import locate
 from fastppo.errors import FastPPOError
 
-SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair by which UTF-16 writes one character
+SURROGATE = re.compile("[\ud800-\udfff]")  # one of the two code units with which UTF-16 encodes one character
 
 
 class DataError(FastPPOError):
@@ -24,11 +24,11 @@ class DataError(FastPPOError):
 
 @dataclass(frozen=True)
 class Table:
-    """What a source holds."""
+    """The columns of a data source."""
 
-    source: str
+    source: str  # for messages
     columns: dict[str, list[Any]]  # every column has one value for each row
-    lines: tuple[int, ...] = ()  # where each row ends, in a text file
+    lines: tuple[int, ...] = ()  # the line at which each row ends, in a text file
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), []))
@@ -37,7 +37,7 @@ class Table:
         return f"{self.source}, line {self.lines[row]}" if self.lines else f"{self.source}, row {row + 1}"
 
     def column(self, name: str, setting: str = "data.column") -> list[Any]:
-        """setting: by which the user names the column."""
+        """The column of this name; setting: with which the user names it, for the message."""
         if name not in self.columns:
             raise DataError(
                 f"{self.source} has no column {name}. It has {', '.join(self.columns)}; name one with {setting}."
@@ -46,10 +46,10 @@ class Table:
 
 
 def read_table(path: str, name: str | None = None, split: str = "train") -> Table:
-    """Reads a .jsonl, .csv or .parquet file, a directory of `datasets.save_to_disk`, or a dataset from the hub.
+    """Read a .jsonl, .csv or .parquet file, a directory of `datasets.save_to_disk`, or a dataset from the hub.
 
-    `path` may be `package:NAME/FILE`. `name` and `split` are those of a dataset on the hub; a saved DatasetDict has
-    splits too. Raises `DataError`.
+    path: may be `package:NAME/FILE`. name, split: of a dataset on the hub; a saved DatasetDict has splits too. Raises
+    `DataError`.
     """
     readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
     try:
@@ -64,7 +64,7 @@ def read_table(path: str, name: str | None = None, split: str = "train") -> Tabl
         if not local.is_file():
             raise DataError(f"{local}: there is no such file.")
         if name is not None or split != "train":
-            raise DataError(f"{local} is one file: it has no configuration {name!r} and no split {split!r}.")
+            raise DataError(f"{local} is one file: it has neither a configuration {name!r} nor a split {split!r}.")
         table = readers[local.suffix](local)
     else:
         table = _read_hub(path, name, split)
@@ -86,27 +86,27 @@ def _read_jsonl(path: Path) -> Table:
                 raise DataError(f"{path}, line {number}: this is not JSON ({error}).") from error
             if not isinstance(row, dict):
                 raise DataError(f'{path}, line {number}: each line must be an object, as in {{"prompt": "..."}}.')
-            if b"\\u" in line or b"\xed" in line:  # by which JSON in UTF-8 can say half a character
-                _check_whole(row, f"{path}, line {number}")
+            if b"\\u" in line or b"\xed" in line:  # only such lines can contain a lone surrogate
+                _check_no_surrogate(row, f"{path}, line {number}")
             rows.append(row)
             lines.append(number)
     names = dict.fromkeys(name for row in rows for name in row)
     return Table(str(path), {name: [row.get(name) for row in rows] for name in names}, tuple(lines))
 
 
-def _check_whole(value: Any, where: str) -> None:
-    """Raises DataError for text with half a character, which no tokenizer takes and no file in UTF-8 can hold."""
+def _check_no_surrogate(value: Any, where: str) -> None:
+    """Raises DataError for text with a lone surrogate, which tokenizers and UTF-8 files cannot represent."""
     if isinstance(value, dict):
         for name, item in value.items():
-            _check_whole(name, f"{where}, a name")
-            _check_whole(item, f"{where}, {name}")
+            _check_no_surrogate(name, f"{where}, a name")
+            _check_no_surrogate(item, f"{where}, {name}")
     elif isinstance(value, list):
         for item in value:
-            _check_whole(item, where)
+            _check_no_surrogate(item, where)
     elif isinstance(value, str) and (half := SURROGATE.search(value)):
         around = ascii(value[max(half.start() - 20, 0) : half.end() + 20])
         raise DataError(
-            f"{where}: the text has half a character, the lone surrogate {half[0]!a} at {half.start()}, in"
+            f"{where}: the text contains half a character, the lone surrogate {half[0]!a} at {half.start()}, in"
             f" {around}. An emoji may have been cut in two there: correct or remove the row."
         )
 
@@ -140,7 +140,7 @@ def _read_csv(path: Path) -> Table:
 def _read_parquet(path: Path) -> Table:
     import pyarrow.parquet
 
-    with _told(f"{path} cannot be read as Parquet"):
+    with _as_data_error(f"{path} cannot be read as Parquet"):
         return Table(str(path), pyarrow.parquet.read_table(path).to_pydict())
 
 
@@ -149,7 +149,7 @@ def _read_directory(path: Path, split: str) -> Table:
 
     if not any((path / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
         raise DataError(f"{path} is a directory, but not one that datasets' save_to_disk wrote. Name a file in it.")
-    with _told(f"{path} cannot be read as a saved dataset"):
+    with _as_data_error(f"{path} cannot be read as a saved dataset"):
         loaded = datasets.load_from_disk(str(path))
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
@@ -163,17 +163,19 @@ def _read_directory(path: Path, split: str) -> Table:
 def _read_hub(path: str, name: str | None, split: str) -> Table:
     import datasets
 
-    with _told(
-        f"{path} is no file or directory here, and it cannot be loaded from the hub with name {name} and split {split}"
+    with _as_data_error(
+        f"{path} is not a local file or directory, and it cannot be loaded from the hub with name {name} and split"
+        f" {split}"
     ):
         loaded = datasets.load_dataset(path, name, split=split)
     return Table(f"{path} ({split})", loaded.to_dict())
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
-    """Another library's error, of whatever type, as one line of ours."""
+def _as_data_error(problem: str) -> Iterator[None]:
+    """Within this context, turn any exception of another library into a DataError of one line."""
     try:
         yield
     except Exception as error:
-        raise DataError(f"{what}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
+        first_line = str(error).strip().partition("\n")[0]
+        raise DataError(f"{problem}: {type(error).__name__}: {first_line}") from error

@@ -1,4 +1,4 @@
-"""The processes of a run: ranks, DeepSpeed's engines, what is on the GPU in which phase, and signals to stop."""
+"""The processes of a run: ranks, DeepSpeed engines, the parts in GPU memory in each phase, and signals to stop."""
 
 import lazy_loader
 

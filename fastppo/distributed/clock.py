@@ -1,7 +1,7 @@
-"""The clock of a run, which chat templates read that write the date (Llama 3's, with `strftime_now`).
+"""The date for chat templates that write one (that of Llama 3, with `strftime_now`).
 
-It stands still at the time at which the run began on rank 0, and goes with its checkpoints: all ranks make the same
-tokens of a conversation, and so does a run that is resumed another day.
+It is the time at which the run started on rank 0, and it is saved in checkpoints: all ranks encode a conversation as
+the same tokens, and so does a run that is resumed on another day.
 """
 
 from __future__ import annotations
@@ -10,27 +10,27 @@ from datetime import datetime
 
 from fastppo.distributed.world import World, all_gather
 
-_begun: datetime | None = None  # of this process's run
+_start: datetime | None = None  # start of the run of this process
 
 
-def begin_clock(kept: str | None, world: World) -> None:
-    """Set the clock of the run that begins or goes on here. All ranks call it, before they read data.
+def begin_clock(saved: str | None, world: World) -> None:
+    """Set the clock of a run that starts or resumes. All ranks call it, before they read data.
 
-    kept: what `reading` gave the checkpoint that the run goes on from; None for a run from the start.
+    saved: the result of `reading` in the checkpoint from which the run resumes; None for a new run.
     """
-    global _begun
-    _begun = datetime.fromisoformat(all_gather(kept or _now(), world)[0])
+    global _start
+    _start = datetime.fromisoformat(all_gather(saved or _now(), world)[0])
 
 
 def reading() -> str:
-    """The local time at which the run began, as ISO 8601 has it."""
-    return _now() if _begun is None else _begun.isoformat()
+    """The local time at which the run started, in ISO 8601; outside of a run the current time."""
+    return _now() if _start is None else _start.isoformat()
 
 
 def strftime_now(format: str) -> str:
-    """What templates call by this name, with the run's clock; outside of a run, as in a server, with the time of now.
+    """The function that chat templates call by this name: the time of `reading` in the given format.
 
-    format: as of `datetime.strftime`.
+    format: for `datetime.strftime`.
     """
     return datetime.fromisoformat(reading()).strftime(format)
 

@@ -1,4 +1,4 @@
-"""Models and optimizers: what DeepSpeed does for fastppo, and nothing else of it shows through."""
+"""Engines for trained and frozen roles on top of DeepSpeed, whose API no other room uses for training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class Saved(Protocol):
-    """What writes a part of a checkpoint and reads it again, on every rank; see `Engine.save`."""
+    """An object that writes a part of a checkpoint and reads it again, on every rank; see `Engine.save`."""
 
     def save(self, folder: Path, name: str, write: Callable[[Any, Path], None]) -> None: ...
 
@@ -36,11 +36,11 @@ class Saved(Protocol):
 
 
 class EngineError(FastPPOError):
-    """Something that DeepSpeed needs and this machine does not have."""
+    """A requirement of DeepSpeed that this machine does not meet."""
 
 
 def check_nvme(zero: ZeroConfig) -> None:
-    """Raises EngineError if something is to be kept on NVMe and this machine cannot. Better said before models load."""
+    """Raises EngineError if the run offloads to NVMe and this machine cannot. Called before models load."""
     if "nvme" in (zero.optimizer_on, zero.parameters_on, zero.frozen_on) and not AsyncIOBuilder().is_compatible():
         raise EngineError(
             "zero.offload is nvme, but DeepSpeed's async_io cannot be compiled here: libaio is missing. Install it (apt"
@@ -50,20 +50,20 @@ def check_nvme(zero: ZeroConfig) -> None:
 
 @contextlib.contextmanager
 def gathered(parameters: Iterable[Tensor], *, written_by: int | None = None) -> Iterator[None]:
-    """Within this context these parameters are whole; at stage 3 each rank has but a part of them otherwise.
+    """Within this context these parameters are whole; else, at ZeRO stage 3, each rank has its partition of them only.
 
-    All ranks enter it together. Whoever reads a weight outside the forward pass of its own module needs it, and so does
-    whoever writes one. written_by: the rank whose values are the parameters' afterwards; None: they were only read.
-    Nothing happens to those that are not partitioned.
+    All ranks enter it together. Needed to read or write a weight outside of the forward pass of its module. written_by:
+    the rank whose values the parameters have afterwards; None: they were only read. Parameters that are not partitioned
+    do not change.
     """
     with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=written_by):
         yield
 
 
 def even_passes(parts: Sequence[Tensor], zero: ZeroConfig, world: World) -> list[Tensor]:
-    """Microbatches, each the indices of its sequences, and behind them empty ones where another rank has more.
+    """Microbatches, each given by the indices of its sequences, and empty ones up to the number of the other ranks.
 
-    At stage 3 every forward pass is a collective, so ranks make the same number of them. All ranks call it.
+    At ZeRO stage 3 every forward pass is a collective, so all ranks must make the same number. All ranks call it.
     """
     if zero.stage < 3:
         return list(parts)
@@ -72,13 +72,13 @@ def even_passes(parts: Sequence[Tensor], zero: ZeroConfig, world: World) -> list
 
 
 class Frozen:
-    """A role that is only asked. At stage 3 its parameters are split among the ranks and fetched layer by layer."""
+    """A role that does not train. At ZeRO stage 3 its parameters are partitioned and gathered layer by layer."""
 
     def __init__(self, module: nn.Module, optim: OptimConfig, zero: ZeroConfig):
         self.module: Any = module
         self._run: Any = module
-        self._own = getattr(module, "adapters", True)  # else it is the actor without them, and the actor's engine's
-        if zero.stage == 3 and self._own:
+        self._owns_weights = getattr(module, "adapters", True)  # else it is the actor's module with its adapters off
+        if zero.stage == 3 and self._owns_weights:
             with quiet():
                 self._run = deepspeed.initialize(
                     model=module, config=deepspeed_config.frozen(optim, zero), dist_init_required=False
@@ -90,22 +90,22 @@ class Frozen:
         return self._run(*args)
 
     def states(self) -> list[Tensor]:
-        """What of it can leave the GPU between two uses: the parameters, or this rank's part of them."""
-        return [getattr(p, "ds_tensor", p) for p in self.module.parameters()] if self._own else []
+        """The tensors that may be moved out of the GPU between two uses: the parameters, or this rank's partitions."""
+        return [getattr(p, "ds_tensor", p) for p in self.module.parameters()] if self._owns_weights else []
 
 
 class Engine:
-    """A trained role: DeepSpeed holds its parameters and optimizer; gradients accumulate until `step`."""
+    """A trained role: DeepSpeed manages its parameters and optimizer; gradients accumulate until `step`."""
 
     def __init__(
         self, module: nn.Module, groups: Sequence[Sequence[nn.Parameter]], optim: OptimConfig, zero: ZeroConfig
     ):
         """groups: parameters that share a learning rate; empty groups and frozen parameters are left out."""
         trained = [[p for p in group if p.requires_grad] for group in groups]
-        self._kept = [i for i, group in enumerate(trained) if group]
-        self._adam: Any = _adam([trained[i] for i in self._kept], optim, offloaded=zero.optimizer_on != "none")
-        self._parameters = [p for i in self._kept for p in trained[i]]
-        self.version = 0  # grows with each change of the weights
+        self._group_indices = [i for i, group in enumerate(trained) if group]  # of the groups that train
+        self._adam: Any = _adam([trained[i] for i in self._group_indices], optim, offloaded=zero.optimizer_on != "none")
+        self._parameters = [p for i in self._group_indices for p in trained[i]]
+        self.version = 0  # increases with each change of the weights
         self._first = True  # whether the next backward pass is the first of an update
         with quiet():
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -128,10 +128,10 @@ class Engine:
         self._engine.train(mode)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient of this microbatch's share of the loss; `last` of those before the next `step`.
+        """Add the gradient of the loss of this microbatch; last: it is the last one before the next `step`.
 
         DeepSpeed averages gradients over ranks. The loss is a sum over this rank's tokens divided by the tokens of all
-        ranks, so its normalizer carries the factor that turns the average into the sum (see `learn._accumulate`).
+        ranks, so its normalizer includes the factor that turns the average into the sum (see `fastppo.ppo.update`).
         """
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)
@@ -142,55 +142,56 @@ class Engine:
             gradients.after_last(self._optimizer)
 
     def gradient_norm(self) -> float:
-        """The norm of the gradient that all ranks have accumulated, before clipping; not finite if a part of it is."""
+        """The norm of the accumulated gradient of all ranks, before clipping; not finite if a part of it is not."""
         return gradients.norm(self._optimizer, self._parameters)
 
     def step(self, learning_rates: Sequence[float], *, apply: bool = True) -> None:
-        """Clip, update, clear the gradients; without `apply` the weights and the optimizer stay as they were.
+        """Clip, update, clear the gradients; without `apply` the weights and the optimizer states do not change.
 
-        So do those of a group whose rate is 0: Adam counts its steps, and after steps without a gradient the first with
-        one would be too small, or too large.
+        Those of a group with a learning rate of 0 do not change either: Adam counts its steps, and after steps without
+        a gradient the size of the first step with one would be wrong.
         """
-        for group, i in zip(self._optimizer.param_groups, self._kept, strict=True):
+        for group, i in zip(self._optimizer.param_groups, self._group_indices, strict=True):
             group["lr"] = learning_rates[i] if apply else 0.0
         self.version += any(group["lr"] for group in self._optimizer.param_groups)
         gradients.before_step(self._optimizer)
-        with _resting_at_rate_0(self._adam):
+        with _skipping_groups_at_rate_0(self._adam):
             self._engine.step()
         gradients.after_step(self._optimizer)
 
     def states(self) -> list[Tensor]:
-        """What learning alone uses and goes on from: optimizer states and master weights."""
+        """Tensors that only learning uses and whose values it needs again: optimizer states and master weights."""
         states = [x for state in self._adam.state.values() for x in state.values() if isinstance(x, Tensor)]
         return [*states, *gradients.masters(self._optimizer)]
 
     def buffers(self) -> list[Tensor]:
-        """What learning alone uses and begins anew in each update: what gradients are added up in and pass through."""
+        """Tensors that only learning uses and that each update starts from zero: sums and buckets of gradients."""
         return gradients.buffers(self._optimizer)
 
     def save(self, folder: Path, name: str, write: Callable[[Any, Path], None]) -> None:
-        """This rank's part of weights, master weights and optimizer, in files below `folder`/`name`; all ranks call it.
+        """Write this rank's part of weights, master weights and optimizer to files below `folder`/`name`.
 
-        Weights that do not train stay where they were loaded from: with LoRA they are nearly all there is.
-        `write` gets each file's content and path. It must not raise: the other ranks would wait in a collective.
+        All ranks call it. Frozen weights are not saved, because a resumed run loads them from their source; with LoRA
+        nearly all weights are frozen. `write` gets the content and the path of each file. It must not raise: the other
+        ranks would wait in a collective.
         """
         self._engine.checkpoint_engine = _Files(write)
-        self._engine._copy_recovery_script = lambda folder: None  # written past `write`, and the same in each
+        self._engine._copy_recovery_script = lambda folder: None  # it would not use `write`, and never changes
         with quiet():
             self._engine.save_checkpoint(str(folder), tag=name, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path, name: str) -> None:
-        """What `save` wrote on as many ranks. All ranks call it."""
+        """Read the files that `save` wrote on the same number of ranks. All ranks call it."""
         self.version += 1
         with quiet():
-            found, _ = self._engine.load_checkpoint(str(folder), tag=name, custom_load_fn=_load_trained)
-        if found is None:
-            raise FileNotFoundError(f"{folder / name} has no state that DeepSpeed knows")
+            path, _ = self._engine.load_checkpoint(str(folder), tag=name, custom_load_fn=_load_trained)
+        if path is None:
+            raise FileNotFoundError(f"{folder / name} has no state that DeepSpeed can read")
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """An engine's gradients as a part that can leave the GPU apart from its states, as nothing of them is kept."""
+    """The gradient buffers of an engine, moved separately from its states because their values are not preserved."""
 
     engine: Engine
 
@@ -199,26 +200,26 @@ class Gradients:
 
 
 def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
-    """Load the state `src` into the module `dst`, all of what trains and nothing that the module has not.
+    """Load the state `src` into the module `dst`; it must contain all trainable parameters and nothing unknown.
 
-    A frozen parameter may be in it by the second of two names, as a tied embedding is.
+    It may contain a frozen parameter under the second of two names, for example a tied embedding.
     """
-    absent, unknown = dst.load_state_dict(src, strict=False)
+    missing, unknown = dst.load_state_dict(src, strict=False)
     trained = {name for name, p in dst.named_parameters() if p.requires_grad}
-    if wrong := [*trained.intersection(absent), *unknown]:
+    if wrong := [*trained.intersection(missing), *unknown]:
         raise KeyError(f"weights that do not fit: {', '.join(sorted(wrong)[:3])}")
 
 
 @contextlib.contextmanager
-def _resting_at_rate_0(optimizer: Any) -> Iterator[None]:
-    """Within this context the optimizer's step leaves out the groups whose rate is 0.
+def _skipping_groups_at_rate_0(optimizer: Any) -> Iterator[None]:
+    """Within this context the optimizer's step skips the parameter groups whose learning rate is 0.
 
-    DeepSpeed's own runs on around it and clears the gradients, at every ZeRO stage alike. A subclass would do, but
-    DeepSpeed warns of optimizers that it does not know.
+    The rest of DeepSpeed's step is unchanged and clears all gradients, at every ZeRO stage. A subclass of the optimizer
+    would work too, but DeepSpeed warns about optimizer classes that it does not know.
     """
     step = optimizer.step
 
-    def step_of_the_others(closure: None = None) -> None:
+    def step_of_other_groups(closure: None = None) -> None:
         groups = optimizer.param_groups
         optimizer.param_groups = [group for group in groups if group["lr"] > 0]
         try:
@@ -226,7 +227,7 @@ def _resting_at_rate_0(optimizer: Any) -> Iterator[None]:
         finally:
             optimizer.param_groups = groups
 
-    optimizer.step = step_of_the_others
+    optimizer.step = step_of_other_groups
     try:
         yield
     finally:
@@ -234,7 +235,7 @@ def _resting_at_rate_0(optimizer: Any) -> Iterator[None]:
 
 
 class _Files(TorchCheckpointEngine):  # type: ignore[misc]
-    """DeepSpeed's reader of checkpoint files, with a writer of ours."""
+    """DeepSpeed's reader of checkpoint files, with the given function as the writer."""
 
     def __init__(self, write: Callable[[Any, Path], None]):
         super().__init__()
@@ -245,7 +246,7 @@ class _Files(TorchCheckpointEngine):  # type: ignore[misc]
 
 
 def _adam(groups: list[list[nn.Parameter]], optim: OptimConfig, *, offloaded: bool) -> Any:
-    """AdamW; DeepSpeed's own for the CPU where the states are kept off the GPU. The two agree within rounding."""
+    """AdamW; offloaded: DeepSpeed's AdamW for the CPU. The two agree within rounding."""
     settings: dict[str, Any] = {"lr": 0.0, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
     parameters = [{"params": group} for group in groups]
     if not offloaded:
@@ -261,9 +262,9 @@ def _adam(groups: list[list[nn.Parameter]], optim: OptimConfig, *, offloaded: bo
 
 
 def _clear_padding(module: nn.Module, optimizer: Any) -> None:
-    """Zeros where a rank's part reaches beyond the end of its weight: there is whatever the memory held before.
+    """Zero the padding of a rank's partitions beyond the ends of the weights, which DeepSpeed leaves uninitialised.
 
-    Nothing reads it, but it is saved, and checkpoints of equal runs should be equal.
+    The padding is never read, but it is saved, and checkpoints of equal runs should be equal.
     """
 
     def padding(p: Any) -> int:

@@ -1,8 +1,9 @@
-"""What occupies the GPU in each stage. The table in `uses` decides, here and in `fastppo.planner.ppo_memory`.
+"""The parts of a run that are in GPU memory in each phase of a step, by the table in `uses`.
 
-What a stage does not use rests in the host's memory until one comes that does, or is given up where it is made anew
-each time (`REMADE`). Moving out frees the storage below a tensor and moving in fills a new one, so that every view that
-DeepSpeed or autograd has of it stays good.
+The memory plan (`fastppo.planner.ppo_memory`) uses the same table. A part that a phase does not use is moved to host
+memory until a phase needs it again; the kinds in `REMADE` are freed instead, because they are computed again each time.
+Moving out frees the storage of a tensor and moving in fills a new one, so all views of the tensor in DeepSpeed and
+autograd remain valid.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from torch import Tensor
 
 from fastppo.config import Config
 
-# The kinds of `uses` of which nothing is kept while they are away, and that come back as zeros: whoever samples fills
-# the copy to sample from first, and every update adds up its gradients from zero.
+# The kinds of `uses` whose values are not preserved outside of their phases, and that are zeros when they are moved in:
+# sampling first fills the gathered copy of the actor, and every update sums its gradients from zero.
 REMADE = frozenset({"sampling_weights", "gradients"})
 
 
 def uses(config: Config) -> dict[str, set[str]]:
-    """What each stage reads or writes.
+    """The kinds of parts that each phase reads or writes.
 
-    Trained parameters are in no list: at ZeRO stages 0 to 2 every stage but feedback reads them, and at stage 3 a rank
-    has a small part of them, which `zero.offload_parameters` keeps on the host.
+    Trained parameters are in no set: at ZeRO stages 0 to 2 every phase but feedback reads them, and at ZeRO stage 3 a
+    rank has only its partition of them, which `zero.offload_parameters` may move to the host.
     """
     learning = {"optimizers", "gradients"} | ({"reference"} if config.ppo.loss_reads_reference else set())
     return {
@@ -34,14 +35,14 @@ def uses(config: Config) -> dict[str, set[str]]:
         "feedback": {"rewards"},
         "experience": {"reference"},
         "learning": learning,
-        "health": learning,  # it needs nothing, and nothing is to move for its milliseconds
+        "health": learning,  # it uses none of them and takes milliseconds, so nothing is moved
         "checkpoint": {"optimizers"},  # written and read between two updates
         "export": {"sampling_weights"},
     }
 
 
 class HasStates(Protocol):
-    """A role, or a part of one, that can leave the GPU."""
+    """A role, or a part of one, whose tensors can be moved out of the GPU."""
 
     def states(self) -> Iterable[Tensor]: ...
 
@@ -61,88 +62,89 @@ class Sleeper(Protocol):
 class _Part:
     kind: str
     states: Callable[[], Iterable[Tensor]]
-    keep: bool  # whether what it holds must be the same when it comes back; else it comes back as zeros
-    away: list[tuple[Tensor, torch.UntypedStorage, int]] | None = None  # host copy, storage, its bytes
+    preserve: bool  # whether its values are preserved when it is moved out; else it contains zeros afterwards
+    # while it is moved out: (host copy, storage, bytes of the storage) of each tensor
+    moved_out: list[tuple[Tensor, torch.UntypedStorage, int]] | None = None
 
-    def leave(self) -> None:
-        self.away = []
+    def move_out(self) -> None:
+        self.moved_out = []
         seen: set[int] = set()
         for tensor in self.states():
             storage = tensor.untyped_storage()
-            if not storage.nbytes() or storage.data_ptr() in seen:  # empty at a rank without a part, or tied
+            if not storage.nbytes() or storage.data_ptr() in seen:  # an empty partition, or a tied parameter
                 continue
             seen.add(storage.data_ptr())
-            host = torch.empty(storage.nbytes() if self.keep else 0, dtype=torch.uint8, pin_memory=tensor.is_cuda)
-            if self.keep:
+            host = torch.empty(storage.nbytes() if self.preserve else 0, dtype=torch.uint8, pin_memory=tensor.is_cuda)
+            if self.preserve:
                 host.copy_(_bytes(storage))
-            self.away.append((host, storage, storage.nbytes()))
+            self.moved_out.append((host, storage, storage.nbytes()))
             storage.resize_(0)
 
-    def come(self) -> None:
-        assert self.away is not None
-        for host, storage, size in self.away:
+    def move_in(self) -> None:
+        assert self.moved_out is not None
+        for host, storage, size in self.moved_out:
             storage.resize_(size)
-            if self.keep:
+            if self.preserve:
                 _bytes(storage).copy_(host, non_blocking=True)
             else:
                 _bytes(storage).zero_()
-        self.away = None
+        self.moved_out = None
 
 
 @dataclass
 class _SleepingPart:
-    """As `_Part`, for what moves itself."""
+    """As `_Part`, for an owner that moves its own memory."""
 
     kind: str
     owner: Sleeper
-    away: list[object] | None = None
+    moved_out: list[object] | None = None
 
     def states(self) -> list[Tensor]:
         return []
 
-    def leave(self) -> None:
+    def move_out(self) -> None:
         self.owner.sleep()
-        self.away = []
+        self.moved_out = []
 
-    def come(self) -> None:
+    def move_in(self) -> None:
         self.owner.wake()
-        self.away = None
+        self.moved_out = None
 
 
 class Residency:
-    """Moves the parts of a run between GPU and host as the stages change. Without a GPU there is nothing to move."""
+    """Moves the parts of a run between GPU and host when a phase begins. Without a GPU nothing is moved."""
 
     def __init__(self, config: Config, device: torch.device):
         self._uses, self._device = uses(config), device
         self._moves = device.type != "cpu"
         self._parts: list[_Part | _SleepingPart] = []
-        self._stage = "loading"
+        self._phase = "loading"
 
     def add(self, kind: str, owner: HasStates) -> None:
-        """kind: as in `uses`. What the stage of now does not use leaves at once, to make room for what loads next."""
+        """Add a part of a kind of `uses`. If the current phase does not use it, it is moved out at once."""
 
         def on_device() -> list[Tensor]:
             return [x for x in owner.states() if x.device.type == self._device.type]
 
         self._parts.append(_Part(kind, on_device, kind not in REMADE))
-        self.enter(self._stage)
+        self.enter(self._phase)
 
     def add_sleeper(self, kind: str, owner: Sleeper) -> None:
-        """As `add`; the owner goes to sleep at once if the stage of now does not use it."""
+        """As `add`, for an owner that moves its own memory; it sleeps at once if the current phase does not use it."""
         self._parts.append(_SleepingPart(kind, owner))
-        self.enter(self._stage)
+        self.enter(self._phase)
 
-    def enter(self, stage: str) -> None:
-        """From here on only what this stage uses is on the GPU, whatever was there before."""
-        self._stage = stage
+    def enter(self, phase: str) -> None:
+        """Move the parts that this phase uses to the GPU, and all others out of it."""
+        self._phase = phase
         if not self._moves:
             return
-        for part in self._parts:  # what leaves makes room for what comes
-            if part.kind not in self._uses[stage] and part.away is None:
-                part.leave()
+        for part in self._parts:  # first out, to free memory
+            if part.kind not in self._uses[phase] and part.moved_out is None:
+                part.move_out()
         for part in self._parts:
-            if part.kind in self._uses[stage] and part.away is not None:
-                part.come()
+            if part.kind in self._uses[phase] and part.moved_out is not None:
+                part.move_in()
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:

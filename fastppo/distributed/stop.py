@@ -1,14 +1,15 @@
-"""Stopping on request: a SIGTERM, Ctrl-C, or a parent that has vanished, ends a run on all ranks at the same place.
+"""Stopping on request: SIGTERM, Ctrl-C or the end of the parent process stops a run on all ranks at the same place.
 
-A thread on each rank listens, since a rank may sit in a collective of C++ for minutes. What one rank hears it tells
-the others through the run's key-value store: DeepSpeed's `launch` sends SIGTERM to one process, waits until that has
-ended, and goes on to the next. Ranks then leave together: `check` is called by all of them between two microbatches,
-and `together` lets each leave sampling alone, where ranks never wait for each other, and agree behind it.
+A thread on each rank waits for signals, because a rank may spend minutes in a collective in C++. The thread passes a
+request on to the other ranks through the key-value store of the run: DeepSpeed's `launch` sends SIGTERM to one process,
+waits until that process ends, and only then goes on to the next. Ranks stop together: all of them call `check` between
+two microbatches. Ranks do not wait for each other in sampling, so there each rank stops alone, inside `together`, at
+whose end the ranks agree.
 
-Ctrl-C sends SIGINT to all processes of the terminal, so ranks hear it beside the SIGTERM that `launch` then sends them.
-Only another SIGINT is a second Ctrl-C, at which a rank ends at once.
+Ctrl-C sends SIGINT to all processes of the terminal, and `launch` then sends SIGTERM to the ranks too. So only another
+SIGINT counts as a second Ctrl-C, which ends a rank at once.
 
-The thread also notices a rank that has vanished without a word, so that the others do not wait in a collective for it.
+The thread also detects a rank that has died, so that the others do not wait for it in a collective.
 """
 
 from __future__ import annotations
@@ -31,74 +32,75 @@ from fastppo.distributed.world import World, on_any_rank
 
 log = logging.getLogger("fastppo")
 
-POLL = 0.5  # seconds between two looks at the store
-SILENCE = 45.0  # seconds without a sign of life after which a rank counts as dead
-SAME_CTRL_C = 0.03  # seconds within which two SIGINTs are one: of the terminal, and of a program that passes it on
-INTERRUPTED = 128 + signal.SIGINT  # the exit status of shells for it
+POLL = 0.5  # seconds between two reads of the store
+SILENCE = 45.0  # seconds without a heartbeat after which a rank counts as dead
+SAME_CTRL_C = 0.03  # seconds within which two SIGINTs are one Ctrl-C: from the terminal, and passed on by a program
+INTERRUPTED = 128 + signal.SIGINT  # the exit status that shells use for SIGINT
 
 _watches = count()
 _watch: _Watch | None = None
 
 
 class Stopped(Exception):
-    """The run has been asked to stop, all ranks know it, and none is in the middle of an update."""
+    """The run was asked to stop; all ranks raise it, and none of them within an update."""
 
 
 @contextmanager
 def watching(world: World) -> Iterator[None]:
-    """Within this context SIGTERM and SIGINT end the process no more; `check` and `together` raise `Stopped` instead.
+    """Within this context SIGTERM and SIGINT do not end the process; `check` and `together` raise `Stopped` instead.
 
-    A second SIGINT ends it at once.
+    A second SIGINT ends the process at once.
     """
     global _watch
-    main = threading.current_thread() is threading.main_thread()  # Python lets no other thread handle signals
-    heard, speak = socket.socketpair()
-    speak.setblocking(False)
-    _watch = _Watch(world, heard, speak)
+    main = threading.current_thread() is threading.main_thread()  # only the main thread may set signal handlers
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    _watch = _Watch(world, receiver, sender)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     wakeup = signal.set_wakeup_fd(-1) if main else -1
     listen()
     _watch.start()
     try:
         yield
-        _watch.take_leave()
+        _watch.announce_end()
     finally:
-        speak.send(b"\0")  # so that the thread looks up
+        sender.send(b"\0")  # wakes the thread
         if main:
             signal.set_wakeup_fd(wakeup)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         _watch.end()
         _watch = None
-        heard.close()
-        speak.close()
+        receiver.close()
+        sender.close()
 
 
 def listen() -> None:
-    """Hear signals again, whoever has taken them in the meantime; a reward function may have a timer of its own."""
+    """Set the signal handlers again, in case other code has replaced them, for example a timer in a reward function."""
     if _watch is not None and threading.current_thread() is threading.main_thread():
-        # without handlers there would be no wake-up; they ask too, for when somebody else has taken that
+        # Python writes to the wakeup descriptor only for signals with a handler. The handlers set the flag as well, in
+        # case other code replaces the descriptor.
         asked = _watch.asked
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: asked.set())
-        signal.set_wakeup_fd(_watch.speak.fileno(), warn_on_full_buffer=False)
+        signal.set_wakeup_fd(_watch.sender.fileno(), warn_on_full_buffer=False)
 
 
 def check(world: World) -> None:
-    """To be called by every rank at the same place: raises `Stopped` on all of them once one has been asked to stop."""
+    """Raises `Stopped` on all ranks if one of them was asked to stop. All ranks call it at the same place."""
     if _watch is not None and on_any_rank(_watch.asked.is_set(), world):
         raise Stopped
 
 
 def check_alone() -> None:
-    """Raises `Stopped` on this rank alone. For work within `together` that has no collectives."""
+    """Raises `Stopped` on this rank only. For work within `together` that has no collectives."""
     if _watch is not None and _watch.asked.is_set():
         raise Stopped
 
 
 @contextmanager
 def together(world: World) -> Iterator[None]:
-    """Whatever ranks left the work inside by `check_alone`, all of them leave it by `Stopped`, or none does."""
+    """If one rank leaves this context by `Stopped` (`check_alone`), raise `Stopped` on all ranks."""
     try:
         yield
     except Stopped:
@@ -111,45 +113,46 @@ def together(world: World) -> Iterator[None]:
 
 
 class _Watch(threading.Thread):
-    """Hears the signal, sees the parent and the other ranks vanish, and passes the request to stop on."""
+    """The thread that receives signals, detects the end of the parent and of other ranks, and passes requests on."""
 
-    def __init__(self, world: World, heard: socket.socket, speak: socket.socket):
-        """heard, speak: the ends of a pair of sockets; Python writes the signals into `speak`."""
+    def __init__(self, world: World, receiver: socket.socket, sender: socket.socket):
+        """receiver, sender: the ends of a pair of sockets; Python writes the numbers of signals into `sender`."""
         super().__init__(name="fastppo-stop", daemon=True)
         self.asked = threading.Event()
         self._over = threading.Event()
-        self._heard, self.speak, self._world = heard, speak, world
-        # every rank makes its watches in the same order, so their numbers agree
+        self._receiver, self.sender, self._world = receiver, sender, world
+        # every rank makes its watches in the same order, so the numbers are the same on all ranks
         self._store = dist.distributed_c10d.PrefixStore(
             f"fastppo/stop/{next(_watches)}", dist.distributed_c10d._get_default_store()
         )
-        self._interrupted: float | None = None  # when the first SIGINT came
+        self._interrupted: float | None = None  # time of the first SIGINT
+        # rank -> number of its heartbeats, and the time of the last one
         self._alive = {rank: (0, time.monotonic()) for rank in range(world.ranks) if rank != world.rank}
 
     def end(self) -> None:
         self._over.set()
         self.join()
 
-    def take_leave(self) -> None:
-        """The others wait no more for a sign of life: rank 0 may still have files to write."""
-        with suppress(RuntimeError):  # rank 0, which keeps the store, is gone
+    def announce_end(self) -> None:
+        """Tell the other ranks not to expect heartbeats any more: rank 0 may still write files."""
+        with suppress(RuntimeError):  # rank 0, which holds the store, has ended
             self._store.set(f"left/{self._world.rank}", "")
 
     def run(self) -> None:
         while not self._over.is_set():
-            ready = select.select([self._heard], [], [], POLL)[0]
+            ready = select.select([self._receiver], [], [], POLL)[0]
             if ready:
-                self._hear(self._heard.recv(64))
+                self._handle(self._receiver.recv(64))
             if self._world.launcher not in (None, os.getppid()):
                 self.asked.set()
             try:
                 self._exchange()
-            except RuntimeError as error:  # DistError and its kin: rank 0, which keeps the store, is gone
+            except RuntimeError as error:  # DistError and its subclasses: rank 0, which holds the store, has ended
                 if not self._over.is_set():
-                    _die(f"rank {self._world.rank} has lost the run's store, which rank 0 keeps ({_first_line(error)})")
+                    _die(f"rank {self._world.rank} cannot reach the store of the run on rank 0 ({_first_line(error)})")
                 return
 
-    def _hear(self, signals: bytes) -> None:
+    def _handle(self, signals: bytes) -> None:
         if signal.SIGTERM in signals or signal.SIGINT in signals:
             self.asked.set()
         if signal.SIGINT not in signals:
@@ -157,7 +160,7 @@ class _Watch(threading.Thread):
         now = time.monotonic()
         if self._interrupted is None:
             self._interrupted = now
-            log.info("interrupted: the run saves itself and ends. Ctrl-C again ends it at once, unsaved")
+            log.info("interrupted: the run saves a checkpoint and ends. Ctrl-C again ends it at once, without saving")
         elif now - self._interrupted > SAME_CTRL_C:
             _die("interrupted again, so nothing more is saved", INTERRUPTED)
 
@@ -168,19 +171,17 @@ class _Watch(threading.Thread):
             self.asked.set()
         self._store.add(f"alive/{self._world.rank}", 1)
         now = time.monotonic()
-        for rank, (beats, since) in self._alive.items():
-            heard = self._store.add(f"alive/{rank}", 0)
-            if heard != beats:
-                self._alive[rank] = (heard, now)
+        for rank, (last_beats, since) in self._alive.items():
+            beats = self._store.add(f"alive/{rank}", 0)
+            if beats != last_beats:
+                self._alive[rank] = (beats, now)
             elif now - since > SILENCE and not self._store.check([f"left/{rank}"]):
-                _die(
-                    f"rank {rank} has given no sign of life for {SILENCE:.0f} s: it was killed, or its machine is gone"
-                )
+                _die(f"rank {rank} has sent no heartbeat for {SILENCE:.0f} s: it was killed, or its machine is down")
 
 
 def _die(reason: str, status: int = 1) -> None:
-    """End this process from a thread: the main one may wait in a collective that nobody will join."""
-    with suppress(OSError, ValueError):  # a terminal that is gone
+    """End this process from the thread: the main thread may wait in a collective that will never finish."""
+    with suppress(OSError, ValueError):  # the terminal is closed
         print(f"fastppo: {reason}. This rank ends too.", file=sys.stderr, flush=True)
     os._exit(status)
 

@@ -1,4 +1,4 @@
-"""Actor, critic, reference and reward model: loading, attention, adapters, frozen prefix, weights to sample from."""
+"""Actor, critic, reference and reward model: loading, attention, adapters, frozen prefix, sampling weights."""
 
 import lazy_loader
 

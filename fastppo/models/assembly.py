@@ -1,4 +1,4 @@
-"""The cast of a run: who is trained, by which engine, and who is only asked."""
+"""The roles of a PPO run: which are trained, by which engine, and which are frozen."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ class Roles:
     actor: Engine  # of a Policy
     critic: Engine | None  # of a Critic; None: the value head on the actor's backbone
     reference: Frozen  # of a Policy
-    sampling_weights: SamplingWeights  # the actor whole, to sample from and to export
+    sampling_weights: SamplingWeights  # the actor with whole weights, to sample from and to export
     tokenizer: PreTrainedTokenizerBase
     residency: Residency
     average: Average | None  # of the actor's weights
 
     @property
     def saved(self) -> dict[str, Saved]:
-        """What checkpoints hold, by name."""
+        """The parts of a run that checkpoints contain, by name."""
         parts: dict[str, Saved | None] = {"actor": self.actor, "critic": self.critic, "average": self.average}
         return {name: part for name, part in parts.items() if part is not None}
 
     @property
     def policy(self) -> Policy:
-        """The actor's module. At ZeRO stage 3 its weights are elsewhere: `sampling_weights.gather()` has them."""
+        """The actor module. At ZeRO stage 3 its weights are partitioned; `sampling_weights.gather()` has whole ones."""
         policy: Policy = self.actor.module
         return policy
 
@@ -47,12 +47,12 @@ class Roles:
 
     @property
     def attention(self) -> float:
-        """What attention costs beside the actor's weights, for an even plan (`microbatch.work`)."""
+        """The work of attention over that of the actor's weights, for balanced microbatches (`attention_ratio`)."""
         return attention_ratio(self.policy.model)
 
 
 def assemble(config: Config, world: World, tokenizer: PreTrainedTokenizerBase) -> Roles:
-    """Load the models of a run and put an engine under each. tokenizer: `load_actor_tokenizer`'s."""
+    """Load the models of a run and make an engine for each. tokenizer: from `load_actor_tokenizer`."""
     zero, residency = config.zero, Residency(config, world.device)
     check_nvme(zero)
     choose_attention(config.attention, DTYPES[config.optim.dtype], world.device)
@@ -60,18 +60,18 @@ def assemble(config: Config, world: World, tokenizer: PreTrainedTokenizerBase) -
     value_head = [] if policy.value_head is None else list(policy.value_head.parameters())
     frozen = Frozen(reference, config.optim, zero)
     residency.add("reference", frozen)
-    sampling_weights = SamplingWeights(policy, zero.stage)  # before DeepSpeed has the actor
+    sampling_weights = SamplingWeights(policy, zero.stage)  # before the actor is passed to DeepSpeed
     residency.add("sampling_weights", sampling_weights)
     actor = Engine(policy, [list(policy.model.parameters()), value_head], config.optim, zero)
-    _rest(actor, residency)
+    _move_out_until_learning(actor, residency)
     trained_critic = None if critic is None else Engine(critic, [list(critic.parameters())], config.optim, zero)
     if trained_critic is not None:
-        _rest(trained_critic, residency)
+        _move_out_until_learning(trained_critic, residency)
     average = None if config.actor.average is None else Average(policy, config.actor.average, world)
     return Roles(actor, trained_critic, frozen, sampling_weights, tokenizer, residency, average)
 
 
-def _rest(engine: Engine, residency: Residency) -> None:
-    """Until it learns, nothing that learning alone uses is on the GPU."""
+def _move_out_until_learning(engine: Engine, residency: Residency) -> None:
+    """Move everything that only the learning phase uses from the GPU to the host until that phase."""
     residency.add("optimizers", engine)
     residency.add("gradients", Gradients(engine))

@@ -1,16 +1,17 @@
 """Attention over packed rows and over the sampler's cache, as one function in transformers' attention registry.
 
-A model whose attention is set to `ATTENTION` is called with one of two keywords, which transformers hands down to
-every layer untouched:
+A model whose attention is set to `ATTENTION` is called with one of two keywords, which transformers passes on to
+every layer unchanged:
 
-- `packed=Spans`: the row holds whole sequences end to end, and each attends to itself alone;
-- `cache=Cache`: as above in prefill, and one new position for each row in decode, at that row's own length.
+- `packed=SequenceLayout`: the row holds whole sequences end to end, and each sequence attends only to itself;
+- `cache=Cache`: the same in prefill; in decode one new position for each row, at the length of that row.
 
-No model code is patched. What a model asks of its attention beyond causality is honoured (a window, whether it comes
-as `sliding_window` or in the mask alone; `softcap`) or refused: silently leaving it out would train another model than
-the one that was loaded.
+No model code is patched. A model may ask its attention for more than causality. A sliding window (given as
+`sliding_window` or only by the mask) and `softcap` are computed; everything else raises an error, because ignoring it
+would train another model than the one that was loaded.
 
-On CUDA flash-attn computes it where it can (`fastppo.models.flash`); elsewhere PyTorch does, and decode is an op.
+On CUDA flash-attn computes the attention where it can (`fastppo.models.flash`); elsewhere PyTorch computes it, and
+decode is an op.
 """
 
 from __future__ import annotations
@@ -33,57 +34,58 @@ from fastppo.models.flash import FlashAttention, choose_flash
 
 ATTENTION = "fastppo_packed"
 
-_flash: FlashAttention | None = None  # what `compute_with` was given
+_flash: FlashAttention | None = None  # set by `compute_with`
 
-# On the CPU, PyTorch's fused attention is slower than the plain products up to about this length: forward and backward
-# over 16 sequences of 128 tokens and 9 heads take 60 ms against 20 in bf16, and over 8 of 512 tokens 166 against 230.
-SHORT = 128
+# On the CPU, PyTorch's fused attention is slower than the plain matrix products up to about this many tokens: forward
+# and backward in bf16 with 9 heads take 60 ms (fused) and 20 ms (plain) over 16 sequences of 128 tokens, and 166 ms
+# and 230 ms over 8 sequences of 512 tokens.
+PLAIN_ATTENTION_MAX = 128
 
-# Keywords that models pass to every attention function and that carry nothing which packing would lose.
+# Keywords that models pass to every attention function and that packed attention may ignore.
 _HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "is_causal", "dropout"}
 
 
 @dataclass(frozen=True)
 class Window:
-    """What stands for a mask that is more than causal: tokens see the newest `size` positions."""
+    """Replaces the mask of sliding-window attention: a token attends to the newest `size` positions."""
 
     size: int
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """What stands for a mask by which tokens see those of their own chunk of `size` positions (Llama-4)."""
+    """Replaces the mask of chunked attention (Llama-4): a token attends within its own chunk of `size` positions."""
 
     size: int
 
 
 @dataclass(frozen=True)
-class Spans:
-    """Where the sequences of a packed row lie, made once for all layers of a forward pass.
+class SequenceLayout:
+    """Positions of the sequences in a packed row, computed once for all layers of a forward pass.
 
-    Neighbours of equal length are attended to in one call; flash-attn takes all sequences in one.
+    Adjacent sequences of equal length are computed in one call; flash-attn computes all sequences in one call.
     """
 
     runs: tuple[tuple[int, int, int], ...]  # (first row, number of sequences, their length)
     cu_seqlens: Tensor  # (B+1,) int32, on the device
-    longest: int  # tokens of the longest sequence
+    longest: int  # number of tokens of the longest sequence
 
     @staticmethod
-    def of(lengths: list[int], device: torch.device) -> Spans:
+    def of(lengths: list[int], device: torch.device) -> SequenceLayout:
         runs, start = [], 0
         for length, group in groupby(lengths):
             count = len(list(group))
             runs.append((start, count, length))
             start += count * length
         cu_seqlens = F.pad(torch.tensor(lengths, dtype=torch.int64).cumsum(0), (1, 0)).int()
-        return Spans(tuple(runs), cu_seqlens.to(device), max(lengths, default=0))
+        return SequenceLayout(tuple(runs), cu_seqlens.to(device), max(lengths, default=0))
 
 
 class Cache:
-    """Keys and values of R rows, each with a length of its own. The buffers never move or grow.
+    """Keys and values of R rows; each row has its own length. The buffers are allocated once and never grow.
 
-    Prefill writes a packed row of prompts, `cache.rows[i]` being the row of the i-th prompt; decode appends one
-    position to every active row. The model runs with `use_cache=False`: transformers' cache classes take no part.
+    Prefill writes a packed row of prompts; `cache.rows[i]` is the row of the i-th prompt. Decode appends one position
+    to every active row. The model runs with `use_cache=False`: transformers' cache classes are not used.
     """
 
     def __init__(self, config: PreTrainedConfig, rows: int, length: int, dtype: torch.dtype, device: torch.device):
@@ -91,31 +93,35 @@ class Cache:
         shape = (config.num_hidden_layers, rows, heads, length, width)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # positions that each row holds
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # number of positions in each row
         self.rows = torch.arange(rows, device=device)  # (active,) int64, the rows in the batch
-        self.spans: Spans | None = None  # the prompts' layout while they are prefilled, None in decode
-        self.active: tuple[Tensor, Tensor] | None = None  # (active,) int32 each, lengths and rows as flash-attn wants
+        self.layout: SequenceLayout | None = None  # of the prompts during prefill, None in decode
+        self.active: tuple[Tensor, Tensor] | None = None  # (active,) int32 each: lengths and rows, for flash-attn
 
     @staticmethod
     def shape(config: PreTrainedConfig) -> tuple[int, int]:
-        """Key/value heads, and the width of a head."""
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        """Number of key/value heads, and the width of a head."""
+        return getattr(config, "num_key_value_heads", None) or config.num_attention_heads, head_width(config)
 
     def begin_prefill(self, lengths: list[int]) -> None:
-        self.spans = Spans.of(lengths, self.lengths.device)
+        self.layout = SequenceLayout.of(lengths, self.lengths.device)
         self.rows = torch.arange(len(lengths), device=self.lengths.device)
         self.lengths[: len(lengths)] = torch.tensor(lengths, device=self.lengths.device)
 
     def begin_decode(self) -> None:
-        self.spans = None
+        self.layout = None
 
     def begin_step(self, rows: Tensor) -> None:
-        """Decode the next position of these rows, (active,) int64."""
+        """Select the rows (active,) int64 whose next position is decoded."""
         self.rows, self.active = rows, (self.lengths[rows].int(), rows.int())
 
     def end_step(self) -> None:
         self.lengths[self.rows] += 1
+
+
+def head_width(config: PreTrainedConfig) -> int:
+    """The width of an attention head; config: of the language model (`get_text_config`)."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def attend(
@@ -125,51 +131,53 @@ def attend(
     value: Tensor,
     attention_mask: Window | Chunks | Tensor | None,
     scaling: float | None = None,
-    packed: Spans | None = None,
+    packed: SequenceLayout | None = None,
     cache: Cache | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     flash: FlashAttention | None = None,
     **unknown: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention, the function that models call. query (batch, heads, length, width), fewer heads in key and
-    value where the model groups them. Returns (batch, length, heads, width). Packed rows have batch 1, a decode step
-    has length 1. attention_mask: what `_layout` made for this layer. flash: computes all that it takes, see
-    `compute_with`.
+    """Causal attention, the function that models call.
+
+    query (batch, heads, length, width); key and value have fewer heads with grouped-query attention. Returns (batch,
+    length, heads, width). Packed rows have batch 1, a decode step has length 1. attention_mask: the result of
+    `_mask_type` for this layer. flash: computes the attention where it can, see `compute_with`.
     """
-    refused = sorted(name for name, given in unknown.items() if given is not None and name not in _HARMLESS)
-    if refused:
+    unsupported = sorted(name for name, value in unknown.items() if value is not None and name not in _HARMLESS)
+    if unsupported:
         raise FastPPOError(
-            f"{type(module).__name__} asks its attention for {', '.join(refused)}, which packed attention does not"
-            " implement; leaving it out would compute another model. Use a model with plain causal attention,"
+            f"{type(module).__name__} asks its attention for {', '.join(unsupported)}, which packed attention does not"
+            " implement; ignoring it would compute another model. Use a model with plain causal attention,"
             " a sliding window or a soft cap."
         )
     if isinstance(attention_mask, Tensor):
         raise FastPPOError(
-            f"{type(module).__name__} gives its attention a mask of its own making, which packed attention would leave"
-            " out; that would compute another model. Use a model with plain causal attention or a sliding window."
+            f"{type(module).__name__} gives its attention a mask that it computed itself, and packed attention would"
+            " ignore it; that would compute another model. Use a model with plain causal attention or a sliding window."
         )
     if isinstance(attention_mask, Chunks):
         _check_chunks(attention_mask.size, packed, cache)
-    window = attention_mask.size if isinstance(attention_mask, Window) else sliding_window or 0  # as its own has it
+    window = attention_mask.size if isinstance(attention_mask, Window) else sliding_window or 0
     _check_shapes(type(module).__name__, query, key, value, cache)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap or 0.0}
-    flash = flash if flash is not None and flash.takes(module, query) else None
+    flash = flash if flash is not None and flash.supports(module, query) else None
     layer = getattr(module, "layer_idx", None)
-    spans = packed if cache is None else cache.spans
-    if spans is None:
+    layout = packed if cache is None else cache.layout
+    if layout is None:
         if cache is None:
             raise FastPPOError(
-                f"{type(module).__name__} got neither packed=Spans nor cache=Cache: its model does not hand"
-                " down what it is called with, so it cannot read packed rows. Use a model that does, as most do."
+                f"{type(module).__name__} got neither packed=SequenceLayout nor cache=Cache: its model does not pass"
+                " its keyword arguments on to its layers, so it cannot read packed rows. Use a model that does, as"
+                " most do."
             )
         return _attend_cached(query, key, value, cache, layer, flash, options), None
     if cache is not None:
-        _fill(cache, layer, key, value)
+        _fill_cache(cache, layer, key, value)
     if flash is not None:
-        return flash.packed(query, key, value, spans.cu_seqlens, spans.longest, **options), None
-    return _attend_packed(query, key, value, spans, **options), None
+        return flash.packed(query, key, value, layout.cu_seqlens, layout.longest, **options), None
+    return _attend_packed(query, key, value, layout, **options), None
 
 
 def _attend_cached(
@@ -181,7 +189,7 @@ def _attend_cached(
     flash: FlashAttention | None,
     options: dict[str, Any],
 ) -> Tensor:
-    """(R, heads, 1, width) -> (R, 1, heads, width); the new position goes into the cache."""
+    """(R, heads, 1, width) -> (R, 1, heads, width); writes the new position into the cache."""
     keys, values = cache.keys[layer], cache.values[layer]
     if flash is not None:
         assert cache.active is not None  # begin_step has been called
@@ -191,19 +199,19 @@ def _attend_cached(
 
 
 def _attend_packed(
-    query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float, window: int, softcap: float
+    query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, scale: float, window: int, softcap: float
 ) -> Tensor:
     outputs = []
-    for start, count, length in spans.runs:
+    for start, count, length in layout.runs:
         q, k, v = (_sequences(x, start, count, length) for x in (query, key, value))
-        if softcap or (window and length > window) or (q.device.type == "cpu" and length <= SHORT):
+        if softcap or (window and length > window) or (q.device.type == "cpu" and length <= PLAIN_ATTENTION_MAX):
             out: Tensor = _attend_plainly(q, k, v, scale, window, softcap)
         else:
             out = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
             )
         outputs.append(out.transpose(1, 2).reshape(1, count * length, *out.shape[1::2]))
-    # Contiguous, since some models view it in another shape: reshape copies nothing where there is one sequence.
+    # Contiguous, because some models view the result in another shape: with one sequence reshape copies nothing.
     return outputs[0].contiguous() if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
@@ -214,9 +222,9 @@ def _sequences(x: Tensor, start: int, count: int, length: int) -> Tensor:
 
 
 def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float) -> Tensor:
-    """Softmax attention as three products; (B, heads, L, width), fewer heads in k and v where the model groups them.
+    """Softmax attention as plain matrix products; (B, heads, L, width), fewer heads in k and v with grouped queries.
 
-    The queries of a group stand under one another, so that keys and values are read once and never repeated.
+    The queries of a group are stacked along the length, so that keys and values are read once and not repeated.
     """
     heads, length = k.shape[1], k.shape[2]
     grouped = q.unflatten(1, (heads, -1)).flatten(2, 3)  # (B, kv heads, group * L, width)
@@ -230,47 +238,50 @@ def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, 
     return out
 
 
-def _fill(cache: Cache, layer: int | None, key: Tensor, value: Tensor) -> None:
+def _fill_cache(cache: Cache, layer: int | None, key: Tensor, value: Tensor) -> None:
+    """Write the keys and values of packed prompts, (1, kv heads, N, width), into the cache."""
     row = 0
-    assert cache.spans is not None
-    for start, count, length in cache.spans.runs:
+    assert cache.layout is not None
+    for start, count, length in cache.layout.runs:
         for buffer, new in ((cache.keys, key), (cache.values, value)):
             buffer[layer, row : row + count, :, :length] = _sequences(new, start, count, length)
         row += count
 
 
-def _check_chunks(size: int, packed: Spans | None, cache: Cache | None) -> None:
-    """Within one chunk, attention by chunks is causal attention; what would reach beyond it is refused."""
+def _check_chunks(size: int, packed: SequenceLayout | None, cache: Cache | None) -> None:
+    """Raise FastPPOError for sequences longer than one chunk. Within one chunk the attention is plainly causal."""
     longest = packed.longest if packed is not None else 0 if cache is None else cache.keys.shape[3]
     if longest > size:
         raise FastPPOError(
-            f"sequences of up to {longest} tokens, but this model attends within chunks of attention_chunk_size ="
-            f" {size} tokens, which is computed for sequences of one chunk only. Make prompts and responses shorter."
+            f"sequences have up to {longest} tokens, but this model attends within chunks of attention_chunk_size ="
+            f" {size} tokens, and only sequences of one chunk are supported. Make prompts and responses shorter."
         )
 
 
 def _check_shapes(name: str, query: Tensor, key: Tensor, value: Tensor, cache: Cache | None) -> None:
-    """Whether queries, keys and values (batch, heads, length, width) have one width, and in all layers the cache's."""
+    """Check that queries, keys and values (batch, heads, length, width) have one width, the same in all layers."""
     if value.shape[-1] != query.shape[-1]:
         raise FastPPOError(
             f"{name} has values of width {value.shape[-1]} and queries of width {query.shape[-1]}, as multi-head latent"
-            " attention does; packed attention knows one width. Use a model with one."
+            " attention does; packed attention supports one width only. Use a model whose queries and values have the"
+            " same width."
         )
-    made = [(x.shape[1], x.shape[3]) for x in (key, value)]
-    held = made[0] if cache is None else (cache.keys.shape[2], cache.keys.shape[4])
-    if made != [held, held]:
-        cached = "" if cache is None else f", and the cache to sample with holds {held}, as the config says"
+    key_shape, value_shape = ((x.shape[1], x.shape[3]) for x in (key, value))
+    expected_shape = key_shape if cache is None else (cache.keys.shape[2], cache.keys.shape[4])
+    if (key_shape, value_shape) != (expected_shape, expected_shape):
+        cached = "" if cache is None else f", and the sampling cache has {expected_shape}, as the config says"
         raise FastPPOError(
-            f"{name} makes keys of {made[0]} and values of {made[1]} (heads, width){cached}. Use a model whose keys and"
-            " values have one shape in all layers."
+            f"{name} computes keys of {key_shape} and values of {value_shape} (heads, width){cached}. Use a model whose"
+            " keys and values have one shape in all layers."
         )
 
 
-def _layout(*args: Any, config: Any = None, local_size: int | None = None, **kwargs: Any) -> Window | Chunks | None:
-    """In the place of a mask, what of it the layout of rows does not tell: building an (N, N) one would cost more than
-    the attention. transformers calls it for each type of layer, and the model hands the result to those layers.
+def _mask_type(*args: Any, config: Any = None, local_size: int | None = None, **kwargs: Any) -> Window | Chunks | None:
+    """The kind of mask that a layer needs beside the sequence layout, in place of an (N, N) mask.
 
-    local_size: of a sliding window or of chunks; None for plain causal attention.
+    Building such a mask would cost more than the attention. transformers calls this function for each type of layer,
+    and the model passes the result to those layers. local_size: of a sliding window or of a chunk; None for plain
+    causal attention.
     """
     if local_size is None:
         return None
@@ -278,38 +289,38 @@ def _layout(*args: Any, config: Any = None, local_size: int | None = None, **kwa
 
 
 def choose_attention(setting: Literal["auto", "flash", "sdpa"], dtype: torch.dtype, device: torch.device) -> None:
-    """What computes the attention of all models of this process from here on (the setting `attention`)."""
+    """Set the implementation of attention for all models of this process (the setting `attention`)."""
     compute_with(choose_flash(setting, dtype, device))
 
 
 def compute_with(flash: FlashAttention | None) -> None:
-    """Let flash-attn compute what it can, or, with None, PyTorch all of it."""
+    """Use flash-attn where it can compute the attention; None: use PyTorch everywhere."""
     global _flash
     _flash = flash
     AttentionInterface.register(ATTENTION, partial(attend, flash=flash))
 
 
 def uses_flash() -> bool:
-    """Whether flash-attn computes what it can."""
+    """Whether flash-attn is used."""
     return _flash is not None
 
 
 @contextmanager
 def without_flash() -> Iterator[None]:
-    """Within this context PyTorch computes all attention, as in fp32, which flash-attn does not know."""
-    chosen = _flash
+    """Within this context PyTorch computes all attention, for example in fp32, which flash-attn does not support."""
+    flash_before = _flash
     compute_with(None)
     try:
         yield
     finally:
-        compute_with(chosen)
+        compute_with(flash_before)
 
 
 def attend_packed(model: PreTrainedModel) -> None:
-    """Let `attend` compute the attention of all layers of a model.
+    """Use `attend` for the attention of all layers of a model.
 
-    Each module reads its own config, and a model that was put together from two has two: transformers' method looks at
-    the outermost alone, and the layers of the other would go on with an attention that knows no `packed`.
+    Each module reads its own config, and a model that was assembled from two models has two configs. transformers'
+    method changes only the outermost config, so the other layers would keep an attention that ignores `packed`.
     """
     model.set_attn_implementation(ATTENTION)
     for module in model.modules():
@@ -318,13 +329,14 @@ def attend_packed(model: PreTrainedModel) -> None:
             config._attn_implementation = ATTENTION
 
 
-def asks_nothing(model: PreTrainedModel) -> bool:
-    """Whether a decode step of the model never waits for the GPU to tell the host something, so that a CUDA graph can
-    hold it. flash-attn asks nothing; PyTorch's side of `ops.attend_cached` does.
+def decodes_without_sync(model: PreTrainedModel) -> bool:
+    """Whether a decode step of the model runs without a synchronisation of host and GPU, as a CUDA graph requires.
+
+    This is so with flash-attn; the PyTorch implementation of `ops.attend_cached` synchronises.
     """
-    width = Cache.shape(model.config.get_text_config())[-1]
-    return _flash is not None and model.device.type == "cuda" and _flash.can(width, model.dtype)
+    width = head_width(model.config.get_text_config())
+    return _flash is not None and model.device.type == "cuda" and _flash.has_kernel(width, model.dtype)
 
 
 compute_with(None)
-AttentionMaskInterface.register(ATTENTION, _layout)
+AttentionMaskInterface.register(ATTENTION, _mask_type)

@@ -1,8 +1,8 @@
-"""The frozen prefix: the lowest layers of a model where they do not train.
+"""The frozen prefix: the lowest layers of a model, if they do not train.
 
-What a frozen prefix hands up is the same in every pass over a batch, so it is computed once: for old logprobs, for the
-reference (which starts from the same weights) and for all epochs. In the quickstart, where 22 of 30 layers are
-frozen, that is two fifths of the layers' passes in experience and learning.
+The output of a frozen prefix is the same in every pass over a batch, so it is computed once: for the old logprobs, for
+the reference (which starts from the same weights) and for all epochs. In the quickstart, where 22 of 30 layers are
+frozen, this saves two fifths of the layer passes in the phases experience and learning.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastppo.data import Packed
 
 
 def layers_of(model: PreTrainedModel) -> tuple[nn.Module, str] | None:
-    """The module that holds the model's list of layers, and the list's name; None if there is no such list."""
+    """The module that contains the model's list of layers, and the name of the list; None without such a list."""
     depth = model.config.get_text_config().num_hidden_layers
     for parent in model.base_model.modules():
         for name, child in parent.named_children():
@@ -29,76 +29,76 @@ def layers_of(model: PreTrainedModel) -> tuple[nn.Module, str] | None:
 
 
 def after_layers(parent: nn.Module) -> list[nn.Module]:
-    """What stands between the last layer and the heads: a final norm."""
+    """The modules between the last layer and the heads: a final norm."""
     return [child for name, child in parent.named_children() if "norm" in name or name == "ln_f"]
 
 
 def prefix_depth(model: PreTrainedModel) -> int:
-    """How many of the lowest layers are a frozen prefix: frozen, on frozen embeddings, and handing up one tensor."""
-    found = layers_of(model)
-    if found is None:
+    """The number of lowest layers that form a frozen prefix; 0 if the embeddings or other lower parameters train."""
+    parent_and_name = layers_of(model)
+    if parent_and_name is None:
         return 0
-    parent, name = found
+    parent, name = parent_and_name
     layers = cast(nn.ModuleList, getattr(parent, name))
-    above = {id(p) for module in [*layers, *after_layers(parent)] for p in module.parameters()}
-    if any(p.requires_grad and id(p) not in above for p in model.base_model.parameters()):
+    in_layers_or_above = {id(p) for module in [*layers, *after_layers(parent)] for p in module.parameters()}
+    if any(p.requires_grad and id(p) not in in_layers_or_above for p in model.base_model.parameters()):
         return 0
     trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
-    return [*trained[:-1], True].index(True)  # the last layer is never part of it
+    return [*trained[:-1], True].index(True)  # the last layer is never part of the prefix
 
 
-class Passing(nn.Module):
-    """Stands in for a layer: hands on what it gets, or `states` instead, and keeps what it got."""
+class SkippedLayer(nn.Module):
+    """Replaces a layer: returns its input, or `states` if given, and stores its input."""
 
     def __init__(self, layer: nn.Module, states: Tensor | None):
         super().__init__()
-        self.attention_type = getattr(layer, "attention_type", None)  # some models ask their layers for it
+        self.attention_type = getattr(layer, "attention_type", None)  # some models read this attribute of their layers
         self.states = states
-        self.got: Tensor | None = None
+        self.received: Tensor | None = None  # the input of the last pass
 
     def forward(self, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.got = states
+        self.received = states
         return states if self.states is None else self.states
 
 
 @contextlib.contextmanager
-def passing(model: PreTrainedModel, layers: range, states: Tensor | None = None) -> Iterator[Passing]:
-    """Within this context the given layers compute nothing; the first of them hands on `states` where given."""
-    found = layers_of(model)
-    assert found is not None
-    parent, name = found
-    own = cast(nn.ModuleList, getattr(parent, name))
-    stand_ins = {i: Passing(own[i], states if i == layers.start else None) for i in layers}
-    setattr(parent, name, nn.ModuleList([stand_ins.get(i, layer) for i, layer in enumerate(own)]))
+def skipping(model: PreTrainedModel, layers: range, states: Tensor | None = None) -> Iterator[SkippedLayer]:
+    """Within this context the given layers compute nothing; the first of them returns `states` if given."""
+    parent_and_name = layers_of(model)
+    assert parent_and_name is not None
+    parent, name = parent_and_name
+    model_layers = cast(nn.ModuleList, getattr(parent, name))
+    skipped = {i: SkippedLayer(model_layers[i], states if i == layers.start else None) for i in layers}
+    setattr(parent, name, nn.ModuleList([skipped.get(i, layer) for i, layer in enumerate(model_layers)]))
     try:
-        yield stand_ins[layers.start]
+        yield skipped[layers.start]
     finally:
-        setattr(parent, name, own)
+        setattr(parent, name, model_layers)
 
 
 class PrefixStates:
-    """What prefixes handed up in one batch, sequence by sequence, as far as this process computed it."""
+    """The outputs of frozen prefixes for one batch, by sequence, as far as this process has computed them."""
 
     def __init__(self, *, keep: bool = True) -> None:
-        """keep: whether a sequence's states are kept for the next time; else they are computed each time."""
+        """keep: whether the states of a sequence are cached; False: they are computed at each call."""
         self._keep = keep
-        self._kept: dict[int, dict[int, Tensor]] = {}  # prefix -> sequence -> (tokens, H)
+        self._cached: dict[int, dict[int, Tensor]] = {}  # prefix owner -> sequence -> (tokens, H)
 
     def __call__(self, role: Any, packed: Packed, sequences: Tensor) -> Tensor | None:
-        """States for these sequences of the batch, `packed` holding them in this order; None where there is no prefix.
+        """The states (N, H) of these sequences of the batch; None if the role has no frozen prefix.
 
-        They are computed if one of them is missing. On several ranks that happens where a later epoch brings a
-        sequence that another rank had before.
+        packed: the sequences in this order. All are computed if one of them is not cached. With several ranks this
+        happens if a later epoch assigns a sequence to another rank.
         """
         if not role.prefix_depth:
             return None
         if not self._keep:
             with torch.no_grad():
                 return cast(Tensor, role.prefix(packed))
-        kept = self._kept.setdefault(role.prefix_owner, {})
-        names = sequences.tolist()
-        if any(name not in kept for name in names):
+        cached_states = self._cached.setdefault(role.prefix_owner, {})
+        indices = sequences.tolist()
+        if any(index not in cached_states for index in indices):
             with torch.no_grad():
                 states = role.prefix(packed)
-            kept.update(zip(names, states.split(packed.lengths.tolist()), strict=True))
-        return torch.cat([kept[name] for name in names])
+            cached_states.update(zip(indices, states.split(packed.lengths.tolist()), strict=True))
+        return torch.cat([cached_states[index] for index in indices])

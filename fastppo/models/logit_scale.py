@@ -1,8 +1,8 @@
-"""What a causal model's own forward pass makes of its head's logits: some families multiply or divide them.
+"""The factor by which a causal model's forward pass multiplies the logits of its head; some families have one.
 
 Granite divides by `logits_scaling`, HyperCLOVA X multiplies by it, Cohere multiplies by `logit_scale`, MiniCPM divides
-the hidden states that the head reads: no name in a config tells which. So the forward pass itself is asked, with a
-backbone and a head that compute nothing.
+the hidden states that the head reads: the name of a setting does not tell which. So the factor is measured: the
+forward pass runs with a backbone and a head that return constants.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 
 log = logging.getLogger("fastppo")
 
-PROBE = 1e-3  # a logit small enough for a softcap to leave as it is, but for what `logit_scale` takes back
+PROBE = 1e-3  # a logit so small that a softcap hardly changes it; `logit_scale` corrects for the rest
 
 
-class _States:
-    """Hidden states (1, 1, H) of ones as a backbone's output, whose other fields are all None."""
+class _ConstantStates:
+    """The output of a backbone with hidden states (1, 1, H) of ones; all its other fields are None."""
 
     def __init__(self, width: int) -> None:
         self.last_hidden_state = torch.ones(1, 1, width, dtype=torch.float64, device="cpu")
@@ -36,55 +36,55 @@ class _States:
 
 
 def logit_scale(model: PreTrainedModel, head: nn.Module, softcap: float | None) -> float:
-    """The factor s of the model's logits, softcap tanh(s l / softcap) or s l, where l is what `head` gives.
+    """The factor s of the model's logits, softcap tanh(s l / softcap) or s l, where l is the output of `head`.
 
-    No weight is read, so they may be anywhere: on the meta device, in partitions. 1 where the forward pass cannot be
-    asked so, or where what it makes of a logit is no factor; `model_check.check_model` then sees whether that is right.
+    Reads no weights, so they may be on the meta device or partitioned. Returns 1 if the forward pass cannot run with a
+    replaced backbone, or if its result is no positive multiple of the logit; `model_check` then compares the outputs.
     """
     try:
-        got = _asked(model, head)
-    except Exception as error:  # a forward pass may want anything of its backbone
-        log.debug("%s: its logits' scale cannot be asked for (%r); taken for 1", type(model).__name__, error)
+        output = _output_for_probe(model, head)
+    except Exception as error:  # a forward pass may use any attribute of its backbone
+        log.debug("%s: the scale of its logits cannot be measured (%r); 1 is used", type(model).__name__, error)
         return 1.0
     if softcap is not None:
-        got = softcap * math.atanh(got / softcap) if abs(got) < softcap else math.nan
-    factor = got / PROBE
+        output = softcap * math.atanh(output / softcap) if abs(output) < softcap else math.nan
+    factor = output / PROBE
     if not 0.0 < factor < math.inf:
-        log.debug("%s: makes %g of a logit of %g, which is no factor", type(model).__name__, got, PROBE)
+        log.debug("%s: maps a logit of %g to %g, which is not a factor", type(model).__name__, PROBE, output)
         return 1.0
-    nearest = float(f"{factor:.6g}")  # a forward pass in fp32 rounds, and a config's numbers are short
+    nearest = float(f"{factor:.6g}")  # a forward pass in fp32 rounds, and the numbers of a config have few digits
     return nearest if math.isclose(nearest, factor, rel_tol=2e-7) else factor
 
 
-def _asked(model: PreTrainedModel, head: nn.Module) -> float:
-    """What the model's forward pass makes of a logit of `PROBE`."""
+def _output_for_probe(model: PreTrainedModel, head: nn.Module) -> float:
+    """The logit that the model's forward pass returns where its head returns `PROBE`."""
 
-    def backbone(*_: Any, **__: Any) -> _States:
-        return _States(model.config.get_text_config().hidden_size)
+    def backbone(*_: Any, **__: Any) -> _ConstantStates:
+        return _ConstantStates(model.config.get_text_config().hidden_size)
 
     def project(hidden: Tensor) -> Tensor:
         return hidden[..., :1] * PROBE
 
-    inner = {model.base_model, model.get_decoder()} - {model, None}  # OPT calls its decoder past its base model
-    if not inner:
-        raise ValueError("it has no backbone of its own")
+    backbones = {model.base_model, model.get_decoder()} - {model, None}  # OPT calls its decoder, not its base model
+    if not backbones:
+        raise ValueError("it has no separate backbone")
     with contextlib.ExitStack() as stack, torch.no_grad():
-        for module in inner:
-            stack.enter_context(_forward_is(module, backbone))
-        stack.enter_context(_forward_is(head, project))
+        for module in backbones:
+            stack.enter_context(_replaced_forward(module, backbone))
+        stack.enter_context(_replaced_forward(head, project))
         tokens = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
         logits: Tensor = model(input_ids=tokens, use_cache=False).logits
     return float(logits.flatten()[0])
 
 
 @contextlib.contextmanager
-def _forward_is(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    before = vars(module).get("forward")
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    forward_before = vars(module).get("forward")
     vars(module)["forward"] = forward
     try:
         yield
     finally:
-        if before is None:
+        if forward_before is None:
             del vars(module)["forward"]
         else:
-            vars(module)["forward"] = before
+            vars(module)["forward"] = forward_before

@@ -1,11 +1,11 @@
-"""LoRA: adapters of low rank on frozen weights (Hu et al., 2021), by peft.
+"""LoRA: adapters of low rank on frozen weights (Hu et al., 2021), computed by peft.
 
-A weight W of shape (out, in) stays as it is, and W + alpha / rank * B A is used: A of shape (rank, in) and B of shape
-(out, rank) train, in the model's dtype, and B starts at zero. So the actor with its adapters off is its own reference,
-exactly, for as long as the run lasts (`roles.adapters_off`).
+A weight W of shape (out, in) is frozen, and the forward pass uses W + alpha / rank * B A: A of shape (rank, in) and B
+of shape (out, rank) train, in the dtype of the model, and B is initialised to zero. So the actor with its adapters off
+is exactly its starting point, and serves as the reference during the whole run (`roles.adapters_off`).
 
-Sampling runs on the same module, adapters unmerged: a merged weight rounds differently, and the first ratio of a batch
-would no longer be 1. There is no dropout, for the same reason.
+Sampling uses the same module with unmerged adapters: a merged weight rounds differently, and the first ratio of a
+batch would no longer be 1. For the same reason the adapters have no dropout.
 """
 
 from __future__ import annotations
@@ -26,29 +26,30 @@ from fastppo.models.roles import ModelError
 
 log = logging.getLogger("fastppo")
 
-PLAIN = (nn.Linear.forward, Conv1D.forward)  # a router may be a linear layer whose forward pass does more (PhiMoE)
+# A subclass with another forward pass is no plain linear layer: PhiMoE's router computes more.
+PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
 
-NAME = "default"  # peft's name of a model's only adapter
+NAME = "default"  # peft's name of the only adapter of a model
 
 
 def add_adapters(
     model: PreTrainedModel, role: str, lora: LoraConfig, *, seed: int, source: str, revision: str | None = None
 ) -> None:
-    """Freeze the model, and put an adapter on each of `lora.targets` whose weight would have trained.
+    """Freeze the model, and add an adapter to each linear layer of `lora.targets` whose weight is trainable.
 
-    model: with `requires_grad` as `trainable.set_trainable` leaves it. role: `actor` or `critic`, for messages.
-    seed: of A, which is the same on every rank. source, revision: where the weights are from; an exported adapter names
-    it. Raises ModelError if a target fits no linear layer, or if none of them would have trained.
+    model: `requires_grad` is set by `set_trainable`. role: `actor` or `critic`, for messages. seed: of the initial
+    values of A, the same on every rank. source, revision: the origin of the weights, which an exported adapter names.
+    Raises ModelError if a target matches no linear layer, or if none of the layers is trainable.
     """
-    import peft  # it takes two seconds, which runs without LoRA need not spend
+    import peft  # the import takes two seconds, which runs without LoRA save
 
     targets = _targets(model, role, lora.targets)
     trained = [name for name, layer in targets.items() if layer.weight.requires_grad]
     if not trained:
         raise ModelError(
             f"{role}.lora.targets = {lora.targets} names {len(targets)} linear layers of {type(model).__name__}, and"
-            f" {role}.train lets the weights of none of them learn, so there is nothing to adapt."
-            f" Set {role}.train to all, or to layers that hold targets."
+            f" {role}.train makes none of their weights trainable, so no adapter can be added."
+            f" Set {role}.train to all, or to layers that contain targets."
         )
     config = peft.LoraConfig(
         r=lora.rank,
@@ -59,43 +60,43 @@ def add_adapters(
         base_model_name_or_path=source,
         revision=revision,
     )
-    before = torch.get_rng_state()
+    random_state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:
         peft.inject_adapter_in_model(config, model, NAME)
     except (ValueError, NotImplementedError) as error:
         raise ModelError(f"{role}.lora.targets = {lora.targets}: peft cannot adapt them ({error})") from error
     finally:
-        torch.set_rng_state(before)
+        torch.set_rng_state(random_state)
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info("%s.lora: adapters on %d linear layers, %.2f M parameters", role, len(trained), size / 1e6)
 
 
 def _targets(model: PreTrainedModel, role: str, targets: str) -> dict[str, nn.Linear | Conv1D]:
-    """The linear layers that the setting names. The vocabulary head is none of them: `roles.FusedHead` is its own."""
+    """The linear layers that the setting names. The vocabulary head is excluded: it is a `roles.FusedHead`."""
     linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
-    linear = {name: layer for name, layer in linear.items() if type(layer).forward in PLAIN}
+    linear = {name: layer for name, layer in linear.items() if type(layer).forward in PLAIN_FORWARDS}
     if targets == "all-linear":
         return linear
-    found: set[str] = set()
+    target_names: set[str] = set()
     for pattern in (part.strip() for part in targets.split(",")):
-        fitting = {name for name in linear if name.endswith(f".{pattern}") or fnmatch(name, pattern)}
-        if not fitting:
+        matches = {name for name in linear if name.endswith(f".{pattern}") or fnmatch(name, pattern)}
+        if not matches:
             raise ModelError(
-                f"{role}.lora.targets = {targets}: no linear layer of {type(model).__name__} fits {pattern!r}. Give"
+                f"{role}.lora.targets = {targets}: no linear layer of {type(model).__name__} matches {pattern!r}. Give"
                 f" all-linear, or some of {', '.join(sorted({name.rpartition('.')[2] for name in linear}))} (names or"
-                " patterns such as *.mlp.*; embeddings and the vocabulary head take no adapter)."
+                " patterns such as *.mlp.*; embeddings and the vocabulary head cannot have an adapter)."
             )
-        found |= fitting
-    return {name: layer for name, layer in linear.items() if name in found}
+        target_names |= matches
+    return {name: layer for name, layer in linear.items() if name in target_names}
 
 
 def merged_state(model: PreTrainedModel, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The model's state with its adapters merged, under the names that it has without them.
+    """The state of the model with merged adapters, under the parameter names of a model without adapters.
 
-    state: that of the model where its own parameters are not whole (`sampling_weights.whole_state`).
-    Each merged weight is a new tensor in the host's memory, its sum computed in fp32 where the model is and rounded
-    once; the model stays as it is, and its device needs no room for a second one.
+    state: given where the parameters of the model are partitioned (`sampling_weights.whole_state`). Each merged weight
+    is a new tensor in host memory; its sum is computed in fp32 on the device of the model and rounded once. The model
+    does not change, and its device needs no memory for a second model.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -115,11 +116,11 @@ def merged_state(model: PreTrainedModel, state: dict[str, Tensor] | None = None)
 
 
 def save_adapters(model: PreTrainedModel, folder: Path) -> None:
-    """Write what `peft.PeftModel.from_pretrained(base, folder)` loads."""
+    """Write the adapters in the form that `peft.PeftModel.from_pretrained(base, folder)` loads."""
     from peft import get_peft_model_state_dict
 
     folder.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)  # none has an adapter
+    state = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)  # without adapters
     named = {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in state.items()}
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config: Any = model.peft_config[NAME]

@@ -1,7 +1,7 @@
-"""The four roles: how each is loaded, checked and called.
+"""The four roles (actor, critic, reference, reward model) as modules.
 
-Every role runs its backbone on packed rows (`fastppo.models.attention`). A policy's vocabulary head is a module that
-owns its weight and runs an op on it, so that logits exist only inside the op and DeepSpeed's hooks see the weight used.
+Every role runs its backbone on packed rows (`fastppo.models.attention`). The vocabulary head of a policy is a module
+that owns its weight and calls an op on it: logits exist only inside the op, and DeepSpeed's hooks see the weight used.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 from fastppo import ops
 from fastppo.data import Packed, pack
 from fastppo.errors import ModelError as ModelError
-from fastppo.models.attention import Cache, Spans, attend_packed
-from fastppo.models.frozen_prefix import layers_of, passing, prefix_depth
+from fastppo.models.attention import Cache, SequenceLayout, attend_packed, head_width
+from fastppo.models.frozen_prefix import layers_of, prefix_depth, skipping
 from fastppo.models.logit_scale import logit_scale
-from fastppo.models.rotary import turn_each_sequence
+from fastppo.models.rotary import rotate_each_sequence
 from fastppo.ops import TokenStats
 
 log = logging.getLogger("fastppo")
@@ -32,23 +32,23 @@ T = TypeVar("T")
 
 
 class FusedHead(nn.Module):
-    """The vocabulary projection. `head(hidden)` gives logits, `head(hidden, op, ...)` what the op makes of them."""
+    """The vocabulary projection. `head(hidden)` returns logits, `head(hidden, op, ...)` the result of the op."""
 
     def __init__(
         self, weight: nn.Parameter, bias: nn.Parameter | None, softcap: float | None, logit_scale: float = 1.0
     ):
         super().__init__()
-        self.weight = weight  # (V, H), the embedding's own parameter where the two are tied
+        self.weight = weight  # (V, H), the parameter of the embedding where the two are tied
         self.bias = bias  # (V,)
         self.softcap = softcap
-        self.logit_scale = logit_scale  # what logits are multiplied by, before the softcap
+        self.logit_scale = logit_scale  # factor of the logits, applied before the softcap
 
     def forward(self, hidden: Tensor, op: Callable[..., T] | None = None, *args: Any, **kwargs: Any) -> T | Tensor:
         """hidden (M, H) -> `op(hidden, weight, *args, bias=, softcap=, logit_scale=, **kwargs)`; logits (M, V) without
         an op."""
         if op is not None:
             weight, bias = cast(Tensor, self.weight), cast("Tensor | None", self.bias)
-            if torch.is_autocast_enabled(hidden.device.type):  # as it does for a linear layer
+            if torch.is_autocast_enabled(hidden.device.type):  # the same casts as for a linear layer
                 dtype = torch.get_autocast_dtype(hidden.device.type)
                 hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
             scales = {"softcap": self.softcap, "logit_scale": self.logit_scale}
@@ -59,15 +59,15 @@ class FusedHead(nn.Module):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def as_reference(self, hidden: Tensor) -> dict[str, Tensor | None]:
-        """The keywords by which an op takes this head as the reference; hidden (M, H), without gradient.
+        """Keyword arguments of an op for which this head is the reference; hidden (M, H), without gradient.
 
-        The op has one softcap and one logit scale, the policy's: `load.check_same_scales` sees to that.
+        The op has one softcap and one logit scale, those of the policy: `check_same_scales` checks that both agree.
         """
         return {"ref_hidden": hidden, "ref_weight": self.weight, "ref_bias": self.bias}
 
 
 class ValueHead(nn.Module):
-    """V(s) of each hidden state, computed in fp32 since bf16 would round values to three digits. Starts at zero."""
+    """V(s) of each hidden state, computed in fp32 because bf16 rounds values to three digits. Initialised to zero."""
 
     def __init__(self, width: int, dtype: torch.dtype, device: torch.device):
         super().__init__()
@@ -80,12 +80,12 @@ class ValueHead(nn.Module):
 
 
 class ScoreHead(nn.Module):
-    """A sequence classifier's head with one label, under its own name and on its own weight, computed in fp32."""
+    """The head of a sequence classifier with one label, computed in fp32; it keeps the name and the weight."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.weight = linear.weight  # (1, H)
-        self.bias = linear.bias  # (1,), or None as in most families
+        self.bias = linear.bias  # (1,); None in most families
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(R, H) -> (R,) fp32"""
@@ -94,27 +94,27 @@ class ScoreHead(nn.Module):
 
 
 class Backbone(nn.Module):
-    """What all roles have in common: a transformers model that reads packed rows.
+    """The base class of all roles: a transformers model that reads packed rows.
 
-    A role is called with an objective, a function of the role and of the (M, H) hidden states that predict each
-    response token. So the heads run inside the module's own forward pass, where DeepSpeed has their weights at hand,
-    and what is made of them is written in the stage that wants it.
+    A role is called with an objective, a function of the role and of the (M, H) hidden states that predict the
+    response tokens. The heads then run inside the forward pass of the module, where DeepSpeed has gathered their
+    weights, and each phase of a step defines its own objective.
     """
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
         attend_packed(self.model)
-        turn_each_sequence(self.model, self.model.config)
-        self.prefix_depth = 0  # lowest layers whose states may be kept, see `keep_prefix`
-        self.prefix_owner = id(model)  # roles of one owner have the same prefix
-        self.adapters = True  # False: a view of another role's model as it is without its LoRA adapters
+        rotate_each_sequence(self.model, self.model.config)
+        self.prefix_depth = 0  # number of lowest layers whose states may be cached, see `enable_prefix_states`
+        self.prefix_owner = id(model)  # roles with the same owner have the same frozen prefix
+        self.adapters = True  # False: the role runs another role's model with its LoRA adapters off
 
     def train(self, mode: bool = True) -> Backbone:
-        """Train mode for nothing but what recomputes its activations, which asks for it; all else stays as in eval().
+        """Set train mode only in modules with activation checkpointing, which needs it; all others stay in eval mode.
 
-        So whatever a model does at random while it trains is off: dropout, jitter and sampling in routers, layers that
-        are skipped. A policy that changes at random is another policy at every call, and ratios mean nothing.
+        This switches off everything random in training: dropout, jitter and sampling in routers, skipped layers. A
+        policy with random outputs would be another policy at every call, and ratios would have no meaning.
         """
         super().train(mode)
         for module in self.model.modules():
@@ -126,26 +126,25 @@ class Backbone(nn.Module):
         return self.model.device
 
     def hidden(self, packed: Packed, prefix_states: Tensor | None = None) -> Tensor:
-        """The last hidden state of every token, (N, H); prefix_states: what the frozen prefix handed up, if kept."""
+        """The last hidden state of every token, (N, H); prefix_states (N, H): output of the frozen prefix, if known."""
         if prefix_states is None:
             return self._run(packed)
-        with passing(self.model, range(self.prefix_depth), prefix_states[None]):
+        with skipping(self.model, range(self.prefix_depth), prefix_states[None]):
             return self._run(packed)
 
     def prefix(self, packed: Packed) -> Tensor:
-        """What the lowest `prefix_depth` layers hand up, (N, H)."""
-        with passing(
-            self.model, range(self.prefix_depth, self.model.config.get_text_config().num_hidden_layers)
-        ) as top:
+        """The output of the lowest `prefix_depth` layers, (N, H)."""
+        upper_layers = range(self.prefix_depth, self.model.config.get_text_config().num_hidden_layers)
+        with skipping(self.model, upper_layers) as first_upper_layer:
             self._run(packed)
-        return cast(Tensor, top.got)[0]
+        return cast(Tensor, first_upper_layer.received)[0]
 
     def _run(self, packed: Packed) -> Tensor:
         with contextlib.nullcontext() if self.adapters else adapters_off(self.model):
             output = self.model.base_model(
                 input_ids=packed.tokens[None],
                 position_ids=packed.positions[None],
-                packed=Spans.of(packed.lengths.tolist(), packed.tokens.device),
+                packed=SequenceLayout.of(packed.lengths.tolist(), packed.tokens.device),
                 use_cache=False,
             )
         return cast(Tensor, output.last_hidden_state[0])
@@ -166,11 +165,11 @@ class Policy(Backbone):
         return cast(FusedHead, self.model.get_output_embeddings())
 
     def prefill(self, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        """Packed prompts (N,) into the cache; returns their hidden states (N, H)."""
+        """Write packed prompts (N,) into the cache; returns their hidden states (N, H)."""
         return self._decode(tokens[None], positions[None], cache)[0]
 
     def step(self, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        """One token (R,) for each active row of the cache; returns hidden states (R, H)."""
+        """Decode one token (R,) for each active row of the cache; returns hidden states (R, H)."""
         return self._decode(tokens[:, None], positions[:, None], cache)[:, 0]
 
     def _decode(self, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
@@ -179,7 +178,7 @@ class Policy(Backbone):
 
 
 class Critic(Backbone):
-    """A separate value model."""
+    """A value model with its own backbone."""
 
     def __init__(self, model: PreTrainedModel, value_head: ValueHead):
         super().__init__(model)
@@ -187,17 +186,17 @@ class Critic(Backbone):
 
 
 def scores(role: Any, hidden: Tensor) -> Tensor:
-    """The objective that is a reward model's scores (B,) fp32 of the last tokens' hidden states (B, H)."""
-    found: Tensor = role.head(hidden)
-    return found
+    """The objective of a reward model: scores (B,) fp32 from the hidden states (B, H) of the last tokens."""
+    role_scores: Tensor = role.head(hidden)
+    return role_scores
 
 
 class RewardModel(Backbone):
-    """One score for each sequence: the classifier's own head on the last token's hidden state.
+    """One score for each sequence: the head of the classifier on the hidden state of the last token.
 
-    It is the last token that is not the config's padding, wherever padding stands, as transformers has it
-    (`GenericForSequenceClassification`): models that pad with their EOS were trained on the token before it. An
-    objective gets the (B, H) hidden states of these tokens; that of the call without one is the scores.
+    The last token is the last one that is not the padding token of the config, at any position, as in transformers
+    (`GenericForSequenceClassification`): models that pad with EOS were trained on the token before EOS. An objective
+    gets the (B, H) hidden states of these tokens; the default objective is the scores.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -215,27 +214,27 @@ class RewardModel(Backbone):
         prefix_states: Tensor | None = None,
     ) -> T:
         padding = self.model.config.get_text_config().pad_token_id
-        return objective(self, self.hidden(packed, prefix_states)[packed.last_rows_but(padding)])
+        return objective(self, self.hidden(packed, prefix_states)[packed.last_rows_without(padding)])
 
 
 def hidden_states(role: Any, hidden: Tensor) -> Tensor:
-    """The objective that is the hidden states (M, H) themselves."""
+    """The objective that returns the hidden states (M, H)."""
     return hidden
 
 
 def token_stats(
     targets: Tensor, temperature: float, policy: Policy, hidden: Tensor, **against: Tensor | None
 ) -> TokenStats:
-    """With its first two arguments given, the objective that is `ops.linear_logprobs` of targets (M,) int64.
+    """`ops.linear_logprobs` of targets (M,) int64; an objective once its first two arguments are bound.
 
-    against: another head's `FusedHead.as_reference`.
+    against: `FusedHead.as_reference` of another head.
     """
     stats: TokenStats = policy.head(hidden, ops.linear_logprobs, targets, temperature=temperature, **against)
     return stats
 
 
 def fuse_head(model: PreTrainedModel) -> PreTrainedModel:
-    """Put a `FusedHead` in the place of a causal model's vocabulary projection, on the same parameters."""
+    """Replace the vocabulary projection of a causal model by a `FusedHead` on the same parameters."""
     linear = model.get_output_embeddings()
     if not isinstance(linear, nn.Linear):
         raise ModelError(f"{type(model).__name__} has no linear vocabulary head, so its logprobs cannot be fused")
@@ -247,31 +246,30 @@ def fuse_head(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def width_of(model: PreTrainedModel) -> int:
-    """H, the width of the hidden states that a model's head reads. OPT's 350M projects its layers' to another one."""
+    """H, the width of the hidden states that the model's head reads; in OPT-350M it differs from that of the layers."""
     head: Any = getattr(model, "score", None) or model.get_output_embeddings()
     return int(getattr(head.weight, "ds_shape", head.weight.shape)[-1])
 
 
 def attention_ratio(model: PreTrainedModel) -> float:
-    """n d / P: by how much of a token's work in the weights each token before it adds in attention (`microbatch.work`).
+    """n d / P: the work of attention to one earlier token, over a token's work in the weights, see `microbatches.work`.
 
-    n layers with P weights in all, d = heads x width of a head. Computed without their weights at hand, as ZeRO-3 has
-    them elsewhere. A model whose layers cannot be told apart counts all its weights.
+    n layers with P weights in total, d = heads x width of a head. Reads shapes only, because with ZeRO-3 the weights
+    are partitioned. For a model without a list of layers, all its weights count.
     """
     config = model.config.get_text_config()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    found = layers_of(model)
-    layers = model.base_model if found is None else getattr(*found)
+    parent_and_name = layers_of(model)
+    layers = model.base_model if parent_and_name is None else getattr(*parent_and_name)
     weights = sum(getattr(p, "ds_numel", p.numel()) for p in layers.parameters())
-    return float(config.num_hidden_layers * config.num_attention_heads * width / weights)
+    return float(config.num_hidden_layers * config.num_attention_heads * head_width(config) / weights)
 
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Within this context a model with LoRA adapters (`fastppo.models.lora`) computes what it does without them.
+    """Within this context the LoRA adapters of a model (`fastppo.models.lora`) are off.
 
-    For passes without gradient: what activation checkpointing recomputes later is recomputed with adapters. peft's own
-    switch turns `requires_grad` off too, and DeepSpeed should not find a parameter of its optimizer so.
+    Only for passes without gradient: activation checkpointing would recompute them later with adapters. The switch of
+    peft also sets `requires_grad` to False, which must not happen to a parameter of a DeepSpeed optimizer.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -286,19 +284,19 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def copy_backbone(model: PreTrainedModel, *, same_weights: bool = False) -> PreTrainedModel:
-    """A second copy of a causal model's backbone, without its vocabulary head.
+    """A copy of a causal model's backbone, without its vocabulary head.
 
-    same_weights: on the very parameters of the model, for two roles that both leave them frozen.
+    same_weights: share the parameters with the model, for two roles that both leave them frozen.
     """
     backbone = cast(PreTrainedModel, model.base_model)
     return copy.deepcopy(backbone, {id(p): p for p in backbone.parameters()} if same_weights else None)
 
 
-def keep_prefix(role: Backbone, reference: Backbone | None = None) -> None:
-    """Let what the role's frozen lower layers hand up be computed once a batch (`fastppo.models.frozen_prefix`).
+def enable_prefix_states(role: Backbone, reference: Backbone | None = None) -> None:
+    """Compute the output of the role's frozen lower layers once a batch (`fastppo.models.frozen_prefix`).
 
-    reference: a model whose lower layers are the same. Where passing layers over would change a model's outputs, in
-    the last bit even, its prefix is not kept, and the log says so.
+    reference: a model with the same lower layers. If skipping the layers changes the outputs of one of the models, even
+    in the last bit, the output is not cached and a line is logged.
     """
     depth = prefix_depth(role.model)
     packed = pack([(1, 2, 3, 4, 5), (3, 1, 2)], [1, 1]).to(role.device)
@@ -309,7 +307,7 @@ def keep_prefix(role: Backbone, reference: Backbone | None = None) -> None:
         with torch.no_grad():
             try:
                 same = torch.equal(model.hidden(packed, role.prefix(packed)), model.hidden(packed))
-            except (IndexError, RuntimeError, TypeError, ValueError):  # layers that hand up more than one tensor
+            except (IndexError, RuntimeError, TypeError, ValueError):  # layers that return more than one tensor
                 same = False
         if not same:
             role.prefix_depth = model.prefix_depth = 0

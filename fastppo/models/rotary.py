@@ -1,8 +1,9 @@
-"""Rotary frequencies that depend on how long a sequence is (longrope, Ding et al., 2024), for packed rows.
+"""Rotary frequencies that depend on the length of a sequence (longrope, Ding et al., 2024), for packed rows.
 
-Such a model turns its heads by short factors up to `original_max_position_embeddings` tokens and by long ones beyond.
-transformers chooses by the longest sequence of a batch, and a packed row is one batch: a long sequence would choose for
-all others. Here each sequence chooses for itself, as in the model's own forward pass over that sequence alone.
+Such a model uses short factors for sequences of up to `original_max_position_embeddings` tokens and long factors for
+longer ones. transformers chooses the factors by the longest sequence of a batch, and a packed row is one batch: one
+long sequence would change the factors of all others. Here the factors are chosen for each sequence, as in the model's
+forward pass over that sequence alone.
 """
 
 from __future__ import annotations
@@ -17,65 +18,67 @@ from transformers import PreTrainedConfig
 
 from fastppo.errors import FastPPOError
 
-SWITCHES = "longrope"  # the rope_type of transformers that is meant
+LONGROPE = "longrope"  # the rope_type of transformers whose factors depend on the length
 
 
-def ropes(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
+def rope_parameters(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
     """The rope parameters of a config: one set, or one for each type of layer."""
-    found = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    yield from [found] if "rope_type" in found else (each for each in found.values() if isinstance(each, dict))
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    yield from (
+        [parameters] if "rope_type" in parameters else (each for each in parameters.values() if isinstance(each, dict))
+    )
 
 
-def switch_of(config: PreTrainedConfig) -> int | None:
-    """The most tokens of a sequence that is still turned by short factors; None where nothing depends on the length."""
-    switching = [rope for rope in ropes(config) if rope.get("rope_type") == SWITCHES]
-    lengths = [rope.get("original_max_position_embeddings") for rope in switching]
+def longrope_switch(config: PreTrainedConfig) -> int | None:
+    """The largest number of tokens for which short factors are used; None for a model without longrope."""
+    longropes = [rope for rope in rope_parameters(config) if rope.get("rope_type") == LONGROPE]
+    lengths = [rope.get("original_max_position_embeddings") for rope in longropes]
     return min((n for n in lengths if n is not None), default=None)
 
 
 class PerSequence(nn.Module):
-    """Stands in for a rotary embedding with longrope."""
+    """Replaces a rotary embedding with longrope and chooses the factors for each sequence."""
 
-    def __init__(self, own: nn.Module, switch: int):
+    def __init__(self, embedding: nn.Module, switch: int):
         super().__init__()
-        self.own = own
-        self.switch = switch  # `switch_of`
+        self.embedding = embedding
+        self.switch = switch  # `longrope_switch`
 
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
         """position_ids (1, N) of a packed row, from 0 in every sequence, or (R, 1) of a decode step.
 
-        x: of the dtype and device wanted. Returns what `own` does, as a rule cos and sin, (1, N, width) each. Raises
-        FastPPOError for a decode step beyond the switch: the keys in the cache are turned by other factors.
+        x: gives the dtype and the device. Returns the result of `embedding`, usually cos and sin, (1, N, width) each.
+        Raises FastPPOError for a decode step beyond the switch: the keys in the cache were rotated by other factors.
         """
-        of_layers = () if layer_type is None else (layer_type,)
-        if isinstance(position_ids, FakeTensor):  # the plan wants shapes and no numbers
+        type_argument = () if layer_type is None else (layer_type,)
+        if isinstance(position_ids, FakeTensor):  # the memory plan needs shapes only
             name = "original_inv_freq" if layer_type is None else f"{layer_type}_original_inv_freq"
-            width = 2 * len(getattr(self.own, name))
+            width = 2 * len(getattr(self.embedding, name))
             return tuple(x.new_empty(*position_ids.shape, width) for _ in range(2))
         if int(position_ids.max()) < self.switch:
-            return self.own(x, position_ids, *of_layers)
+            return self.embedding(x, position_ids, *type_argument)
         if position_ids.shape[0] > 1:
             raise FastPPOError(
-                f"a sequence cannot be decoded beyond original_max_position_embeddings = {self.switch} tokens: from"
-                f" there on the model's rotary frequencies ({SWITCHES}) are others, for all tokens before too"
+                f"a sequence cannot be decoded beyond original_max_position_embeddings = {self.switch} tokens: for a"
+                f" longer sequence the model uses other rotary frequencies ({LONGROPE}), for the earlier tokens too"
             )
         sequence = (position_ids[0] == 0).cumsum(0)  # (N,) from 1
-        long = (sequence.bincount() > self.switch)[sequence]  # (N,) bool
-        groups = [where for where in (long, ~long) if bool(where.any())]
-        order = torch.cat([where.nonzero()[:, 0] for where in groups]).argsort()
-        parts = [self.own(x, position_ids[:, where], *of_layers) for where in groups]
+        is_long = (sequence.bincount() > self.switch)[sequence]  # (N,) bool
+        groups = [mask for mask in (is_long, ~is_long) if bool(mask.any())]
+        order = torch.cat([mask.nonzero()[:, 0] for mask in groups]).argsort()
+        parts = [self.embedding(x, position_ids[:, mask], *type_argument) for mask in groups]
         if isinstance(parts[0], Tensor):
             return torch.cat(parts, dim=1)[:, order]
         return tuple(torch.cat(part, dim=1)[:, order] for part in zip(*parts, strict=True))
 
 
-def turn_each_sequence(model: nn.Module, config: PreTrainedConfig) -> None:
-    """Put a `PerSequence` in the place of each rotary embedding whose frequencies depend on the length."""
-    switch = switch_of(config)
+def rotate_each_sequence(model: nn.Module, config: PreTrainedConfig) -> None:
+    """Replace each rotary embedding whose frequencies depend on the length by a `PerSequence`."""
+    switch = longrope_switch(config)
     if switch is None:
         return
     for parent in [module for module in model.modules() if not isinstance(module, PerSequence)]:
         for name, child in list(parent.named_children()):
             types = getattr(child, "rope_type", None)
-            if types == SWITCHES or (isinstance(types, dict) and SWITCHES in types.values()):
+            if types == LONGROPE or (isinstance(types, dict) and LONGROPE in types.values()):
                 setattr(parent, name, PerSequence(child, switch))

@@ -1,8 +1,8 @@
-"""The weights that responses are sampled from, and whole weights to export.
+"""Whole weights of a model: the policy that responses are sampled from, and the state to export.
 
-At ZeRO stage 3 a forward pass fetches every layer from the other ranks. In sampling, which makes one for each token,
-that would cost far more than the pass itself, and ranks that finish at different times would wait for each other for
-ever. So the weights are gathered beforehand into a second module that DeepSpeed knows nothing of.
+At ZeRO stage 3 a forward pass gathers every layer from the other ranks. Sampling makes one forward pass for each token:
+the gathers would cost far more than the passes, and ranks that finish at different times would block each other. So
+the weights are gathered once a batch into a second module that DeepSpeed does not manage.
 """
 
 from __future__ import annotations
@@ -15,46 +15,46 @@ from torch import Tensor, nn
 from fastppo.distributed import World, gathered
 from fastppo.models.roles import Policy
 
-BUCKET = 2**28  # bytes of weights that are gathered at a time, on top of the copy
+BUCKET = 2**28  # bytes of weights that are gathered at a time, beside the copy
 
 
 class SamplingWeights:
-    """The actor whole on every rank. Below stage 3 that is the actor's own module, at stage 3 a copy of it.
+    """The actor with whole weights on every rank. Below ZeRO stage 3 it is the module of the actor itself.
 
-    The copy's tensors stay the same ones, tied where the actor's are. They take no memory before `gather` is first
-    called, and so none ever where the sampler has weights of its own and the actor is exported in another way.
+    The copy is made once and its tensors are reused; they are tied where those of the actor are. They take no memory
+    before the first `gather`, and so none at all if the rollout engine has weights of its own.
     """
 
     def __init__(self, actor: Policy, stage: int):
-        """actor: before DeepSpeed has it, so that the copy has none of its hooks."""
+        """actor: not yet passed to DeepSpeed, so that the copy has none of DeepSpeed's hooks."""
         self._actor, self._copy = actor, actor
         if stage == 3:
             empty = {id(p): _empty_like(p) for p in actor.parameters()}
             self._copy = copy.deepcopy(actor, empty).eval()
 
     def gather(self) -> Policy:
-        """The policy with the actor's present weights. At stage 3 all ranks call it, and the copy stays as it is until
-        it is called again or leaves the GPU."""
+        """The policy with the current weights. At ZeRO stage 3 all ranks call it; the copy keeps these weights until
+        the next call, or until it is moved out of the GPU."""
         if self._copy is not self._actor:
             with torch.no_grad():
-                _fill(self._copy, self._actor)
+                _copy_weights(self._actor, self._copy)
         return self._copy
 
     def states(self) -> list[Tensor]:
-        """What can leave the GPU when no one samples; it need not be kept."""
+        """The tensors that sampling alone uses; their content need not be preserved outside of sampling."""
         return [] if self._copy is self._actor else list(self._copy.parameters())
 
 
 @torch.no_grad()
 def whole_state(model: nn.Module, world: World) -> dict[str, Tensor]:
-    """The model's state, whole; at ZeRO stage 3 on rank 0 alone, in the host's memory. All ranks call it.
+    """The state of the model with whole weights; at ZeRO stage 3 on rank 0 only, in host memory. All ranks call it.
 
-    One weight at a time is gathered, so that a model that fits no GPU can be exported.
+    One weight at a time is gathered, so that a model that does not fit on a GPU can be exported.
     """
     state: dict[str, Tensor] = {}
-    whole: dict[int, Tensor] = {}  # by parameter, as tied ones have several names
+    whole: dict[int, Tensor] = {}  # by id of the parameter, because tied parameters have several names
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if not hasattr(tensor, "ds_id"):  # it is no part of a whole
+        if not hasattr(tensor, "ds_id"):  # not partitioned
             state[name] = tensor.detach()
             continue
         with gathered([tensor]):
@@ -66,29 +66,29 @@ def whole_state(model: nn.Module, world: World) -> dict[str, Tensor]:
 
 
 def _empty_like(parameter: nn.Parameter) -> nn.Parameter:
-    """Of the same shape, on a storage without memory."""
-    shape = getattr(parameter, "ds_shape", parameter.shape)  # of the whole, if it is split among the ranks already
+    """A parameter of the same whole shape, on a storage without memory."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # the whole shape, also of a partitioned parameter
     empty = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
     empty.untyped_storage().resize_(0)
     return nn.Parameter(empty, requires_grad=False)
 
 
-def _fill(policy: Policy, source: Policy) -> None:
-    """Copy every weight, a bucket at a time: the peak is the copy and one bucket, or one weight that is larger."""
-    bucket: list[tuple[nn.Parameter, nn.Parameter]] = []
+def _copy_weights(source: Policy, target: Policy) -> None:
+    """Copy every weight, a bucket at a time: peak memory is the copy and one bucket, or one weight that is larger."""
+    bucket: list[tuple[nn.Parameter, nn.Parameter]] = []  # (source, target)
     size = 0
-    for pair in zip(policy.parameters(), source.parameters(), strict=True):
-        if not pair[0].untyped_storage().nbytes():  # the first time
-            pair[0].untyped_storage().resize_(pair[0].nbytes)
-        if bucket and size + pair[0].nbytes > BUCKET:
-            _copy(bucket)
+    for source_weight, target_weight in zip(source.parameters(), target.parameters(), strict=True):
+        if not target_weight.untyped_storage().nbytes():  # the first time
+            target_weight.untyped_storage().resize_(target_weight.nbytes)
+        if bucket and size + target_weight.nbytes > BUCKET:
+            _copy_bucket(bucket)
             bucket, size = [], 0
-        bucket.append(pair)
-        size += pair[0].nbytes
-    _copy(bucket)
+        bucket.append((source_weight, target_weight))
+        size += target_weight.nbytes
+    _copy_bucket(bucket)
 
 
-def _copy(bucket: list[tuple[nn.Parameter, nn.Parameter]]) -> None:
-    with gathered(source for _, source in bucket):
-        for copied, source in bucket:
-            copied.copy_(source)
+def _copy_bucket(bucket: list[tuple[nn.Parameter, nn.Parameter]]) -> None:
+    with gathered(source_weight for source_weight, _ in bucket):
+        for source_weight, target_weight in bucket:
+            target_weight.copy_(source_weight)

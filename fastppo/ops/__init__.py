@@ -1,25 +1,27 @@
-"""The ops of PPO, and the only door to what computes them.
+"""The ops of PPO, and the only way to call their kernels.
 
-A function here checks its arguments, before anything runs, and then calls a kernel: C++ (csrc/) on the CPU, Triton
-(kernels/) or, for GAE, CUDA (csrc/) on a GPU, each a `torch.library` op with a fake kernel
-(`fastppo.ops.registration`) and gradients (`fastppo.ops.derivatives`). fp64, for tests of gradients, runs
-`fastppo.ops.eager`. The log says once what the ops run on.
+A function here checks its arguments first, and then calls a kernel: C++ (csrc/) on the CPU, Triton (kernels/) or, for
+GAE, CUDA (csrc/) on a GPU, each a `torch.library` op with a fake kernel (`fastppo.ops.registration`) and gradients
+(`fastppo.ops.derivatives`). fp64 inputs, for tests of gradients, run `fastppo.ops.eager`. The implementation in use is
+logged once.
 
-M tokens, vocabulary V, hidden size H, B sequences, R rows. Floating inputs are fp32, bf16, fp16, in any mixture where
-nothing else is said, or all fp64; statistics, losses and sums are fp32, fp64 for fp64 inputs. Temperatures and softcaps
-lie in 1e-20 to 1e20, other numbers within 1e36, so that fp32 holds what is made of them. All tensors of a call are on
-one device, in any layout. A wrong dtype is a TypeError, a wrong shape, device or value a ValueError, which names the
-argument. M may be 0.
-Values of tensors are looked at where that costs nothing: on the CPU. On CUDA a kernel that finds `cu_seqlens` wrong
-stops with an assertion that says so.
+M tokens, vocabulary V, hidden size H, B sequences, R rows. Floating inputs are fp32, bf16 and fp16, in any mixture
+unless a docstring excludes it, or all fp64; statistics, losses and sums are fp32, or fp64 for fp64 inputs. Temperatures
+and softcaps must be in 1e-20 to 1e20, other numbers within 1e36, so that fp32 can represent the results. All tensors of
+a call are on one device, in any memory layout. A wrong dtype raises a TypeError, a wrong shape, device or value a
+ValueError; both name the argument. M may be 0.
+Values of tensors are checked only on the CPU, where this needs no synchronisation. On CUDA a kernel checks `cu_seqlens`
+and fails with an assertion that names the error.
 
 Coefficients (temperature, clips, entropy_coef, kl_coef, gamma, lam) are numbers, or tensors without dimensions, on the
-CPU or with the others, which are read where the op runs and receive no gradient: a graph holds for each of their
-values. torch.compile traces each op whole, once for all sizes and coefficients when told that they are dynamic, else
-once more. softcap, scale and what else belongs to a model are numbers, and constants of a compiled graph.
+CPU or on the device of the other tensors, which are read when the op runs and receive no gradient: a compiled graph is
+valid for all their values. torch.compile traces each op whole, once for all sizes and coefficients that are marked
+dynamic, else once for each. softcap, scale and other constants of a model are numbers, and constants of a compiled
+graph.
 
-Gradients are those of reverse mode, once. What else there is of derivatives (create_graph, forward mode, torch.func's
-grad and jvp) raises NotImplementedError; fp64 inputs have all of them. What a docstring gives no gradient is constant.
+Gradients are first-order, in reverse mode. Other derivatives (create_graph, forward mode, torch.func's grad and jvp)
+raise NotImplementedError; with fp64 inputs all of them work. Inputs for which a docstring names no gradient are
+constants.
 """
 
 from __future__ import annotations
@@ -60,8 +62,8 @@ from fastppo.ops.stats import PolicyStats as PolicyStats
 from fastppo.ops.stats import TokenStats as TokenStats
 from fastppo.ops.stats import ValueStats as ValueStats
 
-# For the logits of a chunk of rows; `linear_*` take no more, whatever M. On a GPU a chunk needs some 2,000 rows for its
-# products to take longer than the weight's gradient, in fp32, takes to be read and written once more.
+# Memory for the logits of a chunk of rows; `linear_*` use no more for any M. On a GPU a chunk needs about 2,000 rows so
+# that its products take longer than one more read and write of the weight's gradient in fp32.
 WORKSPACE_BYTES = 256 << 20
 GPU_WORKSPACE_BYTES = 1 << 30
 
@@ -69,7 +71,7 @@ KlKind = Literal["exact", "k2", "k3"]
 
 
 def workspace_bytes(*, cpu: bool) -> int:
-    """What the logits of a chunk may take, on the CPU or on a GPU."""
+    """Bytes of memory for the logits of a chunk, on the CPU or on a GPU."""
     return WORKSPACE_BYTES if cpu else GPU_WORKSPACE_BYTES
 
 
@@ -84,10 +86,10 @@ def token_logprobs(
     """Log probability of the targets, entropy and, with a reference, its log probability and the exact KL.
 
     logits: (M, V) floating, -inf allowed; targets: (M,) int64 in [0, V); ref_logits: (M, V), never receives gradients.
-    Logits of both become z = softcap tanh(logits / softcap) / temperature; temperature > 0, softcap > 0 or None.
-    An entry of probability 0 adds nothing to entropy, KL and gradients; KL is +inf where p > 0 = q, and such a row
-    passes no gradient to KL. A row of ref_logits that is -inf throughout has q = 0 throughout: KL +inf, ref_logprobs
-    -inf. Gradients reach logits from `logprobs`, `entropy`, `lse` and `kl`.
+    Logits of both are scaled to z = softcap tanh(logits / softcap) / temperature; temperature > 0, softcap > 0 or None.
+    An entry of probability 0 adds nothing to entropy, KL and gradients; KL is +inf if p > 0 = q in a row, and the KL of
+    such a row has no gradient. A row of ref_logits with all entries -inf has q = 0: KL +inf, ref_logprobs -inf.
+    Gradients flow to logits from `logprobs`, `entropy`, `lse` and `kl`.
     """
     check_logits("logits", logits)
     check_targets(targets, logits.shape[0], logits.shape[1], logits, "logits")
@@ -119,11 +121,11 @@ def linear_logprobs(
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
 ) -> TokenStats:
-    """`token_logprobs` of logits = logit_scale (hidden weight^T + bias), which exist for a chunk of rows at most.
+    """`token_logprobs` of logits = logit_scale (hidden weight^T + bias), computed for one chunk of rows at a time.
 
-    hidden: (M, H); weight: (V, H), bias: (V,) of the same dtype; targets: (M,) int64 in [0, V). The reference's head
-    comes as ref_hidden (M, H'), ref_weight (V, H') and perhaps ref_bias (V,), under the same logit_scale, softcap and
-    temperature; it never receives gradients, also where ref_weight is weight.
+    hidden: (M, H); weight: (V, H), bias: (V,) of the same dtype; targets: (M,) int64 in [0, V). ref_hidden (M, H'),
+    ref_weight (V, H') and ref_bias (V,) or None: the head of the reference, with the same logit_scale, softcap and
+    temperature; it never receives gradients, even if ref_weight is weight.
     """
     check_head(hidden, weight, bias, "")
     check_targets(targets, hidden.shape[0], weight.shape[0], hidden, "hidden")
@@ -158,16 +160,16 @@ def policy_loss(
 ) -> tuple[Tensor, PolicyStats]:
     """PPO's clipped loss (Schulman et al. 2017, eq. 7), with dual clip (Ye et al. 2020, eq. 5), entropy and KL terms.
 
-    logprobs, old_logprobs, advantages, entropy, kl: (M,) floating. From e^20 on the ratio goes on along its tangent, so
-    that it is finite and keeps a gradient. It is clipped to [1 - clip_low, 1 + clip_high], clip_low in [0, 1],
-    clip_high >= 0; dual_clip > 1 bounds the loss of a token with negative advantage at dual_clip times that advantage's
-    size. `kl` is a KL per token that has an expected gradient (exact, k2 or k3; not k1).
-    normalizer: the token count that the sum is divided by, > 0, a number or () fp32; mask: (M,) bool, False leaves a
-    token out.
+    logprobs, old_logprobs, advantages, entropy, kl: (M,) floating. Above e^20 the ratio is continued by its tangent, so
+    that it is finite and has a gradient. It is clipped to [1 - clip_low, 1 + clip_high], clip_low in [0, 1],
+    clip_high >= 0; dual_clip > 1 bounds the loss of a token with negative advantage by dual_clip times the absolute
+    advantage. `kl` is a KL per token that has an expected gradient (exact, k2 or k3; not k1).
+    normalizer: the token count that the sum is divided by, > 0, a number or () fp32; mask: (M,) bool, False excludes a
+    token.
 
-    Returns the loss, (), which passes gradients to logprobs, entropy and kl, and sums over the unmasked tokens: the
-    clipped objective's loss alone, entropy, kl, k3 of the old policy to the new ((ratio - 1) - log ratio), tokens
-    where the clip and where the dual clip holds the loss, ratio, tokens. `ratio_max` is 0 without tokens.
+    Returns the loss, (), with gradients for logprobs, entropy and kl, and sums over the unmasked tokens: the loss of
+    the clipped objective alone, entropy, kl, k3 of the old policy to the new ((ratio - 1) - log ratio), number of
+    tokens at the clip, number of tokens at the dual clip, ratio, number of tokens. `ratio_max` is 0 without tokens.
     """
     check_tokens("logprobs", logprobs, logprobs)
     tokens: dict[str, Any] = {"old_logprobs": old_logprobs, "advantages": advantages}
@@ -219,12 +221,12 @@ def linear_policy_loss(
     normalizer: Tensor | float,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
-    """`linear_logprobs` and `policy_loss` in one, with the gradients made while a chunk's logits exist.
+    """`linear_logprobs` and `policy_loss` in one op, which computes the gradients while the logits of a chunk exist.
 
     Arguments as in those two. The KL term is of `kl_kind`: exact needs ref_hidden and ref_weight, k2 and k3 need
-    ref_logprobs, (M,) floating; k1 is refused, as its expected gradient is zero. With kl_coef 0 the KL is a metric
-    only, and 0 without a reference. Entropy is always a metric. Gradients reach hidden, weight and bias; a frozen one
-    of them costs nothing.
+    ref_logprobs, (M,) floating; k1 is an error, because its expected gradient is zero. With kl_coef 0 the KL is only a
+    metric, and 0 without a reference. Entropy is always a metric. Gradients flow to hidden, weight and bias; no
+    gradient is computed for a frozen one.
     """
     check_head(hidden, weight, bias, "")
     check_targets(targets, hidden.shape[0], weight.shape[0], hidden, "hidden")
@@ -272,11 +274,11 @@ def value_loss(
     normalizer: Tensor | float,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, ValueStats]:
-    """The critic's loss, 0.5 max((V - R)^2, (V_clip - R)^2), V_clip = old + clamp(V - old, -clip, clip).
+    """The loss of the critic, 0.5 max((V - R)^2, (V_clip - R)^2), V_clip = old + clamp(V - old, -clip, clip).
 
     values, old_values, returns: (M,) floating; clip > 0, or None for (V - R)^2 / 2; normalizer and mask as in
-    `policy_loss`. Returns the loss, (), with gradients to values alone, and sums over the unmasked tokens: loss, tokens
-    where the clipped error is the larger, V, V^2, R, R^2, (R - V)^2.
+    `policy_loss`. Returns the loss, (), with gradients for values only, and sums over the unmasked tokens: loss, number
+    of tokens with a larger clipped error, V, V^2, R, R^2, (R - V)^2.
     """
     check_tokens("values", values, values)
     check_tokens("old_values", old_values, values, "values")
@@ -296,9 +298,9 @@ def value_loss(
 
 
 def _of_plain_logits(temperature: Coefficient, softcap: float | None, logit_scale: float) -> dict[str, Any]:
-    """Temperature and softcap by which kernels make z = softcap tanh(s l / softcap) / temperature of l itself.
+    """Temperature and softcap with which kernels compute z = softcap tanh(s l / softcap) / temperature from l.
 
-    With both over s it is the same number: (softcap / s) tanh(l / (softcap / s)) / (temperature / s).
+    Dividing both by s gives the same number: (softcap / s) tanh(l / (softcap / s)) / (temperature / s).
     """
     return {
         "temperature": temperature / logit_scale,
@@ -307,11 +309,11 @@ def _of_plain_logits(temperature: Coefficient, softcap: float | None, logit_scal
 
 
 def _token_stats(stats: Tensor) -> TokenStats:
-    """What `vocabulary_forward` returns, by its names."""
-    logprobs, entropy, lse, _, _, *against = stats
-    if not against:
+    """The result of `vocabulary_forward` as named statistics."""
+    logprobs, entropy, lse, _, _, *of_reference = stats
+    if not of_reference:
         return TokenStats(logprobs, entropy, lse, None, None, None)
-    ref_logprobs, kl, ref_lse, _, _ = against
+    ref_logprobs, kl, ref_lse, _, _ = of_reference
     return TokenStats(logprobs, entropy, lse, ref_logprobs.detach(), ref_lse.detach(), kl)
 
 

@@ -1,9 +1,9 @@
-"""The checks of arguments that `fastppo.ops` makes before anything runs.
+"""The checks of arguments that `fastppo.ops` makes before a kernel runs.
 
-Each raises a TypeError for a wrong dtype and a ValueError for a wrong shape, device or value, and names the argument,
-what it is and what it must be. Values of tensors are looked at on the CPU only, where no device has to be waited for,
-and not while torch.compile traces, when there are none. Sizes are read from shapes, since `len` would tie a compiled
-graph to one size.
+Each raises a TypeError for a wrong dtype and a ValueError for a wrong shape, device or value; the message has the
+argument, its value and the allowed values. Values of tensors are checked on the CPU only, where this needs no
+synchronisation, and not while torch.compile traces, when tensors have no values. Sizes are read from shapes, because
+`len` would make a compiled graph valid for one size only.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import math
 import torch
 from torch import Tensor
 
-Coefficient = float | Tensor  # a number, or a floating tensor without dimensions that holds it
+Coefficient = float | Tensor  # a number, or a floating tensor without dimensions
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# The bounds below stand as literals: torch.compile takes a float of a module's, or of a default, for a number that may
-# change, and compiles twice. Numbers between 1e-36 and 1e36, their inverses and a hundred times either are normal in
-# fp32, with which kernels compute. With temperatures and softcaps between 1e-20 and 1e20 a logit over one of them, and
-# what stands for -inf there, are still what they are.
+# The bounds below are literals: torch.compile treats a float in a module or a default as a number that may change, and
+# compiles twice. Kernels compute in fp32, in which numbers between 1e-36 and 1e36, their inverses and a hundred times
+# either are normal. With temperatures and softcaps between 1e-20 and 1e20 the quotient of a logit, or of the kernels'
+# substitute for -inf, and one of them neither overflows nor underflows.
 
 
 def check_kl_kind(kl_kind: str, kl_coef: Coefficient, has_head: bool, has_logprobs: bool) -> None:
@@ -36,7 +36,7 @@ def check_kl_kind(kl_kind: str, kl_coef: Coefficient, has_head: bool, has_logpro
 def check_reference(
     hidden: Tensor, weight: Tensor, ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None
 ) -> None:
-    """A reference's head: all of it or nothing."""
+    """Check the head of a reference: all its tensors or none."""
     if ref_hidden is None and ref_weight is None and ref_bias is None:
         return
     if ref_hidden is None or ref_weight is None:
@@ -50,7 +50,7 @@ def check_reference(
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str) -> None:
-    """A vocabulary projection, hidden (M, H), weight (V, H) and bias (V,); `prefix` is that of the arguments' names."""
+    """Check a vocabulary projection, hidden (M, H), weight (V, H), bias (V,); prefix: of the names of the arguments."""
     like = f"{prefix}hidden"
     for name, tensor, letter, least in ((like, hidden, "M", 0), (f"{prefix}weight", weight, "V", 1)):
         check_floating(name, tensor)
@@ -82,7 +82,7 @@ def check_targets(targets: Tensor, rows: int, vocabulary: int, like: Tensor, lik
         low, high = int(targets.min()), int(targets.max())
         if low < 0 or high >= vocabulary:
             allowed = f"a vocabulary of {vocabulary} allows [0, {vocabulary - 1}]"
-            raise ValueError(f"targets, shape ({rows},), lie in [{low}, {high}]; {allowed}")
+            raise ValueError(f"targets, shape ({rows},), are in [{low}, {high}]; {allowed}")
 
 
 def check_tokens(name: str, tensor: Tensor, like: Tensor, like_name: str = "") -> None:
@@ -114,16 +114,17 @@ def check_cu_seqlens(cu_seqlens: Tensor, rewards: Tensor) -> None:
 
 
 def check_starts(cu_seqlens: Tensor, tokens: int) -> None:
-    """The values of `cu_seqlens`, for where no kernel looks at them."""
+    """Check the values of `cu_seqlens` where no kernel does."""
     starts = cu_seqlens.tolist()
     if starts[0] != 0 or starts[-1] != tokens:
         raise ValueError(
             f"cu_seqlens runs from {starts[0]} to {starts[-1]}; expected 0 to {tokens}, the length of rewards"
         )
-    falls = next((i for i in range(1, len(starts)) if starts[i] < starts[i - 1]), None)
-    if falls is not None:
+    decrease = next((i for i in range(1, len(starts)) if starts[i] < starts[i - 1]), None)
+    if decrease is not None:
         raise ValueError(
-            f"cu_seqlens falls from {starts[falls - 1]} to {starts[falls]} at index {falls}; it must never fall"
+            f"cu_seqlens falls from {starts[decrease - 1]} to {starts[decrease]} at index {decrease}; it must never"
+            " fall"
         )
 
 
@@ -137,25 +138,27 @@ def check_policy_options(
     check_range("clip_low", clip_low, 0.0, 1.0)
     check_range("clip_high", clip_high, 0.0, 1e36)
     if dual_clip is not None:
-        known = value_of("dual_clip", dual_clip)
-        if known is not None and not 1.0 < known <= 1e36:
-            raise ValueError(f"dual_clip is {known}; it must be above 1 and at most 1e36, or None")
+        value = value_of("dual_clip", dual_clip)
+        if value is not None and not 1.0 < value <= 1e36:
+            raise ValueError(f"dual_clip is {value}; it must be above 1 and at most 1e36, or None")
     for name, coef in (("entropy_coef", entropy_coef), ("kl_coef", kl_coef)):
         check_range(name, coef, -1e36, 1e36)
 
 
 def checked_normalizer(normalizer: Tensor | float, like: Tensor, like_name: str) -> Tensor:
-    """The token count that a loss is divided by, given as a number or as (), fp32 or fp64: () in the dtype of
-    statistics, on the device of `like`."""
+    """The token count that a loss is divided by, as () in the dtype of statistics on the device of `like`.
+
+    normalizer: a number, or (), fp32 or fp64.
+    """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if isinstance(normalizer, int | float) and not isinstance(normalizer, bool):
         check_positive("normalizer", normalizer)
-        if torch.compiler.is_compiling():  # of what makes a tensor of a number, it is the sum that is no constant
+        if torch.compiler.is_compiling():  # only with a sum the number does not become a constant of the graph
             return torch.zeros((), dtype=dtype, device=like.device) + normalizer
         return torch.full((), normalizer, dtype=dtype, device=like.device)
     if not isinstance(normalizer, Tensor) or normalizer.dtype not in (torch.float32, torch.float64):
-        found = normalizer.dtype if isinstance(normalizer, Tensor) else type(normalizer).__name__
-        raise TypeError(f"normalizer is {found}; expected a number, or a tensor of torch.float32 without dimensions")
+        kind = normalizer.dtype if isinstance(normalizer, Tensor) else type(normalizer).__name__
+        raise TypeError(f"normalizer is {kind}; expected a number, or a tensor of torch.float32 without dimensions")
     check_shape("normalizer", normalizer, (), "the token count that the loss is divided by")
     check_device("normalizer", normalizer, like, like_name)
     check_positive("normalizer", normalizer)
@@ -164,7 +167,7 @@ def checked_normalizer(normalizer: Tensor | float, like: Tensor, like_name: str)
 
 
 def check_attention(scale: float, window: int, softcap: float, *, query: Tensor, **others: Tensor) -> None:
-    """Dtypes and numbers of `attend_cached`, which its kernel would name in its own words, or not at all on a GPU."""
+    """Check dtypes and numbers of `attend_cached`, whose kernel has other messages, and on a GPU none."""
     if query.dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"query has dtype {query.dtype}; expected torch.float32 or torch.bfloat16")
     for name, tensor in others.items():
@@ -189,57 +192,57 @@ def check_scale(temperature: Coefficient, softcap: float | None, logit_scale: fl
     check_number("logit_scale", logit_scale, "a constant of the model")
     check_divisor("logit_scale", logit_scale)
     for name, value in (("temperature", temperature), ("softcap", softcap)):
-        known = None if value is None else value_of(name, value)
-        if known is not None:
-            check_divisor(f"{name} / logit_scale", known / logit_scale)
+        number = None if value is None else value_of(name, value)
+        if number is not None:
+            check_divisor(f"{name} / logit_scale", number / logit_scale)
 
 
 def check_positive(name: str, value: Coefficient) -> None:
-    known = value_of(name, value)
-    if known is not None and not 0.0 < known < math.inf:
-        raise ValueError(f"{name} is {known}; it must be finite and above 0")
-    if known is not None and not 1e-36 <= known <= 1e36:
-        raise ValueError(f"{name} is {known}; it must be in [1e-36, 1e36], for kernels compute in fp32")
+    number = value_of(name, value)
+    if number is not None and not 0.0 < number < math.inf:
+        raise ValueError(f"{name} is {number}; it must be finite and above 0")
+    if number is not None and not 1e-36 <= number <= 1e36:
+        raise ValueError(f"{name} is {number}; it must be in [1e-36, 1e36], because kernels compute in fp32")
 
 
 def check_divisor(name: str, value: Coefficient) -> None:
-    """Of logits: a temperature, a softcap."""
+    """Check a divisor of logits: a temperature, a softcap."""
     check_positive(name, value)
-    known = value_of(name, value)
-    if known is not None and not 1e-20 <= known <= 1e20:
-        raise ValueError(f"{name} is {known}; it must be in [1e-20, 1e20], for kernels compute in fp32")
+    number = value_of(name, value)
+    if number is not None and not 1e-20 <= number <= 1e20:
+        raise ValueError(f"{name} is {number}; it must be in [1e-20, 1e20], because kernels compute in fp32")
 
 
 def check_range(name: str, value: Coefficient, low: float, high: float) -> None:
-    known = value_of(name, value)
-    if known is not None and not low <= known <= high:  # not isfinite: torch.compile cannot trace it
-        raise ValueError(f"{name} is {known}; it must be in [{low:g}, {high:g}]")
+    number = value_of(name, value)
+    if number is not None and not low <= number <= high:  # not isfinite: torch.compile cannot trace it
+        raise ValueError(f"{name} is {number}; it must be in [{low:g}, {high:g}]")
 
 
 def check_number(name: str, value: object, what: str) -> None:
     if isinstance(value, Tensor):
-        raise TypeError(f"{name} is a tensor; it is {what}, given as a number")
+        raise TypeError(f"{name} is a tensor; it is {what} and must be a number")
 
 
 def check_coefficients(like: Tensor, like_name: str, **coefficients: Coefficient | None) -> None:
-    """Where a coefficient is a tensor: that one can be read where the op runs, and that no gradient is expected."""
+    """Check that coefficients that are tensors can be read where the op runs, and require no gradient."""
     for name, value in coefficients.items():
         if not isinstance(value, Tensor):
             continue
         value_of(name, value)
-        if value.device.type != "cpu":  # the host reads what is there, whatever device the others are on
+        if value.device.type != "cpu":  # the host can read a CPU tensor, whatever the device of the other tensors
             check_device(name, value, like, like_name)
         check_constant(name, value)
 
 
 def check_constant(name: str, value: object) -> None:
-    """What the op gives no gradient, and cannot take for a constant without saying so."""
+    """Raise ValueError for an argument that requires a gradient and would silently receive none."""
     if isinstance(value, Tensor) and value.requires_grad:
         raise ValueError(f"{name} requires a gradient, and the op gives it none; give {name}.detach()")
 
 
 def value_of(name: str, value: Coefficient) -> float | None:
-    """A coefficient's value, None where nobody looks at it."""
+    """The value of a coefficient, or None if it must not be read here."""
     if not isinstance(value, Tensor):
         return value
     check_floating(name, value)
@@ -248,12 +251,12 @@ def value_of(name: str, value: Coefficient) -> float | None:
 
 
 def is_off(coefficient: Coefficient) -> bool:
-    """Whether a term is left out. One whose coefficient is a tensor never is: no host may look at it."""
+    """Whether a term is left out; False for a tensor, which the host must not read."""
     return not isinstance(coefficient, Tensor) and coefficient == 0.0
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in FLOATING:  # among those that are not: float8, which torch calls floating
+    if tensor.dtype not in FLOATING:  # float8, which torch calls floating, is not supported
         raise TypeError(
             f"{name} has dtype {tensor.dtype} and shape {tuple(tensor.shape)}; expected a floating dtype:"
             " torch.float32, bfloat16, float16 or float64"
@@ -261,7 +264,7 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 
 def check_precision(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
-    """fp64 goes with fp64 alone: no kernel computes in it, and to round it without a word is not what was asked."""
+    """Check that either both tensors are fp64 or none: no kernel computes in fp64, and silent rounding is an error."""
     if (tensor.dtype == torch.float64) != (like.dtype == torch.float64):
         raise TypeError(
             f"{name} has dtype {tensor.dtype} and {like_name} {like.dtype}; floating tensors of a call are all"
@@ -275,9 +278,9 @@ def check_int64(name: str, tensor: Tensor) -> None:
 
 
 def check_not_expanded(name: str, tensor: Tensor) -> None:
-    """For what is written to."""
+    """Check a tensor that is written to."""
     if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-        raise ValueError(f"{name} is expanded, strides {tensor.stride()}: entries that are written share their memory")
+        raise ValueError(f"{name} is expanded, strides {tensor.stride()}, but entries that are written share memory")
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
@@ -295,4 +298,4 @@ def check_device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> Non
 def _may_be_read(tensor: Tensor) -> bool:
     if tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    return not torch._C._functorch.is_batchedtensor(tensor)  # of vmap: a tensor's value is one of many
+    return not torch._C._functorch.is_batchedtensor(tensor)  # under vmap a tensor stands for many values

@@ -1,36 +1,29 @@
-"""Which of its implementations an op runs, and the log line that says so."""
+"""The choice between an op's kernel and its oracle, and the log line about it."""
 
 from __future__ import annotations
-
-import logging
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from fastppo.log_once import log_once
 from fastppo.ops import registration
-
-log = logging.getLogger("fastppo")
 
 
 def by_reference(like: Tensor) -> bool:
-    """Whether the oracle itself computes: for fp64, which no kernel takes. Says once what the ops run on."""
+    """Whether the oracle (`fastppo.ops.eager`) computes: for fp64, which no kernel supports. Logs the choice once."""
     if not torch.compiler.is_compiling():
-        say_backend(like.device, like.dtype)
+        log_backend(like.device, like.dtype)
     return like.dtype == torch.float64
 
 
-@cache
-def say_backend(device: torch.device, dtype: torch.dtype) -> None:
-    found = "reference PyTorch, as no kernel takes fp64" if dtype == torch.float64 else registration.backend(device)
-    log.info("ops on %s in %s: %s", device, str(dtype).removeprefix("torch."), found)
+def log_backend(device: torch.device, dtype: torch.dtype) -> None:
+    backend = registration.backend(device)
+    if dtype == torch.float64:
+        backend = "reference PyTorch, because no kernel supports fp64"
+    log_once(f"ops on {device} in {str(dtype).removeprefix('torch.')}: {backend}")
 
 
-def log_once(message: str) -> None:
+def log_once_unless_compiling(message: str) -> None:
+    """Log the message once a process; nothing while torch.compile traces an op, which would break the graph."""
     if not torch.compiler.is_compiling():
-        _log(message)
-
-
-@cache
-def _log(message: str) -> None:
-    log.info(message)
+        log_once(message)

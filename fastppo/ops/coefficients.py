@@ -1,4 +1,4 @@
-"""Coefficients of an op as its kernels take them: all as numbers, or all as tensors without dimensions."""
+"""Coefficients of an op for its kernels: all as numbers, or all as tensors without dimensions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from fastppo.ops.arguments import Coefficient
 
 
 def numbers(like: Tensor, *, device: torch.device | None = None, **coefficients: Coefficient | None) -> dict[str, Any]:
-    """The coefficients of a call whose other tensors are like `like`; `device` is where tensors made here are, its own
-    unless said.
+    """The coefficients of a call whose other tensors have the dtype and device of `like`.
 
-    Numbers stay numbers, unless one of them is a tensor or torch.compile traces: a number would be a constant of its
-    graph, and another one would compile again.
+    device: of new tensors, by default that of `like`. Numbers stay numbers, unless one coefficient is a tensor or
+    torch.compile traces: a number would be a constant of its graph, and another number would compile again.
     """
     compiling = torch.compiler.is_compiling()
     if not compiling and not any(isinstance(x, Tensor) for x in coefficients.values()):
@@ -28,7 +27,7 @@ def _tensor(value: Coefficient, like: Tensor, device: torch.device, compiling: b
     """(), fp32 or fp64"""
     if isinstance(value, Tensor):
         value = value if value.dtype == torch.float64 else value.float()
-        return value.to(device) if like.dtype == torch.float64 else value  # kernels take the host's as a number
-    if compiling:  # of what makes a tensor of a number, it is the sum that a compiler traces without a constant
+        return value.to(device) if like.dtype == torch.float64 else value  # kernels read a CPU tensor as a number
+    if compiling:  # only with a sum the number does not become a constant of the graph
         return torch.zeros((), dtype=torch.float64, device=device) + value
     return torch.full((), value, dtype=torch.float64, device=device)

@@ -1,8 +1,8 @@
-"""Gradients of the ops: by reverse mode, once. Any other derivative is refused, where it would otherwise be zero.
+"""First-order gradients of the ops in reverse mode. Any other derivative raises an error: it would otherwise be zero.
 
-The formulas read what the kernels saved, which autograd cannot look into: a second derivative, a tangent of forward
-mode and torch.func's transforms are refused with what to do instead. fp64 inputs run `fastppo.ops.eager`, PyTorch's own
-operations, which has them all.
+The formulas use tensors that the kernels saved, which autograd cannot differentiate. So second derivatives, forward
+mode and torch.func's transforms raise an error that names the alternative: fp64 inputs run `fastppo.ops.eager`, which
+consists of operations of PyTorch and has all derivatives.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from fastppo.ops import chunked_head, registration
 from fastppo.ops.overloads import overload
 
-# Rows of vocabulary_forward's stats, as far as they have gradients, in the order of vocabulary_backward's upstream.
+# The rows of vocabulary_forward's statistics that have gradients, in the order of vocabulary_backward's upstream.
 LOGPROBS, ENTROPY, LSE, KL = 0, 1, 2, 6
 
 INSTEAD = "; give fp64 inputs, for which PyTorch's own operations run, or use torch.autograd's reverse mode once"
@@ -28,26 +28,26 @@ INSTEAD = "; give fp64 inputs, for which PyTorch's own operations run, or use to
 # Formulas
 
 
-def _keep(ctx: Any, tensors: Iterable[Tensor | None], *coefficients: float | Tensor | None) -> None:
-    """Saves tensors, and coefficients that are numbers or tensors, for `_kept`."""
+def _save(ctx: Any, tensors: Iterable[Tensor | None], *coefficients: float | Tensor | None) -> None:
+    """Save tensors, and coefficients that are numbers or tensors, for `_saved`."""
     ctx.numbers = [None if isinstance(x, Tensor) else x for x in coefficients]
     ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in coefficients), *tensors)
 
 
-def _kept(ctx: Any) -> tuple[list[Any], list[Any]]:
-    """The coefficients and the tensors that `_keep` was given."""
+def _saved(ctx: Any) -> tuple[list[Any], list[Any]]:
+    """The coefficients and the tensors that `_save` saved."""
     saved, count = ctx.saved_tensors, len(ctx.numbers)
     return [n if x is None else x for n, x in zip(ctx.numbers, saved[:count], strict=True)], list(saved[count:])
 
 
 def _save_vocabulary(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     logits, targets, temperature, ctx.softcap, ref_logits = inputs
-    _keep(ctx, (logits, targets, ref_logits, output), temperature)
+    _save(ctx, (logits, targets, ref_logits, output), temperature)
 
 
 def _vocabulary_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (temperature,), (logits, targets, ref_logits, stats) = _kept(ctx)
-    out = logits.new_empty(logits.shape)  # dense, whatever the strides of the logits
+    (temperature,), (logits, targets, ref_logits, stats) = _saved(ctx)
+    out = logits.new_empty(logits.shape)  # dense, for any strides of the logits
     overload("vocabulary_backward", temperature)(
         logits, targets, stats, _upstream(grad), temperature, ctx.softcap, ref_logits, out
     )
@@ -56,20 +56,20 @@ def _vocabulary_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, temperature, ctx.softcap, ctx.workspace = inputs
-    _keep(ctx, (*tensors, output), temperature)
+    _save(ctx, (*tensors, output), temperature)
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wanted = list(ctx.needs_input_grad[:3])
-    (temperature,), tensors = _kept(ctx)
-    made = overload("linear_logprobs_backward", temperature)(
+    (temperature,), tensors = _saved(ctx)
+    gradients = overload("linear_logprobs_backward", temperature)(
         *tensors, _upstream(grad), temperature, ctx.softcap, ctx.workspace, wanted
     )
-    return *(g if want else None for g, want in zip(made, wanted, strict=True)), *(None,) * 7
+    return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), *(None,) * 7
 
 
 def _upstream(grad: Tensor) -> Tensor:
-    """Of stats' gradient the rows that reach the logits, (4, M)."""
+    """The rows of the statistics' gradient that contribute to the gradient of the logits, (4, M)."""
     kl = grad[KL] if grad.shape[0] > chunked_head.STATS else torch.zeros_like(grad[LSE])
     return torch.stack((grad[LOGPROBS], grad[ENTROPY], grad[LSE], kl))
 
@@ -80,30 +80,30 @@ def _save_linear_policy_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Te
 
 
 def _linear_policy_loss_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    *found, normalizer = ctx.saved_tensors
-    made = list(zip(found, ctx.wanted, strict=True))
-    if chunked_head.whole_gradients(ctx.dtype):
+    *saved_gradients, normalizer = ctx.saved_tensors
+    gradients = list(zip(saved_gradients, ctx.wanted, strict=True))
+    if chunked_head.gradients_of_sum(ctx.dtype):
         upstream = upstream / normalizer
-        return *((g.float() * upstream).to(ctx.dtype) if want else None for g, want in made), *(None,) * 19
-    # On the CPU a look at a number costs less than a pass over the weight's gradient. A compiler's tensors have none.
-    once = type(upstream) is Tensor and upstream.device.type == "cpu" and upstream.item() == 1.0
-    return *((g if once else (g * upstream).to(g.dtype)) if want else None for g, want in made), *(None,) * 19
+        return *((g.float() * upstream).to(ctx.dtype) if want else None for g, want in gradients), *(None,) * 19
+    # On the CPU reading a number is cheaper than a pass over the weight's gradient. A compiler's tensors have no value.
+    is_one = type(upstream) is Tensor and upstream.device.type == "cpu" and upstream.item() == 1.0
+    return *((g if is_one else (g * upstream).to(g.dtype)) if want else None for g, want in gradients), *(None,) * 19
 
 
 def _save_policy_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logprobs, _, _, entropy, kl, mask, normalizer, *_, entropy_coef, kl_coef = inputs
     ctx.dtypes = [None if x is None else x.dtype for x in (logprobs, entropy, kl)]
-    _keep(ctx, (output[3], mask, normalizer), entropy_coef, kl_coef)
+    _save(ctx, (output[3], mask, normalizer), entropy_coef, kl_coef)
 
 
 def _policy_loss_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    (entropy_coef, kl_coef), (d_logprobs, mask, normalizer) = _kept(ctx)
-    each = (upstream / normalizer).expand(d_logprobs.shape[0])
-    each = each if mask is None else each * mask
-    made = (d_logprobs * upstream, -entropy_coef * each, kl_coef * each)
+    (entropy_coef, kl_coef), (d_logprobs, mask, normalizer) = _saved(ctx)
+    token_share = (upstream / normalizer).expand(d_logprobs.shape[0])
+    token_share = token_share if mask is None else token_share * mask
+    gradients = (d_logprobs * upstream, -entropy_coef * token_share, kl_coef * token_share)
     logprobs, entropy, kl = (
         g.to(dtype) if dtype is not None and needed else None
-        for g, dtype, needed in zip(made, ctx.dtypes, (ctx.needs_input_grad[i] for i in (0, 3, 4)), strict=True)
+        for g, dtype, needed in zip(gradients, ctx.dtypes, (ctx.needs_input_grad[i] for i in (0, 3, 4)), strict=True)
     )
     return logprobs, None, None, entropy, kl, *(None,) * 7
 
@@ -118,11 +118,11 @@ def _value_loss_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | 
     return (d_values * upstream).to(ctx.dtype), *(None,) * 5
 
 
-# What the formulas do not give
+# Errors for all other derivatives
 
 
-class _Refusal(torch.autograd.Function):
-    """Gradients as they are, whose own derivative is an error by whatever they depend on."""
+class _NotDifferentiable(torch.autograd.Function):
+    """Returns gradients unchanged; their derivative by any tensor that they depend on raises an error."""
 
     @staticmethod
     def forward(ctx: Any, name: str, gradients: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -135,31 +135,31 @@ class _Refusal(torch.autograd.Function):
 
 
 def once_only(name: str, formula: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward pass whose result, under create_graph, cannot be differentiated again."""
+    """A backward pass whose result raises an error if it is differentiated again (create_graph)."""
 
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         refuse_tangents(name, upstream)
         if not torch.is_grad_enabled():
-            made: tuple[Tensor | None, ...] = formula(ctx, *upstream)
-            return made
+            gradients: tuple[Tensor | None, ...] = formula(ctx, *upstream)
+            return gradients
         with torch.no_grad():
-            made = formula(ctx, *upstream)
-        given = [g for g in made if g is not None]
-        refusing = iter(_Refusal.apply(name, len(given), *given, *upstream, *ctx.saved_tensors))  # type: ignore[no-untyped-call]
-        return tuple(None if g is None else next(refusing) for g in made)
+            gradients = formula(ctx, *upstream)
+        tensors = [g for g in gradients if g is not None]
+        outputs = iter(_NotDifferentiable.apply(name, len(tensors), *tensors, *upstream, *ctx.saved_tensors))  # type: ignore[no-untyped-call]
+        return tuple(None if g is None else next(outputs) for g in gradients)
 
     return backward
 
 
 def refuse_tangents(name: str, arguments: Iterable[Any]) -> None:
-    """Forward mode would pass by an op without a rule for it, and its tangents would be zero."""
+    """Raise NotImplementedError in forward mode, where the tangents of an op without a rule would be zero."""
     for x in arguments:
         if isinstance(x, Tensor) and forward_ad.unpack_dual(x, level=0).tangent is not None:
             raise NotImplementedError(f"ops.{name} has no derivative of forward mode{INSTEAD}")
 
 
 def register(op: str, name: str, formula: Callable[..., Any], save: Callable[..., None]) -> None:
-    """Tells torch.library of the gradients of an op and its overload; `name` is the function's behind the door."""
+    """Register the gradients of an op and its overload with torch.library; name: of the function in `fastppo.ops`."""
     rules = SimpleNamespace(_backward_fn=once_only(name, formula), _setup_context_fn=save)
     for qualified in registration.overloads(op):
         target = getattr(getattr(torch.ops.fastppo, op), qualified.partition(".")[2] or "default")

@@ -1,7 +1,7 @@
-"""Every op in plain PyTorch, as its paper writes it: the oracle that kernels are held to. Slow, and right.
+"""Every op in plain PyTorch, as in its paper: the oracle against which kernels are tested, written for clarity.
 
 Each function works in fp32, bf16, fp16 and fp64; statistics are fp32, or fp64 for fp64 inputs, so that gradients
-can be checked against finite differences. Arguments are taken as correct: `fastppo.ops` checks them.
+can be checked against finite differences. Arguments are not checked here: `fastppo.ops` checks them.
 M tokens, vocabulary V, hidden size H, B sequences, R rows.
 """
 
@@ -28,7 +28,7 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation, backwards in time (Schulman et al. 2016, eq. 11 and 16).
 
-    For t = T-1, ..., 0 of each sequence, with V_T = bootstrap (0 when left out) and A_T = 0:
+    For t = T-1, ..., 0 of each sequence, with V_T = bootstrap (0 if None) and A_T = 0:
     delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, return_t = A_t + V_t.
     A masked token is skipped: t+1 is the next unmasked token, and the token's own outputs are 0.
 
@@ -64,12 +64,12 @@ def token_logprobs(
 
     z = softcap tanh(logits / softcap) / temperature, L = logsumexp(z), p = exp(z - L); with v over the vocabulary
     logprob = z_y - L, entropy = -sum_v p_v log p_v, KL(p || q) = sum_v p_v (log p_v - log q_v), 0 log 0 = 0.
-    KL is +inf where some p_v > 0 = q_v; such a row passes no gradient to KL. The reference receives none at all. Where
-    all of its row is -inf, q is 0 throughout: its logprob is -inf, the KL +inf. A NaN in either row makes the KL a NaN.
+    KL is +inf if some p_v > 0 = q_v; the KL of such a row has no gradient. The reference receives no gradient. If all
+    entries of its row are -inf, q is 0: its logprob is -inf, the KL +inf. A NaN in either row makes the KL a NaN.
     """
     z = scaled(logits, temperature, softcap)
     lse = z.logsumexp(-1)
-    log_p = z.log_softmax(-1)  # z - L loses digits where z is large
+    log_p = z.log_softmax(-1)  # z - L loses digits if z is large
     p = log_p.exp()
     entropy = -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
     logprobs = at_targets(log_p, targets)
@@ -97,7 +97,7 @@ def linear_logprobs(
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
 ) -> TokenStats:
-    """`token_logprobs` of logits = logit_scale (hidden weight^T + bias), and of the reference's, whole: 2 (M, V)."""
+    """`token_logprobs` of logits = logit_scale (hidden weight^T + bias), computed for all rows at once: 2 (M, V)."""
     ref_logits = None
     if ref_hidden is not None and ref_weight is not None:
         ref_logits = project(ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach())
@@ -124,21 +124,21 @@ def policy_loss(
 ) -> tuple[Tensor, PolicyStats]:
     """PPO's clipped objective, to be minimised (Schulman et al. 2017, eq. 7 and 9; dual clip: Ye et al. 2020, eq. 5).
 
-    rho_t = exp(logprob_t - old_t), beyond 20 as `bounded_exp` has it, and
-    J_t = min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t); with dual_clip c, J_t = max(J_t, c A_t) where
+    rho_t = exp(logprob_t - old_t), for differences above 20 as in `bounded_exp`, and
+    J_t = min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t); with dual_clip c, J_t = max(J_t, c A_t) if
     A_t < 0.
     loss = sum_t (-J_t - entropy_coef H_t + kl_coef KL_t) / normalizer, over the unmasked t.
     """
     keep = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
 
-    def kept(x: Tensor) -> Tensor:
+    def masked(x: Tensor) -> Tensor:
         return x.to(statistics_dtype(logprobs)).masked_fill(~keep, 0.0)
 
-    log_ratio = kept(kept(logprobs) - kept(old_logprobs.detach()))
-    advantage = kept(advantages.detach())
+    log_ratio = masked(masked(logprobs) - masked(old_logprobs.detach()))
+    advantage = masked(advantages.detach())
     ratio = bounded_exp(log_ratio)
     unclipped = ratio * advantage
-    bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantage  # two numbers, or two tensors
+    bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantage  # the bounds: two numbers, or two tensors
     clipped = bounded < unclipped
     objective = torch.where(clipped, bounded, unclipped)
     dual_clipped = torch.zeros_like(keep)
@@ -148,18 +148,18 @@ def policy_loss(
 
     total = -objective.sum()
     zero = torch.zeros_like(total)
-    entropy_sum = zero if entropy is None else kept(entropy).sum()
-    kl_sum = zero if kl is None else kept(kl).sum()
+    entropy_sum = zero if entropy is None else masked(entropy).sum()
+    kl_sum = zero if kl is None else masked(kl).sum()
     total = total - term(entropy_coef, entropy_sum) + term(kl_coef, kl_sum)
-    approximate_kl = kept(exp_less_tangent(log_ratio)).sum()  # k3 of old against new policy, Schulman 2020
-    counts = (clipped.sum(), dual_clipped.sum(), kept(ratio).sum(), keep.sum())
+    approximate_kl = masked(exp_less_tangent(log_ratio)).sum()  # k3 of the old policy to the new, Schulman 2020
+    counts = (clipped.sum(), dual_clipped.sum(), masked(ratio).sum(), keep.sum())
     sums = torch.stack([s.detach().to(total) for s in (-objective.sum(), entropy_sum, kl_sum, approximate_kl, *counts)])
-    ratio_max = kept(ratio).detach().max() if ratio.numel() else zero
+    ratio_max = masked(ratio).detach().max() if ratio.numel() else zero
     return total / normalizer, PolicyStats(sums, ratio_max)
 
 
 def term(coefficient: float | Tensor, total: Tensor) -> Tensor:
-    """coefficient total, and 0 where the coefficient is: 0 times an infinite KL is a NaN."""
+    """coefficient * total, and 0 if the coefficient is 0: 0 times an infinite KL would be a NaN."""
     if isinstance(coefficient, Tensor):
         return torch.where(coefficient == 0.0, 0.0, coefficient * total)
     return coefficient * total if coefficient != 0.0 else torch.zeros_like(total)
@@ -189,7 +189,7 @@ def linear_policy_loss(
     normalizer: Tensor | float,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
-    """`linear_logprobs`, then `policy_loss`: exact KL from the reference's head, k2 and k3 from `ref_logprobs`."""
+    """`linear_logprobs`, then `policy_loss`: exact KL with the head of the reference, k2 and k3 with `ref_logprobs`."""
     stats = linear_logprobs(
         hidden,
         weight,
@@ -221,7 +221,7 @@ def linear_policy_loss(
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor | None, kind: str) -> Tensor | None:
     """Estimates of KL(policy || reference) from the sampled token, with d = logprob - ref_logprob (Schulman 2020).
 
-    k2 = d^2 / 2; k3 = exp(-d) - 1 + d, for d below -20 as `bounded_exp` has it. (M,), or None without `ref_logprobs`.
+    k2 = d^2 / 2; k3 = exp(-d) - 1 + d, for d below -20 as in `bounded_exp`. (M,), or None without `ref_logprobs`.
     """
     if ref_logprobs is None:
         return None
@@ -230,20 +230,20 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor | None, kind: str) -> Ten
         return d.square() / 2
     if kind == "k3":
         return exp_less_tangent(-d)
-    raise ValueError(f"kl_kind is {kind!r}; from sampled tokens the loss takes 'k2' or 'k3'")
+    raise ValueError(f"kl_kind is {kind!r}; with sampled tokens it must be 'k2' or 'k3'")
 
 
 def bounded_exp(x: Tensor) -> Tensor:
-    """e^x up to x = 20, and from there on its tangent e^20 (x - 19): finite, rising and as steep as at 20.
+    """e^x up to x = 20, and above its tangent e^20 (x - 19), which is finite and has the gradient at 20.
 
-    A bound that were flat would pass no gradient to the very tokens that have gone the furthest. e^20 = 4.9e8 is far
-    past any clip. The bound is a literal, since torch.compile takes a module's float for a number that may change.
+    A constant bound would give no gradient to the tokens with the largest ratios. e^20 = 4.9e8 is far above any clip.
+    The bound is a literal, because torch.compile treats a float of a module as a number that may change.
     """
     return torch.where(x > 20.0, math.exp(20.0) * (1.0 + (x - 20.0)), x.clamp(max=20.0).exp())
 
 
 def exp_less_tangent(x: Tensor) -> Tensor:
-    """`bounded_exp` of x, less 1 + x, its tangent at 0: 0 or more, and without loss of digits where x is small."""
+    """`bounded_exp` of x minus its tangent at 0, 1 + x: 0 or more, and without loss of digits if x is small."""
     at_most, near = math.exp(20.0), x.clamp(max=20.0)
     far = (at_most - 1.0 - 20.0) + (at_most - 1.0) * (x - 20.0)
     return torch.where(x > 20.0, far, torch.expm1(near) - near)
@@ -280,10 +280,10 @@ def value_loss(
 def sample_tokens(
     logits: Tensor, *, temperature: float = 1.0, seed: int, stream: Tensor, offset: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token a row by the inverse distribution function, in fp64 (Devroye 1986, ch. III.2).
+    """Sample one token a row by the inverse distribution function, in fp64 (Devroye 1986, ch. III.2).
 
-    The token is the first v with p_0 + ... + p_v > u, u from `philox.uniform`. One with p_v = 0 adds nothing to the
-    sum and is therefore never the first.
+    The token is the first v with p_0 + ... + p_v > u, u from `philox.uniform`. A token with p_v = 0 adds nothing to the
+    sum, so it is never sampled.
     """
     log_p = (logits.double() / temperature).log_softmax(-1)
     cumulative = log_p.exp().cumsum(-1)
@@ -305,9 +305,10 @@ def attend_cached(
     window: int = 0,
     softcap: float = 0.0,
 ) -> Tensor:
-    """Causal attention of one new position a row over all that the row holds (Vaswani et al. 2017, eq. 1).
+    """Causal attention of one new position a row to all positions of that row (Vaswani et al. 2017, eq. 1).
 
-    All rows look at the whole buffer and a mask hides what is not theirs, so the host waits for no length.
+    Scores are computed for the whole buffer, and a mask excludes positions past the length of the row, so the host
+    needs no lengths from the device.
     """
     newest = lengths[rows]
     key_cache[rows, :, newest], value_cache[rows, :, newest] = key, value
@@ -325,7 +326,7 @@ def attend_cached(
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(M, H), (V, H), (V,) -> (M, V). Not F.linear, for which ZeRO stage 3 puts a function without forward mode."""
+    """(M, H), (V, H), (V,) -> (M, V). Not F.linear: ZeRO stage 3 replaces it by a function without forward mode."""
     return hidden @ weight.t() if bias is None else torch.addmm(bias, hidden, weight.t())
 
 
@@ -338,7 +339,7 @@ def scaled(logits: Tensor, temperature: float, softcap: float | None) -> Tensor:
 
 
 def at_targets(rows: Tensor, targets: Tensor) -> Tensor:
-    """(M, V), (M,) int64 -> (M,)"""
+    """The entries at the targets: (M, V), (M,) int64 -> (M,)"""
     return rows.gather(-1, targets[:, None])[:, 0]
 
 

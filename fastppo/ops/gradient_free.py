@@ -1,4 +1,4 @@
-"""The ops whose results carry no gradients: GAE, sampling, a decode step's attention. Their door is `fastppo.ops`."""
+"""The ops without gradients: GAE, sampling, attention of a decode step. Call them through `fastppo.ops`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fastppo.ops.arguments import (
     check_starts,
     check_tokens,
 )
-from fastppo.ops.backend import by_reference, log_once
+from fastppo.ops.backend import by_reference, log_once_unless_compiling
 from fastppo.ops.coefficients import numbers
 from fastppo.ops.overloads import overload
 
@@ -46,10 +46,10 @@ def gae(
     """Advantages and returns of packed sequences (Schulman et al. 2016, eq. 11 and 16).
 
     rewards, values: (M,) floating; cu_seqlens: (B+1,) int32 or int64, from 0 to M, never falling; gamma, lam in [0, 1];
-    bootstrap: (B,) the value after each sequence's last token, 0 when left out; mask: (M,) bool, False for a token that
-    is passed over: its reward and value are ignored, its outputs are 0, and the next token's value and advantage reach
-    the one before it. gamma and lam may be tensors, (), of the host, which reads them.
-    Returns (advantages, returns), (M,) each, not differentiable: inputs count as constants.
+    bootstrap: (B,) the value after the last token of each sequence, 0 if None; mask: (M,) bool, False skips a token:
+    its reward and value are ignored, its outputs are 0, and the recurrence continues from the next unmasked token.
+    gamma and lam may be tensors, (), on the CPU, which are read.
+    Returns (advantages, returns), (M,) each, not differentiable: inputs are constants.
     """
     check_tokens("rewards", rewards, rewards)
     check_tokens("values", values, rewards, "rewards")
@@ -66,13 +66,15 @@ def gae(
     for name, value in (("gamma", gamma), ("lam", lam)):
         if isinstance(value, Tensor) and value.device.type != "cpu":
             raise ValueError(
-                f"{name} is on {value.device}, and the host reads it; give a number or a tensor of the CPU"
+                f"{name} is on {value.device}, but the host must read it; give a number or a tensor on the CPU"
             )
     options = numbers(rewards, device=HOST, gamma=gamma, lam=lam)
     if by_reference(rewards) or rewards.device.type not in registration.GAE_DEVICES:
-        log_once(f"gae on {rewards.device} in {rewards.dtype}: reference Python, as fastppo._C has no kernel for that")
-        given: list[Any] = [None if x is None else x.detach() for x in (rewards, values, cu_seqlens, bootstrap, mask)]
-        out = (_gae_by_oracle if torch.compiler.is_compiling() else _run_oracle)(*given, **options)
+        log_once_unless_compiling(
+            f"gae on {rewards.device} in {rewards.dtype}: reference Python, because fastppo._C has no kernel for that"
+        )
+        inputs: list[Any] = [None if x is None else x.detach() for x in (rewards, values, cu_seqlens, bootstrap, mask)]
+        out = (_gae_by_oracle if torch.compiler.is_compiling() else _run_oracle)(*inputs, **options)
     else:
         dtype = torch.bfloat16 if rewards.dtype == values.dtype == torch.bfloat16 else torch.float32
         out = overload("gae", options["gamma"])(
@@ -112,7 +114,7 @@ def _gae_by_oracle(
     gamma: Tensor,
     lam: Tensor,
 ) -> Tensor:
-    """The oracle walks over Python numbers, which a compiler cannot trace."""
+    """The oracle as an op: it computes with Python numbers, which torch.compile cannot trace."""
     return _run_oracle(rewards, values, cu_seqlens, bootstrap, mask, gamma, lam)
 
 
@@ -124,14 +126,13 @@ def _(rewards: Tensor, values: Tensor, *arguments: Any) -> Tensor:
 def sample_tokens(
     logits: Tensor, *, temperature: Coefficient = 1.0, seed: int, stream: Tensor, offset: Tensor | int
 ) -> tuple[Tensor, Tensor]:
-    """Draw one token a row from softmax(logits / temperature).
+    """Sample one token a row from softmax(logits / temperature).
 
-    logits: (R, V) floating, each row with a finite entry, -inf for tokens that may not be drawn; seed: taken modulo
-    2^64; stream: (R,) int64, prompt index * n + sample index; offset: (R,) int64, or one int for all rows: the
-    token's position. A row's result depends on its own logits and (seed, stream, offset) alone, bit for bit. The random
-    number is Philox4x32-10's with key (seed) and counter (offset, stream): see `fastppo.ops.philox.uniform`.
-    temperature may be a tensor, (). Returns tokens, (R,) int64, and their log probabilities, (R,) fp32, without
-    gradients.
+    logits: (R, V) floating, each row with a finite entry, -inf for excluded tokens; seed: taken modulo 2^64; stream:
+    (R,) int64, prompt index * n + sample index; offset: (R,) int64, or one int for all rows: the position of the token.
+    The result of a row depends on its logits and (seed, stream, offset) only, bit for bit. The random number is that of
+    Philox4x32-10 with key (seed) and counter (offset, stream): see `fastppo.ops.philox.uniform`. temperature may be a
+    tensor, (). Returns tokens, (R,) int64, and their log probabilities, (R,) fp32, without gradients.
     """
     check_logits("logits", logits)
     check_scale(temperature, None)
@@ -154,7 +155,7 @@ def sample_tokens(
         tokens, logprobs = kernel(**arguments, seed=torch.full((), seed, dtype=torch.int64) if as_tensor else seed)
     if logits.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(logprobs.isfinite().all()):
         row = int((~logprobs.isfinite()).nonzero()[0])
-        raise ValueError(f"row {row} of logits holds NaN or +inf, or no finite entry: nothing can be drawn from it")
+        raise ValueError(f"row {row} of logits contains NaN or +inf, or no finite entry: no token can be sampled")
     return tokens, logprobs
 
 
@@ -173,11 +174,12 @@ def attend_cached(
 ) -> Tensor:
     """Append one position to each active row of a key/value cache, and attend to all positions of that row.
 
-    query: (R, heads, D) fp32 or bf16; key, value: (R, kv heads, D), heads being a multiple of kv heads; key_cache,
-    value_cache: (rows, kv heads, T, D), written at each row's own length; lengths: (rows,) int64, positions held, below
-    T and left as they are; rows: (R,) int64, each active row's place in the cache; window: newest positions seen, 0 for
-    all; softcap: s -> softcap tanh(s / softcap) on scores, 0 for none. Returns (R, heads, D), not differentiable. On
-    the CPU a row's result does not depend on the other rows, bit for bit. Bad arguments raise ValueError there.
+    query: (R, heads, D) fp32 or bf16; key, value: (R, kv heads, D), where heads is a multiple of kv heads; key_cache,
+    value_cache: (rows, kv heads, T, D), written at position `lengths` of each row; lengths: (rows,) int64, number of
+    positions, below T, not changed; rows: (R,) int64, index of each active row in the cache; window: number of newest
+    positions attended to, 0 for all; softcap: s -> softcap tanh(s / softcap) on scores, 0 for none. Returns (R, heads,
+    D), not differentiable. On the CPU the result of a row does not depend on the other rows, bit for bit, and wrong
+    arguments raise ValueError.
     """
     check_attention(
         scale, window, softcap, query=query, key=key, value=value, key_cache=key_cache, value_cache=value_cache
@@ -186,7 +188,7 @@ def attend_cached(
         check_not_expanded(name, cache)
     query, key, value, key_cache, value_cache = (x.detach() for x in (query, key, value, key_cache, value_cache))
     if query.device.type != "cpu":
-        log_once(f"attend_cached on {query.device}: reference PyTorch, as its kernel is the CPU's")
+        log_once_unless_compiling(f"attend_cached on {query.device}: reference PyTorch, because its kernel is for CPUs")
         caches = (key_cache, value_cache)
         return eager.attend_cached(
             query, key, value, *caches, lengths, rows, scale=scale, window=window, softcap=softcap
@@ -194,8 +196,8 @@ def attend_cached(
     query, key, value = (_rows_dense(x) for x in (query, key, value))
     keys, values = _rows_dense(key_cache), _rows_dense(value_cache)
     if keys is not key_cache or values is not value_cache:
-        log_once(
-            "attend_cached: entries of the cache's last dimension lie apart, and all of it is copied there and back"
+        log_once_unless_compiling(
+            "attend_cached: the cache is not contiguous in its last dimension, so it is copied to a buffer and back"
         )
     kernel = torch.ops.fastppo.attend_cached
     out: Tensor = kernel(
@@ -208,12 +210,12 @@ def attend_cached(
 
 
 def _rows_dense(x: Tensor) -> Tensor:
-    """`x`, or a copy where entries of its last dimension do not lie side by side."""
+    """`x`, or a copy if it is not contiguous in its last dimension."""
     return x if x.ndim == 0 or x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` for a kernel that is not differentiable."""
+    """`x` detached, contiguous and in this dtype, for a kernel that is not differentiable."""
     if x.dtype == dtype and x.is_contiguous() and not x.requires_grad:
         return x  # the three calls below take longer than GAE of a thousand tokens
     return x.detach().to(dtype).contiguous()

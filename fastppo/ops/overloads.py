@@ -1,4 +1,4 @@
-"""The two overloads of an op with coefficients: `default`, which takes them as numbers, and `tensors`."""
+"""The two overloads of an op with coefficients: `default` takes numbers, `tensors` takes tensors."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What is a float, or sampling's seed, and may change from call to call. Other numbers are constants of a model.
+# Arguments that are floats, or the seed of sampling, and may change at each call. Other numbers are constants of a
+# model.
 _LOSS = ("temperature", "clip_low", "clip_high", "dual_clip", "clip", "entropy_coef", "kl_coef")
 COEFFICIENTS = (*_LOSS, "gamma", "lam", "seed")
 
 
 def overload(op: str, coefficient: float | Tensor | None) -> Any:
-    """The overload for coefficients like this one. Left to itself, torch takes a tensor without dimensions for a number
-    and reads it."""
-    found = getattr(torch.ops.fastppo, op)
-    return found.tensors if isinstance(coefficient, Tensor) else found.default
+    """The overload for coefficients of this type. Without it, torch would read a tensor without dimensions as a
+    number."""
+    packet = getattr(torch.ops.fastppo, op)
+    return packet.tensors if isinstance(coefficient, Tensor) else packet.default

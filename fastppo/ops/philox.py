@@ -1,7 +1,7 @@
-"""Philox4x32-10: random numbers that are a function of (seed, stream, offset) and of nothing else.
+"""Philox4x32-10: random numbers that depend on (seed, stream, offset) only.
 
 Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". Unlike a generator with a state, it gives a
-row the same number whatever the batch, the rank or the order of the calls.
+row the same number in any batch, on any rank and in any order of calls.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
     """
     multipliers = torch.tensor(MULTIPLIERS, device=counter.device)[:, None]
     keys = [[k + i * step & MASK for k, step in zip(key, KEY_STEPS, strict=True)] for i in range(10)]
-    even, odd = counter[0::2], counter[1::2]  # words (0, 2), which are multiplied, and (1, 3)
+    even, odd = counter[0::2], counter[1::2]  # words (0, 2), the factors of the products, and (1, 3)
     for round_key in torch.tensor(keys, device=counter.device)[:, :, None]:
-        low = even * multipliers & MASK  # wraps modulo 2^64, which leaves the low word right
-        high = multipliers * (even >> 16) + (multipliers * (even & 0xFFFF) >> 16) >> 16  # no term reaches 2^63
+        low = even * multipliers & MASK  # overflow wraps modulo 2^64, and the low word is correct
+        high = multipliers * (even >> 16) + (multipliers * (even & 0xFFFF) >> 16) >> 16  # all terms are below 2^63
         even, odd = high.flip(0) ^ odd ^ round_key, low.flip(0)
     return torch.stack((even[0], odd[0], even[1], odd[1]))
 
@@ -34,7 +34,7 @@ def uniform(seed: int, stream: Tensor, offset: Tensor) -> Tensor:
 
     seed: the key, taken modulo 2^64; stream, offset: (R,) int64, the high and the low half of the counter:
     counter = (offset low, offset high, stream low, stream high). Returns (R,) fp64, u = (floor(x0 / 2^9) + 1/2) / 2^23
-    with x0 the first output word: 23 bits, since one more and the half would round up to u = 1 in fp32.
+    with x0 the first output word: 23 bits, because with 24 bits the largest number would round up to u = 1 in fp32.
     """
     counter = torch.stack((offset & MASK, offset >> 32 & MASK, stream & MASK, stream >> 32 & MASK))
     words = philox(counter, (seed & MASK, seed >> 32 & MASK))

@@ -1,9 +1,9 @@
-"""What torch.library is told of each op beyond its kernels: fake kernels, the Triton kernels for CUDA, and overloads.
+"""Registration of the ops with torch.library: fake kernels, the Triton kernels for CUDA, and overloads.
 
-Schemas and CPU kernels are `fastppo._C`'s (csrc/), the chunked heads `fastppo.ops.chunked_head`'s, gradients
-`fastppo.ops.derivatives`'. An op's arguments are taken as checked by `fastppo.ops`.
-Each op with coefficients stands twice, for the same kernels: `fastppo::NAME` takes them as numbers, of which a compiler
-would make constants, and `fastppo::NAME.tensors` as tensors without dimensions.
+`fastppo._C` (csrc/) registers schemas and CPU kernels, `fastppo.ops.derivatives` gradients; the chunked heads are in
+`fastppo.ops.chunked_head`. `fastppo.ops` has checked the arguments of an op.
+Each op with coefficients is registered twice, with the same kernels: `fastppo::NAME` takes coefficients as numbers,
+which a compiler would turn into constants, and `fastppo::NAME.tensors` as tensors without dimensions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import fastppo._C  # registers torch.ops.fastppo.*
 from fastppo.ops import chunked_head
 from fastppo.ops.overloads import COEFFICIENTS
 
-# Ops with a Triton kernel, each in the file of its name in kernels/.
+# Ops with a Triton kernel, each in the file of the same name in kernels/.
 TRITON = (
     "vocabulary_forward",
     "vocabulary_backward",
@@ -32,17 +32,17 @@ TRITON = (
     "sample_tokens",
 )
 
-# GAE's CUDA kernels are linked where torch is a CUDA build and nvcc was found.
+# The CUDA kernels of GAE are linked if torch is a CUDA build and nvcc was found.
 GAE_DEVICES = ("cpu", "meta", "cuda") if fastppo._C.built()["cuda_archs"] else ("cpu", "meta")
 
 # Ops that have coefficients.
-OF_TENSORS = (*TRITON, "gae", *(op.__name__ for op in chunked_head.OPS))
+WITH_COEFFICIENTS = (*TRITON, "gae", *(op.__name__ for op in chunked_head.OPS))
 
 _library = torch.library.Library("fastppo", "FRAGMENT")
 
 
 def launcher(op: str) -> Any:
-    """The Triton launcher of an op. Triton is imported when CUDA first needs it."""
+    """The Triton launcher of an op. Triton is imported at the first use on CUDA."""
     return getattr(import_module(f"fastppo.kernels.{op}"), op)
 
 
@@ -52,35 +52,35 @@ def kernel(op: str) -> Any:
 
 
 def overloads(op: str) -> tuple[str, ...]:
-    """An op's names for torch.library: with coefficients as numbers, and as tensors where it has any."""
-    return (op, f"{op}.tensors") if op in OF_TENSORS else (op,)
+    """The names of an op for torch.library: with coefficients as numbers and, if it has any, as tensors."""
+    return (op, f"{op}.tensors") if op in WITH_COEFFICIENTS else (op,)
 
 
-def reading(op: str) -> Callable[..., Any]:
-    """The kernel of numbers for coefficients in tensors that the host can read without waiting for a device."""
+def reading_coefficients(op: str) -> Callable[..., Any]:
+    """The kernel of an op for coefficients in tensors on the CPU: it reads their values, without synchronisation."""
     run = kernel(op)
-    places = [i for i, argument in enumerate(run._schema.arguments) if argument.name in COEFFICIENTS]
+    indices = [i for i, argument in enumerate(run._schema.arguments) if argument.name in COEFFICIENTS]
 
-    def read(*arguments: Any) -> Any:
+    def read_and_run(*arguments: Any) -> Any:
         values = list(arguments)
-        for i in places:
+        for i in indices:
             values[i] = None if values[i] is None else values[i].item()
         return run(*values)
 
-    return read
+    return read_and_run
 
 
 for _op in chunked_head.OPS:
     _library.define(torch.library.infer_schema(_op, mutates_args=(), op_name=_op.__name__))
-for _op_name in OF_TENSORS:
+for _op_name in WITH_COEFFICIENTS:
     _schema = str(kernel(_op_name)._schema).removeprefix(f"fastppo::{_op_name}(")
     _schema = re.sub(rf"\b(?:float|int)(\??) ({'|'.join(COEFFICIENTS)})\b", r"Tensor\1 \2", _schema)
     _library.define(f"{_op_name}.tensors({_schema}")
-for _op in chunked_head.OPS:  # written in torch: the same for any device, and for coefficients of either kind
+for _op in chunked_head.OPS:  # written in torch: the same on all devices and for both kinds of coefficients
     for _name in overloads(_op.__name__):
         _library.impl(_name, _disable_dynamo(_op), "CompositeExplicitAutograd")
 for _op_name in (*TRITON, "gae"):
-    _library.impl(f"{_op_name}.tensors", reading(_op_name), "CompositeExplicitAutograd")
+    _library.impl(f"{_op_name}.tensors", reading_coefficients(_op_name), "CompositeExplicitAutograd")
 for _op_name in TRITON:
     for _name in overloads(_op_name):
         _library.impl(_name, lambda *args, _op=_op_name: launcher(_op)(*args), "CUDA")
@@ -90,7 +90,7 @@ for _op_name in TRITON:
 
 
 def fake(op: str) -> Callable[[Callable[..., Any]], None]:
-    """Registers the fake kernel of an op and of its overload."""
+    """Register the fake kernel of an op and of its overload."""
 
     def register(function: Callable[..., Any]) -> None:
         for name in overloads(op):
@@ -161,10 +161,10 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[
 
 @fake("linear_policy_loss")
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    made = _gradients_like(hidden, weight, bias, rest[-1])
-    if chunked_head.whole_gradients(hidden.dtype):
-        made = (made[0], made[1].float(), made[2].float())
-    return *_totals(hidden), *made
+    gradients = _gradients_like(hidden, weight, bias, rest[-1])
+    if chunked_head.gradients_of_sum(hidden.dtype):
+        gradients = (gradients[0], gradients[1].float(), gradients[2].float())
+    return *_totals(hidden), *gradients
 
 
 def _totals(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,12 +176,12 @@ def _gradients_like(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    made = [hidden.new_empty(shape if want else (0,)) for shape, want in zip(shapes, wanted, strict=True)]
-    return made[0], made[1], made[2]
+    gradients = [hidden.new_empty(shape if want else (0,)) for shape, want in zip(shapes, wanted, strict=True)]
+    return gradients[0], gradients[1], gradients[2]
 
 
 def backend(device: torch.device) -> str:
-    """What runs the ops on a device, as the log says it."""
+    """The implementation of the ops on a device, for the log."""
     if device.type == "cpu":
         return f"C++ ({fastppo._C.built()['simd_used']})"
     return "Triton" if device.type == "cuda" else device.type

@@ -1,6 +1,6 @@
-"""What the ops return: named tuples (DeepSpeed's hooks walk tuples), and sums instead of means.
+"""Results of the ops: named tuples (DeepSpeed's hooks support tuples), and sums instead of means.
 
-Means over microbatches and ranks do not combine; sums and counts do.
+Means over microbatches and ranks cannot be combined; sums and counts can.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 class TokenStats(NamedTuple):
-    """The policy at each of M positions, fp32 (fp64 for fp64 inputs). The first three and `kl` carry gradients."""
+    """Statistics of the policy at M positions, fp32 (fp64 for fp64 inputs). The first three and `kl` have gradients."""
 
     logprobs: Tensor  # (M,) log p of the target, in nats
     entropy: Tensor  # (M,) in [0, ln V]
     lse: Tensor  # (M,) logsumexp of the scaled logits
-    ref_logprobs: Tensor | None  # (M,) the target's log probability under the reference
+    ref_logprobs: Tensor | None  # (M,) log probability of the target under the reference
     ref_lse: Tensor | None  # (M,)
-    kl: Tensor | None  # (M,) KL(policy || reference) over the whole vocabulary; +inf where p > 0 = q
+    kl: Tensor | None  # (M,) KL(policy || reference) over the whole vocabulary; +inf if p > 0 = q
 
 
 class PolicyStats(NamedTuple):

@@ -25,19 +25,20 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastppo.errors import FastPPOError
 from fastppo.models import (
-    MISFIT,
-    SHORT,
+    MINIATURE_ERRORS,
+    PLAIN_ATTENTION_MAX,
     Backbone,
+    Cache,
     Critic,
     ModelError,
     Policy,
-    Spans,
+    SequenceLayout,
     check_model,
     layers_of,
     miniature,
     prefix_depth,
     raised_by_a_model,
-    said,
+    summary_of,
     width_of,
 )
 
@@ -71,8 +72,7 @@ class Footprint:
         self.vocabulary: int = config.vocab_size
         self.head_trains = head is not None and bool(next(head.parameters()).requires_grad)
         self.prefix = prefix_depth(model)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads, head_width = Cache.shape(config)
         self.position = 2 * self.layers * heads * head_width * self.bytes  # bytes of keys and values of one token
         self.on_cpu = cpu
         self._model, self._checkpointing = model, checkpointing
@@ -115,7 +115,7 @@ class Footprint:
 
     def _measure(self, layers: int, sequences: int, length: int, gradient: bool) -> Pass:
         # On a GPU attention is fused for every length; on the CPU short sequences go through plain products.
-        length = length if self.on_cpu else max(length, SHORT + 1)
+        length = length if self.on_cpu else max(length, PLAIN_ATTENTION_MAX + 1)
         tokens = sequences * length
         model = _top(self._model, layers)
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -129,7 +129,7 @@ class Footprint:
             ids, positions = (torch.zeros(1, tokens, dtype=torch.int64) for _ in range(2))
             live = _Live(*model.parameters(), *model.buffers())
             with live, nullcontext() if gradient else torch.no_grad():
-                spans = Spans.of([length] * sequences, torch.device("cpu"))
+                spans = SequenceLayout.of([length] * sequences, torch.device("cpu"))
                 output = model(input_ids=ids, position_ids=positions, packed=spans, use_cache=False)
                 hidden = output.last_hidden_state
                 kept = live.now if gradient else 0
@@ -176,7 +176,7 @@ def _grouped_product(one: Tensor, other: Tensor, ends: Tensor | None = None) -> 
 def _why_not_counted(model: PreTrainedModel, error: Exception) -> FastPPOError:
     """Of a model whose code fails without data: why it is refused, or that it cannot be counted but may be run."""
     small = None
-    with suppress(*MISFIT):  # a model that cannot be cut down is only tried at its own size
+    with suppress(*MINIATURE_ERRORS):  # a model that cannot be cut down is only tried at its own size
         small = miniature(type(model), model.config, torch.float32, torch.device("cpu"))
     if small is not None:
         try:
@@ -185,7 +185,7 @@ def _why_not_counted(model: PreTrainedModel, error: Exception) -> FastPPOError:
             return refusal
     return ModelError(
         f"{type(model).__name__}: what it needs in memory cannot be counted before it is loaded, since its code raises"
-        f" {said(error)} without data. --plan off runs it without a plan."
+        f" {summary_of(error)} without data. --plan off runs it without a plan."
     )
 
 

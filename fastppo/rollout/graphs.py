@@ -8,16 +8,14 @@ place of their own.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from fastppo.log_once import log_once
 from fastppo.models import Cache, Policy
-
-log = logging.getLogger("fastppo")
 
 Run = Callable[[], Tensor]
 
@@ -44,7 +42,8 @@ class StepGraphs:
         try:
             return _Step(self._policy, self._cache, tokens, positions)
         except RuntimeError as error:
-            _say_once(f"sampling: decode steps cannot be recorded as a CUDA graph ({str(error).splitlines()[0]})")
+            reason = str(error).splitlines()[0]
+            log_once(f"sampling: decode steps cannot be recorded as a CUDA graph ({reason})", logging.WARNING)
             return None
 
 
@@ -88,8 +87,3 @@ def record(run: Run) -> Run:
         return out
 
     return replay
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    log.warning(message)

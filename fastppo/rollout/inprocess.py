@@ -87,7 +87,7 @@ class _Decoding:
         self.ended = torch.arange(self.rows, device=device) >= len(group)  # (rows,) bool; the fillers from the start
         length = max(map(len, self.prompts)) + config.max_new_tokens
         self.cache = Cache(policy.model.config.get_text_config(), self.rows, length, policy.model.dtype, device)
-        recorded = config.cuda_graphs and attention.asks_nothing(policy.model)
+        recorded = config.cuda_graphs and attention.decodes_without_sync(policy.model)
         self.graphs = StepGraphs(policy, self.cache) if recorded else None
         self.tokens = torch.zeros(self.rows, config.max_new_tokens, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(self.rows, config.max_new_tokens, device=device)

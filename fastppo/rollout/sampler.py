@@ -10,7 +10,7 @@ from typing import Protocol
 from fastppo.config import Config
 from fastppo.data import Prompts, Rollout
 from fastppo.distributed import Sleeper, Stopped
-from fastppo.errors import ANOTHER_RANK, FastPPOError
+from fastppo.errors import ANOTHER_RANK_ENDED, FastPPOError
 from fastppo.models import Roles
 from fastppo.rollout.answers import SamplerError, check_rollout
 from fastppo.user_code import RAISED, line_of
@@ -106,7 +106,7 @@ def explained(setting: str, folder: Path | None) -> Iterator[None]:
     except (FastPPOError, Stopped):
         raise
     except RAISED as error:
-        of_others = type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in ANOTHER_RANK)
+        of_others = type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in ANOTHER_RANK_ENDED)
         if folder is None or of_others:
             raise
         raise SamplerError(f"{setting} raised {type(error).__name__}: {error} ({line_of(error, folder)})") from error

@@ -148,7 +148,7 @@ def test_ctrl_c_saves_and_ends_all_ranks_with_status_0(folder, forks, straight, 
         os.kill(pid, signal.SIGINT)
     os.kill(run.ranks[0], signal.SIGTERM)
     assert forks.wait(run) == [0] * ranks, run.text()
-    assert "the run saves itself and ends. Ctrl-C again" in run.text() and "Traceback" not in run.text()
+    assert "the run saves a checkpoint and ends. Ctrl-C again" in run.text() and "Traceback" not in run.text()
     assert len(whole_runs.checkpoints(output)) == 1
     forks.run([*argv, "--checkpoint.every", "1"], ranks)
     whole_runs.assert_same_run(straight(ranks, roles), output)
@@ -245,7 +245,9 @@ def test_ctrl_c_under_deepspeeds_launcher_leaves_a_whole_checkpoint(folder, fork
     os.killpg(launched.pid, signal.SIGINT)
     said = launched.communicate(timeout=60)[0]  # until the last of them has closed it
     (name,) = whole_runs.checkpoints(output)
-    assert "the run saves itself and ends" in said and atomic_dir.problem(output / "checkpoints" / name) is None, said
+    assert (
+        "the run saves a checkpoint and ends" in said and atomic_dir.problem(output / "checkpoints" / name) is None
+    ), said
 
 
 def test_ranks_whose_launcher_has_vanished_save_and_end(folder, forks):

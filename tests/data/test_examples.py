@@ -142,29 +142,27 @@ def test_a_pair_that_teaches_nothing_is_dropped_and_counted_or_an_error(
 ) -> None:
     train, _ = pairs([*rows, pair("p", "a", "b")], **settings)
     assert len(train) == 1
-    assert f"left out 1 of 2 examples: 1 ({words})" in caplog.text
+    assert f"dropped 1 of 2 examples: 1 ({words})" in caplog.text
     rows = [{"prompt": None} | row for row in rows]  # the column is there if another row has it
     with pytest.raises(
         DataError,
         match=rf"line 1, columns prompt, chosen and rejected: {words}. Remove the row, or set data.unusable to drop",
     ):
         pairs(rows, unusable="error", **settings)
-    with pytest.raises(
-        DataError, match=rf"no example left to learn from: 1 \({words}\). Correct the rows, or name other"
-    ):
+    with pytest.raises(DataError, match=rf"no usable example: 1 \({words}\). Correct the rows, or name other"):
         pairs(rows, **settings)
 
 
 def test_answers_that_are_too_long_are_dropped_cut_or_an_error(pairs: Any, caplog: pytest.LogCaptureFixture) -> None:
     rows = [pair("p", "a" * 20, "b"), pair("p", "c", "d")]
     assert texts(pairs(rows, max_tokens=10)[0]) == ["pc<eos>", "pd<eos>"]
-    assert "left out 1 of 2 examples: 1 (longer than data.max_tokens 10)" in caplog.text
+    assert "dropped 1 of 2 examples: 1 (longer than data.max_tokens 10)" in caplog.text
     cut = texts(pairs(rows, max_tokens=10, too_long="cut")[0])
     assert set(cut) == {"p" + "a" * 9, "pb<eos>", "pc<eos>", "pd<eos>"}  # what was cut has no EOS
     assert "cut the answers of 1 examples at data.max_tokens 10" in caplog.text
     with pytest.raises(DataError, match=r"rejected: prompt and answer have 22 tokens, more than data.max_tokens 10"):
         pairs(rows, max_tokens=10, too_long="error")
-    with pytest.raises(DataError, match=r"no example left .* Raise data.max_tokens"):
+    with pytest.raises(DataError, match=r"no usable example: .* Raise data.max_tokens"):
         pairs(rows[:1], max_tokens=10)
 
 
@@ -172,8 +170,8 @@ def test_answers_that_are_equal_once_they_are_cut_are_no_pair(pairs: Any, caplog
     rows = [pair("p", "a" * 20 + "x", "a" * 20 + "y"), pair("p" * 12, "a", "b"), pair("p", "c", "d")]
     train, _ = pairs(rows, max_tokens=10, too_long="cut")
     assert texts(train) == ["pc<eos>", "pd<eos>"]
-    assert "1 (the two answers are equal once cut at data.max_tokens 10)" in caplog.text
-    assert "1 (an empty answer once cut at data.max_tokens 10)" in caplog.text
+    assert "1 (the two answers are equal after cutting at data.max_tokens 10)" in caplog.text
+    assert "1 (an empty answer after cutting at data.max_tokens 10)" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -190,14 +188,18 @@ def test_answers_that_are_equal_once_they_are_cut_are_no_pair(pairs: Any, caplog
             r"line 1, columns prompt and chosen: '3' \(int\) is neither text nor chat.* name another",
         ),
         ([pair(7, "a", "b")], {}, r"neither text nor chat"),
-        ([pair("p", "a", "b", m="wide")], {"margin": "m"}, r"line 1, column m holds 'wide', which is not a number"),
-        ([pair("p", "a", "b", m=None)], {"margin": "m"}, r"column m holds None"),
-        ([pair("p", "a", "b", m=math.nan)], {"margin": "m"}, r"line 1, column m holds nan.* Correct or remove the row"),
+        ([pair("p", "a", "b", m="wide")], {"margin": "m"}, r"line 1, column m contains 'wide', which is not a number"),
+        ([pair("p", "a", "b", m=None)], {"margin": "m"}, r"column m contains None"),
+        (
+            [pair("p", "a", "b", m=math.nan)],
+            {"margin": "m"},
+            r"line 1, column m contains nan.* Correct or remove the row",
+        ),
         ([{"chosen": "a", "rejected": "b"}], {}, r"no column prompt. It has chosen, rejected; .* or set it to null if"),
         (
             [{"prompt": "p", "response": x, "r": 1} for x in "abc"],
             {"rating": "r"},
-            r"makes no pair: .* different ratings in the column r \(1\), over 1 different prompts. Name another column",
+            r"contains no pair: .* different ratings in the column r \(1\), over 1 different prompts. Name another",
         ),
         (
             [pair("p", user("a"), assistant("b"))],
@@ -272,7 +274,11 @@ def test_the_turn_ends_where_the_template_ends_it(answers: Any, monkeypatch: pyt
     ("rows", "settings", "words"),
     [
         ([{"prompt": "p", "response": ""}], {}, r"an empty answer"),
-        ([{"talk": "text"}], {"messages": "talk"}, r"column talk holds text and no chat.* set data.messages to null"),
+        (
+            [{"talk": "text"}],
+            {"messages": "talk"},
+            r"column talk contains text and no chat.* set data.messages to null",
+        ),
         ([{"talk": user("a")}], {"messages": "talk"}, r"no message of the assistant"),
         ([{"talk": None}], {"messages": "talk"}, r"1 \(an empty conversation\)"),
         ([{"talk": []}], {"messages": "talk"}, r"1 \(an empty conversation\)"),
@@ -299,8 +305,8 @@ def test_a_conversation_that_the_template_rewrites_is_dropped_and_counted_or_an_
     rows = [{"talk": user("one") + assistant("two")}, {"talk": talk}]
     train, _ = answers(rows, messages="talk")
     assert set(texts(train)) == {"<user>one<assistant>two<eos>"}
-    reason = "the chat template writes the messages before an answer in another way once it is there"
-    assert f"left out 1 of 3 examples: 1 ({reason})" in caplog.text
+    reason = "the chat template writes the messages before an answer differently if the answer follows"
+    assert f"dropped 1 of 3 examples: 1 ({reason})" in caplog.text
     with pytest.raises(DataError, match=rf"line 2, column talk: {reason}. Remove the row, or set data.unusable"):
         answers(rows, messages="talk", unusable="error")
     monkeypatch.setattr(TOKENIZER, "chat_template", "{{ messages | length }}{{ messages[0].content }}")

@@ -37,7 +37,10 @@ def test_other_paths_and_hub_names_come_back_as_they_are(path: str) -> None:
     [
         ("package:no_such_data/a.csv", "pip install --no-deps no-such-data"),
         ("package:no_such_data==3.1", "pip install --no-deps no-such-data==3.1"),
-        ("package:some_data==1.3/texts/a.csv", "some-data has version 1.2 here.*pip install --no-deps some-data==1.3"),
+        (
+            "package:some_data==1.3/texts/a.csv",
+            "version 1.2 of some-data is installed.*pip install --no-deps some-data==1.3",
+        ),
         ("package:some_data/texts/b.csv", "has no texts/b.csv"),
         ("package:sys", "not installed"),
         ("package:/a.csv", "not the name of a package"),

@@ -101,8 +101,8 @@ def test_messages_and_texts_may_be_mixed(load: Any) -> None:
         ([[{"role": "system", "content": "a"}, *user("b")]], {}, r"line 1: .*refused by .*template: no system role"),
         (["a"], {"column": "text"}, r"no column text. It has prompt"),
         (["a", "the " * 9], {"max_prompt_tokens": 8, "too_long": "error"}, r"line 2: .* tokens, more than.* 8"),
-        (["the " * 9], {"max_prompt_tokens": 8}, r"none of its 1 prompts is left: 1 longer than.* 8"),
-        (["a", "b"], {"first_tokens": 4}, r"none of its 2 prompts is left: 2 shorter than data.first_tokens 4"),
+        (["the " * 9], {"max_prompt_tokens": 8}, r"none of its 1 prompts can be used: 1 longer than.* 8"),
+        (["a", "b"], {"first_tokens": 4}, r"none of its 2 prompts can be used: 2 shorter than data.first_tokens 4"),
         (["a"], {"heldout": 2}, r"has 1 usable prompts, but eval.prompts asks for 2"),
         (["a", "b"], {"heldout": 2}, r"has 2 usable prompts, and holding out 2 .* leaves none"),
         (["a", "a"], {"heldout": 1}, r"leaves none"),
@@ -126,8 +126,8 @@ def test_long_prompts_are_left_out_and_counted_in_one_line(load: Any, caplog: py
     caplog.set_level(logging.INFO, logger="fastppo")
     train, _ = load(["a", "the " * 30, "b", "film " * 30], max_prompt_tokens=8)
     assert train.texts == ("a", "b")
-    counted = [record.message for record in caplog.records if "left out" in record.message]
-    assert len(counted) == 1 and "left out 2 of 4 prompts: 2 longer than data.max_prompt_tokens 8" in counted[0]
+    counted = [record.message for record in caplog.records if "dropped" in record.message]
+    assert len(counted) == 1 and "dropped 2 of 4 prompts: 2 longer than data.max_prompt_tokens 8" in counted[0]
 
 
 def test_a_prompt_that_fills_the_context_is_refused_with_the_numbers(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -192,7 +192,7 @@ def test_columns_named_as_a_reward_functions_arguments_are_left_out(
     caplog.set_level(logging.INFO, logger="fastppo")
     train, _ = load([{"prompt": "a", "responses": "b", "n": 1}])
     assert set(train.columns) == {"prompt", "n"}
-    assert "do not receive responses" in caplog.text
+    assert "do not receive the columns responses" in caplog.text
 
 
 def prompt_set(count: int) -> PromptSet:

@@ -72,8 +72,8 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(DataError) as error:
         read_table("owner/data")
     assert str(error.value) == (
-        "owner/data is no file or directory here, and it cannot be loaded from the hub with name None and split train:"
-        " ConnectionError: no route"
+        "owner/data is not a local file or directory, and it cannot be loaded from the hub with name None and split"
+        " train: ConnectionError: no route"
     )
 
 
@@ -84,9 +84,13 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatc
         ("a.jsonl", b'{"text": "a"}\n\n{"text": "\xff"}\n', "a.jsonl, line 3: this is not JSON"),
         ("a.jsonl", b'"text"\n', "a.jsonl, line 1: each line must be an object"),
         ("a.jsonl", b'{"t": "a"}\n{"t": "b\\ud83d."}\n', r"a.jsonl, line 2, t: .* '\\ud83d' at 1, in 'b\\ud83d\.'"),
-        ("a.jsonl", b'{"t": "a\xed\xa0\xbd"}\n', "a.jsonl, line 1, t: the text has half a character"),
-        ("a.jsonl", b'{"t": [{"role": "user", "content": "\\uDE42"}]}\n', "a.jsonl, line 1, t, content: the text has"),
-        ("a.jsonl", b'{"\\ud83d": "a"}\n', "a.jsonl, line 1, a name: the text has half a character"),
+        ("a.jsonl", b'{"t": "a\xed\xa0\xbd"}\n', "a.jsonl, line 1, t: the text contains half a character"),
+        (
+            "a.jsonl",
+            b'{"t": [{"role": "user", "content": "\\uDE42"}]}\n',
+            "a.jsonl, line 1, t, content: the text contains",
+        ),
+        ("a.jsonl", b'{"\\ud83d": "a"}\n', "a.jsonl, line 1, a name: the text contains half a character"),
         ("a.jsonl", b"", "a.jsonl is empty"),
         ("a.jsonl", b"\n\n", "a.jsonl is empty"),
         ("a.csv", b"text,label\na,1\nb\n", r"a.csv, line 3: 1 fields, but the header has 2 \(text, label\)"),

@@ -124,7 +124,7 @@ def test_a_reward_model_with_the_actors_template_gets_them_and_another_does_not(
         ({"messages": []}, r"data.template has messages, which"),
         ({"tokenize": True}, r"data.template has tokenize, which"),
         ({"add_generation_prompt": False}, r"data.template has add_generation_prompt, which"),
-        ({"thinking": "no"}, r'line 1: .* template \(given \{"thinking": "no"\}\): '),
+        ({"thinking": "no"}, r'line 1: .* template \(with \{"thinking": "no"\}\): '),
     ],
 )
 def test_an_argument_that_the_template_does_not_read_or_refuses_is_named(

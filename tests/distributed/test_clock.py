@@ -30,7 +30,7 @@ FORMAT = "%d %b %Y"
 
 @pytest.fixture(autouse=True)
 def no_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clock, "_begun", None)
+    monkeypatch.setattr(clock, "_start", None)
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ DISKS = """
 import os
 from fastppo.distributed import world
 
-world.PATIENCE = 0.5
+world.FILE_TIMEOUT = 0.5
 disk = os.path.join({folder!r}, "disk-" + os.environ["RANK"])
 os.makedirs(disk)
 os.chdir(disk)
@@ -72,5 +72,5 @@ def test_an_output_that_the_nodes_do_not_share_is_refused(folder, forks):
     assert forks.wait(run) == [1, 1]
     for log in run.logs:
         assert "output = out is not the same folder on every node" in log.read_text()
-        assert f"seen by rank 1 on {socket.gethostname()}" in log.read_text() and "Traceback" not in log.read_text()
+        assert f"visible to rank 1 on {socket.gethostname()}" in log.read_text() and "Traceback" not in log.read_text()
     assert not list((folder / "disk-0/out").glob(".shared-*"))

@@ -84,7 +84,7 @@ def test_what_need_not_be_kept_is_not_copied_and_comes_back_as_zeros():
     residency = moving()
     residency.add("sampling_weights", Part(buffer))
     residency.enter("feedback")
-    ((host, _, size),) = residency._parts[0].away
+    ((host, _, size),) = residency._parts[0].moved_out
     assert host.numel() == 0 and size == buffer.nbytes
     residency.enter("sampling")
     assert buffer.tolist() == [0.0] * 1000
@@ -96,7 +96,7 @@ def test_of_an_engine_the_states_are_kept_and_the_gradients_are_not_copied():
     residency = moving()
     residency.add("optimizers", engine)
     residency.add("gradients", Gradients(engine))
-    assert sum(host.nbytes for part in residency._parts for host, _, _ in part.away) == 12
+    assert sum(host.nbytes for part in residency._parts for host, _, _ in part.moved_out) == 12
     assert not on_device(engine.tensors[0]) and not on_device(gradients)
     residency.enter("checkpoint")
     assert on_device(engine.tensors[0]) and not on_device(gradients)
@@ -131,11 +131,11 @@ def test_a_run_whose_states_move_is_the_run_whose_states_stay(tmp_path, monkeypa
     moved, enter = [], Residency.enter
 
     def entering(self, stage):
-        for x in (x for part in self._parts if not part.away for x in part.states()):
+        for x in (x for part in self._parts if not part.moved_out for x in part.states()):
             if not x.untyped_storage().resizable():  # on the CPU a state that was loaded is mapped from its file
                 x.data = x.data.clone()
         enter(self, stage)
-        moved.extend(part.kind for part in self._parts if part.away)
+        moved.extend(part.kind for part in self._parts if part.moved_out)
 
     for name, moves in (("stays", False), ("moves", True)):
         monkeypatch.setattr(Residency, "enter", entering)

@@ -89,7 +89,7 @@ def test_every_command_refuses_to_be_n_separate_runs_and_one_process_says_so(
 MEET = """
 import sys, time
 from fastppo.distributed import rendezvous
-rendezvous.FIRST_WORD, rendezvous.ON_ONE_MACHINE, rendezvous.ANSWER = 0.5, 2.0, 2.0
+rendezvous.FIRST_LOG, rendezvous.ON_ONE_MACHINE, rendezvous.STORE_TIMEOUT = 0.5, 2.0, 2.0
 from fastppo.distributed.world import start_world
 start = time.monotonic()
 try:
@@ -120,9 +120,9 @@ def free_port() -> int:
 @pytest.mark.parametrize(
     ("rank", "address", "words"),
     [
-        (0, "127.0.0.1", "this is RANK 0 of WORLD_SIZE 2: rank 1 has not come to 127.0.0.1:"),
+        (0, "127.0.0.1", "this is RANK 0 of WORLD_SIZE 2: rank 1 has not connected to 127.0.0.1:"),
         (1, "127.0.0.1", "this is RANK 1 of WORLD_SIZE 2: rank 0 has not answered at 127.0.0.1:"),
-        (0, "no-such-host.invalid", "this machine does not answer to no-such-host.invalid:"),
+        (0, "no-such-host.invalid", "this machine does not answer at no-such-host.invalid:"),
     ],
 )
 def test_who_is_waited_for_is_said_soon_and_not_for_half_an_hour(rank: int, address: str, words: str) -> None:

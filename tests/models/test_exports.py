@@ -151,7 +151,9 @@ def test_fp8_weights_are_unpacked_by_their_scales(tmp_path):
 def test_experts_in_mxfp4_are_plain_weights_in_the_runs_dtype_and_saved_so(dtype, tmp_path, monkeypatch):
     """Loaded alone: GPT-OSS's attention, with its sinks, is none that packed rows have."""
     path = quantized_models.saved_mxfp4(tmp_path / "start")
-    monkeypatch.setattr("fastppo.models.loading.weights.check_kind", lambda *_: None)  # which refuses it for that
+    monkeypatch.setattr(
+        "fastppo.models.loading.weights.check_architecture", lambda *_: None
+    )  # which refuses it for that
     model = load_model(AutoModelForCausalLM, Source("actor.model", path), dtype, CPU, None)
     assert {p.dtype for p in model.parameters()} == {dtype}
     model.save_pretrained(tmp_path / "out")
@@ -164,7 +166,9 @@ def test_scales_that_the_config_does_not_tell_of_are_an_error(tmp_path):
     """Without them float8 weights are other weights: cast as they are, they would train on without a word."""
     quantized_models.saved_fp8(tmp_path)
     quantized_models.says(tmp_path, None)
-    with pytest.raises(ModelError, match=r"actor.model = .*: its files hold .*proj.weight_scale_inv beside quantised"):
+    with pytest.raises(
+        ModelError, match=r"actor.model = .*: its files contain .*proj.weight_scale_inv beside quantised"
+    ):
         load_causal("actor.model", str(tmp_path), None, None, torch.float32, CPU)
 
 

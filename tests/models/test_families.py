@@ -9,7 +9,7 @@ pytestmark = pytest.mark.slow
 REASONS = {
     "bart": "does not take all its attention from transformers' AttentionInterface",
     "bert": "its outputs are not those of a linear head on its last states",
-    "dbrx": "makes keys of (2, 8) and values of (2, 8) (heads, width), and the cache to sample with holds (1, 8)",
+    "dbrx": "computes keys of (2, 8) and values of (2, 8) (heads, width), and the sampling cache has (1, 8)",
     "deepseek_v3": "values of width 8 and queries of width 16, as multi-head latent attention does",
     "deepseek_v32": "raises TypeError ('NoneType' object is not subscriptable) in modeling_deepseek_v32.py",
     "diffllama": "decoding token by token differs from the whole pass, from layer 0 on",
@@ -19,11 +19,11 @@ REASONS = {
     "gpt_oss": "asks its attention for s_aux",
     "hrm_text": "cannot be trained here",
     "jamba": "AttentionInterface",
-    "jetmoe": "and the cache to sample with holds (2, 8), as the config says",
-    "llama4_text": "has no backbone that could be called without its vocabulary head",
+    "jetmoe": "and the sampling cache has (2, 8), as the config says",
+    "llama4_text": "has no backbone that can be called without its vocabulary head",
     "mamba": "AttentionInterface",
     "musicgen": "Multiple valid text configs were found",
-    "nemotron": "does not hand down what it is called with",
+    "nemotron": "does not pass its keyword arguments on to its layers",
     "reformer": "AttentionInterface",
     "xlm": "AttentionInterface",
 }

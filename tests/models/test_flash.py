@@ -18,7 +18,7 @@ from fastppo.data.batch import Prompts, pack
 from fastppo.errors import FastPPOError
 from fastppo.models.attention import choose_attention, compute_with
 from fastppo.models.flash import FlashAttention, choose_flash
-from fastppo.models.loading.model_check import check_kind
+from fastppo.models.loading.model_check import check_architecture
 from fastppo.models.roles import Policy, fuse_head
 from fastppo.rollout.inprocess import sample
 
@@ -125,9 +125,9 @@ def test_heads_too_wide_are_an_error_where_flash_attn_is_asked_for(flash):
 def test_the_check_at_load_is_in_fp32_by_sdpa_and_then_in_the_runs_dtype_by_flash_attn(required, flash, caplog):
     compute_with(FlashAttention(flash.flash_attn_varlen_func, flash.flash_attn_with_kvcache, required=required))
     config = tiny.causal("gemma2", sliding_window=6 + required).config
-    check_kind(AutoModelForCausalLM, config, CPU, torch.float32)
+    check_architecture(AutoModelForCausalLM, config, CPU, torch.float32)
     assert flash.varlen_calls == flash.cache_calls == 0
-    check_kind(AutoModelForCausalLM, config, CPU, torch.bfloat16)
+    check_architecture(AutoModelForCausalLM, config, CPU, torch.bfloat16)
     assert flash.varlen_calls > 0 and flash.cache_calls > 0
     assert not [r for r in caplog.records if "SDPA" in r.message]
 
@@ -157,7 +157,7 @@ def test_sdpa_is_taken_where_it_is_asked_for(monkeypatch, caplog):
     install(monkeypatch)
     with caplog.at_level(logging.INFO, logger="fastppo"):
         assert choose_flash("sdpa", torch.bfloat16, CUDA) is None
-    assert [r.message for r in caplog.records] == ["attention on cuda:0: PyTorch's SDPA, as attention is sdpa"]
+    assert [r.message for r in caplog.records] == ["attention on cuda:0: PyTorch's SDPA, because attention is sdpa"]
 
 
 def absent(monkeypatch):
@@ -180,7 +180,7 @@ OBSTACLES = {
     "another torch": (built_for_another_torch, torch.bfloat16, CUDA, "undefined symbol.*pip install flash-attn"),
     "old": (lambda m: install(m, "2.5.9"), torch.bfloat16, CUDA, "flash-attn is 2.5.9.*2.6.*--upgrade"),
     "fp32": (install, torch.float32, CUDA, "optim.dtype is fp32"),
-    "CPU": (install, torch.bfloat16, CPU, "runs on CUDA and this run on cpu"),
+    "CPU": (install, torch.bfloat16, CPU, "runs on CUDA and this run uses cpu"),
 }
 
 
@@ -193,7 +193,7 @@ def test_what_stands_in_its_way_is_an_error_if_flash_is_asked_for_and_one_line_i
     with caplog.at_level(logging.INFO, logger="fastppo"):
         assert choose_flash("auto", dtype, device) is None
     (record,) = caplog.records
-    assert record.message.startswith(f"attention on {device}: PyTorch's SDPA, as ")
+    assert record.message.startswith(f"attention on {device}: PyTorch's SDPA, because ")
 
 
 def test_on_this_cpu_a_run_that_asks_for_flash_is_refused():

@@ -9,7 +9,7 @@ from test_roles import PACKED
 from fastppo.distributed.world import start_world
 from fastppo.models import frozen_prefix, roles
 from fastppo.models.loading.trained import set_trainable
-from fastppo.models.roles import Policy, fuse_head, keep_prefix
+from fastppo.models.roles import Policy, enable_prefix_states, fuse_head
 
 ALL = torch.arange(len(PACKED))
 
@@ -23,7 +23,7 @@ def policy_of(family="llama", train=1, **settings):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_kept_states_give_the_same_hidden_states_bit_for_bit(family):
     policy = policy_of(family)
-    keep_prefix(policy)
+    enable_prefix_states(policy)
     assert policy.prefix_depth == 2
     assert torch.equal(policy.hidden(PACKED, policy.prefix(PACKED)), policy.hidden(PACKED))
 
@@ -34,38 +34,38 @@ def test_kept_states_give_the_same_hidden_states_bit_for_bit(family):
 )
 def test_the_prefix_is_what_lies_below_the_lowest_trained_parameter(train, depth):
     policy = policy_of(train=train)
-    keep_prefix(policy)
+    enable_prefix_states(policy)
     assert policy.prefix_depth == depth
 
 
 def test_embeddings_that_train_through_a_tied_head_leave_no_frozen_prefix():
     policy = policy_of(train="lm_head*,*.layers.2.*")
-    keep_prefix(policy)
+    enable_prefix_states(policy)
     assert policy.prefix_depth == 2
     tied = policy_of(train="*.embed_tokens.*,*.layers.2.*", tie_word_embeddings=True)
-    keep_prefix(tied)
+    enable_prefix_states(tied)
     assert tied.prefix_depth == 0
 
 
 def test_a_model_that_cannot_pass_layers_over_is_computed_whole(monkeypatch, caplog):
-    monkeypatch.setattr(frozen_prefix.Passing, "forward", lambda self, states, *_, **__: states + 1)
+    monkeypatch.setattr(frozen_prefix.SkippedLayer, "forward", lambda self, states, *_, **__: states + 1)
     policy = policy_of()
     with caplog.at_level("INFO", logger="fastppo"):
-        keep_prefix(policy)
+        enable_prefix_states(policy)
     assert policy.prefix_depth == 0 and "computed in every pass" in caplog.text
 
 
 def test_the_model_is_whole_again_after_a_pass():
     policy = policy_of()
     names = [name for name, _ in policy.named_parameters()]
-    keep_prefix(policy)
+    enable_prefix_states(policy)
     policy.prefix(PACKED)
     assert [name for name, _ in policy.named_parameters()] == names
 
 
 def test_states_are_computed_once_for_a_sequence_in_any_packing(monkeypatch):
     policy = policy_of()
-    keep_prefix(policy)
+    enable_prefix_states(policy)
     states, calls = frozen_prefix.PrefixStates(), []
     monkeypatch.setattr(
         Policy, "prefix", lambda self, packed: calls.append(len(packed)) or roles.Backbone.prefix(self, packed)

@@ -18,7 +18,7 @@ from fastppo.models.loading.policies import (
     load_policies,
     load_reward,
 )
-from fastppo.models.loading.source import LEFT_BY, Source
+from fastppo.models.loading.source import EXPORTED_BY, Source
 from fastppo.models.loading.weights import load_config
 from fastppo.models.roles import ModelError
 from fastppo.planner.machine import Machine
@@ -119,7 +119,7 @@ def test_tied_embeddings_are_tied_after_loading(tmp_path):
     ("shape", "extra", "words"),
     [
         ({"vocab_size": 258}, ("<more>",), r"has another tokenizer than actor.model = .* \(258 and 257 tokens\), so"),
-        ({"vocab_size": 200}, (), r"has embeddings of 200 tokens, and the actor writes 257 different ones. Use a"),
+        ({"vocab_size": 200}, (), r"has embeddings of 200 tokens, and the actor can write 257 tokens. Use a"),
         ({"max_position_embeddings": 64}, (), r"the context of {role}.model = .* holds 64. Lower one of the two"),
     ],
 )
@@ -160,12 +160,12 @@ def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub():
         load("runs/no-such-run/model")
 
 
-@pytest.mark.parametrize(("path", "command"), LEFT_BY.items())
+@pytest.mark.parametrize(("path", "command"), EXPORTED_BY.items())
 def test_what_a_stage_of_the_quickstart_leaves_is_missed_with_the_command_that_leaves_it(
     path, command, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)  # where no stage has run
-    with pytest.raises(ModelError, match=rf"{path}: there is no such directory. It is left by `{command}`"):
+    with pytest.raises(ModelError, match=rf"{path}: there is no such directory. `{command}` exports it"):
         load(path)
 
 
@@ -214,7 +214,7 @@ def test_a_prompt_with_a_token_beyond_the_embedding_is_an_error_that_names_it(tm
     config = config_of(grown(tmp_path))
     tokenizer = load_actor_tokenizer(config)
     check_actor_tokens(config, tokenizer, [[5, 256], []], "data.path")  # what is never used does no harm
-    with pytest.raises(ModelError, match=r"data.path: a text holds token 258 \('<most>'\), and actor"):
+    with pytest.raises(ModelError, match=r"data.path: a text contains token 258 \('<most>'\), and actor"):
         check_actor_tokens(config, tokenizer, [[5], [7, 258]], "data.path")
 
 

@@ -114,7 +114,7 @@ def test_targets_get_an_adapter_where_train_chooses_their_weights(targets, train
     [
         ("q_proj,nothing", "all", "actor.lora.targets = q_proj,nothing: no linear layer of .* 'nothing'.*k_proj"),
         ("lm_head", "all", "'lm_head'.*vocabulary head"),
-        ("q_proj", "*.mlp.*", "actor.lora.targets = q_proj names 3 .*actor.train lets"),
+        ("q_proj", "*.mlp.*", "actor.lora.targets = q_proj names 3 .*actor.train makes none"),
     ],
 )
 def test_targets_that_leave_nothing_to_adapt_are_an_error(targets, train, words):

@@ -61,7 +61,7 @@ def test_a_model_whose_widths_cannot_change_is_only_made_shallow_and_the_log_say
     caplog.set_level(logging.INFO, logger="fastppo")
     model = small(AutoConfig.for_model("llama", hidden_size=48, num_attention_heads=6, vocab_size=101), Rigid)
     assert model.config.hidden_size == 48 and len(model.model.layers) == 2
-    assert "LlamaConfig cannot be tried with fewer heads" in caplog.text and "48 is my" in caplog.text
+    assert "LlamaConfig: no model can be made with fewer heads" in caplog.text and "48 is my" in caplog.text
 
 
 def test_random_numbers_and_the_config_stay_as_they_were():

@@ -22,7 +22,7 @@ from fastppo.config.command_line import PPO, parse
 from fastppo.data.batch import pack
 from fastppo.models import attention
 from fastppo.models.loading import model_check
-from fastppo.models.loading.model_check import check_kind, check_model
+from fastppo.models.loading.model_check import check_architecture, check_model
 from fastppo.models.loading.policies import check_models, load_causal, load_reward
 from fastppo.models.loading.trained import set_trainable
 from fastppo.models.loading.weights import without_dropout
@@ -73,7 +73,7 @@ def test_packed_logits_are_the_models_own_beyond_its_window_and_its_rotary_switc
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_the_check_passes_what_is_trained_right(name: str) -> None:
-    check_kind(AutoModelForCausalLM, without_dropout(config_of(name)), CPU)
+    check_architecture(AutoModelForCausalLM, without_dropout(config_of(name)), CPU)
     check_model(made(without_dropout(config_of(name))))
 
 
@@ -81,7 +81,7 @@ def test_the_check_passes_what_is_trained_right(name: str) -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_the_check_refuses_in_every_dtype_of_a_run_with_the_true_reason(name: str, dtype: torch.dtype) -> None:
     with pytest.raises(ModelError, match=REFUSED[name]) as refused:
-        check_kind(AutoModelForCausalLM, config_of(name), CPU, dtype)
+        check_architecture(AutoModelForCausalLM, config_of(name), CPU, dtype)
     assert "\n" not in str(refused.value)
 
 
@@ -97,11 +97,11 @@ def test_windows_and_switches_at_published_sizes_are_crossed_by_short_sequences(
     longrope = {**KINDS["phi3"][1]["rope_parameters"], "original_max_position_embeddings": 4096}
     longrope |= {"short_factor": [1.0] * 48, "long_factor": [9.0] * 48}
     config = AutoConfig.for_model("phi3", rope_parameters=longrope, max_position_embeddings=131072, sliding_window=2047)
-    check_kind(AutoModelForCausalLM, config, CPU)
+    check_architecture(AutoModelForCausalLM, config, CPU)
     monkeypatch.setattr(model_check, "_passed", set())
-    monkeypatch.setattr("fastppo.models.roles.turn_each_sequence", lambda *args: None)
+    monkeypatch.setattr("fastppo.models.roles.rotate_each_sequence", lambda *args: None)
     with pytest.raises(ModelError, match="layer 0 mixes positions across packed sequences"):
-        check_kind(AutoModelForCausalLM, config, CPU)
+        check_architecture(AutoModelForCausalLM, config, CPU)
 
 
 @pytest.mark.parametrize("name", ["mistral", "phimoe"])
@@ -110,7 +110,7 @@ def test_a_window_that_is_left_out_is_noticed(name: str, monkeypatch: pytest.Mon
         return attention.attend(*args[:4], None, **kwargs)
 
     monkeypatch.setitem(attention.AttentionInterface._global_mapping, attention.ATTENTION, without)
-    with pytest.raises(ModelError, match=r"layer 0 .*computes something else through fastppo's causal attention"):
+    with pytest.raises(ModelError, match=r"layer 0 .*computes something else with fastppo's causal attention"):
         check_model(made(config_of(name)))
 
 
@@ -231,7 +231,7 @@ def test_the_plan_measures_a_model_with_longrope() -> None:
 
 
 def test_sequences_of_one_chunk_are_the_longest_that_attention_by_chunks_takes() -> None:
-    spans = attention.Spans.of([3, 9], CPU)
+    spans = attention.SequenceLayout.of([3, 9], CPU)
     states = torch.randn(1, 2, 12, 8)
     chunked = attention.attend(nn.Module(), states, states, states, attention.Chunks(9), packed=spans)[0]
     plain = attention.attend(nn.Module(), states, states, states, None, packed=spans)[0]
@@ -242,14 +242,16 @@ def test_sequences_of_one_chunk_are_the_longest_that_attention_by_chunks_takes()
 
 def test_a_mask_of_the_models_own_making_is_not_left_out() -> None:
     states = torch.randn(1, 2, 12, 8)
-    with pytest.raises(attention.FastPPOError, match="a mask of its own making"):
-        attention.attend(nn.Module(), states, states, states, torch.ones(12, 12), packed=attention.Spans.of([12], CPU))
+    with pytest.raises(attention.FastPPOError, match="a mask that it computed itself"):
+        attention.attend(
+            nn.Module(), states, states, states, torch.ones(12, 12), packed=attention.SequenceLayout.of([12], CPU)
+        )
 
 
 def test_the_check_leaves_the_runs_random_numbers_and_the_config_alone() -> None:
     config = without_dropout(config_of("mixtral", router_jitter_noise=0.3, vocab_size=103))
     before, state = config.to_dict(), torch.get_rng_state()
-    check_kind(AutoModelForCausalLM, config, CPU)
+    check_architecture(AutoModelForCausalLM, config, CPU)
     assert config.to_dict() == before and torch.equal(torch.get_rng_state(), state)
 
 

@@ -160,8 +160,8 @@ def test_padding_by_the_eos_is_scored_before_it_and_another_at_it(tmp_path, toke
 
 def test_a_sequence_of_padding_alone_is_scored_at_its_first_token():
     packed = pack([[5, 0, 0], [0, 0], [0, 7], [4]], [1] * 4)
-    assert packed.last_rows_but(0).tolist() == [0, 3, 6, 7]
-    assert packed.last_rows_but(None).tolist() == packed.last_rows.tolist() == [2, 4, 6, 7]
+    assert packed.last_rows_without(0).tolist() == [0, 3, 6, 7]
+    assert packed.last_rows_without(None).tolist() == packed.last_rows.tolist() == [2, 4, 6, 7]
 
 
 def test_the_judge_of_a_run_reads_by_its_own_template(tmp_path, tokenizer):

@@ -107,7 +107,7 @@ for owner in (dist, dist.ProcessGroup, TorchBackend):
         if plain.startswith(COLLECTIVES) and callable(member) and not isinstance(member, type):
             setattr(owner, name, noted(member, f"{owner.__name__}.{name}"))
 InProcess.sample = noted(InProcess.sample, "sample")
-sampling_weights._fill = noted(sampling_weights._fill, "gather")
+sampling_weights._copy_weights = noted(sampling_weights._copy_weights, "gather")
 train.score = noted(train.score, "score")
 
 Prompts.of_rank = lambda self, rank, ranks: self.select([range(1), range(1, len(self))][rank])

@@ -78,7 +78,7 @@ def quantized(folder, model, quantization):
 def test_quantised_weights_that_cannot_be_unpacked_are_refused_by_name_in_every_role(role, good, tmp_path):
     model = tiny.classifier() if role in ("rewards", "ensemble", "judge") else tiny.causal()
     text = refusal(role, quantized(tmp_path, model, {"quant_method": "gptq", "bits": 4}), good)
-    assert "is quantised (gptq), and such weights cannot be trained as they are. Give the checkpoint" in text
+    assert "is quantised (gptq), and weights of this form cannot be trained. Give the checkpoint" in text
 
 
 @pytest.mark.slow
@@ -118,7 +118,7 @@ def test_an_adapter_is_no_model_and_the_message_says_how_to_merge_it(role, with_
     said = {"base_model_name_or_path": "some/base", "peft_type": "LORA"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(said))
     text = refusal(role, str(tmp_path), good)
-    assert "holds an adapter (adapter_config.json) for some/base and no model. Merge it: peft.Auto" in text
+    assert "contains an adapter (adapter_config.json) for some/base and no model. Merge it: peft.Auto" in text
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -128,7 +128,10 @@ def test_code_that_comes_with_weights_is_not_run_and_the_message_says_so(role, g
     (tmp_path / "config.json").write_text(json.dumps(said))
     (tmp_path / "configuration_own.py").write_text("raise SystemExit('run')\n")
     text = refusal(role, str(tmp_path), good)
-    assert "brings code of its own (auto_map in its config), and fastppo runs none that comes with weights. Use" in text
+    assert (
+        "contains Python code (auto_map in its config), and fastppo does not run code that comes with weights. Use"
+        in text
+    )
 
 
 def test_a_model_that_transformers_has_is_taken_though_it_brings_code_too(good, tmp_path):
@@ -151,7 +154,9 @@ def test_a_repository_with_a_config_and_an_adapter_holds_an_adapter(monkeypatch,
     monkeypatch.setattr(
         "fastppo.models.loading.weights.AutoConfig.from_pretrained", lambda *_, **__: tiny.causal().config
     )
-    with pytest.raises(FastPPOError, match=r"actor.model = owner/both holds an adapter .* for some/base and no model"):
+    with pytest.raises(
+        FastPPOError, match=r"actor.model = owner/both contains an adapter .* for some/base and no model"
+    ):
         load_config(Source("actor.model", "owner/both"))
     assert asked == [("owner/both", "adapter_config.json")]
 

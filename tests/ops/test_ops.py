@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastppo import ops
-from fastppo.ops import backend, eager, philox
+from fastppo.log_once import log_once
+from fastppo.ops import eager, philox
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 Op = Callable[..., Any]
@@ -496,9 +497,9 @@ def test_a_row_that_cannot_be_drawn_from_is_an_error(bad: float) -> None:
 
 
 def test_the_log_says_once_what_the_ops_run_on(caplog: pytest.LogCaptureFixture) -> None:
-    backend.say_backend.cache_clear()
+    log_once.cache_clear()
     with caplog.at_level("INFO", logger="fastppo"):
         for dtype in (torch.float32, torch.float64, torch.float32):
             ops.token_logprobs(torch.zeros(1, 2, dtype=dtype), torch.tensor([0]))
     kernel, oracle = caplog.messages
-    assert kernel.startswith("ops on cpu in float32: C++") and "no kernel takes fp64" in oracle
+    assert kernel.startswith("ops on cpu in float32: C++") and "no kernel supports fp64" in oracle

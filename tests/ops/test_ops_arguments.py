@@ -23,8 +23,8 @@ GOOD: dict[str, dict[str, Any]] = {
     "sample_tokens": {"logits": torch.zeros(4, 5), "seed": 1, "stream": TARGETS, "offset": TARGETS},
 }
 WRONG_TARGETS = [
-    ("targets", TARGETS + 5, ValueError, r"targets, shape \(4,\), lie in \[5, 5\]; a vocabulary of 5"),
-    ("targets", TARGETS - 1, ValueError, r"targets, shape \(4,\), lie in \[-1, -1\]"),
+    ("targets", TARGETS + 5, ValueError, r"targets, shape \(4,\), are in \[5, 5\]; a vocabulary of 5"),
+    ("targets", TARGETS - 1, ValueError, r"targets, shape \(4,\), are in \[-1, -1\]"),
     ("targets", TARGETS[1:], ValueError, r"targets has shape \(3,\); expected \(4,\)"),
     ("targets", TARGETS.int(), TypeError, "targets has dtype torch.int32"),
     ("targets", TARGETS.to("meta"), ValueError, "targets is on meta"),

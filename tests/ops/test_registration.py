@@ -137,7 +137,7 @@ def test_opcheck(op: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "op", [op for op in arguments(torch.float32) if op.partition(",")[0] in registration.OF_TENSORS]
+    "op", [op for op in arguments(torch.float32) if op.partition(",")[0] in registration.WITH_COEFFICIENTS]
 )
 @pytest.mark.usefixtures("backend")
 def test_opcheck_with_coefficients_in_tensors(op: str) -> None:

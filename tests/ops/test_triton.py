@@ -26,7 +26,6 @@ from test_ops import DIFFERENTIABLE, names, policy_update, token_stats
 from torch import Tensor
 
 from fastppo import ops
-from fastppo.kernels import row
 from fastppo.kernels.policy_loss import policy_loss
 from fastppo.kernels.policy_loss_in_chunk import policy_loss_in_chunk
 from fastppo.kernels.sample_tokens import sample_tokens
@@ -34,6 +33,7 @@ from fastppo.kernels.sum_tokens import sum_tokens
 from fastppo.kernels.value_loss import value_loss
 from fastppo.kernels.vocabulary_backward import vocabulary_backward
 from fastppo.kernels.vocabulary_forward import vocabulary_forward
+from fastppo.log_once import log_once
 from fastppo.ops import eager
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -215,7 +215,7 @@ def test_offsets_past_2_to_the_31(aligned: bool) -> None:
 
 
 def test_rows_that_are_not_aligned_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    row.log_once.cache_clear()
+    log_once.cache_clear()
     logits, targets = torch.zeros(2, 51, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
     with caplog.at_level(logging.WARNING, "fastppo"):
         for _ in range(2):

@@ -22,7 +22,7 @@ from fastppo.data.batch import pack
 from fastppo.data.microbatches import pack_even
 from fastppo.distributed.engine import Engine
 from fastppo.distributed.world import start_world
-from fastppo.models.attention import Spans
+from fastppo.models.attention import SequenceLayout
 from fastppo.models.loading.policies import load_causal
 from fastppo.models.loading.source import Source
 from fastppo.models.loading.trained import set_trainable
@@ -155,7 +155,7 @@ def test_activations_are_those_of_a_real_pass(tmp_path: Path, family: str, check
     tokens, positions = torch.zeros(1, 60, dtype=torch.int64), torch.arange(20).repeat(3)[None]
     with live:
         states = model.base_model(
-            input_ids=tokens, position_ids=positions, packed=Spans.of([20] * 3, CPU), use_cache=False
+            input_ids=tokens, position_ids=positions, packed=SequenceLayout.of([20] * 3, CPU), use_cache=False
         ).last_hidden_state
         kept = live.now
         states.backward(torch.zeros_like(states))

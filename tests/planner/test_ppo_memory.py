@@ -351,7 +351,7 @@ def kept_states(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
         there.add(self)
 
     monkeypatch.setattr(PrefixStates, "__init__", init)
-    return lambda: sum(len(kept) for states in there for kept in states._kept.values())
+    return lambda: sum(len(kept) for states in there for kept in states._cached.values())
 
 
 def test_prefix_states_are_gone_once_a_batch_is_learned_from(

@@ -186,8 +186,8 @@ def test_texts_are_read_as_the_settings_say(folder, tmp_path):
     assert read("--ptx.response", "talk", "--ptx.max_tokens", "50").response_lengths.tolist() == [3]
     for more, words in (
         ([], "no column text. .*name one with ptx.response"),
-        (["--ptx.response", "none"], r"no example left .*empty answer.* columns \(ptx.prompt, ptx.response\)"),
-        (["--ptx.messages", "none"], r"no example left .*empty conversation.* columns \(ptx.messages\)"),
+        (["--ptx.response", "none"], r"no usable example: .*empty answer.* columns \(ptx.prompt, ptx.response\)"),
+        (["--ptx.messages", "none"], r"no usable example: .*empty conversation.* columns \(ptx.messages\)"),
         (["--ptx.response", "a", "--ptx.max_tokens", "3", "--ptx.too_long", "drop"], "Raise ptx.max_tokens, .*ptx.too"),
         (["--ptx.response", "talk", "--ptx.chat", "never"], "ptx.chat is never"),
         (["--ptx.response", "a", "--ptx.max_tokens", "3", "--ptx.too_long", "error"], "more than ptx.max_tokens 3"),

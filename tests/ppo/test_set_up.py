@@ -111,5 +111,5 @@ def test_texts_with_tokens_that_the_model_has_no_embedding_of_are_refused(
 ) -> None:
     path = tiny.saved(folder / "few", tiny.causal(vocab_size=50))
     setting = "actor__model" if command == "ppo" else "model__path"
-    words = r"data.path: a text holds token \d+ \('.'\), and (actor.model|model.path) = .* of 50 tokens alone"
+    words = r"data.path: a text contains token \d+ \('.'\), and (actor.model|model.path) = .* of 50 tokens only"
     check_refusal(start, tmp_path, words, command, **{setting: path})

@@ -12,8 +12,9 @@ from flash_stand_in import FlashStandIn
 
 from fastppo.config import SamplingConfig
 from fastppo.data.batch import Prompts
+from fastppo.log_once import log_once
 from fastppo.models import attention
-from fastppo.models.attention import asks_nothing, compute_with
+from fastppo.models.attention import compute_with, decodes_without_sync
 from fastppo.models.flash import FlashAttention, choose_flash
 from fastppo.models.roles import Policy, fuse_head
 from fastppo.rollout import graphs
@@ -54,7 +55,7 @@ def recorded(monkeypatch):
         rows.append(len(out))
         return lambda: out.copy_(run())
 
-    monkeypatch.setattr(attention, "asks_nothing", lambda model: True)
+    monkeypatch.setattr(attention, "decodes_without_sync", lambda model: True)
     monkeypatch.setattr(graphs, "record", record)
     return rows
 
@@ -86,7 +87,7 @@ def test_a_step_that_cannot_be_recorded_is_launched_kernel_by_kernel_and_the_log
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(graphs, "record", record)
-    graphs._say_once.cache_clear()
+    log_once.cache_clear()
     with caplog.at_level(logging.WARNING, "fastppo"):
         found = responses(actor)
     assert torch.equal(found.packed.tokens, responses(actor, cuda_graphs=False).packed.tokens)
@@ -96,9 +97,9 @@ def test_a_step_that_cannot_be_recorded_is_launched_kernel_by_kernel_and_the_log
 
 
 def test_without_flash_attn_on_a_gpu_nothing_is_recorded(actor, reads):
-    assert not asks_nothing(actor.model)  # on the CPU
+    assert not decodes_without_sync(actor.model)  # on the CPU
     compute_with(None)
-    assert not asks_nothing(actor.model)
+    assert not decodes_without_sync(actor.model)
 
 
 @pytest.mark.gpu

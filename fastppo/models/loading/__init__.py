@@ -1,1 +1,1 @@
-"""Loading: where a model comes from, whether it can be trained here, its weights, and what of it trains."""
+"""Loading of models: their source, the check that fastppo can train them, their weights, their trainable parameters."""

@@ -1,4 +1,4 @@
-"""The one model of SFT or reward modelling: its weights, its head, and what of it trains."""
+"""The model of SFT or reward modelling: its weights, its head and its trainable parameters."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from fastppo.models.loading.weights import (
     load_model,
     outline,
 )
-from fastppo.models.roles import Policy, RewardModel, fuse_head, keep_prefix, width_of
+from fastppo.models.roles import Policy, RewardModel, enable_prefix_states, fuse_head, width_of
 
 log = logging.getLogger("fastppo")
 
@@ -41,7 +41,7 @@ log = logging.getLogger("fastppo")
 def load_learner(
     config: ModelConfig, optim: OptimConfig, seed: int, device: torch.device, partitions: Partitions = None
 ) -> Policy:
-    """The language model of a supervised start. seed: of its adapters, with LoRA."""
+    """Load the language model that SFT trains. seed: of its LoRA adapters."""
     dtype = DTYPES[optim.dtype]
     model = load_causal("model.path", config.path, config.gguf_file, config.revision, dtype, device, partitions)
     policy = Policy(model)
@@ -53,9 +53,9 @@ def load_learner(
 def load_scorer(
     config: ModelConfig, optim: OptimConfig, seed: int, device: torch.device, partitions: Partitions = None
 ) -> RewardModel:
-    """A reward model to be trained: a language model with a new score head, or a reward model as it is.
+    """Load the reward model that is trained: a language model with a new score head, or an existing reward model.
 
-    seed: of a new head, and of adapters.
+    seed: of a new head and of LoRA adapters.
     """
     source, dtype = model_source(config), DTYPES[optim.dtype]
     if starts_as_scorer(source):
@@ -73,7 +73,7 @@ def model_source(config: ModelConfig) -> Source:
 
 
 def starts_as_scorer(source: Source) -> bool:
-    """Whether a reward model starts from a reward model, else a language model. Raises ModelError for a classifier."""
+    """Whether the source is a reward model, and not a language model. Raises ModelError for any other classifier."""
     config = load_config(source)
     if is_classifier(config):
         check_one_label(source, config, "Start from a language model, or from a classifier with num_labels=1.")
@@ -81,7 +81,7 @@ def starts_as_scorer(source: Source) -> bool:
 
 
 def outline_learner(config: SFTConfig) -> Policy:
-    """The model of `load_learner` on the meta device: every module and shape, and what of it trains, no weights."""
+    """The model of `load_learner` on the meta device: modules, shapes and trainable parameters, without weights."""
     model, dtype = config.model, DTYPES[config.optim.dtype]
     policy = Policy(fuse_head(outline(AutoModelForCausalLM, model_source(model), dtype)))
     choose_trained(policy, "model", model, model.path, model.revision, config.seed)
@@ -100,7 +100,7 @@ def outline_scorer(config: RewardTrainingConfig) -> RewardModel:
 
 
 def _scorer(model: PreTrainedModel, config: ModelConfig, seed: int) -> RewardModel:
-    """The role, with what of it trains chosen; its head always does."""
+    """The role, with its trainable parameters set; its head is always trainable."""
     scorer = RewardModel(model)
     chosen = replace(config, train="score.*") if config.train == "head" else config
     choose_trained(scorer, "model", chosen, config.path, config.revision, seed)
@@ -109,16 +109,19 @@ def _scorer(model: PreTrainedModel, config: ModelConfig, seed: int) -> RewardMod
 
 
 def _with_score_head(causal: PreTrainedModel, weight: torch.Tensor) -> PreTrainedModel:
-    """The sequence classifier of a causal model's family, on the same backbone, with these head weights (1, H)."""
+    """The sequence classifier of a causal model's family on the same backbone; weight: of its head, (1, H)."""
     config = copy.deepcopy(causal.config)
     config.num_labels = 1
-    none = f"{type(causal).__name__} has no sequence classifier with a `score` head in transformers"
+    no_classifier = (
+        f"{type(causal).__name__} has no sequence classifier with a `score` head in transformers. Train a reward model"
+        " from a family that has one: Llama, Qwen, Mistral, Gemma, ..."
+    )
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise ModelError(f"{none}. Train a reward model from a family that has one: Llama, Qwen, Mistral, Gemma, ...")
-    with torch.device("meta"):  # only the shell is wanted
+        raise ModelError(no_classifier)
+    with torch.device("meta"):  # only its modules around the backbone are used
         model = AutoModelForSequenceClassification.from_config(config)
     if not hasattr(model, "score"):
-        raise ModelError(f"{none}. Train a reward model from a family that has one: Llama, Qwen, Mistral, Gemma, ...")
+        raise ModelError(no_classifier)
     setattr(model, model.base_model_prefix, causal.base_model)
     head = nn.Linear(weight.shape[1], 1, bias=False, device="meta")
     head.weight = nn.Parameter(weight)
@@ -127,37 +130,40 @@ def _with_score_head(causal: PreTrainedModel, weight: torch.Tensor) -> PreTraine
 
 
 def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, keep: bool = False) -> None:
-    """Name another token than EOS for padding, one that the model has an embedding of.
+    """Set a padding token that is not EOS and that the model has an embedding of.
 
-    keep: of a reward model that trains further the padding stays, EOS or not: it tells at which token its head scores.
+    keep: keep the padding token of a reward model that trains further, even if it is EOS: it determines the token whose
+    hidden state the head scores.
 
-    Transformers takes a padded sequence's score at its last token that is no padding. Answers end with EOS, which many
-    tokenizers pad with too; the score would come from the token before it. And it loads no model whose padding lies
-    beyond its embedding, as a token does that was added to the tokenizer alone.
+    transformers takes the score of a padded sequence at its last token that is not padding. Answers end with EOS, and
+    many tokenizers also pad with EOS; the score would then come from the token before EOS. transformers also loads no
+    model whose padding token has no embedding, for example a token that was added to the tokenizer only.
     """
-    own = model.config.get_text_config().pad_token_id if keep else None
-    if own is not None:
-        tokenizer.pad_token, tokenizer.padding_side = tokenizer.convert_ids_to_tokens(own), "right"
+    model_padding = model.config.get_text_config().pad_token_id if keep else None
+    if model_padding is not None:
+        tokenizer.pad_token, tokenizer.padding_side = tokenizer.convert_ids_to_tokens(model_padding), "right"
         return
-    names = (tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token)
+    candidates = (tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token)
     rows, ids = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings, tokenizer.get_vocab()
-    usable = (name for name in names if name is not None and name != tokenizer.eos_token and ids.get(name, rows) < rows)
+    usable = (
+        name for name in candidates if name is not None and name != tokenizer.eos_token and ids.get(name, rows) < rows
+    )
     padding = next(usable, None)
     if padding is None:
         log.warning(
-            "the tokenizer has no token to pad with but EOS and what the model has no embedding of: give the exported"
+            "the tokenizer has no padding token other than EOS that the model has an embedding of: give the exported"
             " reward model one text at a time"
         )
         model.config.pad_token_id = model.config.get_text_config().pad_token_id = None
         return
     tokenizer.pad_token = padding
-    tokenizer.padding_side = "right"  # before a text it would shift absolute positions, as GPT-2 has them
+    tokenizer.padding_side = "right"  # padding on the left would shift absolute positions (GPT-2)
     model.config.pad_token_id = model.config.get_text_config().pad_token_id = ids[padding]
 
 
 def _prepare(role: Policy | RewardModel, optim: OptimConfig, partitions: Partitions) -> None:
     if partitions is None:
-        keep_prefix(role)
+        enable_prefix_states(role)
     elif prefix_depth(role.model):
         log.info("zero.stage is 3: frozen layers are computed in every pass")
     if optim.activation_checkpointing:
@@ -165,6 +171,6 @@ def _prepare(role: Policy | RewardModel, optim: OptimConfig, partitions: Partiti
 
 
 def initial_head(width: int, seed: int) -> Tensor:
-    """A new score head's weights, (1, width) fp32, of deviation 1 / sqrt(width + 1) (Stiennon et al., 2020)."""
+    """Initial weights of a score head, (1, width) fp32, deviation 1 / sqrt(width + 1) (Stiennon et al., 2020)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(1, width, generator=generator) / math.sqrt(width + 1)

@@ -1,4 +1,4 @@
-"""The models of a run: which weights each role starts from, and what of it trains."""
+"""The models of a PPO run: the weights that each role starts from, and its trainable parameters."""
 
 from __future__ import annotations
 
@@ -41,22 +41,22 @@ from fastppo.models.roles import (
     RewardModel,
     ValueHead,
     copy_backbone,
+    enable_prefix_states,
     fuse_head,
-    keep_prefix,
     width_of,
 )
-from fastppo.models.rotary import switch_of
+from fastppo.models.rotary import longrope_switch
 
 log = logging.getLogger("fastppo")
 
 
 def load_policies(config: Config, device: torch.device) -> tuple[Policy, Critic | None, Policy]:
-    """Actor, separate critic (None where it shares the actor's backbone) and reference, as `check_models` has them.
+    """Load actor, separate critic (None if the critic shares the actor's backbone) and reference; see `check_models`.
 
-    Where two start from the same weights, they are read once and copied. Weights that LoRA leaves frozen in both are
-    shared instead: a critic has the actor's parameters below its own adapters, and the reference is the actor's very
-    model, read with adapters off; it must not be frozen or moved. At ZeRO stage 3 parameters are partitioned, whole on
-    no rank: until an engine gathers them no role can be called.
+    Weights that two roles start from are read once and copied. Weights that LoRA freezes in both roles are shared: a
+    critic uses the actor's parameters below its own adapters, and the reference is the actor's model with its adapters
+    off; that one must not be frozen or moved. At ZeRO stage 3 parameters are partitioned: no role can be called before
+    an engine gathers them.
     """
     dtype = DTYPES[config.optim.dtype]
     actor, critic = config.actor, config.critic
@@ -67,10 +67,10 @@ def load_policies(config: Config, device: torch.device) -> tuple[Policy, Critic 
     policy = Policy(base, ValueHead(width_of(base), dtype, device) if critic.kind == "shared" else None)
     choose_trained(policy, "actor", actor, actor.model, actor.revision, config.seed)
     if config.zero.stage < 3:
-        keep_prefix(policy, reference if config.reference.model is None else None)
+        enable_prefix_states(policy, reference if config.reference.model is None else None)
         if value_model is not None:
-            keep_prefix(value_model)
-    elif prefix_depth(policy.model):  # DeepSpeed fetches weights ahead in the order of layers, all of them
+            enable_prefix_states(value_model)
+    elif prefix_depth(policy.model):  # DeepSpeed prefetches the weights of all layers, in their order
         log.info("zero.stage is 3: frozen layers are computed in every pass")
     if config.optim.activation_checkpointing:
         for role in filter(None, (policy, value_model)):
@@ -79,40 +79,42 @@ def load_policies(config: Config, device: torch.device) -> tuple[Policy, Critic 
 
 
 def load_actor_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """That of critic and reference too."""
+    """The tokenizer of the actor, which critic and reference share."""
     actor = config.actor
     return load_tokenizer("actor.model", actor.model, actor.gguf_file, actor.revision)
 
 
 def actor_context(config: Config) -> int | None:
-    """The longest sequence that the actor takes, in tokens; None if its config does not tell."""
+    """The context of the actor, in tokens; None if its config has no limit."""
     return context_of(load_config(_actor_source(config)))
 
 
 def check_actor_tokens(
     config: Config, tokenizer: PreTrainedTokenizerBase, sequences: Iterable[Iterable[int]], what: str
 ) -> None:
-    """Raises ModelError for a token that the actor has no embedding of; what: the setting that names the texts."""
+    """Raises ModelError for a token without an embedding in the actor; what: the setting that names the texts."""
     check_embedded(_actor_source(config), tokenizer, sequences, what)
 
 
 def check_models(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Whether the models of a run are there and fit the actor, as far as can be told without their weights.
+    """Check, without reading weights, that the models of a run exist and are compatible with the actor.
 
-    tokenizer: the actor's. Raises ModelError.
+    tokenizer: of the actor. Raises ModelError.
     """
     critic, reference = config.critic, config.reference
     _check_switch(_actor_source(config), config)
     if reference.model is not None:
         source = Source("reference.model", reference.model, reference.gguf_file)
-        reason = "KL between the two means nothing"
+        reason = "the KL between the two has no meaning"
         way = "Use a reference with the actor's tokenizer; usually the SFT model that the actor starts from."
         _check_reader(source, config, tokenizer, reason, way)
     if critic.kind == "separate" and critic.model is not None:
         source = Source("critic.model", critic.model, critic.gguf_file)
-        if is_classifier(found := load_config(source)):
-            check_one_label(source, found, "Start from a language model, or from a classifier with num_labels=1.")
-        reason = "it would read other words than the actor writes"
+        if is_classifier(critic_config := load_config(source)):
+            check_one_label(
+                source, critic_config, "Start from a language model, or from a classifier with num_labels=1."
+            )
+        reason = "its token ids stand for other text than the actor's"
         way = "Use a model with the actor's tokenizer, or leave out critic.model to start from the actor's weights."
         _check_reader(source, config, tokenizer, reason, way)
     for where, sources in (("rewards", config.rewards), ("health.judge", config.health.judge)):
@@ -121,21 +123,25 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _check_reader(source: Source, config: Config, tokenizer: PreTrainedTokenizerBase, reason: str, way: str) -> None:
-    """Whether a model can read what the actor is asked and writes; reason, way: of another tokenizer, for errors."""
-    actor, vocabulary = _actor_source(config), tokenizer.get_vocab()
-    theirs = load_tokenizer(source.setting, source.name, source.gguf_file)
-    if theirs.get_vocab() != vocabulary:
+    """Check that a model can read the actor's prompts and responses.
+
+    reason, way: the consequence of a different tokenizer and the way out, for the message. Raises ModelError.
+    """
+    actor, actor_vocabulary = _actor_source(config), tokenizer.get_vocab()
+    model_tokenizer = load_tokenizer(source.setting, source.name, source.gguf_file)
+    if model_tokenizer.get_vocab() != actor_vocabulary:
         raise ModelError(
-            f"{source} has another tokenizer than {actor} ({len(theirs)} and {len(tokenizer)} tokens), so {reason}."
-            f" {way}"
+            f"{source} has another tokenizer than {actor} ({len(model_tokenizer)} and {len(tokenizer)} tokens), so"
+            f" {reason}. {way}"
         )
-    shape, own = load_config(source).get_text_config(), load_config(actor).get_text_config()
-    rows, written = shape.vocab_size, min(own.vocab_size, max(vocabulary.values()) + 1)
-    if rows < written:
+    model_config, actor_config = load_config(source).get_text_config(), load_config(actor).get_text_config()
+    model_tokens = model_config.vocab_size
+    actor_tokens = min(actor_config.vocab_size, max(actor_vocabulary.values()) + 1)
+    if model_tokens < actor_tokens:
         raise ModelError(
-            f"{source} has embeddings of {rows} tokens, and the actor writes {written} different ones. {way}"
+            f"{source} has embeddings of {model_tokens} tokens, and the actor can write {actor_tokens} tokens. {way}"
         )
-    prompt, response, context = config.data.max_prompt_tokens, config.sampling.max_new_tokens, context_of(shape)
+    prompt, response, context = config.data.max_prompt_tokens, config.sampling.max_new_tokens, context_of(model_config)
     if context is not None and prompt + response > context:
         raise ModelError(
             f"data.max_prompt_tokens {prompt} + sampling.max_new_tokens {response} = {prompt + response} tokens, but"
@@ -145,39 +151,40 @@ def _check_reader(source: Source, config: Config, tokenizer: PreTrainedTokenizer
 
 
 def _check_switch(source: Source, config: Config) -> None:
-    """Whether what a model says of a token depends on how many follow, as it does where longrope switches.
+    """Raise ModelError if sequences may exceed the length at which longrope switches to its long factors.
 
-    Tokens drawn one by one, with the short factors, would be learned from with the long ones, as another policy's.
+    The logits of a token would then depend on how many tokens follow it: tokens would be sampled with the short factors
+    and learned from with the long ones, that is, with another policy.
     """
     prompt, response = config.data.max_prompt_tokens, config.sampling.max_new_tokens
-    switch = switch_of(load_config(source))
+    switch = longrope_switch(load_config(source))
     if switch is not None and prompt + response > switch:
         raise ModelError(
             f"data.max_prompt_tokens {prompt} + sampling.max_new_tokens {response} = {prompt + response} tokens, but"
-            f" beyond original_max_position_embeddings = {switch} tokens {source} turns all tokens of a sequence by"
-            " other rotary factors (longrope), so it would not be the model any more that the first ones were drawn"
+            f" for sequences longer than original_max_position_embeddings = {switch} tokens {source} uses other rotary"
+            " factors (longrope) for all tokens, so it would no longer be the model that the first tokens were sampled"
             " from. Lower one of the two, or give a model without longrope."
         )
 
 
 def check_same_scales(actor: Policy, reference: Policy, config: Config) -> None:
-    """Whether the op of the exact KL, which has one softcap and one logit scale, can take both heads."""
-    own, theirs = ((p.head.softcap, p.head.logit_scale) for p in (actor, reference))
-    if own != theirs and config.ppo.kl_kind == "exact":
+    """Check that the op of the exact KL, which has one softcap and one logit scale, can be used with both heads."""
+    (actor_cap, actor_scale), (ref_cap, ref_scale) = ((p.head.softcap, p.head.logit_scale) for p in (actor, reference))
+    if (actor_cap, actor_scale) != (ref_cap, ref_scale) and config.ppo.kl_kind == "exact":
         raise ModelError(
-            f"reference.model {config.reference.model} caps its logits at {theirs[0]} and multiplies them by"
-            f" {theirs[1]:g}, actor.model {config.actor.model} at {own[0]} and by {own[1]:g}: ppo.kl_kind exact takes"
-            " both under one. Set ppo.kl_kind to k3, or give a reference of the actor's family."
+            f"reference.model {config.reference.model} caps its logits at {ref_cap} and multiplies them by"
+            f" {ref_scale:g}, actor.model {config.actor.model} at {actor_cap} and by {actor_scale:g}: ppo.kl_kind exact"
+            " needs the same for both. Set ppo.kl_kind to k3, or give a reference of the actor's family."
         )
 
 
 def trained_partitions(config: AnyConfig) -> Partitions:
-    """How the parameters of what trains are partitioned; None below ZeRO stage 3."""
+    """The partitioning of trained roles; None below ZeRO stage 3."""
     return _partitions(config, config.zero.parameters_on)
 
 
 def frozen_partitions(config: Config) -> Partitions:
-    """How the parameters of reference and reward models are partitioned; None below ZeRO stage 3."""
+    """The partitioning of reference and reward models; None below ZeRO stage 3."""
     return _partitions(config, config.zero.frozen_on)
 
 
@@ -193,7 +200,7 @@ def load_reward(
     partitions: Partitions = None,
     setting: str = "rewards.model",
 ) -> tuple[RewardModel, PreTrainedTokenizerBase]:
-    """A sequence classifier with one label, and its tokenizer; setting: the one that names it, for errors."""
+    """Load a sequence classifier with one label, and its tokenizer; setting: names the model, for messages."""
     source = Source(setting, name)
     load_classifier_config(source)
     model = load_model(AutoModelForSequenceClassification, source, dtype, device, partitions)
@@ -208,9 +215,9 @@ def load_reward(
 def _load_reference(config: Config, actor: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> Policy:
     reference, partitions = config.reference, frozen_partitions(config)
     if reference.model is None and config.actor.lora.rank:
-        own = Policy(actor)
-        own.adapters = False
-        return own
+        actor_without_adapters = Policy(actor)
+        actor_without_adapters.adapters = False
+        return actor_without_adapters
     if reference.model is None:
         model = copy.deepcopy(actor) if partitions is None else _second_actor(config, actor, dtype, device, partitions)
     else:
@@ -229,7 +236,7 @@ def _load_critic(config: Config, actor: PreTrainedModel, dtype: torch.dtype, dev
         backbone = cast(PreTrainedModel, second.base_model)
     else:
         source = Source("critic.model", critic.model, critic.gguf_file)
-        if is_classifier(load_config(source)):  # start from a reward model: V(s) begins as its score
+        if is_classifier(load_config(source)):  # a reward model: the initial V(s) is its score
             model = load_model(AutoModelForSequenceClassification, source, dtype, device, partitions)
             head = ValueHead(width_of(model), dtype, device)
             score = cast(nn.Linear, model.score).weight
@@ -253,9 +260,9 @@ def load_causal(
     device: torch.device,
     partitions: Partitions = None,
 ) -> PreTrainedModel:
-    """A causal language model with a fused head, its kind checked (`fastppo.models.loading.model_check`), dropout off.
+    """Load a causal language model with a fused head and dropout off, after its check (`model_check`).
 
-    partitions: what `partition_config` gives, for a model that is whole on no rank.
+    partitions: from `partition_config`, for a model that is partitioned over the ranks.
     """
     return _load_causal(Source(setting, name, gguf_file, revision), dtype, device, partitions)
 
@@ -276,6 +283,6 @@ def _actor_source(config: Config) -> Source:
 def _second_actor(
     config: Config, actor: PreTrainedModel, dtype: torch.dtype, device: torch.device, partitions: dict[str, Any]
 ) -> PreTrainedModel:
-    """The actor's starting weights once more, in partitions: copied, or read again where they are on disks."""
+    """A second, partitioned model with the actor's initial weights: copied, or read again if they are on NVMe."""
     second = copy_parts(AutoModelForCausalLM, actor, partitions)
     return _load_actor(config, dtype, device, partitions) if second is None else fuse_head(second)

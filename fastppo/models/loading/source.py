@@ -1,4 +1,4 @@
-"""Where a model's weights come from, and what is wrong with places that hold no model of transformers' own."""
+"""The source of a model's weights, and errors for sources that are no model of the transformers library."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from transformers.utils.hub import cached_file
 from fastppo.data import PREFIX, locate
 from fastppo.errors import ModelError
 
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # on the Hugging Face hub: of a model, or of its owner and the model
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # on the Hugging Face hub: MODEL or OWNER/MODEL
 
 WAYS = "Give a Hugging Face hub name, a directory made by save_pretrained, or a directory with gguf_file."
 
-# What the quickstart's stages hand on, and the command that leaves it.
-LEFT_BY = {
+# The models that the quickstart passes from one command to the next, and the command that exports each.
+EXPORTED_BY = {
     "runs/quickstart-sft/model": "deepspeed fastppo/train_sft.py --config quickstart-sft",
     "runs/quickstart-reward/reward_model": "deepspeed fastppo/train_reward.py --config quickstart-reward",
 }
@@ -26,9 +26,9 @@ LEFT_BY = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model's weights come from."""
+    """The source of a model's weights."""
 
-    setting: str  # its name in the config, for errors
+    setting: str  # that names the model, for messages
     name: str  # on the hub, a directory, or package:NAME
     gguf_file: str | None = None
     revision: str | None = None
@@ -38,57 +38,61 @@ class Source:
 
     @property
     def place(self) -> str:
-        """What transformers takes it by."""
+        """The name or path for transformers."""
         return str(locate(self.name))
 
 
 def check_name(source: Source) -> None:
-    """Raises ModelError for a path that is not there and can be no name on the hub, of which transformers' errors say
-    little, and for a directory that holds an adapter, of which transformers would load another model."""
+    """Raises ModelError for a path that does not exist and is no name on the hub, and for a directory with an adapter.
+
+    For the first the error of transformers would say little; for the second it would load another model, the base.
+    """
     packaged = source.name.startswith(PREFIX)
     if not packaged and not HUB_NAME.fullmatch(source.name) and not Path(source.name).exists():
-        stage = LEFT_BY.get(str(Path(source.name)))
-        way = WAYS if stage is None else f"It is left by `{stage}`, and `make demo` runs all stages of the quickstart."
+        command = EXPORTED_BY.get(str(Path(source.name)))
+        way = WAYS
+        if command is not None:
+            way = f"`{command}` exports it, and `make demo` runs all commands of the quickstart."
         raise ModelError(f"{source}: there is no such directory. {way}")
     adapter = Path(source.name) / ADAPTER
     if not packaged and adapter.is_file():
-        raise ModelError(_of_adapter(source, adapter))
+        raise ModelError(_adapter_message(source, adapter))
 
 
 ADAPTER = "adapter_config.json"
 
 
-def check_own_kind(source: Source, error: Exception) -> None:
-    """Raises ModelError where the error of transformers' comes from an adapter on the hub, or from code of its own."""
+def check_library_model(source: Source, error: Exception) -> None:
+    """Raises ModelError if the cause of transformers' error is an adapter on the hub, or code that a model contains."""
     if "trust_remote_code" in str(error):
         raise ModelError(
-            f"{source} brings code of its own (auto_map in its config), and fastppo runs none that comes with weights."
-            f" Use a model of an architecture that transformers {transformers.__version__} has; of many such models"
-            " there are conversions, often with -hf in their name."
+            f"{source} contains Python code (auto_map in its config), and fastppo does not run code that comes with"
+            f" weights. Use a model of an architecture that transformers {transformers.__version__} has; many such"
+            " models have a converted version, often with -hf in its name."
         ) from error
     check_no_adapter(source)
 
 
 def check_no_adapter(source: Source) -> None:
-    """Raises ModelError for an adapter on the hub: beside a config.json, transformers loads the model that it names."""
-    if source.name.startswith(PREFIX) or Path(source.name).exists():  # seen by `check_name`
+    """Raises ModelError for an adapter on the hub, for which transformers would load its base model if it can."""
+    if source.name.startswith(PREFIX) or Path(source.name).exists():  # checked by `check_name`
         return
     try:
-        found = cached_file(source.name, ADAPTER, revision=source.revision, _raise_exceptions_for_missing_entries=False)
-    except (OSError, ValueError):  # there is no such place, or it cannot be reached, which its own files tell
+        file = cached_file(source.name, ADAPTER, revision=source.revision, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):  # it does not exist or cannot be reached; loading it reports that
         return
-    if found is not None:
-        raise ModelError(_of_adapter(source, Path(found)))
+    if file is not None:
+        raise ModelError(_adapter_message(source, Path(file)))
 
 
-def _of_adapter(source: Source, file: Path) -> str:
+def _adapter_message(source: Source, file: Path) -> str:
     try:
         base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError):
         base = None
     base = base or "BASE"
     return (
-        f"{source} holds an adapter ({ADAPTER}) for {base} and no model. Merge it:"
+        f"{source} contains an adapter ({ADAPTER}) for {base} and no model. Merge it:"
         f' peft.AutoPeftModelForCausalLM.from_pretrained("{source.name}").merge_and_unload().save_pretrained("FOLDER"),'
-        " the tokenizer into the same folder, and give that. (A run with lora.export: merged leaves the whole model.)"
+        " save the tokenizer in the same folder, and give that. (A run with lora.export: merged exports a whole model.)"
     )

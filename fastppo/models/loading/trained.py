@@ -1,4 +1,4 @@
-"""Which parameters of a role train: all, the upper layers, those of some names, or adapters."""
+"""The trainable parameters of a role: all, the upper layers, those that match name patterns, or LoRA adapters."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ def choose_trained(
     revision: str | None,
     seed: int,
 ) -> None:
-    """Freeze what does not train; with LoRA that is all but the adapters. A value head always trains."""
+    """Freeze the parameters that do not train; with LoRA only the adapters train. A value head always trains."""
     set_trainable(role, config.train)
     if config.lora.rank:
         add_adapters(role.model, name, config.lora, seed=seed, source=str(locate(source)), revision=revision)
 
 
 def set_trainable(role: Backbone, train: str | int) -> None:
-    """Freeze all parameters of the model but those chosen: `all`, the upper k layers, or comma-separated patterns."""
+    """Set `requires_grad` of all parameters of the model.
+
+    train: the trainable ones: `all`, the number of upper layers, or comma-separated name patterns.
+    """
     named = dict(role.model.named_parameters())
     if train == "all":
         chosen = set(named)
@@ -49,17 +52,17 @@ def set_trainable(role: Backbone, train: str | int) -> None:
 
 
 def _upper_layers(model: PreTrainedModel, count: int) -> set[str]:
-    """Names of the parameters of the upper `count` layers and of what follows them, a final norm for example.
+    """Names of the parameters of the upper `count` layers and of the modules after them, for example a final norm.
 
-    The vocabulary head stays frozen: tied to the embedding, it would train the lowest layer of all.
+    The vocabulary head stays frozen: where it is tied to the embedding, training it would also train the embedding.
     """
     depth = model.config.get_text_config().num_hidden_layers
     if not 0 < count <= depth:
         raise ModelError(f"train = {count}: {type(model).__name__} has {depth} layers; choose 1 to {depth}, or `all`")
-    found = layers_of(model)
-    if found is None:
+    parent_and_name = layers_of(model)
+    if parent_and_name is None:
         raise ModelError(f"train = {count}: {type(model).__name__} has no list of {depth} layers; use name patterns")
-    parent, name = found
+    parent, name = parent_and_name
     upper = list(getattr(parent, name))[depth - count :]
     chosen = {id(p) for module in [*upper, *after_layers(parent)] for p in module.parameters()}
     return {name for name, p in model.named_parameters() if id(p) in chosen}

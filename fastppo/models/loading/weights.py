@@ -1,4 +1,4 @@
-"""One model: its config, its tokenizer and its weights, from a hub name, a directory or a GGUF file."""
+"""Config, tokenizer and weights of one model, from a hub name, a directory or a GGUF file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import GgufConfig
 
 from fastppo.data import locate
 from fastppo.models.loading.demands import check_demands
-from fastppo.models.loading.model_check import check_kind
+from fastppo.models.loading.model_check import check_architecture
 from fastppo.models.loading.model_code import model_code
 from fastppo.models.loading.quantized import (
     check_plain,
@@ -26,7 +26,7 @@ from fastppo.models.loading.quantized import (
     quantization_of,
     unquantized,
 )
-from fastppo.models.loading.source import WAYS, Source, check_name, check_no_adapter, check_own_kind
+from fastppo.models.loading.source import WAYS, Source, check_library_model, check_name, check_no_adapter
 from fastppo.models.loading.streams import partition, stream, weight_files
 from fastppo.models.roles import ModelError
 
@@ -34,10 +34,10 @@ log = logging.getLogger("fastppo")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# What transformers raises for a model that it cannot make or read; torch asserts that padding has an embedding.
+# Exceptions of transformers for a model that it cannot make or read; torch asserts that padding has an embedding.
 UNREADABLE = (OSError, ValueError, KeyError, ImportError, SafetensorError, AssertionError)
 
-Partitions = dict[str, Any] | None  # of `partition_config`; None: the model is whole on every rank
+Partitions = dict[str, Any] | None  # from `partition_config`; None: the model is whole on every rank
 
 
 def load_tokenizer(
@@ -50,16 +50,16 @@ def load_tokenizer(
             str(locate(name)), gguf_file=gguf_file, revision=revision, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
-        check_own_kind(source, error)
+        check_library_model(source, error)
         raise ModelError(f"{source}: no tokenizer could be loaded ({_first_line(error)}). {WAYS}") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
 
 
 def load_config(source: Source) -> PreTrainedConfig:
-    """The model's config with every dropout off, and without what it says of quantised weights.
+    """The config of a model with every dropout off and without its quantisation settings.
 
-    Raises ModelError where no config can be read, and for weights that are quantised in a way that cannot be unpacked.
+    Raises ModelError if no config can be read, or if the weights are quantised in a form that cannot be unpacked.
     """
     config = _read_config(source)
     quantization = quantization_of(config)
@@ -69,10 +69,10 @@ def load_config(source: Source) -> PreTrainedConfig:
 
 
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config with every dropout set to 0, in itself and not in a copy.
+    """Set every dropout of the config to 0, in place.
 
-    `Backbone.train` keeps modules in eval mode, but not those that recompute activations, and some of these (OPT's
-    layers) drop functionally. Whatever else a model does at random there, the check at load finds.
+    `Backbone.train` keeps modules in eval mode, except those with activation checkpointing, and some of these (the
+    layers of OPT) call the dropout function. Other random operations in them are found by the check at load.
     """
     for part in (config, config.get_text_config()):
         for key, value in part.to_dict().items():
@@ -82,14 +82,14 @@ def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _read_config(source: Source) -> PreTrainedConfig:
-    config = _found_config(source)
+    config = _config_from_files(source)
     check_no_adapter(source)
-    with model_code(str(source), "used as a language model", "Give a causal language model of its own."):
-        config.get_text_config()  # of a model of several parts, of which it must be told which one writes
+    with model_code(str(source), "used as a language model", "Give a model that is a causal language model alone."):
+        config.get_text_config()  # fails for a model of several parts if none is marked as the language model
     return config
 
 
-def _found_config(source: Source) -> PreTrainedConfig:
+def _config_from_files(source: Source) -> PreTrainedConfig:
     check_name(source)
     try:
         if source.gguf_file:
@@ -99,28 +99,28 @@ def _found_config(source: Source) -> PreTrainedConfig:
         )
         return config
     except (OSError, ValueError, KeyError) as error:
-        check_own_kind(source, error)
-        raise ModelError(f"{source}: no model could be loaded from there ({_first_line(error)}). {WAYS}") from error
+        check_library_model(source, error)
+        raise ModelError(f"{source}: no model could be loaded ({_first_line(error)}). {WAYS}") from error
 
 
 @cache
 def _gguf_config(place: str, file: str, revision: str | None) -> PreTrainedConfig:
-    """The config of a GGUF file, kept: transformers takes seconds to read one, and a run asks several times.
+    """The config of a GGUF file, cached: transformers takes seconds to read one, and a run needs it several times.
 
-    Callers alter theirs, so they take a copy.
+    Callers change the config, so they make a copy.
     """
     config: PreTrainedConfig = AutoConfig.from_pretrained(place, gguf_file=file, revision=revision)
     return config
 
 
 def load_classifier_config(source: Source) -> PreTrainedConfig:
-    """The config of a reward model: a sequence classifier with one label. Raises ModelError for any other."""
+    """The config of a reward model: a sequence classifier with one label. Raises ModelError for any other model."""
     config = load_config(source)
     if config.architectures and not is_classifier(config):
         raise ModelError(
-            f"{source} is a {config.architectures[0]} and no reward model: it"
-            " has no score head, and a random one would score at random. Train one from it with"
-            f" fastppo/train_reward.py --model.path {source.name}, and give what that leaves."
+            f"{source} is a {config.architectures[0]} and no reward model: it has no score head, and a random head"
+            " would give random scores. Train a reward model from it with"
+            f" fastppo/train_reward.py --model.path {source.name}, and give the model that this exports."
         )
     way = "Train one with num_labels=1, or wrap this classifier in a reward function that picks a label's logit."
     check_one_label(source, config, way)
@@ -132,15 +132,15 @@ def is_classifier(config: PreTrainedConfig) -> bool:
 
 
 def check_one_label(source: Source, config: PreTrainedConfig, way: str) -> None:
-    """Raises ModelError for a classifier with more labels or fewer, with this way out."""
+    """Raises ModelError unless the classifier has one label; way: the way out, for the message."""
     if config.num_labels != 1:
         raise ModelError(f"{source} has {config.num_labels} labels; a reward model has one, the score. {way}")
 
 
 def context_of(config: PreTrainedConfig) -> int | None:
-    """The longest sequence that a model takes, in tokens; None if its config does not tell.
+    """The context of a model, its longest sequence in tokens; None if its config has no limit.
 
-    One that attends within chunks (Llama-4) takes one chunk, see `attention.Chunks`.
+    The context of a model with chunked attention (Llama-4) is one chunk, see `attention.Chunks`.
     """
     text = config.get_text_config()
     limits = [getattr(text, name, None) for name in ("max_position_embeddings", "attention_chunk_size")]
@@ -150,33 +150,34 @@ def context_of(config: PreTrainedConfig) -> int | None:
 def check_embedded(
     source: Source, tokenizer: PreTrainedTokenizerBase, sequences: Iterable[Iterable[int]], what: str
 ) -> None:
-    """Raises ModelError for a token that the model has no embedding of, in sequences of token ids of its tokenizer.
+    """Raises ModelError if the sequences of token ids contain a token without an embedding in the model.
 
-    what: the setting that names the texts. A tokenizer may know more tokens than its model where they are never used.
+    what: the setting that names the texts. A tokenizer may have more tokens than its model if they are never used.
     """
     rows = load_config(source).get_text_config().vocab_size
     highest = max((max(tokens, default=0) for tokens in sequences), default=0)
     if highest >= rows:
         raise ModelError(
-            f"{what}: a text holds token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}), and {source} has"
-            f" embeddings of {rows} tokens alone: its tokenizer was given more than the model. Resize the model's"
-            " embeddings (model.resize_token_embeddings(len(tokenizer)), and save both), or use its own tokenizer."
+            f"{what}: a text contains token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}), and {source} has"
+            f" embeddings of {rows} tokens only: its tokenizer has more tokens than the model. Resize the model's"
+            " embeddings (model.resize_token_embeddings(len(tokenizer)), and save both), or use the model's original"
+            " tokenizer."
         )
 
 
 def load_model(
     auto: Any, source: Source, dtype: torch.dtype, device: torch.device, partitions: Partitions
 ) -> PreTrainedModel:
-    """A model on `device`, or in partitions. `fastppo.models.loading.model_check` has checked its kind."""
+    """Check a model's architecture (`model_check`) and load it on `device`, or in partitions."""
     config = load_config(source)
-    outline(auto, source, dtype)  # what its modules and its config alone can tell comes first
-    check_kind(auto, config, device, dtype)
+    outline(auto, source, dtype)  # first the errors that need its modules and its config only
+    check_architecture(auto, config, device, dtype)
     if partitions is None:
         model = _load_whole(auto, source, config, dtype)
         cast(nn.Module, model).to(device)
     else:
         model = _load_parts(auto, source, config, dtype, partitions)
-        for buffer in model.buffers():  # parameters are where DeepSpeed keeps them
+        for buffer in model.buffers():  # DeepSpeed has placed the parameters
             buffer.data = buffer.data.to(device)
     size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     log.info("%s: %s, %.0f M parameters", source.setting, source.name, size / 1e6)
@@ -193,71 +194,73 @@ def _load_parts(
     except UNREADABLE as error:
         raise _unreadable(source, config, error) from error
     log.warning(
-        "%s: these weights are not plain safetensors, so each rank holds the whole model while it loads. What"
-        " save_pretrained has written once is read in parts.",
+        "%s: these weights are not plain safetensors, so each rank needs memory for the whole model during loading."
+        " Files that save_pretrained writes are read in partitions.",
         source,
     )
     return partition(_load_whole(auto, source, config, dtype), partitions)
 
 
 def _load_whole(auto: Any, source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    given: dict[str, Any] = {}
+    gguf_arguments: dict[str, Any] = {}
     quantization = None if source.gguf_file else quantization_of(_read_config(source))
     if source.gguf_file:
-        given = {"gguf_file": source.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+        gguf_arguments = {"gguf_file": source.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
     elif quantization is not None:
         config = copy.deepcopy(config)
         config.quantization_config = quantization | {"dequantize": True}
-    way = "Its files may be of another model than its config.json, or of another version of transformers."
+    way = "Its files and its config.json may be of different models, or of another version of transformers."
     with model_code(str(source), "loaded", way):
         try:
-            model, found = auto.from_pretrained(
+            model, loading_info = auto.from_pretrained(
                 source.place,
                 config=config,
                 revision=source.revision,
                 dtype=dtype,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are named below
+                ignore_mismatched_sizes=True,  # reported by `_check_complete`
                 trust_remote_code=False,
-                **given,
+                **gguf_arguments,
             )
         except UNREADABLE as error:
             raise _unreadable(source, config, error) from error
-    _check_complete(source, model, found)
+    _check_complete(source, model, loading_info)
     try:
-        check_scales(found["unexpected_keys"])
+        check_scales(loading_info["unexpected_keys"])
     except ModelError as error:
         raise ModelError(f"{source}: {error}") from error
-    if given or quantization is not None:
+    if gguf_arguments or quantization is not None:
         forget_quantization(model)
-        if dtype == torch.float32:  # some forms are unpacked in bf16 whatever is asked for
+        if dtype == torch.float32:  # some forms are always unpacked to bf16
             for p in model.parameters():
                 p.data = p.data.float()
     check_plain(model)
     return cast(PreTrainedModel, model.eval())
 
 
-def _check_complete(source: Source, model: PreTrainedModel, found: dict[str, Any]) -> None:
-    """Whether the files hold all weights in the right shapes: transformers would put random numbers in their place."""
-    if wrong := sorted(found["mismatched_keys"]):
-        some = "; ".join(f"{name} has {tuple(there)}, not {tuple(asked)}" for name, there, asked in wrong[:4])
-        raise ModelError(
-            f"{source}: {len(wrong)} tensors in its files do not have the shapes of its config.json ({some});"
-            " the two belong to different models, or one of them was changed alone, as vocab_size is where a"
-            " vocabulary grows."
+def _check_complete(source: Source, model: PreTrainedModel, loading_info: dict[str, Any]) -> None:
+    """Check that the files contain all weights in the right shapes: transformers would initialise others at random."""
+    if mismatched := sorted(loading_info["mismatched_keys"]):
+        examples = "; ".join(
+            f"{name} has {tuple(shape)}, not {tuple(wanted)}" for name, shape, wanted in mismatched[:4]
         )
-    if missing := sorted(found["missing_keys"]):
-        some = ", ".join(missing[:4]) + ", ..." * (len(missing) > 4)
         raise ModelError(
-            f"{source}: {len(missing)} weights of {type(model).__name__} are not in its files ({some}). Give a"
-            " checkpoint of this kind of model."
+            f"{source}: {len(mismatched)} tensors in its files do not have the shapes of its config.json ({examples});"
+            " the files and the config belong to different models, or only one of them was changed, for example"
+            " vocab_size without the embeddings."
+        )
+    if missing := sorted(loading_info["missing_keys"]):
+        examples = ", ".join(missing[:4]) + ", ..." * (len(missing) > 4)
+        raise ModelError(
+            f"{source}: {len(missing)} weights of {type(model).__name__} are not in its files ({examples}). Give a"
+            " checkpoint of this architecture."
         )
 
 
 def outline(auto: Any, source: Source, dtype: torch.dtype) -> PreTrainedModel:
-    """The model on the meta device: every module and shape, no weights. Raises ModelError as loading it would."""
+    """The model on the meta device: modules and shapes, no weights. Raises the ModelError that loading would raise."""
     config = load_config(source)
-    way = "Its config.json may lack what this kind of model needs, or be of another version of transformers."
+    way = "Its config.json may lack a setting of this architecture, or be of another version of transformers."
     with model_code(str(source), "made from its config", way):
         try:
             with torch.device("meta"):
@@ -273,8 +276,8 @@ def _unreadable(source: Source, config: PreTrainedConfig, error: Exception) -> M
     way = ""
     if isinstance(error, AssertionError) and (text.pad_token_id or 0) >= text.vocab_size:
         way = (
-            f" Its config.json names token {text.pad_token_id} for padding and has embeddings of {text.vocab_size}:"
-            " write the id of another token there as pad_token_id, or null."
+            f" Its config.json gives pad_token_id {text.pad_token_id}, but the model has embeddings of"
+            f" {text.vocab_size} tokens: set pad_token_id in config.json to the id of another token, or to null."
         )
     return ModelError(f"{source}: its weights could not be loaded ({_first_line(error)}).{way}")
 
