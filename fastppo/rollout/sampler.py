@@ -106,7 +106,8 @@ def explained(setting: str, folder: Path | None) -> Iterator[None]:
     except (FastPPOError, Stopped):
         raise
     except RAISED as error:
-        of_others = type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in ANOTHER_RANK_ENDED)
+        lost_rank = any(words in str(error) for words in ANOTHER_RANK_ENDED)
+        of_others = type(error).__name__ == "OutOfMemoryError" or lost_rank
         if folder is None or of_others:
             raise
         raise SamplerError(f"{setting} raised {type(error).__name__}: {error} ({line_of(error, folder)})") from error
