@@ -23,6 +23,12 @@ from .examples import Examples as Examples
 from .examples import load_answers as load_answers
 from .examples import load_pairs as load_pairs
 from .examples import load_texts as load_texts
+from .functions import RAISED as RAISED
+from .functions import FunctionError as FunctionError
+from .functions import UserFunction as UserFunction
+from .functions import import_function as import_function
+from .functions import innermost_line as innermost_line
+from .functions import named_function as named_function
 from .microbatches import IDLE as IDLE
 from .microbatches import Minibatch as Minibatch
 from .microbatches import imbalance as imbalance

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import importlib
-import importlib.util
 import inspect
-import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
 from contextlib import ExitStack
-from itertools import count
 from pathlib import Path
-from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
 
+from fastppo.data import RAISED, FunctionError, import_function, innermost_line
 from fastppo.rewards import awaiting
 from fastppo.rewards.apart import apart
 from fastppo.rewards.responses import Responses, RewardError, checked
@@ -26,9 +21,6 @@ from fastppo.rewards.responses import Responses, RewardError, checked
 Function = Callable[..., Any]
 
 COMPLETIONS = "completions"  # what TRL calls responses
-
-# What a function or a file may raise. Without SystemExit a run would end with no word of why, and on this rank alone.
-RAISED = (Exception, SystemExit)
 
 
 class FunctionSource:
@@ -44,7 +36,10 @@ class FunctionSource:
         module = name.rpartition(":")[0]
         self._apart = apart(str(Path(module).resolve()) if module.endswith(".py") else module)
         with self._apart(importing=True):
-            self._function, self._folder = _import_function(name, self._setting)
+            try:
+                self._function, self._folder = import_function(name, self._setting)
+            except FunctionError as error:
+                raise RewardError(str(error)) from error
         self.is_async = _is_async(self._function)
 
     def __call__(self, responses: Responses) -> list[float]:
@@ -88,7 +83,7 @@ class FunctionSource:
         return copy.deepcopy(_wanted(self._function, said, self._setting))
 
     def _failed(self, error: BaseException) -> RewardError:
-        what = f"{self._setting} raised {type(error).__name__}: {error} ({_line(error, self._folder)})"
+        what = f"{self._setting} raised {type(error).__name__}: {error} ({innermost_line(error, self._folder)})"
         if isinstance(error, TypeError) and _names_completions(self._function):
             what += ". Its completions are texts here, also for chats, where TRL gives lists of messages"
         return RewardError(what)
@@ -144,70 +139,3 @@ def _wanted(function: Function, said: Mapping[str, list[Any]], setting: str) -> 
         if p.default is p.empty and p.name not in said:
             raise RewardError(f"{setting} takes {p.name}, which is no column of the data; there are: {', '.join(said)}")
     return {p.name: said[p.name] for p in named if p.name in said}
-
-
-def _line(error: BaseException, folder: Path) -> str:
-    """Where it was raised: the innermost line in a file of the user's, which a library may have been called from."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if Path(frame.filename).parent == folder]
-    frame = (own or frames)[-1]
-    return f"{Path(frame.filename).name}:{frame.lineno}"
-
-
-def _import_function(name: str, setting: str) -> tuple[Function, Path]:
-    """`module:function`, the module importable from here, or `path/to/file.py:function`; and the folder it lies in."""
-    module_name, _, attribute = name.rpartition(":")
-    if not module_name or not attribute:
-        raise RewardError(f"{setting}: write it as module:function or file.py:function")
-    try:
-        module = _import_file(Path(module_name)) if module_name.endswith(".py") else _import_module(module_name)
-    except RAISED as error:
-        raise RewardError(
-            f"{setting}: {module_name} could not be imported ({type(error).__name__}: {error})"
-        ) from error
-    function: Any = getattr(module, attribute, None)
-    if not callable(function):
-        found = ", ".join(n for n in vars(module) if not n.startswith("_") and callable(vars(module)[n])) or "none"
-        raise RewardError(f"{setting}: {module_name} has no function {attribute}; it has: {found}")
-    return cast("Function", function), Path(getattr(module, "__file__", None) or module_name).parent
-
-
-def _import_module(name: str) -> ModuleType:
-    here = str(Path.cwd())
-    sys.path.insert(0, here)  # the launcher's scripts do not see the folder they were started in
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(here)
-
-
-def _import_file(path: Path) -> ModuleType:
-    """The file as the module of its name, imported once; where another module has that name, with a number behind it.
-
-    Its folder goes to the end of Python's path, so that it finds modules beside it and hides none.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    path = path.resolve()
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
-    importlib.invalidate_caches()  # the file may be newer than what Python knows of its folder
-    stem = name = path.stem.replace(".", "_")
-    others = count(2)
-    while (spec := importlib.util.find_spec(name)) is not None:
-        if spec.origin is not None and Path(spec.origin).resolve() == path:
-            return importlib.import_module(name)
-        name = f"{stem}_{next(others)}"
-    return _import_as(name, path)
-
-
-def _import_as(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        sys.modules.pop(name, None)
-        raise
-    return module
