@@ -28,7 +28,7 @@ from fastppo.models.loading.policies import check_models, load_actor_tokenizer, 
 from fastppo.models.roles import Critic, Policy
 from fastppo.planner.machine import Machine
 from fastppo.planner.plan import make_plan
-from fastppo.ppo.update import Targets, policy_term, value_term
+from fastppo.ppo.update import Targets, clip_term, value_term
 from fastppo.rollout import sample
 
 FAMILIES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
@@ -293,7 +293,7 @@ def update(actor: Policy, critic: Critic, config: Config) -> None:
     advantages, values = torch.linspace(-1, 1, count), torch.zeros(count)
     old = logprobs(actor, PACKED)
     targets = Targets(PACKED, old, advantages, values, advantages, torch.tensor(float(count)), {})
-    for role, term in ((actor, policy_term), (critic, value_term)):
+    for role, term in ((actor, clip_term), (critic, value_term)):
         role.train()
         optimizer = torch.optim.SGD([p for p in role.parameters() if p.requires_grad], lr=0.1)
         loss, _ = role(PACKED, partial(_term, term, targets, config))

@@ -13,7 +13,7 @@ import json
 import logging
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,13 +45,13 @@ class Checkpoints:
         data: Iterable[Sequence[Sequence[int]]],
         world: World,
         *,
-        enter: Callable[[str], None] = lambda stage: None,
+        holding: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ):
         """engines: what trains, by name; data: tokens that the run depends on; on resuming they must be what they were.
 
-        enter: called with `checkpoint` before engines are saved or loaded (`Residency.enter`).
+        holding: `Residency.holding`, called with `checkpoint` where engines are saved or loaded.
         """
-        self._config, self._engines, self._world, self._enter = config, engines, world, enter
+        self._config, self._engines, self._world, self._holding = config, engines, world, holding
         self._output = Path(config.output)
         self.folder = self._output / "checkpoints"  # where they are
         digest, counts = hashlib.sha256(), []
@@ -76,17 +76,17 @@ class Checkpoints:
                 f" {self._paths} now ({self._prompts}). Give the data as it was, or"
                 " --resume null to begin anew."
             )
-        self._enter("checkpoint")
-        try:
-            for name, engine in self._engines.items():
-                engine.load(found.folder, name)
-            state = torch.load(found.folder / "progress.pt", weights_only=False)
-            own = torch.load(found.folder / f"rank-{self._world.rank:05d}.pt", weights_only=False)
-        except (OSError, RuntimeError, KeyError, ValueError) as error:
-            raise CheckpointError(
-                f"{found.folder} does not fit the models ({error}). If a model changed since, give"
-                " them as they were, or --resume null to begin anew."
-            ) from error
+        with self._holding("checkpoint"):
+            try:
+                for name, engine in self._engines.items():
+                    engine.load(found.folder, name)
+                state = torch.load(found.folder / "progress.pt", weights_only=False)
+                own = torch.load(found.folder / f"rank-{self._world.rank:05d}.pt", weights_only=False)
+            except (OSError, RuntimeError, KeyError, ValueError) as error:
+                raise CheckpointError(
+                    f"{found.folder} does not fit the models ({error}). If a model changed since, give"
+                    " them as they were, or --resume null to begin anew."
+                ) from error
         run.restore(state, own)
         if self._world.rank == 0:
             self._set_aside_newer(found.folder)
@@ -148,9 +148,9 @@ class Checkpoints:
         error = self._agree(self._attempt(lambda: self._begin(folder)))
         if error is None:
             writer = atomic_dir.Writer(atomic_dir.unfinished(folder))
-            self._enter("checkpoint")
-            for name, engine in self._engines.items():
-                engine.save(writer.folder, name, writer.save)
+            with self._holding("checkpoint"):
+                for name, engine in self._engines.items():
+                    engine.save(writer.folder, name, writer.save)
             writer.save(run.random, writer.folder / f"rank-{self._world.rank:05d}.pt")
             failed = self._attempt(lambda: self._save_shared(run, writer))
             parts = all_gather((failed or writer.error, writer.files), self._world)

@@ -1,4 +1,4 @@
-"""The types that travel from stage to stage, all in one layout: packed, without padding.
+"""The types that travel from phase to phase, all in one layout: packed, without padding.
 
 B sequences (prompt and response) are one row of N tokens. Their responses alone are a second, shorter packing
 of M tokens: everything that PPO knows of a token (logprobs, KL, rewards, values, advantages, returns) is `(M,)`.
@@ -7,10 +7,9 @@ of M tokens: everything that PPO knows of a token (logprobs, KL, rewards, values
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -152,7 +151,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Experience:
-    """All that learning needs, for the global batch and, but for `prefix`, the same on every rank."""
+    """All that learning needs, for the global batch and the same on every rank."""
 
     packed: Packed
     scores: Tensor  # (B,) fp32, the weighted sum of what the sources of reward said
@@ -168,7 +167,6 @@ class Experience:
     values: Tensor  # (M,) fp32
     advantages: Tensor  # (M,) fp32, whitened if so configured
     returns: Tensor  # (M,) fp32, before whitening
-    prefix: Callable[[Any, Packed, Tensor], Tensor | None]  # the batch's `prefix.PrefixStates`, of this rank alone
 
 
 def concatenate(rollouts: Sequence[Rollout]) -> Rollout:

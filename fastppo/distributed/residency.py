@@ -7,7 +7,8 @@ DeepSpeed or autograd has of it stays good.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -94,6 +95,12 @@ class Residency:
 
         self._parts.append(_Part(kind, on_device, kind not in REMADE))
         self.enter(self._stage)
+
+    @contextmanager
+    def holding(self, phase: str) -> Iterator[None]:
+        """Within this context what the phase uses is on the GPU. It stays there until another phase is entered."""
+        self.enter(phase)
+        yield
 
     def enter(self, stage: str) -> None:
         """From here on only what this stage uses is on the GPU, whatever was there before."""

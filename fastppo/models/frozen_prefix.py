@@ -35,10 +35,10 @@ def after_layers(parent: nn.Module) -> list[nn.Module]:
 
 def prefix_depth(model: PreTrainedModel) -> int:
     """How many of the lowest layers are a frozen prefix: frozen, on frozen embeddings, and handing up one tensor."""
-    found = layers_of(model)
-    if found is None:
+    holder = layers_of(model)
+    if holder is None:
         return 0
-    parent, name = found
+    parent, name = holder
     layers = cast(nn.ModuleList, getattr(parent, name))
     above = {id(p) for module in [*layers, *after_layers(parent)] for p in module.parameters()}
     if any(p.requires_grad and id(p) not in above for p in model.base_model.parameters()):
@@ -64,25 +64,25 @@ class Passing(nn.Module):
 @contextlib.contextmanager
 def passing(model: PreTrainedModel, layers: range, states: Tensor | None = None) -> Iterator[Passing]:
     """Within this context the given layers compute nothing; the first of them hands on `states` where given."""
-    found = layers_of(model)
-    assert found is not None
-    parent, name = found
-    own = cast(nn.ModuleList, getattr(parent, name))
-    stand_ins = {i: Passing(own[i], states if i == layers.start else None) for i in layers}
-    setattr(parent, name, nn.ModuleList([stand_ins.get(i, layer) for i, layer in enumerate(own)]))
+    holder = layers_of(model)
+    assert holder is not None
+    parent, name = holder
+    all_layers = cast(nn.ModuleList, getattr(parent, name))
+    stand_ins = {i: Passing(all_layers[i], states if i == layers.start else None) for i in layers}
+    setattr(parent, name, nn.ModuleList([stand_ins.get(i, layer) for i, layer in enumerate(all_layers)]))
     try:
         yield stand_ins[layers.start]
     finally:
-        setattr(parent, name, own)
+        setattr(parent, name, all_layers)
 
 
 class PrefixStates:
-    """What prefixes handed up in one batch, sequence by sequence, as far as this process computed it."""
+    """A cache of what prefixes handed up in one batch, sequence by sequence, as far as this process computed it."""
 
     def __init__(self, *, keep: bool = True) -> None:
         """keep: whether a sequence's states are kept for the next time; else they are computed each time."""
         self._keep = keep
-        self._kept: dict[int, dict[int, Tensor]] = {}  # prefix -> sequence -> (tokens, H)
+        self._states: dict[int, dict[int, Tensor]] = {}  # prefix -> sequence -> (tokens, H), on the role's device
 
     def __call__(self, role: Any, packed: Packed, sequences: Tensor) -> Tensor | None:
         """States for these sequences of the batch, `packed` holding them in this order; None where there is no prefix.
@@ -95,10 +95,14 @@ class PrefixStates:
         if not self._keep:
             with torch.no_grad():
                 return cast(Tensor, role.prefix(packed))
-        kept = self._kept.setdefault(role.prefix_owner, {})
+        states_of = self._states.setdefault(role.prefix_owner, {})
         names = sequences.tolist()
-        if any(name not in kept for name in names):
+        if any(name not in states_of for name in names):
             with torch.no_grad():
                 states = role.prefix(packed)
-            kept.update(zip(names, states.split(packed.lengths.tolist()), strict=True))
-        return torch.cat([kept[name] for name in names])
+            states_of.update(zip(names, states.split(packed.lengths.tolist()), strict=True))
+        return torch.cat([states_of[name] for name in names])
+
+    def clear(self) -> None:
+        """Give up all states, and their memory."""
+        self._states.clear()

@@ -281,10 +281,9 @@ def _summary(formats: Mapping[str, str], values: Mapping[str, float]) -> str:
 class Phases:
     """Seconds of each stage of a step: `with phases("sampling"): ...`. Stages follow each other, not one in another."""
 
-    def __init__(self, seconds: dict[str, float], enter: Callable[[str], None] = lambda stage: None):
-        """seconds: where they are kept, with those of a step that another process began; enter: called with the name
-        of each stage as it begins, and timed with it."""
-        self._seconds, self._enter = seconds, enter
+    def __init__(self, seconds: dict[str, float]):
+        """seconds: where they are kept, with those of a step that another process began."""
+        self._seconds = seconds
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -292,7 +291,6 @@ class Phases:
         marked = torch.cuda.nvtx.range(name) if _on_cuda() else nullcontext()
         start = time.perf_counter()
         with record_function(name), marked:
-            self._enter(name)
             yield
             if _on_cuda():  # kernels run behind: without this the next stage would pay for them
                 torch.cuda.synchronize()

@@ -27,11 +27,14 @@ from fastppo.monitor import (
     write_samples,
 )
 from fastppo.planner import check_plan
+from fastppo.ppo.advantages import Estimator, load_estimator
 from fastppo.ppo.evaluation import evaluate, samples
+from fastppo.ppo.experience import StepContext
+from fastppo.ppo.losses import PolicyLoss, load_loss
 from fastppo.ppo.metrics import step_metrics
 from fastppo.ppo.ptx import Texts
 from fastppo.ppo.schedule import step_rates
-from fastppo.ppo.train_state import Progress, recall_experience
+from fastppo.ppo.train_state import Progress
 from fastppo.rewards import Source, check_chats, load_functions, load_judge, load_sources
 from fastppo.rollout import named_stop_ids, stop_ids
 
@@ -53,7 +56,9 @@ class Setup:
     stop_ids: list[int]  # tokens that end a response
     checkpoints: Checkpoints
     progress: Progress  # where the run is; the one part that changes
-    phases: Phases
+    phases: Phases  # seconds of each
+    estimator: Estimator
+    loss: PolicyLoss
 
     @property
     def output(self) -> Path:
@@ -66,6 +71,20 @@ class Setup:
         rows_of_steps = batches(self.data, size=size, seed=self.config.seed, shuffle=shuffle, start=step)
         for number, rows in enumerate(rows_of_steps, start=step):
             yield Prompts.of(self.data.tokens, rows, first=number * size, samples=samples)
+
+    def step_context(self) -> StepContext:
+        """What the step that the run is at depends on beside its batch."""
+        return StepContext(
+            self.roles,
+            self.config,
+            self.world,
+            self.estimator,
+            self.loss,
+            self.texts,
+            step=self.progress.step,
+            kl_coef=self.progress.beta.value,
+            skipped=self.progress.skipped,
+        )
 
     def tracker(self) -> Tracker:
         config, done = self.config, self.progress.step
@@ -90,12 +109,13 @@ def set_up(config: Config, world: World) -> Setup | None:
     """
     load_functions(config.rewards)  # a typo in a function's name should not cost the minutes of loading models
     load_functions(config.health.judge, "health.judge")
-    output, found = Path(config.output), find_checkpoint(config, world)
-    if found is not None and found.ended(config, world):
+    estimator, loss = load_estimator(config.ppo), load_loss(config.ppo)
+    output, checkpoint = Path(config.output), find_checkpoint(config, world)
+    if checkpoint is not None and checkpoint.ended(config, world):
         return None
-    if found is None and world.rank == 0:
+    if checkpoint is None and world.rank == 0:
         check_folder(output)
-    begin_clock(None if found is None else found.clock, world)
+    begin_clock(None if checkpoint is None else checkpoint.clock, world)
     check_plan(config, world)
     tokenizer, context = load_actor_tokenizer(config), actor_context(config)
     check_models(config, tokenizer)
@@ -113,16 +133,15 @@ def set_up(config: Config, world: World) -> Setup | None:
     if texts is not None:
         check_actor_tokens(config, tokenizer, texts.examples.tokens, "ptx.path")
     if world.rank == 0:
-        begin_folder(output, None if found is None else found.sizes, dump(config))
+        begin_folder(output, None if checkpoint is None else checkpoint.sizes, dump(config))
     check_output_is_shared(output, world)
     roles = assemble(config, world, tokenizer)
     sources, judge = (load(config, tokenizer, world, roles.residency) for load in (load_sources, load_judge))
     learned = [data.tokens, heldout.tokens, *([] if texts is None else [texts.examples.tokens])]
-    checkpoints = Checkpoints(config, roles.saved, learned, world, enter=roles.residency.enter)
-    progress = checkpoints.load(found, Progress.begin(config, world.rank))
-    if found is not None and found.since is not None:
-        progress.recall(found.since)
-    recall_experience(progress, roles, config, world)
+    checkpoints = Checkpoints(config, roles.saved, learned, world, holding=roles.residency.holding)
+    progress = checkpoints.load(checkpoint, Progress.begin(config, world.rank))
+    if checkpoint is not None and checkpoint.since is not None:
+        progress.recall(checkpoint.since)
     return Setup(
         config=config,
         world=world,
@@ -135,7 +154,9 @@ def set_up(config: Config, world: World) -> Setup | None:
         stop_ids=_stop_ids(roles, config),
         checkpoints=checkpoints,
         progress=progress,
-        phases=Phases(progress.seconds, roles.residency.enter),
+        phases=Phases(progress.seconds),
+        estimator=estimator,
+        loss=loss,
     )
 
 
@@ -160,8 +181,8 @@ def evaluate_if_due(setup: Setup, tracker: Tracker) -> None:
     due = run.step in (0, config.steps) or (config.eval.every and run.step % config.eval.every == 0)
     if not (config.eval.prompts and due and run.evaluated < run.step):
         return
-    found = evaluate(setup.roles, setup.heldout, setup.sources, setup.stop_ids, config, setup.world, setup.judge)
-    metrics = found.metrics
+    evaluation = evaluate(setup.roles, setup.heldout, setup.sources, setup.stop_ids, config, setup.world, setup.judge)
+    metrics = evaluation.metrics
     if setup.roles.average is not None:
         after = random_state()  # a reward function that draws numbers goes on as if the average were not there
         with setup.roles.average.in_place():
@@ -170,14 +191,14 @@ def evaluate_if_due(setup: Setup, tracker: Tracker) -> None:
             )
         set_random_state(after)
         metrics = metrics | {f"average/{name}": value for name, value in averaged.metrics.items()}
-    run.add_evaluation(found)
+    run.add_evaluation(evaluation)
     tracker.log_evaluation(run.step, metrics)
-    kept = heldout_responses(setup.heldout.texts, found.responses, found.scores, count=config.track.responses)
-    tracker.log_responses(run.step, kept)
+    texts, count = setup.heldout.texts, config.track.responses
+    tracker.log_responses(run.step, heldout_responses(texts, evaluation.responses, evaluation.scores, count=count))
 
 
 def log_step(setup: Setup, done: Step, tracker: Tracker) -> None:
-    """The metrics, responses and alarms of a step. Its stages' times begin anew."""
+    """The metrics, responses and alarms of a step. Its phases' times begin anew."""
     config, run, attention = setup.config, setup.progress, setup.roles.attention
     number, lengths = run.step + 1, done.experience.packed.lengths
     rates = dict(zip(("actor_lr", "critic_lr"), step_rates(config, run.step)[-1], strict=True))
@@ -192,8 +213,8 @@ def log_step(setup: Setup, done: Step, tracker: Tracker) -> None:
             metrics["sampler_error"],
         )
     if tracker.wants_responses(number):
-        kept = training_responses(done.experience, setup.roles.tokenizer, count=config.track.responses)
-        tracker.log_responses(number, kept)
+        responses = training_responses(done.experience, setup.roles.tokenizer, count=config.track.responses)
+        tracker.log_responses(number, responses)
     tracker.log_alarms([asdict(alarm) for alarm in done.alarms])
 
 
@@ -215,11 +236,11 @@ def finish(setup: Setup, tracker: Tracker) -> None:
     config, world, roles, evaluations = setup.config, setup.world, setup.roles, setup.progress.evaluations
     leave = partial(leave_model, tokenizer=roles.tokenizer, lora=config.actor.lora, world=world)
     left = []
-    roles.residency.enter("sampling")
-    if roles.average is not None:
-        with roles.average.in_place():
-            left.append(leave(roles.gathered.policy(), folder=setup.output / "actor-average"))
-    left.append(leave(roles.gathered.policy(), folder=setup.output / "actor"))
+    with roles.residency.holding("sampling"):
+        if roles.average is not None:
+            with roles.average.in_place():
+                left.append(leave(roles.gathered.policy(), folder=setup.output / "actor-average"))
+        left.append(leave(roles.gathered.policy(), folder=setup.output / "actor"))
     if world.rank == 0 and setup.progress.ended is not None:
         setup.progress.ended.write(setup.checkpoints.folder)
     if world.rank == 0 and len(evaluations) > 1:
