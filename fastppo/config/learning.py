@@ -20,7 +20,7 @@ class PPOConfig:
     """Token budget (prompt and response) of one forward and backward pass on one rank; the update does not depend on
     it."""
     estimator: str = "gae"
-    """Of the advantages: gae, or a function of your own as `module:function` or `file.py:function`."""
+    """Estimator of the advantages: gae, or a function of your own as `module:function` or `file.py:function`."""
     gamma: float = 1.0
     """Discount, in [0, 1]."""
     lam: float = 0.95
@@ -28,8 +28,8 @@ class PPOConfig:
     whiten_advantages: bool = True
     """Bring the advantages of the global batch to mean 0 and variance 1."""
     loss: str = "clip"
-    """Of the policy: clip, or a function of your own as `module:function` or `file.py:function`. Entropy bonus and KL term
-    stand beside it."""
+    """Loss of the policy: clip, or a function of your own as `module:function` or `file.py:function`. Entropy bonus and KL
+    term stand beside it."""
     clip_low: float = 0.2
     """The ratio is clipped at 1 - clip_low."""
     clip_high: float = 0.2
