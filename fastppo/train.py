@@ -1,7 +1,8 @@
 """PPO for language models: `deepspeed fastppo/train.py --config quickstart`.
 
-Three stages repeat: sampling (the actor writes a response to each prompt), feedback (a score for each response, then
-rewards, values and advantages for each token) and learning (several epochs of clipped updates on the same batch).
+Four phases repeat: sampling (the actor writes a response to each prompt), feedback (a score for each response),
+experience (rewards, values and advantages for each token) and learning (several epochs of clipped updates on the same
+batch). Each is timed, and holds on the GPU what it uses.
 """
 
 from __future__ import annotations
@@ -17,13 +18,28 @@ from fastppo.config import Config, parse
 from fastppo.data import Experience, Prompts, plan_step
 from fastppo.distributed import Stopped, World, start_world, stop_world, together, watching
 from fastppo.errors import exit_with_message
+from fastppo.models import PrefixStates
 from fastppo.monitor import lock_run_dir, setup_logging, watch
-from fastppo.ppo import ENDED, Setup, Step, estimate, evaluate_if_due, finish, learn, log_step, mean_kl, respond, set_up
+from fastppo.ppo import (
+    ENDED,
+    Setup,
+    Step,
+    StepContext,
+    act_on_alarms,
+    compute_experience,
+    evaluate_if_due,
+    finish,
+    log_step,
+    mean_kl,
+    recompute_prefix,
+    run_updates,
+    set_up,
+)
 from fastppo.rewards import score
 
 
 def train(config: Config, world: World) -> bool:
-    """A whole run: evaluate, repeat the three stages, evaluate again, and leave the actor behind.
+    """A whole run: evaluate, repeat the four phases, evaluate again, and leave the actor behind.
 
     Returns whether it did all its steps; an alarm may end it before. Raises Stopped where it was told to stop; what it
     has done is saved then.
@@ -41,7 +57,7 @@ def train(config: Config, world: World) -> bool:
                         done = ppo_step(setup, next(prompts))
                     log_step(setup, done, tracker)
                     run.beta.update(mean_kl(done.experience), config.ppo.batch_size)
-                    match respond(done.alarms, run, checkpoints, tracker, config, world):
+                    match act_on_alarms(done.alarms, run, checkpoints, tracker, config, world):
                         case "rolled back":
                             prompts = setup.prompts()  # from an earlier step on
                             continue
@@ -56,41 +72,37 @@ def train(config: Config, world: World) -> bool:
 
 def ppo_step(setup: Setup, prompts: Prompts) -> Step:
     """Experience from a batch of prompts, several epochs of updates on it, and a look at how the policy is doing."""
-    config, roles, run, phases = setup.config, setup.roles, setup.progress, setup.phases
+    config, roles, run, world = setup.config, setup.roles, setup.progress, setup.world
+    timed, holding = setup.phases, roles.residency.holding
+    context, prefix_cache = setup.step_context(), PrefixStates()
     experience = run.experience
-    if experience is None:  # else the run was stopped while it learned from it, and goes on with that
-        experience = make_experience(setup, prompts)
-    with phases("learning"):
-        plan = plan_step(experience.packed.lengths, config, run.step, setup.world.ranks, roles.attention)
-        updates = learn(
-            experience,
-            roles,
-            plan,
-            config,
-            step=run.step,
-            beta=run.beta.value,
-            world=setup.world,
-            updates=run.updates,
-            skipped=run.skipped,
-            texts=setup.texts,
-        )
-        experience = run.drop_prefix()
-    with phases("health"):
-        health = watch(experience, updates, run.health, config, roles.tokenizer)
-    return Step(experience, plan, updates, health.metrics, health.alarms)
+    if experience is None:
+        experience = make_experience(setup, prompts, prefix_cache, context)
+    else:  # the run was stopped while it learned from it, and goes on with that
+        with timed("experience"), holding("experience"):
+            recompute_prefix(experience, len(run.updates), prefix_cache, context)
+    with timed("learning"), holding("learning"):
+        plan = plan_step(experience.packed.lengths, config, run.step, world.ranks, roles.attention)
+        for update in run_updates(experience, plan, prefix_cache, context, done=run.updates):
+            run.updates.append(update)
+        prefix_cache.clear()  # sampling wants its memory
+    with timed("health"), holding("health"):
+        health = watch(experience, run.updates, run.health, config, roles.tokenizer)
+    return Step(experience, plan, run.updates, health.metrics, health.alarms)
 
 
-def make_experience(setup: Setup, prompts: Prompts) -> Experience:
+def make_experience(setup: Setup, prompts: Prompts, prefix_cache: PrefixStates, context: StepContext) -> Experience:
     """The actor's responses, their scores, and from these the advantage of every token."""
-    config, roles, run, phases, world = setup.config, setup.roles, setup.progress, setup.phases, setup.world
-    with phases("sampling"), together(world):
+    config, roles, run, world = setup.config, setup.roles, setup.progress, setup.world
+    timed, holding = setup.phases, roles.residency.holding
+    with timed("sampling"), holding("sampling"), together(world):
         setup.sampler.sync()
         rollout = setup.sampler.sample(prompts.of_rank(world.rank, world.ranks))
-    with phases("feedback"):
+    with timed("feedback"), holding("feedback"):
         scored = score(rollout, setup.data, setup.sources, roles.tokenizer, config.ppo, run.moments, world, setup.judge)
-    with phases("experience"):
+    with timed("experience"), holding("experience"):
         first_epoch = plan_step(scored.rollout.packed.lengths, config, run.step, world.ranks, roles.attention)[0]
-        experience = estimate(scored, roles, first_epoch, config, run.beta.value, world)
+        experience = compute_experience(scored, first_epoch, prefix_cache, context)
         run.add_experience(experience, scored.moments)
     return experience
 

@@ -1,4 +1,4 @@
-"""Python of the user's that a setting names as `module:NAME` or `file.py:NAME`: its import, its faults in a line."""
+"""The user's own functions and classes, which settings name as `module:NAME` or `file.py:NAME`."""
 
 from __future__ import annotations
 
@@ -6,23 +6,64 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from fastppo.errors import FastPPOError
+from fastppo.errors import ANOTHER_RANK_ENDED, FastPPOError
 
-# What a function or a file may raise. Without SystemExit a run would end with no word of why, and on this rank alone.
+F = TypeVar("F")
+
+# What user code may raise. SystemExit is included: otherwise this rank would end without a message.
 RAISED = (Exception, SystemExit)
 
 
+class FunctionError(FastPPOError):
+    """The user's function does not exist, raises an exception, or returns a value that cannot be used."""
+
+
 class UserCode(NamedTuple):
-    """A function or class of the user's, and the folder that its file lies in."""
+    """A function or class of the user, and the folder of its file."""
 
     called: Callable[..., Any]
     folder: Path
+
+
+@dataclass(frozen=True)
+class UserFunction:
+    """A function of the user; an exception in it becomes a FunctionError with the setting and the line."""
+
+    setting: str  # as in `ppo.loss = file.py:function`
+    function: Callable[..., Any]
+    folder: Path  # of its file
+
+    def __call__(self, *args: Any) -> Any:
+        try:
+            return self.function(*args)
+        except RAISED as error:
+            if has_own_message(error):
+                raise
+            what = f"{type(error).__name__}: {error}"
+            raise FunctionError(f"{self.setting} raised {what} ({line_of(error, self.folder)})") from error
+
+
+def named_function(name: str, setting: str, table: Mapping[str, F]) -> F | UserFunction:
+    """The entry `name` of a table, or the user's function `module:function` or `file.py:function`.
+
+    setting: the setting that has the name. Raises FunctionError; for an unknown name it lists those of the table.
+    """
+    if name in table:
+        return table[name]
+    setting = f"{setting} = {name}"
+    if ":" not in name:
+        raise FunctionError(
+            f"{setting}: there is no such name. Use one of {', '.join(table)}, or your own function as"
+            " module:function or file.py:function."
+        )
+    return UserFunction(setting, *import_user_code(name, setting, error=FunctionError))
 
 
 def import_user_code(
@@ -30,8 +71,8 @@ def import_user_code(
 ) -> UserCode:
     """`module:NAME`, the module importable from here, or `path/to/file.py:NAME`.
 
-    setting: as the error names it; kind: what NAME is, in words. Raises `error` for what is not there, cannot be
-    imported or cannot be called.
+    setting: the setting and its value, for the error. kind: `function` or `class`. Raises `error` if it does not exist,
+    cannot be imported or cannot be called.
     """
     module_name, _, attribute = name.rpartition(":")
     if not module_name or not attribute:
@@ -47,9 +88,14 @@ def import_user_code(
     return UserCode(called, Path(getattr(module, "__file__", None) or module_name).parent)
 
 
+def has_own_message(error: BaseException) -> bool:
+    """Whether `fastppo.errors` explains the error: the GPU's memory is full, or another rank has ended."""
+    full = type(error).__name__ == "OutOfMemoryError"
+    return full or any(words in str(error) for words in ANOTHER_RANK_ENDED)
+
+
 def line_of(error: BaseException, folder: Path) -> str:
-    """Where it was raised, as `file.py:12`: the innermost line in a file of this folder, the user's, which a library
-    may have been called from; else the innermost of all."""
+    """Where it was raised, as `file.py:12`: the innermost frame with a file in the user's folder, else the innermost."""
     frames = traceback.extract_tb(error.__traceback__)
     of_user = [frame for frame in frames if Path(frame.filename).parent == folder]
     frame = (of_user or frames)[-1]

@@ -38,7 +38,6 @@ def batch(
         ref_logprobs=torch.full((m,), logprob - kl),
         entropy=torch.full((m,), entropy),
         kl=torch.full((m,), kl),
-        prefix=lambda role, packed, sequences: None,
         **tokens,
     )
 

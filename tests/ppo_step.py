@@ -20,10 +20,13 @@ from fastppo.data.microbatches import Minibatch, plan_step
 from fastppo.distributed.engine import gathered
 from fastppo.distributed.world import World, start_world, stop_world
 from fastppo.models.assembly import Roles, assemble
+from fastppo.models.frozen_prefix import PrefixStates
 from fastppo.models.loading.policies import load_actor_tokenizer
-from fastppo.ppo.experience import estimate
+from fastppo.ppo.advantages import load_estimator
+from fastppo.ppo.experience import StepContext, compute_experience
+from fastppo.ppo.losses import load_loss
 from fastppo.ppo.ptx import Texts
-from fastppo.ppo.update import learn
+from fastppo.ppo.update import run_updates
 from fastppo.rollout import InProcess
 
 PROMPTS = [tuple(range(5, 5 + n)) for n in (3, 9, 4, 7, 3, 5, 12, 6)]
@@ -59,16 +62,22 @@ def responses(roles: Roles) -> Scored:
     return Scored(rollout, scores[:, None], scores, scores, Moments(), torch.full_like(scores, torch.nan))
 
 
+def context_of(config: Config, roles: Roles, world: World, *, step: int = 0) -> StepContext:
+    texts = Texts.load(config, roles.tokenizer, context=None)
+    estimator, loss = load_estimator(config.ppo), load_loss(config.ppo)
+    return StepContext(roles, config, world, estimator, loss, texts, step=step, kl_coef=config.ppo.kl_coef)
+
+
 def step(config: Config, world: World, *, plan: list[list[Minibatch]] | None = None) -> Step:
     roles = roles_of(config, world)
     roles.residency.enter("sampling")
     scored = responses(roles)
     plan = plan or plan_step(scored.rollout.packed.lengths, config, 0, world.ranks, roles.attention)
+    context, prefix_cache = context_of(config, roles, world), PrefixStates()
     roles.residency.enter("experience")
-    experience = estimate(scored, roles, plan[0], config, config.ppo.kl_coef, world)
-    texts = Texts.load(config, roles.tokenizer, context=None)
+    experience = compute_experience(scored, plan[0], prefix_cache, context)
     roles.residency.enter("learning")
-    updates = learn(experience, roles, plan, config, step=0, beta=config.ppo.kl_coef, world=world, texts=texts)
+    updates = list(run_updates(experience, plan, prefix_cache, context))
     parameters = {}
     for name, engine in (("actor", roles.actor), ("critic", roles.critic)):
         if engine is not None:

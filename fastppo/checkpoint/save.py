@@ -13,7 +13,7 @@ import json
 import logging
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,12 +42,12 @@ class Checkpoints:
         data: Iterable[Sequence[Sequence[int]]],
         world: World,
         *,
-        enter: Callable[[str], None] = lambda phase: None,
+        holding: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ):
         """engines: what is trained, by name. data: the tokens that the run depends on; they must be the same on
-        resuming. enter: called with `checkpoint` before engines are saved or loaded (`Residency.enter`).
+        resuming. holding: `Residency.holding`, entered with `checkpoint` while engines are saved or loaded.
         """
-        self._config, self._engines, self._world, self._enter = config, engines, world, enter
+        self._config, self._engines, self._world, self._holding = config, engines, world, holding
         self._output = Path(config.output)
         self.folder = self._output / "checkpoints"
         digest, counts = hashlib.sha256(), []
@@ -74,17 +74,17 @@ class Checkpoints:
                 f"{checkpoint.folder} was made with other data ({checkpoint.about['prompts']}, number and hash) than"
                 f" {self._paths} has now ({self._data_id}). Restore the data, or give --resume null to start a new run."
             )
-        self._enter("checkpoint")
-        try:
-            for name, engine in self._engines.items():
-                engine.load(checkpoint.folder, name)
-            state = torch.load(checkpoint.folder / "progress.pt", weights_only=False)
-            rank_state = torch.load(checkpoint.folder / f"rank-{self._world.rank:05d}.pt", weights_only=False)
-        except (OSError, RuntimeError, KeyError, ValueError) as error:
-            raise CheckpointError(
-                f"{checkpoint.folder} does not fit the models ({error}). If a model has changed since, restore it, or"
-                " give --resume null to start a new run."
-            ) from error
+        with self._holding("checkpoint"):
+            try:
+                for name, engine in self._engines.items():
+                    engine.load(checkpoint.folder, name)
+                state = torch.load(checkpoint.folder / "progress.pt", weights_only=False)
+                rank_state = torch.load(checkpoint.folder / f"rank-{self._world.rank:05d}.pt", weights_only=False)
+            except (OSError, RuntimeError, KeyError, ValueError) as error:
+                raise CheckpointError(
+                    f"{checkpoint.folder} does not fit the models ({error}). If a model has changed since, restore it,"
+                    " or give --resume null to start a new run."
+                ) from error
         run.restore(state, rank_state)
         if self._world.rank == 0:
             self._set_aside_newer(checkpoint.folder)
@@ -152,9 +152,9 @@ class Checkpoints:
         error = self._first_message(self._attempt(lambda: self._create_draft(folder)))
         if error is None:
             writer = atomic_dir.Writer(atomic_dir.unfinished(folder))
-            self._enter("checkpoint")
-            for name, engine in self._engines.items():
-                engine.save(writer.folder, name, writer.save)
+            with self._holding("checkpoint"):
+                for name, engine in self._engines.items():
+                    engine.save(writer.folder, name, writer.save)
             writer.save(run.random, writer.folder / f"rank-{self._world.rank:05d}.pt")
             shared_error = self._attempt(lambda: self._save_shared(run, writer))
             written = all_gather((shared_error or writer.error, writer.files), self._world)

@@ -19,12 +19,17 @@ class PPOConfig:
     microbatch_tokens: int = 8192
     """Maximum number of tokens (prompts and responses) in one forward and backward pass on one rank. The update does
     not depend on it."""
+    estimator: str = "gae"
+    """Estimator of the advantages: gae, or your own function as `module:function` or `file.py:function`."""
     gamma: float = 1.0
     """Discount factor, in [0, 1]."""
     lam: float = 0.95
     """GAE's lambda, in [0, 1] (Schulman et al., 2016)."""
     whiten_advantages: bool = True
     """Normalise the advantages of the batch, over all ranks, to mean 0 and variance 1."""
+    loss: str = "clip"
+    """Policy loss: clip, or your own function as `module:function` or `file.py:function`. The entropy bonus and the KL
+    term are added to any loss."""
     clip_low: float = 0.2
     """The ratio is clipped at 1 - clip_low."""
     clip_high: float = 0.2

@@ -7,10 +7,9 @@ all quantities per token of PPO (logprobs, KL, rewards, values, advantages, retu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -152,7 +151,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Experience:
-    """The input of learning, for the global batch; the same on every rank, except `prefix`."""
+    """The input of learning, for the global batch; the same on every rank."""
 
     packed: Packed
     scores: Tensor  # (B,) fp32, the weighted sum of the scores of the reward sources
@@ -168,7 +167,6 @@ class Experience:
     values: Tensor  # (M,) fp32
     advantages: Tensor  # (M,) fp32, whitened if so configured
     returns: Tensor  # (M,) fp32, before whitening
-    prefix: Callable[[Any, Packed, Tensor], Tensor | None]  # the batch's `prefix.PrefixStates`, of this rank alone
 
 
 def concatenate(rollouts: Sequence[Rollout]) -> Rollout:

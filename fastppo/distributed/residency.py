@@ -8,7 +8,8 @@ autograd remain valid.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -133,6 +134,12 @@ class Residency:
         """As `add`, for an owner that moves its own memory; it sleeps at once if the current phase does not use it."""
         self._parts.append(_SleepingPart(kind, owner))
         self.enter(self._phase)
+
+    @contextmanager
+    def holding(self, phase: str) -> Iterator[None]:
+        """Within this context the parts that the phase uses are on the GPU; they stay until another phase begins."""
+        self.enter(phase)
+        yield
 
     def enter(self, phase: str) -> None:
         """Move the parts that this phase uses to the GPU, and all others out of it."""

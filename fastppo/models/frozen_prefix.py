@@ -77,12 +77,12 @@ def skipping(model: PreTrainedModel, layers: range, states: Tensor | None = None
 
 
 class PrefixStates:
-    """The outputs of frozen prefixes for one batch, by sequence, as far as this process has computed them."""
+    """A cache of the outputs of frozen prefixes for one batch, by sequence, as computed by this process."""
 
     def __init__(self, *, keep: bool = True) -> None:
         """keep: whether the states of a sequence are cached; False: they are computed at each call."""
         self._keep = keep
-        self._cached: dict[int, dict[int, Tensor]] = {}  # prefix owner -> sequence -> (tokens, H)
+        self._states: dict[int, dict[int, Tensor]] = {}  # prefix owner -> sequence -> (tokens, H), on the role's device
 
     def __call__(self, role: Any, packed: Packed, sequences: Tensor) -> Tensor | None:
         """The states (N, H) of these sequences of the batch; None if the role has no frozen prefix.
@@ -95,10 +95,14 @@ class PrefixStates:
         if not self._keep:
             with torch.no_grad():
                 return cast(Tensor, role.prefix(packed))
-        cached_states = self._cached.setdefault(role.prefix_owner, {})
+        cached_states = self._states.setdefault(role.prefix_owner, {})
         indices = sequences.tolist()
         if any(index not in cached_states for index in indices):
             with torch.no_grad():
                 states = role.prefix(packed)
             cached_states.update(zip(indices, states.split(packed.lengths.tolist()), strict=True))
         return torch.cat([cached_states[index] for index in indices])
+
+    def clear(self) -> None:
+        """Delete all states, which frees their memory."""
+        self._states.clear()

@@ -286,10 +286,9 @@ def _summary(formats: Mapping[str, str], values: Mapping[str, float]) -> str:
 class Phases:
     """Seconds of each phase of a step: `with phases("sampling"): ...`. Phases are not nested."""
 
-    def __init__(self, seconds: dict[str, float], enter: Callable[[str], None] = lambda phase: None):
-        """seconds: the dict to add to; in a resumed run it has the seconds of an unfinished step. enter: called with
-        the name of each phase at its start; its time counts as the phase's."""
-        self._seconds, self._enter = seconds, enter
+    def __init__(self, seconds: dict[str, float]):
+        """seconds: the dict to add to; in a resumed run it has the seconds of an unfinished step."""
+        self._seconds = seconds
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -297,7 +296,6 @@ class Phases:
         nvtx_range = torch.cuda.nvtx.range(name) if _on_cuda() else nullcontext()
         start = time.perf_counter()
         with record_function(name), nvtx_range:
-            self._enter(name)
             yield
             if _on_cuda():  # kernels run asynchronously: without this their time would count as the next phase's
                 torch.cuda.synchronize()

@@ -1,6 +1,10 @@
+from .advantages import Advantages as Advantages
 from .alarm_actions import ENDED as ENDED
-from .alarm_actions import respond as respond
-from .experience import estimate as estimate
+from .alarm_actions import act_on_alarms as act_on_alarms
+from .experience import StepContext as StepContext
+from .experience import compute_experience as compute_experience
+from .experience import recompute_prefix as recompute_prefix
+from .losses import TokenLoss as TokenLoss
 from .metrics import mean_kl as mean_kl
 from .run import Setup as Setup
 from .run import Step as Step
@@ -9,4 +13,4 @@ from .run import finish as finish
 from .run import log_step as log_step
 from .run import set_up as set_up
 from .schedule import learning_rate as learning_rate
-from .update import learn as learn
+from .update import run_updates as run_updates

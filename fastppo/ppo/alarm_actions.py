@@ -1,6 +1,6 @@
 """What a run does about its alarms: raise the KL coefficient, roll back to a checkpoint from before, or end.
 
-Alarms are the same on every rank, and so is what is done; all ranks call `respond` at the same place.
+Alarms are the same on every rank, and so is what is done; all ranks call `act_on_alarms` at the same place.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger("fastppo")
 ENDED = 3  # the exit status of a run that an alarm has ended
 
 
-def respond(
+def act_on_alarms(
     alarms: Sequence[Alarm], run: Progress, checkpoints: Checkpoints, tracker: Tracker, config: Config, world: World
 ) -> Literal["go on", "rolled back", "ended"]:
     """Do what the alarms of a step ask for, the most far-reaching of it.
@@ -32,68 +32,74 @@ def respond(
     A run that has rolled back is at the newest checkpoint from before the alarm, with a coefficient above both its own
     and the one that failed. A run that has ended is at the best one from before, or as it was if there is none.
     """
-    health, first = config.health, {alarm.action: alarm for alarm in reversed(alarms)}
-    alarm = first.get("stop") or first.get("roll_back")
+    health, by_action = config.health, {alarm.action: alarm for alarm in reversed(alarms)}
+    alarm = by_action.get("stop") or by_action.get("roll_back")
     if alarm is None:
-        if "raise_kl" in first:
+        if "raise_kl" in by_action:
             run.beta.value *= health.raise_kl
-            _say(world, logging.WARNING, f"the KL coefficient is raised to {run.beta.value:.4g}")
+            _log(world, logging.WARNING, f"the KL coefficient is raised to {run.beta.value:.4g}")
         return "go on"
     at, beta = f"step {run.step + 1}", run.beta.value
     rolling = alarm.action == "roll_back" and run.health.roll_backs < health.roll_backs
     good = min(other.good for other in alarms if other.action in ROLLBACK_ACTIONS)
-    found = checkpoint_before(good, config, world, best=not rolling)
-    if found is not None:
-        _go_back(found, run, checkpoints)
-    if found is None or not rolling:
-        _say(world, logging.ERROR, f"{at}: the run ends here: {alarm.message} {_where(found, good, alarm, run)}")
-        if found is not None:
+    checkpoint = checkpoint_before(good, config, world, best=not rolling)
+    if checkpoint is not None:
+        _go_back(checkpoint, run, checkpoints)
+    if checkpoint is None or not rolling:
+        _log(
+            world,
+            logging.ERROR,
+            f"{at}: the run ends here: {alarm.message} {_where_it_ends(checkpoint, good, alarm, run)}",
+        )
+        if checkpoint is not None:
             run.ended = replace(
-                _since(found, run, config), ended=f"{at}: {alarm.message}", levels=alarm_settings(config)
+                _rollback_record(checkpoint, run, config),
+                ended=f"{at}: {alarm.message}",
+                levels=alarm_settings(config),
             )
         return "ended"
     run.health.roll_backs += 1
     run.beta.value = max(beta, run.beta.value) * health.raise_kl
-    tracker.roll_back(run.step, found.sizes)
+    tracker.roll_back(run.step, checkpoint.sizes)
     if world.rank == 0:
-        _since(found, run, config).write(found.folder.parent)
-    _say(
+        _rollback_record(checkpoint, run, config).write(checkpoint.folder.parent)
+    _log(
         world,
         logging.WARNING,
-        f"{at}: the run rolls back to {found.folder}, with a KL coefficient of {run.beta.value:.4g}; roll back"
+        f"{at}: the run rolls back to {checkpoint.folder}, with a KL coefficient of {run.beta.value:.4g}; roll back"
         f" {run.health.roll_backs} of at most {health.roll_backs}",
     )
     return "rolled back"
 
 
-def _say(world: World, level: int, message: str) -> None:
+def _log(world: World, level: int, message: str) -> None:
     if world.rank == 0:  # every rank does the same
         log.log(level, message)
 
 
-def _where(found: Checkpoint | None, good: int, alarm: Alarm, run: Progress) -> str:
+def _where_it_ends(checkpoint: Checkpoint | None, good: int, alarm: Alarm, run: Progress) -> str:
     """Where a run that ends stands."""
     before = f"Roll backs so far: {run.health.roll_backs}. " if alarm.action == "roll_back" else ""
-    if found is None:
+    if checkpoint is None:
         return (
             f"{before}No checkpoint up to step {good} is left, so the actor stays as it is now; a lower"
             " checkpoint.every, or checkpoint.keep_best, would keep one."
         )
-    return f"{before}The best checkpoint from before is {found.folder}; the actor goes back to it."
+    return f"{before}The best checkpoint from before is {checkpoint.folder}; the actor goes back to it."
 
 
-def _go_back(found: Checkpoint, run: Progress, checkpoints: Checkpoints) -> None:
+def _go_back(checkpoint: Checkpoint, run: Progress, checkpoints: Checkpoints) -> None:
     """Weights, optimizers and progress as they were; what alarms have said and done since is not forgotten."""
     alarms, roll_backs = run.health.alarms, run.health.roll_backs
-    checkpoints.load(found, run)
+    checkpoints.load(checkpoint, run)
     run.health.alarms, run.health.roll_backs = alarms, roll_backs
 
 
-def _since(found: Checkpoint, run: Progress, config: Config) -> RollbackRecord:
+def _rollback_record(checkpoint: Checkpoint, run: Progress, config: Config) -> RollbackRecord:
     """What the run, which has gone back there, knows beyond it."""
-    lines = found.sizes | {ALARMS: file_sizes(Path(config.output))[ALARMS]}
+    lines = checkpoint.sizes | {ALARMS: file_sizes(Path(config.output))[ALARMS]}
     alarms = [asdict(alarm) for alarm in run.health.alarms]
-    return RollbackRecord(found.folder.name, run.beta.value, run.health.roll_backs, alarms, lines)
+    return RollbackRecord(checkpoint.folder.name, run.beta.value, run.health.roll_backs, alarms, lines)
 
 
 def checkpoint_before(step: int, config: Config, world: World, *, best: bool = False) -> Checkpoint | None:
@@ -109,7 +115,7 @@ def checkpoint_before(step: int, config: Config, world: World, *, best: bool = F
         problem = next((p for p in all_gather(atomic_dir.problem(path, world.rank, world.ranks), world) if p), None)
         if problem is None:
             return Checkpoint(path, json.loads((path / "about.json").read_text(encoding="utf-8")))
-        _say(world, logging.ERROR, f"{path} cannot be used: {problem}.")
+        _log(world, logging.ERROR, f"{path} cannot be used: {problem}.")
     return None
 
 

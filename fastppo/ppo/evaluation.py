@@ -44,23 +44,23 @@ def evaluate(
 ) -> Evaluation:
     """One response to each held-out prompt, its score and what the judge says, and how far the actor has moved."""
     prompts = Prompts.of(heldout.tokens, range(len(heldout))).of_rank(world.rank, world.ranks)
-    roles.residency.enter("sampling")
-    with stop.together(world):
+    holding = roles.residency.holding
+    with holding("sampling"), stop.together(world):
         sampler.sync()
         rollout = sampler.sample(prompts, temperature=config.eval.temperature, seed=config.eval.seed)
-    roles.residency.enter("feedback")
-    scored = score(rollout, heldout, sources, roles.tokenizer, config.ppo, Moments(), world, judge)
-    roles.residency.enter("experience")
-    of_rank = _log_ratios(rollout.packed, roles, config, world)
-    surprise = sum(all_gather(of_rank, world), torch.zeros(3, dtype=torch.float64))
+    with holding("feedback"):
+        scored = score(rollout, heldout, sources, roles.tokenizer, config.ppo, Moments(), world, judge)
+    with holding("experience"):
+        of_rank = _log_ratios(rollout.packed, roles, config, world)
+    log_ratios = sum(all_gather(of_rank, world), torch.zeros(3, dtype=torch.float64))
     packed, scores = scored.rollout.packed, scored.scores.double()
     count, tokens = len(packed), int(packed.response_cu_seqlens[-1])
     metrics = {
         "score": float(scores.mean()),
         "score_std": float(scores.std(correction=0)),
         "score_error": float(scores.std(correction=0)) / math.sqrt(count),
-        "kl": float(surprise[0]) / count,
-        "ref_perplexity": float((surprise[1] / tokens).exp()),
+        "kl": float(log_ratios[0]) / count,
+        "ref_perplexity": float((log_ratios[1] / tokens).exp()),
         "distinct_2": distinct(ngrams(packed.responses.numpy(), packed.response_lengths.numpy(), 2)[1]),
         "response_length": tokens / count,
         "ended": float(scored.rollout.ended.double().mean()),

@@ -6,6 +6,7 @@ microbatches, computes its share and passes it on. Whitening and the KL controll
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,50 +14,60 @@ import torch
 from torch import Tensor
 
 from fastppo.config import Config
-from fastppo.data import Experience, Minibatch, Packed, Scored, segment_rows
+from fastppo.data import Experience, Minibatch, Packed, Scored, plan_step, segment_rows
 from fastppo.distributed import World, all_gather, gathered, stop
 from fastppo.models import Policy, PrefixStates, Roles, hidden_states, token_stats
-from fastppo.ppo.schedule import advantages_and_returns, kl_estimate, token_rewards
+from fastppo.ppo.advantages import Estimator, estimate_advantages
+from fastppo.ppo.losses import PolicyLoss
+from fastppo.ppo.ptx import Texts
+from fastppo.ppo.schedule import kl_estimate, token_rewards
 
 TokenRows = dict[str, Tensor]  # name -> (m,) fp32, on the response tokens of a microbatch
 
 
+@dataclass(frozen=True)
+class StepContext:
+    """What experience and updates of a PPO step depend on beside its batch."""
+
+    roles: Roles
+    config: Config
+    world: World
+    estimator: Estimator  # `ppo.estimator`
+    loss: PolicyLoss  # `ppo.loss`
+    texts: Texts | None  # mixed into the actor's updates
+    step: int  # of the run, counted from 0, for the learning rates and the critic's warm-up
+    kl_coef: float  # beta, in the reward or in the loss
+    skipped: int = 0  # updates in a row that were not applied, at the end of the step before
+
+
 @torch.no_grad()
-def estimate(
-    scored: Scored,
-    roles: Roles,
-    first_epoch: list[Minibatch],
-    config: Config,
-    beta: float,
-    world: World,
+def compute_experience(
+    scored: Scored, first_epoch: list[Minibatch], prefix_cache: PrefixStates, context: StepContext
 ) -> Experience:
     """Experience for the global batch.
 
     first_epoch: the minibatches that learning begins with. Old logprobs are computed on the very microbatches of the
     first epoch: in bf16 another packing of the same tokens moves a logprob by up to 0.34 and its ratio past the clip,
-    the same packing not at all, so on the first update the ratio is 1.
+    the same packing not at all, so on the first update the ratio is 1. prefix_cache: filled for learning.
     """
-    packed = scored.rollout.packed
-    parts, prefix = [], PrefixStates()
+    packed, config, world = scored.rollout.packed, context.config, context.world
+    parts = []
     for minibatch in first_epoch:
         for sequences in minibatch.of_rank(world.rank, world.ranks):
             stop.check(world)
-            rows = _measure(packed.select(sequences).to(world.device), sequences, roles, prefix, config)
+            rows = _measure(packed.select(sequences).to(world.device), sequences, context.roles, prefix_cache, config)
             parts.append((sequences, {name: x.float().cpu() for name, x in rows.items()}))
     measured = _assemble(packed, [part for rank in all_gather(parts, world) for part in rank])
     if config.ppo.kl_kind != "exact":
         measured["kl"] = kl_estimate(measured["old_logprobs"], measured["ref_logprobs"], config.ppo.kl_kind)
 
-    shaping = beta if config.ppo.kl_in == "reward" else 0.0
-    rewards = token_rewards(measured["kl"], scored.shaped, packed.last_response_tokens, shaping)
-    advantages, returns = advantages_and_returns(
-        rewards,
-        measured["values"],
-        packed.response_cu_seqlens,
-        gamma=config.ppo.gamma,
-        lam=config.ppo.lam,
-        whiten=config.ppo.whiten_advantages,
+    kl_coef = context.kl_coef if config.ppo.kl_in == "reward" else 0.0
+    rewards = token_rewards(measured["kl"], scored.shaped, packed.last_response_tokens, kl_coef)
+    groups = scored.rollout.sources.unique(return_inverse=True)[1]  # (B,), from 0 on
+    advantages, returns = estimate_advantages(
+        context.estimator, rewards, measured["values"], groups, packed.response_cu_seqlens, config.ppo
     )
+    assert returns is not None  # there are values
     return Experience(
         packed=packed,
         scores=scored.scores,
@@ -67,34 +78,33 @@ def estimate(
         rewards=rewards,
         advantages=advantages,
         returns=returns,
-        prefix=prefix,
         **measured,
     )
 
 
 @torch.no_grad()
-def recall_prefix(packed: Packed, done: list[Minibatch], roles: Roles, world: World) -> PrefixStates:
-    """The prefix states of a process that has computed these minibatches of the batch, for one that goes on there.
+def recompute_prefix(experience: Experience, done: int, prefix_cache: PrefixStates, context: StepContext) -> None:
+    """Fill the prefix states of a process that goes on where another was stopped after `done` updates on the batch.
 
-    In another packing they could differ in the last bit.
+    On the very microbatches that it had computed: in another packing states could differ in the last bit.
     """
-    prefix = PrefixStates()
-    for minibatch in done:
+    packed, roles, world = experience.packed, context.roles, context.world
+    plan = plan_step(packed.lengths, context.config, context.step, world.ranks, roles.attention)
+    computed = [minibatch for epoch in plan for minibatch in epoch][: max(done, len(plan[0]))]
+    critic = [] if roles.critic is None else [roles.critic.module]
+    for minibatch in computed:
         for sequences in minibatch.of_rank(world.rank, world.ranks):
-            piece = packed.select(sequences).to(world.device)
-            for role in (
-                roles.policy,
-                roles.reference.module,
-                *([] if roles.critic is None else [roles.critic.module]),
-            ):
-                prefix(role, piece, sequences)
-    return prefix
+            stop.check(world)
+            microbatch = packed.select(sequences).to(world.device)
+            for role in (roles.policy, roles.reference.module, *critic):
+                prefix_cache(role, microbatch, sequences)
 
 
-def _measure(packed: Packed, sequences: Tensor, roles: Roles, prefix: PrefixStates, config: Config) -> TokenRows:
+def _measure(packed: Packed, sequences: Tensor, roles: Roles, prefix_cache: PrefixStates, config: Config) -> TokenRows:
+    """Logprobs, entropy, KL and values of a microbatch, before the first update."""
     temperature, exact = config.sampling.temperature, config.ppo.kl_kind == "exact"
     reference: Policy = roles.reference.module
-    prefix_states = prefix(reference, packed, sequences)
+    prefix_states = prefix_cache(reference, packed, sequences)
     against: dict[str, Tensor | None] = {}
     ref_logprobs: Any = None
     if exact:
@@ -113,11 +123,11 @@ def _measure(packed: Packed, sequences: Tensor, roles: Roles, prefix: PrefixStat
             rows["values"] = policy.value_head(hidden)
         return rows
 
-    prefix_states = prefix(roles.policy, packed, sequences)
+    prefix_states = prefix_cache(roles.policy, packed, sequences)
     with gathered(reference.head.parameters() if exact else ()):  # the actor's forward pass reads both heads
         rows: TokenRows = roles.actor(packed, act, prefix_states)
     if roles.critic is not None:
-        prefix_states = prefix(roles.critic.module, packed, sequences)
+        prefix_states = prefix_cache(roles.critic.module, packed, sequences)
         rows["values"] = roles.critic(packed, lambda critic, hidden: critic.value_head(hidden), prefix_states)
     return rows
 
@@ -127,7 +137,7 @@ def _assemble(packed: Packed, parts: list[tuple[Tensor, TokenRows]]) -> TokenRow
     total = int(packed.response_cu_seqlens[-1])
     whole = {name: torch.zeros(total) for name in parts[0][1]}
     for sequences, rows in parts:
-        at = segment_rows(packed.response_cu_seqlens, sequences)
+        token_rows = segment_rows(packed.response_cu_seqlens, sequences)
         for name, x in rows.items():
-            whole[name][at] = x
+            whole[name][token_rows] = x
     return whole

@@ -34,22 +34,22 @@ def note_fault(
     update: the fields of `Update`; number: of the update in its step, from 0. Raises TrainingFault, on
     every rank, when it is one too many in a row.
     """
-    seen = {name: value for name, value in update.items() if name.endswith(("_loss", "_grad_norm"))}
-    numbers = ", ".join(f"{name} {value:.4g}" for name, value in seen.items())
-    where = Path(config.output) / "faults" / f"step-{step + 1}.pt"
+    losses_and_norms = {name: x for name, x in update.items() if name.endswith(("_loss", "_grad_norm"))}
+    numbers = ", ".join(f"{name} {x:.4g}" for name, x in losses_and_norms.items())
+    file = Path(config.output) / "faults" / f"step-{step + 1}.pt"
     if world.rank == 0:
         log.warning("step %d: update %d is not applied, as its numbers are not finite (%s)", step + 1, number, numbers)
-        _keep(where, experience, minibatch, update, config, step, number)
+        _save_batch(file, experience, minibatch, update, config, step, number)
     if update["skipped"] > config.optim.max_skipped:
         raise TrainingFault(
             f"{update['skipped']} updates in a row had a loss or gradient that is not finite, and optim.max_skipped is"
-            f" {config.optim.max_skipped} ({numbers}). The batches are in {where.parent}. Look there for rewards or"
+            f" {config.optim.max_skipped} ({numbers}). The batches are in {file.parent}. Look there for rewards or"
             " returns that are far off; a lower actor.lr or optim.max_grad_norm, or ppo.score_clip, often helps."
             " The newest checkpoint is from before the first of them or in between; nothing was applied since."
         )
 
 
-def _keep(
+def _save_batch(
     path: Path,
     experience: Experience,
     minibatch: Minibatch,
@@ -64,7 +64,7 @@ def _keep(
         if path.exists() or len(list(path.parent.iterdir())) >= FILES:
             return
         packed = experience.packed
-        batch: dict[str, Any] = {f.name: getattr(experience, f.name) for f in fields(experience) if f.name != "prefix"}
+        batch: dict[str, Any] = {f.name: getattr(experience, f.name) for f in fields(experience)}
         batch["packed"] = {f.name: getattr(packed, f.name) for f in fields(packed)}
         about = {"step": step + 1, "update": number, "config": asdict(config)}
         torch.save({**about, "numbers": update, "sequences": list(minibatch.microbatches), "batch": batch}, path)

@@ -18,7 +18,7 @@ def mean_kl(experience: Experience) -> float:
 def step_metrics(experience: Experience, updates: Sequence[Update], seconds: Mapping[str, float]) -> dict[str, float]:
     """Means over the global batch: per response score, reward, KL and length; per token what learning saw.
 
-    seconds: `time/STAGE` of the step's four stages. Of the updates those count that were applied.
+    seconds: `time/PHASE` of the step's phases. Of the updates those count that were applied.
     """
     epochs = 1 + max(u.epoch for u in updates)
     skipped = sum(u.skipped > 0 for u in updates)
@@ -56,9 +56,9 @@ def step_metrics(experience: Experience, updates: Sequence[Update], seconds: Map
 
 
 def _speeds(seconds: Mapping[str, float], experience: Experience, epochs: int) -> dict[str, float]:
-    """Tokens a second of each stage: sampling counts what it wrote, the others what they read, in every epoch."""
+    """Tokens a second of each phase: sampling counts what it wrote, the others what they read, in every epoch."""
     written, read = len(experience.kl), len(experience.packed.tokens)
     work = {"sampling": written, "feedback": read, "experience": read, "learning": read * epochs}
-    speeds = {f"tokens_per_second/{stage}": n / seconds[f"time/{stage}"] for stage, n in work.items()}
+    speeds = {f"tokens_per_second/{phase}": n / seconds[f"time/{phase}"] for phase, n in work.items()}
     total = sum(seconds.values())
     return speeds | {"time/step": total, "tokens_per_second": written / total}

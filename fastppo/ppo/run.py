@@ -27,11 +27,14 @@ from fastppo.monitor import (
     write_samples,
 )
 from fastppo.planner import check_plan
+from fastppo.ppo.advantages import Estimator, load_estimator
 from fastppo.ppo.evaluation import evaluate, samples
+from fastppo.ppo.experience import StepContext
+from fastppo.ppo.losses import PolicyLoss, load_loss
 from fastppo.ppo.metrics import step_metrics
 from fastppo.ppo.ptx import Texts
 from fastppo.ppo.schedule import step_rates
-from fastppo.ppo.train_state import Progress, recall_experience
+from fastppo.ppo.train_state import Progress
 from fastppo.rewards import Source, check_chats, load_functions, load_judge, load_sources
 from fastppo.rollout import ActorSampler, find_engine, make_sampler, named_stop_ids
 
@@ -53,7 +56,9 @@ class Setup:
     texts: Texts | None  # mixed into the updates
     checkpoints: Checkpoints
     progress: Progress  # where the run is; the one part that changes
-    phases: Phases
+    phases: Phases  # seconds of each
+    estimator: Estimator
+    loss: PolicyLoss
 
     @property
     def output(self) -> Path:
@@ -66,6 +71,20 @@ class Setup:
         rows_of_steps = batches(self.data, size=size, seed=self.config.seed, shuffle=shuffle, start=step)
         for number, rows in enumerate(rows_of_steps, start=step):
             yield Prompts.of(self.data.tokens, rows, first=number * size, samples=samples)
+
+    def step_context(self) -> StepContext:
+        """What the step that the run is at depends on beside its batch."""
+        return StepContext(
+            self.roles,
+            self.config,
+            self.world,
+            self.estimator,
+            self.loss,
+            self.texts,
+            step=self.progress.step,
+            kl_coef=self.progress.beta.value,
+            skipped=self.progress.skipped,
+        )
 
     def tracker(self) -> Tracker:
         config, done = self.config, self.progress.step
@@ -91,6 +110,7 @@ def set_up(config: Config, world: World) -> Setup | None:
     load_functions(config.rewards)  # a typo in a function's name should not cost the minutes of loading models
     load_functions(config.health.judge, "health.judge")
     find_engine(config)
+    estimator, loss = load_estimator(config.ppo), load_loss(config.ppo)
     output, checkpoint = Path(config.output), find_checkpoint(config, world)
     if checkpoint is not None and checkpoint.ended(config, world):
         return None
@@ -120,11 +140,10 @@ def set_up(config: Config, world: World) -> Setup | None:
     sampler = make_sampler(config, roles, world)
     sources, judge = (load(config, tokenizer, world, roles.residency) for load in (load_sources, load_judge))
     learned = [data.tokens, heldout.tokens, *([] if texts is None else [texts.examples.tokens])]
-    checkpoints = Checkpoints(config, roles.saved, learned, world, enter=roles.residency.enter)
+    checkpoints = Checkpoints(config, roles.saved, learned, world, holding=roles.residency.holding)
     progress = checkpoints.load(checkpoint, Progress.begin(config, world.rank))
     if checkpoint is not None and checkpoint.rollback is not None:
         progress.recall(checkpoint.rollback)
-    recall_experience(progress, roles, config, world)
     return Setup(
         config=config,
         world=world,
@@ -137,7 +156,9 @@ def set_up(config: Config, world: World) -> Setup | None:
         texts=texts,
         checkpoints=checkpoints,
         progress=progress,
-        phases=Phases(progress.seconds, roles.residency.enter),
+        phases=Phases(progress.seconds),
+        estimator=estimator,
+        loss=loss,
     )
 
 
@@ -159,10 +180,8 @@ def evaluate_if_due(setup: Setup, tracker: Tracker) -> None:
         metrics = metrics | {f"average/{name}": value for name, value in averaged.metrics.items()}
     run.add_evaluation(evaluation)
     tracker.log_evaluation(run.step, metrics)
-    responses, scores = evaluation.responses, evaluation.scores
-    tracker.log_responses(
-        run.step, heldout_responses(setup.heldout.texts, responses, scores, count=config.track.responses)
-    )
+    texts, count = setup.heldout.texts, config.track.responses
+    tracker.log_responses(run.step, heldout_responses(texts, evaluation.responses, evaluation.scores, count=count))
 
 
 def log_step(setup: Setup, done: Step, tracker: Tracker) -> None:
@@ -204,11 +223,11 @@ def finish(setup: Setup, tracker: Tracker) -> None:
     config, world, roles, evaluations = setup.config, setup.world, setup.roles, setup.progress.evaluations
     leave = partial(export_model, tokenizer=roles.tokenizer, lora=config.actor.lora, world=world)
     left = []
-    roles.residency.enter("export")
-    if roles.average is not None:
-        with roles.average.in_place():
-            left.append(leave(roles.sampling_weights.gather(), folder=setup.output / "actor-average"))
-    left.append(leave(roles.sampling_weights.gather(), folder=setup.output / "actor"))
+    with roles.residency.holding("export"):
+        if roles.average is not None:
+            with roles.average.in_place():
+                left.append(leave(roles.sampling_weights.gather(), folder=setup.output / "actor-average"))
+        left.append(leave(roles.sampling_weights.gather(), folder=setup.output / "actor"))
     if world.rank == 0 and setup.progress.ended is not None:
         setup.progress.ended.write(setup.checkpoints.folder)
     if world.rank == 0 and len(evaluations) > 1:

@@ -1,17 +1,12 @@
-"""PPO for language models as pure functions on packed tensors: rewards, advantages, KL control, learning rate.
-
-The losses are ops (`fastppo.ops`), since they are fused with the vocabulary pass.
-"""
+"""Schedules and small formulas of PPO: pure functions on packed tensors: rewards, KL control, learning rates."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from fastppo import ops
 from fastppo.config import Config
 from fastppo.ops import eager
 
@@ -41,28 +36,6 @@ def token_rewards(kl: Tensor, scores: Tensor, last_tokens: Tensor, beta: float) 
     kl (M,), scores (B,), last_tokens (B,) the index of each response's last token -> (M,) fp32.
     """
     return (-beta * kl).index_add(0, last_tokens, scores)
-
-
-def advantages_and_returns(
-    rewards: Tensor,
-    values: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    gamma: float,
-    lam: float,
-    whiten: bool,
-    bootstrap: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """GAE, then advantages of mean 0 and variance 1 over the global batch. Returns are left as they are."""
-    advantages, returns = ops.gae(rewards, values, cu_seqlens, gamma=gamma, lam=lam, bootstrap=bootstrap)
-    return (whitened(advantages) if whiten else advantages), returns
-
-
-def whitened(x: Tensor) -> Tensor:
-    """(x - mean) / sqrt(var + 1e-8), the population variance, in fp64: a one-pass fp32 sum cancels at large means."""
-    wide = x.double()
-    variance = wide.var(correction=0) if x.numel() else wide.sum()
-    return ((wide - wide.mean()) * torch.rsqrt(variance + 1e-8)).to(x.dtype)
 
 
 @dataclass

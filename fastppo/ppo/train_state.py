@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
-
-import torch
+from dataclasses import asdict, dataclass, field, fields
 
 from fastppo.checkpoint import RollbackRecord, State, random_state, seed_random
 from fastppo.config import Config
-from fastppo.data import Experience, Moments, Packed, Update, plan_step
-from fastppo.distributed import World
-from fastppo.models import Roles
+from fastppo.data import Experience, Moments, Packed, Update
 from fastppo.monitor import Alarm, Health
 from fastppo.ppo.evaluation import Evaluation
-from fastppo.ppo.experience import recall_prefix
 from fastppo.ppo.schedule import KLController
 
 
@@ -22,7 +16,7 @@ from fastppo.ppo.schedule import KLController
 class Progress:
     """A run after `step` PPO steps, and as far as it has learned from the batch of the next one.
 
-    Data order, sampling and the plan of microbatches are functions of seed and step, so they need no state. Stages
+    Data order, sampling and the plan of microbatches are functions of seed and step, so they need no state. Phases
     before learning leave nothing behind that counts: a run that was stopped in one of them repeats it.
     """
 
@@ -34,7 +28,7 @@ class Progress:
     evaluations: list[Evaluation] = field(default_factory=list)  # the first and the last
     experience: Experience | None = None  # of the next step, once it can be learned from
     updates: list[Update] = field(default_factory=list)  # done on it
-    seconds: dict[str, float] = field(default_factory=dict)  # of the next step's stages
+    seconds: dict[str, float] = field(default_factory=dict)  # of the next step's phases
     health: Health = field(default_factory=Health)
     random: State = field(default_factory=random_state)  # as it was where the run would go on
     ended: RollbackRecord | None = None  # by an alarm; where the run went back to
@@ -52,8 +46,8 @@ class Progress:
     @property
     def score(self) -> float | None:
         """The held-out score, where the run is at an evaluation."""
-        here = self.evaluated == self.step and self.experience is None
-        return self.evaluations[-1].held_out if self.evaluations and here else None
+        at_evaluation = self.evaluated == self.step and self.experience is None
+        return self.evaluations[-1].held_out if self.evaluations and at_evaluation else None
 
     @property
     def good(self) -> int | None:
@@ -66,12 +60,6 @@ class Progress:
     def add_experience(self, experience: Experience, moments: Moments) -> None:
         self.experience, self.moments, self.random = experience, moments, random_state()
 
-    def drop_prefix(self) -> Experience:
-        """The experience once it is learned from: what its prefix handed up would stay on the device till the next."""
-        assert self.experience is not None
-        self.experience = replace(self.experience, prefix=no_prefix)
-        return self.experience
-
     def end_step(self) -> None:
         self.step += 1
         self.skipped = self.updates[-1].skipped
@@ -82,7 +70,7 @@ class Progress:
         same = ("step", "skipped", "evaluated", "seconds")
         experience = None
         if self.experience is not None:
-            experience = {f.name: getattr(self.experience, f.name) for f in fields(Experience) if f.name != "prefix"}
+            experience = {f.name: getattr(self.experience, f.name) for f in fields(Experience)}
             experience["packed"] = {f.name: getattr(self.experience.packed, f.name) for f in fields(Packed)}
         return {name: getattr(self, name) for name in same} | {
             "beta": self.beta.value,
@@ -94,7 +82,7 @@ class Progress:
         }
 
     def restore(self, state: State, own: State) -> None:
-        """What `state` gave; own: this rank's `random`. The experience lacks its prefix (`recall_experience`)."""
+        """What `state` gave; own: this rank's `random`."""
         self.step, self.skipped, self.evaluated = state["step"], state["skipped"], state["evaluated"]
         self.beta.value, self.random = state["beta"], own
         self.moments = Moments(**state["moments"])
@@ -103,26 +91,11 @@ class Progress:
         self.evaluations = [Evaluation(**e) for e in state["evaluations"]]
         self.updates = [Update(**u) for u in state["updates"]]
         self.health = Health.from_state(state["health"])
-        kept = state["experience"]
-        self.experience = kept and Experience(**kept | {"packed": Packed(**kept["packed"]), "prefix": no_prefix})
+        experience = state["experience"]
+        self.experience = experience and Experience(**experience | {"packed": Packed(**experience["packed"])})
 
     def recall(self, since: RollbackRecord) -> None:
         """What the run that went back to where this one is knew beyond it."""
         self.beta.value = since.kl_coef
         self.health.roll_backs = since.roll_backs
         self.health.alarms = [Alarm(**alarm) for alarm in since.alarms]
-
-
-def no_prefix(role: Any, packed: Packed, sequences: torch.Tensor) -> None:
-    """In the place of `Experience.prefix` where nothing is kept."""
-
-
-def recall_experience(run: Progress, roles: Roles, config: Config, world: World) -> None:
-    """Give a restored experience its prefix again, from the microbatches that it was first computed in."""
-    if run.experience is None:
-        return
-    packed = run.experience.packed
-    plan = plan_step(packed.lengths, config, run.step, world.ranks, roles.attention)
-    done = [minibatch for epoch in plan for minibatch in epoch][: max(len(run.updates), len(plan[0]))]
-    roles.residency.enter("experience")
-    run.experience = replace(run.experience, prefix=recall_prefix(packed, done, roles, world))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,10 +15,13 @@ from torch import Tensor
 from fastppo import ops
 from fastppo.config import Config
 from fastppo.data import Experience, Minibatch, Packed, Update
-from fastppo.distributed import Engine, Frozen, World, all_max, all_sum, gathered, stop
-from fastppo.models import Policy, Roles, hidden_states
+from fastppo.distributed import Engine, World, all_max, all_sum, gathered, stop
+from fastppo.models import Policy, PrefixStates, hidden_states
+from fastppo.ops import eager
+from fastppo.ppo.experience import StepContext
 from fastppo.ppo.faults import note_fault
-from fastppo.ppo.ptx import Texts, add_gradient
+from fastppo.ppo.losses import PolicyLoss, token_loss
+from fastppo.ppo.ptx import add_gradient
 from fastppo.ppo.schedule import step_rates
 
 log = logging.getLogger("fastppo")
@@ -51,69 +54,68 @@ class Targets:
     """What a microbatch learns from, on the device. The loss sums over its tokens and divides by `normalizer`."""
 
     packed: Packed
-    old_logprobs: Tensor  # (m,) fp32, as all below
+    old_logprobs: Tensor  # (m,) fp32, as all prefix_states
     advantages: Tensor
     old_values: Tensor
     returns: Tensor
     normalizer: Tensor  # () fp32
-    against: dict[str, Tensor | None]  # the reference as the loss wants it; empty where the penalty is in the reward
+    against: dict[str, Any]  # the reference as the loss wants it; empty where the penalty is in the reward
 
 
 Term = Callable[[Any, Tensor, Targets, Config], tuple[Tensor, Sums]]  # (role, hidden (m, H), ...) -> its loss
 
 
-def learn(
-    experience: Experience,
-    roles: Roles,
-    plan: list[list[Minibatch]],
-    config: Config,
-    *,
-    step: int,
-    beta: float,
-    world: World,
-    updates: list[Update] | None = None,
-    skipped: int = 0,
-    texts: Texts | None = None,
-) -> list[Update]:
-    """One update for each minibatch of the plan.
+class Job(NamedTuple):
+    """What an engine learns in an update."""
 
-    step: which PPO step of the run this is, counted from 0, for the learning rates and the critic's warm-up;
-    beta: coefficient of a KL penalty in the loss; updates: those already done, to which the others are added as they
-    are done; skipped: updates in a row that were not applied at the end of the step before; texts: mixed into the
-    actor's updates. An update that finds the policy further from the one that sampled than `health.kl_limit` is not
-    applied and the last, on all ranks alike.
+    engine: Engine
+    terms: list[Term]  # of its loss
+    rates: list[float]  # of the engine's groups of parameters
+
+
+def run_updates(
+    experience: Experience,
+    plan: list[list[Minibatch]],
+    prefix_cache: PrefixStates,
+    context: StepContext,
+    done: Sequence[Update] = (),
+) -> Iterator[Update]:
+    """One update for each minibatch of the plan but those already done; yields each as it is applied.
+
+    An update that finds the policy further from the one that sampled than `health.kl_limit` is not applied and the
+    last, on all ranks alike. Raises TrainingFault after too many that were not finite, and Stopped between two
+    microbatches, of which nothing is applied then.
     """
-    updates = [] if updates is None else updates
+    config, world, step, updates = context.config, context.world, context.step, list(done)
     limit = config.health.kl_limit
     rates, train_actor = step_rates(config, step), step >= config.critic.warmup_steps
-    texts = texts if train_actor else None
-    chosen = iter(()) if texts is None else texts.from_update(step * len(rates) + len(updates))
+    texts = context.texts if train_actor else None
+    batches_of_texts = iter(()) if texts is None else texts.from_update(step * len(rates) + len(updates))
     minibatches = [(epoch, minibatch) for epoch, part in enumerate(plan) for minibatch in part]
     for epoch, minibatch in minibatches[len(updates) :]:
         if updates and updates[-1].stopped:
             break
-        actor_rate, critic_rate = rates[len(updates)]
-        jobs = _jobs(roles, actor_rate, critic_rate, train_actor)
+        jobs = _jobs(context, *rates[len(updates)], train_actor)
         tokens = int(experience.packed.response_lengths[torch.cat(minibatch.microbatches)].sum())
-        ptx_loss = 0.0 if texts is None else add_gradient(texts, next(chosen), roles.actor, world)
-        sums = _accumulate(jobs, experience, minibatch, tokens, roles, config, beta, world)
-        norms = [engine.gradient_norm() for engine, _, _ in jobs]
+        ptx_loss = 0.0 if texts is None else add_gradient(texts, next(batches_of_texts), context.roles.actor, world)
+        sums = _accumulate(jobs, experience, minibatch, tokens, prefix_cache, context)
+        norms = [job.engine.gradient_norm() for job in jobs]
         update = _summarise(epoch, sums, tokens, norms[0] if train_actor else math.nan, norms[-1], world)
         update = replace(update, ptx_loss=ptx_loss)
         finite = _finite(update, norms, train_actor)
         stopped = finite and update.approx_kl > limit
-        for engine, _, learning_rates in jobs:  # all or none: a critic that learned alone would no longer fit the actor
-            engine.step(learning_rates, apply=finite and not stopped)
-        if roles.average is not None and train_actor and finite and not stopped:
-            roles.average.update()
+        for job in jobs:  # all or none: a critic that learned alone would no longer fit the actor
+            job.engine.step(job.rates, apply=finite and not stopped)
+        if context.roles.average is not None and train_actor and finite and not stopped:
+            context.roles.average.update()
         if not finite:
-            before = updates[-1].skipped if updates else skipped
+            before = updates[-1].skipped if updates else context.skipped
             update = replace(update, skipped=before + 1)
             note_fault(experience, minibatch, asdict(update), config, step=step, number=len(updates), world=world)
         updates.append(replace(update, stopped=stopped))
         if len(updates) == 1 and train_actor:
             check_first_ratio(updates[0], config.optim.dtype)
-    return updates
+        yield updates[-1]
 
 
 def _finite(update: Update, norms: list[float], train_actor: bool) -> bool:
@@ -122,8 +124,8 @@ def _finite(update: Update, norms: list[float], train_actor: bool) -> bool:
     return all(math.isfinite(x) for x in (*losses, update.ptx_loss, *norms))
 
 
-def policy_term(policy: Policy, hidden: Tensor, targets: Targets, config: Config) -> tuple[Tensor, Sums]:
-    """The clipped surrogate with entropy bonus and, where so configured, the KL penalty."""
+def clip_term(policy: Policy, hidden: Tensor, targets: Targets, config: Config) -> tuple[Tensor, Sums]:
+    """`losses.clip` with entropy bonus and, where so configured, the KL penalty, as one op with the vocabulary head."""
     ppo = config.ppo
     loss, stats = policy.head(
         hidden,
@@ -140,6 +142,33 @@ def policy_term(policy: Policy, hidden: Tensor, targets: Targets, config: Config
         **targets.against,
     )
     return loss, Sums(stats.sums, stats.ratio_max, stats.sums.new_zeros(7))
+
+
+def loss_term(
+    loss: PolicyLoss, policy: Policy, hidden: Tensor, targets: Targets, config: Config
+) -> tuple[Tensor, Sums]:
+    """Any loss of `fastppo.ppo.losses`, with the same terms and statistics beside it as `clip_term`."""
+    ppo, packed, against = config.ppo, targets.packed, dict(targets.against)
+    kl_coef, kl_kind = against.pop("kl_coef", 0.0), against.pop("kl_kind", None)
+    ref_logprobs = against.pop("ref_logprobs", None)  # what is left is the reference's head
+    temperature = config.sampling.temperature
+    stats = policy.head(hidden, ops.linear_logprobs, packed.responses, temperature=temperature, **against)
+    tokens = token_loss(loss, stats.logprobs, targets.old_logprobs, targets.advantages, packed.response_cu_seqlens, ppo)
+    kl = stats.kl if ref_logprobs is None else eager.kl_estimate(stats.logprobs, ref_logprobs, kl_kind)
+
+    surrogate, entropy = tokens.loss.sum(), stats.entropy.sum()
+    kl_sum = torch.zeros_like(surrogate) if kl is None else kl.sum()
+    total = surrogate - eager.term(ppo.entropy_coef, entropy) + eager.term(kl_coef, kl_sum)
+    log_ratio = stats.logprobs.detach() - targets.old_logprobs
+    ratio = eager.bounded_exp(log_ratio)
+    clipped, dual_clipped = (
+        ratio.new_tensor(math.nan) if x is None else x.sum() for x in (tokens.clipped, tokens.dual_clipped)
+    )
+    counts = (clipped, dual_clipped, ratio.sum(), ratio.new_tensor(float(len(ratio))))
+    sums = torch.stack(
+        [x.detach().to(ratio) for x in (surrogate, entropy, kl_sum, eager.exp_less_tangent(log_ratio).sum(), *counts)]
+    )
+    return total / targets.normalizer, Sums(sums, ratio.max(), sums.new_zeros(7))
 
 
 def value_term(role: Any, hidden: Tensor, targets: Targets, config: Config) -> tuple[Tensor, Sums]:
@@ -159,42 +188,41 @@ def value_head_term(role: Any, hidden: Tensor, targets: Targets, config: Config)
     return value_term(role, hidden.detach(), targets, config)
 
 
-def _jobs(
-    roles: Roles, actor_rate: float, critic_rate: float, train_actor: bool
-) -> list[tuple[Engine, list[Term], list[float]]]:
+def _jobs(context: StepContext, actor_rate: float, critic_rate: float, train_actor: bool) -> list[Job]:
     """Which engines learn from which terms of the loss, at which rates."""
-    if roles.critic is None and train_actor:
-        return [(roles.actor, [policy_term, value_term], [actor_rate, critic_rate])]
-    if roles.critic is None:
-        return [(roles.actor, [value_head_term], [actor_rate, critic_rate])]
-    critic: tuple[Engine, list[Term], list[float]] = (roles.critic, [value_term], [critic_rate])
-    return [(roles.actor, [policy_term], [actor_rate]), critic] if train_actor else [critic]
+    actor, critic = context.roles.actor, context.roles.critic
+    policy_term: Term = clip_term if context.config.ppo.loss == "clip" else partial(loss_term, context.loss)
+    if critic is None and train_actor:
+        return [Job(actor, [policy_term, value_term], [actor_rate, critic_rate])]
+    if critic is None:
+        return [Job(actor, [value_head_term], [actor_rate, critic_rate])]
+    value_job = Job(critic, [value_term], [critic_rate])
+    return [Job(actor, [policy_term], [actor_rate]), value_job] if train_actor else [value_job]
 
 
 def _accumulate(
-    jobs: list[tuple[Engine, list[Term], list[float]]],
+    jobs: list[Job],
     experience: Experience,
     minibatch: Minibatch,
     tokens: int,
-    roles: Roles,
-    config: Config,
-    beta: float,
-    world: World,
+    prefix_cache: PrefixStates,
+    context: StepContext,
 ) -> Sums:
     """Gradients and statistics of this rank's share of a minibatch, which has `tokens` response tokens in all."""
+    config, world, reference = context.config, context.world, context.roles.reference
     # Engines average gradients over ranks, and the loss is to be a mean over the tokens of all of them.
     normalizer = torch.tensor(tokens / world.ranks, dtype=torch.float32, device=world.device)
     sums = Sums.zero(world.device)
-    mine = minibatch.of_rank(world.rank, world.ranks)
-    read = list(roles.reference.module.head.parameters()) if config.ppo.loss_reads_reference else []
-    for i, sequences in enumerate(mine):
+    microbatches = minibatch.of_rank(world.rank, world.ranks)
+    read = list(reference.module.head.parameters()) if config.ppo.loss_reads_reference else []
+    for i, sequences in enumerate(microbatches):
         stop.check(world)
-        targets = _targets(experience, sequences, normalizer, roles.reference, config, beta, world.device)
-        for engine, terms, _ in jobs:
-            prefix_states = experience.prefix(engine.module, targets.packed, sequences)
+        targets = _targets(experience, sequences, normalizer, prefix_cache, context)
+        for job in jobs:
+            prefix_states = prefix_cache(job.engine.module, targets.packed, sequences)
             with gathered(read):  # the reference's head beside the actor's own
-                loss, stats = engine(targets.packed, partial(_add_terms, terms, targets, config), prefix_states)
-            engine.backward(loss, last=i + 1 == len(mine))
+                loss, stats = job.engine(targets.packed, partial(_add_terms, job.terms, targets, config), prefix_states)
+            job.engine.backward(loss, last=i + 1 == len(microbatches))
             sums += stats
     return sums
 
@@ -211,21 +239,21 @@ def _targets(
     experience: Experience,
     sequences: Tensor,
     normalizer: Tensor,
-    reference: Frozen,
-    config: Config,
-    beta: float,
-    device: torch.device,
+    prefix_cache: PrefixStates,
+    context: StepContext,
 ) -> Targets:
+    """What a microbatch learns from, with the reference as the loss reads it."""
+    ppo, device, reference = context.config.ppo, context.world.device, context.roles.reference
     packed = experience.packed.select(sequences).to(device)
 
     def rows(values: Tensor) -> Tensor:
         return experience.packed.select_tokens(values, sequences).to(device)
 
     against: dict[str, Any] = {}
-    if config.ppo.kl_in == "loss":
-        against = {"kl_coef": beta, "kl_kind": config.ppo.kl_kind}
-        if config.ppo.loss_reads_reference:
-            prefix_states = experience.prefix(reference.module, packed, sequences)
+    if ppo.kl_in == "loss":
+        against = {"kl_coef": context.kl_coef, "kl_kind": ppo.kl_kind}
+        if ppo.loss_reads_reference:
+            prefix_states = prefix_cache(reference.module, packed, sequences)
             against |= reference.module.head.as_reference(reference(packed, hidden_states, prefix_states))
         else:
             against |= {"ref_logprobs": rows(experience.ref_logprobs)}

@@ -10,10 +10,10 @@ from typing import Protocol
 from fastppo.config import Config
 from fastppo.data import Prompts, Rollout
 from fastppo.distributed import Sleeper, Stopped
-from fastppo.errors import ANOTHER_RANK_ENDED, FastPPOError
+from fastppo.errors import FastPPOError
 from fastppo.models import Roles
 from fastppo.rollout.answers import SamplerError, check_rollout
-from fastppo.user_code import RAISED, line_of
+from fastppo.user_code import RAISED, has_own_message, line_of
 
 
 class Sampler(Protocol):
@@ -106,8 +106,6 @@ def explained(setting: str, folder: Path | None) -> Iterator[None]:
     except (FastPPOError, Stopped):
         raise
     except RAISED as error:
-        lost_rank = any(words in str(error) for words in ANOTHER_RANK_ENDED)
-        of_others = type(error).__name__ == "OutOfMemoryError" or lost_rank
-        if folder is None or of_others:
+        if folder is None or has_own_message(error):
             raise
         raise SamplerError(f"{setting} raised {type(error).__name__}: {error} ({line_of(error, folder)})") from error

@@ -1,9 +1,22 @@
+from dataclasses import fields
+from typing import get_type_hints
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastppo.data.batch import Moments, Packed, Prompts, Rollout, concatenate, cumulative, pack, segment_rows
+from fastppo.data.batch import (
+    Experience,
+    Moments,
+    Packed,
+    Prompts,
+    Rollout,
+    concatenate,
+    cumulative,
+    pack,
+    segment_rows,
+)
 
 PACKED = pack([(5, 6, 7, 8), (9, 10), (11, 12, 13)], [2, 1, 2])
 
@@ -11,6 +24,12 @@ PACKED = pack([(5, 6, 7, 8), (9, 10), (11, 12, 13)], [2, 1, 2])
 def test_predictors_are_the_rows_before_each_response_token():
     assert PACKED.predictors.tolist() == [1, 2, 4, 6, 7]
     assert PACKED.responses.tolist() == [7, 8, 10, 12, 13]
+
+
+def test_experience_is_data_alone():
+    """What a checkpoint can hold as it is, and any rank would make the same."""
+    types = get_type_hints(Experience)
+    assert {types[field.name] for field in fields(Experience)} == {Packed, torch.Tensor}
 
 
 def test_positions_restart_in_every_sequence():

@@ -12,7 +12,8 @@ from fastppo.config.command_line import parse
 from fastppo.distributed.engine import Gradients
 from fastppo.distributed.residency import Residency, uses
 from fastppo.distributed.world import start_world
-from fastppo.train import train
+from fastppo.ppo.run import evaluate_if_due, set_up
+from fastppo.train import ppo_step, train
 
 CPU = torch.device("cpu")
 
@@ -102,6 +103,34 @@ def test_of_an_engine_the_states_are_kept_and_the_gradients_are_not_copied():
     assert on_device(engine.tensors[0]) and not on_device(gradients)
     residency.enter("learning")
     assert engine.tensors[0].tolist() == [1, 1, 1] and gradients.tolist() == [0.0] * 1000
+
+
+def test_within_a_phase_is_there_what_it_uses_and_afterwards_nothing_moves_by_itself():
+    optimizer, reference = torch.ones(3), torch.ones(3)
+    residency = moving()
+    residency.add("optimizers", Part(optimizer))
+    residency.add("reference", Part(reference))
+    with residency.holding("learning"):
+        assert on_device(optimizer) and not on_device(reference)
+    assert on_device(optimizer)
+    with residency.holding("experience"):
+        assert on_device(reference) and not on_device(optimizer)
+
+
+def test_a_step_and_an_evaluation_enter_each_phase_in_its_turn(tmp_path, monkeypatch):
+    entered, enter = [], Residency.enter
+    monkeypatch.setattr(Residency, "enter", lambda self, phase: entered.append(phase) or enter(self, phase))
+    setup = set_up(parse(whole_runs.settings(whole_runs.prepare(tmp_path), tmp_path / "run")), start_world(1))
+    entered.clear()
+    ppo_step(setup, next(setup.prompts()))
+    assert entered == ["sampling", "feedback", "experience", "learning", "health"]
+    assert list(setup.phases.take()) == [f"time/{phase}" for phase in entered]
+    entered.clear()
+    with setup.tracker() as tracker:
+        evaluate_if_due(setup, tracker)
+    assert entered == ["sampling", "feedback", "experience"]
+    setup.checkpoints.save(setup.progress)
+    assert entered[3:] == ["checkpoint"]
 
 
 def test_without_a_gpu_nothing_moves():

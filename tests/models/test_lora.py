@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from ppo_step import config_of, responses, roles_of, step
+from ppo_step import config_of, context_of, responses, roles_of, step
 from test_load import load
 from test_roles import PACKED, objective
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -13,11 +13,12 @@ from fastppo.checkpoint.export import write_model
 from fastppo.config import ActorLoraConfig, LoraConfig
 from fastppo.data.microbatches import plan_step
 from fastppo.distributed.world import start_world
+from fastppo.models.frozen_prefix import PrefixStates
 from fastppo.models.loading.trained import set_trainable
 from fastppo.models.lora import add_adapters, merged_state
 from fastppo.models.roles import ModelError, Policy, adapters_off, fuse_head
-from fastppo.ppo.experience import estimate
-from fastppo.ppo.update import learn
+from fastppo.ppo.experience import compute_experience
+from fastppo.ppo.update import run_updates
 
 TOKENS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 
@@ -178,10 +179,11 @@ def test_the_reference_stays_while_the_actor_learns(model, world):
     roles = roles_of(config, world)
     scored = responses(roles)
     plan = plan_step(scored.rollout.packed.lengths, config, 0, 1, roles.attention)
-    before = estimate(scored, roles, plan[0], config, 0.1, world)
+    context = context_of(config, roles, world)
+    before = compute_experience(scored, plan[0], PrefixStates(), context)
     weights = {n: p.clone() for n, p in roles.policy.named_parameters()}
-    updates = learn(before, roles, plan, config, step=0, beta=0.1, world=world)
-    after = estimate(scored, roles, plan[0], config, 0.1, world)
+    updates = list(run_updates(before, plan, PrefixStates(), context))
+    after = compute_experience(scored, plan[0], PrefixStates(), context)
     assert torch.equal(before.old_logprobs, before.ref_logprobs) and float(before.kl.abs().max()) == 0.0
     assert abs(updates[0].ratio_mean - 1) <= 1e-4 and updates[0].approx_kl <= 1e-6
     assert torch.equal(after.ref_logprobs, before.ref_logprobs)

@@ -64,7 +64,6 @@ def test_training_responses_have_their_prompt_and_each_tokens_advantage() -> Non
         judged=torch.full((3,), torch.nan),
         ended=torch.ones(3, dtype=torch.bool),
         advantages=rows / 10,
-        prefix=lambda *_: None,
         **{name: rows for name in names},
     )
     first, second = training_responses(experience, tokenizer, count=2)

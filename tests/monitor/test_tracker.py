@@ -215,7 +215,7 @@ def test_progress_always_and_never_do_not_ask_the_output(
 def test_stages_add_up_until_they_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 5.0, 7.0, 10.0, 14.0])
     monkeypatch.setattr("fastppo.monitor.tracker.time.perf_counter", lambda: next(clock))
-    phases = Phases({}, lambda stage: None)
+    phases = Phases({})
     for name in ("sampling", "learning", "sampling"):
         with phases(name):
             pass
@@ -239,7 +239,7 @@ def test_time_left_follows_the_mean_step(
 
 
 def test_a_profile_of_the_chosen_step_names_its_stages_on_every_rank(tmp_path: Path) -> None:
-    phases = Phases({}, lambda stage: None)
+    phases = Phases({})
     for rank in (0, 1):
         config = TrackConfig(tensorboard=False, progress="never", profile_steps=(2,))
         with Tracker(tmp_path, config, steps=3, rank=rank) as tracker:

@@ -15,7 +15,7 @@ import tiny
 import torch
 import whole_runs
 from architectures import ACTORS, directory
-from ppo_step import config_of, responses, roles_of
+from ppo_step import config_of, context_of, responses, roles_of
 from transformers import AutoModelForCausalLM
 
 from fastppo import train
@@ -34,8 +34,8 @@ from fastppo.planner.memory import Bytes, Member, by_stage
 from fastppo.planner.meta_models import cast_of
 from fastppo.planner.ppo_memory import STAGES, averaged, kinds, placed, shares
 from fastppo.ppo import evaluation
-from fastppo.ppo.experience import estimate
-from fastppo.ppo.update import learn
+from fastppo.ppo.experience import compute_experience
+from fastppo.ppo.update import run_updates
 from fastppo.rewards import load_sources
 from fastppo.rollout import InProcess
 
@@ -98,9 +98,10 @@ def after_a_step(config: Config, world: World) -> Roles:
     scored = responses(roles)
     plan = plan_step(scored.rollout.packed.lengths, config, 0, 1, roles.attention)
     roles.residency.enter("experience")
-    experience = estimate(scored, roles, plan[0], config, 0.1, world)
+    context, prefix_cache = context_of(config, roles, world), PrefixStates()
+    experience = compute_experience(scored, plan[0], prefix_cache, context)
     roles.residency.enter("learning")
-    learn(experience, roles, plan, config, step=0, beta=0.1, world=world)
+    list(run_updates(experience, plan, prefix_cache, context))
     return roles
 
 
@@ -351,7 +352,7 @@ def kept_states(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
         there.add(self)
 
     monkeypatch.setattr(PrefixStates, "__init__", init)
-    return lambda: sum(len(kept) for states in there for kept in states._cached.values())
+    return lambda: sum(len(kept) for states in there for kept in states._states.values())
 
 
 def test_prefix_states_are_gone_once_a_batch_is_learned_from(
@@ -368,20 +369,21 @@ def test_prefix_states_are_gone_once_a_batch_is_learned_from(
         found.append(("sampled", kept_states()))
         return sample(*args, **options)
 
-    learned = train.learn
+    run_updates = train.run_updates
 
     def learning(*args: Any, **options: Any) -> Any:
-        found.append(("learned", kept_states()))
-        return learned(*args, **options)
+        for update in run_updates(*args, **options):
+            found.append(("learned", kept_states()))
+            yield update
 
-    for name, function in (("log_step", logging), ("learn", learning)):
+    for name, function in (("log_step", logging), ("run_updates", learning)):
         monkeypatch.setattr(train, name, function)
     monkeypatch.setattr(InProcess, "sample", sampling)
     argv = whole_runs.settings(
         folder, tmp_path / "out", steps=2, actor__train=1, eval__prompts=0, eval__every=0, checkpoint__every=0
     )
     train.train(parse(argv), world)
-    assert [count > 0 for what, count in found if what == "learned"] == [True, True]
+    assert [count > 0 for what, count in found if what == "learned"] == [True] * 8
     assert [(what, count) for what, count in found if what != "learned" and count] == []
 
 

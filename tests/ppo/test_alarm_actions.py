@@ -33,15 +33,15 @@ STOP_THERE = """
 from fastppo import train
 from fastppo.distributed import stop
 
-responded = train.respond
+acted = train.act_on_alarms
 
-def respond(*arguments):
-    done = responded(*arguments)
+def act(*arguments):
+    done = acted(*arguments)
     if done == "rolled back":
         stop._watch.asked.set()
     return done
 
-train.respond = respond
+train.act_on_alarms = act
 """
 
 
@@ -182,15 +182,15 @@ def test_a_damaged_checkpoint_is_passed_over(folder, forks):
     """The newest from before is damaged while the run goes on."""
     output = folder / "damaged"
     damage = f"""
-from fastppo.ppo import alarm_actions as respond
-find = respond.checkpoint_before
+from fastppo.ppo import alarm_actions
+find = alarm_actions.checkpoint_before
 def before(*arguments, **settings):
     path = "{output}/checkpoints/step-00000004/progress.pt"
     content = bytearray(open(path, "rb").read())
     content[len(content) // 2] ^= 1
     open(path, "wb").write(content)
     return find(*arguments, **settings)
-respond.checkpoint_before = before
+alarm_actions.checkpoint_before = before
 """
     run = forks.start(settings(folder, output, "roll_back", steps=7, **QUIET), 1, ILL.format(cured=1) + damage)
     assert forks.wait(run) == [0], run.text()

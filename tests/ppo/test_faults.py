@@ -123,12 +123,12 @@ def test_a_rank_that_fails_shows_its_own_error(forks, folder):
     before = """
 import os
 from fastppo import train
-learn = train.learn
+run_updates = train.run_updates
 def failing(*args, **kwargs):
     if os.environ["RANK"] == "1":
         raise LookupError("the cause")
-    return learn(*args, **kwargs)
-train.learn = failing
+    return run_updates(*args, **kwargs)
+train.run_updates = failing
 """
     run = forks.start(whole_runs.settings(folder, folder / "failed"), 2, before)
     assert forks.wait(run) == [1, 1], run.text()
@@ -140,13 +140,13 @@ train.learn = failing
 def test_a_gpu_without_memory_is_a_message_with_the_way_out(forks, folder):
     before = """
 import torch
-from fastppo.ppo import update as learn
+from fastppo.ppo import update
 def full(*args, **kwargs):
     raise torch.OutOfMemoryError(
         "CUDA out of memory. Tried to allocate 192.00 MiB. Process 7 has 5.69 GiB memory in use."
         " If reserved but unallocated memory is large try setting PYTORCH_CUDA_ALLOC_CONF"
     )
-learn._accumulate = full
+update._accumulate = full
 """
     run = forks.start(whole_runs.settings(folder, folder / "full"), 1, before)
     assert forks.wait(run) == [1], run.text()
@@ -162,7 +162,7 @@ def test_a_rank_that_does_not_answer_is_waited_for_no_longer_than_timeout(forks,
 import os, time
 from fastppo import train
 if os.environ["RANK"] == "1":
-    train.learn = lambda *args, **kwargs: time.sleep(600)
+    train.run_updates = lambda *args, **kwargs: time.sleep(600)
 """
     run = forks.start(whole_runs.settings(folder, folder / "slow", timeout=5), 2, before)
     assert forks.wait(run) == [1, 1], run.text()

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from ppo_step import config_of, responses, roles_of, step
+from ppo_step import config_of, context_of, responses, roles_of, step
 
 from fastppo.data.microbatches import Minibatch, plan_step
 from fastppo.distributed.engine import gathered
 from fastppo.distributed.world import start_world
-from fastppo.ppo.experience import estimate
-from fastppo.ppo.update import check_first_ratio, learn
+from fastppo.models.frozen_prefix import PrefixStates
+from fastppo.ppo.experience import compute_experience
+from fastppo.ppo.update import check_first_ratio, run_updates
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,10 @@ RANK_CASES = {
     "tied, stage 3, offloaded": ["--actor.model", "TIED", "--zero.stage", "3", "--zero.offload", "cpu"],
     "upper layers, exact KL in the loss, stage 3": [
         *["--actor.model", "TIED", "--actor.train", "2", "--zero.stage", "3"],
+        *["--ppo.kl_in", "loss", "--ppo.kl_kind", "exact", "--ppo.kl_coef", "10"],
+    ],
+    "upper layers, exact KL in a loss that is no fused op, stage 3": [
+        *["--actor.model", "TIED", "--actor.train", "2", "--zero.stage", "3", "--ppo.loss", "fastppo.ppo.losses:clip"],
         *["--ppo.kl_in", "loss", "--ppo.kl_kind", "exact", "--ppo.kl_coef", "10"],
     ],
     "separate, stage 1, LoRA": ["--zero.stage", "1", "--actor.lora.rank", "4", "--critic.lora.rank", "2"],
@@ -178,12 +183,13 @@ def test_the_actors_first_update_after_a_shared_critics_warm_up_is_adams_first(m
     roles = roles_of(config, world)
     scored = responses(roles)
     plan = plan_step(scored.rollout.packed.lengths, config, 0, 1, roles.attention)
-    experience = estimate(scored, roles, plan[0], config, 0.1, world)
+    context, prefix_cache = context_of(config, roles, world), PrefixStates()
+    experience = compute_experience(scored, plan[0], prefix_cache, context)
     weight = roles.policy.model.model.norm.weight
     with gathered([weight]):
         before = weight.detach().clone()
-    learn(experience, roles, plan, config, step=0, beta=0.1, world=world)
-    learn(experience, roles, plan[:1], config, step=1, beta=0.1, world=world)
+    list(run_updates(experience, plan, prefix_cache, context))
+    list(run_updates(experience, plan[:1], prefix_cache, dataclasses.replace(context, step=1)))
     with gathered([weight]):
         moved = float((weight.detach() - before).abs().max())
     assert moved == pytest.approx(config.actor.lr, rel=1e-3)
@@ -253,3 +259,18 @@ def test_an_update_beyond_the_level_of_approximate_kl_is_not_applied_and_the_las
     plan = plan_step(one.experience.packed.lengths, config, 0, 1, roles_of(config, world).attention)
     first = step(config, world, plan=[plan[0][:1]])
     assert difference(one.parameters, first.parameters) == 0
+
+
+def test_updates_come_one_by_one_and_go_on_from_those_already_done(model, world):
+    """The caller's list stays its own, so a run that is stopped knows what was applied."""
+    config = config_of(model, "--ppo.minibatches", "2", "--ppo.epochs", "2")
+    whole = step(config, world)
+    roles = roles_of(config, world)
+    scored = responses(roles)
+    plan = plan_step(scored.rollout.packed.lengths, config, 0, 1, roles.attention)
+    context, prefix_cache = context_of(config, roles, world), PrefixStates()
+    experience = compute_experience(scored, plan[0], prefix_cache, context)
+    first = next(run_updates(experience, plan, prefix_cache, context))
+    done = [first]
+    rest = list(run_updates(experience, plan, prefix_cache, context, done))
+    assert [first, *rest] == whole.updates and done == [first]

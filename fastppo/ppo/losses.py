@@ -1,0 +1,82 @@
+"""Losses of the policy, behind `ppo.loss`: one function and one entry of the table each.
+
+A loss says what each token's part of the surrogate objective is. What stands beside it for every loss is the
+trainer's (`fastppo.ppo.update`): the entropy bonus, the KL term, the mean over the tokens of a minibatch, and the
+statistics of ratio, entropy and KL. `clip` by its name runs as one op with the vocabulary head,
+`ops.linear_policy_loss`; every other loss, and `fastppo.ppo.losses:clip`, over `ops.linear_logprobs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastppo.config import PPOConfig
+from fastppo.ops import eager
+from fastppo.user_code import FunctionError, named_function
+
+
+class TokenLoss(NamedTuple):
+    """A loss at each of m tokens."""
+
+    loss: Tensor  # (m,), to be minimised, with a gradient to the logprobs
+    clipped: Tensor | None = None  # (m,) bool, where a clip holds it; None where there is none: the metric is a NaN
+    dual_clipped: Tensor | None = None  # (m,) bool, where the dual clip holds it
+
+
+# (logprobs, old_logprobs, advantages, cu_seqlens, ppo) -> TokenLoss:
+# logprobs (m,) of the response tokens of whole sequences under the policy, with gradient; old_logprobs, advantages (m,)
+# without; cu_seqlens (b+1,) int32, where each response starts in these; all fp32. ppo: the settings `ppo.*`.
+PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor, PPOConfig], TokenLoss]
+
+
+def clip(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cu_seqlens: Tensor, ppo: PPOConfig) -> TokenLoss:
+    """PPO's clipped surrogate (Schulman et al., 2017, eq. 7), with dual clip (Ye et al., 2020, eq. 5) if so set."""
+    ratio = eager.bounded_exp(logprobs - old_logprobs)
+    unclipped = ratio * advantages
+    bounded = ratio.clamp(1.0 - ppo.clip_low, 1.0 + ppo.clip_high) * advantages
+    clipped = bounded < unclipped
+    objective = torch.where(clipped, bounded, unclipped)
+    if ppo.dual_clip is None:
+        return TokenLoss(-objective, clipped, torch.zeros_like(clipped))
+    floor = ppo.dual_clip * advantages
+    dual_clipped = (advantages < 0) & (objective < floor)
+    return TokenLoss(-torch.where(dual_clipped, floor, objective), clipped, dual_clipped)
+
+
+LOSSES: dict[str, PolicyLoss] = {"clip": clip}
+
+
+def load_loss(ppo: PPOConfig) -> PolicyLoss:
+    """The loss that `ppo.loss` names. Raises FunctionError, before any model loads."""
+    return named_function(ppo.loss, "ppo.loss", LOSSES)
+
+
+def token_loss(
+    loss: PolicyLoss,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    ppo: PPOConfig,
+) -> TokenLoss:
+    """What the loss returns, if it can be minimised. Arguments as for a `PolicyLoss`. Raises FunctionError."""
+    tokens = loss(logprobs, old_logprobs, advantages, cu_seqlens, ppo)
+    setting = f"ppo.loss = {ppo.loss}"
+    if not isinstance(tokens, TokenLoss):
+        raise FunctionError(f"{setting} returned {type(tokens).__name__}, not fastppo.ppo.TokenLoss(loss, ...)")
+    for name, x in tokens._asdict().items():
+        if x is None and name != "loss":
+            continue
+        if not isinstance(x, Tensor) or x.shape != logprobs.shape:
+            returned = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise FunctionError(
+                f"{setting}: {name} is {returned}, not a tensor with a number for each of {len(logprobs)} tokens. Leave"
+                " the sum over tokens to the trainer."
+            )
+    if logprobs.requires_grad and not tokens.loss.requires_grad:
+        raise FunctionError(f"{setting}: its loss has no gradient to the logprobs, so the policy would not learn")
+    return tokens
