@@ -114,8 +114,8 @@ def same(one: Any, other: Any, where: str = "") -> bool:
 def assert_same_run(one: Path, other: Path) -> None:
     assert records(one) == records(other)
     states = [state(output) for output in (one, other)]
-    for state in states:  # a run that stopped in an evaluation saved itself before it, and does not save twice
-        del state["progress.pt"]["evaluations"], state["progress.pt"]["evaluated"]
+    for saved in states:  # a run that stopped in an evaluation saved itself before it, and does not save twice
+        del saved["progress.pt"]["evaluations"], saved["progress.pt"]["evaluated"]
     assert same(*states)
     for name in ("samples.jsonl", "responses.jsonl"):
         assert (one / name).read_text() == (other / name).read_text()
