@@ -95,7 +95,7 @@ def has_own_message(error: BaseException) -> bool:
 
 
 def line_of(error: BaseException, folder: Path) -> str:
-    """Where it was raised, as `file.py:12`: the innermost frame with a file in the user's folder, else the innermost."""
+    """Where it was raised, as `file.py:12`: the innermost frame in a file of the user's folder, else the innermost."""
     frames = traceback.extract_tb(error.__traceback__)
     of_user = [frame for frame in frames if Path(frame.filename).parent == folder]
     frame = (of_user or frames)[-1]

@@ -1,3 +1,4 @@
+from .faults import note_fault as note_fault
 from .health import ROLLBACK_ACTIONS as ROLLBACK_ACTIONS
 from .health import Alarm as Alarm
 from .health import Health as Health

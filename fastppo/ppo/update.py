@@ -17,9 +17,9 @@ from fastppo.config import Config
 from fastppo.data import Experience, Minibatch, Packed, Update
 from fastppo.distributed import Engine, World, all_max, all_sum, gathered, stop
 from fastppo.models import Policy, PrefixStates, hidden_states
+from fastppo.monitor import note_fault
 from fastppo.ops import eager
 from fastppo.ppo.experience import StepContext
-from fastppo.ppo.faults import note_fault
 from fastppo.ppo.losses import PolicyLoss, token_loss
 from fastppo.ppo.ptx import add_gradient
 from fastppo.ppo.schedule import step_rates

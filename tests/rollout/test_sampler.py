@@ -165,7 +165,7 @@ def test_an_engine_sleeps_outside_the_phases_that_sample_and_is_synced_after_eac
         self._moves = True
 
     def entering(self: Residency, phase: str) -> None:
-        for x in (x for part in self._parts if not part.away for x in part.states()):
+        for x in (x for part in self._parts if not part.moved_out for x in part.states()):
             if not x.untyped_storage().resizable():  # on the CPU a state that was loaded is mapped from its file
                 x.data = x.data.clone()
         enter(self, phase)
