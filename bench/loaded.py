@@ -3,7 +3,7 @@
     python bench/loaded.py
     python bench/loaded.py --rounds 5 --steps 8 --before
 
-Each round runs the quickstart's PPO (its stages before must have been run: `make demo`) on a quiet machine, then beside
+Each round runs the quickstart's PPO (after its SFT and reward model, as by `make demo`) on a quiet machine, then beside
 one busy process, then beside two, and once more quiet with the spinning of OpenMP's threads as the library has it by
 itself; so ratios are within a round. With --before that last setting is run beside busy processes too, which takes
 minutes a step. On two cores a step beside one busy process should take at most 2.5 times its quiet time and beside two

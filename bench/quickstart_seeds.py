@@ -3,7 +3,7 @@
     python bench/quickstart_seeds.py --seeds 1 2 3
     python bench/quickstart_seeds.py --seeds 1 2 3 --hacked
 
-It starts from what the two stages before PPO left (`make demo` runs all three), the same for every seed. On 64 fixed
+It starts from what SFT and reward modelling left (`make demo` runs all three), the same for every seed. On 64 fixed
 held-out prompts at temperature 1 the mean score must rise by 0.4 and the judge by 0.2, while KL (k1, summed over a
 response) stays at most 12, the responses' perplexity under the reference at most 1.5 times its start and distinct-2 at
 least 0.8 of its start; and no alarm may be raised. With --hacked the penalty is all but gone (`quickstart-hacked`): an
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="runs/seeds or runs/seeds-hacked when left out")
     options, settings = parser.parse_known_args()
     if missing := [f"{path}, which `{command}` leaves" for path, command in LEFT_BY.items() if not Path(path).exists()]:
-        sys.exit(f"There is no {' and no '.join(missing)}. `make demo` runs both stages before PPO, and PPO.")
+        sys.exit(f"There is no {' and no '.join(missing)}. `make demo` runs SFT, reward modelling and PPO.")
     preset, judge = ("quickstart-hacked", hacked) if options.hacked else ("quickstart", plain)
     folder = options.output or Path("runs/seeds-hacked" if options.hacked else "runs/seeds")
     soak(preset, judge, options.seeds, folder, settings)

@@ -38,9 +38,9 @@ ANOTHER_RANK = (
 )
 
 LESS_MEMORY = (
-    "Smaller microbatches (ppo.microbatch_tokens; microbatch_tokens before PPO), fewer sampling.rows,"
+    "Smaller microbatches (ppo.microbatch_tokens; microbatch_tokens outside of PPO), fewer sampling.rows,"
     " optim.activation_checkpointing, a higher zero.stage and zero.offload each take less, and `python -m fastppo.plan`"
-    " shows how much every stage needs."
+    " shows how much every phase needs."
 )
 
 

@@ -1,6 +1,6 @@
 """The memory of a run before anything is loaded: `python -m fastppo.plan --config PRESET|FILE [--gpus 8 ...]`.
 
-Models are built on the meta device, from their configs alone. The table says what each role holds in each stage, on
+Models are built on the meta device, from their configs alone. The table says what each role holds in each phase, on
 each GPU, in the host's memory and on NVMe, whether that fits, and if not, the smallest change that would.
 """
 
@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
 import torch
 
-from fastppo.config import PPO, REWARD, SFT, AnyConfig, Command, parse
+from fastppo.config import COMMANDS, PPO, AnyConfig, parse
 from fastppo.errors import FastPPOError
 from fastppo.planner import (
     Machine,
@@ -36,8 +36,14 @@ def main(argv: list[str] | None = None) -> None:
     options.add_argument("--host-memory", type=parse_bytes, metavar="1TB", help="memory of each node")
     options.add_argument("--nvme", type=parse_bytes, metavar="4TB", help="room on NVMe of each node")
     options.add_argument("--nodes", type=parse_count, default=1, help="how many nodes")
-    commands: dict[str, Command[Any]] = {command.script.removesuffix(".py"): command for command in (PPO, REWARD, SFT)}
-    options.add_argument("--command", choices=commands, default="train", help="whose settings are given; train is PPO")
+    scripts = {Path(command.script).stem: command for command in COMMANDS.values()}
+    options.add_argument(
+        "--command",
+        type=lambda name: scripts[name].name if name in scripts else name,
+        choices=COMMANDS,
+        default=PPO.name,
+        help="whose settings are given, by its name or its script's; train is PPO",
+    )
     given, settings = options.parse_known_args(argv)
     if {"-h", "--help"} & set(settings):
         print(f"{options.format_help()}\nWhat is left out is taken from this machine. All settings of a run:\n")
@@ -52,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         host=given.host_memory or here.host,
         nvme=given.nvme,
     )
-    config: AnyConfig = parse(settings, commands[given.command], ranks=machine.ranks)
+    config: AnyConfig = parse(settings, COMMANDS[given.command], ranks=machine.ranks)
     console = table_console()
     try:
         plan = make_plan(config, machine)

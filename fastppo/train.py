@@ -7,18 +7,17 @@ rewards, values and advantages for each token) and learning (several epochs of c
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: Python would look for modules in the folder fastppo/ first
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from fastppo.config import Config, parse
+from fastppo.config import PPO, Config
 from fastppo.data import Experience, Prompts, plan_step
-from fastppo.distributed import Stopped, World, start_world, stop_world, together, watching
-from fastppo.errors import exit_with_message
-from fastppo.monitor import claimed, setup_logging, watch
+from fastppo.distributed import World, together, watching
+from fastppo.monitor import claimed, watch
 from fastppo.ppo import ENDED, Setup, Step, estimate, evaluate_if_due, finish, learn, log_step, mean_kl, respond, set_up
+from fastppo.rank import run_rank
 from fastppo.rewards import score
 from fastppo.rollout import sample
 
@@ -97,14 +96,7 @@ def make_experience(setup: Setup, prompts: Prompts) -> Experience:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse(argv)
-    world = start_world(config.threads, config.timeout)
-    setup_logging(world.rank)
-    done = True
-    with exit_with_message(world.rank), suppress(Stopped):  # a run that was told to stop has done as it was told
-        done = train(config, world)
-    stop_world()
-    if not done:
+    if run_rank(PPO, train, argv) is False:
         sys.exit(ENDED)
 
 

@@ -1,10 +1,11 @@
 from . import atomic_dir as atomic_dir
+from .begin import find_run as find_run
+from .begin import open_folder as open_folder
 from .leave import Left as Left
 from .leave import leave_model as leave_model
 from .leave import settle as settle
 from .leave import supersede as supersede
 from .resume import Found as Found
-from .resume import find_checkpoint as find_checkpoint
 from .resume import held_out_score as held_out_score
 from .resume import levels as levels
 from .rollback_record import Since as Since

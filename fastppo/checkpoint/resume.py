@@ -17,7 +17,7 @@ import torch
 from fastppo import __version__
 from fastppo.checkpoint import atomic_dir
 from fastppo.checkpoint.rollback_record import Since, read_since
-from fastppo.config import AnyConfig, Config
+from fastppo.config import OF_URL, AnyConfig, Config
 from fastppo.distributed import World, all_gather
 from fastppo.errors import FastPPOError
 from fastppo.monitor import LINES
@@ -26,20 +26,14 @@ log = logging.getLogger("fastppo")
 
 NAME = re.compile(r"step-\d{8}(-update-\d{4})?")
 
-# Settings that may differ on resuming, since the run that comes out does not depend on them, or (health) since a user
-# whose run an alarm has ended may think better of it ...
-WHERE = ("output", "timeout", "checkpoint.", "track.", "zero.nvme_path", "zero.offload_frozen", "actor.lora.export")
-ALARMED = ("health.alarms", "health.window", "health.raise_kl", "health.roll_backs")
-FREE = (*WHERE, *ALARMED, "plan", "sampling.cuda_graphs", "resume", "eval.show", "optim.max_skipped")
-FREE_IN_PPO = ("eval.every",)  # before PPO, evaluations decide what is exported
-SOURCES = ("rewards", "health.judge")
-OF_URL = ("timeout", "retries", "request_size", "concurrency")
-# ... or only in how it is rounded.
-ROUNDING = (
-    *("attention", "threads", "ppo.microbatch_tokens", "sampling.rows", "optim.activation_checkpointing"),
-    *("microbatch_tokens", "keep_trunk_gb"),  # before PPO
-    "zero.deepspeed",
+# Settings of every command that may differ on resuming, since the run that comes out does not depend on them ...
+FREE = (
+    *("output", "timeout", "checkpoint.", "track.", "zero.nvme_path", "zero.offload_frozen"),
+    *("plan", "resume", "optim.max_skipped"),
 )
+# ... or only in how it is rounded. A command's own are in its config class, as `free` and `rounding`.
+ROUNDING = ("attention", "threads", "optim.activation_checkpointing", "zero.deepspeed")
+SOURCES = ("rewards", "health.judge")
 
 
 class CheckpointError(FastPPOError):
@@ -136,20 +130,18 @@ def _names(folder: Path) -> str:
 def _check_fit(folder: Path, about: Mapping[str, Any], config: AnyConfig, world: World) -> None:
     """Refuse a checkpoint of another number of ranks or of settings that make another run."""
     if about["ranks"] != world.ranks:
-        start = "actor's weights (--actor.model, with the first actor as --reference.model)"
-        start = start if isinstance(config, Config) else "exported model (--model.path)"
         raise CheckpointError(
             f"{folder} was written by {about['ranks']} rank(s), and this run has {world.ranks}: optimizer states are"
             f" split by rank. Resume with --num_accelerators {about['ranks']}; to go on with {world.ranks}, begin a new"
-            f" run from the {start}."
+            f" run from the {config.new_start}."
         )
     then, now, fresh = dict(about["config"]), settings(config), settings(type(config)())
-    free = (*FREE, *FREE_IN_PPO) if isinstance(config, Config) else FREE
+    free = (*FREE, *config.free)
     for name in sorted({*then, *now}):
         old, new = then.get(name, fresh.get(name)), now.get(name, fresh.get(name))
         if old == new or _among(name, free) or (name in SOURCES and _said_alike(old) == _said_alike(new)):
             continue
-        if name in ROUNDING:
+        if name in (*ROUNDING, *config.rounding):
             log.warning("%s was %s and is %s: the run goes on, but not bit for bit as it would have", name, old, new)
         elif name == "steps" and config.optim.schedule == "constant":
             log.info("steps was %s and is %s", old, new)
@@ -191,7 +183,9 @@ def settings(config: AnyConfig) -> dict[str, Any]:
 
 def levels(config: Config) -> dict[str, Any]:
     """The settings by which alarms end a run."""
-    return {name: value for name, value in settings(config).items() if name.startswith(ALARMED)}
+    return {
+        name: value for name, value in settings(config).items() if name.startswith("health.") and name in config.free
+    }
 
 
 def versions() -> dict[str, str]:

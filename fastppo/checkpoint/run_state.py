@@ -40,7 +40,7 @@ def set_random_state(state: State) -> None:
 
 
 class Run(Protocol):
-    """What checkpoints save: `Progress` of PPO, `supervised.Training` of the stages before it."""
+    """What checkpoints save: `Progress` of PPO, `Training` of SFT and reward modelling."""
 
     step: int
     random: State

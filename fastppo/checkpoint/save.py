@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from fastppo.checkpoint import atomic_dir
 from fastppo.checkpoint.resume import NAME, CheckpointError, Found, held_out_score, settings, versions
 from fastppo.checkpoint.run_state import Run, set_random_state
-from fastppo.config import ActorLoraConfig, AnyConfig, Config, LoraConfig
+from fastppo.config import AnyConfig, LoraConfig
 from fastppo.distributed import Saved, Stopped, World, all_gather, clock
 from fastppo.models import ATTENTION, Backbone, merged_state, save_adapters
 from fastppo.monitor import LINES, sizes
@@ -60,9 +60,7 @@ class Checkpoints:
             for tokens in part:
                 digest.update(array("q", [len(tokens), *tokens]))
         self._prompts = f"{'+'.join(counts)}-{digest.hexdigest()[:16]}"
-        self._paths = f"data.path = {config.data.path}"
-        if isinstance(config, Config) and config.ptx.path:
-            self._paths += f" and ptx.path = {config.ptx.path}"
+        self._paths = " and ".join(f"{setting} = {path}" for setting, path in config.data_paths.items())
 
     def load(self, found: Found | None, run: R) -> R:
         """The run as it begins, goes on or goes back to, with the engines' weights and optimizers as they were."""
@@ -248,7 +246,7 @@ def export(
     state: weights to write in the place of the model's own, under the same names.
     """
     model, draft = role.model, atomic_dir.begin(folder)
-    if lora.rank and isinstance(lora, ActorLoraConfig) and lora.export == "adapters":
+    if lora.rank and lora.exports_adapters:
         save_adapters(model, draft)
     else:
         model.set_attn_implementation("sdpa")  # ours is known in this process alone

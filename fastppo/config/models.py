@@ -19,6 +19,11 @@ class LoraConfig:
     """Which linear layers get an adapter: `all-linear`, or comma-separated names (`q_proj,v_proj`) or patterns
     (`*.mlp.*`); of these, those whose weights the role's `train` chooses."""
 
+    @property
+    def exports_adapters(self) -> bool:
+        """Whether adapters are exported alone, else merged into the weights."""
+        return False
+
 
 @dataclass(frozen=True)
 class ActorLoraConfig(LoraConfig):
@@ -26,6 +31,10 @@ class ActorLoraConfig(LoraConfig):
 
     export: Literal["merged", "adapters"] = "merged"
     """What is left in `output`/actor: a `merged` model, or the `adapters` alone, for peft."""
+
+    @property
+    def exports_adapters(self) -> bool:
+        return self.export == "adapters"
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
-"""The stages before PPO: a supervised start, and a reward model. Each is a command with settings of its own."""
+"""Learning from data that is given: what SFT, reward modelling and other offline methods have in common, and their own."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from fastppo.config.learning import OptimConfig, ZeroConfig
 from fastppo.config.models import LoraConfig
-from fastppo.config.run import CheckpointConfig, TrackConfig
+from fastppo.config.run import CheckpointConfig, EvaluationConfig, Names, TrackConfig
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,11 @@ class ExamplesConfig:
     limit: int | None = None
     """Use at most this many examples of `path`, those held out of it included, taken after a shuffle by `split_seed`."""
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The settings that name the columns of a row."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class PairsConfig(ExamplesConfig):
@@ -96,6 +101,10 @@ class PairsConfig(ExamplesConfig):
     answer: str = "response"
     """Column with the answer where `rating` is set."""
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ("prompt", "chosen", "rejected") if self.rating is None else ("prompt", "answer")
+
 
 @dataclass(frozen=True)
 class AnswersConfig(ExamplesConfig):
@@ -107,9 +116,13 @@ class AnswersConfig(ExamplesConfig):
     """Column with whole conversations in place of `prompt` and `response`; each message of the assistant is a response
     to all that stands before it."""
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ("prompt", "response") if self.messages is None else ("messages",)
+
 
 @dataclass(frozen=True)
-class HeldOutConfig:
+class HeldOutConfig(EvaluationConfig):
     """Evaluation on held-out examples, before training, on the way and at the end."""
 
     every: int = 50
@@ -117,77 +130,40 @@ class HeldOutConfig:
     examples: int = 256
     """Held-out examples; 0 turns evaluation off, and what is exported is the model after the last update."""
 
-
-@dataclass(frozen=True)
-class RewardTrainingConfig:
-    """fastppo: a reward model from preference pairs (Bradley and Terry, 1952)."""
-
-    output: str = "runs/reward"
-    """Folder of the run: config, metrics, the calibration, and the trained model with the lowest held-out loss in
-    `output`/reward_model."""
-    seed: int = 1
-    """Seed of data order and of the score head's initial weights."""
-    epochs: int = 1
-    """Passes over the pairs."""
-    steps: int | None = None
-    """Updates; those that `epochs` needs when left out."""
-    batch_size: int = 64
-    """Pairs in each update, over all ranks."""
-    microbatch_tokens: int = 8192
-    """Token budget of one forward and backward pass on one rank, both answers of a pair included; the update does not
-    depend on it."""
-    margin: float = 0.0
-    """By how much the preferred answer's score should lead: the loss is -log sigmoid(chosen - rejected - margin)."""
-    centre: Literal["pairs", "chosen", "off"] = "pairs"
-    """Which held-out answers score 0 on average in the model that is exported: all of the `pairs`, or the `chosen`."""
-    centre_coef: float = 0.01
-    """Coefficient of (chosen + rejected)^2 in the loss, which keeps scores near 0 while the model trains (Eisenstein et
-    al., 2023)."""
-    patience: int | None = 3
-    """Evaluations in a row without a lower held-out loss, the start's included, after which the run ends; never when
-    null."""
-    keep_trunk_gb: float = 2.0
-    """Memory on each rank, in GB, for what the model's frozen lower layers hand up. Where it is enough for all pairs,
-    each is computed once and kept for the other epochs."""
-    resume: str | None = None
-    """`auto`: go on from the newest whole checkpoint in `output`, or begin if there is none; a path: from that
-    checkpoint of `output`; null: begin anew, an earlier run in `output` being moved aside."""
-    threads: int | None = None
-    """CPU threads of each rank; when left out, the machine's cores divided by the ranks on it."""
-    timeout: float = 1800.0
-    """Seconds that a rank waits for the others before it ends with an error."""
-    attention: Literal["auto", "flash", "sdpa"] = "auto"
-    """What computes attention: `flash` flash-attn (CUDA, bf16), `sdpa` PyTorch; `auto` flash-attn where it can be used
-    and PyTorch elsewhere, which the log says."""
-    plan: Literal["check", "warn", "off"] = "check"
-    """Before the model loads, the memory that it needs in learning and in evaluation is computed and shown. `check`
-    refuses a run that does not fit, `warn` says so and goes on, `off` leaves the computation out."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: PairsConfig = field(default_factory=PairsConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    zero: ZeroConfig = field(default_factory=ZeroConfig)
-    eval: HeldOutConfig = field(default_factory=HeldOutConfig)
-    track: TrackConfig = field(default_factory=TrackConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    @property
+    def size(self) -> int:
+        return self.examples
 
 
 @dataclass(frozen=True)
-class SFTConfig:
-    """fastppo: supervised fine-tuning on responses, where PPO starts from."""
+class OfflineConfig:
+    """The settings of an offline method: one model learns from examples that are given, in one loop for all methods.
 
-    output: str = "runs/sft"
-    """Folder of the run: config, metrics, and the trained model with the lowest held-out loss in `output`/model."""
+    A method's own class says what it trains and adds its settings.
+    """
+
+    role: ClassVar[Literal["policy", "reward model"]] = "policy"  # what the model is
+    unit: ClassVar[str] = "responses"  # what its examples are called in messages
+    sequences: ClassVar[int] = 1  # of an example; they share a microbatch
+
+    names: ClassVar[Names] = Names("batch_size", "microbatch_tokens", "model.lr")
+    free: ClassVar[tuple[str, ...]] = ()  # settings that may change when a run is resumed ...
+    rounding: ClassVar[tuple[str, ...]] = ("microbatch_tokens", "keep_trunk_gb")  # ... and that only round otherwise
+    new_start: ClassVar[str] = "exported model (--model.path)"  # of a run on another number of ranks
+
+    output: str = "runs/offline"
+    """Folder of the run: config, metrics, and the trained model with the lowest held-out loss."""
     seed: int = 1
-    """Seed of the data order."""
+    """Seed of the data order, and of weights that are new: a score head, adapters."""
     epochs: int = 1
     """Passes over the examples."""
     steps: int | None = None
     """Updates; those that `epochs` needs when left out."""
     batch_size: int = 64
-    """Responses in each update, over all ranks."""
+    """Examples in each update, over all ranks: responses, or pairs."""
     microbatch_tokens: int = 8192
-    """Token budget (prompt and response) of one forward and backward pass on one rank; the update does not depend on
-    it."""
+    """Token budget (prompts, and both answers of a pair, included) of one forward and backward pass on one rank; the
+    update does not depend on it."""
     patience: int | None = None
     """Evaluations in a row without a lower held-out loss, the start's included, after which the run ends; never when
     null."""
@@ -208,9 +184,57 @@ class SFTConfig:
     """Before the model loads, the memory that it needs in learning and in evaluation is computed and shown. `check`
     refuses a run that does not fit, `warn` says so and goes on, `off` leaves the computation out."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    data: AnswersConfig = field(default_factory=AnswersConfig)
+    data: ExamplesConfig = field(default_factory=ExamplesConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     eval: HeldOutConfig = field(default_factory=HeldOutConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    @property
+    def trained(self) -> dict[str, ModelConfig]:
+        """What trains, by the name of its settings."""
+        return {"model": self.model}
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Sizes of what ranks share evenly in an update."""
+        return (self.batch_size,)
+
+    @property
+    def data_paths(self) -> dict[str, str]:
+        """Where the data of a run is, by setting."""
+        return {"data.path": self.data.path}
+
+
+@dataclass(frozen=True)
+class SFTConfig(OfflineConfig):
+    """fastppo: supervised fine-tuning on responses, where PPO starts from."""
+
+    output: str = "runs/sft"
+    """Folder of the run: config, metrics, and the trained model with the lowest held-out loss in `output`/model."""
+    data: AnswersConfig = field(default_factory=AnswersConfig)
+
+
+@dataclass(frozen=True)
+class RewardTrainingConfig(OfflineConfig):
+    """fastppo: a reward model from preference pairs (Bradley and Terry, 1952)."""
+
+    role: ClassVar[Literal["policy", "reward model"]] = "reward model"
+    unit: ClassVar[str] = "pairs"
+    sequences: ClassVar[int] = 2
+
+    output: str = "runs/reward"
+    """Folder of the run: config, metrics, the calibration, and the trained model with the lowest held-out loss in
+    `output`/reward_model."""
+    patience: int | None = 3
+    """Evaluations in a row without a lower held-out loss, the start's included, after which the run ends; never when
+    null."""
+    data: PairsConfig = field(default_factory=PairsConfig)
+    margin: float = 0.0
+    """By how much the preferred answer's score should lead: the loss is -log sigmoid(chosen - rejected - margin)."""
+    centre: Literal["pairs", "chosen", "off"] = "pairs"
+    """Which held-out answers score 0 on average in the model that is exported: all of the `pairs`, or the `chosen`."""
+    centre_coef: float = 0.01
+    """Coefficient of (chosen + rejected)^2 in the loss, which keeps scores near 0 while the model trains (Eisenstein et
+    al., 2023)."""

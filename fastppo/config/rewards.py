@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before a service is asked again: at first, and at most
+# How a service is asked, which makes no difference to what it says: each setting with its least and largest value.
+OF_URL = {"timeout": (0.001, 86400), "retries": (0, 1000), "request_size": (1, math.inf), "concurrency": (1, 1000)}
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
+
+
+class Names(NamedTuple):
+    """Settings that DeepSpeed has names of its own for, as a command has them."""
+
+    batch_size: str
+    microbatch: str
+    learning_rate: str
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvaluationConfig:
+    """When a run is evaluated, whatever on."""
+
+    every: int = 0
+    """Steps between evaluations; 0 evaluates before and after training only."""
+
+    @property
+    def size(self) -> int:
+        """Of what is held out; 0 turns evaluation off."""
+        raise NotImplementedError
+
+    def is_due(self, step: int, steps: int, evaluated: int) -> bool:
+        """Whether after `step` of `steps`: before the first, after the last and every `every`, each of them once.
+
+        evaluated: the step after which the last evaluation was (-1: none); a resumed run is not evaluated once more.
+        """
+        due = step in (0, steps) or (self.every > 0 and step % self.every == 0)
+        return self.size > 0 and due and evaluated < step
+
+
+@dataclass(frozen=True)
+class EvalConfig(EvaluationConfig):
     """Evaluation on held-out prompts, with a seed of its own, before training and at the end."""
 
     every: int = 0
@@ -20,6 +49,10 @@ class EvalConfig:
     """Temperature of the samples."""
     show: int = 4
     """Responses shown before and after, side by side, at the end of the run."""
+
+    @property
+    def size(self) -> int:
+        return self.prompts
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,24 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from fastppo.checkpoint import Checkpoints, find_checkpoint, leave_model, random_state, set_random_state, settle
-from fastppo.config import Config, SamplingConfig, dump
+from fastppo.checkpoint import (
+    Checkpoints,
+    find_run,
+    leave_model,
+    open_folder,
+    random_state,
+    set_random_state,
+    settle,
+)
+from fastppo.config import Config, SamplingConfig
 from fastppo.data import Experience, Minibatch, Prompts, PromptSet, Update, batches, imbalance, load_prompts
-from fastppo.distributed import World, begin_clock, check_output_is_shared
+from fastppo.distributed import World
 from fastppo.models import Roles, actor_context, assemble, check_actor_tokens, check_models, load_actor_tokenizer
 from fastppo.monitor import (
     TERMINAL,
     Alarm,
     Phases,
     Tracker,
-    begin_folder,
-    check_folder,
     heldout_responses,
     show_samples,
     training_responses,
@@ -90,12 +96,9 @@ def set_up(config: Config, world: World) -> Setup | None:
     """
     load_functions(config.rewards)  # a typo in a function's name should not cost the minutes of loading models
     load_functions(config.health.judge, "health.judge")
-    output, found = Path(config.output), find_checkpoint(config, world)
+    found = find_run(config, world)
     if found is not None and found.ended(config, world):
         return None
-    if found is None and world.rank == 0:
-        check_folder(output)
-    begin_clock(None if found is None else found.clock, world)
     check_plan(config, world)
     tokenizer, context = load_actor_tokenizer(config), actor_context(config)
     check_models(config, tokenizer)
@@ -112,9 +115,7 @@ def set_up(config: Config, world: World) -> Setup | None:
     texts = Texts.load(config, tokenizer, context=context)
     if texts is not None:
         check_actor_tokens(config, tokenizer, texts.examples.tokens, "ptx.path")
-    if world.rank == 0:
-        begin_folder(output, None if found is None else found.sizes, dump(config))
-    check_output_is_shared(output, world)
+    open_folder(config, found, world)
     roles = assemble(config, world, tokenizer)
     sources, judge = (load(config, tokenizer, world, roles.residency) for load in (load_sources, load_judge))
     learned = [data.tokens, heldout.tokens, *([] if texts is None else [texts.examples.tokens])]
@@ -157,8 +158,7 @@ def _stop_ids(roles: Roles, config: Config) -> list[int]:
 def evaluate_if_due(setup: Setup, tracker: Tracker) -> None:
     """Evaluate before the first step, after the last, and every `eval.every` steps; a resumed run not once more."""
     config, run = setup.config, setup.progress
-    due = run.step in (0, config.steps) or (config.eval.every and run.step % config.eval.every == 0)
-    if not (config.eval.prompts and due and run.evaluated < run.step):
+    if not config.eval.is_due(run.step, config.steps, run.evaluated):
         return
     found = evaluate(setup.roles, setup.heldout, setup.sources, setup.stop_ids, config, setup.world, setup.judge)
     metrics = found.metrics

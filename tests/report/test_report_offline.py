@@ -1,4 +1,4 @@
-"""fastppo.report on the stages before PPO: a supervised start, and a reward model."""
+"""fastppo.report on runs of SFT and reward modelling."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Every rule between settings that can be checked before a model loads.
 
-`validate` is called once, by `fastppo.config.command_line.parse`; the stages before PPO have their own in `rules.stages`. Each message
-names the settings, their values, the reason and the way out.
+`fastppo.config.command_line.parse` calls that of its command, once: `validate` of PPO, those in `offline` of SFT and
+reward modelling. Each message names the settings, their values, the reason and the way out.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from pathlib import Path
 import transformers
 from transformers.utils.hub import cached_file
 
+from fastppo.config import REWARD, SFT
 from fastppo.data import PREFIX, locate
 from fastppo.errors import ModelError
 
@@ -17,10 +18,10 @@ HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # on the Hugging Face hub: of a mo
 
 WAYS = "Give a Hugging Face hub name, a directory made by save_pretrained, or a directory with gguf_file."
 
-# What the quickstart's stages hand on, and the command that leaves it.
+# What the quickstart's runs hand on, and the command that leaves it with its preset.
 LEFT_BY = {
-    "runs/quickstart-sft/model": "deepspeed fastppo/train_sft.py --config quickstart-sft",
-    "runs/quickstart-reward/reward_model": "deepspeed fastppo/train_reward.py --config quickstart-reward",
+    "runs/quickstart-sft/model": (SFT, "quickstart-sft"),
+    "runs/quickstart-reward/reward_model": (REWARD, "quickstart-reward"),
 }
 
 
@@ -47,8 +48,10 @@ def check_name(source: Source) -> None:
     little, and for a directory that holds an adapter, of which transformers would load another model."""
     packaged = source.name.startswith(PREFIX)
     if not packaged and not HUB_NAME.fullmatch(source.name) and not Path(source.name).exists():
-        stage = LEFT_BY.get(str(Path(source.name)))
-        way = WAYS if stage is None else f"It is left by `{stage}`, and `make demo` runs all stages of the quickstart."
+        way = WAYS
+        if (left_by := LEFT_BY.get(str(Path(source.name)))) is not None:
+            command, preset = left_by
+            way = f"It is left by `{command.call} --config {preset}`, and `make demo` runs all of the quickstart."
         raise ModelError(f"{source}: there is no such directory. {way}")
     adapter = Path(source.name) / ADAPTER
     if not packaged and adapter.is_file():
