@@ -6,11 +6,12 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import transformers
 from transformers.utils.hub import cached_file
 
-from fastppo.config import REWARD, SFT
+from fastppo.config import REWARD, SFT, Command
 from fastppo.data import PREFIX, locate
 from fastppo.errors import ModelError
 
@@ -19,7 +20,7 @@ HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # on the Hugging Face hub: of a mo
 WAYS = "Give a Hugging Face hub name, a directory made by save_pretrained, or a directory with gguf_file."
 
 # What the quickstart's runs hand on, and the command that leaves it with its preset.
-LEFT_BY = {
+LEFT_BY: dict[str, tuple[Command[Any], str]] = {
     "runs/quickstart-sft/model": (SFT, "quickstart-sft"),
     "runs/quickstart-reward/reward_model": (REWARD, "quickstart-reward"),
 }
