@@ -46,8 +46,8 @@ CASES: dict[str, tuple[str, dict[str, int], dict[str, object]]] = {
     ),
 }
 
-# The same for `train_reward` and `train_sft`.
-STAGE_CASES: dict[str, tuple[str, dict[str, int], dict[str, object]]] = {
+# The same of `train_reward` and `train_sft`.
+OFFLINE_CASES: dict[str, tuple[str, dict[str, int], dict[str, object]]] = {
     "reward model in bf16": (
         "llama",
         {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 8192},
@@ -65,7 +65,7 @@ def settings(folder: Path, name: str) -> list[str]:
     """A model with random weights, prompts of equal length, and the command line of a run."""
     import tiny
 
-    family, shape, changes = (CASES | STAGE_CASES)[name]
+    family, shape, changes = (CASES | OFFLINE_CASES)[name]
     heads = {} if family == "gpt2" else {"num_attention_heads": 8, "num_key_value_heads": 4}
     tiny.saved(folder / "model", tiny.causal(family, **{"max_position_embeddings": 1024} | heads | shape))
     lines = [json.dumps({"prompt": "what is planned " * 40 + str(i)}) for i in range(24)]
@@ -73,7 +73,7 @@ def settings(folder: Path, name: str) -> list[str]:
     (folder / "reward.py").write_text(
         "def length(prompts, responses, **columns):\n    return [float(len(r)) for r in responses]\n"
     )
-    if name in STAGE_CASES:
+    if name in OFFLINE_CASES:
         return [part for key, value in (_offline(folder) | changes).items() for part in (f"--{key}", str(value))]
     fixed = {
         "output": folder / "run",
@@ -156,13 +156,13 @@ def measure(argv: list[str], name: str) -> None:
     module.train(config, world)
     peak = memory("VmHWM") - before
     stop_world()
-    stage, places = plan.peak
+    phase, places = plan.peak
     print(
         json.dumps(
             {
                 "planned": places.gpu.total + places.host.total,
                 "measured": peak,
-                "stage": stage,
+                "phase": phase,
                 "states": places.gpu.states,
             }
         )
@@ -178,7 +178,7 @@ def main() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     if "MALLOC" not in environment:
         environment |= {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    for name in (*CASES, *STAGE_CASES):
+    for name in (*CASES, *OFFLINE_CASES):
         if wanted and not any(w in name for w in wanted):
             continue
         with tempfile.TemporaryDirectory() as folder:
@@ -188,8 +188,8 @@ def main() -> None:
                 sys.exit(done.stdout + done.stderr)
             found = results[name] = json.loads(done.stdout.splitlines()[-1])
         found["off"] = found["planned"] / found["measured"] - 1
-        planned, measured, stage = found["planned"] / 1e9, found["measured"] / 1e9, found["stage"]
-        print(f"{name}: planned {planned:.3f} GB, measured {measured:.3f} GB, {found['off']:+.1%}, most in {stage}")
+        planned, measured, phase = found["planned"] / 1e9, found["measured"] / 1e9, found["phase"]
+        print(f"{name}: planned {planned:.3f} GB, measured {measured:.3f} GB, {found['off']:+.1%}, most in {phase}")
     print(json.dumps(results))
 
 

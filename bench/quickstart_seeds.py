@@ -99,7 +99,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: runs/seeds or runs/seeds-hacked")
     options, settings = parser.parse_known_args()
     if missing := [
-        f"{path}, which `{command}` exports" for path, command in EXPORTED_BY.items() if not Path(path).exists()
+        f"{path}, which `{command.call} --config {preset}` exports"
+        for path, (command, preset) in EXPORTED_BY.items()
+        if not Path(path).exists()
     ]:
         sys.exit(f"There is no {' and no '.join(missing)}. `make demo` runs SFT, reward modelling and PPO.")
     preset, judge = ("quickstart-hacked", hacked) if options.hacked else ("quickstart", plain)

@@ -21,24 +21,22 @@ from typing import Any
 import psutil
 
 from fastppo import __version__
+from fastppo.config import COMMANDS, Command, parse
 
 
 @dataclass(frozen=True)
-class Command:
+class Program:
     """What `fastppo NAME` runs."""
 
     module: str  # its `main(argv)` is called, in each rank's process or in this one
     line: str  # its description in --help
-    settings: str | None = None  # training commands only: the name of its Command in fastppo.config
+    trains: Command[Any] | None = None  # training commands only, which run on ranks
 
 
-COMMANDS = {
-    "train": Command("fastppo.train", "PPO: train a language model with rewards", "PPO"),
-    "sft": Command("fastppo.train_sft", "supervised fine-tuning on prompts and responses", "SFT"),
-    "reward": Command("fastppo.train_reward", "train a reward model on preference pairs", "REWARD"),
-    "plan": Command("fastppo.plan", "predict the memory of a run, without loading weights"),
-    "report": Command("fastppo.report.__main__", "write a report of one run or several, as one HTML file"),
-    "serve-reward": Command("fastppo.serve_reward", "serve a reward model over HTTP"),
+OTHERS = {
+    "plan": Program("fastppo.plan", "predict the memory of a run, without loading weights"),
+    "report": Program("fastppo.report.__main__", "write a report of one run or several, as one HTML file"),
+    "serve-reward": Program("fastppo.serve_reward", "serve a reward model over HTTP"),
 }
 
 LAUNCHER = """\
@@ -51,6 +49,11 @@ Ctrl-C the run saves itself and ends; `--resume auto` continues it. The settings
 """
 
 
+def programs() -> dict[str, Program]:
+    """All by name; those that train come first."""
+    return {name: Program(command.module, command.line, command) for name, command in COMMANDS.items()} | OTHERS
+
+
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     name, args = (argv[0], argv[1:]) if argv else ("", [])
@@ -58,19 +61,20 @@ def main(argv: list[str] | None = None) -> None:
         print(usage())
     elif name == "--version":
         print(__version__)
-    elif name not in COMMANDS:
+    elif (program := programs().get(name)) is None:
         exit_with_usage(name)
-    elif COMMANDS[name].settings is None:
-        import_module(COMMANDS[name].module).main(args)
+    elif program.trains is None:
+        import_module(program.module).main(args)
     elif {"-h", "--help"} & set(args):
-        show_settings(name)
+        print(LAUNCHER.format(name=name))
+        parse(["--help"], program.trains)
     else:
         launch(name, args)
 
 
 def usage() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {command.line}" for name, command in COMMANDS.items()]
+    width = max(map(len, programs()))
+    lines = [f"  {name:{width}}  {program.line}" for name, program in programs().items()]
     start = "usage: fastppo COMMAND [ARGUMENT ...]\n\nPPO for language models. The commands:\n"
     return "\n".join([start, *lines, "\n`fastppo COMMAND --help` lists the arguments of a command."])
 
@@ -82,18 +86,10 @@ def exit_with_usage(name: str) -> None:
     elif name.startswith("-"):
         print(f"fastppo: the command comes before {name}, as in `fastppo train {name} ...`.", file=sys.stderr)
     else:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        way_out = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}."
+        near = difflib.get_close_matches(name, programs(), n=1)
+        way_out = f"did you mean {near[0]}?" if near else f"there are {', '.join(programs())}."
         print(f"fastppo: unknown command {name}; {way_out}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def show_settings(name: str) -> None:
-    """Print --help of a training command."""
-    from fastppo import config
-
-    print(LAUNCHER.format(name=name))
-    config.parse(["--help"], getattr(config, str(COMMANDS[name].settings)))
 
 
 def launch(name: str, args: list[str]) -> None:
@@ -104,7 +100,7 @@ def launch(name: str, args: list[str]) -> None:
 
     flags, settings = split(name, args, launcher_flags())
     try:
-        runner.main([*flags, "--module", COMMANDS[name].module, *settings])
+        runner.main([*flags, "--module", programs()[name].module, *settings])
     except (AssertionError, OSError, RuntimeError, ValueError) as error:  # the launcher's own errors
         print(f"fastppo: DeepSpeed's launcher cannot start the ranks: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -38,7 +38,7 @@ ANOTHER_RANK_ENDED = (
 )
 
 LESS_MEMORY = (
-    "To use less memory: smaller microbatches (ppo.microbatch_tokens; microbatch_tokens in SFT and reward modelling),"
+    "To use less memory: smaller microbatches (ppo.microbatch_tokens; microbatch_tokens outside of PPO),"
     " fewer sampling.rows, optim.activation_checkpointing, a higher zero.stage or zero.offload."
     " `python -m fastppo.plan` shows how much memory each phase needs."
 )

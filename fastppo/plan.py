@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
 import torch
 
-from fastppo.config import PPO, REWARD, SFT, AnyConfig, Command, parse
+from fastppo.config import COMMANDS, PPO, AnyConfig, parse
 from fastppo.errors import FastPPOError
 from fastppo.planner import (
     Machine,
@@ -36,8 +36,14 @@ def main(argv: list[str] | None = None) -> None:
     options.add_argument("--host-memory", type=parse_bytes, metavar="1TB", help="host memory per node")
     options.add_argument("--nvme", type=parse_bytes, metavar="4TB", help="free space on NVMe per node")
     options.add_argument("--nodes", type=parse_count, default=1, help="number of nodes")
-    commands: dict[str, Command[Any]] = {command.script.removesuffix(".py"): command for command in (PPO, REWARD, SFT)}
-    options.add_argument("--command", choices=commands, default="train", help="the command to plan for (train is PPO)")
+    scripts = {Path(command.script).stem: command for command in COMMANDS.values()}
+    options.add_argument(
+        "--command",
+        type=lambda name: scripts[name].name if name in scripts else name,
+        choices=COMMANDS,
+        default=PPO.name,
+        help="the command to plan for, by its name or the name of its script (train is PPO)",
+    )
     given, settings = options.parse_known_args(argv)
     if {"-h", "--help"} & set(settings):
         print(f"{options.format_help()}\nValues that are not given are those of this machine. Settings of a run:\n")
@@ -52,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         host=given.host_memory or here.host,
         nvme=given.nvme,
     )
-    config: AnyConfig = parse(settings, commands[given.command], ranks=machine.ranks)
+    config: AnyConfig = parse(settings, COMMANDS[given.command], ranks=machine.ranks)
     console = table_console()
     try:
         plan = make_plan(config, machine)

@@ -8,18 +8,16 @@ batch). Each is timed, and holds on the GPU what it uses.
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: Python would look for modules in the folder fastppo/ first
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from fastppo.config import Config, parse
+from fastppo.config import PPO, Config
 from fastppo.data import Experience, Prompts, plan_step
-from fastppo.distributed import Stopped, World, start_world, stop_world, together, watching
-from fastppo.errors import exit_with_message
+from fastppo.distributed import World, together, watching
 from fastppo.models import PrefixStates
-from fastppo.monitor import lock_run_dir, setup_logging, watch
+from fastppo.monitor import lock_run_dir, watch
 from fastppo.ppo import (
     ENDED,
     Setup,
@@ -35,6 +33,7 @@ from fastppo.ppo import (
     run_updates,
     set_up,
 )
+from fastppo.rank import run_rank
 from fastppo.rewards import score
 
 
@@ -108,14 +107,7 @@ def make_experience(setup: Setup, prompts: Prompts, prefix_cache: PrefixStates, 
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse(argv)
-    world = start_world(config.threads, config.timeout)
-    setup_logging(world.rank)
-    done = True
-    with exit_with_message(world.rank), suppress(Stopped):  # a run that was told to stop has done as it was told
-        done = train(config, world)
-    stop_world()
-    if not done:
+    if run_rank(PPO, train, argv) is False:
         sys.exit(ENDED)
 
 

@@ -74,7 +74,7 @@ def write_run(
 
 
 def write_stage(folder: Path, config: RewardTrainingConfig | SFTConfig, steps: int = 12) -> Path:
-    """A run of a stage before PPO, with an evaluation every three steps."""
+    """A run of SFT or reward modelling, with an evaluation every three steps."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump(config))
     (folder / "alarms.jsonl").touch()

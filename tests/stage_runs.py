@@ -1,4 +1,4 @@
-"""Small runs of the stages before PPO: settings and data for their tests."""
+"""Small runs of SFT and reward modelling: settings and data for their tests."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import fastppo.__main__ as console
 from fastppo import __version__, config
 
 PACKAGE = Path(console.__file__).parent
-TRAINING = [name for name, command in console.COMMANDS.items() if command.settings]
+TRAINING = list(config.COMMANDS)
 
 
 def test_every_module_that_is_a_program_is_a_command():
@@ -24,13 +24,13 @@ def test_every_module_that_is_a_program_is_a_command():
         for path in PACKAGE.rglob("*.py")
         if "\ndef main(" in path.read_text() and path != PACKAGE / "__main__.py"
     }
-    assert {command.module for command in console.COMMANDS.values()} == modules
+    assert {command.module for command in console.programs().values()} == modules
 
 
 def test_help_has_a_line_for_each_command_and_imports_no_torch():
     code = "import fastppo.__main__ as m, sys; m.main(['--help']); sys.exit('torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    for name, command in console.COMMANDS.items():
+    for name, command in console.programs().items():
         assert f"\n  {name} " in said and f"  {command.line}\n" in said
 
 
@@ -86,7 +86,7 @@ def test_the_launchers_flags_are_those_of_its_own_parser(flags):
     assert flags["--num_gpus"] and flags["-i"] and not flags["--no_ssh"] and not flags["--module"]
 
 
-@pytest.mark.parametrize("command", [config.PPO, config.SFT, config.REWARD], ids=TRAINING)
+@pytest.mark.parametrize("command", config.COMMANDS.values(), ids=TRAINING)
 def test_no_setting_has_the_name_of_a_launcher_flag(flags, command):
     assert not {f"--{name}" for name in command.settings} & set(flags)
 
@@ -149,8 +149,10 @@ def start(tmp_path):
     """Starts `fastppo train ARGS`, whose ranks run the lines above."""
     (tmp_path / "noting.py").write_text(RANK)
     code = """
+    from dataclasses import replace
     import fastppo.__main__ as console
-    console.COMMANDS["train"] = console.Command("noting", "", "PPO")
+    from fastppo.config import COMMANDS
+    COMMANDS["train"] = replace(COMMANDS["train"], module="noting")
     console.main()
     """
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -1,11 +1,12 @@
 from . import atomic_dir as atomic_dir
+from .begin import find_run as find_run
+from .begin import open_folder as open_folder
 from .export import ExportedModel as ExportedModel
 from .export import check_exports as check_exports
 from .export import export_model as export_model
 from .export import replace_export as replace_export
 from .resume import Checkpoint as Checkpoint
 from .resume import alarm_settings as alarm_settings
-from .resume import find_checkpoint as find_checkpoint
 from .resume import held_out_score as held_out_score
 from .rollback_record import RollbackRecord as RollbackRecord
 from .run_state import State as State

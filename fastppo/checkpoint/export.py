@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from fastppo.checkpoint import atomic_dir
 from fastppo.checkpoint.run_state import Run
 from fastppo.checkpoint.save import Checkpoints
-from fastppo.config import ActorLoraConfig, LoraConfig
+from fastppo.config import LoraConfig
 from fastppo.distributed import World, all_gather
 from fastppo.errors import FastPPOError
 from fastppo.models import ATTENTION, Backbone, merged_state, save_adapters
@@ -55,7 +55,7 @@ def write_model(
     state: weights to write instead of the model's current ones, under the same names.
     """
     model, draft = role.model, atomic_dir.begin(folder)
-    if lora.rank and isinstance(lora, ActorLoraConfig) and lora.export == "adapters":
+    if lora.rank and lora.exports_adapters:
         save_adapters(model, draft)
     else:
         model.set_attn_implementation("sdpa")  # fastppo's implementation is registered in this process only

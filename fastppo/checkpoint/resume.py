@@ -17,7 +17,7 @@ import torch
 from fastppo import __version__
 from fastppo.checkpoint import atomic_dir
 from fastppo.checkpoint.rollback_record import RollbackRecord, read_rollback_record
-from fastppo.config import AnyConfig, Config
+from fastppo.config import SERVICE_SETTINGS, AnyConfig, Config
 from fastppo.distributed import World, all_gather
 from fastppo.errors import FastPPOError
 from fastppo.monitor import JSONL_FILES
@@ -26,23 +26,14 @@ log = logging.getLogger("fastppo")
 
 NAME = re.compile(r"step-\d{8}(-update-\d{4})?")
 
-# Settings that may change on resuming because the result does not depend on them, and those of alarms, which a user may
-# want to change after an alarm has ended the run.
-WITHOUT_EFFECT = (
-    *("output", "timeout", "checkpoint.", "track.", "zero.nvme_path", "zero.offload_frozen", "actor.lora.export"),
-    *("plan", "sampling.cuda_graphs", "resume", "eval.show", "optim.max_skipped"),
+# Settings of every command that may change on resuming, because the result does not depend on them.
+FREE = (
+    *("output", "timeout", "checkpoint.", "track.", "zero.nvme_path", "zero.offload_frozen"),
+    *("plan", "resume", "optim.max_skipped"),
 )
-ALARM_SETTINGS = ("health.alarms", "health.window", "health.raise_kl", "health.roll_backs")
-FREE = (*WITHOUT_EFFECT, *ALARM_SETTINGS)
-FREE_IN_PPO = ("eval.every",)  # in SFT and reward modelling, the evaluations decide which weights are exported
+# ... or only in how it is rounded. A command's own are in its config class, as `free` and `rounding`.
+ROUNDING = ("attention", "threads", "optim.activation_checkpointing", "zero.deepspeed")
 SOURCES = ("rewards", "health.judge")
-SERVICE_SETTINGS = ("timeout", "retries", "request_size", "concurrency")  # of a source with a url
-# Settings that may change on resuming but change how the result is rounded.
-ROUNDING = (
-    *("attention", "threads", "ppo.microbatch_tokens", "sampling.rows", "optim.activation_checkpointing"),
-    *("microbatch_tokens", "keep_trunk_gb"),  # SFT and reward modelling
-    "zero.deepspeed",
-)
 
 
 class CheckpointError(FastPPOError):
@@ -141,20 +132,18 @@ def _names(folder: Path) -> str:
 def _check_fit(folder: Path, about: Mapping[str, Any], config: AnyConfig, world: World) -> None:
     """Raise CheckpointError if a checkpoint has another number of ranks, or settings that would change the result."""
     if about["ranks"] != world.ranks:
-        start = "actor's weights (--actor.model, with the initial actor as --reference.model)"
-        start = start if isinstance(config, Config) else "exported model (--model.path)"
         raise CheckpointError(
             f"{folder} was written by {about['ranks']} rank(s), and this run has {world.ranks}: optimizer states are"
             f" split by rank. Resume with --num_accelerators {about['ranks']}; to train with {world.ranks}, start a new"
-            f" run from the {start}."
+            f" run from the {config.new_start}."
         )
     saved, current, defaults = dict(about["config"]), settings(config), settings(type(config)())
-    free = (*FREE, *FREE_IN_PPO) if isinstance(config, Config) else FREE
+    free = (*FREE, *config.free)
     for name in sorted({*saved, *current}):
         old, new = saved.get(name, defaults.get(name)), current.get(name, defaults.get(name))
         if old == new or _matches(name, free) or (name in SOURCES and _scoring_part(old) == _scoring_part(new)):
             continue
-        if name in ROUNDING:
+        if name in (*ROUNDING, *config.rounding):
             log.warning("%s was %s and is %s: the result will not be the same bit for bit", name, old, new)
         elif name == "steps" and config.optim.schedule == "constant":
             log.info("steps was %s and is %s", old, new)
@@ -197,7 +186,9 @@ def settings(config: AnyConfig) -> dict[str, Any]:
 
 def alarm_settings(config: Config) -> dict[str, Any]:
     """The settings that decide whether an alarm ends a run, by their dotted names."""
-    return {name: value for name, value in settings(config).items() if name.startswith(ALARM_SETTINGS)}
+    return {
+        name: value for name, value in settings(config).items() if name.startswith("health.") and name in config.free
+    }
 
 
 def versions() -> dict[str, str]:

@@ -22,7 +22,7 @@ import torch
 from fastppo.checkpoint import atomic_dir
 from fastppo.checkpoint.resume import NAME, Checkpoint, CheckpointError, held_out_score, settings, versions
 from fastppo.checkpoint.run_state import Run, set_random_state
-from fastppo.config import AnyConfig, Config
+from fastppo.config import AnyConfig
 from fastppo.distributed import Saved, Stopped, World, all_gather, clock
 from fastppo.monitor import JSONL_FILES, file_sizes
 from fastppo.rewards import RewardError
@@ -56,9 +56,7 @@ class Checkpoints:
             for tokens in part:
                 digest.update(array("q", [len(tokens), *tokens]))
         self._data_id = f"{'+'.join(counts)}-{digest.hexdigest()[:16]}"
-        self._paths = f"data.path = {config.data.path}"
-        if isinstance(config, Config) and config.ptx.path:
-            self._paths += f" and ptx.path = {config.ptx.path}"
+        self._paths = " and ".join(f"{setting} = {path}" for setting, path in config.data_paths.items())
 
     def load(self, checkpoint: Checkpoint | None, run: R) -> R:
         """Restore `run`, the weights and the optimizers from a checkpoint, and return `run`; None: leave it unchanged.

@@ -1,8 +1,10 @@
 from . import deepspeed_config as deepspeed_config
+from .command_line import COMMANDS as COMMANDS
 from .command_line import PPO as PPO
 from .command_line import REWARD as REWARD
 from .command_line import SFT as SFT
 from .command_line import Command as Command
+from .command_line import command_of as command_of
 from .command_line import dump as dump
 from .command_line import parse as parse
 from .data import DataConfig as DataConfig
@@ -31,6 +33,7 @@ from .offline import AnswersConfig as AnswersConfig
 from .offline import ExamplesConfig as ExamplesConfig
 from .offline import HeldOutConfig as HeldOutConfig
 from .offline import ModelConfig as ModelConfig
+from .offline import OfflineConfig as OfflineConfig
 from .offline import PairsConfig as PairsConfig
 from .offline import RewardTrainingConfig as RewardTrainingConfig
 from .offline import SFTConfig as SFTConfig
@@ -38,10 +41,14 @@ from .ppo import AnyConfig as AnyConfig
 from .ppo import Config as Config
 from .rewards import FIRST_WAIT as FIRST_WAIT
 from .rewards import LONGEST_WAIT as LONGEST_WAIT
+from .rewards import SERVICE_SETTINGS as SERVICE_SETTINGS
 from .rewards import RewardConfig as RewardConfig
 from .run import CheckpointConfig as CheckpointConfig
 from .run import EvalConfig as EvalConfig
+from .run import EvaluationConfig as EvaluationConfig
 from .run import TrackConfig as TrackConfig
 from .validation import validate as validate
+from .validation.offline import check_pairs as check_pairs
+from .validation.offline import validate_offline as validate_offline
 from .validation.offline import validate_reward as validate_reward
 from .validation.offline import validate_sft as validate_sft

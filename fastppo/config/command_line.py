@@ -31,17 +31,31 @@ from fastppo.errors import ConfigError
 
 OTHER_OPTIONS = ("help", "config", "print_config", "local_rank")
 
-C = TypeVar("C", Config, RewardTrainingConfig, SFTConfig)
+C = TypeVar("C", bound=AnyConfig)
 
 
 @dataclasses.dataclass(frozen=True)
 class Command(Generic[C]):
-    """One of the programs: which settings it takes, and which of them can work together."""
+    """A program that trains: where it is, which settings it takes, and which of them can work together."""
 
-    script: str  # in the folder fastppo
-    root: type[C]
+    name: str  # as in `fastppo NAME`
+    module: str  # its `main(argv)` is one rank of it
+    line: str  # of `fastppo --help`
+    root: type[C]  # its config class, which says what else there is to know of it
     check: Callable[[C, int], None]  # (config, ranks); raises ConfigError
     suffix: str = ""  # its presets end so
+
+    @property
+    def script(self) -> str:
+        """Its path in a clone."""
+        return f"{self.module.replace('.', '/')}.py"
+
+    @property
+    def call(self) -> str:
+        """How it is started here: by its script in a clone, by its name where there is none or it was begun so."""
+        begun = Path(sys.argv[0] if sys.argv else "")
+        named = begun.name == "fastppo" or begun.parts[-2:] == ("fastppo", "__main__.py")
+        return f"fastppo {self.name}" if named or not Path(self.script).is_file() else f"deepspeed {self.script}"
 
     @cached_property
     def groups(self) -> set[str]:
@@ -61,9 +75,24 @@ class Command(Generic[C]):
         return {name: path for name, path in _presets().items() if _command_of(name) is self}
 
 
-PPO = Command("train.py", Config, validate)
-REWARD = Command("train_reward.py", RewardTrainingConfig, validate_reward, suffix="-reward")
-SFT = Command("train_sft.py", SFTConfig, validate_sft, suffix="-sft")
+PPO = Command("train", "fastppo.train", "PPO: a language model learns from rewards", Config, validate)
+SFT = Command(
+    "sft", "fastppo.train_sft", "a supervised start, from prompts and responses", SFTConfig, validate_sft, "-sft"
+)
+REWARD = Command(
+    "reward",
+    "fastppo.train_reward",
+    "a reward model, from preference pairs",
+    RewardTrainingConfig,
+    validate_reward,
+    "-reward",
+)
+COMMANDS: dict[str, Command[Any]] = {command.name: command for command in (PPO, SFT, REWARD)}
+
+
+def command_of(config: AnyConfig) -> Command[Any]:
+    """The command that has such settings."""
+    return next(command for command in COMMANDS.values() if command.root is type(config))
 
 
 def parse(
@@ -115,7 +144,7 @@ def _read(argv: list[str], command: Command[C]) -> C:
 def _parser(command: Command[Any]) -> ArgumentParser:
     # the sentinel tells a null in a file from a setting that the file leaves out
     set_parsing_settings(docstring_parse_attribute_docstrings=True, unset_sentinel=True)
-    usage = f"deepspeed fastppo/{command.script} --config PRESET|FILE.yaml [--SETTING VALUE ...]"
+    usage = f"{command.call} --config PRESET|FILE.yaml [--SETTING VALUE ...]"
     parser = ArgumentParser(usage=usage, exit_on_error=False, allow_abbrev=False)
     parser.add_argument(
         "--config",
@@ -151,7 +180,8 @@ def _presets() -> dict[str, Path]:
 
 
 def _command_of(preset: str) -> Command[Any]:
-    return next((command for command in (REWARD, SFT) if preset.endswith(command.suffix)), PPO)
+    own = (command for command in COMMANDS.values() if command.suffix and preset.endswith(command.suffix))
+    return next(own, PPO)
 
 
 def _checked_file(name: str, command: Command[Any]) -> Path:
@@ -159,10 +189,7 @@ def _checked_file(name: str, command: Command[Any]) -> Path:
     presets = _presets()
     path, known = presets.get(name, Path(name)), ", ".join(command.presets)
     if name in presets and (other := _command_of(name)) is not command:
-        raise ConfigError(
-            f"--config {name}: this preset is for deepspeed fastppo/{other.script}. The presets of"
-            f" fastppo/{command.script}: {known}."
-        )
+        raise ConfigError(f"--config {name}: this preset is for {other.call}. The presets of {command.call}: {known}.")
     try:
         tree = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except FileNotFoundError:
@@ -256,7 +283,8 @@ def _allowed(kind: Any) -> str:
 
 def _fields(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted name and type of every setting and of every group of settings."""
-    for name, hint in get_type_hints(kind).items():
+    hints = get_type_hints(kind)
+    for name, hint in ((field.name, hints[field.name]) for field in dataclasses.fields(kind)):
         yield prefix + name, hint
         item = get_args(hint)[0] if get_origin(hint) is tuple else hint
         if dataclasses.is_dataclass(item):

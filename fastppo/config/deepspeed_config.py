@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fastppo.config.learning import OptimConfig, ZeroConfig
 from fastppo.config.ppo import AnyConfig, Config
+from fastppo.config.run import Names
 from fastppo.errors import ConfigError
 
 JSON = dict[str, Any]
@@ -24,19 +25,7 @@ class _Varies:
 VARIES = _Varies()
 
 
-class Names(NamedTuple):
-    """Settings that DeepSpeed has names of its own for, as a command has them."""
-
-    batch_size: str
-    microbatch: str
-    learning_rate: str
-
-
-OF_PPO = Names("ppo.batch_size", "ppo.microbatch_tokens", "actor.lr and critic.lr")
-BEFORE_PPO = Names("batch_size", "microbatch_tokens", "model.lr")
-
-
-def trained(optim: OptimConfig, zero: ZeroConfig, names: Names = OF_PPO) -> JSON:
+def trained(optim: OptimConfig, zero: ZeroConfig, names: Names = Config.names) -> JSON:
     """The configuration of a role that is trained; names: for errors."""
     config = _common(optim, zero) | {
         "gradient_clipping": optim.max_grad_norm or NO_CLIPPING,
@@ -79,7 +68,7 @@ def _place(device: str, zero: ZeroConfig) -> JSON:
 
 def check(config: AnyConfig) -> None:
     """Raises ConfigError for a raw configuration that cannot be read or contradicts a setting."""
-    trained(config.optim, config.zero, OF_PPO if isinstance(config, Config) else BEFORE_PPO)
+    trained(config.optim, config.zero, config.names)
 
 
 def _decided(optim: OptimConfig, zero: ZeroConfig, names: Names) -> dict[str, tuple[str, Any]]:
@@ -115,7 +104,9 @@ def _decided(optim: OptimConfig, zero: ZeroConfig, names: Names) -> dict[str, tu
     }
 
 
-def _merged(ours: JSON, optim: OptimConfig, zero: ZeroConfig, names: Names = OF_PPO, *, trains: bool = True) -> JSON:
+def _merged(
+    ours: JSON, optim: OptimConfig, zero: ZeroConfig, names: Names = Config.names, *, trains: bool = True
+) -> JSON:
     """`ours` with what the file `zero.deepspeed` adds; what it says of offload is for roles that train.
 
     Raises ConfigError where it says something else than a setting.

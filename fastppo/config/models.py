@@ -19,6 +19,11 @@ class LoraConfig:
     """Linear layers that get an adapter: `all-linear`, or comma-separated names (`q_proj,v_proj`) or patterns
     (`*.mlp.*`). Layers whose weights the role's `train` does not select get none."""
 
+    @property
+    def exports_adapters(self) -> bool:
+        """Whether adapters are exported alone, else merged into the weights."""
+        return False
+
 
 @dataclass(frozen=True)
 class ActorLoraConfig(LoraConfig):
@@ -26,6 +31,10 @@ class ActorLoraConfig(LoraConfig):
 
     export: Literal["merged", "adapters"] = "merged"
     """What is written to `output`/actor: a `merged` model, or only the `adapters`, for peft."""
+
+    @property
+    def exports_adapters(self) -> bool:
+        return self.export == "adapters"
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
-"""Settings of supervised fine-tuning (SFT) and of reward modelling, two commands."""
+"""Settings of offline methods, which learn from given data: what they share, and those of SFT and reward modelling."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from fastppo.config.learning import OptimConfig, ZeroConfig
 from fastppo.config.models import LoraConfig
-from fastppo.config.run import CheckpointConfig, TrackConfig
+from fastppo.config.run import CheckpointConfig, EvaluationConfig, Names, TrackConfig
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,11 @@ class ExamplesConfig:
     """Maximum number of examples of `path` to use, including held-out ones; they are taken after a shuffle by
     `split_seed`."""
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The settings that name the columns of a row."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class PairsConfig(ExamplesConfig):
@@ -99,6 +104,10 @@ class PairsConfig(ExamplesConfig):
     answer: str = "response"
     """Column with the answer, if `rating` is set."""
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ("prompt", "chosen", "rejected") if self.rating is None else ("prompt", "answer")
+
 
 @dataclass(frozen=True)
 class AnswersConfig(ExamplesConfig):
@@ -110,9 +119,13 @@ class AnswersConfig(ExamplesConfig):
     """Column with whole conversations, in place of `prompt` and `response`; every assistant message is a response to the
     messages before it."""
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ("prompt", "response") if self.messages is None else ("messages",)
+
 
 @dataclass(frozen=True)
-class HeldOutConfig:
+class HeldOutConfig(EvaluationConfig):
     """Evaluation on held-out examples: before, during and after training."""
 
     every: int = 50
@@ -120,79 +133,40 @@ class HeldOutConfig:
     examples: int = 256
     """Number of held-out examples; 0 turns evaluation off, and the model after the last update is exported."""
 
-
-@dataclass(frozen=True)
-class RewardTrainingConfig:
-    """fastppo: a reward model from preference pairs (Bradley and Terry, 1952)."""
-
-    output: str = "runs/reward"
-    """Folder of the run: config, metrics, the calibration, and the trained model with the lowest held-out loss in
-    `output`/reward_model."""
-    seed: int = 1
-    """Seed of data order and of the score head's initial weights."""
-    epochs: int = 1
-    """Number of passes over the pairs."""
-    steps: int | None = None
-    """Number of updates. Default: those of `epochs` passes."""
-    batch_size: int = 64
-    """Number of pairs per update, over all ranks."""
-    microbatch_tokens: int = 8192
-    """Maximum number of tokens in one forward and backward pass on one rank, including both answers of each pair. The
-    update does not depend on it."""
-    margin: float = 0.0
-    """Margin by which the preferred answer's score should be higher: the loss is
-    -log sigmoid(chosen - rejected - margin)."""
-    centre: Literal["pairs", "chosen", "off"] = "pairs"
-    """Held-out answers whose mean score is made 0 in the exported model: those of the `pairs`, or only the `chosen`."""
-    centre_coef: float = 0.01
-    """Coefficient of (chosen + rejected)^2 in the loss, which keeps scores near 0 during training (Eisenstein et al.,
-    2023)."""
-    patience: int | None = 3
-    """The run ends after this many consecutive evaluations without a lower held-out loss, the evaluation before training
-    included; null: it never ends early."""
-    keep_trunk_gb: float = 2.0
-    """Memory per rank, in GB, for the outputs of the frozen prefix (the frozen lower layers of the model). If it is
-    enough for all pairs, they are computed once and stored for the other epochs."""
-    resume: str | None = None
-    """`auto`: continue from the newest complete checkpoint in `output`, or start a new run if there is none; a path:
-    continue from that checkpoint of `output`; null: start a new run, and rename the folder of an earlier run in
-    `output`."""
-    threads: int | None = None
-    """CPU threads per rank. Default: the machine's cores divided by its ranks."""
-    timeout: float = 1800.0
-    """Seconds that a rank waits for the other ranks before it ends with an error."""
-    attention: Literal["auto", "flash", "sdpa"] = "auto"
-    """The implementation of attention: `flash` uses flash-attn (CUDA, bf16), `sdpa` uses PyTorch; `auto` uses flash-attn
-    where possible and PyTorch otherwise, which is logged."""
-    plan: Literal["check", "warn", "off"] = "check"
-    """Whether to compute and show, before the model is loaded, the memory that it needs in learning and in evaluation.
-    `check` stops a run that does not fit, `warn` warns and continues, `off` skips the computation."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: PairsConfig = field(default_factory=PairsConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    zero: ZeroConfig = field(default_factory=ZeroConfig)
-    eval: HeldOutConfig = field(default_factory=HeldOutConfig)
-    track: TrackConfig = field(default_factory=TrackConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    @property
+    def size(self) -> int:
+        return self.examples
 
 
 @dataclass(frozen=True)
-class SFTConfig:
-    """fastppo: supervised fine-tuning on responses, from which PPO starts."""
+class OfflineConfig:
+    """The settings of an offline method: one model learns from given examples, in the loop that all methods share.
 
-    output: str = "runs/sft"
-    """Folder of the run: config, metrics, and the trained model with the lowest held-out loss in `output`/model."""
+    A method's own class says what it trains and adds its settings.
+    """
+
+    role: ClassVar[Literal["policy", "reward model"]] = "policy"  # what the model is
+    unit: ClassVar[str] = "responses"  # what its examples are called in messages
+    sequences: ClassVar[int] = 1  # of an example; they share a microbatch
+
+    names: ClassVar[Names] = Names("batch_size", "microbatch_tokens", "model.lr")
+    free: ClassVar[tuple[str, ...]] = ()  # settings that may change when a run is resumed ...
+    rounding: ClassVar[tuple[str, ...]] = ("microbatch_tokens", "keep_trunk_gb")  # ... and that only change rounding
+    new_start: ClassVar[str] = "exported model (--model.path)"  # of a run on another number of ranks
+
+    output: str = "runs/offline"
+    """Folder of the run: config, metrics, and the trained model with the lowest held-out loss."""
     seed: int = 1
-    """Seed of the data order."""
+    """Seed of the data order and of the initial weights of a score head or of LoRA adapters."""
     epochs: int = 1
     """Number of passes over the examples."""
     steps: int | None = None
     """Number of updates. Default: those of `epochs` passes."""
     batch_size: int = 64
-    """Number of responses per update, over all ranks."""
+    """Number of examples (responses or pairs) per update, over all ranks."""
     microbatch_tokens: int = 8192
-    """Maximum number of tokens (prompts and responses) in one forward and backward pass on one rank. The update does
-    not depend on it."""
+    """Maximum number of tokens in one forward and backward pass on one rank, including prompts and both answers of a
+    pair. The update does not depend on it."""
     patience: int | None = None
     """The run ends after this many consecutive evaluations without a lower held-out loss, the evaluation before training
     included; null: it never ends early."""
@@ -214,9 +188,58 @@ class SFTConfig:
     """Whether to compute and show, before the model is loaded, the memory that it needs in learning and in evaluation.
     `check` stops a run that does not fit, `warn` warns and continues, `off` skips the computation."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    data: AnswersConfig = field(default_factory=AnswersConfig)
+    data: ExamplesConfig = field(default_factory=ExamplesConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     eval: HeldOutConfig = field(default_factory=HeldOutConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    @property
+    def trained(self) -> dict[str, ModelConfig]:
+        """What trains, by the name of its settings."""
+        return {"model": self.model}
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Sizes of what ranks share evenly in an update."""
+        return (self.batch_size,)
+
+    @property
+    def data_paths(self) -> dict[str, str]:
+        """Where the data of a run is, by setting."""
+        return {"data.path": self.data.path}
+
+
+@dataclass(frozen=True)
+class SFTConfig(OfflineConfig):
+    """fastppo: supervised fine-tuning on responses, from which PPO starts."""
+
+    output: str = "runs/sft"
+    """Folder of the run: config, metrics, and the trained model with the lowest held-out loss in `output`/model."""
+    data: AnswersConfig = field(default_factory=AnswersConfig)
+
+
+@dataclass(frozen=True)
+class RewardTrainingConfig(OfflineConfig):
+    """fastppo: a reward model from preference pairs (Bradley and Terry, 1952)."""
+
+    role: ClassVar[Literal["policy", "reward model"]] = "reward model"
+    unit: ClassVar[str] = "pairs"
+    sequences: ClassVar[int] = 2
+
+    output: str = "runs/reward"
+    """Folder of the run: config, metrics, the calibration, and the trained model with the lowest held-out loss in
+    `output`/reward_model."""
+    patience: int | None = 3
+    """The run ends after this many consecutive evaluations without a lower held-out loss, the evaluation before training
+    included; null: it never ends early."""
+    data: PairsConfig = field(default_factory=PairsConfig)
+    margin: float = 0.0
+    """Margin by which the preferred answer's score should be higher: the loss is
+    -log sigmoid(chosen - rejected - margin)."""
+    centre: Literal["pairs", "chosen", "off"] = "pairs"
+    """Held-out answers whose mean score is made 0 in the exported model: those of the `pairs`, or only the `chosen`."""
+    centre_coef: float = 0.01
+    """Coefficient of (chosen + rejected)^2 in the loss, which keeps scores near 0 during training (Eisenstein et al.,
+    2023)."""

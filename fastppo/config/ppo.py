@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fastppo.config.data import DataConfig, PtxConfig, RolloutConfig, SamplingConfig
 from fastppo.config.health import HealthConfig
 from fastppo.config.learning import OptimConfig, PPOConfig, ZeroConfig
 from fastppo.config.models import ActorConfig, CriticConfig, ReferenceConfig
-from fastppo.config.offline import RewardTrainingConfig, SFTConfig
+from fastppo.config.offline import OfflineConfig
 from fastppo.config.rewards import RewardConfig
-from fastppo.config.run import CheckpointConfig, EvalConfig, TrackConfig
+from fastppo.config.run import CheckpointConfig, EvalConfig, Names, TrackConfig
 
 
 @dataclass(frozen=True)
 class Config:
     """fastppo: PPO for language models."""
+
+    names: ClassVar[Names] = Names("ppo.batch_size", "ppo.microbatch_tokens", "actor.lr and critic.lr")
+    # Settings that may change when a run is resumed: what comes out does not depend on them, or (health) a user whose
+    # run an alarm has ended may think better of it ...
+    free: ClassVar[tuple[str, ...]] = (
+        *("actor.lora.export", "sampling.cuda_graphs", "eval.every", "eval.show"),
+        *("health.alarms", "health.window", "health.raise_kl", "health.roll_backs"),
+    )
+    rounding: ClassVar[tuple[str, ...]] = (
+        "ppo.microbatch_tokens",
+        "sampling.rows",
+    )  # ... and that only round otherwise
+    # of a run on another number of ranks
+    new_start: ClassVar[str] = "actor's weights (--actor.model, with the first actor as --reference.model)"
 
     output: str = "runs/ppo"
     """Folder of the run: config, metrics, samples, and the trained actor in `output`/actor."""
@@ -56,5 +70,21 @@ class Config:
     track: TrackConfig = field(default_factory=TrackConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
+    @property
+    def trained(self) -> dict[str, ActorConfig | CriticConfig]:
+        """What trains, by the name of its settings; a value head on the actor's backbone is part of the actor."""
+        own = {"critic": self.critic} if self.critic.kind == "separate" else {}
+        return {"actor": self.actor, **own}
 
-AnyConfig = Config | RewardTrainingConfig | SFTConfig  # the settings of a command
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Sizes of what ranks share evenly in an update."""
+        return (self.ppo.batch_size // self.ppo.minibatches, *([self.ptx.batch_size] if self.ptx.coef else []))
+
+    @property
+    def data_paths(self) -> dict[str, str]:
+        """Where the data of a run is, by setting."""
+        return {"data.path": self.data.path} | ({"ptx.path": self.ptx.path} if self.ptx.path else {})
+
+
+AnyConfig = Config | OfflineConfig  # the settings of a command

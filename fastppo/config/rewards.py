@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before a failed request is retried: the first time, and at most
+# Settings of a service that do not affect its scores, each with its least and largest value.
+SERVICE_SETTINGS = {
+    "timeout": (0.001, 86400),
+    "retries": (0, 1000),
+    "request_size": (1, math.inf),
+    "concurrency": (1, 1000),
+}
 
 
 @dataclass(frozen=True)

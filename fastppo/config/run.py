@@ -3,11 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
+
+
+class Names(NamedTuple):
+    """Settings that DeepSpeed has names of its own for, as a command has them."""
+
+    batch_size: str
+    microbatch: str
+    learning_rate: str
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvaluationConfig:
+    """When a run is evaluated; the subclasses say on which data."""
+
+    every: int = 0
+    """Steps between evaluations; 0: evaluate before and after training only."""
+
+    @property
+    def size(self) -> int:
+        """The number of held-out prompts or examples; 0 turns evaluation off."""
+        raise NotImplementedError
+
+    def is_due(self, step: int, steps: int, evaluated: int) -> bool:
+        """Whether to evaluate after `step` of `steps`: before the first, after the last and after each `every`, once.
+
+        evaluated: the step after which the last evaluation was (-1: none); a resumed run does not repeat it.
+        """
+        due = step in (0, steps) or (self.every > 0 and step % self.every == 0)
+        return self.size > 0 and due and evaluated < step
+
+
+@dataclass(frozen=True)
+class EvalConfig(EvaluationConfig):
     """Evaluation on held-out prompts before and after training, with a separate seed."""
 
     every: int = 0
@@ -20,6 +49,10 @@ class EvalConfig:
     """Sampling temperature in evaluation."""
     show: int = 4
     """Number of prompts whose responses before and after training are shown side by side at the end of the run."""
+
+    @property
+    def size(self) -> int:
+        return self.prompts
 
 
 @dataclass(frozen=True)

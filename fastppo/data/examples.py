@@ -208,16 +208,8 @@ def _way_out(dropped: Counter[str], config: ExamplesConfig) -> str:
         return f"Raise {group}.max_tokens, or, if the prompts are shorter than that, set {group}.too_long to cut."
     if any("chat template" in reason for reason in dropped):
         return "Use a tokenizer with another chat template, or give plain text."
-    names = ", ".join(f"{group}.{name}" for name in _columns(config))
+    names = ", ".join(f"{group}.{name}" for name in config.columns)
     return f"Correct the rows, or name other columns ({names})."
-
-
-def _columns(config: ExamplesConfig) -> tuple[str, ...]:
-    """The settings that name the columns of a row."""
-    if isinstance(config, PairsConfig):
-        return ("prompt", "chosen", "rejected") if config.rating is None else ("prompt", "answer")
-    assert isinstance(config, AnswersConfig)
-    return ("prompt", "response") if config.messages is None else ("messages",)
 
 
 def _problem(candidate: Candidate) -> str | None:

@@ -14,13 +14,12 @@ from .loading.miniature import miniature as miniature
 from .loading.model_check import check_model as check_model
 from .loading.model_code import raised_by_a_model as raised_by_a_model
 from .loading.model_code import summary_of as summary_of
-from .loading.offline import load_learner as load_learner
-from .loading.offline import load_scorer as load_scorer
+from .loading.offline import is_reward_model as is_reward_model
+from .loading.offline import load_policy as load_policy
+from .loading.offline import load_reward_model as load_reward_model
 from .loading.offline import model_source as model_source
-from .loading.offline import outline_learner as outline_learner
-from .loading.offline import outline_scorer as outline_scorer
+from .loading.offline import outline_trained as outline_trained
 from .loading.offline import set_padding as set_padding
-from .loading.offline import starts_as_scorer as starts_as_scorer
 from .loading.policies import actor_context as actor_context
 from .loading.policies import check_actor_tokens as check_actor_tokens
 from .loading.policies import check_models as check_models

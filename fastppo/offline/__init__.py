@@ -1,4 +1,4 @@
-"""Learning from data that is given: SFT and reward modelling, on one loop."""
+"""Learning from data that is given: SFT, reward modelling and what comes to them, each an objective of one loop."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Around the updates of a stage before PPO: what it begins with, and the loop that trains, evaluates and saves."""
+"""Around the updates of an offline method: what a run begins with, and the loop that trains, evaluates and saves."""
 
 from __future__ import annotations
 
@@ -7,36 +7,55 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from torch import Tensor
 
-from fastppo.checkpoint import Checkpoints, ExportedModel, check_exports, find_checkpoint, replace_export
-from fastppo.config import RewardTrainingConfig, SFTConfig, dump
+from fastppo.checkpoint import (
+    Checkpoints,
+    ExportedModel,
+    check_exports,
+    export_model,
+    find_run,
+    open_folder,
+    replace_export,
+)
+from fastppo.config import OfflineConfig
 from fastppo.data import Examples, batches
-from fastppo.distributed import World, begin_clock, check_output_is_shared, watching
-from fastppo.models import PrefixStates, check_embedded, context_of, load_config, load_tokenizer, model_source
-from fastppo.monitor import Phases, Tracker, begin_folder, check_folder
-from fastppo.offline.model import Learner
+from fastppo.distributed import World, watching
+from fastppo.models import (
+    PrefixStates,
+    check_embedded,
+    context_of,
+    load_config,
+    load_tokenizer,
+    model_source,
+    whole_state,
+)
+from fastppo.monitor import Phases, Tracker
+from fastppo.offline.heldout import Evaluation, evaluation_of
+from fastppo.offline.model import TrainedModel, assemble
 from fastppo.offline.update import Objective, Training, recall_prefix, total_steps, update
 from fastppo.planner import check_plan
 
 log = logging.getLogger("fastppo")
 
-C = TypeVar("C", RewardTrainingConfig, SFTConfig)
+C = TypeVar("C", bound=OfflineConfig)
+E = TypeVar("E", bound=Evaluation)
 
 
 @dataclass(frozen=True)
-class Stage(Generic[C]):
-    """What a stage before PPO has in hand before its first update."""
+class Setup(Generic[C]):
+    """What a run has in hand before its first update."""
 
     config: C
     world: World
-    learner: Learner
+    trained: TrainedModel
     examples: Examples  # to train on
     heldout: Examples
     checkpoints: Checkpoints
-    run: Training  # where it is; the one part that changes
+    progress: Training  # where the run is; the one part that changes
     order: Iterator[list[int]]  # batches of examples, from where the run is onwards
     prefix: PrefixStates  # of the training examples
     heldout_prefix: PrefixStates
@@ -49,34 +68,18 @@ class Stage(Generic[C]):
     def steps(self) -> int:
         return total_steps(self.config, self.examples)
 
-
-class Evaluation(Protocol):
-    """A model on held-out examples."""
-
-    @property
-    def loss(self) -> float: ...
-
-    def metrics(self) -> dict[str, float]: ...
+    def tracker(self) -> Tracker:
+        done = self.progress.step
+        return Tracker(self.output, self.config.track, steps=self.steps, rank=self.world.rank, done=done)
 
 
-E = TypeVar("E", bound=Evaluation)
-
-
-def set_up(
-    config: C,
-    world: World,
-    assemble: Callable[[C, World, PreTrainedTokenizerBase], Learner],
-    load: Callable[..., tuple[Examples, Examples]],
-) -> Stage[C]:
-    """The stage's folder, its model and its examples, and where it is if it is resumed.
+def set_up(config: C, world: World, load: Callable[..., tuple[Examples, Examples]]) -> Setup[C]:
+    """The run's folder, its model and its examples, and where it is if it is resumed.
 
     load: `examples.load_pairs` or its sister. What can be wrong is looked at in the order of what it costs to find out.
     An earlier run in the folder is moved aside when only the weights are left to be read.
     """
-    output, found = Path(config.output), find_checkpoint(config, world)
-    if found is None and world.rank == 0:
-        check_folder(output)
-    begin_clock(None if found is None else found.clock, world)
+    found = find_run(config, world)
     check_plan(config, world)
     model = config.model
     tokenizer = load_tokenizer("model.path", model.path, model.gguf_file, model.revision)
@@ -84,99 +87,116 @@ def set_up(
     examples, heldout = load(config.data, tokenizer, heldout=config.eval.examples, context=context)
     for part in (examples, heldout):
         check_embedded(model_source(model), tokenizer, part.tokens, "data.path")
-    if world.rank == 0:
-        begin_folder(output, None if found is None else found.sizes, dump(config))
-    check_output_is_shared(output, world)
-    learner = assemble(config, world, tokenizer)
-    checkpoints = Checkpoints(config, {"model": learner.engine}, (examples.tokens, heldout.tokens), world)
-    run = checkpoints.load(found, Training.begin(config.seed, world.rank))
+    open_folder(config, found, world)
+    trained = assemble(config, world, tokenizer)
+    checkpoints = Checkpoints(config, {"model": trained.engine}, (examples.tokens, heldout.tokens), world)
+    progress = checkpoints.load(found, Training.begin(config.seed, world.rank))
     order = batches(examples, size=config.batch_size, seed=config.seed, shuffle=config.data.shuffle)
-    return Stage(
+    return Setup(
         config=config,
         world=world,
-        learner=learner,
+        trained=trained,
         examples=examples,
         heldout=heldout,
         checkpoints=checkpoints,
-        run=run,
-        prefix=recall_prefix(learner, examples, list(islice(order, run.step)), config, world),
-        heldout_prefix=recall_prefix(learner, heldout, [], config, world),
+        progress=progress,
+        prefix=recall_prefix(trained, examples, list(islice(order, progress.step)), config, world),
+        heldout_prefix=recall_prefix(trained, heldout, [], config, world),
         order=order,
     )
 
 
-def run_stage(
-    stage: Stage[C],
+def count_examples(examples: Examples, rows: Tensor) -> int:
+    return len(rows)
+
+
+def count_response_tokens(examples: Examples, rows: Tensor) -> int:
+    return int(examples.response_lengths[rows].sum())
+
+
+def leave(setup: Setup[Any], evaluation: object) -> ExportedModel:
+    """Export the model as it is. All ranks call it."""
+    config, world, trained = setup.config, setup.world, setup.trained
+    state = whole_state(trained.role.model, world)
+    return export_model(trained.role, trained.tokenizer, setup.output / "model", config.model.lora, world, state)
+
+
+def run(
+    setup: Setup[C],
     objective: Objective,
     *,
-    statistics: Sequence[str],
-    count: Callable[[list[int]], int],
-    evaluate: Callable[[Learner, Examples, PrefixStates, C, World], E],
-    leave: Callable[[Stage[C], E | None], ExportedModel],
+    statistics: Sequence[str] = ("loss",),
+    count: Callable[[Examples, Tensor], int] = count_examples,
+    evaluate: Callable[[TrainedModel, Examples, PrefixStates, C, World], E] | None = None,
+    leave: Callable[[Setup[C], E | None], ExportedModel] = leave,
 ) -> None:
     """Update, evaluate on held-out examples, and leave the trained model with the lowest held-out loss behind.
 
-    statistics: names of what the objective sums over a batch; count: over how many (pairs, response tokens) their
-    means and the loss's are taken; leave: exports the model as it was evaluated, or as it is if it never was. Raises
-    Stopped where the run was told to stop; what it has done is saved then. Raises ExportError at the end if the model
-    is elsewhere, or nowhere.
+    statistics: names of what the objective sums, `loss` among them; count: over how many of these examples' pairs or
+    response tokens their means and the loss's are taken; evaluate: on held-out examples, by the objective itself where
+    it is None; leave: exports the model as it was evaluated, or as it is if it never was.
+
+    Raises Stopped where the run was told to stop; what it has done is saved then. Raises ExportError at the end if the
+    model is elsewhere, or nowhere.
     """
-    config, world, run, steps, times = stage.config, stage.world, stage.run, stage.steps, Phases({})
+    config, world, progress, steps, times = setup.config, setup.world, setup.progress, setup.steps, Phases({})
+    held_out: Any = evaluate or evaluation_of(objective, statistics, count)
     left: list[ExportedModel] = []  # the model behind it, as it was left last
-    with watching(world), Tracker(stage.output, config.track, steps=steps, rank=world.rank, done=run.step) as tracker:
+    with watching(world), setup.tracker() as tracker:
 
         def leave_it(evaluation: E | None) -> None:
-            left[:] = [replace_export(left, leave(stage, evaluation), world)]
+            left[:] = [replace_export(left, leave(setup, evaluation), world)]
 
         def evaluate_if_due() -> None:
-            due = run.step in (0, steps) or (config.eval.every and run.step % config.eval.every == 0)
-            if config.eval.examples and due and run.evaluated < run.step:
-                found = evaluate(stage.learner, stage.heldout, stage.heldout_prefix, config, world)
-                tracker.log_evaluation(run.step, found.metrics())
-                best = run.best, run.best_step
-                if run.add_evaluation(found.loss):
-                    leave_it(found)
-                    if left[0].folder is None:  # the next that is better than what is there is to be left, if it can be
-                        run.best, run.best_step = best
+            if not config.eval.is_due(progress.step, steps, progress.evaluated):
+                return
+            found = held_out(setup.trained, setup.heldout, setup.heldout_prefix, config, world)
+            tracker.log_evaluation(progress.step, found.metrics())
+            best = progress.best, progress.best_step
+            if progress.add_evaluation(found.loss):
+                leave_it(found)
+                if left[0].folder is None:  # the next that is better than what is there is to be left, if it can be
+                    progress.best, progress.best_step = best
 
-        with stage.checkpoints.saved_when_stopped(run):
+        with setup.checkpoints.saved_when_stopped(progress):
             evaluate_if_due()
-            while run.step < steps and not run.is_done(config.patience):
-                rows = next(stage.order)
-                with tracker.profile(run.step + 1), times("learning"):
+            while progress.step < steps and not progress.is_done(config.patience):
+                rows = next(setup.order)
+                counted = count(setup.examples, torch.tensor(rows))
+                with tracker.profile(progress.step + 1), times("learning"):
                     done = update(
-                        stage.learner,
-                        stage.examples,
+                        setup.trained,
+                        setup.examples,
                         rows,
                         objective,
-                        stage.prefix,
+                        setup.prefix,
                         config,
-                        normalizer=count(rows),
-                        step=run.step,
+                        normalizer=counted,
+                        step=progress.step,
                         steps=steps,
-                        skipped=run.skipped,
+                        skipped=progress.skipped,
                         world=world,
                     )
-                means = dict(zip(statistics, (done.sums / count(rows)).tolist(), strict=True))
-                tracker.log(run.step + 1, means | done.metrics() | times.take())
-                run.end_step(done.skipped)
+                means = dict(zip(statistics, (done.sums / counted).tolist(), strict=True))
+                tracker.log(progress.step + 1, means | done.metrics() | times.take())
+                progress.end_step(done.skipped)
                 evaluate_if_due()
-                stage.checkpoints.save_if_due(run)
-        if run.best_step < 0:
+                setup.checkpoints.save_if_due(progress)
+        if progress.best_step < 0:
             leave_it(None)
-        if run.step > 0 and run.evaluated >= 0 and world.rank == 0:
-            _tell_best(run, config)
-        check_exports(left, stage.checkpoints, run)
+        if progress.step > 0 and progress.evaluated >= 0 and world.rank == 0:
+            _tell_best(progress, config)
+        check_exports(left, setup.checkpoints, progress)
 
 
-def _tell_best(run: Training, config: RewardTrainingConfig | SFTConfig) -> None:
-    if run.best < run.start:
-        log.info("lowest held-out loss: %.4f, after step %d of %d", run.best, run.best_step, run.step)
+def _tell_best(progress: Training, config: OfflineConfig) -> None:
+    if progress.best < progress.start:
+        log.info("lowest held-out loss: %.4f, after step %d of %d", progress.best, progress.best_step, progress.step)
         return
     log.warning(
         "the held-out loss was %.4f before training and never lower after it (at best %.4f): the exported model is no"
         " better than its start. Lower model.lr (%g), train less of the model (model.train), or give more data.",
-        run.start,
-        run.best,
+        progress.start,
+        progress.best,
         config.model.lr,
     )

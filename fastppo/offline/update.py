@@ -1,4 +1,4 @@
-"""What reward modelling and supervised fine-tuning share: updates on packed examples, and where such a run is."""
+"""What all offline methods share: updates on packed examples, and where such a run is."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ import torch
 from torch import Tensor
 
 from fastppo.checkpoint import State, random_state, seed_random
-from fastppo.config import RewardTrainingConfig, SFTConfig
+from fastppo.config import OfflineConfig
 from fastppo.data import Examples, Packed, pack_even
 from fastppo.distributed import World, all_sum, stop
 from fastppo.errors import TrainingFault
 from fastppo.models import PrefixStates
-from fastppo.offline.model import Learner
+from fastppo.offline.model import TrainedModel
 from fastppo.ppo import learning_rate
 
 log = logging.getLogger("fastppo")
 
-StageConfig = RewardTrainingConfig | SFTConfig
-
 
 class Objective(Protocol):
-    """What is learned from a microbatch."""
+    """What an offline method learns from a microbatch."""
 
-    def __call__(self, role: Any, hidden: Tensor, *, packed: Packed, part: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of the loss over these examples, and statistics (k,) that add up over microbatches.
+    def __call__(
+        self, role: Any, hidden: Tensor, /, *, packed: Packed, examples: Examples, part: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The sum of the loss over these examples, and statistics (k,) fp32 that add up over microbatches.
 
-        hidden: (R, H), the hidden states that the role hands to an objective; part: indices of the examples, int64.
+        role: a Policy, whose head gives logprobs, or a RewardModel, whose head gives scores; hidden (R, H): the states
+        that its head reads, at each response token of a policy, at the last token of each sequence of a reward model;
+        packed: the sequences; part: which of `examples` these are, int64.
         """
 
 
@@ -112,12 +114,12 @@ class Update:
         return {"grad_norm": self.gradient_norm, "lr": self.learning_rate, "skipped_updates": float(self.skipped > 0)}
 
 
-def total_steps(config: StageConfig, examples: Examples) -> int:
+def total_steps(config: OfflineConfig, examples: Examples) -> int:
     """Updates of the run."""
     return config.steps if config.steps is not None else -(-config.epochs * len(examples) // config.batch_size)
 
 
-def microbatches_of(rows: Sequence[int], examples: Examples, config: StageConfig, world: World) -> tuple[Tensor, ...]:
+def microbatches_of(rows: Sequence[int], examples: Examples, config: OfflineConfig, world: World) -> tuple[Tensor, ...]:
     """This rank's share of a batch, in microbatches of examples; each rank has as many. No example is split."""
     return pack_even(torch.tensor(rows), examples.lengths, config.microbatch_tokens, world.ranks)[
         world.rank :: world.ranks
@@ -125,12 +127,12 @@ def microbatches_of(rows: Sequence[int], examples: Examples, config: StageConfig
 
 
 def update(
-    learner: Learner,
+    trained: TrainedModel,
     examples: Examples,
     rows: Sequence[int],
     objective: Objective,
     prefix: PrefixStates,
-    config: StageConfig,
+    config: OfflineConfig,
     *,
     normalizer: int,
     step: int,
@@ -143,12 +145,12 @@ def update(
     step: of this run's `steps`, counted from 0, for the learning rate; skipped: updates in a row before this one that
     were not applied. Raises TrainingFault when they become too many.
     """
-    engine, total = learner.engine, torch.zeros((), dtype=torch.float64)
+    engine, total = trained.engine, torch.zeros((), dtype=torch.float64)
     mine = microbatches_of(rows, examples, config, world)
     for i, part in enumerate(mine):
         stop.check(world)
-        packed, prefix_states = learner.select(examples, part, prefix)
-        loss, sums = engine(packed, partial(objective, packed=packed, part=part), prefix_states)
+        packed, prefix_states = trained.select(examples, part, prefix)
+        loss, sums = engine(packed, partial(objective, packed=packed, examples=examples, part=part), prefix_states)
         # engines average gradients over ranks, and the loss is to be a mean over the examples of all of them
         engine.backward(loss * world.ranks / normalizer, last=i + 1 == len(mine))
         total = total + sums.detach().double().cpu()
@@ -161,7 +163,7 @@ def update(
     return Update(totals, norm, rate, skipped if not finite else 0)
 
 
-def _note_fault(norm: float, skipped: int, step: int, config: StageConfig) -> int:
+def _note_fault(norm: float, skipped: int, step: int, config: OfflineConfig) -> int:
     log.warning("step %d is not applied, as its loss or gradient (norm %.4g) is not finite", step + 1, norm)
     if skipped > config.optim.max_skipped:
         raise TrainingFault(
@@ -172,21 +174,21 @@ def _note_fault(norm: float, skipped: int, step: int, config: StageConfig) -> in
 
 
 def recall_prefix(
-    learner: Learner,
+    trained: TrainedModel,
     examples: Examples,
     done: Sequence[Sequence[int]],
-    config: StageConfig,
+    config: OfflineConfig,
     world: World,
 ) -> PrefixStates:
     """What the frozen prefix handed up in the batches `done`, computed in the same microbatches, so that bits agree.
 
     Where not all of it fits `keep_trunk_gb`, or nothing is to be kept, each microbatch computes its own.
     """
-    needed = len(examples.packed.tokens) * learner.bytes_of_state / 1e9
-    if needed > config.keep_trunk_gb or not learner.model.prefix_depth:
+    needed = len(examples.packed.tokens) * trained.bytes_of_state / 1e9
+    if needed > config.keep_trunk_gb or not trained.role.prefix_depth:
         return PrefixStates(keep=False)
     prefix = PrefixStates()
     for rows in done:
         for part in microbatches_of(rows, examples, config, world):
-            learner.select(examples, part, prefix)
+            trained.select(examples, part, prefix)
     return prefix

@@ -7,22 +7,20 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
-from fastppo.config import AnyConfig, Config, RewardTrainingConfig, SFTConfig, validate, validate_reward, validate_sft
+from fastppo.config import AnyConfig, command_of
 from fastppo.errors import ConfigError
 from fastppo.models import ModelError
 from fastppo.planner.machine import Machine
-from fastppo.planner.memory import Member
-from fastppo.planner.meta_models import cast_of
+from fastppo.planner.memory import Change, Role
+from fastppo.planner.methods import measured_roles, method_of
 from fastppo.planner.plan import FILLED, PROCESS_GPU, PROCESS_HOST, Plan, make_plan
-
-Change = dict[str, Any]  # setting -> value, as on the command line
 
 
 def smallest_change(plan: Plan) -> Change | None:
     """The least that makes a run fit: one change if one does, else several, taken in the order of what they cost."""
     if plan.machine.host < plan.machine.gpus * PROCESS_HOST:
         return None  # not even the processes have room
-    casts: dict[object, list[Member]] = {}  # few changes need other models, and building them takes the time
+    roles: dict[object, list[Role]] = {}  # few changes need other models, and building them takes the time
 
     def fits(change: Change) -> bool:
         config, nodes = plan.config, plan.machine.nodes
@@ -32,15 +30,14 @@ def smallest_change(plan: Plan) -> Change | None:
             else:
                 config = _changed(config, name.split("."), value)
         machine = replace(plan.machine, nodes=nodes)
-        models = (config.actor, config.critic) if isinstance(config, Config) else config.model
-        key = (models, config.optim, config.zero.stage == 3)
+        key = (*config.trained.values(), config.optim, config.zero.stage == 3)
         try:
-            _check(config, machine.ranks)
-            if key not in casts:
-                casts[key] = cast_of(config, cpu=machine.gpu is None)
+            command_of(config).check(config, machine.ranks)
+            if key not in roles:
+                roles[key] = measured_roles(config, cpu=machine.gpu is None)
         except (ConfigError, ModelError):  # LoRA where nothing could have an adapter
             return False
-        return make_plan(config, machine, casts[key]).fits
+        return make_plan(config, machine, roles[key]).fits
 
     options = list(_options(plan.config, plan.machine))
     for change in options:
@@ -57,22 +54,12 @@ def smallest_change(plan: Plan) -> Change | None:
     return None
 
 
-def _check(config: AnyConfig, ranks: int) -> None:
-    """Raises ConfigError where settings do not go together."""
-    if isinstance(config, Config):
-        validate(config, ranks)
-    elif isinstance(config, RewardTrainingConfig):
-        validate_reward(config, ranks)
-    else:
-        validate_sft(config, ranks)
-
-
 def _options(config: AnyConfig, machine: Machine) -> Iterator[Change]:
     """Changes from the cheapest to the dearest; of a kind, the smallest step first."""
-    gpu, zero, ppo = machine.gpu is not None, config.zero, isinstance(config, Config)
+    gpu, zero, method = machine.gpu is not None, config.zero, method_of(config)
     if not config.optim.activation_checkpointing:
         yield {"optim.activation_checkpointing": True}
-    yield from _smaller_passes(config) if isinstance(config, Config) else _smaller_passes_before_ppo(config)
+    yield from method.smaller_passes(config)
     if machine.ranks > 1:
         for stage in (1, 2, 3):
             if stage > zero.stage:
@@ -80,43 +67,17 @@ def _options(config: AnyConfig, machine: Machine) -> Iterator[Change]:
     if gpu:
         if zero.optimizer_on == "none":
             yield {"zero.offload_optimizer": "cpu"}
-        if zero.frozen_on == "none" and ppo:
+        if zero.frozen_on == "none" and method.asks_frozen_roles:
             yield {"zero.stage": 3, "zero.offload_frozen": "cpu"}
         if zero.parameters_on == "none":
             yield {"zero.stage": 3, "zero.offload": "cpu"}
-    if not isinstance(config, Config):
-        if config.model.lora.rank == 0:
-            yield {"model.lora.rank": 16}
-    elif config.actor.lora.rank == 0:
-        yield {"actor.lora.rank": 16} | ({"critic.lora.rank": 16} if config.critic.kind == "separate" else {})
+    if next(iter(config.trained.values())).lora.rank == 0:
+        yield {f"{name}.lora.rank": 16 for name in config.trained}
     if gpu and "nvme" not in (zero.optimizer_on, zero.parameters_on):
         yield {"zero.stage": 3, "zero.offload": "nvme", "zero.nvme_path": zero.nvme_path or "/local_nvme"}
-    spread = [config.ppo.batch_size // config.ppo.minibatches] if isinstance(config, Config) else [config.batch_size]
-    if isinstance(config, Config) and config.ptx.coef:
-        spread.append(config.ptx.batch_size)
     for times in (2, 4, 8, 16):
-        if all(batch % (times * machine.ranks) == 0 for batch in spread):
+        if all(batch % (times * machine.ranks) == 0 for batch in config.batches):
             yield {"nodes": times * machine.nodes, "zero.stage": 3}
-
-
-def _smaller_passes(config: Config) -> Iterator[Change]:
-    longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
-    if config.ptx.coef:
-        longest = max(longest, config.ptx.max_tokens)
-    for part in (2, 4, 8):
-        if config.ppo.microbatch_tokens // part >= longest:
-            yield {"ppo.microbatch_tokens": config.ppo.microbatch_tokens // part}
-    for part in (2, 4):
-        if config.sampling.rows // part >= 4:
-            yield {"sampling.rows": config.sampling.rows // part}
-
-
-def _smaller_passes_before_ppo(config: RewardTrainingConfig | SFTConfig) -> Iterator[Change]:
-    """A rule sees to it that a microbatch holds the longest example."""
-    if config.keep_trunk_gb:
-        yield {"keep_trunk_gb": 0}
-    for part in (2, 4, 8):
-        yield {"microbatch_tokens": config.microbatch_tokens // part}
 
 
 def _changed(node: Any, path: list[str], value: Any) -> Any:
@@ -135,13 +96,13 @@ def in_gb(amount: int) -> str:
 
 def advice(plan: Plan) -> str:
     """Why a run does not fit and what would."""
-    stage, _ = plan.peak
+    phase, _ = plan.peak
     short = [
         f"{in_gb(needed)} GB of {name} memory are needed and {in_gb(there)} GB are there"
         for name, (needed, there) in plan.needs.items()
         if needed > there
     ]
-    reason = f"this run does not fit: {'; '.join(short)} (most in {stage})."
+    reason = f"this run does not fit: {'; '.join(short)} (most in {phase})."
     if (whole := _whole_weights(plan)) and plan.machine.gpu is not None:
         return (
             f"{reason} The actor's weights alone, whole on each GPU to sample from, take {in_gb(whole)} GB there, which"
@@ -155,7 +116,7 @@ def advice(plan: Plan) -> str:
 
 def _whole_weights(plan: Plan) -> int:
     """Bytes of the actor's weights where they are more than a GPU can hold, else 0."""
-    sampled = (s.places.gpu.weights for s in plan.shares if (s.role, s.stage) == ("actor", "sampling"))
+    sampled = (s.places.gpu.weights for s in plan.shares if (s.role, s.phase) == ("actor", "sampling"))
     found = next(sampled, 0)
     return found if found > plan.needs.get("GPU", (0, found))[1] else 0
 

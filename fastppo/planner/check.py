@@ -31,26 +31,26 @@ def show(plan: Plan, console: Console) -> None:
     cpu = plan.machine.gpu is None
     where = "rank" if cpu else "GPU"
     table = Table(box=None, pad_edge=False, title_justify="left", title=f"memory in GB of each {where}")
-    table.add_column("stage")
+    table.add_column("phase")
     table.add_column("role")
     rows: list[list[str]] = []
-    for stage in dict.fromkeys(share.stage for share in plan.shares):
-        for share in (s for s in plan.shares if s.stage == stage):
+    for phase in dict.fromkeys(share.phase for share in plan.shares):
+        for share in (s for s in plan.shares if s.phase == phase):
             places = share.places
             held = places.gpu + places.host if cpu else places.gpu
             outside = [] if cpu else [places.host.total, places.nvme.total]
             amounts = [*(getattr(held, name) for name in columns), held.total, *outside]
-            rows.append([stage, share.role, *map(in_gb, amounts)])
+            rows.append([phase, share.role, *map(in_gb, amounts)])
     for name in (*columns, where, *([] if cpu else ["host", "NVMe"])):
         table.add_column(name, justify="right")
     for row, before in zip(rows, [None, *rows[:-1]], strict=True):
         table.add_row("" if before and before[0] == row[0] else row[0], *row[1:])
     console.print(table)
-    stage, _ = plan.peak
+    phase, _ = plan.peak
     for name, (needed, there) in plan.needs.items():
         verdict = "fits" if needed <= there else "does not fit"
         console.print(f"{name}: {in_gb(needed)} of {in_gb(there)} GB, {verdict}", highlight=False)
-    console.print(f"highest in {stage}", highlight=False)
+    console.print(f"highest in {phase}", highlight=False)
 
 
 def check_plan(config: AnyConfig, world: World) -> None:

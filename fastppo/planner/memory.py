@@ -1,4 +1,4 @@
-"""Bytes that each role of a run holds in each stage: on the GPU, in the host's memory and on NVMe. Arithmetic alone.
+"""Bytes that each role of a run holds in each phase: on the GPU, in the host's memory and on NVMe. Arithmetic alone.
 
 P parameters of which T train, in weights of b bytes, on N ranks. What DeepSpeed 0.19 holds for a trained role:
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from fastppo.config import AnyConfig, Config
 from fastppo.ops import workspace_bytes
@@ -32,6 +33,8 @@ PREFETCH_BUCKET = 50_000_000  # stage 3: weights that are fetched ahead
 SUB_GROUP = 1_000_000_000  # stage 3: how many parameters are updated at a time when their states are on NVMe
 NVME_OPTIMIZER_BUFFERS = 4  # master weights, gradient and two moments of a sub-group, in fp32
 NVME_PARAMETER_BUFFERS = 5 * 100_000_000  # buffers of weights on their way, pinned
+
+Change = dict[str, Any]  # of settings: name -> value, as on the command line
 
 GATHER_BYTES = 2**28  # weights that are gathered at a time for sampling, on top of the whole copy
 
@@ -80,18 +83,18 @@ class Places:
 
 @dataclass(frozen=True)
 class Share:
-    """What one role holds in one stage, on one rank."""
+    """What one role holds in one phase, on one rank."""
 
     role: str
-    stage: str
+    phase: str
     places: Places
 
 
 @dataclass(frozen=True)
-class Member:
+class Role:
     """A role, its model's sizes, and what stands in for weights that it shares with another role."""
 
-    name: str  # actor, critic, reference, reward 1, ..., judge 1, ...; model of the stages before PPO
+    name: str  # actor, critic, reference, reward 1, ..., judge 1, ...; model of an offline method
     size: Footprint
     trains: bool
     weights: int  # parameters of its own; fewer than the model has where they are shared
@@ -102,17 +105,17 @@ def on(place: str, amount: Bytes) -> Places:
     return Places(**{{"none": "gpu", "cpu": "host", "nvme": "nvme"}[place]: amount})
 
 
-def model_states(member: Member, config: AnyConfig, ranks: int) -> Places:
+def model_states(role: Role, config: AnyConfig, ranks: int) -> Places:
     """Weights, gradients and optimizer states of one rank while the role learns, or is asked if it never does."""
-    zero, size = config.zero, member.size
-    weights, trained, b = member.weights * size.bytes, size.trained, size.bytes
+    zero, size = config.zero, role.size
+    weights, trained, b = role.weights * size.bytes, size.trained, size.bytes
     if zero.stage == 3:
-        live = Bytes(weights=size.largest * b, gradients=size.largest * b if member.trains else 0)
-        place = zero.parameters_on if member.trains else zero.frozen_on
+        live = Bytes(weights=size.largest * b, gradients=size.largest * b if role.trains else 0)
+        place = zero.parameters_on if role.trains else zero.frozen_on
         found = on("none", live) + on(place, Bytes(weights=weights // ranks))
     else:
         found = on("none", Bytes(weights=weights))
-    if not member.trains:
+    if not role.trains:
         return found
     if zero.stage == 0:
         return found + on("none", Bytes(gradients=4 * trained, optimizer=8 * trained))
@@ -126,15 +129,15 @@ def model_states(member: Member, config: AnyConfig, ranks: int) -> Places:
     return found + on(place, Bytes(optimizer=3 * fp32))
 
 
-def buffers(member: Member, config: AnyConfig, ranks: int) -> Places:
+def buffers(role: Role, config: AnyConfig, ranks: int) -> Places:
     """What DeepSpeed makes once beside the states of a role and keeps. On the GPU only learning uses it."""
-    zero, size = config.zero, member.size
+    zero, size = config.zero, role.size
     b, part = size.bytes, size.trained // ranks
-    place = zero.parameters_on if member.trains else zero.frozen_on
+    place = zero.parameters_on if role.trains else zero.frozen_on
     gpu = host = 0
     if zero.stage == 3 and place == "nvme":
         host += NVME_PARAMETER_BUFFERS * b
-    if member.trains:
+    if role.trains:
         if zero.stage == 3:
             gpu += _reduce_bucket(size) * b
             host += 4 * part if zero.optimizer_on != "none" else 0  # the sums, beside what the optimizer is handed
@@ -147,9 +150,9 @@ def buffers(member: Member, config: AnyConfig, ranks: int) -> Places:
     return Places(gpu=Bytes(buffers=gpu), host=Bytes(buffers=host))
 
 
-def reducing(member: Member, config: AnyConfig, ranks: int) -> Places:
+def reducing(role: Role, config: AnyConfig, ranks: int) -> Places:
     """What DeepSpeed needs while a role learns, to fetch weights and to bring gradients together."""
-    zero, size, b, sums = config.zero, member.size, member.size.bytes, 0
+    zero, size, b, sums = config.zero, role.size, role.size.bytes, 0
     bucket, part = min(size.trained, REDUCE_BUCKET), size.trained // ranks
     if zero.stage == 3:  # the gradients that wait for the bucket, and their sum in fp32 before it is added
         gpu = bucket * b + 4 * (bucket // ranks)
@@ -158,18 +161,18 @@ def reducing(member: Member, config: AnyConfig, ranks: int) -> Places:
         sums = (
             4 * part if zero.optimizer_on != "none" and b < 4 else 0
         )  # of all microbatches, before they are handed on
-    elif summed_on_arrival(member, config):
+    elif summed_on_arrival(role, config):
         # A gradient and its fp32 form on their way to the sum, then one copy of the sums of several small groups.
         joined = 4 * size.trained if size.groups > 1 and size.trained <= REDUCE_BUCKET else 0
         gpu = max((b + 4) * size.largest_trained, joined)
     else:  # one flat copy of the gradients that are being reduced
         gpu = bucket * 4
-    return prefetch(member, config) + Places(gpu=Bytes(gradients=sums, workspace=gpu))
+    return prefetch(role, config) + Places(gpu=Bytes(gradients=sums, workspace=gpu))
 
 
-def summed_on_arrival(member: Member, config: AnyConfig) -> bool:
+def summed_on_arrival(role: Role, config: AnyConfig) -> bool:
     """Whether each gradient is added where it arrives to a sum that is made once, as `BF16_Optimizer` does."""
-    return config.zero.stage == 1 and config.zero.optimizer_on == "none" and member.size.bytes < 4
+    return config.zero.stage == 1 and config.zero.optimizer_on == "none" and role.size.bytes < 4
 
 
 def _reduce_bucket(size: Footprint) -> int:
@@ -198,14 +201,14 @@ class Batch:
         rows = bucket(min(config.sampling.rows, max(mine, heldout)))
         return Batch(sequences, length, sequences * new, mine * length, rows, prompt)
 
-    def asked(self, stage: str, config: Config, ranks: int) -> Batch:
-        """The same rank's microbatch in a stage that computes no gradient, in a step or in an evaluation.
+    def asked(self, phase: str, config: Config, ranks: int) -> Batch:
+        """The same rank's microbatch in a phase that computes no gradient, in a step or in an evaluation.
 
         Responses are scored, and held-out ones read, in as few microbatches as a rank's whole batch fits into.
         """
         heldout = _in_microbatch(-(-config.eval.prompts // ranks), self.length, config)
         mine = _in_microbatch(-(-config.ppo.batch_size // ranks), self.length, config)
-        sequences = max(heldout, mine if stage == "feedback" else self.sequences)
+        sequences = max(heldout, mine if phase == "feedback" else self.sequences)
         return replace(self, sequences=sequences, responses=sequences * (self.length - self.prompt))
 
     def with_texts(self, config: Config, ranks: int) -> Batch:
@@ -255,17 +258,17 @@ def sampling_needs(actor: Footprint, config: Config, batch: Batch) -> Bytes:
     return Bytes(activations=prefill, cache=cache, workspace=max(logits + layer, gather))
 
 
-def prefix_states(member: Member, batch: Batch) -> int:
+def prefix_states(role: Role, batch: Batch) -> int:
     """States of the whole batch that a frozen prefix handed up, from experience to the end of learning."""
-    return batch.tokens * member.size.width * member.size.bytes if member.trains and member.size.prefix else 0
+    return batch.tokens * role.size.width * role.size.bytes if role.trains and role.size.prefix else 0
 
 
-def learning_needs(member: Member, batch: Batch, *, head: bool, reference: bool = False) -> Bytes:
+def learning_needs(role: Role, batch: Batch, *, head: bool, reference: bool = False) -> Bytes:
     """Activations and the workspace of a vocabulary head of one microbatch, forward and backward.
 
     head: whether there is one, else one number comes from each state; reference: whether it reads the reference's too.
     """
-    size = member.size
+    size = role.size
     flow = size.passes(batch.sequences, batch.length, gradient=True)
     states = batch.responses * size.width * size.bytes  # hidden states at the response tokens
     if not head:
@@ -278,9 +281,9 @@ def learning_needs(member: Member, batch: Batch, *, head: bool, reference: bool 
     return Bytes(activations=flow.peak + 2 * states, workspace=after)
 
 
-def asking_needs(member: Member, batch: Batch, *, head: bool, reference: bool = False) -> Bytes:
+def asking_needs(role: Role, batch: Batch, *, head: bool, reference: bool = False) -> Bytes:
     """A pass without gradient over one microbatch."""
-    size = member.size
+    size = role.size
     peak = size.passes(batch.sequences, batch.length, gradient=False).peak
     states = batch.responses * size.width * size.bytes
     states *= 2 if reference else 1
@@ -288,23 +291,23 @@ def asking_needs(member: Member, batch: Batch, *, head: bool, reference: bool = 
     return Bytes(activations=peak + states, workspace=logits)
 
 
-def prefetch(member: Member, config: AnyConfig) -> Places:
+def prefetch(role: Role, config: AnyConfig) -> Places:
     """What DeepSpeed needs beside the states of a role that is asked."""
     if config.zero.stage < 3:
         return Places()
-    return Places(gpu=Bytes(workspace=min(PREFETCH_BUCKET, member.weights) * member.size.bytes))
+    return Places(gpu=Bytes(workspace=min(PREFETCH_BUCKET, role.weights) * role.size.bytes))
 
 
-def by_stage(found: list[Share]) -> Iterator[tuple[str, Places]]:
-    """Each stage with the sum over its roles.
+def by_phase(shares: list[Share]) -> Iterator[tuple[str, Places]]:
+    """Each phase with the sum over its roles.
 
     Roles run one after the other: of what they need for a while only the largest counts.
     """
-    for stage in dict.fromkeys(share.stage for share in found):
-        own = [share for share in found if share.stage == stage]
+    for phase in dict.fromkeys(share.phase for share in shares):
+        own = [share for share in shares if share.phase == phase]
         passing = max((share.places.gpu.passing for share in own), key=lambda amount: amount.total)
         lasting = sum((replace(share.places, gpu=_without(share.places.gpu)) for share in own), Places())
-        yield stage, lasting + Places(gpu=passing)
+        yield phase, lasting + Places(gpu=passing)
 
 
 def _without(amount: Bytes) -> Bytes:

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from fastppo.config import ActorConfig, AnyConfig, Config, CriticConfig, RewardTrainingConfig
+from fastppo.config import ActorConfig, AnyConfig, Config, CriticConfig, OfflineConfig
 from fastppo.models import (
     DTYPES,
     Backbone,
@@ -21,60 +21,57 @@ from fastppo.models import (
     fuse_head,
     load_classifier_config,
     outline,
-    outline_learner,
-    outline_scorer,
+    outline_trained,
     set_trainable,
     width_of,
 )
 from fastppo.planner.footprint import Footprint
-from fastppo.planner.memory import Member
+from fastppo.planner.memory import Role
 
 
-def cast_of(config: AnyConfig, *, cpu: bool) -> list[Member]:
-    """The roles of a run. cpu: whether it is on the CPU. Raises ModelError where a model's config cannot be read."""
-    if isinstance(config, Config):
-        return _roles_of_ppo(config, cpu=cpu)
-    role = outline_scorer(config) if isinstance(config, RewardTrainingConfig) else outline_learner(config)
-    return [_member("model", role, config, cpu=cpu, trains=True)]
+def offline_roles(config: OfflineConfig, *, cpu: bool) -> list[Role]:
+    """The one model that an offline method trains."""
+    return [_measured("model", outline_trained(config), config, cpu=cpu, trains=True)]
 
 
-def _member(
+def _measured(
     name: str, role: Backbone, config: AnyConfig, *, cpu: bool, trains: bool = False, shared: int = 0
-) -> Member:
+) -> Role:
     checkpointing = config.optim.activation_checkpointing and trains
     size = Footprint(role, DTYPES[config.optim.dtype], cpu=cpu, checkpointing=checkpointing)
-    return Member(name, size, trains, size.parameters - shared)
+    return Role(name, size, trains, size.parameters - shared)
 
 
-def _roles_of_ppo(config: Config, *, cpu: bool) -> list[Member]:
+def ppo_roles(config: Config, *, cpu: bool) -> list[Role]:
+    """Actor, critic, reference, and the models among the sources of reward."""
     dtype, actor, critic = DTYPES[config.optim.dtype], config.actor, config.critic
-    member = partial(_member, config=config, cpu=cpu)
+    measured = partial(_measured, config=config, cpu=cpu)
 
     own = Source("actor.model", actor.model, actor.gguf_file, actor.revision)
     policy = Policy(_causal(own, dtype))
     if critic.kind == "shared":
         policy.value_head = _value_head(policy.model, dtype)
     _choose(policy, "actor", actor)
-    found = [member("actor", policy, trains=True)]
+    found = [measured("actor", policy, trains=True)]
     if critic.kind == "separate":
         role = _critic(own if critic.model is None else Source("critic.model", critic.model, critic.gguf_file), dtype)
         _choose(role, "critic", critic)
         # Where both train adapters alone, the weights below them are the same ones, unless ZeRO has split them.
         both = critic.model is None and actor.lora.rank > 0 and critic.lora.rank > 0 and config.zero.stage < 3
         frozen = sum(p.numel() for p in role.parameters() if not p.requires_grad)
-        found.append(member("critic", role, trains=True, shared=frozen if both else 0))
+        found.append(measured("critic", role, trains=True, shared=frozen if both else 0))
     reference = config.reference
     if reference.model is not None:
         own = Source("reference.model", reference.model, reference.gguf_file)
     if reference.model is not None or actor.lora.rank == 0:  # else the reference is the actor, its adapters off
-        found.append(member("reference", Policy(_causal(own, dtype)).requires_grad_(False)))
+        found.append(measured("reference", Policy(_causal(own, dtype)).requires_grad_(False)))
     for kind, where, sources in (("reward", "rewards", config.rewards), ("judge", "health.judge", config.health.judge)):
         for i, source in enumerate(sources, start=1):
             for name in filter(None, (source.model, *source.ensemble)):
                 own = Source(f"{where}.model", name)
                 load_classifier_config(own)
                 model = outline(AutoModelForSequenceClassification, own, dtype)
-                found.append(member(f"{kind} {i}", RewardModel(model).requires_grad_(False)))
+                found.append(measured(f"{kind} {i}", RewardModel(model).requires_grad_(False)))
     return found
 
 

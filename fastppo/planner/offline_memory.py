@@ -1,14 +1,17 @@
-"""Bytes that the model of a stage before PPO holds while it learns and while it is evaluated, as `memory` has it."""
+"""Bytes that the model of an offline method holds while it learns and while it is evaluated, as `memory` has it."""
 
 from __future__ import annotations
 
-from fastppo.config import RewardTrainingConfig, SFTConfig
+from collections.abc import Iterator
+
+from fastppo.config import OfflineConfig
 from fastppo.planner.footprint import Footprint
 from fastppo.planner.memory import (
     Batch,
     Bytes,
-    Member,
+    Change,
     Places,
+    Role,
     Share,
     asking_needs,
     buffers,
@@ -18,46 +21,51 @@ from fastppo.planner.memory import (
     reducing,
 )
 
-StageConfig = RewardTrainingConfig | SFTConfig
 
-
-def stage_shares(member: Member, config: StageConfig, ranks: int) -> list[Share]:
-    """The model in both on one rank, where every example is as long as it may be. Nothing leaves the GPU in between."""
-    states = model_states(member, config, ranks) + buffers(member, config, ranks)
-    kept = Places(gpu=Bytes(buffers=_kept(member.size, config)))
-    head = isinstance(config, SFTConfig)
-    learning = learning_needs(member, _batch(config, config.batch_size // ranks), head=head)
-    asking = asking_needs(member, _batch(config, config.eval.examples or config.batch_size), head=head)
+def shares(roles: list[Role], config: OfflineConfig, ranks: int) -> list[Share]:
+    """The one model in both phases on one rank, every example as long as it may be. All of it stays on the GPU."""
+    (role,) = roles
+    states = model_states(role, config, ranks) + buffers(role, config, ranks)
+    kept = Places(gpu=Bytes(buffers=_kept_prefix_states(role.size, config)))
+    head = config.role == "policy"
+    learning = learning_needs(role, _batch(config, config.batch_size // ranks), head=head)
+    asking = asking_needs(role, _batch(config, config.eval.examples or config.batch_size), head=head)
     return [
-        Share(member.name, "learning", states + reducing(member, config, ranks) + kept + Places(gpu=learning)),
-        Share(member.name, "evaluation", states + prefetch(member, config) + kept + Places(gpu=asking)),
+        Share(role.name, "learning", states + reducing(role, config, ranks) + kept + Places(gpu=learning)),
+        Share(role.name, "evaluation", states + prefetch(role, config) + kept + Places(gpu=asking)),
     ]
 
 
-def _batch(config: StageConfig, examples: int) -> Batch:
+def smaller_passes(config: OfflineConfig) -> Iterator[Change]:
+    """Changes that need less memory in a pass, from the least to the most.
+
+    A rule sees to it that a microbatch holds the longest example.
+    """
+    if config.keep_trunk_gb:
+        yield {"keep_trunk_gb": 0}
+    for part in (2, 4, 8):
+        yield {"microbatch_tokens": config.microbatch_tokens // part}
+
+
+def _batch(config: OfflineConfig, examples: int) -> Batch:
     """A microbatch of so many examples that a rank has, spread evenly as `microbatch.pack_even` does it."""
-    each, length = _example(config)
+    each, length = config.sequences, config.data.max_tokens
     fit = max(config.microbatch_tokens // (each * length), 1)
     sequences = each * -(-examples // -(-examples // fit))
-    # A score comes from the last token alone, a loss from every token of a response, which may be nearly all.
-    responses = sequences * (length if isinstance(config, SFTConfig) else 1)
+    # A score comes from the last token alone, a policy's loss from every token of a response, which may be nearly all.
+    responses = sequences * (length if config.role == "policy" else 1)
     return Batch(sequences, length, responses)
 
 
-def _example(config: StageConfig) -> tuple[int, int]:
-    """Sequences of an example, and the longest of them in tokens."""
-    return 2 if isinstance(config, RewardTrainingConfig) else 1, config.data.max_tokens
-
-
-def _kept(size: Footprint, config: StageConfig) -> int:
-    """The most that may be kept of what a frozen prefix hands up, for the training examples and for those held out.
+def _kept_prefix_states(size: Footprint, config: OfflineConfig) -> int:
+    """Bytes of the most that may be kept of what a frozen prefix hands up, for training and held-out examples.
 
     How many there are is known once they are read; `limit` and `steps` bound it, and so does `keep_trunk_gb`.
     """
     if not size.prefix or config.zero.stage == 3:
         return 0
-    each, length = _example(config)
-    most, example = int(config.keep_trunk_gb * 1e9), each * length * size.width * size.bytes
+    most = int(config.keep_trunk_gb * 1e9)
+    example = config.sequences * config.data.max_tokens * size.width * size.bytes
     bounds = (config.data.limit, None if config.steps is None else config.steps * config.batch_size)
     trained = min((example * count for count in bounds if count is not None), default=most)
     return min(trained, most) + min(example * config.eval.examples, most)

@@ -1,10 +1,11 @@
-"""Bytes that each role of a PPO run holds in each of its stages, as `memory` counts them.
+"""Bytes that each role of a PPO run holds in each of its phases, as `memory` counts them.
 
 What is on the GPU when is decided by the table of `residency`; here stands only how much there is of each kind.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from fastppo.config import Config
@@ -12,8 +13,9 @@ from fastppo.distributed import REMADE, uses
 from fastppo.planner.memory import (
     Batch,
     Bytes,
-    Member,
+    Change,
     Places,
+    Role,
     Share,
     asking_needs,
     buffers,
@@ -26,122 +28,135 @@ from fastppo.planner.memory import (
     summed_on_arrival,
 )
 
-STAGES = ("sampling", "feedback", "experience", "learning")
-EVALUATED = ("sampling", "feedback", "experience")  # the stages of an evaluation
+PHASES = ("sampling", "feedback", "experience", "learning")
+EVALUATED = ("sampling", "feedback", "experience")  # the phases of an evaluation
 
 
-def shares(members: list[Member], config: Config, ranks: int) -> list[Share]:
-    """Every role in every stage on one rank, and the moving average of the actor's weights where there is one."""
+def shares(roles: list[Role], config: Config, ranks: int) -> list[Share]:
+    """Every role in every phase on one rank, and the moving average of the actor's weights where there is one."""
     batch, table = Batch.of(config, ranks), uses(config)
-    lone = not any(member.name == "reference" for member in members)  # it is the actor, adapters off
+    lone = not any(role.name == "reference" for role in roles)  # it is the actor, adapters off
     found = []
-    for stage in STAGES:
-        for member in members:
-            places = _lasting(member, stage, config, ranks, batch) + _live(member, stage, config)
-            if stage in _computed(member, table):
-                places += _needs(member, stage, config, ranks, batch, lone=lone)
-            found.append(Share(member.name, stage, places))
+    for phase in PHASES:
+        for role in roles:
+            places = _lasting(role, phase, config, ranks, batch) + _live(role, phase, config)
+            if phase in _computed(role, table):
+                places += _needs(role, phase, config, ranks, batch, lone=lone)
+            found.append(Share(role.name, phase, places))
         if config.actor.average is not None:
-            actor = next(member for member in members if member.name == "actor")
-            found.append(Share("average", stage, averaged(actor, stage, config, ranks)))
+            actor = next(role for role in roles if role.name == "actor")
+            found.append(Share("average", phase, averaged(actor, phase, config, ranks)))
     return found
 
 
-def kind_of(member: Member) -> str:
+def kind_of(role: Role) -> str:
     """As in `residency.uses`."""
-    return "optimizers" if member.trains else "reference" if member.name == "reference" else "rewards"
+    return "optimizers" if role.trains else "reference" if role.name == "reference" else "rewards"
 
 
-def kinds(member: Member, config: Config, ranks: int) -> dict[str, Bytes]:
-    """What a role has on the GPU in the stages that use it, by kind as in `residency.uses`."""
-    gpu, b = model_states(member, config, ranks).gpu, member.size.bytes
-    live = member.size.largest * b if config.zero.stage == 3 else 0  # of one module, while the role is computed
-    if not member.trains:
-        return {kind_of(member): Bytes(weights=gpu.weights - live)}
-    sums = gpu.gradients - live if _made_once(member, config) else 0
+def kinds(role: Role, config: Config, ranks: int) -> dict[str, Bytes]:
+    """What a role has on the GPU in the phases that use it, by kind as in `residency.uses`."""
+    gpu, b = model_states(role, config, ranks).gpu, role.size.bytes
+    live = role.size.largest * b if config.zero.stage == 3 else 0  # of one module, while the role is computed
+    if not role.trains:
+        return {kind_of(role): Bytes(weights=gpu.weights - live)}
+    sums = gpu.gradients - live if _made_once(role, config) else 0
     found = {
         "optimizers": Bytes(optimizer=gpu.optimizer),
-        "gradients": replace(buffers(member, config, ranks).gpu, gradients=sums),
+        "gradients": replace(buffers(role, config, ranks).gpu, gradients=sums),
     }
-    if config.zero.stage == 3 and member.name == "actor":
-        found["sampling_weights"] = Bytes(weights=member.size.parameters * b)
+    if config.zero.stage == 3 and role.name == "actor":
+        found["sampling_weights"] = Bytes(weights=role.size.parameters * b)
     return found
 
 
-def placed(kind: str, amount: Bytes, stage: str, config: Config, *, cpu: bool) -> Places:
-    """Where it is in a stage. cpu: whether the run is on the CPU, where there is one memory and nothing moves."""
-    if cpu or kind in uses(config)[stage]:
+def placed(kind: str, amount: Bytes, phase: str, config: Config, *, cpu: bool) -> Places:
+    """Where it is in a phase. cpu: whether the run is on the CPU, where there is one memory and nothing moves."""
+    if cpu or kind in uses(config)[phase]:
         return Places(gpu=amount)
     return Places() if kind in REMADE else Places(host=amount)
 
 
-def _made_once(member: Member, config: Config) -> bool:
+def _made_once(role: Role, config: Config) -> bool:
     """Whether gradients are added up in a buffer that DeepSpeed keeps; else they are freed once they are used."""
-    return config.zero.stage == 3 or summed_on_arrival(member, config)
+    return config.zero.stage == 3 or summed_on_arrival(role, config)
 
 
-def averaged(actor: Member, stage: str, config: Config, ranks: int) -> Places:
+def averaged(actor: Role, phase: str, config: Config, ranks: int) -> Places:
     """The average of what trains, in fp32, and in an evaluation of it the actor's own weights beside it."""
     part = actor.size.trained // (ranks if config.zero.stage == 3 else 1)
-    aside = part * actor.size.bytes if stage in EVALUATED else 0
+    aside = part * actor.size.bytes if phase in EVALUATED else 0
     return Places(host=Bytes(weights=4 * part + aside))
 
 
-def _lasting(member: Member, stage: str, config: Config, ranks: int, batch: Batch) -> Places:
-    """What a role has in a stage whether it is computed there or not."""
-    states, cpu = model_states(member, config, ranks), member.size.on_cpu
-    found = Places(host=states.host + buffers(member, config, ranks).host, nvme=states.nvme)
-    for kind, amount in kinds(member, config, ranks).items():
-        found += placed(kind, amount, stage, config, cpu=cpu)
-    if member.trains:
-        live = member.size.largest * member.size.bytes if config.zero.stage == 3 else 0
+def _lasting(role: Role, phase: str, config: Config, ranks: int, batch: Batch) -> Places:
+    """What a role has in a phase whether it is computed there or not."""
+    states, cpu = model_states(role, config, ranks), role.size.on_cpu
+    found = Places(host=states.host + buffers(role, config, ranks).host, nvme=states.nvme)
+    for kind, amount in kinds(role, config, ranks).items():
+        found += placed(kind, amount, phase, config, cpu=cpu)
+    if role.trains:
+        live = role.size.largest * role.size.bytes if config.zero.stage == 3 else 0
         found += Places(gpu=Bytes(weights=states.gpu.weights - live))
-    if member.trains and not _made_once(member, config) and stage == "learning":
+    if role.trains and not _made_once(role, config) and phase == "learning":
         found += Places(gpu=Bytes(gradients=states.gpu.gradients))
-    if stage in ("experience", "learning"):
-        found += Places(gpu=Bytes(buffers=prefix_states(member, batch)))
+    if phase in ("experience", "learning"):
+        found += Places(gpu=Bytes(buffers=prefix_states(role, batch)))
     return found
 
 
-def _live(member: Member, stage: str, config: Config) -> Places:
+def _live(role: Role, phase: str, config: Config) -> Places:
     """At ZeRO stage 3 the module that is whole while a role is computed, and its gradients while it learns."""
-    if config.zero.stage < 3 or stage == "sampling" or stage not in _computed(member, uses(config)):
+    if config.zero.stage < 3 or phase == "sampling" or phase not in _computed(role, uses(config)):
         return Places()  # the sampler has weights of its own
-    module = member.size.largest * member.size.bytes
-    return Places(gpu=Bytes(weights=module, gradients=module if member.trains and stage == "learning" else 0))
+    module = role.size.largest * role.size.bytes
+    return Places(gpu=Bytes(weights=module, gradients=module if role.trains and phase == "learning" else 0))
 
 
-def _computed(member: Member, table: dict[str, set[str]]) -> set[str]:
-    """The stages in which a role is computed: those that use it, and what trains also where its outputs are asked."""
-    using = {stage for stage in STAGES if kind_of(member) in table[stage]}
-    if not member.trains:
+def _computed(role: Role, table: dict[str, set[str]]) -> set[str]:
+    """The phases in which a role is computed: those that use it, and what trains also where its outputs are asked."""
+    using = {phase for phase in PHASES if kind_of(role) in table[phase]}
+    if not role.trains:
         return using
-    return using | {"experience"} | ({"sampling"} if member.name == "actor" else set())
+    return using | {"experience"} | ({"sampling"} if role.name == "actor" else set())
 
 
-def _needs(member: Member, stage: str, config: Config, ranks: int, batch: Batch, *, lone: bool) -> Places:
-    """What a role adds to a stage in which it is computed for a while: activations, cache, workspace.
+def _needs(role: Role, phase: str, config: Config, ranks: int, batch: Batch, *, lone: bool) -> Places:
+    """What a role adds to a phase in which it is computed for a while: activations, cache, workspace.
 
     lone: whether the reference is the actor itself.
     """
-    if stage == "sampling":
-        return Places(gpu=sampling_needs(member.size, config, batch))
-    policy, exact = member.name in ("actor", "reference"), config.ppo.kl_kind == "exact"
-    if stage == "learning" and member.trains:
-        actor, reads = member.name == "actor", config.ppo.loss_reads_reference
-        found = [learning_needs(member, batch, head=actor, reference=reads)]
+    if phase == "sampling":
+        return Places(gpu=sampling_needs(role.size, config, batch))
+    policy, exact = role.name in ("actor", "reference"), config.ppo.kl_kind == "exact"
+    if phase == "learning" and role.trains:
+        actor, reads = role.name == "actor", config.ppo.loss_reads_reference
+        found = [learning_needs(role, batch, head=actor, reference=reads)]
         if actor and config.ptx.coef:
-            found.append(learning_needs(member, batch.with_texts(config, ranks), head=True, reference=False))
+            found.append(learning_needs(role, batch.with_texts(config, ranks), head=True, reference=False))
         needs = max(found, key=lambda amount: amount.total)
-        return reducing(member, config, ranks) + Places(gpu=needs + _whole_head(member, config, lone and reads))
-    asked = batch if stage == "learning" else batch.asked(stage, config, ranks)
-    needs = asking_needs(member, asked, head=policy, reference=exact)
-    return prefetch(member, config) + Places(gpu=needs + _whole_head(member, config, lone and exact))
+        return reducing(role, config, ranks) + Places(gpu=needs + _whole_head(role, config, lone and reads))
+    asked = batch if phase == "learning" else batch.asked(phase, config, ranks)
+    needs = asking_needs(role, asked, head=policy, reference=exact)
+    return prefetch(role, config) + Places(gpu=needs + _whole_head(role, config, lone and exact))
 
 
-def _whole_head(member: Member, config: Config, read: bool) -> Bytes:
+def _whole_head(role: Role, config: Config, read: bool) -> Bytes:
     """At stage 3 the reference's head stays whole while the actor is computed; that of a model of its own is counted
     with that model, as the module of it that is whole."""
-    if config.zero.stage < 3 or member.name != "actor" or not read:
+    if config.zero.stage < 3 or role.name != "actor" or not read:
         return Bytes()
-    return Bytes(workspace=member.size.vocabulary * member.size.width * member.size.bytes)
+    return Bytes(workspace=role.size.vocabulary * role.size.width * role.size.bytes)
+
+
+def smaller_passes(config: Config) -> Iterator[Change]:
+    """Changes that need less memory in a pass, from the least to the most."""
+    longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
+    if config.ptx.coef:
+        longest = max(longest, config.ptx.max_tokens)
+    for part in (2, 4, 8):
+        if config.ppo.microbatch_tokens // part >= longest:
+            yield {"ppo.microbatch_tokens": config.ppo.microbatch_tokens // part}
+    for part in (2, 4):
+        if config.sampling.rows // part >= 4:
+            yield {"sampling.rows": config.sampling.rows // part}

@@ -9,18 +9,24 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from fastppo.checkpoint import Checkpoints, check_exports, export_model, find_checkpoint, random_state, set_random_state
-from fastppo.config import Config, SamplingConfig, dump
+from fastppo.checkpoint import (
+    Checkpoints,
+    check_exports,
+    export_model,
+    find_run,
+    open_folder,
+    random_state,
+    set_random_state,
+)
+from fastppo.config import Config, SamplingConfig
 from fastppo.data import Experience, Minibatch, Prompts, PromptSet, Update, batches, imbalance, load_prompts
-from fastppo.distributed import World, begin_clock, check_output_is_shared
+from fastppo.distributed import World
 from fastppo.models import Roles, actor_context, assemble, check_actor_tokens, check_models, load_actor_tokenizer
 from fastppo.monitor import (
     TERMINAL,
     Alarm,
     Phases,
     Tracker,
-    begin_folder,
-    check_folder,
     heldout_responses,
     show_samples,
     training_responses,
@@ -111,12 +117,9 @@ def set_up(config: Config, world: World) -> Setup | None:
     load_functions(config.health.judge, "health.judge")
     find_engine(config)
     estimator, loss = load_estimator(config.ppo), load_loss(config.ppo)
-    output, checkpoint = Path(config.output), find_checkpoint(config, world)
+    checkpoint = find_run(config, world)
     if checkpoint is not None and checkpoint.ended(config, world):
         return None
-    if checkpoint is None and world.rank == 0:
-        check_folder(output)
-    begin_clock(None if checkpoint is None else checkpoint.clock, world)
     check_plan(config, world)
     tokenizer, context = load_actor_tokenizer(config), actor_context(config)
     check_models(config, tokenizer)
@@ -133,9 +136,7 @@ def set_up(config: Config, world: World) -> Setup | None:
     texts = Texts.load(config, tokenizer, context=context)
     if texts is not None:
         check_actor_tokens(config, tokenizer, texts.examples.tokens, "ptx.path")
-    if world.rank == 0:
-        begin_folder(output, None if checkpoint is None else checkpoint.sizes, dump(config))
-    check_output_is_shared(output, world)
+    open_folder(config, checkpoint, world)
     roles = assemble(config, world, tokenizer)
     sampler = make_sampler(config, roles, world)
     sources, judge = (load(config, tokenizer, world, roles.residency) for load in (load_sources, load_judge))
@@ -165,8 +166,7 @@ def set_up(config: Config, world: World) -> Setup | None:
 def evaluate_if_due(setup: Setup, tracker: Tracker) -> None:
     """Evaluate before the first step, after the last, and every `eval.every` steps; a resumed run not once more."""
     config, run = setup.config, setup.progress
-    due = run.step in (0, config.steps) or (config.eval.every and run.step % config.eval.every == 0)
-    if not (config.eval.prompts and due and run.evaluated < run.step):
+    if not config.eval.is_due(run.step, config.steps, run.evaluated):
         return
     roles, sampler, world = setup.roles, setup.sampler, setup.world
     look = partial(evaluate, roles, sampler, setup.heldout, setup.sources, config, world, setup.judge)

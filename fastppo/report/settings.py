@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from fastppo.config import Config, RewardTrainingConfig, SFTConfig
+from fastppo.config import COMMANDS
 from fastppo.report import texts
 from fastppo.report.curves import number
 from fastppo.report.run import Run, flat
@@ -41,8 +41,8 @@ def settings(runs: Sequence[Run]) -> str:
 
 def _defaults(run: Run) -> dict[str, Any]:
     """The default settings of the command that shares the most settings with the run."""
-    commands = [flat(dataclasses.asdict(config())) for config in (Config, RewardTrainingConfig, SFTConfig)]
-    return max(commands, key=lambda command: len(command.keys() & run.settings.keys()))
+    defaults = [flat(dataclasses.asdict(command.root())) for command in COMMANDS.values()]
+    return max(defaults, key=lambda settings: len(settings.keys() & run.settings.keys()))
 
 
 def _is_of(name: str, group: str) -> bool:

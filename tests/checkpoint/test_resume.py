@@ -52,7 +52,7 @@ OF_PPO = FREE | {
     "sampling.cuda_graphs": "free",
     "sampling.rows": "rounding",
 }
-BEFORE_PPO = FREE | {"keep_trunk_gb": "rounding", "microbatch_tokens": "rounding"}
+OF_OFFLINE_METHODS = FREE | {"keep_trunk_gb": "rounding", "microbatch_tokens": "rounding"}
 
 
 def outcome(config: AnyConfig, name: str, caplog: pytest.LogCaptureFixture) -> str:
@@ -69,7 +69,7 @@ def outcome(config: AnyConfig, name: str, caplog: pytest.LogCaptureFixture) -> s
 
 @pytest.mark.parametrize(
     ("kind", "free"),
-    [(Config, OF_PPO), (RewardTrainingConfig, BEFORE_PPO), (SFTConfig, BEFORE_PPO)],
+    [(Config, OF_PPO), (RewardTrainingConfig, OF_OFFLINE_METHODS), (SFTConfig, OF_OFFLINE_METHODS)],
     ids=["PPO", "reward model", "SFT"],
 )
 def test_a_setting_may_change_if_it_is_listed_here_and_is_refused_by_name_if_not(

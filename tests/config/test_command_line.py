@@ -181,7 +181,7 @@ def test_help_explains_every_setting(
         assert "default: " in explanation, name
         assert len(explanation.partition("(type:")[0].split()) > 3, name  # more than a placeholder for the value
     assert set(options) == {*shown, "config", "print_config", *(f"{name}.help" for name in command.lists)}
-    assert "local_rank" not in text and f"fastppo/{command.script}" in text
+    assert "local_rank" not in text and f"usage: deepspeed {command.script} --config" in text
 
 
 def test_settings_and_groups_are_those_of_the_config() -> None:
@@ -198,7 +198,30 @@ def test_each_command_names_its_own_presets(capsys: pytest.CaptureFixture[str]) 
     assert "quickstart" in PPO.presets and "quickstart-reward" not in PPO.presets
     assert "quickstart-reward" in REWARD.presets and "quickstart-sft" in SFT.presets
     said = message(capsys, "--config", "quickstart-reward")
-    assert "this preset is for deepspeed fastppo/train_reward.py. The presets of fastppo/train.py: 1.3b, " in said
+    assert (
+        "this preset is for deepspeed fastppo/train_reward.py. The presets of deepspeed fastppo/train.py: 1.3b, "
+        in said
+    )
+
+
+def test_a_command_is_called_by_its_script_in_a_clone_and_by_its_name_elsewhere(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(Path(__file__).parent.parent.parent)
+    assert [command.call for command in (PPO, SFT)] == [
+        "deepspeed fastppo/train.py",
+        "deepspeed fastppo/train_sft.py",
+    ]
+    for begun in ("/usr/bin/fastppo", "/usr/lib/fastppo/__main__.py"):
+        monkeypatch.setattr(sys, "argv", [begun])
+        assert PPO.call == "fastppo train"
+    monkeypatch.setattr(sys, "argv", ["/usr/lib/fastppo/train.py"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        parse(["--help"], REWARD)
+    assert capsys.readouterr().out.startswith("usage: fastppo reward --config PRESET|FILE.yaml")
+    said = message(capsys, "--config", "quickstart-sft")
+    assert "this preset is for fastppo sft. The presets of fastppo train: " in said
 
 
 def test_the_command_line_loads_no_model_library() -> None:

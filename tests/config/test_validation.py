@@ -223,8 +223,8 @@ def test_each_rank_takes_as_many_texts() -> None:
 
 def numbers(kind: Any, prefix: str = "") -> list[str]:
     """Dotted names of all settings that are a number, of one dataclass and those in it."""
-    names = []
-    for name, hint in get_type_hints(kind).items():
+    names, hints = [], get_type_hints(kind)
+    for name, hint in ((field.name, hints[field.name]) for field in dataclasses.fields(kind)):
         if dataclasses.is_dataclass(hint):
             names += numbers(hint, f"{prefix}{name}.")
         elif {int, float} & {hint, *get_args(hint)} and str not in get_args(hint) and "tuple" not in str(hint):

@@ -16,7 +16,7 @@ from fastppo.checkpoint.export import write_model
 from fastppo.config import ActorLoraConfig
 from fastppo.config.command_line import REWARD, parse
 from fastppo.data.batch import pack
-from fastppo.models.loading.offline import load_scorer
+from fastppo.models.loading.offline import load_reward_model
 from fastppo.models.loading.policies import load_causal
 from fastppo.models.loading.source import Source
 from fastppo.models.loading.trained import choose_trained
@@ -126,7 +126,7 @@ def test_a_reward_model_exported_scores_as_it_did(start, tmp_path):
     if start == "GGUF":
         arguments += ["--model.gguf_file", "tiny.gguf"]
     config = parse(arguments, REWARD)
-    scorer = trained(load_scorer(config.model, config.optim, 0, CPU))
+    scorer = trained(load_reward_model(config.model, config.optim, 0, CPU))
     with torch.no_grad():
         expected = scorer(PACKED)
     write_model(scorer, tiny.tokenizer(), tmp_path / "out", config.model.lora)

@@ -10,7 +10,7 @@ from transformers import AttentionInterface
 from fastppo.config.command_line import REWARD, SFT, parse
 from fastppo.data.batch import Prompts, pack
 from fastppo.models import attention
-from fastppo.models.loading.offline import load_learner, load_scorer
+from fastppo.models.loading.offline import load_policy, load_reward_model
 from fastppo.models.loading.policies import (
     check_actor_tokens,
     check_models,
@@ -61,9 +61,9 @@ def roles_of(model, scorer):
     yield load_reward(scorer, torch.float32, CPU)[0]
     for start in (model, scorer):
         config = parse(["--model.path", start, "--data.path", "x", "--optim.dtype", "fp32"], REWARD)
-        yield load_scorer(config.model, config.optim, 0, CPU)
+        yield load_reward_model(config.model, config.optim, 0, CPU)
     config = parse(["--model.path", model, "--data.path", "x", "--optim.dtype", "fp32"], SFT)
-    yield load_learner(config.model, config.optim, 0, CPU)
+    yield load_policy(config.model, config.optim, 0, CPU)
 
 
 def test_all_layers_of_every_role_attend_to_packed_rows_by_our_own_function(model, tmp_path):
@@ -160,12 +160,12 @@ def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub():
         load("runs/no-such-run/model")
 
 
-@pytest.mark.parametrize(("path", "command"), EXPORTED_BY.items())
-def test_what_a_stage_of_the_quickstart_leaves_is_missed_with_the_command_that_leaves_it(
-    path, command, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)  # where no stage has run
-    with pytest.raises(ModelError, match=rf"{path}: there is no such directory. `{command}` exports it"):
+@pytest.mark.parametrize("path", EXPORTED_BY)
+def test_what_a_run_of_the_quickstart_exports_is_missed_with_the_command_that_exports_it(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where none has run
+    name = "sft" if path.endswith("sft/model") else "reward"
+    by = f"`fastppo {name} --config quickstart-{name}`"
+    with pytest.raises(ModelError, match=f"{path}: there is no such directory. {by} exports it"):
         load(path)
 
 
@@ -261,7 +261,7 @@ def test_a_reward_model_may_start_from_such_a_model(tmp_path):
     tiny.saved(tmp_path, tiny.causal("opt", word_embed_proj_dim=16))
     config = parse(["--model.path", str(tmp_path), "--data.path", "x", "--optim.dtype", "fp32"], REWARD)
     assert make_plan(config, Machine(1, 1, None, 1 << 40)).shares
-    scorer = load_scorer(config.model, config.optim, 0, CPU)
+    scorer = load_reward_model(config.model, config.optim, 0, CPU)
     assert scorer(pack([(1, 2, 3)], [1])).shape == (1,)
 
 

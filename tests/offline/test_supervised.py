@@ -1,4 +1,4 @@
-"""Updates of the stages before PPO: the same for any packing, and for a run that was broken off."""
+"""Updates of SFT and reward modelling: the same for any packing, and for a run that was broken off."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from fastppo.config.command_line import REWARD, SFT, parse
 from fastppo.data.examples import load_answers, load_pairs
 from fastppo.distributed.world import World, start_world
 from fastppo.models.frozen_prefix import PrefixStates
-from fastppo.offline.model import assemble_learner, assemble_scorer
+from fastppo.offline.model import assemble
+from fastppo.offline.reward_modelling import bradley_terry
+from fastppo.offline.sft import negative_logprob
 from fastppo.offline.update import Training, update
-from fastppo.train_reward import bradley_terry
-from fastppo.train_sft import negative_logprob
 
 COMMANDS = {"pairs": "fastppo.train_reward", "answers": "fastppo.train_sft"}
 ROWS = [3, 1, 12, 7, 20, 9, 15, 4]
@@ -47,13 +47,13 @@ def updated(
     argv = argv or stage_runs.settings(folder, kind, **changes)
     config = parse(argv, REWARD if kind == "pairs" else SFT)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    learner = (assemble_scorer if kind == "pairs" else assemble_learner)(config, world, tokenizer)
+    trained = assemble(config, world, tokenizer)
     load = load_pairs if kind == "pairs" else load_answers
-    examples, _ = load(config.data, learner.tokenizer, heldout=0, context=None)
-    objective = bradley_terry(examples, config) if kind == "pairs" else negative_logprob
+    examples, _ = load(config.data, trained.tokenizer, heldout=0, context=None)
+    objective = bradley_terry(config) if kind == "pairs" else negative_logprob
     count = len(rows) if kind == "pairs" else int(examples.response_lengths[list(rows)].sum())
     done = update(
-        learner,
+        trained,
         examples,
         rows,
         objective,
@@ -65,7 +65,7 @@ def updated(
         skipped=0,
         world=world,
     )
-    return {name: p.detach().clone() for name, p in learner.model.named_parameters()}, done.sums
+    return {name: p.detach().clone() for name, p in trained.role.named_parameters()}, done.sums
 
 
 def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:

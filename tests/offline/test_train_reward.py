@@ -22,7 +22,7 @@ from fastppo.data.examples import Examples, load_pairs
 from fastppo.data.prompts import PromptSet, load_prompts
 from fastppo.distributed.residency import Residency
 from fastppo.distributed.world import start_world
-from fastppo.models.loading.offline import initial_head, load_scorer, set_padding
+from fastppo.models.loading.offline import initial_head, load_reward_model, set_padding
 from fastppo.models.loading.policies import load_reward
 from fastppo.models.roles import ModelError
 from fastppo.rewards import load_sources, score
@@ -240,7 +240,7 @@ def test_a_run_with_other_settings_goes_through(folder: Path, tmp_path: Path, ch
 
 
 def test_a_new_head_is_that_of_its_seed_and_the_backbone_the_language_models(folder: Path) -> None:
-    model = load_scorer(ModelConfig(path=str(folder / "model")), OptimConfig(dtype="fp32"), 5, CPU)
+    model = load_reward_model(ModelConfig(path=str(folder / "model")), OptimConfig(dtype="fp32"), 5, CPU)
     assert torch.equal(model.head.weight, initial_head(tiny.WIDTH, 5))
     assert torch.equal(model.model.model.norm.weight, tiny.causal(vocab_size=258).model.norm.weight)
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -249,13 +249,13 @@ def test_a_new_head_is_that_of_its_seed_and_the_backbone_the_language_models(fol
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "gemma2"])
 def test_other_families_get_a_head_too(tmp_path: Path, family: str) -> None:
     path = tiny.saved(tmp_path / family, tiny.causal(family))
-    model = load_scorer(ModelConfig(path=path, train="head"), OptimConfig(dtype="fp32"), 1, CPU)
+    model = load_reward_model(ModelConfig(path=path, train="head"), OptimConfig(dtype="fp32"), 1, CPU)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["model.score.weight"]
     assert not any(p.is_meta for p in model.parameters())
 
 
 def test_training_may_go_on_from_a_reward_model(trained: Path) -> None:
-    model = load_scorer(ModelConfig(path=str(trained / "reward_model")), OptimConfig(dtype="fp32"), 5, CPU)
+    model = load_reward_model(ModelConfig(path=str(trained / "reward_model")), OptimConfig(dtype="fp32"), 5, CPU)
     again = AutoModelForSequenceClassification.from_pretrained(trained / "reward_model")
     assert torch.equal(model.head.weight, again.score.weight)
 
@@ -263,7 +263,7 @@ def test_training_may_go_on_from_a_reward_model(trained: Path) -> None:
 def test_a_reward_model_with_two_labels_is_refused(tmp_path: Path) -> None:
     path = tiny.saved(tmp_path, tiny.classifier(labels=2))
     with pytest.raises(ModelError, match=r"model.path = .* has 2 labels; a reward model has one"):
-        load_scorer(ModelConfig(path=path), OptimConfig(dtype="fp32"), 1, CPU)
+        load_reward_model(ModelConfig(path=path), OptimConfig(dtype="fp32"), 1, CPU)
     with pytest.raises(ModelError, match=r"rewards.model = .* has 2 labels"):
         load_reward(path, torch.float32, CPU)
 
@@ -299,7 +299,7 @@ def test_no_token_beyond_the_embedding_is_for_padding(
     tiny.causal().save_pretrained(tmp_path)
     tokenizer = tiny.tokenizer(("[PAD]",))
     tokenizer.add_special_tokens(named)
-    model = load_scorer(ModelConfig(path=str(tmp_path)), OptimConfig(dtype="fp32"), 1, CPU)
+    model = load_reward_model(ModelConfig(path=str(tmp_path)), OptimConfig(dtype="fp32"), 1, CPU)
     set_padding(model.model, tokenizer)
     model.model.save_pretrained(tmp_path / "left")
     config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "left").config
@@ -321,7 +321,7 @@ def test_the_exports_tokenizer_pads_behind_a_text(tmp_path: Path) -> None:
     tokenizer = tiny.tokenizer(("<pad>",))
     tokenizer.pad_token, tokenizer.padding_side = "<pad>", "left"
     tokenizer.save_pretrained(tmp_path)
-    model = load_scorer(ModelConfig(path=str(tmp_path)), OptimConfig(dtype="fp32"), 1, CPU)
+    model = load_reward_model(ModelConfig(path=str(tmp_path)), OptimConfig(dtype="fp32"), 1, CPU)
     found = AutoTokenizer.from_pretrained(tmp_path)
     set_padding(model.model, found)
     found.save_pretrained(tmp_path / "left")

@@ -81,7 +81,7 @@ def test_the_export_writes_what_it_learned(folder: Path, trained: Path) -> None:
 def test_a_loss_that_is_not_finite_is_not_applied_and_too_many_end_the_run(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastppo.train_sft.response_logprobs", lambda role, hidden, targets: hidden.sum() * math.nan)
+    monkeypatch.setattr("fastppo.offline.sft.response_logprobs", lambda role, hidden, targets: hidden.sum() * math.nan)
     changes = {"optim__max_skipped": 1, "eval__examples": 0, "model__train": "1"}
     with pytest.raises(TrainingFault, match=r"2 updates in a row .* optim.max_skipped is 1"):
         run(folder, tmp_path / "out", **changes)

@@ -31,17 +31,17 @@ from fastppo.models.lora import add_adapters
 from fastppo.models.roles import Policy, fuse_head
 from fastppo.ops import GPU_WORKSPACE_BYTES
 from fastppo.planner.footprint import Footprint, _Live
-from fastppo.planner.memory import Batch, Bytes, Member, Places, buffers, head_workspace, model_states, reducing
+from fastppo.planner.memory import Batch, Bytes, Places, Role, buffers, head_workspace, model_states, reducing
 from fastppo.planner.ppo_memory import shares
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def seven_billion(tmp_path_factory: pytest.TempPathFactory) -> Member:
+def seven_billion(tmp_path_factory: pytest.TempPathFactory) -> Role:
     folder = directory(tmp_path_factory.mktemp("7b"), *ACTORS["7b"])
     size = Footprint(Policy(_outline(folder)), torch.bfloat16, cpu=False)
-    return Member("actor", size, trains=True, weights=size.parameters)
+    return Role("actor", size, trains=True, weights=size.parameters)
 
 
 def _outline(folder: str, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
@@ -51,7 +51,7 @@ def _outline(folder: str, dtype: torch.dtype = torch.bfloat16) -> PreTrainedMode
 @pytest.mark.parametrize(("gpus", "nodes"), [(1, 1), (8, 1), (8, 2)])
 @pytest.mark.parametrize("offload", ["none", "optimizer", "both"])
 def test_model_states_are_those_of_deepspeeds_estimator_at_stage_3(
-    seven_billion: Member, gpus: int, nodes: int, offload: str
+    seven_billion: Role, gpus: int, nodes: int, offload: str
 ) -> None:
     zero = {
         "none": ZeroConfig(stage=3),
@@ -76,7 +76,7 @@ def test_model_states_are_those_of_deepspeeds_estimator_at_stage_3(
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("offload", ["none", "cpu"])
 def test_model_states_are_those_of_deepspeeds_estimator_at_stage_2(
-    seven_billion: Member, ranks: int, offload: str
+    seven_billion: Role, ranks: int, offload: str
 ) -> None:
     config = Config(zero=ZeroConfig(stage=2, offload_optimizer=offload))  # type: ignore[arg-type]
     found = model_states(seven_billion, config, ranks)
@@ -96,7 +96,7 @@ def test_model_states_are_those_that_an_engine_holds(tmp_path: Path, stage: int,
     config, world = Config(optim=OptimConfig(dtype=dtype), zero=zero), start_world(1)
     policy = Policy(load_causal("actor.model", tiny.saved(tmp_path, tiny.causal()), None, None, DTYPES[dtype], CPU))
     size = Footprint(policy, DTYPES[dtype], cpu=True)
-    planned = model_states(Member("actor", size, trains=True, weights=size.parameters), config, world.ranks).gpu
+    planned = model_states(Role("actor", size, trains=True, weights=size.parameters), config, world.ranks).gpu
     engine = Engine(policy, [list(policy.parameters())], config.optim, config.zero)
     packed = pack([(5, 6, 7, 8)], [2])
 
@@ -115,13 +115,13 @@ def test_model_states_are_those_that_an_engine_holds(tmp_path: Path, stage: int,
     assert sum(x.nbytes for x in engine.states()) == pytest.approx(planned.optimizer, rel=0.01)
 
 
-def test_gradients_at_stage_1_stay_on_the_gpu_where_the_optimizer_does_not(seven_billion: Member) -> None:
+def test_gradients_at_stage_1_stay_on_the_gpu_where_the_optimizer_does_not(seven_billion: Role) -> None:
     config = Config(zero=ZeroConfig(stage=1, offload_optimizer="cpu"))
     found, trained = model_states(seven_billion, config, 8), seven_billion.size.trained
     assert found.gpu.gradients == 4 * trained and found.host.states == 16 * trained // 8
 
 
-def test_what_deepspeed_accumulates_counts_beside_what_its_offloaded_optimizer_is_handed(seven_billion: Member) -> None:
+def test_what_deepspeed_accumulates_counts_beside_what_its_offloaded_optimizer_is_handed(seven_billion: Role) -> None:
     part, member = 4 * (seven_billion.size.trained // 8), seven_billion
 
     def beside(stage: Any, offload: Any) -> Places:
@@ -133,7 +133,7 @@ def test_what_deepspeed_accumulates_counts_beside_what_its_offloaded_optimizer_i
     assert beside(3, "nvme").host.total > part  # DeepSpeed adds up there, whatever the optimizer's states are on
 
 
-def test_nvme_takes_the_states_that_the_host_would(seven_billion: Member) -> None:
+def test_nvme_takes_the_states_that_the_host_would(seven_billion: Role) -> None:
     on_host = model_states(seven_billion, Config(zero=ZeroConfig(stage=3, offload="cpu")), 8)
     on_nvme = model_states(seven_billion, Config(zero=ZeroConfig(stage=3, offload="nvme", nvme_path="/x")), 8)
     assert on_nvme.nvme == on_host.host and on_nvme.host.total == 0
@@ -182,7 +182,7 @@ def test_with_adapters_only_they_have_gradients_and_states(tmp_path: Path) -> No
     adapted = Footprint(Policy(model), torch.bfloat16, cpu=True)
     assert adapted.trained == expected
     assert adapted.parameters == whole.parameters + expected
-    member = Member("actor", adapted, trains=True, weights=adapted.parameters)
+    member = Role("actor", adapted, trains=True, weights=adapted.parameters)
     states = model_states(member, Config(zero=ZeroConfig(stage=1)), ranks=2)
     assert states.gpu.optimizer == 12 * expected // 2 and states.gpu.gradients == 4 * expected
     assert adapted.passes(2, 8, gradient=True).kept > 0
@@ -196,7 +196,7 @@ def test_a_microbatch_is_as_large_as_packing_makes_it() -> None:
     assert batch.sequences == max(map(len, packed))
 
 
-def test_microbatches_of_text_count_where_they_are_larger_than_those_of_ppo(seven_billion: Member) -> None:
+def test_microbatches_of_text_count_where_they_are_larger_than_those_of_ppo(seven_billion: Role) -> None:
     """They have a response token for each token, and 64 texts on 8 ranks fill microbatches that 16 responses do not."""
     config = Config(ppo=PPOConfig(batch_size=16, microbatch_tokens=4096), data=DataConfig(max_prompt_tokens=128))
     texts = replace(config, ptx=PtxConfig(coef=0.1, path="t", max_tokens=512))
@@ -205,20 +205,20 @@ def test_microbatches_of_text_count_where_they_are_larger_than_those_of_ppo(seve
     assert (with_texts.sequences, with_texts.responses) == (max(map(len, packed)), 4096)
 
     def learning(config: Config) -> Bytes:
-        return next(s.places.gpu for s in shares([seven_billion], config, 8) if s.stage == "learning")
+        return next(s.places.gpu for s in shares([seven_billion], config, 8) if s.phase == "learning")
 
     assert learning(texts).activations > 5 * learning(config).activations
     assert learning(replace(texts, ptx=replace(texts.ptx, batch_size=8, max_tokens=64))) == learning(config)
 
 
-def test_the_heads_workspace_does_not_grow_with_the_batch(seven_billion: Member) -> None:
+def test_the_heads_workspace_does_not_grow_with_the_batch(seven_billion: Role) -> None:
     for tokens in (5_000, 50_000, 100_000):
         logits, _ = head_workspace(seven_billion.size, tokens, reference=True, gradient=False)
         assert GPU_WORKSPACE_BYTES / 8 < logits <= GPU_WORKSPACE_BYTES
 
 
-def test_what_a_stage_does_not_use_has_left_the_gpu(seven_billion: Member) -> None:
-    frozen = Member("reference", seven_billion.size, trains=False, weights=seven_billion.weights)
+def test_what_a_stage_does_not_use_has_left_the_gpu(seven_billion: Role) -> None:
+    frozen = Role("reference", seven_billion.size, trains=False, weights=seven_billion.weights)
     config = Config(optim=OptimConfig(activation_checkpointing=True))
     found = {(s.role, s.stage): s.places for s in shares([seven_billion, frozen], config, ranks=8)}
     assert found["reference", "learning"].gpu.total == 0

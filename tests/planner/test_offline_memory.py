@@ -1,4 +1,4 @@
-"""The plan of the stages before PPO: what their one model needs, and a run that does not fit."""
+"""The plan of SFT and reward modelling: what their one model needs, and a run that does not fit."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def config_of(kind: str, model: str, **changes: Any) -> AnyConfig:
     return config
 
 
-def held(found: Plan, stage: str = "learning") -> Bytes:
-    (places,) = (share.places for share in found.shares if share.stage == stage)
+def held(found: Plan, phase: str = "learning") -> Bytes:
+    (places,) = (share.places for share in found.shares if share.phase == phase)
     return places.gpu
 
 
@@ -80,7 +80,7 @@ def test_a_run_that_does_not_fit_is_told_what_to_change_in_its_own_settings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     command, model = COMMANDS[kind], directory(tmp_path, *ACTORS["1.3b"])
-    argv = ["--command", command.script.removesuffix(".py"), "--model.path", model, "--data.path", "x.jsonl"]
+    argv = ["--command", command.name, "--model.path", model, "--data.path", "x.jsonl"]
     machine = ["--gpus", "1", "--gpu-memory", "24GB", "--host-memory", "128GB"]
     with pytest.raises(SystemExit) as stop:
         plan.main([*argv, *machine])
@@ -89,6 +89,20 @@ def test_a_run_that_does_not_fit_is_told_what_to_change_in_its_own_settings(
     change = error.partition("The smallest change that fits: ")[2].split()
     assert make_plan(parse([*argv[2:], *change], command), SMALL).fits
     config_of(kind, model, **dict(zip((name[2:] for name in change[::2]), change[1::2], strict=True)))
+
+
+def test_a_command_is_named_as_it_is_typed_or_as_its_script_is(
+    seven_billion: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--model.path", seven_billion, "--data.path", "x.jsonl", "--gpus", "8", "--gpu-memory", "400GB"]
+    shown = []
+    for name in ("reward", "train_reward", "sft", "train_sft"):
+        plan.main(["--command", name, *argv, "--host-memory", "1TB"])
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] != shown[2] == shown[3]
+    with pytest.raises(SystemExit, match="2"):
+        plan.main(["--command", "rewards", *argv])
+    assert "choose from" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", COMMANDS)

@@ -18,7 +18,7 @@ from fastppo.models.loading.policies import load_causal
 from fastppo.models.roles import ModelError
 from fastppo.planner import check
 from fastppo.planner.machine import Machine, parse_bytes
-from fastppo.planner.meta_models import cast_of
+from fastppo.planner.methods import measured_roles
 from fastppo.planner.plan import make_plan
 
 REWARDS = '[{"function": "a:b"}]'
@@ -41,7 +41,7 @@ def run(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, 
     return code, out, err
 
 
-def test_a_run_that_fits_is_shown_role_by_role_and_stage_by_stage(
+def test_a_run_that_fits_is_shown_role_by_role_and_stage_by_phase(
     settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, _ = run([*settings, "--gpus", "2", "--gpu-memory", "80GB", "--host-memory", "1TB"], capsys)
@@ -54,8 +54,8 @@ def test_the_models_of_the_judge_are_counted_as_those_of_the_reward(settings: li
     model = tiny.saved(tmp_path / "reward", tiny.classifier())
     judge = f'[{{"ensemble": ["{model}", "{model}"]}}, {{"function": "a:b"}}]'
     config = parse([*settings, "--rewards", f'[{{"model": "{model}"}}]', "--health.judge", judge])
-    found = {member.name: member.size.parameters for member in cast_of(config, cpu=True)}
-    names = [member.name for member in cast_of(config, cpu=True)]
+    found = {member.name: member.size.parameters for member in measured_roles(config, cpu=True)}
+    names = [member.name for member in measured_roles(config, cpu=True)]
     assert names == ["actor", "critic", "reference", "reward 1", "judge 1", "judge 1"]
     assert found["judge 1"] == found["reward 1"] > 0
 
@@ -94,7 +94,7 @@ def test_a_preset_fits_the_machine_it_is_for(tmp_path: Path, name: str, gpus: in
 
 
 def test_with_adapters_there_is_no_reference(settings: list[str]) -> None:
-    names = [m.name for m in cast_of(parse([*settings, "--actor.lora.rank", "8"]), cpu=True)]
+    names = [m.name for m in measured_roles(parse([*settings, "--actor.lora.rank", "8"]), cpu=True)]
     assert names == ["actor", "critic"]
 
 

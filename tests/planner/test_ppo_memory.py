@@ -30,9 +30,9 @@ from fastppo.models.loading.weights import Source, outline
 from fastppo.models.roles import Policy, fuse_head
 from fastppo.planner import memory
 from fastppo.planner.footprint import Footprint, Pass
-from fastppo.planner.memory import Bytes, Member, by_stage
-from fastppo.planner.meta_models import cast_of
-from fastppo.planner.ppo_memory import STAGES, averaged, kinds, placed, shares
+from fastppo.planner.memory import Bytes, Role, by_phase
+from fastppo.planner.methods import measured_roles
+from fastppo.planner.ppo_memory import PHASES, averaged, kinds, placed, shares
 from fastppo.ppo import evaluation
 from fastppo.ppo.experience import compute_experience
 from fastppo.ppo.update import run_updates
@@ -145,7 +145,7 @@ def test_in_each_stage_residency_keeps_what_the_plan_counts(
 ) -> None:
     move_on_the_cpu(monkeypatch)
     config = settings(models, case, small)
-    roles, members, zero = after_a_step(config, world), cast_of(config, cpu=False), config.zero
+    roles, members, zero = after_a_step(config, world), measured_roles(config, cpu=False), config.zero
     homes = {"optimizers": zero.optimizer_on, "reference": zero.frozen_on, "rewards": zero.frozen_on}
     for stage in ("sampling", "feedback", "experience", "learning"):
         roles.residency.enter(stage)
@@ -162,7 +162,7 @@ def test_in_each_stage_residency_keeps_what_the_plan_counts(
                 assert planned == 0, (stage, kind)
     if roles.average is not None:
         actor, own = members[0], sum(p.nbytes for p in roles.average._average.values())
-        planned = {stage: averaged(actor, stage, config, 1).host.total for stage in STAGES}
+        planned = {stage: averaged(actor, stage, config, 1).host.total for stage in PHASES}
         assert planned["learning"] == pytest.approx(own, rel=0.02)
         swapped = own + own * actor.size.bytes // 4
         assert planned["sampling"] == planned["experience"] == pytest.approx(swapped, rel=0.02)
@@ -178,7 +178,9 @@ def test_nothing_stays_after_a_step_that_the_plan_does_not_count(
     before = alive()
     roles = after_a_step(config, world)
     now = {at: size for at, size in alive().items() if at not in before}
-    planned = [share.places for share in shares(cast_of(config, cpu=True), config, 1) if share.stage == "learning"]
+    planned = [
+        share.places for share in shares(measured_roles(config, cpu=True), config, 1) if share.phase == "learning"
+    ]
     lasting = sum(
         place.states + place.buffers for found in planned for place in (found.gpu, found.host, found.nvme)
     ) - gone(config)
@@ -195,7 +197,7 @@ def gone(config: Config) -> int:
     """What the plan has in learning alone: gradients that are in no buffer of their own, the sums of stage 2 that wait
     for the host, and at stage 3 the module that is whole and its gradients."""
     total = 0
-    for member in cast_of(config, cpu=True):
+    for member in measured_roles(config, cpu=True):
         states, size = memory.model_states(member, config, 1).gpu, member.size
         live = size.largest * size.bytes
         if config.zero.stage < 3:
@@ -220,24 +222,24 @@ def alive() -> dict[int, int]:
 
 
 @pytest.fixture(scope="module")
-def seven_billion(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, list[Member]]:
+def seven_billion(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, list[Role]]:
     """The actor on a GPU, and on the CPU."""
     folder = directory(tmp_path_factory.mktemp("7b"), *ACTORS["7b"])
     model = fuse_head(outline(AutoModelForCausalLM, Source("actor.model", folder), torch.bfloat16))
     sizes = {cpu: Footprint(Policy(model), torch.bfloat16, cpu=cpu, checkpointing=True) for cpu in (False, True)}
-    return {cpu: [Member("actor", size, trains=True, weights=size.parameters)] for cpu, size in sizes.items()}
+    return {cpu: [Role("actor", size, trains=True, weights=size.parameters)] for cpu, size in sizes.items()}
 
 
-def by_name(members: list[Member], config: Config, ranks: int = 8) -> dict[str, Bytes]:
+def by_name(members: list[Role], config: Config, ranks: int = 8) -> dict[str, Bytes]:
     """What each stage has on the GPU."""
-    return {stage: places.gpu for stage, places in by_stage(shares(members, config, ranks))}
+    return {stage: places.gpu for stage, places in by_phase(shares(members, config, ranks))}
 
 
 STAGE_3 = Config(zero=ZeroConfig(stage=3), optim=OptimConfig(activation_checkpointing=True))
 
 
 def test_the_copy_to_sample_from_is_counted_where_it_stays(
-    seven_billion: dict[bool, list[Member]], monkeypatch: pytest.MonkeyPatch
+    seven_billion: dict[bool, list[Role]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Footprint, "passes", nothing_passes)
     for cpu, members in seven_billion.items():
@@ -255,7 +257,7 @@ def test_the_copy_to_sample_from_is_counted_where_it_stays(
 
 
 def test_the_buffers_that_deepspeed_keeps_are_counted_of_each_role_where_they_do_not_leave(
-    seven_billion: dict[bool, list[Member]], monkeypatch: pytest.MonkeyPatch
+    seven_billion: dict[bool, list[Role]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Footprint, "passes", nothing_passes)
     actor = seven_billion[False][0]
@@ -275,7 +277,7 @@ def test_the_buffers_that_deepspeed_keeps_are_counted_of_each_role_where_they_do
 
 
 def test_gradients_are_counted_for_each_role_while_it_learns_and_on_the_cpu_wherever_they_are_kept(
-    seven_billion: dict[bool, list[Member]], monkeypatch: pytest.MonkeyPatch
+    seven_billion: dict[bool, list[Role]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Footprint, "passes", nothing_passes)
     for cpu, (actor,) in seven_billion.items():
@@ -291,12 +293,12 @@ def test_gradients_are_counted_for_each_role_while_it_learns_and_on_the_cpu_wher
             assert found == [resting, resting, resting, 2 * each]
 
 
-def test_an_evaluation_that_is_larger_than_a_step_is_what_counts(seven_billion: dict[bool, list[Member]]) -> None:
+def test_an_evaluation_that_is_larger_than_a_step_is_what_counts(seven_billion: dict[bool, list[Role]]) -> None:
     size = seven_billion[False][0].size
     members = [
         *seven_billion[False],
-        Member("reference", size, trains=False, weights=size.parameters),
-        Member("reward 1", size, trains=False, weights=size.parameters),
+        Role("reference", size, trains=False, weights=size.parameters),
+        Role("reward 1", size, trains=False, weights=size.parameters),
     ]
     config = replace(
         STAGE_3,
@@ -312,10 +314,10 @@ def test_an_evaluation_that_is_larger_than_a_step_is_what_counts(seven_billion: 
     assert large["learning"] == step["learning"]
 
 
-def test_all_responses_of_a_rank_are_scored_together(seven_billion: dict[bool, list[Member]]) -> None:
+def test_all_responses_of_a_rank_are_scored_together(seven_billion: dict[bool, list[Role]]) -> None:
     """However many minibatches they are learned from in."""
     size = seven_billion[False][0].size
-    reward = Member("reward 1", size, trains=False, weights=size.parameters)
+    reward = Role("reward 1", size, trains=False, weights=size.parameters)
     found = [
         by_name(
             [*seven_billion[False], reward], replace(STAGE_3, ppo=PPOConfig(batch_size=128, minibatches=minibatches))
@@ -335,7 +337,7 @@ def test_what_prefixs_handed_up_is_counted_of_each_role(tmp_path: Path) -> None:
     model.get_input_embeddings().requires_grad_(False)
     size = Footprint(Policy(model), torch.float32, cpu=False)
     assert size.prefix == 1
-    both = [Member(name, size, trains=True, weights=size.parameters) for name in ("actor", "critic")]
+    both = [Role(name, size, trains=True, weights=size.parameters) for name in ("actor", "critic")]
     found = by_name(both, Config(zero=ZeroConfig(stage=0)), ranks=1)
     batch = memory.Batch.of(Config(), 1)
     assert found["experience"].buffers == found["learning"].buffers == 2 * batch.tokens * size.width * 4

@@ -1,6 +1,6 @@
 """All rules about settings that can be checked before a model is loaded.
 
-`fastppo.config.command_line.parse` calls `validate` for PPO, and the functions of `validation.offline` for SFT and
+`fastppo.config.command_line.parse` calls the check of its command: `validate` for PPO, those in `offline` for SFT and
 reward modelling. Each message names the settings, their values, the reason and the way out.
 """
 

@@ -28,15 +28,20 @@ def check_data(config: Config) -> None:
     if prompts == 0 and (config.eval.every or data.eval_path is not None):
         setting = f"eval.every is {config.eval.every}" if config.eval.every else f"data.eval_path is {data.eval_path}"
         raise ConfigError(f"{setting} but eval.prompts is 0, which turns evaluation off. Set eval.prompts above 0.")
+    check_heldout(data, "eval.prompts", prompts, "prompts")
+
+
+def check_heldout(data: DataConfig | ExamplesConfig, setting: str, count: int, what: str) -> None:
+    """Whether so many can be held out as the setting says; what: they are."""
     if data.eval_path is None and data.eval_split != "train":
         raise ConfigError(
-            f"data.eval_split is {data.eval_split} but data.eval_path is not set, so that held-out prompts are taken"
+            f"data.eval_split is {data.eval_split} but data.eval_path is not set, so that held-out {what} are taken"
             f" from data.path. Set data.eval_path to {data.path} to evaluate on another split of it."
         )
-    if data.eval_path is None and data.limit is not None and data.limit <= prompts:
+    if data.eval_path is None and data.limit is not None and data.limit <= count:
         raise ConfigError(
-            f"data.limit is {data.limit} and eval.prompts {prompts}: if these are held out, no prompt remains for"
-            " training. Raise data.limit, lower eval.prompts, or give data.eval_path."
+            f"data.limit is {data.limit} and {setting} {count}: if these are held out, no {what} remain for training."
+            f" Raise data.limit, lower {setting}, or give data.eval_path."
         )
 
 

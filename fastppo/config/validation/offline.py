@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from fastppo.config.offline import RewardTrainingConfig, SFTConfig
-from fastppo.config.validation.data import check_template
+from fastppo.config.offline import OfflineConfig, PairsConfig, RewardTrainingConfig, SFTConfig
+from fastppo.config.validation.data import check_heldout, check_template
 from fastppo.config.validation.learning import check_zero
 from fastppo.config.validation.models import check_attention, check_targets
 from fastppo.config.validation.ranges import Ranges, check_betas, check_ranges, check_train
@@ -29,47 +29,24 @@ RANGES: Ranges = (
     ("2 or more", lambda x: x >= 2, "data.max_tokens"),
     ("greater than 0", lambda x: 0 < x < math.inf, "optim.eps timeout model.lora.alpha"),
 )
-REWARD_RANGES: Ranges = (*RANGES, ("0 or more", lambda x: 0 <= x < math.inf, "margin centre_coef"))
+REWARD_RANGES: Ranges = (("0 or more", lambda x: 0 <= x < math.inf, "margin centre_coef"),)
 
 
-def validate_reward(config: RewardTrainingConfig, ranks: int = 1) -> None:
-    """Raise `ConfigError` for the first rule that the settings violate. ranks: the number of processes of the run."""
-    check_ranges(config, REWARD_RANGES)
-    _check_stage(config, ranks, "pairs", 2)
-    data = config.data
-    if data.rating is not None and data.margin is not None:
-        raise ConfigError(
-            f"data.rating is {data.rating} and data.margin {data.margin}: a margin belongs to a pair, but with a rating"
-            " each row is a single answer. Leave out one of the two."
-        )
-    if data.rating is None and data.chosen == data.rejected:
-        raise ConfigError(f"data.chosen and data.rejected are both {data.chosen}; name the two columns of a pair.")
+def validate_offline(config: OfflineConfig, ranks: int = 1, own: Ranges = ()) -> None:
+    """Check the rules of every offline method. own: the ranges of the method's additional numbers.
 
-
-def validate_sft(config: SFTConfig, ranks: int = 1) -> None:
-    """Raise `ConfigError` for the first rule that the settings violate. ranks: the number of processes of the run."""
-    check_ranges(config, RANGES)
-    _check_stage(config, ranks, "responses", 1)
-    if config.model.train == "head":
-        raise ConfigError("model.train is head, which is for reward models. Give all, a number of layers or patterns.")
-    if config.data.messages is not None and config.data.chat == "never":
-        raise ConfigError(
-            f"data.messages is {config.data.messages} and data.chat never: messages are chat. Set data.chat to auto."
-        )
-
-
-def _check_stage(config: RewardTrainingConfig | SFTConfig, ranks: int, what: str, answers: int) -> None:
-    """Check the rules that SFT and reward modelling share.
-
-    what: the examples' name in messages; answers: sequences per example, all of which are in the same microbatch.
+    Raises `ConfigError` for the first rule that the settings violate. ranks: the number of processes of the run.
     """
-    data, heldout = config.data, config.eval.examples
+    check_ranges(config, (*RANGES, *own))
+    data, heldout, what, answers = config.data, config.eval.examples, config.unit, config.sequences
     check_betas(config.optim)
     check_train("model.train", config.model.train)
+    if config.model.train == "head" and config.role != "reward model":
+        raise ConfigError("model.train is head, which is for reward models. Give all, a number of layers or patterns.")
     check_targets("model.lora", config.model.lora)
     check_attention(config)
     if not config.output:
-        raise ConfigError("output is empty; name a folder for the run, as in --output runs/reward.")
+        raise ConfigError(f"output is empty; name a folder for the run, as in --output {type(config).output}.")
     if not config.model.path:
         raise ConfigError("model.path is not set: there is nothing to train. Give a hub name or a directory.")
     if not data.path:
@@ -92,16 +69,7 @@ def _check_stage(config: RewardTrainingConfig | SFTConfig, ranks: int, what: str
             f"data.eval_path is {data.eval_path} but eval.examples is 0, which turns evaluation off. Set eval.examples"
             " above 0."
         )
-    if data.eval_path is None and data.eval_split != "train":
-        raise ConfigError(
-            f"data.eval_split is {data.eval_split} but data.eval_path is not set, so that held-out {what} are taken"
-            f" from data.path. Set data.eval_path to {data.path} to evaluate on another split of it."
-        )
-    if data.eval_path is None and data.limit is not None and data.limit <= heldout:
-        raise ConfigError(
-            f"data.limit is {data.limit} and eval.examples {heldout}: if these are held out, no {what} remain for"
-            " training. Raise data.limit, lower eval.examples, or give data.eval_path."
-        )
+    check_heldout(data, "eval.examples", heldout, what)
     if config.steps is not None and 0 < config.steps < config.optim.warmup_steps:
         raise ConfigError(
             f"optim.warmup_steps is {config.optim.warmup_steps}, but steps {config.steps}: the learning rate would"
@@ -110,3 +78,26 @@ def _check_stage(config: RewardTrainingConfig | SFTConfig, ranks: int, what: str
     check_zero(config)
     check_checkpoints(config)
     check_tracking(config)
+
+
+def validate_reward(config: RewardTrainingConfig, ranks: int = 1) -> None:
+    """Raises `ConfigError` for the first rule that the settings break on this many ranks (processes)."""
+    validate_offline(config, ranks, REWARD_RANGES)
+    check_pairs(config.data)
+
+
+def validate_sft(config: SFTConfig, ranks: int = 1) -> None:
+    """Raises `ConfigError` for the first rule that the settings break on this many ranks (processes)."""
+    validate_offline(config, ranks)
+    if config.data.messages is not None and config.data.chat == "never":
+        raise ConfigError(f"data.messages is {config.data.messages} and data.chat never: messages are chat. Set auto.")
+
+
+def check_pairs(data: PairsConfig) -> None:
+    if data.rating is not None and data.margin is not None:
+        raise ConfigError(
+            f"data.rating is {data.rating} and data.margin {data.margin}: a margin belongs to a pair, and with a rating"
+            " the rows are single answers. Leave out one of the two."
+        )
+    if data.rating is None and data.chosen == data.rejected:
+        raise ConfigError(f"data.chosen and data.rejected are both {data.chosen}; name the two columns of a pair.")

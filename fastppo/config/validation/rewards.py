@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from fastppo.config.ppo import Config
-from fastppo.config.rewards import FIRST_WAIT, LONGEST_WAIT, RewardConfig
+from fastppo.config.rewards import FIRST_WAIT, LONGEST_WAIT, SERVICE_SETTINGS, RewardConfig
 from fastppo.errors import ConfigError
 
 
@@ -42,7 +42,6 @@ def check_rewards(config: Config) -> None:
 
 KINDS = ("function", "model", "ensemble", "pattern", "url")
 LARGEST_WEIGHT = (2 - 2**-23) * 2.0**127  # the largest number in fp32
-OF_URL = (("timeout", 0.001, 86400), ("retries", 0, 1000), ("request_size", 1, math.inf), ("concurrency", 1, 1000))
 
 
 def check_sources(where: str, sources: Sequence[RewardConfig]) -> None:
@@ -65,7 +64,7 @@ def _check_kind(where: str, source: RewardConfig) -> None:
         what = " and ".join(f"{kind} is {getattr(source, kind)}" for kind in given) or "none is set"
         raise ConfigError(f"{where} needs exactly one of {', '.join(KINDS)}; {what}.")
     kind, default = given[0], RewardConfig()
-    for names, owner in ((("combine",), "ensemble"), ([name for name, *_ in OF_URL], "url")):
+    for names, owner in ((("combine",), "ensemble"), (SERVICE_SETTINGS, "url")):
         for name in names:
             value = getattr(source, name)
             if kind != owner and value != getattr(default, name):
@@ -79,7 +78,7 @@ def _check_kind(where: str, source: RewardConfig) -> None:
             raise ConfigError(f"{where}.pattern is {source.pattern}, not a regular expression: {error}.") from None
     if source.url is not None:
         _check_url(f"{where}.url", source.url)
-    for name, least, most in OF_URL:
+    for name, (least, most) in SERVICE_SETTINGS.items():
         if not least <= getattr(source, name) <= most:
             range_ = f"{least} or more" if most == math.inf else f"{least} to {most}"
             raise ConfigError(f"{where}.{name} is {getattr(source, name)}; it must be {range_}.")

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fastppo.config import ModelConfig, OptimConfig, RewardTrainingConfig, SFTConfig
+from fastppo.config import ModelConfig, OfflineConfig, OptimConfig
 from fastppo.errors import ModelError
 from fastppo.models.frozen_prefix import prefix_depth
 from fastppo.models.loading.policies import load_causal
@@ -38,7 +38,7 @@ from fastppo.models.roles import Policy, RewardModel, enable_prefix_states, fuse
 log = logging.getLogger("fastppo")
 
 
-def load_learner(
+def load_policy(
     config: ModelConfig, optim: OptimConfig, seed: int, device: torch.device, partitions: Partitions = None
 ) -> Policy:
     """Load the language model that SFT trains. seed: of its LoRA adapters."""
@@ -50,7 +50,7 @@ def load_learner(
     return policy
 
 
-def load_scorer(
+def load_reward_model(
     config: ModelConfig, optim: OptimConfig, seed: int, device: torch.device, partitions: Partitions = None
 ) -> RewardModel:
     """Load the reward model that is trained: a language model with a new score head, or an existing reward model.
@@ -58,21 +58,21 @@ def load_scorer(
     seed: of a new head and of LoRA adapters.
     """
     source, dtype = model_source(config), DTYPES[optim.dtype]
-    if starts_as_scorer(source):
+    if is_reward_model(source):
         model = load_model(AutoModelForSequenceClassification, source, dtype, device, partitions)
     else:
         causal = load_causal("model.path", config.path, config.gguf_file, config.revision, dtype, device, partitions)
         model = _with_score_head(causal, initial_head(width_of(causal), seed).to(device, dtype))
-    scorer = _scorer(model, config, seed)
-    _prepare(scorer, optim, partitions)
-    return scorer
+    reward_model = _reward_model(model, config, seed)
+    _prepare(reward_model, optim, partitions)
+    return reward_model
 
 
 def model_source(config: ModelConfig) -> Source:
     return Source("model.path", config.path, config.gguf_file, config.revision)
 
 
-def starts_as_scorer(source: Source) -> bool:
+def is_reward_model(source: Source) -> bool:
     """Whether the source is a reward model, and not a language model. Raises ModelError for any other classifier."""
     config = load_config(source)
     if is_classifier(config):
@@ -80,32 +80,28 @@ def starts_as_scorer(source: Source) -> bool:
     return is_classifier(config)
 
 
-def outline_learner(config: SFTConfig) -> Policy:
-    """The model of `load_learner` on the meta device: modules, shapes and trainable parameters, without weights."""
-    model, dtype = config.model, DTYPES[config.optim.dtype]
-    policy = Policy(fuse_head(outline(AutoModelForCausalLM, model_source(model), dtype)))
-    choose_trained(policy, "model", model, model.path, model.revision, config.seed)
-    return policy
-
-
-def outline_scorer(config: RewardTrainingConfig) -> RewardModel:
-    """The model of `load_scorer` on the meta device."""
-    source, dtype = model_source(config.model), DTYPES[config.optim.dtype]
-    if starts_as_scorer(source):
-        model = outline(AutoModelForSequenceClassification, source, dtype)
+def outline_trained(config: OfflineConfig) -> Policy | RewardModel:
+    """The model that an offline method trains, on the meta device: modules, shapes and trainable parameters."""
+    source, dtype, model = model_source(config.model), DTYPES[config.optim.dtype], config.model
+    if config.role == "policy":
+        policy = Policy(fuse_head(outline(AutoModelForCausalLM, source, dtype)))
+        choose_trained(policy, "model", model, model.path, model.revision, config.seed)
+        return policy
+    if is_reward_model(source):
+        classifier = outline(AutoModelForSequenceClassification, source, dtype)
     else:
         causal = outline(AutoModelForCausalLM, source, dtype)
-        model = _with_score_head(causal, torch.empty(1, width_of(causal), dtype=dtype, device="meta"))
-    return _scorer(model, config.model, config.seed)
+        classifier = _with_score_head(causal, torch.empty(1, width_of(causal), dtype=dtype, device="meta"))
+    return _reward_model(classifier, model, config.seed)
 
 
-def _scorer(model: PreTrainedModel, config: ModelConfig, seed: int) -> RewardModel:
+def _reward_model(model: PreTrainedModel, config: ModelConfig, seed: int) -> RewardModel:
     """The role, with its trainable parameters set; its head is always trainable."""
-    scorer = RewardModel(model)
+    reward_model = RewardModel(model)
     chosen = replace(config, train="score.*") if config.train == "head" else config
-    choose_trained(scorer, "model", chosen, config.path, config.revision, seed)
-    scorer.head.requires_grad_(True)
-    return scorer
+    choose_trained(reward_model, "model", chosen, config.path, config.revision, seed)
+    reward_model.head.requires_grad_(True)
+    return reward_model
 
 
 def _with_score_head(causal: PreTrainedModel, weight: torch.Tensor) -> PreTrainedModel:

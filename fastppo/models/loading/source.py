@@ -6,10 +6,12 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import transformers
 from transformers.utils.hub import cached_file
 
+from fastppo.config import REWARD, SFT, Command
 from fastppo.data import PREFIX, locate
 from fastppo.errors import ModelError
 
@@ -17,10 +19,10 @@ HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # on the Hugging Face hub: MODEL o
 
 WAYS = "Give a Hugging Face hub name, a directory made by save_pretrained, or a directory with gguf_file."
 
-# The models that the quickstart passes from one command to the next, and the command that exports each.
-EXPORTED_BY = {
-    "runs/quickstart-sft/model": "deepspeed fastppo/train_sft.py --config quickstart-sft",
-    "runs/quickstart-reward/reward_model": "deepspeed fastppo/train_reward.py --config quickstart-reward",
+# The models that the quickstart passes from one command to the next: the command that exports each, and its preset.
+EXPORTED_BY: dict[str, tuple[Command[Any], str]] = {
+    "runs/quickstart-sft/model": (SFT, "quickstart-sft"),
+    "runs/quickstart-reward/reward_model": (REWARD, "quickstart-reward"),
 }
 
 
@@ -49,10 +51,10 @@ def check_name(source: Source) -> None:
     """
     packaged = source.name.startswith(PREFIX)
     if not packaged and not HUB_NAME.fullmatch(source.name) and not Path(source.name).exists():
-        command = EXPORTED_BY.get(str(Path(source.name)))
         way = WAYS
-        if command is not None:
-            way = f"`{command}` exports it, and `make demo` runs all commands of the quickstart."
+        if (exported_by := EXPORTED_BY.get(str(Path(source.name)))) is not None:
+            command, preset = exported_by
+            way = f"`{command.call} --config {preset}` exports it, and `make demo` runs all commands of the quickstart."
         raise ModelError(f"{source}: there is no such directory. {way}")
     adapter = Path(source.name) / ADAPTER
     if not packaged and adapter.is_file():

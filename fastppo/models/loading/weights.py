@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.quantization_config import GgufConfig
 
+from fastppo.config import REWARD
 from fastppo.data import locate
 from fastppo.models.loading.demands import check_demands
 from fastppo.models.loading.model_check import check_architecture
@@ -120,7 +121,7 @@ def load_classifier_config(source: Source) -> PreTrainedConfig:
         raise ModelError(
             f"{source} is a {config.architectures[0]} and no reward model: it has no score head, and a random head"
             " would give random scores. Train a reward model from it with"
-            f" fastppo/train_reward.py --model.path {source.name}, and give the model that this exports."
+            f" {REWARD.call} --model.path {source.name}, and give the model that this exports."
         )
     way = "Train one with num_labels=1, or wrap this classifier in a reward function that picks a label's logit."
     check_one_label(source, config, way)

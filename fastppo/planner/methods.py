@@ -1,0 +1,36 @@
+"""What the plan knows of PPO and of offline methods: their roles, what these hold, and what needs less."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from fastppo.config import AnyConfig, Config, OfflineConfig
+from fastppo.planner import offline_memory, ppo_memory
+from fastppo.planner.memory import Change, Role, Share
+from fastppo.planner.meta_models import offline_roles, ppo_roles
+
+
+class Method(NamedTuple):
+    """Each function takes the settings of its own kind."""
+
+    roles: Callable[..., list[Role]]  # (config, *, cpu), on the meta device
+    shares: Callable[[list[Role], Any, int], list[Share]]  # (roles, config, ranks): bytes by role and phase
+    smaller_passes: Callable[[Any], Iterator[Change]]
+    asks_frozen_roles: bool
+
+
+METHODS = {
+    Config: Method(ppo_roles, ppo_memory.shares, ppo_memory.smaller_passes, asks_frozen_roles=True),
+    OfflineConfig: Method(offline_roles, offline_memory.shares, offline_memory.smaller_passes, asks_frozen_roles=False),
+}
+
+
+def method_of(config: AnyConfig) -> Method:
+    """That of the settings' class, or of the class that it is derived from."""
+    return next(METHODS[kind] for kind in type(config).__mro__ if kind in METHODS)
+
+
+def measured_roles(config: AnyConfig, *, cpu: bool) -> list[Role]:
+    """The roles of a run. cpu: whether it is on the CPU. Raises ModelError where a model's config cannot be read."""
+    return method_of(config).roles(config, cpu=cpu)
