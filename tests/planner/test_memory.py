@@ -220,7 +220,7 @@ def test_the_heads_workspace_does_not_grow_with_the_batch(seven_billion: Role) -
 def test_what_a_stage_does_not_use_has_left_the_gpu(seven_billion: Role) -> None:
     frozen = Role("reference", seven_billion.size, trains=False, weights=seven_billion.weights)
     config = Config(optim=OptimConfig(activation_checkpointing=True))
-    found = {(s.role, s.stage): s.places for s in shares([seven_billion, frozen], config, ranks=8)}
+    found = {(s.role, s.phase): s.places for s in shares([seven_billion, frozen], config, ranks=8)}
     assert found["reference", "learning"].gpu.total == 0
     assert found["reference", "learning"].host.weights == found["reference", "experience"].gpu.weights > 0
     assert found["actor", "sampling"].gpu.optimizer == 0
