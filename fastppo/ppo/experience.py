@@ -94,7 +94,6 @@ def recompute_prefix(experience: Experience, done: int, prefix_cache: PrefixStat
     critic = [] if roles.critic is None else [roles.critic.module]
     for minibatch in computed:
         for sequences in minibatch.of_rank(world.rank, world.ranks):
-            stop.check(world)
             microbatch = packed.select(sequences).to(world.device)
             for role in (roles.policy, roles.reference.module, *critic):
                 prefix_cache(role, microbatch, sequences)
