@@ -5,6 +5,7 @@ from .experience import StepContext as StepContext
 from .experience import compute_experience as compute_experience
 from .experience import recompute_prefix as recompute_prefix
 from .losses import TokenLoss as TokenLoss
+from .metrics import mean_kl as mean_kl
 from .run import Setup as Setup
 from .run import Step as Step
 from .run import evaluate_if_due as evaluate_if_due
@@ -12,5 +13,4 @@ from .run import finish as finish
 from .run import log_step as log_step
 from .run import set_up as set_up
 from .schedule import learning_rate as learning_rate
-from .schedule import mean_kl as mean_kl
 from .update import run_updates as run_updates

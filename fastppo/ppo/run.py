@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import NamedTuple
 
 from fastppo.checkpoint import (
@@ -29,7 +28,6 @@ from fastppo.monitor import (
     Phases,
     Tracker,
     heldout_responses,
-    sampler_error,
     show_samples,
     training_responses,
     write_samples,
@@ -39,8 +37,9 @@ from fastppo.ppo.advantages import Estimator, load_estimator
 from fastppo.ppo.evaluation import evaluate, samples
 from fastppo.ppo.experience import StepContext
 from fastppo.ppo.losses import PolicyLoss, load_loss
+from fastppo.ppo.metrics import step_metrics
 from fastppo.ppo.ptx import Texts
-from fastppo.ppo.schedule import explained_variance, mean_kl, step_rates
+from fastppo.ppo.schedule import step_rates
 from fastppo.ppo.train_state import Progress
 from fastppo.rewards import Source, check_chats, load_functions, load_judge, load_sources
 from fastppo.rollout import ActorSampler, find_engine, make_sampler, named_stop_ids
@@ -204,55 +203,6 @@ def log_step(setup: Setup, done: Step, tracker: Tracker) -> None:
         responses = training_responses(done.experience, setup.roles.tokenizer, count=config.track.responses)
         tracker.log_responses(number, responses)
     tracker.log_alarms([asdict(alarm) for alarm in done.alarms])
-
-
-def step_metrics(experience: Experience, updates: Sequence[Update], seconds: Mapping[str, float]) -> dict[str, float]:
-    """Means over the global batch: per response score, reward, KL and length; per token what learning saw.
-
-    seconds: `time/PHASE` of the step's phases. Of the updates those count that were applied.
-    """
-    epochs = 1 + max(u.epoch for u in updates)
-    skipped = sum(u.skipped > 0 for u in updates)
-    updates = [u for u in updates if not u.skipped] or updates
-    responses, tokens = len(experience.packed), len(experience.kl)
-    metrics = {
-        "score": float(experience.scores.mean()),
-        "score_std": float(experience.scores.std(correction=0)),
-        "reward": float(experience.rewards.sum()) / responses,
-        "kl": mean_kl(experience),
-        "kl_token": mean_kl(experience) * responses / tokens,
-        "entropy": float(experience.entropy.mean()),
-        "response_length": tokens / responses,
-        "ended": float(experience.ended.float().mean()),
-        "value": float(experience.values.mean()),
-        "explained_variance": explained_variance(experience.values, experience.returns),
-        "skipped_updates": skipped,
-        "sampler_error": sampler_error(experience),
-    }
-    if experience.by_source.shape[1] > 1:
-        metrics |= {f"score/{i}": float(x) for i, x in enumerate(experience.by_source.mean(0))}
-    for name in ("policy_loss", "kl_loss", "approx_kl", "clip_fraction", "dual_clip_fraction", "ratio_mean"):
-        metrics[name] = fmean(getattr(u, name) for u in updates)
-    for name in ("value_loss", "value_clip_fraction", "actor_grad_norm", "critic_grad_norm"):
-        metrics[name] = fmean(getattr(u, name) for u in updates)
-    if any(u.ptx_loss for u in updates):  # else no text is mixed in
-        metrics["ptx_loss"] = fmean(u.ptx_loss for u in updates)
-    metrics["ratio_max"] = max(u.ratio_max for u in updates)
-    for epoch in sorted({u.epoch for u in updates}):
-        of_epoch = [u for u in updates if u.epoch == epoch]
-        for name in ("approx_kl", "clip_fraction", "ratio_mean"):
-            metrics[f"epoch{epoch + 1}/{name}"] = fmean(getattr(u, name) for u in of_epoch)
-        metrics[f"epoch{epoch + 1}/ratio_max"] = max(u.ratio_max for u in of_epoch)
-    return metrics | dict(seconds) | _speeds(seconds, experience, epochs)
-
-
-def _speeds(seconds: Mapping[str, float], experience: Experience, epochs: int) -> dict[str, float]:
-    """Tokens a second of each phase: sampling counts what it wrote, the others what they read, in every epoch."""
-    written, read = len(experience.kl), len(experience.packed.tokens)
-    work = {"sampling": written, "feedback": read, "experience": read, "learning": read * epochs}
-    speeds = {f"tokens_per_second/{phase}": n / seconds[f"time/{phase}"] for phase, n in work.items()}
-    total = sum(seconds.values())
-    return speeds | {"time/step": total, "tokens_per_second": written / total}
 
 
 def settings_that_truncate(sampling: SamplingConfig, stop_ids: Sequence[int]) -> list[str]:

@@ -8,7 +8,6 @@ from typing import Literal
 from torch import Tensor
 
 from fastppo.config import Config
-from fastppo.data import Experience
 from fastppo.ops import eager
 
 KLKind = Literal["k1", "k2", "k3", "exact"]
@@ -87,8 +86,3 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 one that knows the mean alone."""
     spread = returns.double().var(correction=0)
     return float(1 - (returns.double() - values.double()).var(correction=0) / spread) if spread > 0 else float("nan")
-
-
-def mean_kl(experience: Experience) -> float:
-    """k1 KL to the reference, summed over a response, the batch's mean; what an adaptive beta is steered by."""
-    return float((experience.old_logprobs - experience.ref_logprobs).sum()) / len(experience.packed)

@@ -1,0 +1,64 @@
+"""The numbers of one PPO step, from its experience and its updates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from fastppo.data import Experience, Update
+from fastppo.monitor import sampler_error
+from fastppo.ppo.schedule import explained_variance
+
+
+def mean_kl(experience: Experience) -> float:
+    """k1 KL to the reference, summed over a response, the batch's mean; what an adaptive beta is steered by."""
+    return float((experience.old_logprobs - experience.ref_logprobs).sum()) / len(experience.packed)
+
+
+def step_metrics(experience: Experience, updates: Sequence[Update], seconds: Mapping[str, float]) -> dict[str, float]:
+    """Means over the global batch: per response score, reward, KL and length; per token what learning saw.
+
+    seconds: `time/PHASE` of the step's phases. Of the updates those count that were applied.
+    """
+    epochs = 1 + max(u.epoch for u in updates)
+    skipped = sum(u.skipped > 0 for u in updates)
+    updates = [u for u in updates if not u.skipped] or updates
+    responses, tokens = len(experience.packed), len(experience.kl)
+    metrics = {
+        "score": float(experience.scores.mean()),
+        "score_std": float(experience.scores.std(correction=0)),
+        "reward": float(experience.rewards.sum()) / responses,
+        "kl": mean_kl(experience),
+        "kl_token": mean_kl(experience) * responses / tokens,
+        "entropy": float(experience.entropy.mean()),
+        "response_length": tokens / responses,
+        "ended": float(experience.ended.float().mean()),
+        "value": float(experience.values.mean()),
+        "explained_variance": explained_variance(experience.values, experience.returns),
+        "skipped_updates": skipped,
+        "sampler_error": sampler_error(experience),
+    }
+    if experience.by_source.shape[1] > 1:
+        metrics |= {f"score/{i}": float(x) for i, x in enumerate(experience.by_source.mean(0))}
+    for name in ("policy_loss", "kl_loss", "approx_kl", "clip_fraction", "dual_clip_fraction", "ratio_mean"):
+        metrics[name] = fmean(getattr(u, name) for u in updates)
+    for name in ("value_loss", "value_clip_fraction", "actor_grad_norm", "critic_grad_norm"):
+        metrics[name] = fmean(getattr(u, name) for u in updates)
+    if any(u.ptx_loss for u in updates):  # else no text is mixed in
+        metrics["ptx_loss"] = fmean(u.ptx_loss for u in updates)
+    metrics["ratio_max"] = max(u.ratio_max for u in updates)
+    for epoch in sorted({u.epoch for u in updates}):
+        of_epoch = [u for u in updates if u.epoch == epoch]
+        for name in ("approx_kl", "clip_fraction", "ratio_mean"):
+            metrics[f"epoch{epoch + 1}/{name}"] = fmean(getattr(u, name) for u in of_epoch)
+        metrics[f"epoch{epoch + 1}/ratio_max"] = max(u.ratio_max for u in of_epoch)
+    return metrics | dict(seconds) | _speeds(seconds, experience, epochs)
+
+
+def _speeds(seconds: Mapping[str, float], experience: Experience, epochs: int) -> dict[str, float]:
+    """Tokens a second of each phase: sampling counts what it wrote, the others what they read, in every epoch."""
+    written, read = len(experience.kl), len(experience.packed.tokens)
+    work = {"sampling": written, "feedback": read, "experience": read, "learning": read * epochs}
+    speeds = {f"tokens_per_second/{phase}": n / seconds[f"time/{phase}"] for phase, n in work.items()}
+    total = sum(seconds.values())
+    return speeds | {"time/step": total, "tokens_per_second": written / total}
