@@ -2,7 +2,6 @@
 
 import gc
 import os
-from collections.abc import Iterator
 
 # Before torch is imported. Workers of pytest-xdist share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -40,14 +39,14 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+def forks(tmp_path_factory):
     """Starts runs in processes of their own. One for all tests: it takes seconds to import everything."""
     with Forks(tmp_path_factory.mktemp("logs")) as forks:
         yield forks
 
 
 @pytest.fixture
-def triton_on_cpu() -> Iterator[None]:
+def triton_on_cpu():
     """CPU tensors take the Triton kernels, under the interpreter, through the same door as everything else."""
     from fastppo.ops import registration
 
@@ -62,7 +61,7 @@ COMPILED = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's tests
 
 
 @pytest.fixture(params=["C++", pytest.param("Triton", marks=COMPILED)])
-def backend(request: pytest.FixtureRequest) -> str:
+def backend(request):
     """What runs the ops on CPU tensors: their own kernels, or Triton's under the interpreter."""
     if request.param == "Triton":
         request.getfixturevalue("triton_on_cpu")
@@ -70,7 +69,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(params=["avx512", "avx2", "baseline"])
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
+def level(request):
     """Each SIMD level of the C++ kernels that the build and this machine have, in use during the test."""
     from fastppo import _C
 

@@ -1,4 +1,4 @@
-"""The marks `gpu` and `slow`: who has them, and what they do."""
+"""The habits of tests: who is marked `gpu` and `slow`, what the marks do, and where types are written."""
 
 import ast
 import re
@@ -76,3 +76,20 @@ def test_a_skip_that_asks_for_cuda_is_found(form):
 def test_only_the_mark_gpu_asks_for_cuda(path):
     """So that `pytest -m gpu` selects everything that a machine without a GPU skips."""
     assert skips_without_cuda(path.read_text()) == []
+
+
+def annotated(source):
+    """Names of tests and fixtures with type annotations."""
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    return [
+        f.name
+        for f in functions
+        if (f.name.startswith("test_") or any("fixture" in ast.unparse(d) for d in f.decorator_list))
+        and (f.returns is not None or any(a.annotation is not None for a in (*f.args.args, *f.args.kwonlyargs)))
+    ]
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: path.stem)
+def test_helpers_say_their_types_and_tests_and_fixtures_do_not(path):
+    assert annotated("def test_it(x: int): ...") and annotated("@pytest.fixture\ndef it() -> int: ...")
+    assert annotated(path.read_text()) == []

@@ -13,7 +13,7 @@ from fastppo.quickstart import _analyzer, favourable
 JUDGE = RewardConfig(function="fastppo.quickstart:favourable")
 
 
-def test_each_stage_takes_what_the_ones_before_leave() -> None:
+def test_each_stage_takes_what_the_ones_before_leave():
     sft, reward = parse(["--config", "quickstart-sft"], SFT), parse(["--config", "quickstart-reward"], REWARD)
     ppo = parse(["--config", "quickstart"])
     left = [f"{sft.output}/model", f"{reward.output}/reward_model"]
@@ -25,7 +25,7 @@ def test_each_stage_takes_what_the_ones_before_leave() -> None:
     assert ppo.health.judge == (JUDGE,)
 
 
-def test_what_the_reward_model_has_read_is_as_long_as_prompt_and_response() -> None:
+def test_what_the_reward_model_has_read_is_as_long_as_prompt_and_response():
     reward, ppo = parse(["--config", "quickstart-reward"], REWARD), parse(["--config", "quickstart"])
     assert ppo.sampling.min_new_tokens == ppo.sampling.max_new_tokens and not reward.data.eos
     assert ppo.data.first_tokens is not None
@@ -34,7 +34,7 @@ def test_what_the_reward_model_has_read_is_as_long_as_prompt_and_response() -> N
     assert length == parse(["--config", "quickstart-sft"], SFT).data.max_tokens
 
 
-def test_the_hacked_quickstart_has_less_penalty_more_steps_and_levels_that_end_it() -> None:
+def test_the_hacked_quickstart_has_less_penalty_more_steps_and_levels_that_end_it():
     plain, hacked = parse(["--config", "quickstart"]), parse(["--config", "quickstart-hacked"])
     assert hacked.ppo.kl_coef < plain.ppo.kl_coef / 100 and hacked.steps > plain.steps
     assert not plain.health.alarms and hacked.health.alarms
@@ -51,14 +51,14 @@ def test_the_hacked_quickstart_has_less_penalty_more_steps_and_levels_that_end_i
     assert same == plain
 
 
-def test_favourable_texts_score_higher_than_unfavourable_ones() -> None:
+def test_favourable_texts_score_higher_than_unfavourable_ones():
     responses = ["a wonderful, moving film. I loved it!", "a table and a chair", "boring, awful and stupid.", ""]
     scores = favourable(["This is"] * 4, responses, label=["1"] * 4)
     assert all(type(score) is float and -1 <= score <= 1 for score in scores)
     assert scores[0] > 0.5 > scores[1] == scores[3] == 0 > -0.5 > scores[2]
 
 
-def test_a_missing_vader_is_told_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_vader_is_told_how_to_install(monkeypatch):
     _analyzer.cache_clear()
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
     with pytest.raises(ImportError, match="pip install vaderSentiment"):

@@ -75,14 +75,14 @@ class Command(Generic[C]):
         return {name: path for name, path in _presets().items() if _command_of(name) is self}
 
 
-PPO = Command("train", "fastppo.train", "PPO: a language model learns from rewards", Config, validate)
+PPO = Command("train", "fastppo.train", "PPO: train a language model with rewards", Config, validate)
 SFT = Command(
-    "sft", "fastppo.train_sft", "a supervised start, from prompts and responses", SFTConfig, validate_sft, "-sft"
+    "sft", "fastppo.train_sft", "supervised fine-tuning on prompts and responses", SFTConfig, validate_sft, "-sft"
 )
 REWARD = Command(
     "reward",
     "fastppo.train_reward",
-    "a reward model, from preference pairs",
+    "train a reward model on preference pairs",
     RewardTrainingConfig,
     validate_reward,
     "-reward",

@@ -1,7 +1,6 @@
 """Which settings may change when a run is resumed: pinned for every setting of every command."""
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +71,7 @@ def outcome(config: AnyConfig, name: str, caplog: pytest.LogCaptureFixture) -> s
     [(Config, OF_PPO), (RewardTrainingConfig, OF_OFFLINE_METHODS), (SFTConfig, OF_OFFLINE_METHODS)],
     ids=["PPO", "reward model", "SFT"],
 )
-def test_a_setting_may_change_if_it_is_listed_here_and_is_refused_by_name_if_not(
-    kind: Callable[[], AnyConfig], free: dict[str, str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_setting_may_change_if_it_is_listed_here_and_is_refused_by_name_if_not(kind, free, caplog):
     caplog.set_level(logging.WARNING, "fastppo")
     config = kind()
     outcomes = {name: outcome(config, name, caplog) for name in settings(config)}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastppo.config import Config, RewardConfig
-from fastppo.config.command_line import PPO, REWARD, SFT, Command, dump, parse
+from fastppo.config.command_line import PPO, REWARD, SFT, dump, parse
 
 QUICKSTART = ["--config", "quickstart"]
 
@@ -25,7 +25,7 @@ def message(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return printed.err.strip()
 
 
-def test_what_comes_later_wins(tmp_path: Path) -> None:
+def test_what_comes_later_wins(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("steps: 7\nppo:\n  kl_coef: 0.2\n  epochs: 3\n")
     config = parse([*QUICKSTART, "--config", str(file), "--ppo.kl_coef", "0.1"])
@@ -33,7 +33,7 @@ def test_what_comes_later_wins(tmp_path: Path) -> None:
     assert parse([*QUICKSTART, "--steps", "2", "--config", str(file)]).steps == 7
 
 
-def test_every_kind_of_value_comes_from_the_command_line() -> None:
+def test_every_kind_of_value_comes_from_the_command_line():
     rewards = '[{"function": "a:b"}, {"model": "m", "weight": 0.5}]'
     given = ["--rewards", rewards, "--ppo.value_clip=null", "--track.profile_steps", "[1, 2]", "--zero.stage", "1"]
     given += ["--data.template", '{"enable_thinking": false, "date": "1 May"}']
@@ -52,27 +52,25 @@ def test_every_kind_of_value_comes_from_the_command_line() -> None:
     assert parse([*QUICKSTART, "--actor.train", "4"]).actor.train == 4
 
 
-def test_a_dumped_config_reads_back_as_itself(tmp_path: Path) -> None:
+def test_a_dumped_config_reads_back_as_itself(tmp_path):
     rewards = '[{"function": "a:b"}, {"model": "naïve", "weight": 0.5}]'
     config = parse([*QUICKSTART, "--rewards", rewards, "--sampling.stop_tokens", '["1", "null"]', "--actor.lr=1e-7"])
     (tmp_path / "config.yaml").write_text(dump(config), encoding="utf-8")
     assert parse(["--config", str(tmp_path / "config.yaml")]) == config
 
 
-def test_the_launchers_local_rank_is_ignored() -> None:
+def test_the_launchers_local_rank_is_ignored():
     assert parse(["--local_rank=1", *QUICKSTART]) == parse(QUICKSTART)
 
 
-def test_the_rules_are_checked_for_the_number_of_ranks(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_rules_are_checked_for_the_number_of_ranks(capsys, monkeypatch):
     launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "17", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
     assert "17 ranks" in message(capsys, *QUICKSTART)
 
 
-def test_one_rank_speaks_for_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_rank_speaks_for_all(capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit, match="2"):
         parse([])
@@ -115,9 +113,7 @@ def test_one_rank_speaks_for_all(capsys: pytest.CaptureFixture[str], monkeypatch
         (["--ppo.batch_size", "33"], ["ppo.batch_size is 33", "ppo.minibatches 2"]),
     ],
 )
-def test_a_mistake_on_the_command_line_gets_one_clear_message(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
-) -> None:
+def test_a_mistake_on_the_command_line_gets_one_clear_message(capsys, arguments, words):
     said = message(capsys, *QUICKSTART, *arguments)
     for word in words:
         assert word in said
@@ -139,9 +135,7 @@ def test_a_mistake_on_the_command_line_gets_one_clear_message(
         ("", 1, "mapping"),
     ],
 )
-def test_a_broken_file_is_named_with_its_line(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, line: int, words: str
-) -> None:
+def test_a_broken_file_is_named_with_its_line(capsys, tmp_path, text, line, words):
     file = tmp_path / "mine.yaml"
     file.write_text(text)
     said = message(capsys, *QUICKSTART, "--config", str(file))
@@ -157,18 +151,14 @@ def test_a_broken_file_is_named_with_its_line(
         ("actor:\n  train: 0.5\n", "actor.train is 0.5; it must be a whole number or a text."),
     ],
 )
-def test_a_wrong_value_in_a_file_is_told_what_is_allowed(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, words: str
-) -> None:
+def test_a_wrong_value_in_a_file_is_told_what_is_allowed(capsys, tmp_path, text, words):
     file = tmp_path / "mine.yaml"
     file.write_text(text)
     assert words in message(capsys, *QUICKSTART, "--config", str(file))
 
 
 @pytest.mark.parametrize("command", [PPO, REWARD, SFT], ids=lambda command: command.script)
-def test_help_explains_every_setting(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: Command
-) -> None:
+def test_help_explains_every_setting(capsys, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as exit:
         parse(["--help"], command)
@@ -184,7 +174,7 @@ def test_help_explains_every_setting(
     assert "local_rank" not in text and f"usage: deepspeed {command.script} --config" in text
 
 
-def test_settings_and_groups_are_those_of_the_config() -> None:
+def test_settings_and_groups_are_those_of_the_config():
     def groups(config: Any, prefix: str = "") -> set[str]:
         inner = {f"{prefix}{name}": part for name, part in vars(config).items() if dataclasses.is_dataclass(part)}
         return set(inner).union(*(groups(part, f"{name}.") for name, part in inner.items()))
@@ -194,7 +184,7 @@ def test_settings_and_groups_are_those_of_the_config() -> None:
     assert {"data.rating", "data.eval_path", "model.path"} <= set(REWARD.settings)
 
 
-def test_each_command_names_its_own_presets(capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_command_names_its_own_presets(capsys):
     assert "quickstart" in PPO.presets and "quickstart-reward" not in PPO.presets
     assert "quickstart-reward" in REWARD.presets and "quickstart-sft" in SFT.presets
     said = message(capsys, "--config", "quickstart-reward")
@@ -204,9 +194,7 @@ def test_each_command_names_its_own_presets(capsys: pytest.CaptureFixture[str]) 
     )
 
 
-def test_a_command_is_called_by_its_script_in_a_clone_and_by_its_name_elsewhere(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_command_is_called_by_its_script_in_a_clone_and_by_its_name_elsewhere(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(Path(__file__).parent.parent.parent)
     assert [command.call for command in (PPO, SFT)] == [
         "deepspeed fastppo/train.py",
@@ -224,7 +212,7 @@ def test_a_command_is_called_by_its_script_in_a_clone_and_by_its_name_elsewhere(
     assert "this preset is for fastppo sft. The presets of fastppo train: " in said
 
 
-def test_the_command_line_loads_no_model_library() -> None:
+def test_the_command_line_loads_no_model_library():
     code = "import sys; from fastppo.config.command_line import parse; parse(['--config', 'quickstart'])"
     code += "; print(*{'torch', 'transformers', 'deepspeed', 'datasets'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -1,7 +1,6 @@
 """Every rule about the settings of SFT and reward modelling refuses what it should, with the reason."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +31,7 @@ def changed(config: Any, **settings: Any) -> Any:
     return config
 
 
-def test_the_defaults_and_the_presets_are_allowed() -> None:
+def test_the_defaults_and_the_presets_are_allowed():
     validate_reward(PAIRS)
     validate_sft(ANSWERS)
     for ranks in (1, 2, 16):
@@ -61,7 +60,7 @@ def test_the_defaults_and_the_presets_are_allowed() -> None:
         (dict(attention="flash", optim__dtype="fp32"), ["attention is flash", "fp32"]),
     ],
 )
-def test_settings_of_both_that_cannot_work_are_refused(settings: dict[str, Any], words: list[str]) -> None:
+def test_settings_of_both_that_cannot_work_are_refused(settings, words):
     for config, validate in ((PAIRS, validate_reward), (ANSWERS, validate_sft)):
         with pytest.raises(ConfigError) as error:
             validate(changed(config, **settings), 2)  # type: ignore[operator]
@@ -77,16 +76,14 @@ def test_settings_of_both_that_cannot_work_are_refused(settings: dict[str, Any],
         ('{"optimizer": {"params": {"lr": 0.1}}}', "model.lr"),
     ],
 )
-def test_what_a_raw_deepspeed_file_may_not_say_is_named_as_the_command_names_it(
-    tmp_path: Path, raw: str, setting: str
-) -> None:
+def test_what_a_raw_deepspeed_file_may_not_say_is_named_as_the_command_names_it(tmp_path, raw, setting):
     (tmp_path / "raw.json").write_text(raw)
     for config, validate in ((PAIRS, validate_reward), (ANSWERS, validate_sft)):
         with pytest.raises(ConfigError, match=rf"follows from {setting}\. Set {setting}, and take"):
             validate(changed(config, zero__deepspeed=str(tmp_path / "raw.json")))  # type: ignore[operator]
 
 
-def test_both_answers_of_a_pair_must_fit_one_microbatch() -> None:
+def test_both_answers_of_a_pair_must_fit_one_microbatch():
     validate_reward(changed(PAIRS, microbatch_tokens=2048))
     with pytest.raises(ConfigError, match=r"microbatch_tokens is 2047, but the two answers of a pair can have 2048"):
         validate_reward(changed(PAIRS, microbatch_tokens=2047))
@@ -102,7 +99,7 @@ def test_both_answers_of_a_pair_must_fit_one_microbatch() -> None:
         (dict(data__rejected="chosen"), "data.chosen and data.rejected are both chosen"),
     ],
 )
-def test_settings_of_pairs_that_cannot_work_are_refused(settings: dict[str, Any], words: str) -> None:
+def test_settings_of_pairs_that_cannot_work_are_refused(settings, words):
     with pytest.raises(ConfigError, match=words):
         validate_reward(changed(PAIRS, **settings))
 
@@ -114,19 +111,19 @@ def test_settings_of_pairs_that_cannot_work_are_refused(settings: dict[str, Any]
         (dict(data__messages="m", data__chat="never"), "data.messages is m and data.chat never"),
     ],
 )
-def test_settings_of_responses_that_cannot_work_are_refused(settings: dict[str, Any], words: str) -> None:
+def test_settings_of_responses_that_cannot_work_are_refused(settings, words):
     with pytest.raises(ConfigError, match=words):
         validate_sft(changed(ANSWERS, **settings))
 
 
 @pytest.mark.parametrize(("kind", "ranges"), [(RewardTrainingConfig, (*RANGES, *REWARD_RANGES)), (SFTConfig, RANGES)])
-def test_every_number_has_a_range(kind: Any, ranges: Any) -> None:
+def test_every_number_has_a_range(kind, ranges):
     ranged = [name for _, _, names in ranges for name in names.split()]
     assert sorted([*ranged, "zero.stage"]) == sorted({*numbers(kind), "zero.stage"})
 
 
 @pytest.mark.parametrize("name", numbers(RewardTrainingConfig))
-def test_a_number_out_of_its_range_is_named_with_its_value(name: str) -> None:
+def test_a_number_out_of_its_range_is_named_with_its_value(name):
     for value in (-1, float("nan")):
         with pytest.raises(ConfigError, match=rf"{name} is {value}; it must be "):
             validate_reward(changed(PAIRS, **{name.replace(".", "__"): value}))

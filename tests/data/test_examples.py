@@ -20,7 +20,7 @@ EOS = TOKENIZER.eos_token_id
 
 
 @pytest.fixture
-def pairs(tmp_path: Path) -> Any:
+def pairs(tmp_path):
     """Loads rows of pairs through a JSONL file; settings are those of PairsConfig."""
 
     def load(rows: list[dict[str, Any]], heldout: int = 0, **settings: Any) -> tuple[Examples, Examples]:
@@ -31,7 +31,7 @@ def pairs(tmp_path: Path) -> Any:
 
 
 @pytest.fixture
-def answers(tmp_path: Path) -> Any:
+def answers(tmp_path):
     def load(rows: list[dict[str, Any]], heldout: int = 0, **settings: Any) -> tuple[Examples, Examples]:
         config = AnswersConfig(path=written(tmp_path, rows), **{"max_tokens": 64} | settings)
         return load_answers(config, TOKENIZER, heldout=heldout, context=64)
@@ -60,7 +60,7 @@ def assistant(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
 
-def test_both_answers_of_a_pair_stand_next_to_each_other_with_their_prompt_and_eos(pairs: Any) -> None:
+def test_both_answers_of_a_pair_stand_next_to_each_other_with_their_prompt_and_eos(pairs):
     train, heldout = pairs([pair("p ", "good", "bad")])
     assert texts(train) == ["p good<eos>", "p bad<eos>"]
     assert (len(train), len(heldout)) == (1, 0)
@@ -69,7 +69,7 @@ def test_both_answers_of_a_pair_stand_next_to_each_other_with_their_prompt_and_e
     assert train.sequences(train.lengths.new_tensor([0])).tolist() == [0, 1]
 
 
-def test_chat_goes_through_the_template_however_it_is_given(pairs: Any) -> None:
+def test_chat_goes_through_the_template_however_it_is_given(pairs):
     wanted = ["<user>q<assistant>good", "<user>q<assistant>bad"]  # as it stands: this template ends no turn
     assert texts(pairs([pair(user("q"), assistant("good"), assistant("bad"))])[0]) == wanted
     assert texts(pairs([pair(user("q"), "good", "bad")])[0]) == wanted
@@ -79,7 +79,7 @@ def test_chat_goes_through_the_template_however_it_is_given(pairs: Any) -> None:
     assert texts(pairs([pair("q", *whole)], prompt=None)[0]) == wanted
 
 
-def test_a_chat_is_read_to_the_last_character_of_its_template(pairs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chat_is_read_to_the_last_character_of_its_template(pairs, monkeypatch):
     """Reward models are given whole conversations, of which transformers scores the last token."""
     template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{{ '\\n' }}{% endfor %}"
@@ -94,25 +94,25 @@ def test_a_chat_is_read_to_the_last_character_of_its_template(pairs: Any, monkey
     assert texts(pairs(rows, eos=False)[0]) == ["<user>q<eos>\n<assistant>good", "<user>q<eos>\n<assistant>bad"]
 
 
-def test_columns_have_any_name_and_a_margin_comes_from_one(pairs: Any) -> None:
+def test_columns_have_any_name_and_a_margin_comes_from_one(pairs):
     rows = [{"q": "p", "better": "a", "worse": "b", "by": "1.5"}]
     train, _ = pairs(rows, prompt="q", chosen="better", rejected="worse", margin="by")
     assert texts(train) == ["pa<eos>", "pb<eos>"] and train.margins.tolist() == [1.5]
 
 
-def test_rated_answers_to_the_same_prompt_become_pairs_and_none_is_used_twice(pairs: Any) -> None:
+def test_rated_answers_to_the_same_prompt_become_pairs_and_none_is_used_twice(pairs):
     rows = [{"prompt": p, "response": f"{p}{r}", "score": r} for p in "ab" for r in (3, 1, 2, 2)]
     train, _ = pairs([*rows, {"prompt": "c", "response": "alone", "score": 9}], rating="score")
     found = {tuple(texts(train)[i : i + 2]) for i in range(0, 2 * len(train), 2)}
     assert found == {("aa3<eos>", "aa1<eos>"), ("bb3<eos>", "bb1<eos>")}  # 2 and 2 are no preference
 
 
-def test_rated_answers_without_a_prompt_are_no_pair(pairs: Any) -> None:
+def test_rated_answers_without_a_prompt_are_no_pair(pairs):
     rows = [{"prompt": p, "response": f"{p}{r}", "score": r} for p in ("a", None) for r in (1, 2)]
     assert texts(pairs(rows, rating="score")[0]) == ["aa2<eos>", "aa1<eos>"]
 
 
-def test_reviews_become_pairs_by_their_label(pairs: Any) -> None:
+def test_reviews_become_pairs_by_their_label(pairs):
     rows = [{"text": f"{'good' if i % 2 else 'bad'} {i}", "label": str(i % 2)} for i in range(40)]
     train, heldout = pairs(rows, heldout=5, prompt=None, answer="text", rating="label", eos=False, last_tokens=6)
     assert (len(train), len(heldout)) == (15, 5)
@@ -137,9 +137,7 @@ def test_reviews_become_pairs_by_their_label(pairs: Any) -> None:
         ([pair(user("p"), assistant(""), assistant("b"))], {}, r"an empty answer"),
     ],
 )
-def test_a_pair_that_teaches_nothing_is_dropped_and_counted_or_an_error(
-    pairs: Any, caplog: pytest.LogCaptureFixture, rows: list[Any], settings: Any, words: str
-) -> None:
+def test_a_pair_that_teaches_nothing_is_dropped_and_counted_or_an_error(pairs, caplog, rows, settings, words):
     train, _ = pairs([*rows, pair("p", "a", "b")], **settings)
     assert len(train) == 1
     assert f"dropped 1 of 2 examples: 1 ({words})" in caplog.text
@@ -153,7 +151,7 @@ def test_a_pair_that_teaches_nothing_is_dropped_and_counted_or_an_error(
         pairs(rows, **settings)
 
 
-def test_answers_that_are_too_long_are_dropped_cut_or_an_error(pairs: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_answers_that_are_too_long_are_dropped_cut_or_an_error(pairs, caplog):
     rows = [pair("p", "a" * 20, "b"), pair("p", "c", "d")]
     assert texts(pairs(rows, max_tokens=10)[0]) == ["pc<eos>", "pd<eos>"]
     assert "dropped 1 of 2 examples: 1 (longer than data.max_tokens 10)" in caplog.text
@@ -166,7 +164,7 @@ def test_answers_that_are_too_long_are_dropped_cut_or_an_error(pairs: Any, caplo
         pairs(rows[:1], max_tokens=10)
 
 
-def test_answers_that_are_equal_once_they_are_cut_are_no_pair(pairs: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_answers_that_are_equal_once_they_are_cut_are_no_pair(pairs, caplog):
     rows = [pair("p", "a" * 20 + "x", "a" * 20 + "y"), pair("p" * 12, "a", "b"), pair("p", "c", "d")]
     train, _ = pairs(rows, max_tokens=10, too_long="cut")
     assert texts(train) == ["pc<eos>", "pd<eos>"]
@@ -213,26 +211,26 @@ def test_answers_that_are_equal_once_they_are_cut_are_no_pair(pairs: Any, caplog
         ([pair("p", "a", "b")], {"max_tokens": 65}, r"data.max_tokens is 65, but the model's context holds 64"),
     ],
 )
-def test_pairs_that_cannot_be_read_are_named(pairs: Any, rows: list[Any], settings: Any, words: str) -> None:
+def test_pairs_that_cannot_be_read_are_named(pairs, rows, settings, words):
     with pytest.raises(DataError, match=words):
         pairs(rows, **settings)
 
 
-def test_no_heldout_answer_is_trained_on_also_if_the_data_repeats_it(pairs: Any) -> None:
+def test_no_heldout_answer_is_trained_on_also_if_the_data_repeats_it(pairs):
     rows = [pair("p", f"a{i % 20}", f"b{i}") for i in range(60)]
     train, heldout = pairs(rows, heldout=10)
     assert len(heldout) == 10
     assert not set(texts(train)) & set(texts(heldout))
 
 
-def test_the_heldout_pairs_depend_on_the_split_seed_alone(pairs: Any) -> None:
+def test_the_heldout_pairs_depend_on_the_split_seed_alone(pairs):
     rows = [pair("p", f"a{i}", f"b{i}") for i in range(40)]
     chosen = texts(pairs(rows, heldout=8)[1])
     assert texts(pairs(rows, heldout=8, limit=20)[1]) == chosen
     assert texts(pairs(rows, heldout=8, split_seed=1)[1]) != chosen
 
 
-def test_a_limit_is_on_what_is_trained_on_and_not_on_a_heldout_file_of_its_own(pairs: Any, tmp_path: Path) -> None:
+def test_a_limit_is_on_what_is_trained_on_and_not_on_a_heldout_file_of_its_own(pairs, tmp_path):
     (tmp_path / "other").mkdir()
     other = written(tmp_path / "other", [pair("p", f"c{i}", f"d{i}") for i in range(20)])
     rows = [pair("p", f"a{i}", f"b{i}") for i in range(20)]
@@ -240,26 +238,26 @@ def test_a_limit_is_on_what_is_trained_on_and_not_on_a_heldout_file_of_its_own(p
     assert (len(train), len(heldout)) == (5, 15)
 
 
-def test_a_response_is_learned_with_its_prompt_before_it(answers: Any) -> None:
+def test_a_response_is_learned_with_its_prompt_before_it(answers):
     train, _ = answers([{"prompt": "ask ", "response": "tell"}])
     assert texts(train) == ["ask tell<eos>"]
     assert TOKENIZER.decode(train.packed.responses) == "tell<eos>"
 
 
-def test_each_message_of_the_assistant_is_a_response_to_all_before_it(answers: Any) -> None:
+def test_each_message_of_the_assistant_is_a_response_to_all_before_it(answers):
     talk = user("one") + assistant("two") + user("three") + assistant("four")
     train, _ = answers([{"talk": talk}], messages="talk")
     assert texts(train) == ["<user>one<assistant>two<eos>", "<user>one<assistant>two<user>three<assistant>four<eos>"]
     assert TOKENIZER.decode(train.packed.responses) == "two<eos>four<eos>"
 
 
-def test_without_a_prompt_the_first_token_is_the_prompt(answers: Any) -> None:
+def test_without_a_prompt_the_first_token_is_the_prompt(answers):
     train, _ = answers([{"response": "tell"}], prompt=None)
     assert texts(train) == ["tell<eos>"]
     assert TOKENIZER.decode(train.packed.responses) == "ell<eos>"
 
 
-def test_the_turn_ends_where_the_template_ends_it(answers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_turn_ends_where_the_template_ends_it(answers, monkeypatch):
     """Sampling stops at the token that ends a turn, so nothing behind it is learned."""
     template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<eos>{{ '\\n' }}{% endif %}"
@@ -287,14 +285,12 @@ def test_the_turn_ends_where_the_template_ends_it(answers: Any, monkeypatch: pyt
         ([{"prompt": "p"}], {}, r"no column response"),
     ],
 )
-def test_responses_that_cannot_be_used_are_named(answers: Any, rows: list[Any], settings: Any, words: str) -> None:
+def test_responses_that_cannot_be_used_are_named(answers, rows, settings, words):
     with pytest.raises(DataError, match=words):
         answers(rows, **settings)
 
 
-def test_a_conversation_that_the_template_rewrites_is_dropped_and_counted_or_an_error(
-    answers: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_conversation_that_the_template_rewrites_is_dropped_and_counted_or_an_error(answers, monkeypatch, caplog):
     template = (
         "{% if messages | length > 2 %}{{ messages | length }}{% endif %}"
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -314,7 +310,7 @@ def test_a_conversation_that_the_template_rewrites_is_dropped_and_counted_or_an_
         answers(rows, messages="talk")
 
 
-def test_an_answer_keeps_its_own_line_breaks_though_the_tokenizer_would_join_them(tmp_path: Path) -> None:
+def test_an_answer_keeps_its_own_line_breaks_though_the_tokenizer_would_join_them(tmp_path):
     """In sampling the prompt's tokens are given, the template's last line break among them."""
     backend = Tokenizer(models.BPE(vocab={"<eos>": 0, "\n": 1, "\n\n": 2, "q": 3, "a": 4}, merges=[("\n", "\n")]))
     template = (
@@ -327,7 +323,7 @@ def test_an_answer_keeps_its_own_line_breaks_though_the_tokenizer_would_join_the
     assert sorted(train.tokens) == [[3, 1, 3, 3, 1, *answer, 4, 0] for answer in ([1], [2], [])]
 
 
-def test_nothing_is_said_of_data_that_is_all_used(pairs: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_is_said_of_data_that_is_all_used(pairs, caplog):
     caplog.set_level(logging.WARNING, logger="fastppo")
     pairs([pair("p", "a", "b")])
     assert not caplog.records

@@ -1,7 +1,6 @@
 """`package:` paths lead to files of installed packages, and say how to install what is missing."""
 
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -9,7 +8,7 @@ from fastppo.data.paths import locate
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def package(tmp_path, monkeypatch):
     """An installed package, some_data 1.2, that cannot be imported."""
     (tmp_path / "some_data" / "texts").mkdir(parents=True)
     (tmp_path / "some_data" / "__init__.py").write_text("raise RuntimeError('imported')")
@@ -20,7 +19,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "some_data"
 
 
-def test_a_file_is_found_without_importing_the_package(package: Path) -> None:
+def test_a_file_is_found_without_importing_the_package(package):
     assert locate("package:some_data/texts/a.csv") == package / "texts" / "a.csv"
     assert locate("package:some_data") == package
     assert locate("package:some_data==1.2/texts/a.csv") == package / "texts" / "a.csv"
@@ -28,7 +27,7 @@ def test_a_file_is_found_without_importing_the_package(package: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["some/directory", "owner/model", "gpt2", "/x/y.csv"])
-def test_other_paths_and_hub_names_come_back_as_they_are(path: str) -> None:
+def test_other_paths_and_hub_names_come_back_as_they_are(path):
     assert str(locate(path)) == path
 
 
@@ -47,7 +46,7 @@ def test_other_paths_and_hub_names_come_back_as_they_are(path: str) -> None:
         ("package:some.data", "not the name of a package"),
     ],
 )
-def test_what_is_missing_is_named_with_the_way_to_get_it(package: Path, path: str, words: str) -> None:
+def test_what_is_missing_is_named_with_the_way_to_get_it(package, path, words):
     with pytest.raises(FileNotFoundError, match=words) as error:
         locate(path)
     assert str(error.value).startswith(path) and "\n" not in str(error.value)

@@ -4,14 +4,13 @@ import json
 import logging
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fastppo.config import DataConfig
 from fastppo.config.command_line import SFT, parse
@@ -26,7 +25,7 @@ TEMPLATE = (
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
+def tokenizer():
     """Byte-level BPE, as SmolLM2's and GPT-2's, learnt from a few words, with a chat template."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -38,7 +37,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture
-def load(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Any:
+def load(tmp_path, tokenizer):
     """Loads rows, or prompts in the column `prompt`, through a JSONL file; settings are those of DataConfig."""
 
     def _load(
@@ -59,7 +58,7 @@ def user(content: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": content}]
 
 
-def test_plain_text_is_tokenized_as_it_is(load: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_plain_text_is_tokenized_as_it_is(load, tokenizer):
     rows = [{"prompt": "the film", "n": 1}, {"prompt": " was\n<b>", "n": 2}]
     train, heldout = load(rows)
     assert train.texts == ("the film", " was\n<b>")
@@ -68,7 +67,7 @@ def test_plain_text_is_tokenized_as_it_is(load: Any, tokenizer: PreTrainedTokeni
     assert (len(train), len(heldout)) == (2, 0)
 
 
-def test_messages_go_through_the_chat_template(load: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_messages_go_through_the_chat_template(load, tokenizer):
     rows = [{"talk": user("the film"), "prompt": 7}]
     train, _ = load(rows, column="talk")
     assert tokenizer.decode(list(train.tokens[0])) == "<s>user: the film\n<s>assistant: "
@@ -76,13 +75,13 @@ def test_messages_go_through_the_chat_template(load: Any, tokenizer: PreTrainedT
     assert train.columns == {"talk": [user("the film")], "prompt": [7]}
 
 
-def test_chat_always_makes_text_one_user_message(load: Any) -> None:
+def test_chat_always_makes_text_one_user_message(load):
     plain, _ = load(["the film"], chat="always")
     assert plain.tokens == load([user("the film")])[0].tokens
     assert plain.columns["prompt"] == ["the film"]
 
 
-def test_messages_and_texts_may_be_mixed(load: Any) -> None:
+def test_messages_and_texts_may_be_mixed(load):
     train, _ = load(["the film", user("was"), "actors"])
     assert train.texts == ("the film", "<s>user: was\n<s>assistant: ", "actors")
 
@@ -109,20 +108,18 @@ def test_messages_and_texts_may_be_mixed(load: Any) -> None:
         (["a"], {"heldout": 2, "evaluation": ["b"]}, r"eval_path.jsonl has 1 usable"),
     ],
 )
-def test_a_prompt_that_cannot_be_used_is_named(load: Any, rows: list[Any], settings: Any, words: str) -> None:
+def test_a_prompt_that_cannot_be_used_is_named(load, rows, settings, words):
     with pytest.raises(DataError, match=words):
         load(rows, **settings)
 
 
-def test_a_tokenizer_without_a_template_is_an_error(
-    load: Any, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tokenizer_without_a_template_is_an_error(load, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(DataError, match="the tokenizer has no chat template"):
         load([user("a")])
 
 
-def test_long_prompts_are_left_out_and_counted_in_one_line(load: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_long_prompts_are_left_out_and_counted_in_one_line(load, caplog):
     caplog.set_level(logging.INFO, logger="fastppo")
     train, _ = load(["a", "the " * 30, "b", "film " * 30], max_prompt_tokens=8)
     assert train.texts == ("a", "b")
@@ -130,7 +127,7 @@ def test_long_prompts_are_left_out_and_counted_in_one_line(load: Any, caplog: py
     assert len(counted) == 1 and "dropped 2 of 4 prompts: 2 longer than data.max_prompt_tokens 8" in counted[0]
 
 
-def test_a_prompt_that_fills_the_context_is_refused_with_the_numbers(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_prompt_that_fills_the_context_is_refused_with_the_numbers(tokenizer):
     config = DataConfig(path="none.jsonl", max_prompt_tokens=100)
     with pytest.raises(DataError, match=r"100 \+ sampling.max_new_tokens 29 = 129 .* holds 128. Set .* to 99 or less"):
         load_prompts(config, tokenizer, prompts_heldout=0, context=128, reserve=29)
@@ -143,12 +140,12 @@ words = st.text(alphabet="thefilmwasoderuactn\u00e9", min_size=1, max_size=12)
 
 @example(texts=[" wonderful" * 20])  # 10 characters a token: six of them need more than the start of the text
 @given(texts=st.lists(st.lists(words, min_size=1, max_size=60).map(" ".join), min_size=1, max_size=5))
-def test_the_first_tokens_are_those_of_the_whole_text(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> None:
+def test_the_first_tokens_are_those_of_the_whole_text(tokenizer, texts):
     whole = [tuple(ids[:6]) for ids in tokenizer(texts)["input_ids"]]
     assert list(_plain_tokens(texts, 6, tokenizer)) == whole
 
 
-def test_first_tokens_cuts_texts_and_leaves_out_short_ones(load: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_first_tokens_cuts_texts_and_leaves_out_short_ones(load, tokenizer):
     long = "the film was wonderful and the actors were wonderful"
     train, _ = load([long, "the", user("the")], first_tokens=3)
     assert train.tokens[0] == tuple(tokenizer(long)["input_ids"][:3])
@@ -156,7 +153,7 @@ def test_first_tokens_cuts_texts_and_leaves_out_short_ones(load: Any, tokenizer:
     assert train.columns["prompt"] == [long, user("the")]
 
 
-def test_heldout_prompts_are_never_trained_on_also_if_the_data_repeats_them(load: Any) -> None:
+def test_heldout_prompts_are_never_trained_on_also_if_the_data_repeats_them(load):
     rows = [f"{i % 30}" for i in range(90)]
     train, heldout = load(rows, heldout=9)
     assert len(heldout) == 9
@@ -164,7 +161,7 @@ def test_heldout_prompts_are_never_trained_on_also_if_the_data_repeats_them(load
     assert len(train) == 90 - 3 * len(set(heldout.texts))
 
 
-def test_the_heldout_choice_depends_on_the_split_seed_alone(load: Any) -> None:
+def test_the_heldout_choice_depends_on_the_split_seed_alone(load):
     rows = [f"{i}" for i in range(50)]
     chosen = load(rows, heldout=9)[1].texts
     assert load(rows, heldout=9, limit=20)[1].texts == chosen
@@ -173,22 +170,20 @@ def test_the_heldout_choice_depends_on_the_split_seed_alone(load: Any) -> None:
     assert len(set(chosen) & {f"{i}" for i in range(9)}) < 9  # not the first rows, which may be of one kind
 
 
-def test_heldout_prompts_may_come_from_elsewhere(load: Any) -> None:
+def test_heldout_prompts_may_come_from_elsewhere(load):
     train, heldout = load(["a", "b", "c"], heldout=2, evaluation=["b", "d"])
     assert train.texts == ("a", "c")
     assert sorted(heldout.texts) == ["b", "d"]
 
 
-def test_training_prompts_keep_the_order_of_the_data_and_limit_picks_among_all(load: Any) -> None:
+def test_training_prompts_keep_the_order_of_the_data_and_limit_picks_among_all(load):
     train, heldout = load([f"{i}" for i in range(100)], heldout=10, limit=40)
     numbers = [int(text) for text in train.texts]
     assert (len(train), len(heldout)) == (30, 10)
     assert numbers == sorted(numbers) and max(numbers) > 60
 
 
-def test_columns_named_as_a_reward_functions_arguments_are_left_out(
-    load: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_columns_named_as_a_reward_functions_arguments_are_left_out(load, caplog):
     caplog.set_level(logging.INFO, logger="fastppo")
     train, _ = load([{"prompt": "a", "responses": "b", "n": 1}])
     assert set(train.columns) == {"prompt", "n"}
@@ -204,7 +199,7 @@ def take(count: int, iterator: Iterator[list[int]]) -> list[list[int]]:
 
 
 @given(count=st.integers(1, 20), size=st.integers(1, 50), start=st.integers(0, 30), shuffle=st.booleans())
-def test_batches_are_full_cover_every_pass_and_start_anywhere(count: int, size: int, start: int, shuffle: bool) -> None:
+def test_batches_are_full_cover_every_pass_and_start_anywhere(count, size, start, shuffle):
     prompts = prompt_set(count)
     dealt = take(40, batches(prompts, size=size, seed=3, shuffle=shuffle))
     assert all(len(batch) == size for batch in dealt)
@@ -214,7 +209,7 @@ def test_batches_are_full_cover_every_pass_and_start_anywhere(count: int, size: 
     assert take(10, batches(prompts, size=size, seed=3, shuffle=shuffle, start=start)) == dealt[start : start + 10]
 
 
-def test_each_pass_and_each_seed_has_an_order_of_its_own() -> None:
+def test_each_pass_and_each_seed_has_an_order_of_its_own():
     prompts = prompt_set(50)
     first, second = take(2, batches(prompts, size=50, seed=1, shuffle=True))
     assert first != second and first != list(range(50))
@@ -224,13 +219,13 @@ def test_each_pass_and_each_seed_has_an_order_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(("count", "size"), [(0, 3), (3, 0)])
-def test_impossible_batches_are_refused(count: int, size: int) -> None:
+def test_impossible_batches_are_refused(count, size):
     with pytest.raises(DataError, match=f"batches of {size} cannot be made from {count}"):
         next(batches(prompt_set(count), size=size, seed=1, shuffle=True))
 
 
 @pytest.mark.slow
-def test_the_quickstarts_prompts_are_the_starts_of_reviews() -> None:
+def test_the_quickstarts_prompts_are_the_starts_of_reviews():
     config, start = parse(["--config", "quickstart"]), parse(["--config", "quickstart-sft"], SFT).model
     smollm2 = AutoTokenizer.from_pretrained(locate(start.path), gguf_file=start.gguf_file)
     train, heldout = load_prompts(config.data, smollm2, prompts_heldout=64, context=8192, reserve=20)

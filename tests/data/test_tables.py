@@ -1,6 +1,5 @@
 """Every form of data is read, and a broken one is named with its line."""
 
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -11,37 +10,37 @@ from fastppo.data.tables import DataError, Table, read_table
 COLUMNS = {"text": ["one, two", "three\nfour"], "label": ["0", "1"]}
 
 
-def test_csv_with_commas_and_line_ends_in_a_text(tmp_path: Path) -> None:
+def test_csv_with_commas_and_line_ends_in_a_text(tmp_path):
     (tmp_path / "a.csv").write_text('\ufefftext,label\n"one, two",0\n\n"three\nfour",1\n', encoding="utf-8")
     table = read_table(str(tmp_path / "a.csv"))
     assert table.columns == COLUMNS
     assert table.where(1).endswith("a.csv, line 5")
 
 
-def test_csv_with_a_very_long_text(tmp_path: Path) -> None:
+def test_csv_with_a_very_long_text(tmp_path):
     (tmp_path / "a.csv").write_text("text\n" + "a" * 200_000 + "\n")
     assert len(read_table(str(tmp_path / "a.csv")).columns["text"][0]) == 200_000
 
 
-def test_jsonl_with_a_blank_line_and_keys_that_come_and_go(tmp_path: Path) -> None:
+def test_jsonl_with_a_blank_line_and_keys_that_come_and_go(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "é"}\n\n{"text": "b", "n": 3}\n', encoding="utf-8")
     table = read_table(str(tmp_path / "a.jsonl"))
     assert table.columns == {"text": ["é", "b"], "n": [None, 3]}
     assert table.where(1).endswith("a.jsonl, line 3")
 
 
-def test_jsonl_with_both_halves_of_a_character(tmp_path: Path) -> None:
+def test_jsonl_with_both_halves_of_a_character(tmp_path):
     (tmp_path / "a.jsonl").write_text(r'{"text": "\ud83d\ude42"}')
     assert read_table(str(tmp_path / "a.jsonl")).columns == {"text": ["\U0001f642"]}
 
 
-def test_parquet_with_chat_messages(tmp_path: Path) -> None:
+def test_parquet_with_chat_messages(tmp_path):
     rows = {"messages": [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]], "n": [1, 2]}
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "a.parquet")
     assert read_table(str(tmp_path / "a.parquet")).columns == rows
 
 
-def test_a_saved_dataset_and_the_splits_of_a_saved_dict(tmp_path: Path) -> None:
+def test_a_saved_dataset_and_the_splits_of_a_saved_dict(tmp_path):
     dataset = datasets.Dataset.from_dict(COLUMNS)
     dataset.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"test": dataset, "other": dataset.select([1])}).save_to_disk(tmp_path / "two")
@@ -54,7 +53,7 @@ def test_a_saved_dataset_and_the_splits_of_a_saved_dict(tmp_path: Path) -> None:
         read_table(str(tmp_path / "one"), split="test")
 
 
-def test_a_hub_dataset_is_asked_for_by_name_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_dataset_is_asked_for_by_name_and_split(monkeypatch):
     def load(path: str, name: str | None, split: str) -> datasets.Dataset:
         assert (path, name, split) == ("owner/data", "small", "test")
         return datasets.Dataset.from_dict(COLUMNS)
@@ -64,7 +63,7 @@ def test_a_hub_dataset_is_asked_for_by_name_and_split(monkeypatch: pytest.Monkey
     assert (table.columns, table.where(0)) == (COLUMNS, "owner/data (test), row 1")
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
     def load(*arguments: Any, **settings: Any) -> None:
         raise ConnectionError("no route\nto the hub")
 
@@ -105,13 +104,13 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatc
         ("a.txt", b"text", r"a.txt: a data file must end in .jsonl, .csv, .parquet"),
     ],
 )
-def test_a_broken_file_is_named_with_its_line(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+def test_a_broken_file_is_named_with_its_line(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=words):
         read_table(str(tmp_path / name))
 
 
-def test_a_missing_file_a_strange_directory_and_a_missing_package_are_named(tmp_path: Path) -> None:
+def test_a_missing_file_a_strange_directory_and_a_missing_package_are_named(tmp_path):
     with pytest.raises(DataError, match=r"b.jsonl: there is no such file"):
         read_table(str(tmp_path / "b.jsonl"))
     with pytest.raises(DataError, match=r"not one that datasets' save_to_disk wrote"):
@@ -121,12 +120,12 @@ def test_a_missing_file_a_strange_directory_and_a_missing_package_are_named(tmp_
 
 
 @pytest.mark.parametrize(("name", "split"), [("small", "train"), (None, "test")])
-def test_a_file_has_no_splits(tmp_path: Path, name: str | None, split: str) -> None:
+def test_a_file_has_no_splits(tmp_path, name, split):
     (tmp_path / "a.csv").write_text("text\na\n")
     with pytest.raises(DataError, match="is one file"):
         read_table(str(tmp_path / "a.csv"), name, split)
 
 
-def test_a_missing_column_is_told_which_there_are() -> None:
+def test_a_missing_column_is_told_which_there_are():
     with pytest.raises(DataError, match=r"a.csv has no column prompt. It has text, label; name one with data.column"):
         Table("a.csv", {"text": ["a"], "label": ["b"]}).column("prompt")

@@ -56,14 +56,14 @@ def prompts_of(folder: Path, **settings: Any) -> Any:
     return load_prompts(config, TOKENIZER, prompts_heldout=0, context=None, reserve=0)[0]
 
 
-def test_a_prompt_is_written_with_them(tmp_path: Path) -> None:
+def test_a_prompt_is_written_with_them(tmp_path):
     assert prompts_of(tmp_path).texts == ("[today]<user>q<assistant>",)
     found = prompts_of(tmp_path, template={"date": "1 May", "thinking": False})
     assert found.texts == ("[1 May]<user>q<assistant>no thoughts:",)
     assert TOKENIZER.decode(found.tokens[0]) == found.texts[0]
 
 
-def test_answers_and_pairs_are_written_with_them(tmp_path: Path) -> None:
+def test_answers_and_pairs_are_written_with_them(tmp_path):
     path, kept = (
         written(tmp_path, prompt=USER, response=SAID, chosen=SAID, rejected="b"),
         {"heldout": 0, "context": None},
@@ -77,7 +77,7 @@ def test_answers_and_pairs_are_written_with_them(tmp_path: Path) -> None:
     ]
 
 
-def test_the_text_beside_ppo_is_written_with_the_prompts_arguments(tmp_path: Path) -> None:
+def test_the_text_beside_ppo_is_written_with_the_prompts_arguments(tmp_path):
     path = written(tmp_path, prompt=USER, response=SAID)
     ptx = PtxConfig(coef=1.0, path=path, prompt="prompt", response="response")
     texts = Texts.load(Config(data=DataConfig(template=GIVEN), ptx=ptx), TOKENIZER, context=None)
@@ -94,9 +94,7 @@ def rollout_of(prompts: Any) -> Rollout:
 @pytest.mark.parametrize(
     ("template", "seen"), [(TEMPLATE, "[1 May]<user>q<assistant>yes"), ("{{ messages[1].content }}!", "yes!")]
 )
-def test_a_reward_model_with_the_actors_template_gets_them_and_another_does_not(
-    tmp_path: Path, template: str, seen: str
-) -> None:
+def test_a_reward_model_with_the_actors_template_gets_them_and_another_does_not(tmp_path, template, seen):
     model, folder = tiny.classifier(), tmp_path / "reward"
     path = tiny.saved(folder, model)
     tokenizer = tiny.tokenizer()
@@ -127,14 +125,12 @@ def test_a_reward_model_with_the_actors_template_gets_them_and_another_does_not(
         ({"thinking": "no"}, r'line 1: .* template \(with \{"thinking": "no"\}\): '),
     ],
 )
-def test_an_argument_that_the_template_does_not_read_or_refuses_is_named(
-    tmp_path: Path, given: dict[str, Any], words: str
-) -> None:
+def test_an_argument_that_the_template_does_not_read_or_refuses_is_named(tmp_path, given, words):
     with pytest.raises(DataError, match=words):
         prompts_of(tmp_path, template=given)
 
 
-def test_without_a_template_nothing_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_template_nothing_reads_them(tmp_path, monkeypatch):
     monkeypatch.setattr(TOKENIZER, "chat_template", None)
     with pytest.raises(
         DataError, match=r'data.template is \{"date": "1 May"\}, but the tokenizer has no chat template'
@@ -145,7 +141,7 @@ def test_without_a_template_nothing_reads_them(tmp_path: Path, monkeypatch: pyte
             load(kind(path="none.jsonl", template=GIVEN), TOKENIZER, heldout=0, context=None)  # type: ignore[operator]
 
 
-def test_they_are_part_of_what_a_resumed_run_is_compared_by(tmp_path: Path) -> None:
+def test_they_are_part_of_what_a_resumed_run_is_compared_by(tmp_path):
     config, other = Config(data=DataConfig(template=GIVEN)), Config(data=DataConfig(template={"date": "2 May"}))
     assert settings(config)["data.template"] == GIVEN
     about = {"ranks": 1, "config": settings(config), "versions": {}}
@@ -161,7 +157,7 @@ def test_they_are_part_of_what_a_resumed_run_is_compared_by(tmp_path: Path) -> N
     _check_fit(tmp_path, before, Config(), WORLD)  # of a run from before there was this setting
 
 
-def test_a_service_takes_arguments_of_its_models_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_takes_arguments_of_its_models_template(tmp_path, monkeypatch):
     path = tiny.saved(tmp_path, tiny.classifier())
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.chat_template = TEMPLATE

@@ -12,7 +12,6 @@ import stage_runs
 import tiny
 import transformers.utils.chat_template_utils as templates
 import whole_runs
-from forks import Forks
 from transformers import PreTrainedTokenizerBase
 
 from fastppo import train, train_reward, train_sft
@@ -29,12 +28,12 @@ FORMAT = "%d %b %Y"
 
 
 @pytest.fixture(autouse=True)
-def no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_run(monkeypatch):
     monkeypatch.setattr(clock, "_start", None)
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
+def world():
     return start_world(1)
 
 
@@ -104,9 +103,7 @@ def newest(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_run_goes_on_the_next_day_with_the_date_on_which_it_began(
-    command: str, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_goes_on_the_next_day_with_the_date_on_which_it_began(command, tmp_path, world, monkeypatch):
     argv = prepare(tmp_path, command)
     began = days_from_now(monkeypatch, 3)
     first = run(command, argv, world)
@@ -122,9 +119,7 @@ def test_a_run_goes_on_the_next_day_with_the_date_on_which_it_began(
     assert all(f"<{anew}>" in text for text in again) and len(again) == len(first)
 
 
-def test_a_checkpoint_without_a_clock_goes_on_with_the_day_on_which_it_was_written(
-    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_without_a_clock_goes_on_with_the_day_on_which_it_was_written(tmp_path, world, monkeypatch):
     argv = prepare(tmp_path, "train_sft")
     about = Checkpoints._about
     with monkeypatch.context() as patch:
@@ -170,7 +165,7 @@ checkpoint.Checkpoints.__init__ = seen
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_ranks_whose_clocks_differ_make_the_same_tokens(command: str, tmp_path: Path, forks: Forks) -> None:
+def test_ranks_whose_clocks_differ_make_the_same_tokens(command, tmp_path, forks):
     argv, today = prepare(tmp_path, command), {f"<{datetime.now():%d %b %Y}>"}
     forks.run(argv, 2, SKEWED.replace("FOLDER", str(tmp_path)), module=f"fastppo.{command}")
     one, other = (json.loads((tmp_path / f"tokens-{rank}.json").read_text()) for rank in range(2))
@@ -178,7 +173,7 @@ def test_ranks_whose_clocks_differ_make_the_same_tokens(command: str, tmp_path: 
     assert one == other and any(date in str(dated().decode(one[0])) for date in today)
 
 
-def test_outside_of_a_run_it_is_the_time_of_now(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
+def test_outside_of_a_run_it_is_the_time_of_now(monkeypatch, world):
     messages = [{"role": "user", "content": "x"}]
     for day in (1, 2):
         today = days_from_now(monkeypatch, day)

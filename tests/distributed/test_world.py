@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-from types import ModuleType
 
 import pytest
 
@@ -13,7 +12,7 @@ from fastppo.config.launch import LaunchError, check_launch
 from fastppo.distributed import rendezvous
 
 
-def test_a_port_that_is_in_use_is_named_with_the_way_out() -> None:
+def test_a_port_that_is_in_use_is_named_with_the_way_out():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -51,7 +50,7 @@ SRUN = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}
         ({"PMI_SIZE": "2", "PMI_RANK": "0"}, r"one of 2 that mpirun started .*env -u PMI_RANK -u PMI_SIZE"),
     ],
 )
-def test_ranks_that_cannot_meet_are_named_before_anything_waits(environment: dict[str, str], words: str) -> None:
+def test_ranks_that_cannot_meet_are_named_before_anything_waits(environment, words):
     with pytest.raises(LaunchError, match=words):
         check_launch(environment)
 
@@ -68,15 +67,13 @@ def test_ranks_that_cannot_meet_are_named_before_anything_waits(environment: dic
         {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
     ],
 )
-def test_a_rank_that_was_launched_and_a_process_alone_go_on(environment: dict[str, str]) -> None:
+def test_a_rank_that_was_launched_and_a_process_alone_go_on(environment):
     check_launch(environment)
 
 
 @pytest.mark.parametrize("command", [train, train_sft, train_reward])
 @pytest.mark.parametrize("number", ["0", "1"])
-def test_every_command_refuses_to_be_n_separate_runs_and_one_process_says_so(
-    command: ModuleType, number: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_command_refuses_to_be_n_separate_runs_and_one_process_says_so(command, number, monkeypatch, capsys):
     for name in WHOLE:
         monkeypatch.delenv(name, raising=False)
     for name, value in (SRUN | {"SLURM_PROCID": number}).items():
@@ -125,7 +122,7 @@ def free_port() -> int:
         (0, "no-such-host.invalid", "this machine does not answer at no-such-host.invalid:"),
     ],
 )
-def test_who_is_waited_for_is_said_soon_and_not_for_half_an_hour(rank: int, address: str, words: str) -> None:
+def test_who_is_waited_for_is_said_soon_and_not_for_half_an_hour(rank, address, words):
     run = meeting(rank, free_port(), address)
     said = run.communicate(timeout=60)[1]
     assert run.returncode == 1 and "Traceback" not in said
@@ -144,15 +141,13 @@ def test_who_is_waited_for_is_said_soon_and_not_for_half_an_hour(rank: int, addr
         (socket.gethostname(), "1", False),  # which /etc/hosts may have as 127.0.1.1
     ],
 )
-def test_nodes_that_may_be_minutes_apart_are_told_from_ranks_of_one_command(
-    host: str, local: str, one: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nodes_that_may_be_minutes_apart_are_told_from_ranks_of_one_command(host, local, one, monkeypatch):
     monkeypatch.setenv("LOCAL_SIZE", local)
     assert rendezvous._on_one_machine(host, 2) == one
 
 
 @pytest.mark.slow
-def test_something_else_that_listens_is_no_rank_0() -> None:
+def test_something_else_that_listens_is_no_rank_0():
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -162,7 +157,7 @@ def test_something_else_that_listens_is_no_rank_0() -> None:
 
 
 @pytest.mark.slow
-def test_ranks_that_start_one_after_the_other_meet() -> None:
+def test_ranks_that_start_one_after_the_other_meet():
     port = free_port()
     late = MEET.replace("start = ", "time.sleep(1.0)\nstart = ")
     runs = [meeting(0, port, code=late), meeting(1, port)]

@@ -63,7 +63,7 @@ def packed_logits(policy: Policy, sequences: list[list[int]]) -> Tensor:
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_packed_logits_are_the_models_own_beyond_its_window_and_its_rotary_switch(name: str) -> None:
+def test_packed_logits_are_the_models_own_beyond_its_window_and_its_rotary_switch(name):
     model, sequences = made(config_of(name)), sorted(drawn(), key=len)
     with torch.no_grad():
         own = torch.cat([model(torch.tensor([s]), use_cache=False).logits[0] for s in sequences])
@@ -72,28 +72,28 @@ def test_packed_logits_are_the_models_own_beyond_its_window_and_its_rotary_switc
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_the_check_passes_what_is_trained_right(name: str) -> None:
+def test_the_check_passes_what_is_trained_right(name):
     check_architecture(AutoModelForCausalLM, without_dropout(config_of(name)), CPU)
     check_model(made(without_dropout(config_of(name))))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", REFUSED)
-def test_the_check_refuses_in_every_dtype_of_a_run_with_the_true_reason(name: str, dtype: torch.dtype) -> None:
+def test_the_check_refuses_in_every_dtype_of_a_run_with_the_true_reason(name, dtype):
     with pytest.raises(ModelError, match=REFUSED[name]) as refused:
         check_architecture(AutoModelForCausalLM, config_of(name), CPU, dtype)
     assert "\n" not in str(refused.value)
 
 
-def test_a_model_is_refused_before_its_weights_are_loaded(tmp_path: Any) -> None:
+def test_a_model_is_refused_before_its_weights_are_loaded(tmp_path):
     config_of("convolution").save_pretrained(tmp_path)  # and no weights
     with pytest.raises(ModelError, match=r"layer 1 \(conv\) mixes positions"):
         load_causal("actor.model", str(tmp_path), None, None, torch.bfloat16, CPU)
 
 
 def test_windows_and_switches_at_published_sizes_are_crossed_by_short_sequences(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    monkeypatch,
+):
     longrope = {**KINDS["phi3"][1]["rope_parameters"], "original_max_position_embeddings": 4096}
     longrope |= {"short_factor": [1.0] * 48, "long_factor": [9.0] * 48}
     config = AutoConfig.for_model("phi3", rope_parameters=longrope, max_position_embeddings=131072, sliding_window=2047)
@@ -105,7 +105,7 @@ def test_windows_and_switches_at_published_sizes_are_crossed_by_short_sequences(
 
 
 @pytest.mark.parametrize("name", ["mistral", "phimoe"])
-def test_a_window_that_is_left_out_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_that_is_left_out_is_noticed(name, monkeypatch):
     def without(*args: Any, sliding_window: Any = None, **kwargs: Any) -> Any:
         return attention.attend(*args[:4], None, **kwargs)
 
@@ -127,7 +127,7 @@ class PreviousToken(nn.Module):
         return self.own(states + before)  # type: ignore[no-any-return]
 
 
-def test_a_model_that_is_right_when_packed_and_wrong_in_decode_is_refused() -> None:
+def test_a_model_that_is_right_when_packed_and_wrong_in_decode_is_refused():
     model = made(config_of("mistral"))
     for layer in model.model.layers[1:]:
         layer.mlp = PreviousToken(layer.mlp)
@@ -147,7 +147,7 @@ class Noisy(nn.Module):
         return self.own(nn.functional.dropout(states, 0.01, self.training))  # type: ignore[no-any-return]
 
 
-def test_noise_that_no_config_switches_off_is_refused() -> None:
+def test_noise_that_no_config_switches_off_is_refused():
     model = made(config_of("mistral"))
     model.model.layers[1].mlp = Noisy(model.model.layers[1].mlp).eval()
     with pytest.raises(ModelError, match="two passes in train mode differ, by something random"):
@@ -178,7 +178,7 @@ def role_of(kind: str, config: PreTrainedConfig) -> Backbone:
     ("name", "kind"),
     [*((name, kind) for name in NOISE for kind in ("policy", "lora")), ("mixtral", "reward"), ("phimoe", "reward")],
 )
-def test_nothing_is_random_in_train_mode(name: str, kind: str, checkpointing: bool) -> None:
+def test_nothing_is_random_in_train_mode(name, kind, checkpointing):
     config = config_of(name, **NOISE[name])
     role = role_of(kind, without_dropout(config) if checkpointing else config)
     if checkpointing:
@@ -189,7 +189,7 @@ def test_nothing_is_random_in_train_mode(name: str, kind: str, checkpointing: bo
     assert role.training and all(torch.equal(each, asked) for each in learned)
 
 
-def test_checkpointed_layers_recompute_as_in_the_first_pass() -> None:
+def test_checkpointed_layers_recompute_as_in_the_first_pass():
     def gradients(checkpointing: bool) -> list[Tensor]:
         role = role_of("policy", without_dropout(config_of("phimoe", input_jitter_noise=0.3)))
         if checkpointing:
@@ -201,7 +201,7 @@ def test_checkpointed_layers_recompute_as_in_the_first_pass() -> None:
         torch.testing.assert_close(plain, recomputed)
 
 
-def test_a_response_that_could_cross_the_rotary_switch_is_refused_before_loading(tmp_path: Any) -> None:
+def test_a_response_that_could_cross_the_rotary_switch_is_refused_before_loading(tmp_path):
     path = tiny.saved(tmp_path / "actor", made(config_of("phi3", vocab_size=257)))
     tokenizer = tiny.tokenizer()
 
@@ -217,20 +217,20 @@ def test_a_response_that_could_cross_the_rotary_switch_is_refused_before_loading
         check_models(run(SWITCH - 7), tokenizer)
 
 
-def test_decoding_beyond_the_rotary_switch_raises() -> None:
+def test_decoding_beyond_the_rotary_switch_raises():
     policy = Policy(fuse_head(made(config_of("phi3"))))
     with pytest.raises(attention.FastPPOError, match="cannot be decoded beyond original_max_position_embeddings = 12"):
         policy.model.base_model.rotary_emb(torch.zeros(1), torch.full((4, 1), SWITCH))
 
 
-def test_the_plan_measures_a_model_with_longrope() -> None:
+def test_the_plan_measures_a_model_with_longrope():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config_of("phi3"))
     size = Footprint(Policy(fuse_head(model)), torch.float32, cpu=True)
     assert size.passes(2, 8, gradient=True).kept > 0
 
 
-def test_sequences_of_one_chunk_are_the_longest_that_attention_by_chunks_takes() -> None:
+def test_sequences_of_one_chunk_are_the_longest_that_attention_by_chunks_takes():
     spans = attention.SequenceLayout.of([3, 9], CPU)
     states = torch.randn(1, 2, 12, 8)
     chunked = attention.attend(nn.Module(), states, states, states, attention.Chunks(9), packed=spans)[0]
@@ -240,7 +240,7 @@ def test_sequences_of_one_chunk_are_the_longest_that_attention_by_chunks_takes()
         attention.attend(nn.Module(), states, states, states, attention.Chunks(8), packed=spans)
 
 
-def test_a_mask_of_the_models_own_making_is_not_left_out() -> None:
+def test_a_mask_of_the_models_own_making_is_not_left_out():
     states = torch.randn(1, 2, 12, 8)
     with pytest.raises(attention.FastPPOError, match="a mask that it computed itself"):
         attention.attend(
@@ -248,14 +248,14 @@ def test_a_mask_of_the_models_own_making_is_not_left_out() -> None:
         )
 
 
-def test_the_check_leaves_the_runs_random_numbers_and_the_config_alone() -> None:
+def test_the_check_leaves_the_runs_random_numbers_and_the_config_alone():
     config = without_dropout(config_of("mixtral", router_jitter_noise=0.3, vocab_size=103))
     before, state = config.to_dict(), torch.get_rng_state()
     check_architecture(AutoModelForCausalLM, config, CPU)
     assert config.to_dict() == before and torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_reward_model_is_checked_too(tmp_path: Any) -> None:
+def test_a_reward_model_is_checked_too(tmp_path):
     config = AutoConfig.for_model("bloom", **{**SHAPE, "n_layer": 2, "n_head": 4}, num_labels=1)
     path = tiny.saved(tmp_path / "reward", made(config, AutoModelForSequenceClassification))
     with pytest.raises(ModelError, match="BloomForSequenceClassification does not take all its attention"):

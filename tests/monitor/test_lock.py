@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -67,9 +67,7 @@ def go_on(output: Path) -> None:
 
 
 @pytest.mark.parametrize("start", [begin, go_on])
-def test_a_folder_in_use_is_refused_by_each_of_its_names_with_the_others_process_and_host(
-    tmp_path: Path, start: Callable[[Path], None]
-) -> None:
+def test_a_folder_in_use_is_refused_by_each_of_its_names_with_the_others_process_and_host(tmp_path, start):
     output, link = tmp_path / "run", tmp_path / "link"
     link.symlink_to(output)
     with another(output) as other:
@@ -82,7 +80,7 @@ def test_a_folder_in_use_is_refused_by_each_of_its_names_with_the_others_process
 
 
 @pytest.mark.parametrize("how", ["", "forks"])
-def test_a_run_that_was_killed_holds_no_lock_and_its_folder_is_an_earlier_runs(tmp_path: Path, how: str) -> None:
+def test_a_run_that_was_killed_holds_no_lock_and_its_folder_is_an_earlier_runs(tmp_path, how):
     with another(tmp_path / "run", how) as other:
         other.kill()
         other.wait()
@@ -90,7 +88,7 @@ def test_a_run_that_was_killed_holds_no_lock_and_its_folder_is_an_earlier_runs(t
     assert names(tmp_path) == ["metrics.jsonl", "metrics.jsonl", "run", "run.1"]
 
 
-def test_a_folder_that_another_run_makes_meanwhile_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_another_run_makes_meanwhile_is_refused(tmp_path):
     output = tmp_path / "run"
     with (
         lock_run_dir(output, 0),
@@ -100,7 +98,7 @@ def test_a_folder_that_another_run_makes_meanwhile_is_refused(tmp_path: Path) ->
         fresh_folder(output)
 
 
-def test_the_new_folder_is_held_once_the_earlier_run_is_moved_aside_and_no_lock_stays(tmp_path: Path) -> None:
+def test_the_new_folder_is_held_once_the_earlier_run_is_moved_aside_and_no_lock_stays(tmp_path):
     output = tmp_path / "run"
     begin(output)
     (output / "metrics.jsonl").write_text('{"step": 1}\n')
@@ -114,7 +112,7 @@ def test_the_new_folder_is_held_once_the_earlier_run_is_moved_aside_and_no_lock_
     assert "run.lock" not in names(tmp_path)
 
 
-def test_only_rank_0_holds_it(tmp_path: Path) -> None:
+def test_only_rank_0_holds_it(tmp_path):
     begin(tmp_path / "run")
     with lock_run_dir(tmp_path / "run", 1):
         assert names(tmp_path / "run") == ["metrics.jsonl"]
@@ -123,9 +121,7 @@ def test_only_rank_0_holds_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_a_file_system_without_locks_is_told(
-    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_file_system_without_locks_is_told(tmp_path, number, monkeypatch, caplog):
     def refuse(handle: int, how: int) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -134,7 +130,7 @@ def test_a_file_system_without_locks_is_told(
     assert f"cannot be locked ({os.strerror(number)}): a second run" in caplog.text
 
 
-def test_a_lock_of_another_user_and_one_on_a_full_disk_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_of_another_user_and_one_on_a_full_disk_hold(tmp_path, monkeypatch):
     real = os.open
 
     def read_only(path: Path, flags: int, mode: int = 0o777) -> int:

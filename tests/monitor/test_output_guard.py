@@ -82,7 +82,7 @@ def a_run(folder: Path, config: TrackConfig = EVERYTHING, done: int = 0) -> None
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path, monkeypatch):
     installed(monkeypatch, StandIn())
     (tmp_path / "config.yaml").write_text("seed: 1")
     return tmp_path
@@ -91,9 +91,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("outlet", OUTLETS)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread
-def test_no_output_that_fails_ends_a_run_and_each_is_one_line(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, outlet: str, error: Exception
-) -> None:
+def test_no_output_that_fails_ends_a_run_and_each_is_one_line(folder, monkeypatch, caplog, outlet, error):
     stderr = sys.stderr
     monkeypatch.setattr(OUTLETS[outlet], failing(error))
     a_run(folder)
@@ -108,8 +106,8 @@ def test_no_output_that_fails_ends_a_run_and_each_is_one_line(
 
 @pytest.mark.parametrize("name", [METRICS, ALARMS, RESPONSES])
 def test_an_output_that_works_again_is_told_and_lines_that_found_no_room_are_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
-) -> None:
+    tmp_path, monkeypatch, caplog, name
+):
     config = TrackConfig(tensorboard=False, progress="never")
     real, full = JsonlFile.add, {"now": True}
 
@@ -136,9 +134,7 @@ def test_an_output_that_works_again_is_told_and_lines_that_found_no_room_are_cou
     ]
 
 
-def test_a_service_that_refuses_a_run_that_goes_on_does_not_end_it(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_service_that_refuses_a_run_that_goes_on_does_not_end_it(folder, monkeypatch, caplog):
     installed(monkeypatch, StandIn(refuses="is down"))
     a_run(folder, TrackConfig(tensorboard=False, wandb="films"), done=1)
     assert "did not accept the run (is down)" in caplog.text
@@ -172,7 +168,7 @@ TERMINALS = {
 
 
 @pytest.mark.parametrize("where", TERMINALS)
-def test_a_terminal_that_cannot_show_it_costs_nothing(tmp_path: Path, where: str) -> None:
+def test_a_terminal_that_cannot_show_it_costs_nothing(tmp_path, where):
     command = f'"$0" -c "$1" "$2" {TERMINALS[where]}; exit ${{PIPESTATUS[0]}}'
     found = subprocess.run(
         ["bash", "-c", command, sys.executable, PRINTS, str(tmp_path)],
@@ -198,7 +194,7 @@ COMMANDS = {
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory):
     return whole_runs.prepare(stage_runs.prepare(tmp_path_factory.mktemp("tell")))
 
 
@@ -219,9 +215,7 @@ def assert_loads(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_run_of_which_nothing_can_be_told_leaves_its_model(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, command: str
-) -> None:
+def test_a_run_of_which_nothing_can_be_told_leaves_its_model(data, tmp_path, monkeypatch, caplog, command):
     for outlet in ("metrics.jsonl", "a scalar of TensorBoard", "a profile"):
         monkeypatch.setattr(OUTLETS[outlet], failing(FAILURES[0]))
     monkeypatch.setattr("fastppo.ppo.run.write_samples", failing(FAILURES[0]))
@@ -234,7 +228,7 @@ def test_a_run_of_which_nothing_can_be_told_leaves_its_model(
         assert f"{output}: No space left on device. The run continues without it." in caplog.text
 
 
-def test_samples_are_shown_when_the_actor_is_saved(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_are_shown_when_the_actor_is_saved(data, tmp_path, monkeypatch):
     actor = tmp_path / "run/actor/model.safetensors"
     monkeypatch.setattr(
         "fastppo.ppo.run.show_samples", lambda rows: (tmp_path / "seen").write_text(str(actor.is_file()))
@@ -258,9 +252,7 @@ def refusing(output: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) ->
 
 @pytest.mark.parametrize("error", FAILURES[:1] + FAILURES[3:4], ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_model_that_cannot_be_written_is_saved_elsewhere(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, error: Exception
-) -> None:
+def test_a_model_that_cannot_be_written_is_saved_elsewhere(data, tmp_path, monkeypatch, command, error):
     output, name = tmp_path / "run", COMMANDS[command][2]
     refusing(output, monkeypatch, error)
     changes = {"actor__average": 0.9} if command == "ppo" else {}
@@ -278,9 +270,7 @@ def test_a_model_that_cannot_be_written_is_saved_elsewhere(
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_model_that_no_place_takes_can_be_written_by_the_run_that_is_resumed(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
-) -> None:
+def test_a_model_that_no_place_takes_can_be_written_by_the_run_that_is_resumed(data, tmp_path, monkeypatch, command):
     output, name = tmp_path / "run", COMMANDS[command][2]
     with monkeypatch.context() as patched:
         patched.setattr(export, "_free_name", lambda *_: None)  # no disk has room
@@ -294,9 +284,7 @@ def test_a_model_that_no_place_takes_can_be_written_by_the_run_that_is_resumed(
     assert_loads(output / name)
 
 
-def test_a_model_that_stands_there_stays_until_the_new_one_is_whole(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_stands_there_stays_until_the_new_one_is_whole(data, tmp_path, monkeypatch):
     start(data, "answers", tmp_path / "run", eval__examples=0)
     before = (tmp_path / "run/model/model.safetensors").read_bytes()
     monkeypatch.setattr(atomic_dir, "sync", failing(FAILURES[0]))  # a disk may say that late

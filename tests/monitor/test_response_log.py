@@ -12,7 +12,7 @@ from fastppo.monitor.response_log import heldout_responses, spread, training_res
 
 
 @pytest.mark.parametrize("text", ["a good film", "長い film \U0001f642!", "", "\n\n é"])
-def test_pieces_are_one_for_each_token_and_together_the_text(text: str) -> None:
+def test_pieces_are_one_for_each_token_and_together_the_text(text):
     tokenizer = tiny.tokenizer()
     tokens = tokenizer(text)["input_ids"]
     found = decode_pieces((), tokens, tokenizer)
@@ -21,7 +21,7 @@ def test_pieces_are_one_for_each_token_and_together_the_text(text: str) -> None:
         assert found[:6] == ["", "", "長", "", "", "い"]
 
 
-def test_a_text_cut_within_a_character_and_its_end_are_shown() -> None:
+def test_a_text_cut_within_a_character_and_its_end_are_shown():
     tokenizer = tiny.tokenizer()
     tokens = [*tokenizer("a長")["input_ids"][:-1], tokenizer.eos_token_id]
     assert decode_pieces((), tokens, tokenizer)[0] == "a"
@@ -29,7 +29,7 @@ def test_a_text_cut_within_a_character_and_its_end_are_shown() -> None:
     assert decode_pieces((), tokens[:-1], tokenizer)[-1] == "\ufffd"
 
 
-def test_responses_are_taken_from_the_best_to_the_worst() -> None:
+def test_responses_are_taken_from_the_best_to_the_worst():
     scores = [0.1, 0.9, 0.5, 0.3, 0.7]
     assert spread(scores, 3) == [1, 2, 0]
     assert spread(scores, 2) == [1, 0]
@@ -37,7 +37,7 @@ def test_responses_are_taken_from_the_best_to_the_worst() -> None:
     assert spread(scores, 9) == [1, 4, 2, 3, 0]
 
 
-def test_heldout_responses_are_those_to_the_same_first_prompts() -> None:
+def test_heldout_responses_are_those_to_the_same_first_prompts():
     found = heldout_responses(["p", "q", "r"], ["a", "b", "c"], [1.0, 2.0, 3.0], count=2)
     assert found == [
         {"of": "heldout", "prompt": "p", "response": "a", "score": 1.0},
@@ -46,7 +46,7 @@ def test_heldout_responses_are_those_to_the_same_first_prompts() -> None:
     assert heldout_responses(["p"], ["a"], [1.0], count=0) == []
 
 
-def test_training_responses_have_their_prompt_and_each_tokens_advantage() -> None:
+def test_training_responses_have_their_prompt_and_each_tokens_advantage():
     tokenizer = tiny.tokenizer()
     texts = [("I saw ", "it"), ("The film ", "is bad"), ("", "!")]
     tokens = [[tokenizer(part)["input_ids"] for part in pair] for pair in texts]

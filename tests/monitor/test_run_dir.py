@@ -25,7 +25,7 @@ from fastppo.monitor.run_dir import (
 )
 
 
-def test_an_earlier_run_is_moved_aside_as_often_as_needed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_earlier_run_is_moved_aside_as_often_as_needed(tmp_path, caplog):
     output = tmp_path / "runs" / "a"
     for number in range(3):
         with caplog.at_level(logging.INFO, "fastppo"):
@@ -36,13 +36,13 @@ def test_an_earlier_run_is_moved_aside_as_often_as_needed(tmp_path: Path, caplog
     assert [record.getMessage().rpartition(" ")[2] for record in caplog.records] == ["a.1", "a.2"]
 
 
-def test_an_empty_folder_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_an_empty_folder_is_taken_as_it_is(tmp_path):
     (tmp_path / "run").mkdir()
     fresh_folder(tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_run_that_ended_before_its_first_line_leaves_no_folder_behind(tmp_path: Path) -> None:
+def test_a_run_that_ended_before_its_first_line_leaves_no_folder_behind(tmp_path):
     output = fresh_folder(tmp_path / "run")
     (output / "config.yaml").write_text("steps: 1")
     fresh_folder(output)
@@ -52,7 +52,7 @@ def test_a_run_that_ended_before_its_first_line_leaves_no_folder_behind(tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.1"]
 
 
-def test_what_is_not_a_run_is_never_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_a_run_is_never_moved(tmp_path, monkeypatch):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter").touch()
     (tmp_path / "file").touch()
@@ -70,7 +70,7 @@ def test_what_is_not_a_run_is_never_moved(tmp_path: Path, monkeypatch: pytest.Mo
 # Files of lines
 
 
-def test_a_last_line_that_was_cut_is_left_out_even_within_a_character(tmp_path: Path) -> None:
+def test_a_last_line_that_was_cut_is_left_out_even_within_a_character(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "sco')
     assert read_lines(path) == [{"step": 1}]
@@ -78,25 +78,25 @@ def test_a_last_line_that_was_cut_is_left_out_even_within_a_character(tmp_path: 
     assert read_lines(path) == [{"step": 1}]
 
 
-def test_a_line_is_strict_json_in_its_lists_too() -> None:
+def test_a_line_is_strict_json_in_its_lists_too():
     line = json_line({"step": 1, "score": math.inf, "advantages": [0.5, math.nan], "prompt": "長"})
     assert line == '{"step": 1, "score": null, "advantages": [0.5, null], "prompt": "長"}\n'
 
 
 @pytest.mark.parametrize("broken", [b'{"step": 2, "sco', b"\xff", b"", b"3", b"[1]"])
-def test_another_broken_line_is_an_error_with_its_number(broken: bytes, tmp_path: Path) -> None:
+def test_another_broken_line_is_an_error_with_its_number(broken, tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + broken + b'\n{"step": 3}\n')
     with pytest.raises(RunFolderError, match=r"metrics\.jsonl, line 2: this is .*JSON.*Correct the line, or remove it"):
         read_lines(path)
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(RunFolderError, match=r"metrics\.jsonl cannot be read"):
         read_lines(tmp_path / "metrics.jsonl")
 
 
-def test_every_file_of_lines_goes_back_to_where_it_was(tmp_path: Path) -> None:
+def test_every_file_of_lines_goes_back_to_where_it_was(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     (tmp_path / "responses.jsonl").write_text('{"step": 1, "prompt": "長い"}\n')
     then = file_sizes(tmp_path)
@@ -111,9 +111,7 @@ def test_every_file_of_lines_goes_back_to_where_it_was(tmp_path: Path) -> None:
     }
 
 
-def test_lines_that_were_lost_since_are_told_and_whole_ones_kept(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_lines_that_were_lost_since_are_told_and_whole_ones_kept(tmp_path, caplog):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
     continue_folder(tmp_path, {"metrics.jsonl": 1000, "responses.jsonl": 0, "alarms.jsonl": 0})
     assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
@@ -124,7 +122,7 @@ def test_lines_that_were_lost_since_are_told_and_whole_ones_kept(
 # A symbolic link as output
 
 
-def test_a_link_leads_to_the_new_run_and_the_earlier_one_is_moved_aside_whole(tmp_path: Path) -> None:
+def test_a_link_leads_to_the_new_run_and_the_earlier_one_is_moved_aside_whole(tmp_path):
     target, link = tmp_path / "disk" / "a", tmp_path / "current"
     target.parent.mkdir()
     link.symlink_to(target)
@@ -136,7 +134,7 @@ def test_a_link_leads_to_the_new_run_and_the_earlier_one_is_moved_aside_whole(tm
     assert found == [0, 1, 2] and sorted(path.name for path in tmp_path.iterdir()) == ["current", "disk"]
 
 
-def test_a_link_to_itself_is_named(tmp_path: Path) -> None:
+def test_a_link_to_itself_is_named(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for take in (check_folder, fresh_folder):
         with pytest.raises(RunFolderError, match="is a symbolic link to itself"):
@@ -173,9 +171,7 @@ def open_full(room: int, *name: Any, **how: Any) -> Full:
     return Full(open(*name, **how), room)
 
 
-def test_lines_wait_for_room_and_the_file_never_has_half_of_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lines_wait_for_room_and_the_file_never_has_half_of_one(tmp_path, monkeypatch):
     lines = JsonlFile(tmp_path / "metrics.jsonl")
     lines.add([{"step": 1, "prompt": "長\ud800"}])
     for step, room in ((2, 5), (3, 0)):
@@ -192,8 +188,8 @@ def test_lines_wait_for_room_and_the_file_never_has_half_of_one(
 
 
 def test_settings_that_cannot_be_written_end_a_new_run_and_leave_a_resumed_ones_as_they_were(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+    tmp_path, monkeypatch, caplog
+):
     begin_folder(tmp_path / "run", None, "seed: 1")
 
     def full(path: Path, text: str, encoding: str) -> None:

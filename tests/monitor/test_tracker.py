@@ -8,9 +8,6 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
@@ -37,7 +34,7 @@ def be_a_terminal(monkeypatch: pytest.MonkeyPatch, *, stdout: bool = True, colum
 
 
 @pytest.fixture
-def restored_loggers() -> Iterator[None]:
+def restored_loggers():
     loggers = [logging.getLogger(name) for name in ("fastppo", *THIRD_PARTY)]
     state = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
     yield
@@ -49,7 +46,7 @@ def restored_loggers() -> Iterator[None]:
 # Files
 
 
-def test_metrics_come_back_as_they_were_logged(tmp_path: Path) -> None:
+def test_metrics_come_back_as_they_were_logged(tmp_path):
     with Tracker(fresh_folder(tmp_path / "run"), LINES, steps=2, rank=0) as tracker:
         tracker.log_evaluation(0, {"score": 0.1})
         tracker.log(1, STEP)
@@ -61,13 +58,13 @@ def test_metrics_come_back_as_they_were_logged(tmp_path: Path) -> None:
     ]
 
 
-def test_metrics_are_on_disk_as_soon_as_they_are_logged(tmp_path: Path) -> None:
+def test_metrics_are_on_disk_as_soon_as_they_are_logged(tmp_path):
     with Tracker(tmp_path, LINES, steps=2, rank=0) as tracker:
         tracker.log(1, STEP)
         assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1, **STEP}]
 
 
-def test_numbers_that_are_not_finite_are_null_in_strict_json(tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_are_null_in_strict_json(tmp_path):
     with Tracker(tmp_path, LINES, steps=2, rank=0) as tracker:
         tracker.log(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1})
 
@@ -78,7 +75,7 @@ def test_numbers_that_are_not_finite_are_null_in_strict_json(tmp_path: Path) -> 
     assert line == {"step": 1, "a": None, "b": None, "c": None, "d": 1.0}
 
 
-def test_tensorboard_holds_every_metric(tmp_path: Path) -> None:
+def test_tensorboard_holds_every_metric(tmp_path):
     with Tracker(tmp_path, TrackConfig(progress="never"), steps=2, rank=0) as tracker:
         tracker.log(1, STEP)
         tracker.log(2, STEP | {"score": 0.75})
@@ -88,7 +85,7 @@ def test_tensorboard_holds_every_metric(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("score")] == [(1, 0.5), (2, 0.75)]
 
 
-def test_a_run_that_is_continued_has_no_step_twice(tmp_path: Path) -> None:
+def test_a_run_that_is_continued_has_no_step_twice(tmp_path):
     config, metrics = TrackConfig(progress="never"), tmp_path / "metrics.jsonl"
     with Tracker(tmp_path, config, steps=4, rank=0) as tracker:
         tracker.log(1, STEP)
@@ -104,7 +101,7 @@ def test_a_run_that_is_continued_has_no_step_twice(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("score")] == [(1, 0.5), (2, 0.75)]
 
 
-def test_other_ranks_write_and_print_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_other_ranks_write_and_print_nothing(tmp_path, capfd):
     with (
         Tracker(tmp_path, TrackConfig(progress="never"), steps=1, rank=0) as first,
         Tracker(tmp_path / "none", TrackConfig(progress="always"), steps=1, rank=1) as second,
@@ -121,9 +118,7 @@ def test_other_ranks_write_and_print_nothing(tmp_path: Path, capfd: pytest.Captu
 # The display
 
 
-def test_without_a_terminal_a_step_is_one_plain_line(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_terminal_a_step_is_one_plain_line(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # as in CI; a bar would fill the log with control characters
     with Tracker(tmp_path, TrackConfig(tensorboard=False), steps=3, rank=0) as tracker:
         tracker.log_evaluation(0, {"score": 0.125, "score_error": 0.05, "kl": 0.0, "other": 7.0})
@@ -139,9 +134,7 @@ def test_without_a_terminal_a_step_is_one_plain_line(
     assert (out.isascii(), "\x1b" in out, "\r" in out, err) == (True, False, False, "")
 
 
-def test_a_line_shows_the_judge_where_there_is_one_and_the_seconds_of_the_stages(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_line_shows_the_judge_where_there_is_one_and_the_seconds_of_the_stages(tmp_path, capfd):
     judged = STEP | STAGES | {"health/judge": 0.25}
     with Tracker(tmp_path, LINES, steps=3, rank=0) as tracker:
         tracker.log_evaluation(0, {"score": 0.125, "score_error": 0.05, "judge": 0.2, "kl": 0.0})
@@ -152,9 +145,7 @@ def test_a_line_shows_the_judge_where_there_is_one_and_the_seconds_of_the_stages
     assert lines[1] == f"step 1/3  {told}"
 
 
-def test_on_a_terminal_a_bar_shows_step_score_kl_speed_and_time_left(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_terminal_a_bar_shows_step_score_kl_speed_and_time_left(tmp_path, capsys, monkeypatch):
     be_a_terminal(monkeypatch)
     with Tracker(tmp_path, TrackConfig(tensorboard=False), steps=1000, rank=0) as tracker:
         tracker.log(997, STEP | STAGES)
@@ -168,9 +159,7 @@ def test_on_a_terminal_a_bar_shows_step_score_kl_speed_and_time_left(
     assert out.count("held-out score 0.250") == 1
 
 
-def test_on_a_wide_terminal_the_bar_shows_the_seconds_of_the_stages_too(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_wide_terminal_the_bar_shows_the_seconds_of_the_stages_too(tmp_path, capsys, monkeypatch):
     be_a_terminal(monkeypatch, columns=140)
     with Tracker(tmp_path, TrackConfig(tensorboard=False), steps=1000, rank=0) as tracker:
         tracker.log(997, STEP)
@@ -180,9 +169,7 @@ def test_on_a_wide_terminal_the_bar_shows_the_seconds_of_the_stages_too(
         assert part in last
 
 
-def test_log_lines_appear_above_the_bar(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, restored_loggers: None
-) -> None:
+def test_log_lines_appear_above_the_bar(tmp_path, capsys, monkeypatch, restored_loggers):
     be_a_terminal(monkeypatch)
     setup_logging(rank=0)
     with Tracker(tmp_path, TrackConfig(tensorboard=False), steps=3, rank=0) as tracker:
@@ -195,12 +182,12 @@ def test_log_lines_appear_above_the_bar(
 
 @pytest.mark.parametrize(("progress", "bar"), [("always", True), ("never", False)])
 def test_progress_always_and_never_do_not_ask_the_output(
-    progress: Literal["always", "never"],
-    bar: bool,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    progress,
+    bar,
+    tmp_path,
+    capsys,
+    monkeypatch,
+):
     be_a_terminal(monkeypatch, stdout=not bar)
     with Tracker(tmp_path, TrackConfig(tensorboard=False, progress=progress), steps=3, rank=0) as tracker:
         tracker.log(1, STEP)
@@ -212,7 +199,7 @@ def test_progress_always_and_never_do_not_ask_the_output(
 # Stages and profiles
 
 
-def test_stages_add_up_until_they_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_add_up_until_they_are_taken(monkeypatch):
     clock = iter([0.0, 1.0, 5.0, 7.0, 10.0, 14.0])
     monkeypatch.setattr("fastppo.monitor.tracker.time.perf_counter", lambda: next(clock))
     phases = Phases({})
@@ -223,9 +210,7 @@ def test_stages_add_up_until_they_are_taken(monkeypatch: pytest.MonkeyPatch) -> 
     assert phases.take() == {}
 
 
-def test_time_left_follows_the_mean_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_time_left_follows_the_mean_step(tmp_path, monkeypatch, capsys):
     clock = iter([100.0, 130.0, 140.0])
     monkeypatch.setattr("fastppo.monitor.tracker.time.perf_counter", lambda: next(clock))
     with Tracker(tmp_path, LINES, steps=102, rank=0) as tracker:
@@ -238,7 +223,7 @@ def test_time_left_follows_the_mean_step(
     ]
 
 
-def test_a_profile_of_the_chosen_step_names_its_stages_on_every_rank(tmp_path: Path) -> None:
+def test_a_profile_of_the_chosen_step_names_its_stages_on_every_rank(tmp_path):
     phases = Phases({})
     for rank in (0, 1):
         config = TrackConfig(tensorboard=False, progress="never", profile_steps=(2,))
@@ -259,9 +244,7 @@ def test_a_profile_of_the_chosen_step_names_its_stages_on_every_rank(tmp_path: P
 HOSTILE = "[/b] [red]\nx\x1b[2J\u202e [link=a]" + "長い" * 400
 
 
-def test_the_table_shows_hostile_text_as_it_is_and_fits(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_table_shows_hostile_text_as_it_is_and_fits(capsys, monkeypatch):
     be_a_terminal(monkeypatch)
     show_samples([Sample(HOSTILE, "", -0.25, HOSTILE, math.nan), Sample("a film", "is bad", -1.0, "is good", 1.0)])
     out = capsys.readouterr().out
@@ -275,13 +258,13 @@ def test_the_table_shows_hostile_text_as_it_is_and_fits(
     assert max(line.cell_len for line in lines) <= 80
 
 
-def test_an_empty_table_can_be_shown() -> None:
+def test_an_empty_table_can_be_shown():
     console = Console(file=io.StringIO(), width=80)
     console.print(samples_table([]))
     assert "prompt" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_samples_on_disk_are_whole(tmp_path: Path) -> None:
+def test_samples_on_disk_are_whole(tmp_path):
     rows = [Sample(HOSTILE, "\ud800", 0.5, "line\u2028separator", math.nan), Sample("p", "b", 1.0, "a", 2.0)]
     write_samples(tmp_path / "samples.jsonl", rows)
     with open(tmp_path / "samples.jsonl", encoding="utf-8") as lines:
@@ -300,9 +283,7 @@ def test_samples_on_disk_are_whole(tmp_path: Path) -> None:
         (1, ["WARNING rank 1: a warning", "ERROR rank 1: broken"]),
     ],
 )
-def test_log_lines_of_each_rank(
-    rank: int, expected: list[str], capsys: pytest.CaptureFixture[str], restored_loggers: None
-) -> None:
+def test_log_lines_of_each_rank(rank, expected, capsys, restored_loggers):
     setup_logging(rank)
     setup_logging(rank)  # a second call does not double the lines
     log, transformers = logging.getLogger("fastppo"), logging.getLogger("transformers.models")

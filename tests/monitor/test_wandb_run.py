@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -53,14 +52,12 @@ def installed(monkeypatch: pytest.MonkeyPatch, wandb: StandIn) -> StandIn:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     (tmp_path / "config.yaml").write_text(dump(Config(seed=7, track=ASKED)))
     return tmp_path
 
 
-def test_metrics_are_logged_over_the_ppo_step_and_alarms_told_and_the_run_is_finished(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_metrics_are_logged_over_the_ppo_step_and_alarms_told_and_the_run_is_finished(folder, monkeypatch):
     wandb = installed(monkeypatch, StandIn())
     with Tracker(folder, ASKED, steps=1, rank=0) as tracker:
         tracker.log_evaluation(0, {"score": 0.25})
@@ -78,7 +75,7 @@ def test_metrics_are_logged_over_the_ppo_step_and_alarms_told_and_the_run_is_fin
     ]
 
 
-def test_a_resumed_run_goes_on_under_its_id(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_goes_on_under_its_id(folder, monkeypatch):
     ids = []
     for done in (0, 1):
         wandb = installed(monkeypatch, StandIn())
@@ -87,13 +84,13 @@ def test_a_resumed_run_goes_on_under_its_id(folder: Path, monkeypatch: pytest.Mo
     assert ids == [(None, "allow"), ("made-up", "allow")]
 
 
-def test_a_refusal_says_what_to_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_says_what_to_do(folder, monkeypatch):
     installed(monkeypatch, StandIn(refuses="api_key not configured"))
     with pytest.raises(WandbError, match=r"films.*api_key not configured.*wandb login.*WANDB_MODE=offline"):
         Tracker(folder, ASKED, steps=1, rank=0).__enter__()
 
 
-def test_other_ranks_and_runs_that_do_not_ask_need_no_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_ranks_and_runs_that_do_not_ask_need_no_package(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import would fail
     with Tracker(folder, ASKED, steps=1, rank=1) as tracker:
         tracker.log(1, {"score": 0.5})

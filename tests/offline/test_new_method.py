@@ -4,9 +4,7 @@ import ast
 import importlib.util
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -36,7 +34,7 @@ PACKAGE = Path(console.__file__).parent
 
 
 @pytest.fixture(scope="module")
-def method() -> Iterator[ModuleType]:
+def method():
     spec = importlib.util.spec_from_file_location("simpo", EXAMPLE)
     assert spec is not None and spec.loader is not None
     before = dict(COMMANDS)
@@ -49,7 +47,7 @@ def method() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     return stage_runs.prepare(tmp_path_factory.mktemp("simpo"))
 
 
@@ -59,12 +57,12 @@ def settings(folder: Path, output: Path, **changes: Any) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def trained(method: ModuleType, folder: Path) -> Path:
+def trained(method, folder):
     method.train(parse(settings(folder, folder / "straight"), method.SIMPO), start_world(1))
     return folder / "straight"
 
 
-def test_it_learns_from_each_batch_and_is_evaluated_by_its_own_objective(trained: Path) -> None:
+def test_it_learns_from_each_batch_and_is_evaluated_by_its_own_objective(trained):
     steps = [record for record in records(trained) if "loss" in record]
     assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
     before, middle, after = evaluations(trained)
@@ -72,7 +70,7 @@ def test_it_learns_from_each_batch_and_is_evaluated_by_its_own_objective(trained
     assert after["eval/accuracy"] >= before["eval/accuracy"]
 
 
-def test_its_loss_is_that_of_transformers_logprobs(method: ModuleType, folder: Path, trained: Path) -> None:
+def test_its_loss_is_that_of_transformers_logprobs(method, folder, trained):
     """On held-out pairs, before training and of the model that it left."""
     config = parse(settings(folder, trained), method.SIMPO)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
@@ -88,9 +86,7 @@ def test_its_loss_is_that_of_transformers_logprobs(method: ModuleType, folder: P
         assert found["eval/loss"] == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_a_pass_that_only_keeps_in_step_with_other_ranks_counts_for_nothing(
-    method: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pass_that_only_keeps_in_step_with_other_ranks_counts_for_nothing(method, folder, monkeypatch):
     """As at ZeRO stage 3, where every pass is a collective and ranks may have fewer microbatches than others."""
     config, world = parse(settings(folder, folder / "x"), method.SIMPO), start_world(1)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
@@ -105,7 +101,7 @@ def test_a_pass_that_only_keeps_in_step_with_other_ranks_counts_for_nothing(
     assert evaluate(trained, pairs, PrefixStates(keep=False), config, world).metrics() == expected
 
 
-def test_it_resumes_bit_for_bit(method: ModuleType, folder: Path, trained: Path) -> None:
+def test_it_resumes_bit_for_bit(method, folder, trained):
     broken = shutil.copytree(trained, folder / "broken")
     shutil.rmtree(broken / "model")
     shutil.rmtree(broken / "checkpoints" / "step-00000006")
@@ -118,9 +114,7 @@ def test_it_resumes_bit_for_bit(method: ModuleType, folder: Path, trained: Path)
         method.train(parse([*argv, "--beta", "3"], method.SIMPO), start_world(1))
 
 
-def test_its_memory_is_planned_and_what_needs_less_is_named_in_its_settings(
-    method: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_its_memory_is_planned_and_what_needs_less_is_named_in_its_settings(method, tmp_path, capsys):
     argv = ["--model.path", directory(tmp_path, *ACTORS["1.3b"]), "--data.path", "x.jsonl"]
     machine = ["--gpus", "1", "--host-memory", "128GB", "--gpu-memory"]
     plan.main(["--command", "simpo", *machine, "80GB", *argv])
@@ -134,9 +128,7 @@ def test_its_memory_is_planned_and_what_needs_less_is_named_in_its_settings(
     assert policy.needs["GPU"][0] > reward.needs["GPU"][0]  # by its logits
 
 
-def test_it_is_on_the_command_line_with_its_settings_and_their_rules(
-    method: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_is_on_the_command_line_with_its_settings_and_their_rules(method, folder, capsys):
     console.main(["--help"])
     assert "simpo         SimPO, from preference pairs" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="0"):
@@ -154,7 +146,7 @@ def test_it_is_on_the_command_line_with_its_settings_and_their_rules(
     assert command_of(method.SimPOConfig()) is method.SIMPO
 
 
-def test_no_module_asks_of_which_command_its_settings_are() -> None:
+def test_no_module_asks_of_which_command_its_settings_are():
     """What differs is said by the config classes and by the table in `fastppo/planner/methods.py`."""
     settings, asking = {command.root.__name__ for command in COMMANDS.values()} | {"OfflineConfig"}, []
     for path in PACKAGE.rglob("*.py"):

@@ -11,7 +11,6 @@ import pytest
 import stage_runs
 import torch
 import whole_runs
-from forks import Forks
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -30,12 +29,12 @@ ROWS = [3, 1, 12, 7, 20, 9, 15, 4]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     return stage_runs.prepare(tmp_path_factory.mktemp("stages"))
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
+def world():
     return start_world(1)
 
 
@@ -73,9 +72,7 @@ def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
 
 
 @pytest.mark.parametrize("kind", COMMANDS)
-def test_the_update_depends_on_neither_microbatch_size_nor_order_nor_packing(
-    folder: Path, world: World, kind: str
-) -> None:
+def test_the_update_depends_on_neither_microbatch_size_nor_order_nor_packing(folder, world, kind):
     whole, sums = updated(folder, kind, world, microbatch_tokens=10_000)
     for changes in ({"microbatch_tokens": 45}, {"rows": ROWS[::-1]}, {"microbatch_tokens": 90}):
         other, other_sums = updated(folder, kind, world, **{"microbatch_tokens": 10_000} | changes)
@@ -86,7 +83,7 @@ def test_the_update_depends_on_neither_microbatch_size_nor_order_nor_packing(
 
 
 @pytest.mark.parametrize("kind", COMMANDS)
-def test_a_run_is_the_same_on_one_and_two_ranks(folder: Path, forks: Forks, kind: str) -> None:
+def test_a_run_is_the_same_on_one_and_two_ranks(folder, forks, kind):
     exports, losses = [], []
     for ranks in (1, 2):
         output = folder / f"{kind}-on-{ranks}"
@@ -100,7 +97,7 @@ def test_a_run_is_the_same_on_one_and_two_ranks(folder: Path, forks: Forks, kind
 
 
 @pytest.mark.parametrize("kind", COMMANDS)
-def test_a_run_at_stage_3_leaves_what_one_without_zero_leaves(folder: Path, forks: Forks, kind: str) -> None:
+def test_a_run_at_stage_3_leaves_what_one_without_zero_leaves(folder, forks, kind):
     """One rank has a held-out microbatch more than the other, and its parameters are split all the same."""
     split = folder / "split.json"
     split.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
@@ -118,9 +115,7 @@ def test_a_run_at_stage_3_leaves_what_one_without_zero_leaves(folder: Path, fork
 
 
 @pytest.mark.parametrize("kind", COMMANDS)
-def test_adapters_alone_train_and_are_merged_in_the_export(
-    folder: Path, world: World, tmp_path: Path, kind: str
-) -> None:
+def test_adapters_alone_train_and_are_merged_in_the_export(folder, world, tmp_path, kind):
     """What transformers reads has the names and shapes of the model, and differs where adapters were."""
     train = train_reward.train if kind == "pairs" else train_sft.train
     changes = {"model__lora__rank": 4, "model__lora__targets": "up_proj", "model__train": 1, "eval__every": 0}
@@ -159,9 +154,7 @@ stop.check = place
         ("answers", 1, {"model__train": 2}),
     ],
 )
-def test_a_run_that_stops_anywhere_and_goes_on_equals_the_one_that_did_not(
-    folder: Path, forks: Forks, kind: str, ranks: int, changes: dict[str, Any]
-) -> None:
+def test_a_run_that_stops_anywhere_and_goes_on_equals_the_one_that_did_not(folder, forks, kind, ranks, changes):
     straight, broken = folder / f"{kind}-straight", folder / f"{kind}-broken"
     changes = {"checkpoint__every": 4, "resume": "auto", "microbatch_tokens": 90, **changes}
     forks.run(stage_runs.settings(folder, kind, output=straight, **changes), ranks, module=COMMANDS[kind])
@@ -175,7 +168,7 @@ def test_a_run_that_stops_anywhere_and_goes_on_equals_the_one_that_did_not(
     assert whole_runs.same(*exports) and whole_runs.same(*map(whole_runs.state, (straight, broken)))
 
 
-def test_other_data_and_other_evaluations_are_not_resumed(folder: Path, forks: Forks) -> None:
+def test_other_data_and_other_evaluations_are_not_resumed(folder, forks):
     output = folder / "refused"
     argv = stage_runs.settings(folder, "answers", output=output, steps=2, checkpoint__every=2, resume="auto")
     forks.run(argv, module="fastppo.train_sft")
@@ -187,7 +180,7 @@ def test_other_data_and_other_evaluations_are_not_resumed(folder: Path, forks: F
         assert forks.wait(run) == [1] and words in run.text() and "Traceback" not in run.text()
 
 
-def test_patience_counts_evaluations_without_a_lower_loss() -> None:
+def test_patience_counts_evaluations_without_a_lower_loss():
     run = Training.begin(seed=1, rank=0)
     assert not run.add_evaluation(1.5) and run.score is None  # of the model as it came
     for loss, better, done in ((1.2, True, False), (1.3, False, False), (1.1, True, False), (1.1, False, False)):
@@ -201,7 +194,7 @@ def test_patience_counts_evaluations_without_a_lower_loss() -> None:
     assert dataclasses.asdict(again).keys() == dataclasses.asdict(run).keys() and again.state() == run.state()
 
 
-def test_patience_counts_evaluations_of_a_model_worse_than_its_start_though_the_best_is_left() -> None:
+def test_patience_counts_evaluations_of_a_model_worse_than_its_start_though_the_best_is_left():
     run = Training.begin(seed=1, rank=0)
     run.add_evaluation(1.0)
     for loss, better, done in ((7.0, True, False), (6.0, True, True)):

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from fastppo.config import Config, DataConfig, ModelConfig, OptimConfig, PPOConfig, RewardConfig
 from fastppo.config.command_line import REWARD, parse
 from fastppo.data.batch import Moments, Rollout, pack
-from fastppo.data.examples import Examples, load_pairs
+from fastppo.data.examples import load_pairs
 from fastppo.data.prompts import PromptSet, load_prompts
 from fastppo.distributed.residency import Residency
 from fastppo.distributed.world import start_world
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     return stage_runs.prepare(tmp_path_factory.mktemp("reward"))
 
 
@@ -44,18 +44,18 @@ def run(folder: Path, output: Path, **changes: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(folder: Path) -> Path:
+def trained(folder):
     return run(folder, folder / "out")
 
 
 @pytest.fixture(scope="module")
-def heldout(folder: Path) -> Examples:
+def heldout(folder):
     config = parse(stage_runs.settings(folder, "pairs"), REWARD)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     return load_pairs(config.data, tokenizer, heldout=config.eval.examples, context=None)[1]
 
 
-def test_a_preference_that_can_be_seen_is_learned(trained: Path) -> None:
+def test_a_preference_that_can_be_seen_is_learned(trained):
     before, *_, after = evaluations(trained)
     assert after["eval/accuracy"] > 0.95 and after["eval/loss"] < 0.2 < before["eval/loss"]
     assert after["eval/accuracy_low"] < after["eval/accuracy"] <= after["eval/accuracy_high"]
@@ -65,7 +65,7 @@ def test_a_preference_that_can_be_seen_is_learned(trained: Path) -> None:
     assert all(isinstance(value, int | float) for record in records(trained) for value in record.values())
 
 
-def test_the_export_is_a_sequence_classifier_that_scores_as_the_trainer_does(trained: Path, heldout: Examples) -> None:
+def test_the_export_is_a_sequence_classifier_that_scores_as_the_trainer_does(trained, heldout):
     model = AutoModelForSequenceClassification.from_pretrained(trained / "reward_model")
     assert (model.config.num_labels, model.score.weight.shape) == (1, (1, tiny.WIDTH))
     ours, _ = load_reward(str(trained / "reward_model"), torch.float32, CPU)
@@ -78,7 +78,7 @@ def test_the_export_is_a_sequence_classifier_that_scores_as_the_trainer_does(tra
     assert float(chosen.mean()) == pytest.approx(last["eval/score_chosen"], abs=1e-3)
 
 
-def test_reference_responses_score_zero_on_average_in_transformers_own_hands(trained: Path, heldout: Examples) -> None:
+def test_reference_responses_score_zero_on_average_in_transformers_own_hands(trained, heldout):
     """Also in a padded batch: padding is another token than the EOS, with which answers end."""
     model = AutoModelForSequenceClassification.from_pretrained(trained / "reward_model")
     tokenizer = AutoTokenizer.from_pretrained(trained / "reward_model")
@@ -90,14 +90,14 @@ def test_reference_responses_score_zero_on_average_in_transformers_own_hands(tra
     assert abs(float(scores.mean())) < 1e-3
 
 
-def test_scores_may_be_centred_on_the_chosen_answers_or_not_at_all(folder: Path, tmp_path: Path) -> None:
+def test_scores_may_be_centred_on_the_chosen_answers_or_not_at_all(folder, tmp_path):
     chosen = evaluations(run(folder, tmp_path / "chosen", centre="chosen", steps=1))[-1]
     assert abs(chosen["eval/score_chosen"]) < 1e-6 < abs(chosen["eval/score_rejected"])
     off = evaluations(run(folder, tmp_path / "off", centre="off", steps=1))[-1]
     assert abs(off["eval/score_chosen"] + off["eval/score_rejected"]) > 1e-3
 
 
-def test_ppo_takes_the_export_as_a_reward(trained: Path, heldout: Examples, folder: Path) -> None:
+def test_ppo_takes_the_export_as_a_reward(trained, heldout, folder):
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     config = Config(rewards=(RewardConfig(model=str(trained / "reward_model")),))
     config = replace(config, optim=OptimConfig(dtype="fp32"))
@@ -117,7 +117,7 @@ CHAT = (
 )
 
 
-def test_a_chat_is_scored_in_ppo_and_by_transformers_where_it_was_trained(tmp_path: Path) -> None:
+def test_a_chat_is_scored_in_ppo_and_by_transformers_where_it_was_trained(tmp_path):
     """At the template's last character, here a line break behind the token that ends a turn."""
     folder = stage_runs.prepare(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
@@ -157,7 +157,7 @@ def test_a_chat_is_scored_in_ppo_and_by_transformers_where_it_was_trained(tmp_pa
     torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_reward_model_that_trains_further_is_scored_where_its_head_was_before(folder: Path, tmp_path: Path) -> None:
+def test_a_reward_model_that_trains_further_is_scored_where_its_head_was_before(folder, tmp_path):
     """One that pads with its EOS at the token before it, in training as in transformers."""
     start = tiny.classifier(vocabulary=258)
     start.config.pad_token_id = 0  # the EOS
@@ -178,19 +178,19 @@ def test_a_reward_model_that_trains_further_is_scored_where_its_head_was_before(
     assert float(scores[0::2].mean()) == pytest.approx(evaluations(output)[-1]["eval/score_chosen"], abs=1e-4)
 
 
-def test_calibration_is_left_bin_by_bin(trained: Path) -> None:
+def test_calibration_is_left_bin_by_bin(trained):
     rows = [json.loads(line) for line in (trained / "reliability.jsonl").read_text().splitlines()]
     assert sum(row["pairs"] for row in rows) == 32 and len(rows) == 10
     assert {"predicted", "observed", "observed_low", "observed_high"} < set(rows[0])
 
 
-def test_the_config_of_the_run_is_left_and_makes_the_same_run(folder: Path, trained: Path) -> None:
+def test_the_config_of_the_run_is_left_and_makes_the_same_run(folder, trained):
     assert parse(["--config", str(trained / "config.yaml")], REWARD) == parse(
         stage_runs.settings(folder, "pairs"), REWARD
     )
 
 
-def test_a_run_ends_early_and_leaves_the_best_model(folder: Path, tmp_path: Path, heldout: Examples) -> None:
+def test_a_run_ends_early_and_leaves_the_best_model(folder, tmp_path, heldout):
     """At this rate the loss rises and falls at random."""
     changes = {"model__lr": 0.05, "optim__schedule": "constant", "eval__every": 1, "patience": 2, "epochs": 20}
     output = run(folder, tmp_path / "early", **changes)
@@ -204,9 +204,7 @@ def test_a_run_ends_early_and_leaves_the_best_model(folder: Path, tmp_path: Path
     assert float(found) == pytest.approx(losses[best], rel=1e-3, abs=1e-4)
 
 
-def test_a_model_that_scores_all_alike_is_half_right_and_left_with_a_warning(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_model_that_scores_all_alike_is_half_right_and_left_with_a_warning(folder, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("fastppo.models.loading.offline.initial_head", lambda width, seed: torch.zeros(1, width))
     output = run(folder, tmp_path / "alike", model__lr=0, steps=1)
     assert [r["accuracy"] for r in records(output) if "accuracy" in r] == [0.5]
@@ -214,7 +212,7 @@ def test_a_model_that_scores_all_alike_is_half_right_and_left_with_a_warning(
     assert "the scores of all 64 evaluated answers are equal" in caplog.text
 
 
-def test_the_head_alone_may_train_on_features_that_are_kept(folder: Path, tmp_path: Path) -> None:
+def test_the_head_alone_may_train_on_features_that_are_kept(folder, tmp_path):
     output = run(folder, tmp_path / "head", model__train="head", model__lr=0.05, epochs=6)
     before, *_, after = evaluations(output)
     assert after["eval/loss"] < before["eval/loss"]
@@ -234,12 +232,12 @@ def test_the_head_alone_may_train_on_features_that_are_kept(folder: Path, tmp_pa
     ],
     ids=lambda changes: ",".join(changes),
 )
-def test_a_run_with_other_settings_goes_through(folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_a_run_with_other_settings_goes_through(folder, tmp_path, changes):
     output = run(folder, tmp_path / "out", steps=2, **changes)
     assert (output / "reward_model/model.safetensors").is_file() and (output / "reliability.jsonl").is_file()
 
 
-def test_a_new_head_is_that_of_its_seed_and_the_backbone_the_language_models(folder: Path) -> None:
+def test_a_new_head_is_that_of_its_seed_and_the_backbone_the_language_models(folder):
     model = load_reward_model(ModelConfig(path=str(folder / "model")), OptimConfig(dtype="fp32"), 5, CPU)
     assert torch.equal(model.head.weight, initial_head(tiny.WIDTH, 5))
     assert torch.equal(model.model.model.norm.weight, tiny.causal(vocab_size=258).model.norm.weight)
@@ -247,20 +245,20 @@ def test_a_new_head_is_that_of_its_seed_and_the_backbone_the_language_models(fol
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "gemma2"])
-def test_other_families_get_a_head_too(tmp_path: Path, family: str) -> None:
+def test_other_families_get_a_head_too(tmp_path, family):
     path = tiny.saved(tmp_path / family, tiny.causal(family))
     model = load_reward_model(ModelConfig(path=path, train="head"), OptimConfig(dtype="fp32"), 1, CPU)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["model.score.weight"]
     assert not any(p.is_meta for p in model.parameters())
 
 
-def test_training_may_go_on_from_a_reward_model(trained: Path) -> None:
+def test_training_may_go_on_from_a_reward_model(trained):
     model = load_reward_model(ModelConfig(path=str(trained / "reward_model")), OptimConfig(dtype="fp32"), 5, CPU)
     again = AutoModelForSequenceClassification.from_pretrained(trained / "reward_model")
     assert torch.equal(model.head.weight, again.score.weight)
 
 
-def test_a_reward_model_with_two_labels_is_refused(tmp_path: Path) -> None:
+def test_a_reward_model_with_two_labels_is_refused(tmp_path):
     path = tiny.saved(tmp_path, tiny.classifier(labels=2))
     with pytest.raises(ModelError, match=r"model.path = .* has 2 labels; a reward model has one"):
         load_reward_model(ModelConfig(path=path), OptimConfig(dtype="fp32"), 1, CPU)
@@ -275,9 +273,7 @@ def test_a_reward_model_with_two_labels_is_refused(tmp_path: Path) -> None:
         ({"data__path": "same.jsonl", "data__unusable": "error"}, 1, "chosen and rejected: the two answers are equal"),
     ],
 )
-def test_the_command_says_what_is_wrong_and_fails(
-    folder: Path, tmp_path: Path, changes: dict[str, Any], status: int, words: str
-) -> None:
+def test_the_command_says_what_is_wrong_and_fails(folder, tmp_path, changes, status, words):
     (tmp_path / "same.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "a"}\n')
     if "data__path" in changes:
         changes["data__path"] = tmp_path / "same.jsonl"
@@ -292,9 +288,7 @@ def test_the_command_says_what_is_wrong_and_fails(
 @pytest.mark.parametrize(
     ("named", "used"), [({"pad_token": "[PAD]", "unk_token": "!"}, "!"), ({"pad_token": "[PAD]"}, None)]
 )
-def test_no_token_beyond_the_embedding_is_for_padding(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, named: dict[str, str], used: str | None
-) -> None:
+def test_no_token_beyond_the_embedding_is_for_padding(tmp_path, caplog, named, used):
     """As with Llama-2, to whose tokenizer users add one that the model does not know."""
     tiny.causal().save_pretrained(tmp_path)
     tokenizer = tiny.tokenizer(("[PAD]",))
@@ -307,7 +301,7 @@ def test_no_token_beyond_the_embedding_is_for_padding(
     assert ("one text at a time" in caplog.text) == (used is None)
 
 
-def test_a_reward_model_whose_padding_has_no_embedding_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_a_reward_model_whose_padding_has_no_embedding_is_refused_with_the_way_out(tmp_path):
     path = tiny.saved(tmp_path, tiny.classifier())
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"pad_token_id": 257}))
@@ -315,7 +309,7 @@ def test_a_reward_model_whose_padding_has_no_embedding_is_refused_with_the_way_o
         load_reward(path, torch.float32, CPU)
 
 
-def test_the_exports_tokenizer_pads_behind_a_text(tmp_path: Path) -> None:
+def test_the_exports_tokenizer_pads_behind_a_text(tmp_path):
     """With padding before it the absolute positions of GPT-2 would shift, and scores with them."""
     tiny.causal("gpt2", vocab_size=258).save_pretrained(tmp_path)
     tokenizer = tiny.tokenizer(("<pad>",))

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     return stage_runs.prepare(tmp_path_factory.mktemp("sft"))
 
 
@@ -30,12 +30,12 @@ def run(folder: Path, output: Path, **changes: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(folder: Path) -> Path:
+def trained(folder):
     return run(folder, folder / "out")
 
 
 @pytest.fixture(scope="module")
-def heldout(folder: Path) -> Examples:
+def heldout(folder):
     config = parse(stage_runs.settings(folder, "answers"), SFT)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     return load_answers(config.data, tokenizer, heldout=config.eval.examples, context=None)[1]
@@ -52,20 +52,20 @@ def loss_of_transformers(path: Path, examples: Examples) -> float:
     return total / len(examples.packed.responses)
 
 
-def test_the_heldout_loss_falls_and_perplexity_is_its_exponential(trained: Path) -> None:
+def test_the_heldout_loss_falls_and_perplexity_is_its_exponential(trained):
     before, *_, after = evaluations(trained)
     assert after["eval/loss"] < 0.7 * before["eval/loss"]
     assert after["eval/perplexity"] == pytest.approx(math.exp(after["eval/loss"]))
     assert [r["step"] for r in records(trained) if "loss" in r] == list(range(1, 9))
 
 
-def test_the_loss_is_transformers_own_on_the_responses_alone(trained: Path, folder: Path, heldout: Examples) -> None:
+def test_the_loss_is_transformers_own_on_the_responses_alone(trained, folder, heldout):
     before, *_, after = evaluations(trained)
     assert before["eval/loss"] == pytest.approx(loss_of_transformers(folder / "model", heldout), rel=1e-4)
     assert after["eval/loss"] == pytest.approx(loss_of_transformers(trained / "model", heldout), rel=1e-4)
 
 
-def test_the_export_writes_what_it_learned(folder: Path, trained: Path) -> None:
+def test_the_export_writes_what_it_learned(folder, trained):
     """Each response begins with `and`."""
     tokenizer = AutoTokenizer.from_pretrained(trained / "model")
     ids = tokenizer("5 ", return_tensors="pt")["input_ids"]
@@ -78,9 +78,7 @@ def test_the_export_writes_what_it_learned(folder: Path, trained: Path) -> None:
     assert surprise[1] < 0.7 * surprise[0]
 
 
-def test_a_loss_that_is_not_finite_is_not_applied_and_too_many_end_the_run(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_that_is_not_finite_is_not_applied_and_too_many_end_the_run(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("fastppo.offline.sft.response_logprobs", lambda role, hidden, targets: hidden.sum() * math.nan)
     changes = {"optim__max_skipped": 1, "eval__examples": 0, "model__train": "1"}
     with pytest.raises(TrainingFault, match=r"2 updates in a row .* optim.max_skipped is 1"):
@@ -90,9 +88,7 @@ def test_a_loss_that_is_not_finite_is_not_applied_and_too_many_end_the_run(
     assert records(once)[0]["skipped_updates"] == 0
 
 
-def test_a_model_no_better_than_its_start_is_left_with_a_warning(
-    folder: Path, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_model_no_better_than_its_start_is_left_with_a_warning(folder, trained, tmp_path, caplog):
     changes = {"model__path": trained / "model", "model__lr": 1.0, "eval__every": 1, "patience": 2}
     output = run(folder, tmp_path / "worse", **changes)
     start, *losses = [record["eval/loss"] for record in evaluations(output)]
@@ -110,5 +106,5 @@ def test_a_model_no_better_than_its_start_is_left_with_a_warning(
     ],
     ids=lambda changes: ",".join(changes),
 )
-def test_a_run_with_other_settings_goes_through(folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_a_run_with_other_settings_goes_through(folder, tmp_path, changes):
     assert (run(folder, tmp_path / "out", steps=2, **changes) / "model/model.safetensors").is_file()

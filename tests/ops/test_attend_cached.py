@@ -80,7 +80,7 @@ def truth(case: Case) -> Tensor:
     return out
 
 
-def test_the_reference_that_runs_off_the_cpu_equals_the_loop() -> None:
+def test_the_reference_that_runs_off_the_cpu_equals_the_loop():
     for options in ({}, {"window": 7}, {"softcap": 2.0}):
         case = make(**options)
         expected = truth(case)
@@ -94,13 +94,13 @@ def error(case: Case) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"window": 7}, {"softcap": 2.0}, {"window": 1, "softcap": 0.5}])
-def test_equals_the_loop_at_every_simd_level(level: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
+def test_equals_the_loop_at_every_simd_level(level, dtype, options):
     assert error(make(dtype=dtype, **options)) < 8
 
 
 @pytest.mark.parametrize("width", [1, 7, 16, 80, 128])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 4), (4, 2), (9, 3), (7, 1)])
-def test_equals_the_loop_for_any_width_and_grouping(level: str, width: int, heads: int, kv_heads: int) -> None:
+def test_equals_the_loop_for_any_width_and_grouping(level, width, heads, kv_heads):
     assert error(make(width=width, heads=heads, kv_heads=kv_heads)) < 8
     assert error(make(width=width, heads=heads, kv_heads=kv_heads, dtype=torch.bfloat16)) < 8
 
@@ -111,9 +111,7 @@ def test_equals_the_loop_for_any_width_and_grouping(level: str, width: int, head
     int32=st.booleans(),
     data=st.data(),
 )
-def test_equals_the_loop_for_ragged_lengths_and_any_rows(
-    lengths: list[int], window: int, int32: bool, data: st.DataObject
-) -> None:
+def test_equals_the_loop_for_ragged_lengths_and_any_rows(lengths, window, int32, data):
     rows = data.draw(st.permutations(range(len(lengths))))[: data.draw(st.integers(1, len(lengths)))]
     case = make(tuple(lengths), tuple(rows), width=16, capacity=50, window=window)
     if int32:
@@ -121,7 +119,7 @@ def test_equals_the_loop_for_ragged_lengths_and_any_rows(
     assert error(case) < 8
 
 
-def test_writes_the_newest_position_and_nothing_else() -> None:
+def test_writes_the_newest_position_and_nothing_else():
     case = make()
     keys, values = case.key_cache.clone(), case.value_cache.clone()
     torch.ops.fastppo.attend_cached(*vars(case).values())
@@ -133,7 +131,7 @@ def test_writes_the_newest_position_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_does_not_depend_on_its_neighbours_bit_for_bit(level: str, dtype: torch.dtype) -> None:
+def test_a_row_does_not_depend_on_its_neighbours_bit_for_bit(level, dtype):
     case = make(dtype=dtype)
     together = case.run()
     for r in range(len(case.rows)):
@@ -142,7 +140,7 @@ def test_a_row_does_not_depend_on_its_neighbours_bit_for_bit(level: str, dtype: 
         assert torch.equal(alone.run()[0], together[r])
 
 
-def test_does_not_depend_on_the_number_of_threads_bit_for_bit() -> None:
+def test_does_not_depend_on_the_number_of_threads_bit_for_bit():
     rows = tuple(range(32))
     case = make(tuple(200 + r for r in rows), rows, heads=9, kv_heads=3, capacity=256)  # enough to share out
     before = torch.get_num_threads()
@@ -156,7 +154,7 @@ def test_does_not_depend_on_the_number_of_threads_bit_for_bit() -> None:
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-def test_what_lies_beyond_a_row_s_length_is_not_read() -> None:
+def test_what_lies_beyond_a_row_s_length_is_not_read():
     case = make()
     poisoned = replace(case, key_cache=case.key_cache.clone(), value_cache=case.value_cache.clone())
     for row, length in enumerate(case.lengths.tolist()):
@@ -165,7 +163,7 @@ def test_what_lies_beyond_a_row_s_length_is_not_read() -> None:
     assert torch.equal(poisoned.run(), case.run())
 
 
-def test_strided_heads_give_the_same_as_dense_ones() -> None:
+def test_strided_heads_give_the_same_as_dense_ones():
     case = make()
     strided = {
         name: getattr(case, name).transpose(0, 1).contiguous().transpose(0, 1) for name in ("query", "key", "value")
@@ -173,7 +171,7 @@ def test_strided_heads_give_the_same_as_dense_ones() -> None:
     assert torch.equal(replace(case, **strided).run(), case.run())
 
 
-def test_large_scores_do_not_overflow_and_a_nan_is_not_hidden() -> None:
+def test_large_scores_do_not_overflow_and_a_nan_is_not_hidden():
     case = make()
     assert error(replace(case, query=case.query * 1e4)) < 8 * 1e4  # the scores' own rounding grows with the query
     broken = replace(case, query=case.query.clone())
@@ -181,7 +179,7 @@ def test_large_scores_do_not_overflow_and_a_nan_is_not_hidden() -> None:
     assert broken.run().isnan().any(dim=2).nonzero().tolist() == [[1, 2]]
 
 
-def test_no_active_row_is_no_work() -> None:
+def test_no_active_row_is_no_work():
     case = make(rows=(0,))
     empty = replace(case, query=case.query[:0], key=case.key[:0], value=case.value[:0], rows=case.rows[:0])
     assert empty.run().shape == (0, 6, 64)
@@ -212,11 +210,11 @@ def test_no_active_row_is_no_work() -> None:
         ({"softcap": -1.0}, "softcap is -1"),
     ],
 )
-def test_a_bad_argument_is_an_error_that_names_it(change: dict[str, Any], message: str) -> None:
+def test_a_bad_argument_is_an_error_that_names_it(change, message):
     with pytest.raises(ValueError, match=message):
         replace(make(), **change).run()
 
 
-def test_an_unknown_simd_level_is_an_error() -> None:
+def test_an_unknown_simd_level_is_an_error():
     with pytest.raises(ValueError, match="mmx is not in this build"):
         _C.set_simd("mmx")

@@ -26,7 +26,7 @@ def start(kind: str) -> subprocess.Popen[str]:
 
 
 @pytest.fixture(scope="module")
-def audit() -> tuple[Entries, Entries]:
+def audit():
     """The entries of both tables, made side by side."""
     tables = []
     for run in [start("bytes"), start("code")]:
@@ -38,20 +38,20 @@ def audit() -> tuple[Entries, Entries]:
     return tables[0], tables[1]
 
 
-def test_no_kernel_moves_more_than_it_must(audit: tuple[Entries, Entries]) -> None:
+def test_no_kernel_moves_more_than_it_must(audit):
     assert len(audit[0]) == 17
     for entry in audit[0]:
         assert 1.0 <= entry["ratio"] <= 1.01, entry
 
 
-def test_no_kernel_spills(audit: tuple[Entries, Entries]) -> None:
+def test_no_kernel_spills(audit):
     assert {entry["sm"] for entry in audit[1]} == {80, 90, 100}
     for entry in audit[1]:
         assert entry["spills"] == 0, entry
         assert entry["occupancy"] >= 0.25, entry
 
 
-def test_rows_are_read_and_written_16_bytes_at_a_time(audit: tuple[Entries, Entries]) -> None:
+def test_rows_are_read_and_written_16_bytes_at_a_time(audit):
     passes = {"forward": 1, "backward": 1, "sample": 1, "loss in chunk": 3}  # read, write, clear a dropped row
     over_rows = [entry for entry in audit[1] if entry["op"].split(",")[0] in passes]
     assert len(over_rows) == 3 * 20

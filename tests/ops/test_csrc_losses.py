@@ -1,7 +1,6 @@
 """The losses in C++, of a chunk of logits and of tokens, against fp64 truth."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -40,13 +39,13 @@ def update_by_the_reference(a: dict[str, Any]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
-def test_the_loss_in_the_chunk_is_as_good_as_the_reference_s(case: LinearCase, dtype: torch.dtype, level: str) -> None:
+def test_the_loss_in_the_chunk_is_as_good_as_the_reference_s(case, dtype, level):
     arguments = chunk_arguments(case, dtype)
     truth = update_by_the_reference(in_fp64(arguments))
     assert_as_good(update_in_chunk(arguments)[0], update_by_the_reference(arguments), truth, dtype)
 
 
-def test_without_a_gradient_the_logits_stay_and_the_statistics_are_the_same() -> None:
+def test_without_a_gradient_the_logits_stay_and_the_statistics_are_the_same():
     arguments = chunk_arguments(LinearCase("kept", 63, 127, 16, mask="some", reference="own"), torch.bfloat16)
     with_gradient, stats = update_in_chunk(arguments)
     without, same_stats = update_in_chunk(arguments, gradient=False)
@@ -56,7 +55,7 @@ def test_without_a_gradient_the_logits_stay_and_the_statistics_are_the_same() ->
     assert (stats[7] == arguments["mask"]).all()
 
 
-def test_the_chunk_s_logprobs_are_those_of_forward_bit_for_bit(level: str) -> None:
+def test_the_chunk_s_logprobs_are_those_of_forward_bit_for_bit(level):
     arguments = chunk_arguments(LinearCase("first update", 63, 5000, 16, temperature=0.7), torch.bfloat16)
     arguments["old_logprobs"] = forward(arguments)[0]
     _, token_stats = update_in_chunk(arguments)
@@ -77,7 +76,7 @@ def token_arguments(tokens: int, dtype: torch.dtype) -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("tokens", [0, 1, 5000])
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-def test_policy_loss(tokens: int, masked: bool, dtype: torch.dtype) -> None:
+def test_policy_loss(tokens, masked, dtype):
     a = token_arguments(tokens, dtype)
     if not masked:
         a["mask"] = None
@@ -96,7 +95,7 @@ def test_policy_loss(tokens: int, masked: bool, dtype: torch.dtype) -> None:
     assert all(x.dtype == torch.float32 for x in result.values())
 
 
-def test_the_dual_clip_s_known_answer() -> None:
+def test_the_dual_clip_s_known_answer():
     ratio, advantages = torch.tensor([2.0, 2.0, 0.5]), torch.tensor([2.0, -2.0, 2.0])
     arguments = (ratio.log(), torch.zeros(3), advantages, None, None, None, torch.tensor(1.0))
     loss, sums, ratio_max, d_logprobs = kernels.policy_loss(*arguments, 0.2, 0.2, 1.5, 0.0, 0.0)
@@ -105,7 +104,7 @@ def test_the_dual_clip_s_known_answer() -> None:
     assert d_logprobs.tolist() == pytest.approx([0.0, 0.0, -1.0])
 
 
-def test_a_coefficient_of_zero_leaves_an_infinite_kl_out() -> None:
+def test_a_coefficient_of_zero_leaves_an_infinite_kl_out():
     token_stats = torch.zeros(8, 3)
     token_stats[2] = math.inf
     token_stats[0] = 1.0
@@ -114,7 +113,7 @@ def test_a_coefficient_of_zero_leaves_an_infinite_kl_out() -> None:
     assert kernels.sum_tokens(token_stats[:, :0], 0.0, 0.0, torch.tensor(3.0))[2] == 0.0
 
 
-def test_sums_over_many_tokens_lose_nothing() -> None:
+def test_sums_over_many_tokens_lose_nothing():
     token_stats = torch.full((100_000, 8), 0.1).t()  # a plain fp32 sum is 10000.2
     _, sums, _ = kernels.sum_tokens(token_stats, 0.0, 0.0, torch.tensor(1.0))
     torch.testing.assert_close(sums, torch.full((8,), 1e4), rtol=1e-6, atol=0)
@@ -123,7 +122,7 @@ def test_sums_over_many_tokens_lose_nothing() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("tokens", [0, 1, 5000])
 @pytest.mark.parametrize("clip", [None, 0.3])
-def test_value_loss(tokens: int, clip: float | None, dtype: torch.dtype) -> None:
+def test_value_loss(tokens, clip, dtype):
     # Steps of 1/8 are exact in every dtype: no rounding moves a token over the clip.
     random = torch.Generator().manual_seed(5)
     values, old, returns = (torch.randint(-9, 9, (3, tokens), generator=random) / 8).to(dtype)
@@ -143,7 +142,7 @@ def test_value_loss(tokens: int, clip: float | None, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("shape", [(0, 5), (3, 1), (7, 127), (3, 5000)])
-def test_accumulate(shape: tuple[int, int], dtype: torch.dtype, level: str) -> None:
+def test_accumulate(shape, dtype, level):
     part, total = torch.randn(shape).to(dtype), torch.randn(shape[0], shape[1] + 1)
     expected = total.clone()
     expected[:, :-1] += part
@@ -159,14 +158,14 @@ def chunk(a: dict[str, Any], rows: slice = slice(None)) -> list[Tensor]:
     return [token_stats, made["d_logits"].t()]
 
 
-def test_a_chunk_s_results_are_those_of_a_row_alone_for_any_number_of_threads(level: str) -> None:
+def test_a_chunk_s_results_are_those_of_a_row_alone_for_any_number_of_threads(level):
     case = LinearCase("tiles", 6, 30_011, 16, reference="own", mask="some", loss=(("kl_coef", 0.2),))
     arguments = chunk_arguments(case, torch.bfloat16)
     assert_repeats(lambda: chunk(arguments))
     assert_rows_stand_alone(lambda rows: chunk(arguments, rows), 6)
 
 
-def test_sums_over_tokens_repeat_for_any_number_of_threads() -> None:
+def test_sums_over_tokens_repeat_for_any_number_of_threads():
     random = torch.randn(8, 30_000)
     assert_repeats(lambda: list(kernels.sum_tokens(random, 0.1, 0.2, ONE)))
     x, y, z = random[:3]
@@ -223,15 +222,13 @@ def call_accumulate(**change: Any) -> None:
         (call_accumulate, {"part": torch.zeros(4, 6)}, r"part has shape \(4, 6\), expected \(4, 5\)"),
     ],
 )
-def test_a_bad_argument_is_an_error_that_names_it(
-    call: Callable[..., None], change: dict[str, Any], message: str
-) -> None:
+def test_a_bad_argument_is_an_error_that_names_it(call, change, message):
     call()
     with pytest.raises(ValueError, match=message):
         call(**change)
 
 
-def test_nothing_is_written_when_an_argument_is_bad() -> None:
+def test_nothing_is_written_when_an_argument_is_bad():
     logits = torch.ones(4, 50)
     with pytest.raises(ValueError, match="targets"):
         call_chunk(logits=logits, targets=TARGETS + 50)

@@ -1,7 +1,6 @@
 """sample_tokens in C++: the oracle's tokens, and what may never be drawn."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,9 +15,7 @@ from fastppo.ops import philox
 
 @settings(max_examples=20)
 @given(st.integers(1, 9000), st.integers(-(2**63), 2**63 - 1), st.sampled_from(DTYPES), st.floats(0.3, 2))
-def test_the_token_is_the_oracle_s_away_from_rounding(
-    vocabulary: int, seed: int, dtype: torch.dtype, temperature: float
-) -> None:
+def test_the_token_is_the_oracle_s_away_from_rounding(vocabulary, seed, dtype, temperature):
     logits = (3 * torch.randn(8, vocabulary, generator=torch.Generator().manual_seed(seed))).to(dtype)
     stream = torch.arange(8) * 2**59 - 2**62
     tokens, logprobs = draw(logits, stream, temperature, seed)
@@ -30,7 +27,7 @@ def test_the_token_is_the_oracle_s_away_from_rounding(
     torch.testing.assert_close(logprobs.double(), p.log().gather(1, tokens[:, None])[:, 0], atol=1e-5, rtol=1e-5)
 
 
-def test_the_uniform_numbers_are_those_of_philox_bit_for_bit() -> None:
+def test_the_uniform_numbers_are_those_of_philox_bit_for_bit():
     # Equal logits: the token is floor(u * vocabulary), so a vocabulary of 2^23 shows every bit of u.
     logits = torch.zeros(1, 2**23, dtype=torch.bfloat16)
     for seed, stream, offset in [(0, 0, 0), (-1, 2**62, -5), (2**40 + 7, -1, 2**33)]:
@@ -40,7 +37,7 @@ def test_the_uniform_numbers_are_those_of_philox_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
-def test_draws_follow_the_softmax(dtype: torch.dtype, level: str) -> None:
+def test_draws_follow_the_softmax(dtype, level):
     draws, vocabulary = 50_000, 700  # three blocks
     order = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(0))
     logits = torch.linspace(-3, 3, vocabulary)[order].to(dtype)
@@ -63,7 +60,7 @@ def extreme_streams(offset: int = 3) -> Tensor:
 
 
 @pytest.mark.parametrize("zero", [-math.inf, -95.0, -1e4], ids=str)
-def test_a_token_of_probability_zero_is_never_drawn(zero: float, level: str) -> None:
+def test_a_token_of_probability_zero_is_never_drawn(zero, level):
     streams = extreme_streams()
     for vocabulary in (2, 255, 257, 512, 4096, 4097, 8200):
         for possible in ([0], [vocabulary - 1], [vocabulary // 2], [1, vocabulary - 2], [255, 256], [4095, 4096]):
@@ -76,7 +73,7 @@ def test_a_token_of_probability_zero_is_never_drawn(zero: float, level: str) -> 
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, "no finite logit"])
-def test_a_row_that_cannot_be_drawn_from_gives_nan(bad: Any, level: str) -> None:
+def test_a_row_that_cannot_be_drawn_from_gives_nan(bad, level):
     logits = torch.randn(3, 5000)
     if bad == "no finite logit":
         logits[1] = -math.inf
@@ -87,17 +84,17 @@ def test_a_row_that_cannot_be_drawn_from_gives_nan(bad: Any, level: str) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
-def test_a_draw_is_that_of_a_row_alone_for_any_number_of_threads(dtype: torch.dtype, level: str) -> None:
+def test_a_draw_is_that_of_a_row_alone_for_any_number_of_threads(dtype, level):
     logits = 3 * torch.randn(6, 30_011, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert_repeats(lambda: list(draw(logits)))
     assert_rows_stand_alone(lambda rows: list(draw(logits[rows], torch.arange(6)[rows])), 6)
 
 
-def test_no_rows_is_no_work() -> None:
+def test_no_rows_is_no_work():
     assert [x.shape for x in draw(torch.empty(0, 5))] == [(0,), (0,)]
 
 
-def test_strided_arguments_give_the_same_draws() -> None:
+def test_strided_arguments_give_the_same_draws():
     logits, stream = torch.randn(6, 700), torch.arange(6)
     expected = kernels.sample_tokens(logits, stream, stream, 1.0, 1)
     columns_apart, every_second = logits.t().contiguous().t(), stream.repeat_interleave(2)[::2]
@@ -122,9 +119,7 @@ def call_sample(**change: Any) -> None:
         (call_sample, {"temperature": math.inf}, "temperature is inf"),
     ],
 )
-def test_a_bad_argument_is_an_error_that_names_it(
-    call: Callable[..., None], change: dict[str, Any], message: str
-) -> None:
+def test_a_bad_argument_is_an_error_that_names_it(call, change, message):
     call()
     with pytest.raises(ValueError, match=message):
         call(**change)

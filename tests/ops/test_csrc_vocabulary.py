@@ -1,7 +1,6 @@
 """vocabulary_forward and vocabulary_backward in C++, against fp64 truth at every SIMD level."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -48,15 +47,13 @@ def outcome(case: dict[str, Any], upstream: dict[str, Tensor]) -> dict[str, Tens
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("case", VOCABULARY_CASES, ids=str)
-def test_statistics_and_gradients_are_as_good_as_the_reference_s(
-    case: VocabularyCase, dtype: torch.dtype, level: str
-) -> None:
+def test_statistics_and_gradients_are_as_good_as_the_reference_s(case, dtype, level):
     arguments, upstream = case.build(dtype), case.upstream(UPSTREAM)
     truth = oracle(in_fp64(arguments), upstream)
     assert_as_good(outcome(arguments, upstream), oracle(arguments, upstream), truth, dtype)
 
 
-def test_peak_and_log_total_are_those_of_the_row() -> None:
+def test_peak_and_log_total_are_those_of_the_row():
     case = VocabularyCase("two tiles", 3, 5000, temperature=0.7, reference=True).build(torch.float32)
     stats = dict(zip(STATS, forward(case), strict=True))
     for prefix, logits in (("", case["logits"]), ("ref_", case["ref_logits"])):
@@ -68,7 +65,7 @@ def test_peak_and_log_total_are_those_of_the_row() -> None:
 
 @pytest.mark.parametrize("wanted", [[name] for name in UPSTREAM] + [["entropy", "kl"]], ids="+".join)
 @pytest.mark.parametrize("stride0", [False, True], ids=["dense", "stride 0"])
-def test_each_upstream_gradient_alone(wanted: list[str], stride0: bool) -> None:
+def test_each_upstream_gradient_alone(wanted, stride0):
     case = VocabularyCase("upstream", 7, 127, reference=True, temperature=0.6, softcap=20.0)
     arguments, upstream = case.build(torch.float32), case.upstream(UPSTREAM, stride0)
     weights = torch.tensor([[float(name in wanted)] for name in UPSTREAM])
@@ -82,7 +79,7 @@ def test_each_upstream_gradient_alone(wanted: list[str], stride0: bool) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("vocabulary", [127, 9000])
-def test_strided_and_in_place_rows_give_the_same_bits(vocabulary: int, dtype: torch.dtype, level: str) -> None:
+def test_strided_and_in_place_rows_give_the_same_bits(vocabulary, dtype, level):
     arguments = VocabularyCase("strides", 5, vocabulary, reference=True).build(dtype)
     stats, grad = forward(arguments), torch.randn(4, 5)
     d_logits = backward(arguments, stats, grad)
@@ -101,7 +98,7 @@ def test_strided_and_in_place_rows_give_the_same_bits(vocabulary: int, dtype: to
     assert torch.equal(logits, d_logits)
 
 
-def test_the_reference_may_have_a_dtype_of_its_own(level: str) -> None:
+def test_the_reference_may_have_a_dtype_of_its_own(level):
     case = VocabularyCase("dtypes", 7, 127, reference=True)
     for dtype in DTYPES:
         for ref_dtype in DTYPES:
@@ -110,7 +107,7 @@ def test_the_reference_may_have_a_dtype_of_its_own(level: str) -> None:
             torch.testing.assert_close(forward(arguments)[6].double(), truth.kl, rtol=1e-5, atol=1e-5)
 
 
-def test_a_row_compared_with_itself_has_kl_zero(level: str) -> None:
+def test_a_row_compared_with_itself_has_kl_zero(level):
     for dtype in DTYPES:
         case = VocabularyCase("same", 7, 5000, temperature=0.7).build(dtype)
         stats = forward(case | {"ref_logits": case["logits"]})
@@ -118,7 +115,7 @@ def test_a_row_compared_with_itself_has_kl_zero(level: str) -> None:
 
 
 @pytest.mark.parametrize("tile", [0, 1])
-def test_an_infinite_kl_passes_no_gradient(tile: int, level: str) -> None:
+def test_an_infinite_kl_passes_no_gradient(tile, level):
     case = VocabularyCase("infinite", 3, 5000, reference=True).build(torch.float32)
     case["ref_logits"][1, 4096 * tile + 5] = -torch.inf
     upstream = VocabularyCase("upstream", 3, 1).upstream(UPSTREAM)
@@ -129,7 +126,7 @@ def test_an_infinite_kl_passes_no_gradient(tile: int, level: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_nan_or_an_infinity_spoils_its_row_and_no_other(bad: float, level: str) -> None:
+def test_a_nan_or_an_infinity_spoils_its_row_and_no_other(bad, level):
     case = VocabularyCase("bad", 3, 5000, reference=True).build(torch.float32)
     good = forward(case)
     case["logits"][1, 4100] = bad
@@ -138,14 +135,14 @@ def test_a_nan_or_an_infinity_spoils_its_row_and_no_other(bad: float, level: str
     assert torch.equal(stats[:, [0, 2]], good[:, [0, 2]])
 
 
-def test_tokens_of_probability_zero_get_no_gradient(level: str) -> None:
+def test_tokens_of_probability_zero_get_no_gradient(level):
     case = VocabularyCase("holes of -inf", 7, 127, values="holes", reference=True).build(torch.float32)
     d_logits = backward(case, forward(case), torch.randn(4, 7))
     assert not d_logits[case["logits"].isneginf()].any() and d_logits.isfinite().all()
 
 
 @pytest.mark.parametrize("case", CERTAIN_CASES, ids=str)
-def test_a_token_that_is_certain_gets_no_gradient(case: VocabularyCase, level: str) -> None:
+def test_a_token_that_is_certain_gets_no_gradient(case, level):
     arguments = certain(case)
     stats = forward(arguments)
     d_logits = backward(arguments, stats, torch.ones(4, case.rows))
@@ -162,19 +159,19 @@ def passes(a: dict[str, Any], rows: slice = slice(None)) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
-def test_results_are_those_of_a_row_alone_for_any_number_of_threads(dtype: torch.dtype, level: str) -> None:
+def test_results_are_those_of_a_row_alone_for_any_number_of_threads(dtype, level):
     case = VocabularyCase("tiles", 6, 30_011, reference=True).build(dtype)  # enough work to be shared out
     assert_repeats(lambda: passes(case))
     assert_rows_stand_alone(lambda rows: passes(case, rows), 6)
 
 
-def test_no_rows_is_no_work() -> None:
+def test_no_rows_is_no_work():
     a = {"logits": torch.empty(0, 5), "targets": torch.empty(0, dtype=torch.int64), "temperature": 1.0, "softcap": None}
     assert forward(a).shape == (5, 0)
     assert backward(a, torch.empty(5, 0), torch.empty(4, 0)).shape == (0, 5)
 
 
-def test_rows_past_2_31_elements() -> None:
+def test_rows_past_2_31_elements():
     stride, vocabulary = 2**30 + 11, 5000  # only the pages of the rows are ever touched
     logits = torch.empty_strided((4, vocabulary), (stride, 1), dtype=torch.bfloat16)
     small = torch.randn(4, vocabulary).bfloat16()
@@ -224,9 +221,7 @@ def call_backward(**change: Any) -> None:
         (call_backward, {"out": torch.zeros(50).expand(4, 50)}, "out has rows of 50 entries, and only 0 between"),
     ],
 )
-def test_a_bad_argument_is_an_error_that_names_it(
-    call: Callable[..., None], change: dict[str, Any], message: str
-) -> None:
+def test_a_bad_argument_is_an_error_that_names_it(call, change, message):
     call()
     with pytest.raises(ValueError, match=message):
         call(**change)

@@ -25,14 +25,14 @@ def packed(*lengths: int) -> Tensor:
 # Advantages
 
 
-def test_gae_known_answer() -> None:
+def test_gae_known_answer():
     rewards, values = fp64(0, 0, 5), fp64(1, 2, 3)
     advantages, returns = eager.gae(rewards, values, packed(3), gamma=1.0, lam=0.0)
     assert advantages.tolist() == [1, 1, 2]
     assert returns.tolist() == [2, 3, 5]
 
 
-def test_gae_carries_value_and_advantage_through_a_masked_token() -> None:
+def test_gae_carries_value_and_advantage_through_a_masked_token():
     mask = torch.tensor([True, False, True])
     rewards, values = fp64(1, 2, 3), fp64(0.5, 1, 1.5)
     advantages, returns = eager.gae(rewards, values, packed(3), gamma=1.0, lam=0.95, mask=mask)
@@ -41,7 +41,7 @@ def test_gae_carries_value_and_advantage_through_a_masked_token() -> None:
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=5), st.floats(0, 1), st.floats(0, 1), st.integers(0, 99))
-def test_gae_is_the_discounted_sum_of_its_definition(lengths: list[int], gamma: float, lam: float, seed: int) -> None:
+def test_gae_is_the_discounted_sum_of_its_definition(lengths, gamma, lam, seed):
     torch.manual_seed(seed)
     total = sum(lengths)
     rewards, values = torch.randn(2, total, dtype=torch.float64)
@@ -60,14 +60,14 @@ def test_gae_is_the_discounted_sum_of_its_definition(lengths: list[int], gamma: 
     assert not advantages[~mask].any() and not returns[~mask].any()
 
 
-def test_gae_keeps_nan_and_masked_numbers_where_they_are() -> None:
+def test_gae_keeps_nan_and_masked_numbers_where_they_are():
     rewards = fp64(1, math.nan, 3, math.nan, 5)
     mask = torch.tensor([True, True, True, False, True])
     cut, _ = eager.gae(rewards, torch.ones(5), packed(2, 3), gamma=1.0, lam=1.0, mask=mask)
     assert cut[:2].isnan().all() and cut[2:].isfinite().all()
 
 
-def test_gae_without_tokens() -> None:
+def test_gae_without_tokens():
     advantages, returns = eager.gae(torch.empty(0), torch.empty(0), packed(0, 0), gamma=1.0, lam=1.0)
     assert advantages.shape == returns.shape == (0,)
 
@@ -80,7 +80,7 @@ def random_logits(rows: int, vocabulary: int, seed: int, spread: float = 3.0) ->
 
 
 @given(st.integers(0, 5), st.integers(1, 40), st.floats(0.3, 2), st.integers(0, 999))
-def test_token_stats_stay_in_their_bounds(rows: int, vocabulary: int, temperature: float, seed: int) -> None:
+def test_token_stats_stay_in_their_bounds(rows, vocabulary, temperature, seed):
     logits, ref_logits = random_logits(rows, vocabulary, seed), random_logits(rows, vocabulary, seed + 1)
     targets = torch.arange(rows) % vocabulary
     stats = eager.token_logprobs(logits, targets, temperature=temperature, ref_logits=ref_logits)
@@ -95,7 +95,7 @@ def test_token_stats_stay_in_their_bounds(rows: int, vocabulary: int, temperatur
     assert equal.kl is not None and not equal.kl.any()
 
 
-def test_token_stats_agree_with_torch_distributions() -> None:
+def test_token_stats_agree_with_torch_distributions():
     logits, ref_logits = random_logits(6, 11, 0), random_logits(6, 11, 1)
     targets = torch.arange(6)
     stats = eager.token_logprobs(logits, targets, temperature=0.7, ref_logits=ref_logits)
@@ -106,7 +106,7 @@ def test_token_stats_agree_with_torch_distributions() -> None:
     torch.testing.assert_close(stats.kl, torch.distributions.kl_divergence(policy, ref))
 
 
-def test_an_entry_of_minus_infinity_is_as_if_it_were_not_there() -> None:
+def test_an_entry_of_minus_infinity_is_as_if_it_were_not_there():
     logits, ref_logits = random_logits(4, 9, 0), random_logits(4, 9, 1)
     holes = torch.tensor([1, 4, 8])
     rest = torch.tensor([0, 2, 3, 5, 6, 7])
@@ -127,7 +127,7 @@ def test_an_entry_of_minus_infinity_is_as_if_it_were_not_there() -> None:
     assert not whole.grad[:, holes].any()
 
 
-def test_kl_is_infinite_where_the_reference_excludes_a_token_and_passes_no_gradient() -> None:
+def test_kl_is_infinite_where_the_reference_excludes_a_token_and_passes_no_gradient():
     logits = random_logits(2, 5, 0).requires_grad_()
     ref_logits = random_logits(2, 5, 1)
     ref_logits[0, 3] = -INF
@@ -138,7 +138,7 @@ def test_kl_is_infinite_where_the_reference_excludes_a_token_and_passes_no_gradi
     assert not grad[0].any() and grad[1].any() and grad.isfinite().all()
 
 
-def test_the_reference_receives_no_gradient_even_under_the_same_weight() -> None:
+def test_the_reference_receives_no_gradient_even_under_the_same_weight():
     hidden, ref_hidden = random_logits(3, 4, 0).requires_grad_(), random_logits(3, 4, 1).requires_grad_()
     weight = random_logits(5, 4, 2).requires_grad_()
     targets = torch.arange(3)
@@ -155,7 +155,7 @@ def test_the_reference_receives_no_gradient_even_under_the_same_weight() -> None
 
 
 @pytest.mark.parametrize("softcap", [None, 4.0])
-def test_gradients_of_token_logprobs(softcap: float | None) -> None:
+def test_gradients_of_token_logprobs(softcap):
     logits, ref_logits, targets = random_logits(3, 5, 0), random_logits(3, 5, 1), torch.tensor([0, 4, 2])
 
     def differentiable(x: Tensor) -> tuple[Tensor | None, ...]:
@@ -166,7 +166,7 @@ def test_gradients_of_token_logprobs(softcap: float | None) -> None:
 
 
 @pytest.mark.parametrize("kind", ["exact", "k2", "k3"])
-def test_gradients_of_linear_policy_loss(kind: str) -> None:
+def test_gradients_of_linear_policy_loss(kind):
     hidden, weight, bias = (
         x.requires_grad_() for x in (random_logits(6, 3, 0), random_logits(5, 3, 1), fp64(*range(5)))
     )
@@ -198,7 +198,7 @@ def test_gradients_of_linear_policy_loss(kind: str) -> None:
     assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
 
 
-def test_gradients_of_value_loss() -> None:
+def test_gradients_of_value_loss():
     def loss(values: Tensor) -> Tensor:
         return eager.value_loss(values, fp64(0, 0, 0), fp64(1, -1, 0.1), clip=0.2, normalizer=ONE)[0]
 
@@ -218,12 +218,12 @@ def losses_per_token(ratios: list[float], advantages: list[float], **options: fl
     return made
 
 
-def test_dual_clip_known_answer() -> None:
+def test_dual_clip_known_answer():
     assert losses_per_token([2, 2, 0.5], [2, -2, 2], dual_clip=1.5) == pytest.approx([-2.4, 3, -1])
     assert losses_per_token([2, 2, 0.5], [2, -2, 2]) == pytest.approx([-2.4, 4, -1])
 
 
-def test_policy_stats_are_the_sums_over_unmasked_tokens() -> None:
+def test_policy_stats_are_the_sums_over_unmasked_tokens():
     ratio = fp64(2, 2, 0.5, 1, 9)
     mask = torch.tensor([True, True, True, True, False])
     loss, stats = eager.policy_loss(
@@ -246,7 +246,7 @@ def test_policy_stats_are_the_sums_over_unmasked_tokens() -> None:
     assert loss.item() == pytest.approx((-1.4 - 0.5 * 10 + 2 * 1) / 4)
 
 
-def test_the_clip_stops_the_gradient_on_its_own_side_only() -> None:
+def test_the_clip_stops_the_gradient_on_its_own_side_only():
     logprobs = fp64(2, 2, 0.5, 0.5, 1).log().requires_grad_()
     advantages = fp64(1, -1, 1, -1, 1)
     loss, _ = eager.policy_loss(logprobs, torch.zeros(5), advantages, clip_low=0.2, clip_high=0.2, normalizer=ONE)
@@ -254,7 +254,7 @@ def test_the_clip_stops_the_gradient_on_its_own_side_only() -> None:
     torch.testing.assert_close(logprobs.grad, fp64(0, 2, -0.5, 0, -1))
 
 
-def test_a_ratio_beyond_e20_is_finite_and_still_pushed_back() -> None:
+def test_a_ratio_beyond_e20_is_finite_and_still_pushed_back():
     logprobs = torch.tensor([0.0, -500.0]).requires_grad_()
     loss, stats = eager.policy_loss(
         logprobs, torch.tensor([-500.0, 0.0]), -torch.ones(2), clip_low=0.2, clip_high=0.2, normalizer=ONE
@@ -268,7 +268,7 @@ def test_a_ratio_beyond_e20_is_finite_and_still_pushed_back() -> None:
 DISTANCES = (-20.0, -7.0, -1.0, -1e-4, 0.0, 1e-4, 1.0, 7.0, 19.9, 20.0, 20.1, 29.0, 500.0)
 
 
-def test_k3_and_its_slope_are_right_at_every_distance_that_does_not_overflow() -> None:
+def test_k3_and_its_slope_are_right_at_every_distance_that_does_not_overflow():
     d = fp64(*DISTANCES).requires_grad_()
     k3 = eager.kl_estimate(d, torch.zeros(len(d)), "k3")
     (slope,) = torch.autograd.grad(k3.sum(), d)
@@ -276,7 +276,7 @@ def test_k3_and_its_slope_are_right_at_every_distance_that_does_not_overflow() -
     torch.testing.assert_close(slope, fp64(*(-math.expm1(-x) for x in DISTANCES)), rtol=1e-12, atol=0)
 
 
-def test_k3_beyond_its_bound_is_finite_and_goes_on_rising() -> None:
+def test_k3_beyond_its_bound_is_finite_and_goes_on_rising():
     d = torch.tensor([-1e6, -300.0, -20.5, -20.0]).requires_grad_()
     k3 = eager.kl_estimate(d, torch.zeros(4), "k3")
     (slope,) = torch.autograd.grad(k3.sum(), d)
@@ -284,13 +284,13 @@ def test_k3_beyond_its_bound_is_finite_and_goes_on_rising() -> None:
     torch.testing.assert_close(slope, torch.full((4,), 1 - math.exp(20)))
 
 
-def test_the_approximate_kl_is_right_where_the_ratio_has_vanished() -> None:
+def test_the_approximate_kl_is_right_where_the_ratio_has_vanished():
     """A token 29 nats less likely than before: k3 of the old policy to the new is 28, as in the loss."""
     _, stats = eager.policy_loss(fp64(-29), fp64(0), fp64(1), clip_low=0.2, clip_high=0.2, normalizer=ONE)
     assert stats.sums[3].item() == pytest.approx(28)
 
 
-def test_losses_without_tokens_are_zero() -> None:
+def test_losses_without_tokens_are_zero():
     none = torch.empty(0, requires_grad=True)
     loss, stats = eager.policy_loss(none, none, none, clip_low=0.2, clip_high=0.2, normalizer=ONE)
     value, value_stats = eager.value_loss(none, none, none, clip=0.2, normalizer=ONE)
@@ -298,7 +298,7 @@ def test_losses_without_tokens_are_zero() -> None:
     assert loss == value == stats.ratio_max == 0 and not stats.sums.any() and not value_stats.sums.any()
 
 
-def test_kl_estimates_known_answers() -> None:
+def test_kl_estimates_known_answers():
     d = fp64(0.5, -1)
     torch.testing.assert_close(eager.kl_estimate(d, fp64(0, 0), "k2"), fp64(0.125, 0.5))
     k3 = fp64(math.exp(-0.5) - 0.5, math.e - 2)
@@ -307,7 +307,7 @@ def test_kl_estimates_known_answers() -> None:
         eager.kl_estimate(d, d, "k1")
 
 
-def test_value_loss_known_answer() -> None:
+def test_value_loss_known_answer():
     values, old, returns = fp64(1, 0.1, 9), fp64(0, 0, 0), fp64(2, 1, 9)
     mask = torch.tensor([True, True, False])
     loss, stats = eager.value_loss(values, old, returns, clip=0.2, normalizer=torch.tensor(2.0), mask=mask)
@@ -330,12 +330,12 @@ def words(text: str) -> list[int]:
 
 
 @pytest.mark.parametrize(("counter", "key", "output"), KNOWN_VECTORS)
-def test_philox_gives_the_published_vectors(counter: str, key: str, output: str) -> None:
+def test_philox_gives_the_published_vectors(counter, key, output):
     made = philox.philox(torch.tensor(words(counter))[:, None], (words(key)[0], words(key)[1]))
     assert made[:, 0].tolist() == words(output)
 
 
-def test_uniform_takes_key_and_counter_from_seed_offset_and_stream() -> None:
+def test_uniform_takes_key_and_counter_from_seed_offset_and_stream():
     """The third vector again, through 64-bit arguments whose upper bits are set."""
     counter, key, output = (words(text) for text in KNOWN_VECTORS[2])
 
@@ -347,7 +347,7 @@ def test_uniform_takes_key_and_counter_from_seed_offset_and_stream() -> None:
     assert u.item() == ((output[0] >> 9) + 0.5) / 2**23
 
 
-def test_uniform_is_inside_the_open_interval_in_fp32_too() -> None:
+def test_uniform_is_inside_the_open_interval_in_fp32_too():
     u = philox.uniform(0, torch.zeros(2**16, dtype=torch.int64), torch.arange(2**16))
     assert torch.equal(u.float().double(), u) and u.min() > 0 and u.max() < 1
     assert abs(u.mean().item() - 0.5) < 0.005
@@ -356,7 +356,7 @@ def test_uniform_is_inside_the_open_interval_in_fp32_too() -> None:
 
 @settings(max_examples=20)
 @given(st.integers(1, 300), st.integers(0, 999))
-def test_the_oracle_draws_what_the_distribution_function_says(vocabulary: int, seed: int) -> None:
+def test_the_oracle_draws_what_the_distribution_function_says(vocabulary, seed):
     logits = random_logits(4, vocabulary, seed)
     stream, offset = torch.arange(4), torch.full((4,), seed)
     tokens, logprobs = eager.sample_tokens(logits, temperature=0.7, seed=1, stream=stream, offset=offset)

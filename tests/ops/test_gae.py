@@ -1,7 +1,6 @@
 """ops.gae on the CPU: as good as the oracle, the same bits always, strict about what it is given."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ KERNEL = torch.ops.fastppo.gae.default
 
 
 @pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
+def level(request):
     try:
         _C.set_simd(request.param)
     except ValueError:
@@ -47,7 +46,7 @@ def at_every_level(check: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("case", GAE_CASES, ids=str)
-def test_every_case_is_as_good_as_the_oracle_at_every_simd_level(case: GaeCase, dtype: torch.dtype) -> None:
+def test_every_case_is_as_good_as_the_oracle_at_every_simd_level(case, dtype):
     arguments = case.build(dtype)
     if not arguments["rewards"].isfinite().all() or not arguments["values"].isfinite().all():
         pytest.skip(f"the numbers overflow {dtype}")
@@ -58,7 +57,7 @@ def packed(*lengths: int) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0)
 
 
-def test_known_answers() -> None:
+def test_known_answers():
     rewards, values = torch.tensor([0.0, 0, 5]), torch.tensor([1.0, 2, 3])
     advantages, returns = ops.gae(rewards, values, packed(3), gamma=1.0, lam=0.0)
     assert advantages.tolist() == [1, 1, 2] and returns.tolist() == [2, 3, 5]
@@ -76,9 +75,7 @@ def test_known_answers() -> None:
     kept=st.floats(0, 1),
     bf16=st.booleans(),
 )
-def test_any_lengths_and_masks_are_as_good_as_the_oracle(
-    lengths: list[int], gamma: float, lam: float, seed: int, kept: float, bf16: bool
-) -> None:
+def test_any_lengths_and_masks_are_as_good_as_the_oracle(lengths, gamma, lam, seed, kept, bf16):
     random = torch.Generator().manual_seed(seed)
     arguments = GaeCase(str(seed), tuple(lengths), gamma, lam, bootstrap=True).build(DTYPES[bf16])
     arguments["mask"] = torch.rand(sum(lengths), generator=random) < kept
@@ -87,9 +84,7 @@ def test_any_lengths_and_masks_are_as_good_as_the_oracle(
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_not_finite_reaches_earlier_tokens_of_its_own_sequence_alone(
-    level: str, dtype: torch.dtype, bad: float
-) -> None:
+def test_what_is_not_finite_reaches_earlier_tokens_of_its_own_sequence_alone(level, dtype, bad):
     lengths = (5, 40, 7000, 20_000, 33)
     arguments = GaeCase("not finite", lengths).build(dtype)
     clean = torch.stack(ops.gae(**arguments))
@@ -106,7 +101,7 @@ def test_what_is_not_finite_reaches_earlier_tokens_of_its_own_sequence_alone(
         assert torch.equal(out[:, others], clean[:, others])
 
 
-def test_a_masked_token_s_numbers_are_not_looked_at(level: str) -> None:
+def test_a_masked_token_s_numbers_are_not_looked_at(level):
     arguments = GaeCase("masked numbers", (5, 40, 3000), mask="some", bootstrap=True).build(torch.float32)
     clean = ops.gae(**arguments)
     poison = arguments["mask"].logical_not()
@@ -119,13 +114,13 @@ def test_a_masked_token_s_numbers_are_not_looked_at(level: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mask", ["", "some", "ends"])
-def test_a_sequence_does_not_depend_on_its_neighbours_bit_for_bit(level: str, mask: str, dtype: torch.dtype) -> None:
+def test_a_sequence_does_not_depend_on_its_neighbours_bit_for_bit(level, mask, dtype):
     case = GaeCase("alone", (*EACH_LENGTH, 40_000, 7), mask=mask, bootstrap=True)
     assert_alone_as_together(ops.gae, case.build(dtype))
 
 
 @pytest.mark.parametrize("mask", ["", "some", "runs"])
-def test_does_not_depend_on_the_number_of_threads_bit_for_bit(mask: str) -> None:
+def test_does_not_depend_on_the_number_of_threads_bit_for_bit(mask):
     arguments = GaeCase("threads", (100_000, *EACH_LENGTH, 50_000, 10), mask=mask).build(torch.float32)
     before = torch.get_num_threads()
     try:
@@ -138,7 +133,7 @@ def test_does_not_depend_on_the_number_of_threads_bit_for_bit(mask: str) -> None
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_masking_tokens_is_taking_them_out_bit_for_bit(level: str) -> None:
+def test_masking_tokens_is_taking_them_out_bit_for_bit(level):
     arguments = GaeCase("taken out", (1, 30, 2000), mask="some").build(torch.float32)
     kept = arguments.pop("mask")
     masked = torch.stack(ops.gae(**arguments, mask=kept))
@@ -151,7 +146,7 @@ def test_masking_tokens_is_taking_them_out_bit_for_bit(level: str) -> None:
 # What it takes
 
 
-def test_views_and_mixed_dtypes_are_taken() -> None:
+def test_views_and_mixed_dtypes_are_taken():
     arguments = GaeCase("views", (5, 300), bootstrap=True, mask="some").build(torch.float32)
     expected = torch.stack(ops.gae(**arguments))
     strided = {name: torch.stack([x, x], -1)[:, 0] for name, x in arguments.items() if isinstance(x, Tensor)}
@@ -161,7 +156,7 @@ def test_views_and_mixed_dtypes_are_taken() -> None:
     assert torch.equal(torch.stack(ops.gae(**rounded)), torch.stack(ops.gae(**same)))
 
 
-def test_the_outputs_take_no_part_in_autograd() -> None:
+def test_the_outputs_take_no_part_in_autograd():
     arguments = GaeCase("autograd", (5,)).build(torch.float32)
     advantages, returns = ops.gae(**(arguments | {"values": arguments["values"].requires_grad_()}))
     assert not advantages.requires_grad and not returns.requires_grad
@@ -203,7 +198,7 @@ GOOD: dict[str, Any] = {
         ("mask", torch.zeros(4), "mask has a wrong dtype"),
     ],
 )
-def test_the_kernel_itself_names_a_wrong_argument(name: str, value: Any, message: str) -> None:
+def test_the_kernel_itself_names_a_wrong_argument(name, value, message):
     """Whoever calls it; tests/ops/test_ops_arguments.py has the checks of `ops.gae`."""
     with pytest.raises(ValueError, match=message):
         KERNEL(**(GOOD | {name: value}))
@@ -216,13 +211,13 @@ def test_the_kernel_itself_names_a_wrong_argument(name: str, value: Any, message
     "case", [GaeCase("op", (3, 0, 70)), GaeCase("op, all", (3, 0, 70), mask="some", bootstrap=True)]
 )
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_it_is_a_proper_op(case: GaeCase, dtype: torch.dtype) -> None:
+def test_it_is_a_proper_op(case, dtype):
     arguments = case.build(dtype)
     checked = torch.library.opcheck(KERNEL, (), arguments)
     assert set(checked.values()) == {"SUCCESS"}
 
 
-def test_it_compiles_without_a_break_for_any_length() -> None:
+def test_it_compiles_without_a_break_for_any_length():
     torch._dynamo.reset()
     compiled = torch.compile(ops.gae, fullgraph=True, dynamic=True, backend="aot_eager")
     for lengths in ((3, 0, 70), (5, 80, 1, 2)):
@@ -230,7 +225,7 @@ def test_it_compiles_without_a_break_for_any_length() -> None:
         assert torch.equal(torch.stack(compiled(**arguments)), torch.stack(ops.gae(**arguments)))
 
 
-def test_fake_and_meta_tensors_give_shapes() -> None:
+def test_fake_and_meta_tensors_give_shapes():
     arguments = GaeCase("fake", (3, 4), mask="some", bootstrap=True).build(torch.bfloat16)
     on_meta = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in arguments.items()}
     mode = FakeTensorMode()

@@ -77,7 +77,7 @@ class Kernels:
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+def kernels(tmp_path_factory):
     return Kernels(simt_kernel(SIMT / "gae.cpp", tmp_path_factory.mktemp("simt") / "gae.so", "-O2"))
 
 
@@ -89,7 +89,7 @@ def on_gpu(*packed: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture(scope="session", params=["simulated", pytest.param("GPU", marks=pytest.mark.gpu)])
-def gae(request: pytest.FixtureRequest) -> Callable[..., tuple[Tensor, Tensor]]:
+def gae(request):
     if request.param == "simulated":
         return request.getfixturevalue("kernels")
     if not _C.built()["cuda_archs"]:
@@ -99,7 +99,7 @@ def gae(request: pytest.FixtureRequest) -> Callable[..., tuple[Tensor, Tensor]]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("case", GAE_CASES, ids=str)
-def test_every_case_is_as_good_as_the_oracle(gae: Any, case: GaeCase, dtype: torch.dtype) -> None:
+def test_every_case_is_as_good_as_the_oracle(gae, case, dtype):
     assert_right(gae, case.build(dtype))
 
 
@@ -112,9 +112,7 @@ def test_every_case_is_as_good_as_the_oracle(gae: Any, case: GaeCase, dtype: tor
     kept=st.floats(0, 1),
     bf16=st.booleans(),
 )
-def test_any_lengths_and_masks_are_as_good_as_the_oracle(
-    gae: Any, lengths: list[int], gamma: float, lam: float, seed: int, kept: float, bf16: bool
-) -> None:
+def test_any_lengths_and_masks_are_as_good_as_the_oracle(gae, lengths, gamma, lam, seed, kept, bf16):
     random = torch.Generator().manual_seed(seed)
     arguments = GaeCase(str(seed), tuple(lengths), gamma, lam, bootstrap=True).build(DTYPES[bf16])
     arguments["mask"] = torch.rand(sum(lengths), generator=random) < kept
@@ -123,18 +121,18 @@ def test_any_lengths_and_masks_are_as_good_as_the_oracle(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mask", ["", "some", "ends", "runs"])
-def test_a_sequence_does_not_depend_on_its_neighbours_or_its_alignment(gae: Any, mask: str, dtype: torch.dtype) -> None:
+def test_a_sequence_does_not_depend_on_its_neighbours_or_its_alignment(gae, mask, dtype):
     case = GaeCase("alone", (*EACH_LENGTH, 40_000, 7, 12_288, 4096), mask=mask, bootstrap=True)
     assert_alone_as_together(gae, case.build(dtype))
 
 
-def test_blocks_may_run_in_any_order(kernels: Kernels) -> None:
+def test_blocks_may_run_in_any_order(kernels):
     arguments = GaeCase("order", (*EACH_LENGTH, 40_000), mask="some", bootstrap=True).build(torch.float32)
     forwards, backwards = (torch.stack(kernels(**arguments, backwards=b)) for b in (False, True))
     assert torch.equal(forwards, backwards)
 
 
-def test_arrays_may_start_anywhere(kernels: Kernels) -> None:
+def test_arrays_may_start_anywhere(kernels):
     """A view's memory need not be aligned to the 16 bytes of a wide access."""
     arguments = GaeCase("views", (5, 1500, 9000), mask="some").build(torch.bfloat16)
     expected = torch.stack(kernels(**arguments))
@@ -144,7 +142,7 @@ def test_arrays_may_start_anywhere(kernels: Kernels) -> None:
         assert torch.equal(torch.stack(kernels(**(arguments | views))), expected)
 
 
-def test_nan_reaches_earlier_tokens_of_its_own_sequence_alone(kernels: Kernels) -> None:
+def test_nan_reaches_earlier_tokens_of_its_own_sequence_alone(kernels):
     lengths = (5, 40, 7000, 20_000, 33)
     arguments = GaeCase("nan", lengths).build(torch.float32)
     clean = torch.stack(kernels(**arguments))
@@ -171,9 +169,7 @@ def test_nan_reaches_earlier_tokens_of_its_own_sequence_alone(kernels: Kernels) 
         ((40_001, 20_003), 25),
     ],
 )
-def test_bytes_moved_per_token_are_near_the_least_possible(
-    kernels: Kernels, lengths: tuple[int, ...], most: float
-) -> None:
+def test_bytes_moved_per_token_are_near_the_least_possible(kernels, lengths, most):
     """8 read and 8 written, and 8 read once more by what summarizes the chunks of a long sequence."""
     arguments = GaeCase("traffic", lengths, bootstrap=True).build(torch.float32)
     kernels(**arguments)
@@ -186,7 +182,7 @@ def test_bytes_moved_per_token_are_near_the_least_possible(
 
 
 @pytest.fixture(scope="session")
-def races(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def races(tmp_path_factory):
     """The kernels under ThreadSanitizer, each barrier numbered and left out on demand."""
     folder = tmp_path_factory.mktemp("races")
     shutil.copy(ROOT / "csrc/gae_kernels.cuh", folder)
@@ -204,16 +200,16 @@ def reported_races(races: Path, left_out: int) -> int:
     return found
 
 
-def test_no_thread_reads_what_another_may_still_write(races: Path) -> None:
+def test_no_thread_reads_what_another_may_still_write(races):
     assert reported_races(races, left_out=0) == 0
 
 
 @pytest.mark.parametrize("left_out", [1, 2, 3, 4, 5])
-def test_a_missing_barrier_is_found(races: Path, left_out: int) -> None:
+def test_a_missing_barrier_is_found(races, left_out):
     assert reported_races(races, left_out) > 0
 
 
-def test_every_barrier_has_been_left_out_once() -> None:
+def test_every_barrier_has_been_left_out_once():
     assert (ROOT / "csrc/gae_tile.cuh").read_text(encoding="utf-8").count("group_sync<kThreads>();") == 5
 
 
@@ -228,14 +224,14 @@ def test_every_barrier_has_been_left_out_once() -> None:
         ([0, 2**40, 4], "cu_seqlens must"),
     ],
 )
-def test_a_wrong_cu_seqlens_stops_the_kernel_before_it_reads(kernels: Kernels, starts: list[int], message: str) -> None:
+def test_a_wrong_cu_seqlens_stops_the_kernel_before_it_reads(kernels, starts, message):
     """An assertion on the device: there the host learns of it at its next call."""
     dead, errors = in_a_fork(lambda: kernels(torch.zeros(4), torch.zeros(4), torch.tensor(starts), gamma=1.0, lam=1.0))
     assert dead and message in errors
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_host_is_told_of_a_wrong_cu_seqlens() -> None:
+def test_on_a_gpu_the_host_is_told_of_a_wrong_cu_seqlens():
     """In a process of its own, since no other kernel can run after it."""
     call = "ops.gae(torch.zeros(4).cuda(), torch.zeros(4).cuda(), torch.tensor([0, 3]).cuda(), gamma=1.0, lam=1.0)"
     code = f"import torch; from fastppo import ops; {call}; torch.cuda.synchronize()"
@@ -260,7 +256,7 @@ def in_a_fork(call: Callable[[], object]) -> tuple[bool, str]:
 
 
 @pytest.fixture(scope="session")
-def mistakes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mistakes(tmp_path_factory):
     return simt_kernel(SIMT / "mistakes.cpp", tmp_path_factory.mktemp("mistakes") / "mistakes")
 
 
@@ -274,6 +270,6 @@ def mistakes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("none", ""),
     ],
 )
-def test_the_simulation_stops_at_a_planted_mistake(mistakes: Path, mistake: str, message: str) -> None:
+def test_the_simulation_stops_at_a_planted_mistake(mistakes, mistake, message):
     ran = subprocess.run([mistakes, mistake], capture_output=True, text=True)
     assert (ran.returncode == 0) == (mistake == "none") and message in ran.stderr

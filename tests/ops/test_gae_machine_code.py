@@ -48,7 +48,7 @@ def tool(name: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def compiled(tmp_path_factory):
     """The object file of gae_cuda.cu with the flags of setup.py, and what ptxas says about it."""
     out = tmp_path_factory.mktemp("nvcc") / "gae.o"
     define = "-D{}={}".format(*SETUP["TARGET"])
@@ -60,7 +60,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 @pytest.fixture(scope="session")
-def kernels(compiled: tuple[Path, str]) -> dict[tuple[str, str, str], Kernel]:
+def kernels(compiled):
     """By architecture, kernel and dtype."""
     path, report = compiled
     made = {}
@@ -85,28 +85,28 @@ def kernels(compiled: tuple[Path, str]) -> dict[tuple[str, str, str], Kernel]:
 Kernels = dict[tuple[str, str, str], Kernel]
 
 
-def test_every_kernel_is_there_for_every_architecture(kernels: Kernels) -> None:
+def test_every_kernel_is_there_for_every_architecture(kernels):
     assert set(kernels) == {(arch, kernel, dtype) for arch in ARCHS for kernel in KERNELS for dtype in DTYPES.values()}
 
 
-def test_later_architectures_get_ptx(compiled: tuple[Path, str]) -> None:
+def test_later_architectures_get_ptx(compiled):
     listing = subprocess.run([tool("cuobjdump"), "-lptx", compiled[0]], capture_output=True, text=True, check=True)
     assert re.search(rf"{ARCHS[-1]}\.ptx", listing.stdout)
 
 
-def test_nothing_spills_or_lives_in_local_memory(kernels: Kernels) -> None:
+def test_nothing_spills_or_lives_in_local_memory(kernels):
     for name, kernel in kernels.items():
         assert kernel.spilled_bytes == kernel.stack_bytes == 0, name
         assert kernel.count("LDL") == kernel.count("STL") == 0, name
 
 
-def test_registers_and_shared_memory_leave_half_of_the_warps_or_more(kernels: Kernels) -> None:
+def test_registers_and_shared_memory_leave_half_of_the_warps_or_more(kernels):
     for (arch, name, dtype), kernel in kernels.items():
         assert kernel.registers <= 64, (arch, name, dtype)
         assert kernel.warps_at_once(arch, KERNELS[name]) >= WARPS // 2, (arch, name, dtype)
 
 
-def test_arrays_are_read_and_written_16_bytes_at_a_time(kernels: Kernels) -> None:
+def test_arrays_are_read_and_written_16_bytes_at_a_time(kernels):
     """Rewards, values and mask; advantages and returns. Narrow accesses are there for the ends of a run alone."""
     for (arch, name, dtype), kernel in kernels.items():
         reads = kernel.count(r"LDG\.E[.\w]*\.128")

@@ -22,7 +22,7 @@ Op = Callable[..., Any]
 
 
 @pytest.fixture(params=[None, 1], ids=["one chunk", "a chunk a row"])
-def workspace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int | None:
+def workspace(request, monkeypatch):
     if request.param is not None:
         monkeypatch.setattr(ops, "WORKSPACE_BYTES", request.param)
     return request.param
@@ -50,7 +50,7 @@ DIFFERENTIABLE = ["logprobs", "entropy", "lse", "kl"]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("case", VOCABULARY_CASES, ids=str)
-def test_token_logprobs(case: VocabularyCase, dtype: torch.dtype) -> None:
+def test_token_logprobs(case, dtype):
     arguments, upstream = case.build(dtype), case.upstream(DIFFERENTIABLE)
     tested = token_stats(ops.token_logprobs, arguments, ["logits"], upstream)
     same_dtype = token_stats(eager.token_logprobs, arguments, ["logits"], upstream)
@@ -61,7 +61,7 @@ def test_token_logprobs(case: VocabularyCase, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("wanted", [[name] for name in DIFFERENTIABLE] + [["entropy", "kl"]], ids="+".join)
-def test_gradients_of_outputs_that_are_not_used_are_zero(wanted: list[str]) -> None:
+def test_gradients_of_outputs_that_are_not_used_are_zero(wanted):
     case = VocabularyCase("upstream", 7, 127, reference=True, temperature=0.6, softcap=20.0)
     arguments = case.build(torch.float64)
     for stride0 in (False, True):
@@ -71,7 +71,7 @@ def test_gradients_of_outputs_that_are_not_used_are_zero(wanted: list[str]) -> N
         torch.testing.assert_close(tested, truth)
 
 
-def test_non_contiguous_logits_and_an_infinite_kl() -> None:
+def test_non_contiguous_logits_and_an_infinite_kl():
     logits, ref_logits = torch.randn(2, 127, 7, dtype=torch.float64).mT
     ref_logits[2, 5] = -torch.inf
     arguments = {"logits": logits, "ref_logits": ref_logits, "targets": torch.arange(7)}
@@ -84,7 +84,7 @@ def test_non_contiguous_logits_and_an_infinite_kl() -> None:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 @pytest.mark.parametrize("vocabulary", [40, 5000])
-def test_rows_that_hold_nothing_or_a_nan_mean_the_same_to_kernel_and_oracle(backend: str, vocabulary: int) -> None:
+def test_rows_that_hold_nothing_or_a_nan_mean_the_same_to_kernel_and_oracle(backend, vocabulary):
     logits, ref_logits = torch.randn(2, 8, vocabulary, generator=torch.Generator().manual_seed(0))
     inf, nan = math.inf, math.nan
     ref_logits[0] = -inf  # excludes every token: q = 0, KL +inf
@@ -122,9 +122,7 @@ def test_rows_that_hold_nothing_or_a_nan_mean_the_same_to_kernel_and_oracle(back
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 @pytest.mark.parametrize("softcap", [None, 1e-20, 1e20])
 @pytest.mark.parametrize("temperature", [1e-20, 1e20])
-def test_the_hottest_and_coldest_that_is_taken_is_right(
-    backend: str, temperature: float, softcap: float | None
-) -> None:
+def test_the_hottest_and_coldest_that_is_taken_is_right(backend, temperature, softcap):
     case = VocabularyCase("extremes", 4, 130, values="holes", temperature=temperature, softcap=softcap, reference=True)
     arguments, upstream = case.build(torch.float32), case.upstream(["logprobs"])
     tested = token_stats(ops.token_logprobs, arguments, ["logits"], upstream)
@@ -146,9 +144,7 @@ def test_the_hottest_and_coldest_that_is_taken_is_right(
     seed=st.integers(0, 999),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
-def test_what_holds_for_any_distribution(
-    backend: str, rows: int, vocabulary: int, spread: float, temperature: float, seed: int, dtype: torch.dtype
-) -> None:
+def test_what_holds_for_any_distribution(backend, rows, vocabulary, spread, temperature, seed, dtype):
     random = torch.Generator().manual_seed(seed)
     logits, ref_logits = (spread * torch.randn(2, rows, vocabulary, generator=random)).to(dtype)
     targets = torch.randint(vocabulary, (rows,), generator=random)
@@ -170,7 +166,7 @@ def test_what_holds_for_any_distribution(
 @pytest.mark.usefixtures("workspace")
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
-def test_linear_logprobs(case: LinearCase, dtype: torch.dtype) -> None:
+def test_linear_logprobs(case, dtype):
     arguments = case.build(dtype)
     upstream = VocabularyCase("upstream", case.rows, 1).upstream(DIFFERENTIABLE)
     inputs = ["hidden", "weight"] + ["bias"] * case.bias
@@ -192,7 +188,7 @@ def policy_update(op: Op, arguments: dict[str, Any], inputs: list[str]) -> dict[
 @pytest.mark.usefixtures("workspace")
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
-def test_linear_policy_loss(case: LinearCase, dtype: torch.dtype) -> None:
+def test_linear_policy_loss(case, dtype):
     logprobs = eager.linear_logprobs(**in_fp64(case.build(dtype))).logprobs
     arguments = case.build_loss(dtype, logprobs)
     inputs = ["hidden", "weight"] + ["bias"] * case.bias
@@ -213,7 +209,7 @@ def far_apart(dtype: torch.dtype) -> tuple[dict[str, Any], Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=names)
-def test_k3_in_the_loss_is_right_however_far_the_reference_is(backend: str, dtype: torch.dtype) -> None:
+def test_k3_in_the_loss_is_right_however_far_the_reference_is(backend, dtype):
     """At log p - log q = 29 it is 28 with slope 1. The truth, written out, overflows nowhere here."""
     made, hidden, logprobs = far_apart(dtype)
     q = (logprobs.detach() - FAR).to(dtype)
@@ -233,7 +229,7 @@ def test_k3_in_the_loss_is_right_however_far_the_reference_is(backend: str, dtyp
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=names)
-def test_a_ratio_is_right_however_small_and_so_is_the_approximate_kl(backend: str, dtype: torch.dtype) -> None:
+def test_a_ratio_is_right_however_small_and_so_is_the_approximate_kl(backend, dtype):
     """In one pass over the vocabulary, and from logprobs. Bad tokens that became likelier are pushed back."""
     made, hidden, logprobs = far_apart(dtype)
     old = (logprobs.detach() + FAR).to(dtype)
@@ -256,9 +252,7 @@ def test_a_ratio_is_right_however_small_and_so_is_the_approximate_kl(backend: st
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=names)
-def test_a_ratio_and_a_k3_that_would_overflow_are_finite_and_keep_the_sign_of_their_slope(
-    backend: str, dtype: torch.dtype
-) -> None:
+def test_a_ratio_and_a_k3_that_would_overflow_are_finite_and_keep_the_sign_of_their_slope(backend, dtype):
     logprobs = torch.zeros(2, dtype=dtype).requires_grad_()
     options: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2, "normalizer": torch.tensor(1.0)}
     loss, stats = ops.policy_loss(logprobs, logprobs.detach() - 1000, -torch.ones_like(logprobs), **options)
@@ -277,7 +271,7 @@ def test_a_ratio_and_a_k3_that_would_overflow_are_finite_and_keep_the_sign_of_th
     assert loss.isfinite() and slope.item() == pytest.approx(float((1 - math.exp(20)) * p), rel=1e-4)
 
 
-def test_the_first_update_has_ratio_one_bit_for_bit(workspace: int | None) -> None:
+def test_the_first_update_has_ratio_one_bit_for_bit(workspace):
     case = LinearCase("first update", 63, 127, 16, temperature=0.7, reference="own")
     arguments = case.build(torch.bfloat16)
     with torch.no_grad():
@@ -290,7 +284,7 @@ def test_the_first_update_has_ratio_one_bit_for_bit(workspace: int | None) -> No
 
 @pytest.mark.usefixtures("workspace", "backend")
 @pytest.mark.parametrize("tokens", [1e5, 1e6, 1e7])
-def test_in_fp16_a_scaled_loss_has_its_gradients_however_many_tokens_it_is_a_mean_of(tokens: float) -> None:
+def test_in_fp16_a_scaled_loss_has_its_gradients_however_many_tokens_it_is_a_mean_of(tokens):
     """The gradient of a mean over 1e6 tokens is below what fp16 can hold, until the loss is scaled."""
     case = LinearCase("loss scale", 12, 700, 16, bias=True, loss=(("normalizer", torch.tensor(tokens)),))
     logprobs = eager.linear_logprobs(**in_fp64(case.build(torch.float16))).logprobs
@@ -309,7 +303,7 @@ def test_in_fp16_a_scaled_loss_has_its_gradients_however_many_tokens_it_is_a_mea
         assert error <= 3e-3 * size, f"{name}: off by {error / size:.2g}"
 
 
-def test_in_fp16_a_gradient_that_sums_up_beyond_its_largest_number_is_right_once_divided() -> None:
+def test_in_fp16_a_gradient_that_sums_up_beyond_its_largest_number_is_right_once_divided():
     tokens = 100_000
     hidden, weight = torch.ones(tokens, 1).half(), torch.zeros(2, 1).half().requires_grad_()
     options: dict[str, Any] = {"temperature": 1.0, "clip_low": 0.2, "clip_high": 0.2, "normalizer": tokens}
@@ -319,7 +313,7 @@ def test_in_fp16_a_gradient_that_sums_up_beyond_its_largest_number_is_right_once
     assert weight.grad is not None and weight.grad.flatten().tolist() == [-1.0, 1.0]
 
 
-def test_the_reference_may_have_a_dtype_and_a_width_of_its_own() -> None:
+def test_the_reference_may_have_a_dtype_and_a_width_of_its_own():
     arguments = LinearCase("reference of its own", 7, 127, 16).build(torch.bfloat16)
     ref = LinearCase("wide reference", 7, 127, 24).build(torch.float32)
     arguments |= {"ref_hidden": ref["hidden"], "ref_weight": ref["weight"]}
@@ -328,7 +322,7 @@ def test_the_reference_may_have_a_dtype_and_a_width_of_its_own() -> None:
     torch.testing.assert_close(tested.kl, expected.kl)
 
 
-def test_the_sum_over_parts_of_a_batch_is_the_whole() -> None:
+def test_the_sum_over_parts_of_a_batch_is_the_whole():
     case = LinearCase("parts", 63, 127, 16, mask="some", loss=(("entropy_coef", 0.1),))
     arguments = case.build_loss(torch.float64, eager.linear_logprobs(**case.build(torch.float64)).logprobs)
     whole = policy_update(ops.linear_policy_loss, arguments, ["weight"])
@@ -340,7 +334,7 @@ def test_the_sum_over_parts_of_a_batch_is_the_whole() -> None:
         torch.testing.assert_close(parts[0][name] + parts[1][name], whole[name])
 
 
-def test_gradients_flow_only_where_they_are_wanted() -> None:
+def test_gradients_flow_only_where_they_are_wanted():
     case = LinearCase("wanted", 7, 127, 16, reference="shared", loss=(("kl_coef", 0.2),))
     arguments = case.build_loss(torch.float32, torch.zeros(7) - 5)
     for frozen, trained in (("weight", "hidden"), ("hidden", "weight")):
@@ -355,7 +349,7 @@ def test_gradients_flow_only_where_they_are_wanted() -> None:
     assert not loss.requires_grad
 
 
-def test_backward_can_run_twice_over_a_kept_graph() -> None:
+def test_backward_can_run_twice_over_a_kept_graph():
     case = LinearCase("twice", 7, 127, 16)
     arguments = case.build_loss(torch.float32, torch.zeros(7) - 5)
     hidden = arguments["hidden"].requires_grad_()
@@ -366,7 +360,7 @@ def test_backward_can_run_twice_over_a_kept_graph() -> None:
 
 
 @pytest.mark.slow
-def test_no_tensor_of_all_tokens_by_the_vocabulary_is_made() -> None:
+def test_no_tensor_of_all_tokens_by_the_vocabulary_is_made():
     """The logits would take 320 MB, the workspace is 8; measured in a process of its own."""
     script = """
 import resource, torch
@@ -396,9 +390,7 @@ print(peak() - before)
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("scale", [0.0625, 3.0])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_a_logit_scale_is_as_if_the_logits_were_multiplied(
-    softcap: float | None, scale: float, dtype: torch.dtype
-) -> None:
+def test_a_logit_scale_is_as_if_the_logits_were_multiplied(softcap, scale, dtype):
     loss = (("kl_coef", 0.2), ("entropy_coef", 0.1))
     case = LinearCase("scaled", 20, 127, 16, 0.7, softcap, bias=True, reference="own", loss=loss)
     arguments = case.build(dtype) | {"logit_scale": scale}
@@ -435,7 +427,7 @@ def draw(logits: Tensor, seed: int = 0, temperature: float = 1.0) -> tuple[Tenso
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_draws_follow_the_softmax(temperature: float) -> None:
+def test_draws_follow_the_softmax(temperature):
     draws, vocabulary = 200_000, 300
     logits = torch.linspace(-3, 3, vocabulary)[torch.randperm(vocabulary)].index_fill(
         0, torch.tensor([0, 150]), -math.inf
@@ -452,9 +444,7 @@ def test_draws_follow_the_softmax(temperature: float) -> None:
 
 @settings(max_examples=30)
 @given(st.integers(1, 600), st.integers(0, 999), st.sampled_from(DTYPES), st.floats(0.3, 2))
-def test_the_token_is_the_oracle_s_away_from_rounding(
-    vocabulary: int, seed: int, dtype: torch.dtype, temperature: float
-) -> None:
+def test_the_token_is_the_oracle_s_away_from_rounding(vocabulary, seed, dtype, temperature):
     logits = (3 * torch.randn(16, vocabulary, generator=torch.Generator().manual_seed(seed))).to(dtype)
     tokens, logprobs = draw(logits, seed, temperature)
     assert tokens.dtype == torch.int64 and logprobs.dtype == torch.float32
@@ -468,7 +458,7 @@ def test_the_token_is_the_oracle_s_away_from_rounding(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=names)
 @pytest.mark.parametrize("vocabulary", [127, 50257])
-def test_a_row_s_draw_does_not_depend_on_its_neighbours(vocabulary: int, dtype: torch.dtype) -> None:
+def test_a_row_s_draw_does_not_depend_on_its_neighbours(vocabulary, dtype):
     torch.manual_seed(0)
     rows = 17
     logits = (3 * torch.randn(rows, vocabulary)).to(dtype)
@@ -481,13 +471,13 @@ def test_a_row_s_draw_does_not_depend_on_its_neighbours(vocabulary: int, dtype: 
         assert torch.equal(again[0], tokens[chosen]) and torch.equal(again[1], logprobs[chosen])
 
 
-def test_sampling_from_no_rows() -> None:
+def test_sampling_from_no_rows():
     tokens, logprobs = draw(torch.empty(0, 5))
     assert tokens.shape == logprobs.shape == (0,)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_row_that_cannot_be_drawn_from_is_an_error(bad: float) -> None:
+def test_a_row_that_cannot_be_drawn_from_is_an_error(bad):
     logits = torch.zeros(3, 5)
     logits[1, 2] = bad
     with pytest.raises(ValueError, match="row 1 of logits"):
@@ -496,7 +486,7 @@ def test_a_row_that_cannot_be_drawn_from_is_an_error(bad: float) -> None:
         draw(torch.full((1, 5), -math.inf))
 
 
-def test_the_log_says_once_what_the_ops_run_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_says_once_what_the_ops_run_on(caplog):
     log_once.cache_clear()
     with caplog.at_level("INFO", logger="fastppo"):
         for dtype in (torch.float32, torch.float64, torch.float32):

@@ -144,19 +144,19 @@ WRONG: dict[str, list[tuple[str, Any, type[Exception], str]]] = {
 
 
 @pytest.mark.parametrize("op", GOOD)
-def test_good_arguments_are_taken(op: str) -> None:
+def test_good_arguments_are_taken(op):
     getattr(ops, op)(**GOOD[op])
 
 
 @pytest.mark.parametrize(
     ("op", "name", "value", "error", "message"), [(op, *case) for op, cases in WRONG.items() for case in cases]
 )
-def test_a_wrong_argument_is_named(op: str, name: str, value: Any, error: type[Exception], message: str) -> None:
+def test_a_wrong_argument_is_named(op, name, value, error, message):
     with pytest.raises(error, match=message):
         getattr(ops, op)(**(GOOD[op] | {name: value}))
 
 
-def test_a_sampled_kl_needs_the_reference_s_log_probabilities() -> None:
+def test_a_sampled_kl_needs_the_reference_s_log_probabilities():
     with pytest.raises(ValueError, match="kl_kind 'k3', which needs ref_logprobs"):
         ops.linear_policy_loss(**GOOD["linear_policy_loss"], kl_coef=0.1, kl_kind="k3")
 
@@ -186,21 +186,19 @@ NUMBERS = {"temperature", "softcap", "clip", "dual_clip", "normalizer"}
 
 
 @pytest.mark.parametrize("op", WHOLE)
-def test_all_arguments_are_taken(op: str) -> None:
+def test_all_arguments_are_taken(op):
     getattr(ops, op)(**WHOLE[op])
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int32, torch.complex64], ids=str)
 @pytest.mark.parametrize(("op", "name"), FLOATING)
-def test_a_dtype_that_no_kernel_takes_is_a_type_error_that_names_the_tensor(
-    op: str, name: str, dtype: torch.dtype
-) -> None:
+def test_a_dtype_that_no_kernel_takes_is_a_type_error_that_names_the_tensor(op, name, dtype):
     with pytest.raises(TypeError, match=f"{name} has dtype {dtype}"):
         getattr(ops, op)(**(WHOLE[op] | {name: WHOLE[op][name].to(dtype)}))
 
 
 @pytest.mark.parametrize(("op", "name"), [(op, name) for op, name in FLOATING if op != "sample_tokens"])
-def test_fp64_beside_fp32_is_a_type_error_that_names_both(op: str, name: str) -> None:
+def test_fp64_beside_fp32_is_a_type_error_that_names_both(op, name):
     wide = {n: x.double() if (op, n) in FLOATING else x for n, x in WHOLE[op].items()}
     if op != "attend_cached":  # which takes no fp64
         getattr(ops, op)(**wide)
@@ -224,13 +222,13 @@ def test_fp64_beside_fp32_is_a_type_error_that_names_both(op: str, name: str) ->
         if (op, value) != ("attend_cached", 0.0)  # its softcap of 0 is none
     ],
 )
-def test_a_number_that_fp32_cannot_hold_is_a_value_error_that_names_it(op: str, name: str, value: float) -> None:
+def test_a_number_that_fp32_cannot_hold_is_a_value_error_that_names_it(op, name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}".replace("+", r"\+")):
         getattr(ops, op)(**(WHOLE[op] | {name: value}))
 
 
 @pytest.mark.parametrize("name", ["clip_high", "entropy_coef", "kl_coef"])
-def test_a_coefficient_that_fp32_cannot_hold_is_a_value_error_that_names_it(name: str) -> None:
+def test_a_coefficient_that_fp32_cannot_hold_is_a_value_error_that_names_it(name):
     for op in ("policy_loss", "linear_policy_loss"):
         for value in (1e39, math.nan):
             with pytest.raises(ValueError, match=f"{name} is {value}".replace("+", r"\+")):
@@ -239,7 +237,7 @@ def test_a_coefficient_that_fp32_cannot_hold_is_a_value_error_that_names_it(name
 
 @pytest.mark.parametrize("op", ["policy_loss", "linear_policy_loss", "value_loss"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_normalizer_may_be_a_number(op: str, dtype: torch.dtype) -> None:
+def test_a_normalizer_may_be_a_number(op, dtype):
     arguments = {n: x.to(dtype) if (op, n) in FLOATING else x for n, x in WHOLE[op].items()}
     losses = [
         getattr(ops, op)(

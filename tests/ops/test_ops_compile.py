@@ -1,6 +1,5 @@
 """torch.compile of every op, without a graph break: one compilation for all sizes and coefficients, or two."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ WITH_CONSTANTS: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def _no_compiled_code() -> Iterator[None]:
+def _no_compiled_code():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -51,7 +50,7 @@ def moved(call: Call, step: int, dtype: torch.dtype | None) -> Call:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
-def test_two_compilations_serve_all_numbers_of_tokens(op: str) -> None:
+def test_two_compilations_serve_all_numbers_of_tokens(op):
     run, counter = compiled(op)
     for tokens in SIZES:
         assert_same(make(op, tokens), run)
@@ -59,7 +58,7 @@ def test_two_compilations_serve_all_numbers_of_tokens(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_one_compilation_serves_all_sizes_and_coefficients_in_tensors(op: str) -> None:
+def test_one_compilation_serves_all_sizes_and_coefficients_in_tensors(op):
     run, counter = compiled(op, dynamic=True)
     for step, tokens in enumerate(SIZES):
         assert_same(moved(make(op, tokens, vocabulary=33 + 2 * step), step, torch.float32), run)
@@ -67,7 +66,7 @@ def test_one_compilation_serves_all_sizes_and_coefficients_in_tensors(op: str) -
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_numbers_that_change_do_not_compile_again(op: str) -> None:
+def test_numbers_that_change_do_not_compile_again(op):
     run, counter = compiled(op, dynamic=True)
     for step, tokens in enumerate(SIZES):
         assert_same(moved(make(op, tokens), step, None), run)
@@ -76,14 +75,14 @@ def test_numbers_that_change_do_not_compile_again(op: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op", [op for op in OPS if op != "attend_cached"])
-def test_fp64_compiles_as_well(op: str) -> None:
+def test_fp64_compiles_as_well(op):
     run, counter = compiled(op, dynamic=True)
     for step, tokens in enumerate((4, 9, 11)):
         assert_same(moved(make(op, tokens, dtype=torch.float64), step, torch.float32), run)
     assert counter.frame_count == 1
 
 
-def test_a_seed_and_a_position_that_change_do_not_compile_again() -> None:
+def test_a_seed_and_a_position_that_change_do_not_compile_again():
     run, counter = compiled("sample_tokens", dynamic=True)
     for step, tokens in enumerate(SIZES):
         call = make("sample_tokens", tokens)
@@ -93,7 +92,7 @@ def test_a_seed_and_a_position_that_change_do_not_compile_again() -> None:
     assert counter.frame_count == 1
 
 
-def test_a_coefficient_may_pass_through_zero_while_it_changes() -> None:
+def test_a_coefficient_may_pass_through_zero_while_it_changes():
     """An annealed entropy bonus, say; a number is looked at, so that the term may be left out."""
     run, counter = compiled("policy_loss", dynamic=True)
     for entropy_coef in (0.2, 0.1, 0.0, -0.1, 0.3):
@@ -102,7 +101,7 @@ def test_a_coefficient_may_pass_through_zero_while_it_changes() -> None:
     assert counter.frame_count <= 2
 
 
-def test_a_wrong_argument_is_named_in_a_compiled_call_too() -> None:
+def test_a_wrong_argument_is_named_in_a_compiled_call_too():
     run, _ = compiled("policy_loss")
     call = make("policy_loss", 6)
     with pytest.raises(Exception, match=r"clip_low is 1\.5"):

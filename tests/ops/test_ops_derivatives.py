@@ -32,7 +32,7 @@ def leaf_of(call: Call) -> Tensor:
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("op", TRAINED)
 @pytest.mark.usefixtures("backend")
-def test_a_second_derivative_is_refused(op: str, dtype: torch.dtype) -> None:
+def test_a_second_derivative_is_refused(op, dtype):
     call = make(op, 5, dtype=dtype)
     x = leaf_of(call).requires_grad_()
     (first,) = torch.autograd.grad(total(call, x), x, create_graph=True)
@@ -44,7 +44,7 @@ def test_a_second_derivative_is_refused(op: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("op", TRAINED)
-def test_a_derivative_by_the_incoming_gradient_is_refused(op: str) -> None:
+def test_a_derivative_by_the_incoming_gradient_is_refused(op):
     call = make(op, 5)
     x, scale = leaf_of(call).requires_grad_(), torch.ones((), requires_grad=True)
     (first,) = torch.autograd.grad(total(call, x) * scale, x, create_graph=True)
@@ -71,14 +71,14 @@ WAYS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("op", TRAINED)
-def test_forward_mode_and_function_transforms_are_refused(op: str, way: str) -> None:
+def test_forward_mode_and_function_transforms_are_refused(op, way):
     call = make(op, 5)
     with pytest.raises(NotImplementedError, match=f"ops.{op} .*give fp64 inputs"):
         WAYS[way](lambda x: total(call, x), leaf_of(call))
 
 
 @pytest.mark.parametrize("op", TRAINED)
-def test_a_compiled_tangent_is_refused_too(op: str) -> None:
+def test_a_compiled_tangent_is_refused_too(op):
     call, f = make(op, 5), getattr(ops, op)
     given = {name: x.detach() if isinstance(x, Tensor) else x for name, x in call.all().items()}
     name = first_leaf(call)
@@ -92,7 +92,7 @@ def test_a_compiled_tangent_is_refused_too(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", TRAINED)
-def test_fp64_has_derivatives_of_every_order_and_mode(op: str) -> None:
+def test_fp64_has_derivatives_of_every_order_and_mode(op):
     call = make(op, 3, vocabulary=4, dtype=torch.float64)
 
     def f(*leaves: Tensor) -> tuple[Tensor, ...]:
@@ -108,7 +108,7 @@ def test_fp64_has_derivatives_of_every_order_and_mode(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", TRAINED)
-def test_vmap_gives_what_a_loop_gives(op: str) -> None:
+def test_vmap_gives_what_a_loop_gives(op):
     call = make(op, 5)
     x = torch.stack((leaf_of(call), leaf_of(call).flip(0)))
     with warnings.catch_warnings():
@@ -119,7 +119,7 @@ def test_vmap_gives_what_a_loop_gives(op: str) -> None:
 
 @pytest.mark.parametrize("dtype", [*KERNEL_DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("op", [op for op in OPS if op != "attend_cached"])
-def test_only_what_is_differentiable_says_so(op: str, dtype: torch.dtype) -> None:
+def test_only_what_is_differentiable_says_so(op, dtype):
     call = make(op, 5, dtype=dtype)
     given = {
         name: x.detach().clone().requires_grad_()
@@ -131,14 +131,14 @@ def test_only_what_is_differentiable_says_so(op: str, dtype: torch.dtype) -> Non
         assert output is None or output.requires_grad == (i in DIFFERENTIABLE[op]), f"output {i}"
 
 
-def test_attention_over_a_cache_carries_no_gradients() -> None:
+def test_attention_over_a_cache_carries_no_gradients():
     given = {n: x.requires_grad_() if n in ("query", "key") else x for n, x in make("attend_cached", 5).plain().items()}
     assert not ops.attend_cached(**given).requires_grad
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op != "attend_cached"])
 @pytest.mark.usefixtures("backend")
-def test_coefficients_in_tensors_give_what_numbers_give(op: str) -> None:
+def test_coefficients_in_tensors_give_what_numbers_give(op):
     """On the CPU under the interpreter this is also the kernels' way to read them through a pointer."""
     call = make(op, 5)
     for dtype in (torch.float64, torch.float32, torch.float16):
@@ -153,7 +153,7 @@ def test_coefficients_in_tensors_give_what_numbers_give(op: str) -> None:
 
 @pytest.mark.parametrize("op", ["policy_loss", "linear_policy_loss"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_a_tensor_of_zero_leaves_an_infinite_term_out(op: str, dtype: torch.dtype) -> None:
+def test_a_tensor_of_zero_leaves_an_infinite_term_out(op, dtype):
     call = make(op, 5, dtype=dtype)
     if op == "policy_loss":
         call.arguments["kl"][0] = torch.inf

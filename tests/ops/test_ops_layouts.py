@@ -67,7 +67,7 @@ SUPPORTED = [(op, dtype) for op in OPS for dtype in (ATTENTION if op == "attend_
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("op", "dtype"), SUPPORTED, ids=str)
-def test_each_tensor_in_each_layout(op: str, layout: str, dtype: torch.dtype) -> None:
+def test_each_tensor_in_each_layout(op, layout, dtype):
     walk(make(op, 6, vocabulary=19, dtype=dtype), layout, dtype)
 
 
@@ -76,13 +76,13 @@ def test_each_tensor_in_each_layout(op: str, layout: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("layout", ["column-major", "at an odd address", "every second entry", "one row for all"])
 @pytest.mark.parametrize("op", [*TRAINED, "sample_tokens"])
 @pytest.mark.usefixtures("triton_on_cpu")
-def test_each_tensor_in_each_layout_by_triton(op: str, layout: str) -> None:
+def test_each_tensor_in_each_layout_by_triton(op, layout):
     walk(make(op, 3, vocabulary=19, dtype=torch.bfloat16), layout, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", TRAINED)
-def test_all_tensors_apart_and_every_incoming_gradient(op: str, dtype: torch.dtype) -> None:
+def test_all_tensors_apart_and_every_incoming_gradient(op, dtype):
     call = make(op, 6, vocabulary=19, dtype=dtype)
     apart = {
         name: reversed_dimensions(within(x, 1, 2, step=2)) if isinstance(x, Tensor) and x.ndim else x
@@ -96,7 +96,7 @@ def test_all_tensors_apart_and_every_incoming_gradient(op: str, dtype: torch.dty
 
 
 @pytest.mark.parametrize("op", ["token_logprobs", "linear_logprobs", "linear_policy_loss"])
-def test_compiled_gradients_of_column_major_inputs(op: str) -> None:
+def test_compiled_gradients_of_column_major_inputs(op):
     """A fake kernel that promised other strides than the kernel gives would be found here."""
     call = make(op, 6, vocabulary=19)
     turned = {name: reversed_dimensions(x) if isinstance(x, Tensor) else x for name, x in call.arguments.items()}
@@ -107,7 +107,7 @@ def test_compiled_gradients_of_column_major_inputs(op: str) -> None:
     torch.testing.assert_close(results(strange, run), results(strange))
 
 
-def test_expanded_caches_are_refused() -> None:
+def test_expanded_caches_are_refused():
     call = make("attend_cached", 6, vocabulary=19)
     for name in CACHES:
         for change in (lambda x: x[:1].expand(x.shape), lambda x: x[..., :1].expand(x.shape)):

@@ -131,7 +131,7 @@ def arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", arguments(torch.float32))
 @pytest.mark.usefixtures("backend")
-def test_opcheck(op: str, dtype: torch.dtype) -> None:
+def test_opcheck(op, dtype):
     torch.library.opcheck(getattr(torch.ops.fastppo, op.partition(",")[0]).default, arguments(dtype)[op])
 
 
@@ -140,7 +140,7 @@ def test_opcheck(op: str, dtype: torch.dtype) -> None:
     "op", [op for op in arguments(torch.float32) if op.partition(",")[0] in registration.WITH_COEFFICIENTS]
 )
 @pytest.mark.usefixtures("backend")
-def test_opcheck_with_coefficients_in_tensors(op: str) -> None:
+def test_opcheck_with_coefficients_in_tensors(op):
     overload = getattr(torch.ops.fastppo, op.partition(",")[0]).tensors
     given = [
         torch.tensor(x, dtype=torch.float64 if isinstance(x, float) else torch.int64)
@@ -173,26 +173,26 @@ def gradients(run: Callable[..., Tensor]) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, [hidden, module.weight, module.bias])]
 
 
-def test_the_head_compiles_without_a_graph_break() -> None:
+def test_the_head_compiles_without_a_graph_break():
     compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(gradients(compiled), gradients(loss_of))
 
 
-def test_sampling_compiles_without_a_graph_break() -> None:
+def test_sampling_compiles_without_a_graph_break():
     def draw(x: Tensor) -> tuple[Tensor, Tensor]:
         return ops.sample_tokens(x, seed=1, stream=torch.arange(M), offset=3)
 
     torch.testing.assert_close(torch.compile(draw, fullgraph=True, backend="aot_eager")(logits()), draw(logits()))
 
 
-def test_the_head_under_activation_checkpointing_has_the_same_gradients() -> None:
+def test_the_head_under_activation_checkpointing_has_the_same_gradients():
     def checkpointed(*inputs: Any) -> Tensor:
         return torch.utils.checkpoint.checkpoint(loss_of, *inputs, use_reentrant=False)
 
     torch.testing.assert_close(gradients(checkpointed), gradients(loss_of))
 
 
-def test_the_head_under_autocast_computes_in_its_dtype_and_gives_gradients_in_the_weight_s() -> None:
+def test_the_head_under_autocast_computes_in_its_dtype_and_gives_gradients_in_the_weight_s():
     module, hidden, targets = head_module()
     with torch.autocast("cpu", torch.bfloat16):
         loss = loss_of(module, hidden, targets)
@@ -203,7 +203,7 @@ def test_the_head_under_autocast_computes_in_its_dtype_and_gives_gradients_in_th
     torch.testing.assert_close(found, [g.float() for g in expected], rtol=2e-2, atol=2e-3)  # hidden sums in fp32
 
 
-def test_a_tied_weight_gets_the_gradients_of_both_its_uses() -> None:
+def test_a_tied_weight_gets_the_gradients_of_both_its_uses():
     embedding = nn.Embedding(V, H)
     module = FusedHead(embedding.weight, None, softcap=None)
     targets = torch.arange(M)
@@ -225,7 +225,7 @@ class Tied(nn.Module):
         return loss_of(self.head, self.embedding(tokens), tokens)
 
 
-def test_deepspeed_s_hooks_gather_the_head_s_weight_and_reduce_its_gradient() -> None:
+def test_deepspeed_s_hooks_gather_the_head_s_weight_and_reduce_its_gradient():
     """Under ZeRO-3 a weight is there in its module's own passes alone. One SGD step equals torch's."""
     import deepspeed
 

@@ -51,7 +51,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.i
 
 
 @pytest.fixture
-def triton_anywhere(request: pytest.FixtureRequest) -> None:
+def triton_anywhere(request):
     """The ops run the Triton kernels on this machine's device; on a GPU they do so anyway."""
     if INTERPRETED:
         request.getfixturevalue("triton_on_cpu")
@@ -102,7 +102,7 @@ def reference_stats(arguments: dict[str, Any], upstream: dict[str, Tensor]) -> d
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("case", VOCABULARY_CASES, ids=str)
-def test_vocabulary(case: VocabularyCase, dtype: torch.dtype) -> None:
+def test_vocabulary(case, dtype):
     case = few(case)
     arguments, upstream = on_device(case.build(dtype)), on_device(case.upstream(DIFFERENTIABLE))
     if case.vocabulary == 50257:
@@ -116,7 +116,7 @@ def test_vocabulary(case: VocabularyCase, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("layout", ["in place", "columns apart", "stride-0 gradients", "rows apart", "odd address"])
-def test_layouts(layout: str) -> None:
+def test_layouts(layout):
     arguments = on_device(VocabularyCase("layouts", 3, 600, reference=True).build(torch.bfloat16))
     upstream = stacked(VocabularyCase("layouts", 3, 600).upstream(DIFFERENTIABLE, stride0=True)).clone()
     stats = forward(arguments)
@@ -140,7 +140,7 @@ def test_layouts(layout: str) -> None:
         assert torch.equal(made[0], stats) and torch.equal(made[1], expected)
 
 
-def test_results_repeat_and_do_not_depend_on_other_rows() -> None:
+def test_results_repeat_and_do_not_depend_on_other_rows():
     arguments = on_device(VocabularyCase("repeats", 4, 5000, reference=True, softcap=10.0).build(torch.bfloat16))
     grad = stacked(VocabularyCase("repeats", 4, 5000).upstream(DIFFERENTIABLE))
     stats = forward(arguments)
@@ -152,7 +152,7 @@ def test_results_repeat_and_do_not_depend_on_other_rows() -> None:
         assert torch.equal(again, d_logits[rows])
 
 
-def test_an_infinite_kl_passes_no_gradient() -> None:
+def test_an_infinite_kl_passes_no_gradient():
     arguments = on_device(VocabularyCase("infinite", 4, 127, reference=True).build(torch.float32))
     arguments["ref_logits"][1, 5] = arguments["ref_logits"][2, 0] = -math.inf
     arguments["logits"][2, 0] = -200.0  # e^-200 is 0 in fp32, at first the peak of its group: finite after all
@@ -167,7 +167,7 @@ def test_an_infinite_kl_passes_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in CERTAIN_CASES if case.vocabulary < 1000], ids=str)
-def test_a_token_that_is_certain_gets_no_gradient(case: VocabularyCase) -> None:
+def test_a_token_that_is_certain_gets_no_gradient(case):
     arguments = on_device(certain(few(case)))
     stats = forward(arguments)
     d_logits = backward(
@@ -179,14 +179,14 @@ def test_a_token_that_is_certain_gets_no_gradient(case: VocabularyCase) -> None:
     assert (stats[:2].abs() < 1e-20).all()
 
 
-def test_nan_is_not_hidden() -> None:
+def test_nan_is_not_hidden():
     arguments = on_device(VocabularyCase("nan", 3, 5000).build(torch.float32))
     arguments["logits"][1, 4321] = math.nan
     arguments["logits"][2, 17] = math.inf
     assert forward(arguments)[:3].isnan().any(0).tolist() == [False, True, True]
 
 
-def test_the_lowest_number_serves_as_minus_infinity() -> None:
+def test_the_lowest_number_serves_as_minus_infinity():
     # Models mask with it. It is also where a running peak starts.
     for dtype in DTYPES[:2]:
         arguments = on_device(VocabularyCase("lowest", 2, 3000).build(dtype))
@@ -197,7 +197,7 @@ def test_the_lowest_number_serves_as_minus_infinity() -> None:
 
 
 @pytest.mark.parametrize("aligned", [True, False])
-def test_offsets_past_2_to_the_31(aligned: bool) -> None:
+def test_offsets_past_2_to_the_31(aligned):
     case = VocabularyCase("far apart", 2, 127, reference=True)
     arguments, grad = on_device(case.build(torch.bfloat16)), stacked(case.upstream(DIFFERENTIABLE))
     stride = 2**31 + (8 if aligned else 1)
@@ -214,7 +214,7 @@ def test_offsets_past_2_to_the_31(aligned: bool) -> None:
     assert torch.equal(backward(arguments | {"logits": far}, stats, grad, far), d_logits)
 
 
-def test_rows_that_are_not_aligned_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_that_are_not_aligned_are_logged_once(caplog):
     log_once.cache_clear()
     logits, targets = torch.zeros(2, 51, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
     with caplog.at_level(logging.WARNING, "fastppo"):
@@ -270,7 +270,7 @@ def loss_arguments(case: LinearCase, dtype: torch.dtype) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
-def test_policy_loss_in_chunk(case: LinearCase, dtype: torch.dtype) -> None:
+def test_policy_loss_in_chunk(case, dtype):
     arguments = loss_arguments(few(case), dtype)
     tested, truth = loss_in_chunk(arguments), reference_loss(in_fp64(arguments))
     assert_as_good(tested, reference_loss(arguments), truth, dtype)
@@ -279,7 +279,7 @@ def test_policy_loss_in_chunk(case: LinearCase, dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("triton_anywhere")
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=names)
 @pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
-def test_the_chunked_heads(case: LinearCase, dtype: torch.dtype) -> None:
+def test_the_chunked_heads(case, dtype):
     """Through the public door, with all gradients."""
     case = few(case)
     inputs = ["hidden", "weight"] + ["bias"] * case.bias
@@ -304,7 +304,7 @@ def both_oracles(op: Any, oracle: Any, arguments: dict[str, Any]) -> list[tuple[
     return [(op, arguments), (oracle, arguments), (oracle, in_fp64(arguments))]
 
 
-def test_without_a_gradient_the_logits_stay() -> None:
+def test_without_a_gradient_the_logits_stay():
     case = LinearCase("no gradient", 3, 127, 16, reference="own", loss=(("kl_coef", 0.2),))
     arguments = loss_arguments(case, torch.bfloat16)
     with_gradient, without = loss_in_chunk(arguments), loss_in_chunk(arguments, gradient=False)
@@ -312,7 +312,7 @@ def test_without_a_gradient_the_logits_stay() -> None:
     assert all(torch.equal(x, with_gradient[name]) for name, x in without.items())
 
 
-def test_dropped_rows_may_hold_anything() -> None:
+def test_dropped_rows_may_hold_anything():
     arguments = loss_arguments(LinearCase("dropped", 6, 127, 16, mask="some"), torch.float32)
     expected = loss_in_chunk(arguments)
     for name in ("logits", "old_logprobs", "advantages"):
@@ -322,7 +322,7 @@ def test_dropped_rows_may_hold_anything() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
-def test_the_first_update_has_ratio_one_bit_for_bit(dtype: torch.dtype) -> None:
+def test_the_first_update_has_ratio_one_bit_for_bit(dtype):
     case = LinearCase("first update", 4, 700, 16, temperature=0.7, reference="own")
     arguments = loss_arguments(case, dtype)
     for ref_logits in (None, arguments["ref_logits"]):
@@ -334,7 +334,7 @@ def test_the_first_update_has_ratio_one_bit_for_bit(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("options", ["plain", "masked", "dual clip", "nothing kept"])
 @pytest.mark.parametrize("tokens", [0, 1, 1023, 3000])
-def test_token_losses(tokens: int, options: str, dtype: torch.dtype) -> None:
+def test_token_losses(tokens, options, dtype):
     random = torch.Generator().manual_seed(tokens)
     inputs = ("logprobs", "old_logprobs", "advantages", "entropy", "kl")
     drawn = [torch.randn(tokens, generator=random, dtype=torch.float64) for _ in inputs]
@@ -369,7 +369,7 @@ def test_token_losses(tokens: int, options: str, dtype: torch.dtype) -> None:
         assert_as_good(tested, same, truth, torch.float32)
 
 
-def test_a_term_with_coefficient_0_may_be_infinite() -> None:
+def test_a_term_with_coefficient_0_may_be_infinite():
     token_stats = torch.ones(8, 5, device=DEVICE)
     token_stats[1:3, 2] = math.inf
     loss, sums, _ = sum_tokens(token_stats, 0.0, 0.0, torch.tensor(2.0, device=DEVICE))
@@ -380,7 +380,7 @@ def test_a_term_with_coefficient_0_may_be_infinite() -> None:
 # Arguments
 
 
-def test_wrong_arguments_are_refused() -> None:
+def test_wrong_arguments_are_refused():
     logits, targets = torch.zeros(2, 8, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
     with pytest.raises(TypeError, match=r"logits has dtype torch.float64"):
         vocabulary_forward(logits.double(), targets, 1.0, None, None)

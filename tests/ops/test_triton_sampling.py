@@ -24,7 +24,7 @@ def uniform_kernel(stream, offset, out, seed):
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**31, -(2**31) - 5, 2**62 + 12345])
-def test_the_random_numbers_are_philox_s_bit_for_bit(seed: int) -> None:
+def test_the_random_numbers_are_philox_s_bit_for_bit(seed):
     stream = torch.tensor([0, 1, 2**32 - 1, 2**32, 2**63 - 1, -1], device=DEVICE)
     offset = torch.tensor([0, -7, 3, 2**40 + 9, 2**31, 2**63 - 1], device=DEVICE)
     out = torch.empty(6, device=DEVICE)
@@ -40,7 +40,7 @@ def positions(rows: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("vocabulary", [1, 2, 127, 1000, 50257, 151936])
-def test_the_token_is_the_oracle_s(vocabulary: int, dtype: torch.dtype) -> None:
+def test_the_token_is_the_oracle_s(vocabulary, dtype):
     rows = 2 if INTERPRETED else 64
     logits = 3 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(vocabulary))
     logits, (stream, offset) = logits.to(DEVICE, dtype), positions(rows)
@@ -55,7 +55,7 @@ def test_the_token_is_the_oracle_s(vocabulary: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
-def test_draws_follow_the_softmax() -> None:
+def test_draws_follow_the_softmax():
     draws = 300 if INTERPRETED else 200_000
     logits = torch.tensor([0.5, -math.inf, 1.0, -1.0, 0.0, 2.0, -math.inf], device=DEVICE)
     tokens, _ = sample_tokens(logits.expand(draws, -1), *positions(draws), 1.0, 3)
@@ -65,7 +65,7 @@ def test_draws_follow_the_softmax() -> None:
     assert abs(chi2 - 4) < 5 * math.sqrt(8) and not counts[~possible].any()
 
 
-def test_a_token_of_probability_zero_is_never_drawn() -> None:
+def test_a_token_of_probability_zero_is_never_drawn():
     stream = torch.arange(2_000_000)
     u = philox.uniform(5, stream, torch.zeros_like(stream))
     extreme = torch.stack((u.argmin(), u.argmax(), (u - 0.5).abs().argmin())).to(DEVICE)
@@ -80,7 +80,7 @@ def test_a_token_of_probability_zero_is_never_drawn() -> None:
             assert keep.gather(1, tokens.cpu()[:, None]).all() and logprobs.isfinite().all()
 
 
-def test_a_row_that_cannot_be_drawn_from_has_logprob_nan() -> None:
+def test_a_row_that_cannot_be_drawn_from_has_logprob_nan():
     logits = torch.zeros(5, 3000, device=DEVICE)
     logits[0, 2999], logits[1, 5], logits[2] = math.nan, math.inf, -math.inf
     tokens, logprobs = sample_tokens(logits, *positions(5), 1.0, 0)
@@ -89,7 +89,7 @@ def test_a_row_that_cannot_be_drawn_from_has_logprob_nan() -> None:
     assert sample_tokens(logits[:0], *positions(0), 1.0, 0)[0].shape == (0,)
 
 
-def test_a_draw_does_not_depend_on_other_rows() -> None:
+def test_a_draw_does_not_depend_on_other_rows():
     logits = 3 * torch.randn(4, 5000, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
     stream, offset = positions(4)
     tokens, logprobs = sample_tokens(logits, stream, offset, 0.9, 1)

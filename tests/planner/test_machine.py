@@ -11,9 +11,7 @@ TOTAL = 80 * 10**9
 
 
 @pytest.mark.parametrize(("others", "counted"), [(0, 0), (CONTEXT // 2, 0), (CONTEXT + 6 * 10**9, 6 * 10**9)])
-def test_what_other_processes_hold_of_a_gpu_is_not_there(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, others: int, counted: int
-) -> None:
+def test_what_other_processes_hold_of_a_gpu_is_not_there(monkeypatch, caplog, others, counted):
     ours = 3 * 10**9
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (TOTAL - others - ours, TOTAL))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: ours)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,7 +37,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def seven_billion(tmp_path_factory: pytest.TempPathFactory) -> Role:
+def seven_billion(tmp_path_factory):
     folder = directory(tmp_path_factory.mktemp("7b"), *ACTORS["7b"])
     size = Footprint(Policy(_outline(folder)), torch.bfloat16, cpu=False)
     return Role("actor", size, trains=True, weights=size.parameters)
@@ -50,9 +49,7 @@ def _outline(folder: str, dtype: torch.dtype = torch.bfloat16) -> PreTrainedMode
 
 @pytest.mark.parametrize(("gpus", "nodes"), [(1, 1), (8, 1), (8, 2)])
 @pytest.mark.parametrize("offload", ["none", "optimizer", "both"])
-def test_model_states_are_those_of_deepspeeds_estimator_at_stage_3(
-    seven_billion: Role, gpus: int, nodes: int, offload: str
-) -> None:
+def test_model_states_are_those_of_deepspeeds_estimator_at_stage_3(seven_billion, gpus, nodes, offload):
     zero = {
         "none": ZeroConfig(stage=3),
         "optimizer": ZeroConfig(stage=3, offload_optimizer="cpu"),
@@ -75,9 +72,7 @@ def test_model_states_are_those_of_deepspeeds_estimator_at_stage_3(
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("offload", ["none", "cpu"])
-def test_model_states_are_those_of_deepspeeds_estimator_at_stage_2(
-    seven_billion: Role, ranks: int, offload: str
-) -> None:
+def test_model_states_are_those_of_deepspeeds_estimator_at_stage_2(seven_billion, ranks, offload):
     config = Config(zero=ZeroConfig(stage=2, offload_optimizer=offload))  # type: ignore[arg-type]
     found = model_states(seven_billion, config, ranks)
     host, gpu = estimate_zero2_model_states_mem_needs(
@@ -89,7 +84,7 @@ def test_model_states_are_those_of_deepspeeds_estimator_at_stage_2(
 
 
 @pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
-def test_model_states_are_those_that_an_engine_holds(tmp_path: Path, stage: int, dtype: Any) -> None:
+def test_model_states_are_those_that_an_engine_holds(tmp_path, stage, dtype):
     """Gradients while microbatches are added up. At stage 2 they are DeepSpeed's estimate, a bf16 copy more."""
     (tmp_path / "small.json").write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 64}}))
     zero = ZeroConfig(stage=stage, deepspeed=str(tmp_path / "small.json") if stage else None)  # type: ignore[arg-type]
@@ -115,13 +110,13 @@ def test_model_states_are_those_that_an_engine_holds(tmp_path: Path, stage: int,
     assert sum(x.nbytes for x in engine.states()) == pytest.approx(planned.optimizer, rel=0.01)
 
 
-def test_gradients_at_stage_1_stay_on_the_gpu_where_the_optimizer_does_not(seven_billion: Role) -> None:
+def test_gradients_at_stage_1_stay_on_the_gpu_where_the_optimizer_does_not(seven_billion):
     config = Config(zero=ZeroConfig(stage=1, offload_optimizer="cpu"))
     found, trained = model_states(seven_billion, config, 8), seven_billion.size.trained
     assert found.gpu.gradients == 4 * trained and found.host.states == 16 * trained // 8
 
 
-def test_what_deepspeed_accumulates_counts_beside_what_its_offloaded_optimizer_is_handed(seven_billion: Role) -> None:
+def test_what_deepspeed_accumulates_counts_beside_what_its_offloaded_optimizer_is_handed(seven_billion):
     part, member = 4 * (seven_billion.size.trained // 8), seven_billion
 
     def beside(stage: Any, offload: Any) -> Places:
@@ -133,7 +128,7 @@ def test_what_deepspeed_accumulates_counts_beside_what_its_offloaded_optimizer_i
     assert beside(3, "nvme").host.total > part  # DeepSpeed adds up there, whatever the optimizer's states are on
 
 
-def test_nvme_takes_the_states_that_the_host_would(seven_billion: Role) -> None:
+def test_nvme_takes_the_states_that_the_host_would(seven_billion):
     on_host = model_states(seven_billion, Config(zero=ZeroConfig(stage=3, offload="cpu")), 8)
     on_nvme = model_states(seven_billion, Config(zero=ZeroConfig(stage=3, offload="nvme", nvme_path="/x")), 8)
     assert on_nvme.nvme == on_host.host and on_nvme.host.total == 0
@@ -142,7 +137,7 @@ def test_nvme_takes_the_states_that_the_host_would(seven_billion: Role) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_those_of_a_real_pass(tmp_path: Path, family: str, checkpointing: bool) -> None:
+def test_activations_are_those_of_a_real_pass(tmp_path, family, checkpointing):
     """Five layers and three sequences, extrapolated from at most two of each."""
     folder = tiny.saved(tmp_path, tiny.causal(family, num_hidden_layers=5))
     model = load_causal("actor.model", folder, None, None, torch.float32, CPU)
@@ -167,13 +162,13 @@ def test_activations_are_those_of_a_real_pass(tmp_path: Path, family: str, check
     assert flow.peak <= live.peak <= flow.peak + grads
 
 
-def test_parameters_tied_to_each_other_are_counted_once(tmp_path: Path) -> None:
+def test_parameters_tied_to_each_other_are_counted_once(tmp_path):
     tied = tiny.causal(tie_word_embeddings=True)
     size = Footprint(Policy(_outline(tiny.saved(tmp_path, tied))), torch.bfloat16, cpu=True)
     assert size.parameters == sum(p.numel() for p in tied.parameters())
 
 
-def test_with_adapters_only_they_have_gradients_and_states(tmp_path: Path) -> None:
+def test_with_adapters_only_they_have_gradients_and_states(tmp_path):
     model = _outline(tiny.saved(tmp_path, tiny.causal()))
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
     expected = sum(4 * (m.in_features + m.out_features) for m in linear.values())
@@ -188,7 +183,7 @@ def test_with_adapters_only_they_have_gradients_and_states(tmp_path: Path) -> No
     assert adapted.passes(2, 8, gradient=True).kept > 0
 
 
-def test_a_microbatch_is_as_large_as_packing_makes_it() -> None:
+def test_a_microbatch_is_as_large_as_packing_makes_it():
     config = Config()
     batch = Batch.of(replace(config, ppo=replace(config.ppo, batch_size=96, microbatch_tokens=9000)), ranks=2)
     lengths = torch.full((96,), batch.length)
@@ -196,7 +191,7 @@ def test_a_microbatch_is_as_large_as_packing_makes_it() -> None:
     assert batch.sequences == max(map(len, packed))
 
 
-def test_microbatches_of_text_count_where_they_are_larger_than_those_of_ppo(seven_billion: Role) -> None:
+def test_microbatches_of_text_count_where_they_are_larger_than_those_of_ppo(seven_billion):
     """They have a response token for each token, and 64 texts on 8 ranks fill microbatches that 16 responses do not."""
     config = Config(ppo=PPOConfig(batch_size=16, microbatch_tokens=4096), data=DataConfig(max_prompt_tokens=128))
     texts = replace(config, ptx=PtxConfig(coef=0.1, path="t", max_tokens=512))
@@ -211,13 +206,13 @@ def test_microbatches_of_text_count_where_they_are_larger_than_those_of_ppo(seve
     assert learning(replace(texts, ptx=replace(texts.ptx, batch_size=8, max_tokens=64))) == learning(config)
 
 
-def test_the_heads_workspace_does_not_grow_with_the_batch(seven_billion: Role) -> None:
+def test_the_heads_workspace_does_not_grow_with_the_batch(seven_billion):
     for tokens in (5_000, 50_000, 100_000):
         logits, _ = head_workspace(seven_billion.size, tokens, reference=True, gradient=False)
         assert GPU_WORKSPACE_BYTES / 8 < logits <= GPU_WORKSPACE_BYTES
 
 
-def test_what_a_stage_does_not_use_has_left_the_gpu(seven_billion: Role) -> None:
+def test_what_a_stage_does_not_use_has_left_the_gpu(seven_billion):
     frozen = Role("reference", seven_billion.size, trains=False, weights=seven_billion.weights)
     config = Config(optim=OptimConfig(activation_checkpointing=True))
     found = {(s.role, s.phase): s.places for s in shares([seven_billion, frozen], config, ranks=8)}

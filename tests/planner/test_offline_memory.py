@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +26,7 @@ SMALL, LARGE = Machine(1, 1, 24 * 10**9, 128 * 10**9), Machine(8, 1, 40 * 10**9,
 
 
 @pytest.fixture(scope="module")
-def seven_billion(tmp_path_factory: pytest.TempPathFactory) -> str:
+def seven_billion(tmp_path_factory):
     return directory(tmp_path_factory.mktemp("7b"), *ACTORS["7b"])
 
 
@@ -44,7 +43,7 @@ def held(found: Plan, phase: str = "learning") -> Bytes:
 
 
 @pytest.mark.parametrize("kind", COMMANDS)
-def test_zero_and_adapters_take_memory_away(seven_billion: str, kind: str) -> None:
+def test_zero_and_adapters_take_memory_away(seven_billion, kind):
     fixed = {"optim__activation_checkpointing": "true"}
     whole = make_plan(config_of(kind, seven_billion, **fixed), LARGE)
     assert held(whole).optimizer == pytest.approx(12 * 7.6e9 / 8, rel=0.1)
@@ -54,14 +53,14 @@ def test_zero_and_adapters_take_memory_away(seven_billion: str, kind: str) -> No
     assert held(adapted).optimizer < held(whole).optimizer / 50 and adapted.fits
 
 
-def test_only_a_language_model_has_logits_and_a_trained_head_alone_no_activations(seven_billion: str) -> None:
+def test_only_a_language_model_has_logits_and_a_trained_head_alone_no_activations(seven_billion):
     scored, written = (held(make_plan(config_of(kind, seven_billion), LARGE)) for kind in COMMANDS)
     assert written.workspace - scored.workspace > 2 * 8192 * 3584  # of the head: gradients of its states at least
     head = held(make_plan(config_of("pairs", seven_billion, model__train="head", keep_trunk_gb=0), LARGE))
     assert head.optimizer == 12 * 3584 // 8 and head.activations < scored.activations / 20
 
 
-def test_kept_prefixes_are_bounded_by_the_setting_and_by_the_examples_there_can_be(seven_billion: str) -> None:
+def test_kept_prefixes_are_bounded_by_the_setting_and_by_the_examples_there_can_be(seven_billion):
     def kept(**changes: Any) -> int:
         some, none = (
             held(make_plan(config_of("pairs", seven_billion, model__train="head", **more), LARGE)).buffers
@@ -76,9 +75,7 @@ def test_kept_prefixes_are_bounded_by_the_setting_and_by_the_examples_there_can_
 
 
 @pytest.mark.parametrize("kind", COMMANDS)
-def test_a_run_that_does_not_fit_is_told_what_to_change_in_its_own_settings(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
-) -> None:
+def test_a_run_that_does_not_fit_is_told_what_to_change_in_its_own_settings(tmp_path, capsys, kind):
     command, model = COMMANDS[kind], directory(tmp_path, *ACTORS["1.3b"])
     argv = ["--command", command.name, "--model.path", model, "--data.path", "x.jsonl"]
     machine = ["--gpus", "1", "--gpu-memory", "24GB", "--host-memory", "128GB"]
@@ -91,9 +88,7 @@ def test_a_run_that_does_not_fit_is_told_what_to_change_in_its_own_settings(
     config_of(kind, model, **dict(zip((name[2:] for name in change[::2]), change[1::2], strict=True)))
 
 
-def test_a_command_is_named_as_it_is_typed_or_as_its_script_is(
-    seven_billion: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_command_is_named_as_it_is_typed_or_as_its_script_is(seven_billion, capsys):
     argv = ["--model.path", seven_billion, "--data.path", "x.jsonl", "--gpus", "8", "--gpu-memory", "400GB"]
     shown = []
     for name in ("reward", "train_reward", "sft", "train_sft"):
@@ -106,9 +101,7 @@ def test_a_command_is_named_as_it_is_typed_or_as_its_script_is(
 
 
 @pytest.mark.parametrize("kind", COMMANDS)
-def test_training_is_refused_before_the_model_loads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
-) -> None:
+def test_training_is_refused_before_the_model_loads(tmp_path, monkeypatch, capsys, kind):
     """There is a config and no weights; the message of loading them would be another."""
     tiny.causal().config.save_pretrained(tmp_path / "model")
     argv = stage_runs.settings(tmp_path, kind, plan="check")
@@ -119,7 +112,7 @@ def test_training_is_refused_before_the_model_loads(
     assert "evaluation" in capsys.readouterr().out
 
 
-def test_a_run_that_fits_goes_through_with_its_plan_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_fits_goes_through_with_its_plan_shown(tmp_path, capsys):
     folder = stage_runs.prepare(tmp_path)
     argv = stage_runs.settings(folder, "pairs", plan="check", steps=1, eval__examples=4)
     train_reward.train(parse(argv, REWARD), start_world(1))
@@ -127,7 +120,7 @@ def test_a_run_that_fits_goes_through_with_its_plan_shown(tmp_path: Path, capsys
     assert (folder / "out/reward_model/model.safetensors").is_file()
 
 
-def test_the_plan_begins_from_a_reward_model_as_training_does(tmp_path: Path) -> None:
+def test_the_plan_begins_from_a_reward_model_as_training_does(tmp_path):
     classifier = tiny.classifier()
     found = make_plan(config_of("pairs", tiny.saved(tmp_path, classifier), optim__dtype="fp32"), LARGE)
     assert held(found).weights == sum(p.numel() * p.element_size() for p in classifier.parameters())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import tiny
@@ -26,7 +25,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> list[str]:
+def settings(tmp_path):
     model = tiny.saved(tmp_path / "model", tiny.causal())
     return ["--actor.model", model, "--rewards", REWARDS, "--data.path", "x.jsonl", "--ppo.microbatch_tokens", "4096"]
 
@@ -41,16 +40,14 @@ def run(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, 
     return code, out, err
 
 
-def test_a_run_that_fits_is_shown_role_by_role_and_stage_by_phase(
-    settings: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_fits_is_shown_role_by_role_and_stage_by_phase(settings, capsys):
     code, out, _ = run([*settings, "--gpus", "2", "--gpu-memory", "80GB", "--host-memory", "1TB"], capsys)
     assert code == 0
     for word in ("actor", "critic", "reference", "sampling", "feedback", "experience", "learning", "NVMe", "fits"):
         assert word in out
 
 
-def test_the_models_of_the_judge_are_counted_as_those_of_the_reward(settings: list[str], tmp_path: Path) -> None:
+def test_the_models_of_the_judge_are_counted_as_those_of_the_reward(settings, tmp_path):
     model = tiny.saved(tmp_path / "reward", tiny.classifier())
     judge = f'[{{"ensemble": ["{model}", "{model}"]}}, {{"function": "a:b"}}]'
     config = parse([*settings, "--rewards", f'[{{"model": "{model}"}}]', "--health.judge", judge])
@@ -61,9 +58,7 @@ def test_the_models_of_the_judge_are_counted_as_those_of_the_reward(settings: li
 
 
 @pytest.mark.slow
-def test_a_run_that_does_not_fit_exits_with_1_and_names_flags_that_make_it_fit(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_does_not_fit_exits_with_1_and_names_flags_that_make_it_fit(tmp_path, capsys):
     argv = [*preset(tmp_path, "1.3b"), "--zero.offload_optimizer", "none"]
     machine = ["--gpus", "1", "--gpu-memory", "24GB", "--host-memory", "128GB"]
     code, _, err = run([*argv, *machine], capsys)
@@ -74,9 +69,7 @@ def test_a_run_that_does_not_fit_exits_with_1_and_names_flags_that_make_it_fit(
     assert make_plan(parse([*argv, *change]), Machine(1, 1, 24 * 10**9, 128 * 10**9)).fits
 
 
-def test_gathered_weights_that_are_too_large_for_a_gpu_are_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_gathered_weights_that_are_too_large_for_a_gpu_are_named(tmp_path, capsys):
     machine = ["--gpus", "8", "--nodes", "2", "--gpu-memory", "80GB", "--host-memory", "2TB"]
     code, _, err = run([*preset(tmp_path, "70b"), *machine], capsys)
     assert code == 1
@@ -88,20 +81,18 @@ def test_gathered_weights_that_are_too_large_for_a_gpu_are_named(
     ("name", "gpus", "gpu", "host"),
     [("1.3b", 1, 24, 128), ("7b", 8, 40, 1000), ("13b", 8, 80, 1000), ("34b", 8, 80, 2000)],
 )
-def test_a_preset_fits_the_machine_it_is_for(tmp_path: Path, name: str, gpus: int, gpu: int, host: int) -> None:
+def test_a_preset_fits_the_machine_it_is_for(tmp_path, name, gpus, gpu, host):
     config = parse(preset(tmp_path, name), ranks=gpus)
     assert make_plan(config, Machine(gpus, 1, gpu * 10**9, host * 10**9)).fits
 
 
-def test_with_adapters_there_is_no_reference(settings: list[str]) -> None:
+def test_with_adapters_there_is_no_reference(settings):
     names = [m.name for m in measured_roles(parse([*settings, "--actor.lora.rank", "8"]), cpu=True)]
     assert names == ["actor", "critic"]
 
 
 @pytest.mark.slow
-def test_training_is_refused_where_it_cannot_fit(
-    settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_is_refused_where_it_cannot_fit(settings, monkeypatch, capsys):
     monkeypatch.setattr(check, "this_machine", lambda *args, **kwargs: Machine(1, 1, None, 2 * 10**8))
     config = parse(settings)
     with pytest.raises(check.PlanError, match=r"does not fit.*--plan warn"):
@@ -113,7 +104,7 @@ def test_training_is_refused_where_it_cannot_fit(
     assert capsys.readouterr().out == ""
 
 
-def test_a_model_that_is_not_there_gives_the_message_of_loading_it(tmp_path: Path) -> None:
+def test_a_model_that_is_not_there_gives_the_message_of_loading_it(tmp_path):
     config = Config()
     missing = replace(config, actor=replace(config.actor, model=str(tmp_path)))
     with pytest.raises(ModelError) as planned:
@@ -123,5 +114,5 @@ def test_a_model_that_is_not_there_gives_the_message_of_loading_it(tmp_path: Pat
     assert str(planned.value) == str(loaded.value)
 
 
-def test_amounts_of_memory() -> None:
+def test_amounts_of_memory():
     assert parse_bytes("80GB") == 80 * 10**9 and parse_bytes("1.5TiB") == 3 * 2**39 and parse_bytes("7") == 7

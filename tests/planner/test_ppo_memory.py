@@ -5,9 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,14 +60,14 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+def models(tmp_path_factory):
     """An actor and a reward model."""
     folder = tmp_path_factory.mktemp("models")
     return tiny.saved(folder / "actor", tiny.causal()), tiny.saved(folder / "reward", tiny.classifier())
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
+def world():
     return start_world(1)
 
 
@@ -106,7 +104,7 @@ def after_a_step(config: Config, world: World) -> Roles:
 
 
 @pytest.fixture
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def small(tmp_path, monkeypatch):
     """DeepSpeed's settings with a small reduce bucket, of which the plan is told."""
     (tmp_path / "small.json").write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 2_000}}))
     monkeypatch.setattr(memory, "REDUCE_BUCKET", 2_000)
@@ -140,9 +138,7 @@ def on_device(residency: Residency) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_in_each_stage_residency_keeps_what_the_plan_counts(
-    models: tuple[str, str], world: World, small: str, monkeypatch: pytest.MonkeyPatch, case: dict[str, Any]
-) -> None:
+def test_in_each_stage_residency_keeps_what_the_plan_counts(models, world, small, monkeypatch, case):
     move_on_the_cpu(monkeypatch)
     config = settings(models, case, small)
     roles, members, zero = after_a_step(config, world), measured_roles(config, cpu=False), config.zero
@@ -169,9 +165,7 @@ def test_in_each_stage_residency_keeps_what_the_plan_counts(
 
 
 @pytest.mark.parametrize("case", [CASES[i] for i in (1, 3, 5, 6, 8, 11, 13)], ids=str)
-def test_nothing_stays_after_a_step_that_the_plan_does_not_count(
-    models: tuple[str, str], world: World, small: str, monkeypatch: pytest.MonkeyPatch, case: dict[str, Any]
-) -> None:
+def test_nothing_stays_after_a_step_that_the_plan_does_not_count(models, world, small, monkeypatch, case):
     """Every tensor that is alive between two steps, on the CPU, where nothing moves."""
     monkeypatch.setattr(Footprint, "passes", nothing_passes)
     config = settings(models, case, small)
@@ -222,7 +216,7 @@ def alive() -> dict[int, int]:
 
 
 @pytest.fixture(scope="module")
-def seven_billion(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, list[Role]]:
+def seven_billion(tmp_path_factory):
     """The actor on a GPU, and on the CPU."""
     folder = directory(tmp_path_factory.mktemp("7b"), *ACTORS["7b"])
     model = fuse_head(outline(AutoModelForCausalLM, Source("actor.model", folder), torch.bfloat16))
@@ -238,9 +232,7 @@ def by_name(members: list[Role], config: Config, ranks: int = 8) -> dict[str, By
 STAGE_3 = Config(zero=ZeroConfig(stage=3), optim=OptimConfig(activation_checkpointing=True))
 
 
-def test_the_copy_to_sample_from_is_counted_where_it_stays(
-    seven_billion: dict[bool, list[Role]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_copy_to_sample_from_is_counted_where_it_stays(seven_billion, monkeypatch):
     monkeypatch.setattr(Footprint, "passes", nothing_passes)
     for cpu, members in seven_billion.items():
         size, found = members[0].size, by_name(members, STAGE_3)
@@ -256,9 +248,7 @@ def test_the_copy_to_sample_from_is_counted_where_it_stays(
         }
 
 
-def test_the_buffers_that_deepspeed_keeps_are_counted_of_each_role_where_they_do_not_leave(
-    seven_billion: dict[bool, list[Role]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_buffers_that_deepspeed_keeps_are_counted_of_each_role_where_they_do_not_leave(seven_billion, monkeypatch):
     monkeypatch.setattr(Footprint, "passes", nothing_passes)
     actor = seven_billion[False][0]
     both = [actor, replace(actor, name="critic")]
@@ -277,8 +267,8 @@ def test_the_buffers_that_deepspeed_keeps_are_counted_of_each_role_where_they_do
 
 
 def test_gradients_are_counted_for_each_role_while_it_learns_and_on_the_cpu_wherever_they_are_kept(
-    seven_billion: dict[bool, list[Role]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    seven_billion, monkeypatch
+):
     monkeypatch.setattr(Footprint, "passes", nothing_passes)
     for cpu, (actor,) in seven_billion.items():
         both, trained = [actor, replace(actor, name="critic")], actor.size.trained
@@ -293,7 +283,7 @@ def test_gradients_are_counted_for_each_role_while_it_learns_and_on_the_cpu_wher
             assert found == [resting, resting, resting, 2 * each]
 
 
-def test_an_evaluation_that_is_larger_than_a_step_is_what_counts(seven_billion: dict[bool, list[Role]]) -> None:
+def test_an_evaluation_that_is_larger_than_a_step_is_what_counts(seven_billion):
     size = seven_billion[False][0].size
     members = [
         *seven_billion[False],
@@ -314,7 +304,7 @@ def test_an_evaluation_that_is_larger_than_a_step_is_what_counts(seven_billion: 
     assert large["learning"] == step["learning"]
 
 
-def test_all_responses_of_a_rank_are_scored_together(seven_billion: dict[bool, list[Role]]) -> None:
+def test_all_responses_of_a_rank_are_scored_together(seven_billion):
     """However many minibatches they are learned from in."""
     size = seven_billion[False][0].size
     reward = Role("reward 1", size, trains=False, weights=size.parameters)
@@ -328,7 +318,7 @@ def test_all_responses_of_a_rank_are_scored_together(seven_billion: dict[bool, l
     assert found[0]["learning"].activations > found[1]["learning"].activations
 
 
-def test_what_prefixs_handed_up_is_counted_of_each_role(tmp_path: Path) -> None:
+def test_what_prefixs_handed_up_is_counted_of_each_role(tmp_path):
     model = fuse_head(
         outline(AutoModelForCausalLM, Source("actor.model", tiny.saved(tmp_path, tiny.causal())), torch.float32)
     )
@@ -345,7 +335,7 @@ def test_what_prefixs_handed_up_is_counted_of_each_role(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def kept_states(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+def kept_states(monkeypatch):
     """Of how many sequences prefix states are kept anywhere."""
     made, there = PrefixStates.__init__, weakref.WeakSet[PrefixStates]()
 
@@ -357,9 +347,7 @@ def kept_states(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     return lambda: sum(len(kept) for states in there for kept in states._states.values())
 
 
-def test_prefix_states_are_gone_once_a_batch_is_learned_from(
-    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch, kept_states: Callable[[], int]
-) -> None:
+def test_prefix_states_are_gone_once_a_batch_is_learned_from(tmp_path, world, monkeypatch, kept_states):
     folder, found = whole_runs.prepare(tmp_path), []
     log_step, sample = train.log_step, InProcess.sample
 
@@ -389,9 +377,7 @@ def test_prefix_states_are_gone_once_a_batch_is_learned_from(
     assert [(what, count) for what, count in found if what != "learned" and count] == []
 
 
-def test_an_evaluation_keeps_the_prefix_states_of_one_microbatch(
-    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch, kept_states: Callable[[], int]
-) -> None:
+def test_an_evaluation_keeps_the_prefix_states_of_one_microbatch(tmp_path, world, monkeypatch, kept_states):
     folder, found = whole_runs.prepare(tmp_path), []
     own = evaluation.token_stats
 

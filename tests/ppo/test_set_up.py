@@ -22,12 +22,12 @@ Start = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     return whole_runs.prepare(stage_runs.prepare(tmp_path_factory.mktemp("set_up")))
 
 
 @pytest.fixture
-def start(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+def start(folder, tmp_path, monkeypatch):
     """Starts a command where an earlier run has left its folder."""
     monkeypatch.setattr("fastppo.models.loading.weights._load_whole", lambda *_: pytest.fail("weights are read"))
     output = tmp_path / "run"
@@ -63,9 +63,7 @@ def check_refusal(start: Start, tmp_path: Path, words: str, command: str, **chan
         ("COLUMN", "has no column runs/none/x.jsonl"),
     ],
 )
-def test_what_is_not_there_is_missed_before_an_earlier_run_is_moved_aside(
-    start: Start, tmp_path: Path, command: str, setting: str, words: str
-) -> None:
+def test_what_is_not_there_is_missed_before_an_earlier_run_is_moved_aside(start, tmp_path, command, setting, words):
     names = {
         "MODEL": "actor__model" if command == "ppo" else "model__path",
         "COLUMN": "data__column" if command == "ppo" else "data__prompt",
@@ -86,13 +84,13 @@ def test_what_is_not_there_is_missed_before_an_earlier_run_is_moved_aside(
         ({"eval__prompts": 41}, "40 usable prompts"),
     ],
 )
-def test_so_is_what_stands_beside_the_actor(start: Start, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+def test_so_is_what_stands_beside_the_actor(start, tmp_path, changes, words):
     check_refusal(start, tmp_path, words, "ppo", **changes)
 
 
 @pytest.mark.parametrize("command", ["ppo", "pairs", "answers"])
 @pytest.mark.parametrize("resume", ["null", "auto"])
-def test_so_is_a_folder_that_another_run_is_in(start: Start, tmp_path: Path, command: str, resume: str) -> None:
+def test_so_is_a_folder_that_another_run_is_in(start, tmp_path, command, resume):
     with open(tmp_path / "run" / "run.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(FastPPOError, match="is in use by another run"):
@@ -100,15 +98,13 @@ def test_so_is_a_folder_that_another_run_is_in(start: Start, tmp_path: Path, com
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["metrics.jsonl", "run", "run.lock"]
 
 
-def test_a_classifier_with_two_labels_starts_no_reward_model(start: Start, tmp_path: Path, folder: Path) -> None:
+def test_a_classifier_with_two_labels_starts_no_reward_model(start, tmp_path, folder):
     path = tiny.saved(folder / "two", tiny.classifier(labels=2))
     check_refusal(start, tmp_path, "model.path = .* has 2 labels", "pairs", model__path=path, plan="warn")
 
 
 @pytest.mark.parametrize("command", ["ppo", "pairs", "answers"])
-def test_texts_with_tokens_that_the_model_has_no_embedding_of_are_refused(
-    start: Start, tmp_path: Path, folder: Path, command: str
-) -> None:
+def test_texts_with_tokens_that_the_model_has_no_embedding_of_are_refused(start, tmp_path, folder, command):
     path = tiny.saved(folder / "few", tiny.causal(vocab_size=50))
     setting = "actor__model" if command == "ppo" else "model__path"
     words = r"data.path: a text contains token \d+ \('.'\), and (actor.model|model.path) = .* of 50 tokens only"

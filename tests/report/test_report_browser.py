@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
-from browser import Page, browser, chromium
+from browser import browser, chromium
 from made_up_run import write_run
 
 from fastppo.report.__main__ import write_report
@@ -15,7 +12,7 @@ pytestmark = pytest.mark.skipif(chromium() is None, reason="there is no Chromium
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     one, other = write_run(folder / "hacked"), write_run(folder / "sound", 40, seed=1, hacked=False)
     name = "qwen2_5_7b_instruct_helpful_ppo_lr1e6_kl002_seed"
@@ -26,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tab(folder: Path) -> Iterator[Page]:
+def tab(folder):
     with browser(folder / "profile") as page:
         yield page
 
@@ -34,9 +31,7 @@ def tab(folder: Path) -> Iterator[Page]:
 @pytest.mark.parametrize("report", ["one", "two"])
 @pytest.mark.parametrize("width", [360, 800, 1280])
 @pytest.mark.parametrize("dark", [False, True])
-def test_it_opens_without_a_word_in_the_console_and_fits(
-    report: str, width: int, dark: bool, folder: Path, tab: Page
-) -> None:
+def test_it_opens_without_a_word_in_the_console_and_fits(report, width, dark, folder, tab):
     tab.open(folder / f"{report}.html", width=width, dark=dark)
     assert tab.errors() == []
     assert [url.partition(":")[0] for url in tab.requests()] == ["file"]
@@ -46,13 +41,13 @@ def test_it_opens_without_a_word_in_the_console_and_fits(
 
 
 @pytest.mark.parametrize("width", [360, 800])
-def test_names_of_any_length_fit(width: int, folder: Path, tab: Page) -> None:
+def test_names_of_any_length_fit(width, folder, tab):
     tab.open(folder / "long.html", width=width)
     tab.js("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
     assert tab.js("document.documentElement.scrollWidth") == width
 
 
-def test_a_phone_shows_every_cell_of_an_alarm(folder: Path, tab: Page) -> None:
+def test_a_phone_shows_every_cell_of_an_alarm(folder, tab):
     tab.open(folder / "one.html", width=360)
     assert tab.js("document.querySelector('.scroll').scrollWidth <= document.querySelector('.scroll').clientWidth")
     cells = "[...document.querySelectorAll('.alarms td')]"
@@ -62,7 +57,7 @@ def test_a_phone_shows_every_cell_of_an_alarm(folder: Path, tab: Page) -> None:
 
 
 @pytest.mark.parametrize("width", [800, 1280])
-def test_tiles_and_large_charts_fill_their_rows(width: int, folder: Path, tab: Page) -> None:
+def test_tiles_and_large_charts_fill_their_rows(width, folder, tab):
     tab.open(folder / "one.html", width=width)
     for row in (".tiles", ".grid.large"):
         rights = tab.js(LAST_OF_ROWS % row)
@@ -81,7 +76,7 @@ LAST_OF_ROWS = """(() => {
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_its_texts_have_contrast(dark: bool, folder: Path, tab: Page) -> None:
+def test_its_texts_have_contrast(dark, folder, tab):
     """Each text against what is behind it, tokens on the colours of their advantage among them: 4.5 (WCAG 2, AA)."""
     tab.open(folder / "two.html", width=1280, dark=dark)
     assert tab.js(LEAST_CONTRAST) >= 4.5
@@ -115,7 +110,7 @@ LEAST_CONTRAST = """(() => {
 KEY = "document.querySelector('#chart0 .key').innerText"
 
 
-def test_the_pointer_shows_the_values_under_it(folder: Path, tab: Page) -> None:
+def test_the_pointer_shows_the_values_under_it(folder, tab):
     tab.open(folder / "one.html", width=1280)
     still = tab.js(KEY)
     assert "last" in still
@@ -127,7 +122,7 @@ def test_the_pointer_shows_the_values_under_it(folder: Path, tab: Page) -> None:
     assert tab.errors() == []
 
 
-def test_arrow_keys_walk_along_a_chart_and_say_its_values(folder: Path, tab: Page) -> None:
+def test_arrow_keys_walk_along_a_chart_and_say_its_values(folder, tab):
     tab.open(folder / "two.html", width=360)
     tab.js("document.querySelector('#chart0 .plot').focus()")
     for name in ("Home", "ArrowRight", "ArrowRight"):
@@ -138,7 +133,7 @@ def test_arrow_keys_walk_along_a_chart_and_say_its_values(folder: Path, tab: Pag
     assert tab.errors() == []
 
 
-def test_the_theme_can_be_chosen_and_is_remembered(folder: Path, tab: Page) -> None:
+def test_the_theme_can_be_chosen_and_is_remembered(folder, tab):
     tab.open(folder / "one.html", width=1280, dark=True)
     paper = "getComputedStyle(document.documentElement).backgroundColor"
     tab.js("document.getElementById('theme').click()")
@@ -149,7 +144,7 @@ def test_the_theme_can_be_chosen_and_is_remembered(folder: Path, tab: Page) -> N
     tab.js("localStorage.clear()")
 
 
-def test_a_tap_on_a_token_says_its_advantage(folder: Path, tab: Page) -> None:
+def test_a_tap_on_a_token_says_its_advantage(folder, tab):
     tab.open(folder / "one.html", width=360)
     tab.js("document.querySelector('.words .p1').click()")
     assert "advantage +" in tab.js("document.querySelector('.token').textContent")

@@ -20,7 +20,7 @@ from fastppo.report.plot import Charts, Line
 from fastppo.report.titles import Quantity, quantity
 
 
-def test_thinning_keeps_every_peak_and_every_gap() -> None:
+def test_thinning_keeps_every_peak_and_every_gap():
     y: list[float | None] = [math.sin(i) for i in range(50_000)]
     y[12_345], y[40_000] = 99.0, -99.0
     y[20_000:21_000] = [None] * 1000
@@ -30,7 +30,7 @@ def test_thinning_keeps_every_peak_and_every_gap() -> None:
     assert any(y is None and 20_000 <= x < 21_000 for x, y in zip(found.x, found.y, strict=True))
 
 
-def test_smoothing_is_the_mean_of_the_neighbours_that_there_are() -> None:
+def test_smoothing_is_the_mean_of_the_neighbours_that_there_are():
     found = smooth(Curve(range(6), [0.0, 3.0, 6.0, None, None, None]), window=3)
     assert found.y == [1.5, 3.0, 4.5, 6.0, None, None]
 
@@ -39,7 +39,7 @@ def test_smoothing_is_the_mean_of_the_neighbours_that_there_are() -> None:
     ("low", "high", "expected"),
     [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0.13, 0.31, [0.15, 0.2, 0.25, 0.3]), (-7, 9, [-5, 0, 5])],
 )
-def test_ticks_are_round_and_within_the_axis(low: float, high: float, expected: list[float]) -> None:
+def test_ticks_are_round_and_within_the_axis(low, high, expected):
     assert ticks(low, high) == pytest.approx(expected)
     assert ticks(0, 2, 5, whole=True) == [0, 1, 2]
 
@@ -47,24 +47,24 @@ def test_ticks_are_round_and_within_the_axis(low: float, high: float, expected: 
 @pytest.mark.parametrize(
     "values", [[0.0], [5.0, 5.0], [-1e-9, 1e-9], [1e6, 1e6 + 1], [3.0, math.pi * 1e5], [0.0, 5e-324], [-1e100, 1e100]]
 )
-def test_an_axis_holds_its_values_and_has_ticks(values: list[float]) -> None:
+def test_an_axis_holds_its_values_and_has_ticks(values):
     low, high = span(values)
     assert low < min(values) and max(values) < high
     assert 2 <= len([t for t in ticks(low, high) if low <= t <= high]) <= 9
 
 
-def test_numbers_and_times_are_written_as_people_write_them() -> None:
+def test_numbers_and_times_are_written_as_people_write_them():
     written = [number(x) for x in (0, 0.5, -0.12345, 1234.5, 2e7, 1.5e-4, math.nan, None)]
     assert written == ["0", "0.5", "\u22120.1235", "1,234", "2e7", "1.5e\u22124", "—", "—"]
     assert [short_number(x) for x in (0, 950, 10_000, 2500)] == ["0", "950", "10k", "2.5k"]
     assert [duration(s) for s in (3.21, 235, 7384)] == ["3.21 s", "3 min 55 s", "2 h 3 min"]
 
 
-def test_a_chart_without_a_point_is_none() -> None:
+def test_a_chart_without_a_point_is_none():
     assert Charts().draw(Quantity("t"), [Line("a", Curve([1.0], [None]))]) == ""
 
 
-def test_points_without_a_neighbour_are_dots_in_both_runs() -> None:
+def test_points_without_a_neighbour_are_dots_in_both_runs():
     one, other = Curve([1.0], [2.0]), Curve([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [2.0, None, 3.0, None, 5.0, 6.0])
     html = Charts().draw(Quantity("t"), [Line("a", one, 0), Line("b", other, 1)])
     dots = dict(re.findall(r'class="lone run(\d)" d="([^"]+)"', html))
@@ -75,7 +75,7 @@ def test_points_without_a_neighbour_are_dots_in_both_runs() -> None:
 
 @pytest.mark.parametrize("low", [-math.inf, 0.0])
 @pytest.mark.parametrize("high", [math.inf, 1.0])
-def test_an_axis_stays_within_what_is_possible_and_still_holds_its_values(low: float, high: float) -> None:
+def test_an_axis_stays_within_what_is_possible_and_still_holds_its_values(low, high):
     charts = Charts()
     for ys in ([0.0, 0.5, 1.0], [1.0], [0.0], [-0.1, 1.1]):
         charts.draw(Quantity("t", "", low, high), [Line("a", Curve(range(len(ys)), ys))])
@@ -99,7 +99,7 @@ def metrics_of_the_trainer() -> list[str]:
     return [name for name in found if not name.endswith(("_low", "_high", "_error"))] + ["sampler_error"]
 
 
-def test_every_metric_of_the_trainer_has_a_title_and_a_note() -> None:
+def test_every_metric_of_the_trainer_has_a_title_and_a_note():
     names = metrics_of_the_trainer()
     assert {"score/1", "epoch2/approx_kl", "ptx_loss", "health/kl_exact", "eval/accuracy"} <= set(names)
     assert [name for name in names if not quantity(name).note] == []
@@ -108,5 +108,5 @@ def test_every_metric_of_the_trainer_has_a_title_and_a_note() -> None:
         assert len({quantity(name)[:2] for name in own}) == len(own)
 
 
-def test_a_metric_that_is_not_known_goes_by_its_name() -> None:
+def test_a_metric_that_is_not_known_goes_by_its_name():
     assert quantity("eval/my_own") == quantity("health/my_own") == Quantity("My own")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from fastppo.report.__main__ import main, write_report
 from fastppo.report.page import page
 
 
-def test_a_run_that_is_being_written_is_shown_as_far_as_it_is(tmp_path: Path) -> None:
+def test_a_run_that_is_being_written_is_shown_as_far_as_it_is(tmp_path):
     folder = write_run(tmp_path / "run", 20, planned=50)
     for name in ("metrics", "responses", "alarms"):
         path = folder / f"{name}.jsonl"
@@ -24,12 +23,12 @@ def test_a_run_that_is_being_written_is_shown_as_far_as_it_is(tmp_path: Path) ->
     assert "20 of 50 steps" in Parsed(page(runs(folder))).text
 
 
-def test_a_run_that_has_just_begun_has_a_report(tmp_path: Path) -> None:
+def test_a_run_that_has_just_begun_has_a_report(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     assert "No step has been recorded yet." in Parsed(page(runs(tmp_path))).text
 
 
-def test_numbers_that_were_not_finite_are_gaps(tmp_path: Path) -> None:
+def test_numbers_that_were_not_finite_are_gaps(tmp_path):
     values = [1, 2, None, 3, None, 4, 5]
     lines = "".join(json.dumps({"step": i + 1, "score": y, "kl": None}) + "\n" for i, y in enumerate(values))
     (tmp_path / "metrics.jsonl").write_text(lines)
@@ -39,7 +38,7 @@ def test_numbers_that_were_not_finite_are_gaps(tmp_path: Path) -> None:
     assert "KL to the reference</b>" not in html
 
 
-def test_a_long_run_makes_a_small_file(tmp_path: Path) -> None:
+def test_a_long_run_makes_a_small_file(tmp_path):
     folder = write_run(tmp_path / "long", 200)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines = (json.dumps(records[n % len(records)] | {"step": n}) for n in range(10_000))
@@ -83,9 +82,7 @@ def without(record: dict[str, Any], name: str) -> str:
         ("reliability", '{"pairs": 3}', "this has no number as its predicted"),
     ],
 )
-def test_a_damaged_line_is_named(
-    name: str, line: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_line_is_named(name, line, words, tmp_path, capsys):
     bins = {"pairs": 0, "predicted": None, "observed": None, "observed_low": 0, "observed_high": 1}
     sound = {"metrics": [{"step": 1}], "alarms": [ALARM], "responses": [HELD, TRAINED], "reliability": [bins]}
     for file, records in sound.items():
@@ -100,7 +97,7 @@ def test_a_damaged_line_is_named(
 
 
 @pytest.mark.parametrize("number", ["Infinity", "-Infinity", "NaN", "1e999", "9" * 400, "1e101"])
-def test_numbers_without_bounds_are_gaps_wherever_they_stand(number: str, tmp_path: Path) -> None:
+def test_numbers_without_bounds_are_gaps_wherever_they_stand(number, tmp_path):
     names = ("score", "kl", "health/judge", "time/step")
     lines = {
         "metrics": [{"step": 1, "x": "X"} | dict.fromkeys(names, 1), {"step": 2} | dict.fromkeys(names, "X")],
@@ -115,7 +112,7 @@ def test_numbers_without_bounds_are_gaps_wherever_they_stand(number: str, tmp_pa
     assert "inf" not in parsed.text.lower() and "x" not in [title.lower() for title in charts(parsed)]
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(RunFolderError, match=r"none is not a folder\. Give the folder of a run"):
         runs(tmp_path / "none")
     with pytest.raises(RunFolderError, match=r"is not the folder of a run: it has no metrics\.jsonl"):

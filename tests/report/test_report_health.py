@@ -6,7 +6,6 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,16 +21,16 @@ from fastppo.report.tiles import ending
 
 
 @pytest.fixture(scope="module")
-def hacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def hacked(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("runs") / "hacked")
 
 
 @pytest.fixture(scope="module")
-def shown(hacked: Path) -> Parsed:
+def shown(hacked):
     return Parsed(page(runs(hacked)))
 
 
-def test_an_alarm_that_stays_on_is_one_and_one_that_comes_back_another() -> None:
+def test_an_alarm_that_stays_on_is_one_and_one_that_comes_back_another():
     steps = [*range(100, 251, 10), 261]
     alarm = {"figure": "entropy", "value": 1, "threshold": 2, "level": "warn", "action": None, "message": ""}
     alarms = [{"step": n} | alarm for n in steps]
@@ -41,7 +40,7 @@ def test_an_alarm_that_stays_on_is_one_and_one_that_comes_back_another() -> None
     assert [e.when for e in episodes(long)] == ["steps 100 to 261"]
 
 
-def test_alarms_that_follow_each_other_are_one(hacked: Path, shown: Parsed) -> None:
+def test_alarms_that_follow_each_other_are_one(hacked, shown):
     first, second = episodes(runs(hacked)[0])
     assert (first.first, first.last, first.figure, first.level) == (30, 50, "distinct_2", "warn")
     assert (second.when, second.action, second.threshold) == ("step 60", "stop", 0.5)
@@ -70,16 +69,14 @@ def watched(figure: str, values: Sequence[float | None], **settings: Any) -> Run
         ("length_correlation", [0.1], (0.7, -0.7), "▲ warns beyond ±0.7"),
     ],
 )
-def test_the_standing_level_is_told_in_the_figures_own_unit(
-    figure: str, values: list[float | None], ys: tuple[float, ...], text: str
-) -> None:
+def test_the_standing_level_is_told_in_the_figures_own_unit(figure, values, ys, text):
     [level] = levels([watched(figure, values)], figure)
     assert level.ys == pytest.approx(ys)
     assert (level.level, level.text) == ("warn", text)
 
 
 @pytest.mark.parametrize("figure", ["entropy", "judge"])
-def test_a_level_that_is_not_known_yet_or_never_is_not_told(figure: str) -> None:
+def test_a_level_that_is_not_known_yet_or_never_is_not_told(figure):
     short = watched(figure, [1.0, 2.0])
     assert levels([short], figure) == []
     alarm = {"step": 2, "figure": figure, "value": 1, "threshold": 0.3, "level": "warn", "action": None, "message": ""}
@@ -87,7 +84,7 @@ def test_a_level_that_is_not_known_yet_or_never_is_not_told(figure: str) -> None
     assert (level.ys, level.text) == ((0.3,), "▲ warns below 0.3")
 
 
-def test_settings_add_levels_and_take_the_standing_ones_place() -> None:
+def test_settings_add_levels_and_take_the_standing_ones_place():
     def told(*alarms: dict[str, Any]) -> list[str]:
         run = watched("entropy", [2.0], window=1, alarms=[{"figure": "entropy"} | alarm for alarm in alarms])
         return [level.text for level in levels([run], "entropy")]
@@ -99,12 +96,12 @@ def test_settings_add_levels_and_take_the_standing_ones_place() -> None:
     assert levels([replace(watched("entropy", [2.0] * 3), settings={})], "entropy") == []
 
 
-def test_two_runs_have_each_its_level() -> None:
+def test_two_runs_have_each_its_level():
     [level] = levels([watched("entropy", [2.0] * 3), watched("entropy", [3.0] * 3)], "entropy")
     assert (level.ys, level.text) == ((1.0, 1.5), "▲ warns below 1 or 1.5")
 
 
-def test_a_healthy_chart_shows_a_level_that_is_near_and_tells_one_that_is_far() -> None:
+def test_a_healthy_chart_shows_a_level_that_is_near_and_tells_one_that_is_far():
     near = page([watched("length_correlation", [0.1, -0.2, 0.1])])
     assert near.count('class="level warn"') == 2 and "▲ warns beyond ±0.7" in near
     far = page([watched("kl_sequence", [0.1, 0.2, 0.3])])
@@ -120,7 +117,7 @@ def stopped(action: str, steps: int, *alarm_steps: int, roll_backs: int = 1) -> 
     return Run("made up", {"health.roll_backs": roll_backs}, metrics=[{"step": steps, "score": 1}], alarms=alarms)
 
 
-def test_a_run_that_an_alarm_ended_says_so_at_the_top(tmp_path: Path) -> None:
+def test_a_run_that_an_alarm_ended_says_so_at_the_top(tmp_path):
     html = page(runs(write_run(tmp_path / "hacked")))
     top = html.partition("<nav")[0]
     assert '<a href="#alarm-0-1">■ Ended by an alarm of judge_gap at step 60</a>' in top
@@ -139,7 +136,7 @@ def test_a_run_that_an_alarm_ended_says_so_at_the_top(tmp_path: Path) -> None:
         (stopped("roll_back", 20, 30, 50, roll_backs=2), None),
     ],
 )
-def test_only_an_alarm_that_ends_a_run_is_said_to_have(run: Run, ended: int | None) -> None:
+def test_only_an_alarm_that_ends_a_run_is_said_to_have(run, ended):
     found = ending(run)
     assert (found[1].last if found else None) == ended
     assert ("Ended by an alarm" in page([run])) == (ended is not None)
@@ -172,35 +169,35 @@ def marked(judge: Callable[[float], float], runs: int = 100, steps: int = 36) ->
 @pytest.mark.parametrize(
     "judge", [lambda done: 0.0, lambda done: min(2 * done, 1.0), lambda done: done], ids=["flat", "plateau", "rising"]
 )
-def test_a_judge_that_did_not_turn_is_marked_in_two_runs_of_a_hundred_at_most(judge: Callable[[float], float]) -> None:
+def test_a_judge_that_did_not_turn_is_marked_in_two_runs_of_a_hundred_at_most(judge):
     assert marked(judge) <= 0.02
 
 
 @pytest.mark.parametrize("peak", [0.3, 0.5, 0.7])
-def test_a_judge_that_falls_by_several_deviations_is_marked(peak: float) -> None:
+def test_a_judge_that_falls_by_several_deviations_is_marked(peak):
     assert marked(lambda done: min(done / peak, 1) - 0.65 * max(done - peak, 0) / (1 - peak)) >= 0.95
 
 
-def test_a_judge_that_turns_with_its_score_is_not_marked() -> None:
+def test_a_judge_that_turns_with_its_score_is_not_marked():
     hill = [float(min(n, 36 - n)) for n in range(36)]
     assert turning_point(judged(hill, list(range(36))))
     assert turning_point(judged(hill, hill)) == []
 
 
-def test_a_fall_of_few_steps_is_not_marked() -> None:
+def test_a_fall_of_few_steps_is_not_marked():
     """Seven steps that all fall would be sure enough."""
     hill = [float(min(n, 60 - n)) for n in range(38)]
     assert turning_point(judged(hill, list(range(38))))
     assert turning_point(judged(hill[:36], list(range(36)))) == []
 
 
-def test_the_turning_point_is_where_the_judge_was_highest(tmp_path: Path) -> None:
+def test_the_turning_point_is_where_the_judge_was_highest(tmp_path):
     [(place, sentence)] = turning_point(runs(write_run(tmp_path / "hacked"))[0])
     assert 1.5 < place < 2.8  # the made-up judge is highest in the middle, at sqrt(12 * 0.5^1.4) = 2.1
     assert "the judge was highest at" in sentence
 
 
-def test_a_run_without_judge_alarms_or_health_has_no_empty_charts(tmp_path: Path) -> None:
+def test_a_run_without_judge_alarms_or_health_has_no_empty_charts(tmp_path):
     parsed = Parsed(page(runs(write_run(tmp_path / "plain", 12, health=False))))
     assert "health" not in [a["id"] for a in parsed.all("section")]
     titles = [chart["title"] for chart in json.loads(parsed.data).values()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 from made_up_run import write_run, write_stage
@@ -16,13 +15,13 @@ MODEL = ModelConfig("a-model", lr=1e-4)
 
 
 @pytest.fixture(scope="module")
-def reward(tmp_path_factory: pytest.TempPathFactory) -> str:
+def reward(tmp_path_factory):
     config = RewardTrainingConfig(model=MODEL, data=PairsConfig("pairs.jsonl"), patience=None)
     return page(runs(write_stage(tmp_path_factory.mktemp("runs") / "reward", config)))
 
 
 @pytest.fixture(scope="module")
-def sft(tmp_path_factory: pytest.TempPathFactory) -> str:
+def sft(tmp_path_factory):
     return page(runs(write_stage(tmp_path_factory.mktemp("runs") / "sft", SFTConfig(model=MODEL, epochs=3))))
 
 
@@ -35,15 +34,13 @@ def tiles(html: str) -> list[tuple[str, str]]:
     return [(title, re.sub("<[^>]+>", "", told)) for title, told in found]
 
 
-def test_bold_settings_are_those_that_differ_from_the_defaults_of_the_runs_command(
-    reward: str, sft: str, tmp_path: Path
-) -> None:
+def test_bold_settings_are_those_that_differ_from_the_defaults_of_the_runs_command(reward, sft, tmp_path):
     assert bold(reward) == ["patience", "path", "lr", "path"]
     assert bold(sft) == ["epochs", "path", "lr"]
     assert "batch_size" not in bold(page(runs(write_run(tmp_path / "ppo", 3))))
 
 
-def test_a_stage_has_tiles_of_its_own_and_none_that_is_empty(reward: str, sft: str) -> None:
+def test_a_stage_has_tiles_of_its_own_and_none_that_is_empty(reward, sft):
     loss, rate, took = ("Loss, held-out", "0.7 → 0.5 nats"), ("Learning rate", "9.17e−5 → 0"), ("Time", "18 s")
     accuracy, calibration = ("Accuracy, held-out", "0.5 → 0.8 95%: 0.74 to 0.84"), ("Calibration error", "0.05 → 0.05")
     assert tiles(reward) == [loss, accuracy, calibration, rate, took]
@@ -51,7 +48,7 @@ def test_a_stage_has_tiles_of_its_own_and_none_that_is_empty(reward: str, sft: s
     assert "Alarm" not in Parsed(sft).text and "—" not in Parsed(sft).text
 
 
-def test_intervals_are_bars_and_not_charts(reward: str) -> None:
+def test_intervals_are_bars_and_not_charts(reward):
     found = charts(Parsed(reward))
     learning = ["Loss", "Accuracy", "Calibration", "Calibration error", "Score of chosen answers"]
     learning += ["Score of rejected answers", "Gradient norm", "Learning rate", "Spread of scores", "Skipped updates"]
@@ -66,7 +63,7 @@ def test_intervals_are_bars_and_not_charts(reward: str) -> None:
         assert (low - y) / (y - high) == pytest.approx(1.5, abs=0.1)
 
 
-def test_calibration_is_a_chart_of_the_bins_that_have_pairs(reward: str, sft: str) -> None:
+def test_calibration_is_a_chart_of_the_bins_that_have_pairs(reward, sft):
     chart = charts(Parsed(reward))["Calibration"]
     [line] = chart["lines"]
     assert chart["x"] == "predicted probability" and chart["range"] == [0.5, 1.0]

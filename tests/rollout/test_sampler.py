@@ -21,7 +21,7 @@ from fastppo.config import Config, RolloutConfig, SamplingConfig
 from fastppo.config.command_line import parse
 from fastppo.data.batch import Prompts, Rollout, pack
 from fastppo.distributed.residency import Residency
-from fastppo.distributed.world import World, start_world
+from fastppo.distributed.world import start_world
 from fastppo.rollout import SamplerError, find_engine
 from fastppo.rollout.answers import check_rollout
 from fastppo.rollout.sampler import ActorSampler
@@ -88,7 +88,7 @@ class OnlySamples:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     """Of a run and its engine, the only files that make it one."""
     shutil.copy(EXAMPLE, tmp_path / "plain_loop.py")
     (tmp_path / "engine.py").write_text(NOTING)
@@ -96,7 +96,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def world() -> World:
+def world():
     return start_world(1)
 
 
@@ -104,7 +104,7 @@ Run = Callable[..., list[str]]
 
 
 @pytest.fixture
-def run(folder: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(folder, world, monkeypatch):
     """Trains with an engine of the file; what it was asked, in order."""
     for module in ("plain_loop", "engine"):
         monkeypatch.delitem(sys.modules, module, raising=False)
@@ -128,9 +128,7 @@ def events(folder: Path) -> list[Any]:
 # Whole runs
 
 
-def test_an_engine_in_one_file_drives_training_and_evaluation_and_is_synced_once_a_change(
-    folder: Path, run: Run
-) -> None:
+def test_an_engine_in_one_file_drives_training_and_evaluation_and_is_synced_once_a_change(folder, run):
     """The evaluation after a step and the training step after that sample from the same weights."""
     found = run(steps=3, eval__temperature=0.5, eval__seed=77, sampling__temperature=0.8, seed=5)
     assert found == ["sync", "sample", "sample"] * 3 + ["sync", "sample"]
@@ -141,23 +139,21 @@ def test_an_engine_in_one_file_drives_training_and_evaluation_and_is_synced_once
     assert [r["step"] for r in records if "eval/score" in r] == [0, 1, 2, 3]
 
 
-def test_weights_that_stand_in_for_the_actors_are_a_change_and_so_is_their_end(run: Run) -> None:
+def test_weights_that_stand_in_for_the_actors_are_a_change_and_so_is_their_end(run):
     """An averaged actor is evaluated beside it."""
     found = run(steps=2, actor__average=0.5)
     first = ["sync", "sample", "sync", "sample"]  # the actor, its average
     assert found == [*first, "sync", "sample", *first, "sync", "sample", *first]
 
 
-def test_updates_that_are_not_applied_are_no_change(run: Run) -> None:
+def test_updates_that_are_not_applied_are_no_change(run):
     """While the critic warms up the actor stays as it is."""
     warming = {"critic__warmup_steps": 2, "ppo__minibatches": 1, "ppo__epochs": 1}
     assert run(steps=3, **warming) == ["sync", *["sample"] * 6, "sync", "sample"]
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_an_engine_sleeps_outside_the_phases_that_sample_and_is_synced_after_each_wake(
-    folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch, stage: int
-) -> None:
+def test_an_engine_sleeps_outside_the_phases_that_sample_and_is_synced_after_each_wake(folder, run, monkeypatch, stage):
     made, enter = Residency.__init__, Residency.enter
 
     def moving(self: Residency, *args: Any) -> None:
@@ -179,7 +175,7 @@ def test_an_engine_sleeps_outside_the_phases_that_sample_and_is_synced_after_eac
     assert max(r.get("sampler_error", 0.0) for r in whole_runs.records(folder / "out")) < 1e-5
 
 
-def test_a_run_on_an_engine_of_the_users_resumes_bit_for_bit(folder: Path, run: Run) -> None:
+def test_a_run_on_an_engine_of_the_users_resumes_bit_for_bit(folder, run):
     same = {"optim__schedule": "constant", "checkpoint__every": 1}
     run(steps=3, output="whole", **same)
     run(steps=1, output="parts", **same)
@@ -194,9 +190,7 @@ def test_a_run_on_an_engine_of_the_users_resumes_bit_for_bit(folder: Path, run: 
 # What changes the weights
 
 
-def test_the_version_of_the_weights_is_another_after_each_change_and_no_other_time(
-    tmp_path: Path, world: World
-) -> None:
+def test_the_version_of_the_weights_is_another_after_each_change_and_no_other_time(tmp_path, world):
     roles = roles_of(config_of(tiny.saved(tmp_path / "model", tiny.causal()), "--actor.average", "0.9"), world)
     assert roles.average is not None
     seen = [roles.version]
@@ -235,7 +229,7 @@ class Given:
         return self.rollout
 
 
-def test_a_sampler_with_stale_weights_samples_nothing() -> None:
+def test_a_sampler_with_stale_weights_samples_nothing():
     model = SimpleNamespace(config=tiny.causal().config)
     roles: Any = SimpleNamespace(version=0, policy=SimpleNamespace(model=model))
     sampler = ActorSampler("rollout.engine = given", Given(GOOD), roles, Config(), [])
@@ -315,12 +309,12 @@ def check(rollout: Any, prompts: Prompts = PROMPTS) -> None:
 
 
 @pytest.mark.parametrize(("rollout", "words"), WRONG.values(), ids=WRONG)
-def test_what_is_no_response_to_each_prompt_is_an_error_that_names_the_engine(rollout: Any, words: str) -> None:
+def test_what_is_no_response_to_each_prompt_is_an_error_that_names_the_engine(rollout, words):
     with pytest.raises(SamplerError, match=f"rollout.engine = mine.py:Mine returned .*{words}"):
         check(rollout)
 
 
-def test_a_rollout_is_none_the_worse_for_rounding_or_for_having_no_rows() -> None:
+def test_a_rollout_is_none_the_worse_for_rounding_or_for_having_no_rows():
     check(replace(GOOD, logprobs=torch.tensor([1e-7, -2.0, 0.0, -0.5])))
     none = torch.zeros(0, dtype=torch.int64)
     check(Rollout(pack([], []), torch.zeros(0), none.bool(), none), PROMPTS.select([]))
@@ -338,12 +332,12 @@ def test_a_rollout_is_none_the_worse_for_rounding_or_for_having_no_rows() -> Non
         ("returns_nothing", "engine = engine.py:returns_nothing has no sync and no sample"),
     ],
 )
-def test_an_engine_that_fails_ends_the_run_with_its_name(run: Run, engine: str, words: str) -> None:
+def test_an_engine_that_fails_ends_the_run_with_its_name(run, engine, words):
     with pytest.raises(SamplerError, match=words):
         run(engine)
 
 
-def test_the_examples_engine_refuses_settings_that_it_does_not_know(run: Run) -> None:
+def test_the_examples_engine_refuses_settings_that_it_does_not_know(run):
     with pytest.raises(SamplerError, match=r"Noting raised ValueError: .*leave out sampling.top_p and"):
         run(sampling__top_k=3)
 
@@ -361,9 +355,7 @@ def test_the_examples_engine_refuses_settings_that_it_does_not_know(run: Run) ->
         ("engine.py:NeverWakes", "engine.py:NeverWakes has no wake; .* of its own also sleep and wake"),
     ],
 )
-def test_an_engine_that_is_none_is_refused_before_a_model_loads(
-    folder: Path, run: Run, world: World, monkeypatch: pytest.MonkeyPatch, engine: str, words: str
-) -> None:
+def test_an_engine_that_is_none_is_refused_before_a_model_loads(folder, run, world, monkeypatch, engine, words):
     monkeypatch.setattr("fastppo.models.loading.weights._load_whole", lambda *_: pytest.fail("weights are read"))
     argv = whole_runs.settings(folder, folder / "out", rollout__engine=engine)
     with pytest.raises(SamplerError, match=words):
@@ -371,7 +363,7 @@ def test_an_engine_that_is_none_is_refused_before_a_model_loads(
     assert not (folder / "out").exists() or not any((folder / "out").iterdir())
 
 
-def test_a_config_without_the_group_is_in_process() -> None:
+def test_a_config_without_the_group_is_in_process():
     """As those of runs before it are."""
     assert Config().rollout == RolloutConfig("inprocess")
     assert find_engine(Config()).folder is None
