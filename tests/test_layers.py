@@ -51,7 +51,16 @@ def test_rooms_have_at_most_a_dozen_modules_and_modules_350_lines(room):
     modules = list(room.glob("*.py"))
     assert len(modules) <= (17 if room.name == "report" else 12)
     for module in modules:
-        assert len(module.read_text(encoding="utf-8").splitlines()) <= 350, module
+        assert lines(module) <= 350, module
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def test_files_of_kernels_and_csrc_have_at_most_350_lines():
+    files = [*(ROOT / "kernels").glob("*.py"), *(ROOT / "csrc").iterdir()]
+    assert len(files) > 20 and max(map(lines, files)) <= 350
 
 
 def test_only_ops_reaches_the_kernels():
