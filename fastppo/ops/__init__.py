@@ -52,7 +52,7 @@ from fastppo.ops.arguments import (
     checked_normalizer,
     is_off,
 )
-from fastppo.ops.backend import by_reference
+from fastppo.ops.backend import by_eager
 from fastppo.ops.coefficients import numbers
 from fastppo.ops.gradient_free import attend_cached as attend_cached
 from fastppo.ops.gradient_free import gae as gae
@@ -101,7 +101,7 @@ def token_logprobs(
         check_shape("ref_logits", ref_logits, tuple(logits.shape), "the shape of logits")
         check_device("ref_logits", ref_logits, logits, "logits")
     scale = numbers(logits, temperature=temperature) | {"softcap": softcap}
-    if by_reference(logits):
+    if by_eager(logits):
         return eager.token_logprobs(logits, targets, ref_logits=ref_logits, **scale)
     (ref_logits,) = _detached(ref_logits)
     forward = overload("vocabulary_forward", scale["temperature"])
@@ -136,7 +136,7 @@ def linear_logprobs(
     head: dict[str, Any] = {"hidden": hidden, "weight": weight, "bias": bias, "targets": targets}
     head |= {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
     scale = numbers(hidden, temperature=temperature) | {"softcap": softcap}
-    if by_reference(hidden):
+    if by_eager(hidden):
         return eager.linear_logprobs(**head, **scale, logit_scale=logit_scale)
     scale = _of_plain_logits(**scale, logit_scale=logit_scale)
     forward = overload("linear_logprobs", scale["temperature"])
@@ -191,7 +191,7 @@ def policy_loss(
     old_logprobs, advantages = old_logprobs.detach(), advantages.detach()
     tokens |= {"logprobs": logprobs, "old_logprobs": old_logprobs, "advantages": advantages, "mask": mask}
     options = numbers(logprobs, **coefficients) | {"normalizer": normalizer}
-    if by_reference(logprobs):
+    if by_eager(logprobs):
         return eager.policy_loss(**tokens, **options)
     loss, sums, ratio_max, _ = overload("policy_loss", options["kl_coef"])(**tokens, **options)
     return loss, PolicyStats(sums.detach(), ratio_max.detach())
@@ -254,7 +254,7 @@ def linear_policy_loss(
     check_coefficients(hidden, "hidden", **coefficients)
     options = numbers(hidden, **coefficients) | {"softcap": softcap, "kl_kind": kl_kind}
     arguments = head | tokens | options | {"normalizer": normalizer, "mask": mask}
-    if by_reference(hidden):
+    if by_eager(hidden):
         arguments |= {"logit_scale": logit_scale}
         return eager.linear_policy_loss(**arguments)
     arguments |= _of_plain_logits(options["temperature"], softcap, logit_scale)
@@ -291,7 +291,7 @@ def value_loss(
     old_values, returns = old_values.detach(), returns.detach()
     arguments: dict[str, Any] = {"values": values, "old_values": old_values, "returns": returns, "mask": mask}
     arguments |= {"normalizer": normalizer} | numbers(values, clip=clip)
-    if by_reference(values):
+    if by_eager(values):
         return eager.value_loss(**arguments)
     loss, sums, _ = overload("value_loss", arguments["clip"])(**arguments)
     return loss, ValueStats(sums.detach())

@@ -9,7 +9,7 @@ from fastppo.log_once import log_once
 from fastppo.ops import registration
 
 
-def by_reference(like: Tensor) -> bool:
+def by_eager(like: Tensor) -> bool:
     """Whether the oracle (`fastppo.ops.eager`) computes: for fp64, which no kernel supports. Logs the choice once."""
     if not torch.compiler.is_compiling():
         log_backend(like.device, like.dtype)

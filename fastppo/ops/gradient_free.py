@@ -26,7 +26,7 @@ from fastppo.ops.arguments import (
     check_starts,
     check_tokens,
 )
-from fastppo.ops.backend import by_reference, log_once_unless_compiling
+from fastppo.ops.backend import by_eager, log_once_unless_compiling
 from fastppo.ops.coefficients import numbers
 from fastppo.ops.overloads import overload
 
@@ -69,7 +69,7 @@ def gae(
                 f"{name} is on {value.device}, but the host must read it; give a number or a tensor on the CPU"
             )
     options = numbers(rewards, device=HOST, gamma=gamma, lam=lam)
-    if by_reference(rewards) or rewards.device.type not in registration.GAE_DEVICES:
+    if by_eager(rewards) or rewards.device.type not in registration.GAE_DEVICES:
         log_once_unless_compiling(
             f"gae on {rewards.device} in {rewards.dtype}: reference Python, because fastppo._C has no kernel for that"
         )
@@ -145,7 +145,7 @@ def sample_tokens(
         check_device(name, tensor, logits, "logits")
     arguments: dict[str, Any] = {"logits": logits.detach(), "stream": stream, "offset": offset}
     arguments |= numbers(logits, temperature=temperature)
-    if by_reference(logits):
+    if by_eager(logits):
         tokens, logprobs = eager.sample_tokens(**arguments, seed=seed)
     else:
         if not -(2**63) <= seed < 2**63:

@@ -21,7 +21,7 @@ import fastppo._C  # registers torch.ops.fastppo.*
 from fastppo.ops import chunked_head
 from fastppo.ops.overloads import COEFFICIENTS
 
-# Ops with a Triton kernel, each in the file of the same name in kernels/.
+# Ops with a Triton kernel, each in the file of the same name in kernels/; the CPU's is in csrc/, in NAME.cpp.
 TRITON = (
     "vocabulary_forward",
     "vocabulary_backward",

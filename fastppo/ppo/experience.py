@@ -104,17 +104,17 @@ def _measure(packed: Packed, sequences: Tensor, roles: Roles, prefix_cache: Pref
     temperature, exact = config.sampling.temperature, config.ppo.kl_kind == "exact"
     reference: Policy = roles.reference.module
     prefix_states = prefix_cache(reference, packed, sequences)
-    against: dict[str, Tensor | None] = {}
+    kl_reference: dict[str, Tensor | None] = {}
     ref_logprobs: Any = None
     if exact:
-        against = reference.head.as_reference(roles.reference(packed, hidden_states, prefix_states))
+        kl_reference = reference.head.as_reference(roles.reference(packed, hidden_states, prefix_states))
     else:
         ref_logprobs = roles.reference(
             packed, partial(token_stats, packed.responses, temperature), prefix_states
         ).logprobs
 
     def act(policy: Policy, hidden: Tensor) -> TokenRows:
-        stats = token_stats(packed.responses, temperature, policy, hidden, **against)
+        stats = token_stats(packed.responses, temperature, policy, hidden, **kl_reference)
         rows = {"old_logprobs": stats.logprobs, "entropy": stats.entropy, "ref_logprobs": ref_logprobs}
         if exact:
             rows |= {"ref_logprobs": stats.ref_logprobs, "kl": stats.kl}

@@ -2,8 +2,9 @@
 
 A loss says what each token's part of the surrogate objective is. What stands beside it for every loss is the
 trainer's (`fastppo.ppo.update`): the entropy bonus, the KL term, the mean over the tokens of a minibatch, and the
-statistics of ratio, entropy and KL. `clip` by its name runs as one op with the vocabulary head,
-`ops.linear_policy_loss`; every other loss, and `fastppo.ppo.losses:clip`, over `ops.linear_logprobs`.
+statistics of ratio, entropy and KL. For `ppo.loss: clip`, the default, one fused op computes the vocabulary head and
+this formula together (`ops.linear_policy_loss`). Any other loss is a function of the logprobs that
+`ops.linear_logprobs` computes; with `ppo.loss: fastppo.ppo.losses:clip` the function below runs in that way.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def load_loss(ppo: PPOConfig) -> PolicyLoss:
     return named_function(ppo.loss, "ppo.loss", LOSSES)
 
 
-def token_loss(
+def checked_loss(
     loss: PolicyLoss,
     logprobs: Tensor,
     old_logprobs: Tensor,

@@ -20,7 +20,7 @@ from fastppo.models import Policy, PrefixStates, hidden_states
 from fastppo.monitor import note_fault
 from fastppo.ops import eager
 from fastppo.ppo.experience import StepContext
-from fastppo.ppo.losses import PolicyLoss, token_loss
+from fastppo.ppo.losses import PolicyLoss, checked_loss
 from fastppo.ppo.ptx import add_gradient
 from fastppo.ppo.schedule import step_rates
 
@@ -54,12 +54,12 @@ class Targets:
     """What a microbatch learns from, on the device. The loss sums over its tokens and divides by `normalizer`."""
 
     packed: Packed
-    old_logprobs: Tensor  # (m,) fp32, as all prefix_states
+    old_logprobs: Tensor  # (m,) fp32, as all of the following
     advantages: Tensor
     old_values: Tensor
     returns: Tensor
     normalizer: Tensor  # () fp32
-    against: dict[str, Any]  # the reference as the loss wants it; empty where the penalty is in the reward
+    kl_reference: dict[str, Any]  # arguments of the loss's KL term; empty if the penalty is in the reward
 
 
 Term = Callable[[Any, Tensor, Targets, Config], tuple[Tensor, Sums]]  # (role, hidden (m, H), ...) -> its loss
@@ -125,7 +125,7 @@ def _finite(update: Update, norms: list[float], train_actor: bool) -> bool:
 
 
 def clip_term(policy: Policy, hidden: Tensor, targets: Targets, config: Config) -> tuple[Tensor, Sums]:
-    """`losses.clip` with entropy bonus and, where so configured, the KL penalty, as one op with the vocabulary head."""
+    """The formula of `losses.clip` with entropy bonus and KL term (if configured), fused with the vocabulary head."""
     ppo = config.ppo
     loss, stats = policy.head(
         hidden,
@@ -139,7 +139,7 @@ def clip_term(policy: Policy, hidden: Tensor, targets: Targets, config: Config) 
         dual_clip=ppo.dual_clip,
         entropy_coef=ppo.entropy_coef,
         normalizer=targets.normalizer,
-        **targets.against,
+        **targets.kl_reference,
     )
     return loss, Sums(stats.sums, stats.ratio_max, stats.sums.new_zeros(7))
 
@@ -148,12 +148,14 @@ def loss_term(
     loss: PolicyLoss, policy: Policy, hidden: Tensor, targets: Targets, config: Config
 ) -> tuple[Tensor, Sums]:
     """Any loss of `fastppo.ppo.losses`, with the same terms and statistics beside it as `clip_term`."""
-    ppo, packed, against = config.ppo, targets.packed, dict(targets.against)
-    kl_coef, kl_kind = against.pop("kl_coef", 0.0), against.pop("kl_kind", None)
-    ref_logprobs = against.pop("ref_logprobs", None)  # what is left is the reference's head
+    ppo, packed, kl_reference = config.ppo, targets.packed, dict(targets.kl_reference)
+    kl_coef, kl_kind = kl_reference.pop("kl_coef", 0.0), kl_reference.pop("kl_kind", None)
+    ref_logprobs = kl_reference.pop("ref_logprobs", None)  # what is left is the reference's head
     temperature = config.sampling.temperature
-    stats = policy.head(hidden, ops.linear_logprobs, packed.responses, temperature=temperature, **against)
-    tokens = token_loss(loss, stats.logprobs, targets.old_logprobs, targets.advantages, packed.response_cu_seqlens, ppo)
+    stats = policy.head(hidden, ops.linear_logprobs, packed.responses, temperature=temperature, **kl_reference)
+    tokens = checked_loss(
+        loss, stats.logprobs, targets.old_logprobs, targets.advantages, packed.response_cu_seqlens, ppo
+    )
     kl = stats.kl if ref_logprobs is None else eager.kl_estimate(stats.logprobs, ref_logprobs, kl_kind)
 
     surrogate, entropy = tokens.loss.sum(), stats.entropy.sum()
@@ -249,14 +251,14 @@ def _targets(
     def rows(values: Tensor) -> Tensor:
         return experience.packed.select_tokens(values, sequences).to(device)
 
-    against: dict[str, Any] = {}
+    kl_reference: dict[str, Any] = {}
     if ppo.kl_in == "loss":
-        against = {"kl_coef": context.kl_coef, "kl_kind": ppo.kl_kind}
+        kl_reference = {"kl_coef": context.kl_coef, "kl_kind": ppo.kl_kind}
         if ppo.loss_reads_reference:
             prefix_states = prefix_cache(reference.module, packed, sequences)
-            against |= reference.module.head.as_reference(reference(packed, hidden_states, prefix_states))
+            kl_reference |= reference.module.head.as_reference(reference(packed, hidden_states, prefix_states))
         else:
-            against |= {"ref_logprobs": rows(experience.ref_logprobs)}
+            kl_reference |= {"ref_logprobs": rows(experience.ref_logprobs)}
     return Targets(
         packed=packed,
         old_logprobs=rows(experience.old_logprobs),
@@ -264,7 +266,7 @@ def _targets(
         old_values=rows(experience.values),
         returns=rows(experience.returns),
         normalizer=normalizer,
-        against=against,
+        kl_reference=kl_reference,
     )
 
 

@@ -20,7 +20,7 @@ from fastppo.config.command_line import parse
 from fastppo.data import pack
 from fastppo.distributed.world import start_world
 from fastppo.models.roles import FusedHead
-from fastppo.ppo.losses import LOSSES, TokenLoss, clip, load_loss, token_loss
+from fastppo.ppo.losses import LOSSES, TokenLoss, checked_loss, clip, load_loss
 from fastppo.ppo.run import set_up
 from fastppo.ppo.update import Targets, clip_term, loss_term
 from fastppo.user_code import FunctionError
@@ -191,7 +191,7 @@ def test_a_loss_of_the_users_begins_as_the_clip_and_then_goes_its_own_way(world,
 def test_what_cannot_be_minimised_is_an_error_that_names_the_setting(returned, words):
     logprobs, ppo = torch.zeros(5, requires_grad=True), PPOConfig(loss="mine.py:loss")
     with pytest.raises(FunctionError, match=f"ppo.loss = mine.py:loss.*{words}"):
-        token_loss(
+        checked_loss(
             lambda logprobs, *_: returned(logprobs), logprobs, torch.zeros(5), torch.zeros(5), torch.tensor([0, 5]), ppo
         )
 
