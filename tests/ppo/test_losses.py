@@ -199,7 +199,7 @@ def test_what_cannot_be_minimised_is_an_error_that_names_the_setting(returned, w
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("clp", f"ppo.loss = clp: there is no such name. Take one of {', '.join(LOSSES)}, or a function"),
+        ("clp", f"ppo.loss = clp: there is no such name. Use one of {', '.join(LOSSES)}, or your own function"),
         ("nowhere:f", r"ppo.loss = nowhere:f: nowhere could not be imported \(ModuleNotFoundError"),
     ],
 )

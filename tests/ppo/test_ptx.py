@@ -228,7 +228,7 @@ def test_a_run_that_stops_within_a_step_goes_on_as_if_it_had_not_but_not_with_ot
     texts.write_text(texts.read_text().replace("slow", "fast"))
     refused = forks.start(argv)
     assert forks.wait(refused) == [1]
-    assert "made with other data" in refused.text() and f"and ptx.path = {texts} now" in refused.text()
+    assert "made with other data" in refused.text() and f"and ptx.path = {texts} has now" in refused.text()
     texts.write_text(texts.read_text().replace("fast", "slow"))
     forks.run(argv)
     assert whole_runs.records(straight) == whole_runs.records(broken)
