@@ -22,7 +22,7 @@ from pathlib import Path
 from end_to_end import SIZES, make_inputs
 
 HERE = Path(__file__).resolve().parent
-STAGES = ("sampling", "feedback", "experience", "learning")
+PHASES = ("sampling", "feedback", "experience", "learning")
 
 
 def small(folder: Path, dtype: str) -> list[str]:
@@ -89,13 +89,13 @@ def main() -> None:
         "cores": len(os.sched_getaffinity(0)),
         "ratio": round(statistics.median(ratios), 3),
     }
-    print(f"{'':<10} {'step':>10} " + " ".join(f"{stage:>18}" for stage in STAGES) + f" {'imbalance':>10}")
+    print(f"{'':<10} {'step':>10} " + " ".join(f"{phase:>18}" for phase in PHASES) + f" {'imbalance':>10}")
     for ranks, found in steps.items():
-        seconds = {stage: statistics.median(step[f"time/{stage}"] for step in found) for stage in ("step", *STAGES)}
-        whole = sum(seconds[stage] for stage in STAGES)
-        shares = {stage: seconds[stage] / whole for stage in STAGES}
+        seconds = {phase: statistics.median(step[f"time/{phase}"] for step in found) for phase in ("step", *PHASES)}
+        whole = sum(seconds[phase] for phase in PHASES)
+        shares = {phase: seconds[phase] / whole for phase in PHASES}
         uneven = statistics.median(step["imbalance"] for step in found)
-        cells = " ".join(f"{seconds[stage]:9.3f} s ({shares[stage]:4.0%})" for stage in STAGES)
+        cells = " ".join(f"{seconds[phase]:9.3f} s ({shares[phase]:4.0%})" for phase in PHASES)
         print(f"{ranks} rank{'s' if ranks > 1 else ' '}    {seconds['step']:8.3f} s {cells} {uneven:10.3f}")
         result[f"ranks_{ranks}"] = {
             "seconds": {stage: round(value, 4) for stage, value in seconds.items()},

@@ -1,4 +1,4 @@
-"""The quickstart: its stages fit together, its hacked twin differs in the penalty alone, and its judge tells praise."""
+"""The quickstart: its runs fit together, its hacked twin differs in the penalty alone, and its judge tells praise."""
 
 import dataclasses
 import sys

@@ -85,7 +85,7 @@ class AlarmConfig:
     """A level of one figure, and the action if the figure is beyond it."""
 
     figure: FigureName
-    """A figure of the README's table (Health)."""
+    """A figure of the table in docs/health.md."""
     level: float | None = None
     """The level, in the unit of that table: a multiple of the figure's value at the start, a distance from it, or a
     value. null with `warn` turns the figure's default warning off."""

@@ -1,4 +1,4 @@
-"""What is on the GPU in each stage. On the CPU the moves are made all the same where a test asks for them."""
+"""What is on the GPU in each phase. On the CPU the moves are made all the same where a test asks for them."""
 
 import json
 
@@ -46,9 +46,9 @@ def test_in_each_stage_only_what_it_uses_is_there():
         residency.add(kind, part)
     there = {}
     step = ("sampling", "feedback", "experience", "learning", "health", "checkpoint")
-    for stage in ("loading", *step, "sampling", "learning"):
-        residency.enter(stage)
-        there[stage] = {kind for kind, part in parts.items() if on_device(part.tensors[0])}
+    for phase in ("loading", *step, "sampling", "learning"):
+        residency.enter(phase)
+        there[phase] = {kind for kind, part in parts.items() if on_device(part.tensors[0])}
     assert there == {
         "loading": set(),
         "sampling": {"sampling_weights"},
@@ -159,11 +159,11 @@ def test_a_run_whose_states_move_is_the_run_whose_states_stay(tmp_path, monkeypa
     changes = {"zero__deepspeed": folder / "split.json", "optim__schedule": "constant", "eval__every": 1} | changes
     moved, enter = [], Residency.enter
 
-    def entering(self, stage):
+    def entering(self, phase):
         for x in (x for part in self._parts if not part.moved_out for x in part.states()):
             if not x.untyped_storage().resizable():  # on the CPU a state that was loaded is mapped from its file
                 x.data = x.data.clone()
-        enter(self, stage)
+        enter(self, phase)
         moved.extend(part.kind for part in self._parts if part.moved_out)
 
     for name, moves in (("stays", False), ("moves", True)):

@@ -162,14 +162,14 @@ def test_no_collective_is_in_sampling_but_the_gather_before_it(events):
         assert [e for e in rank if begin <= e[1] < finish and e[0] != "sample"] == []
 
 
-def test_the_longest_wait_in_sampling_is_that_for_the_end_of_the_stage(events):
+def test_the_longest_wait_in_sampling_is_that_for_the_end_of_the_phase(events):
     """The rank with one prompt waits for the other after its last token, once."""
     quick, slow = events
     start, _ = of(quick, "gather")[0]
     _, end = of(quick, "sample")[0]
     _, others_end = of(slow, "sample")[0]
-    stage = [e for e in quick if start <= e[1] < of(quick, "score")[0][0] and e[0] not in ("sample", "gather")]
-    longest = max(stage, key=lambda e: e[2] - e[1])
+    phase = [e for e in quick if start <= e[1] < of(quick, "score")[0][0] and e[0] not in ("sample", "gather")]
+    longest = max(phase, key=lambda e: e[2] - e[1])
     assert longest[1] >= end and longest[2] >= others_end > end
-    waited = [e for e in stage if e[1] < others_end <= e[2]]
+    waited = [e for e in phase if e[1] < others_end <= e[2]]
     assert waited and all(e[1] >= end for e in waited)

@@ -58,7 +58,7 @@ def refusal(role, path, good, *, checked=True):
 
 
 def checks_without_a_plan(config):
-    """What a run with `--plan off` looks at before its prompts and weights, in `run.set_up` and `stage.set_up`."""
+    """What a run with `--plan off` looks at before its prompts and weights, in `run.set_up` and `loop.set_up`."""
     if isinstance(config, Config):
         tokenizer, _ = load_actor_tokenizer(config), actor_context(config)
         check_models(config, tokenizer)

@@ -21,7 +21,7 @@ from fastppo.monitor.samples import Sample, samples_table, show_samples, write_s
 from fastppo.monitor.tracker import THIRD_PARTY, Phases, Tracker, setup_logging
 
 STEP = {"score": 0.5, "kl": 1.25, "tokens_per_second": 1234.6, "time/step": 2.0}
-STAGES = {"time/sampling": 2.14, "time/feedback": 0.3, "time/experience": 0.6, "time/learning": 3.2}
+PHASES = {"time/sampling": 2.14, "time/feedback": 0.3, "time/experience": 0.6, "time/learning": 3.2}
 LINES = TrackConfig(tensorboard=False, progress="never")
 
 
@@ -135,7 +135,7 @@ def test_without_a_terminal_a_step_is_one_plain_line(tmp_path, capfd, monkeypatc
 
 
 def test_a_line_shows_the_judge_where_there_is_one_and_the_seconds_of_the_stages(tmp_path, capfd):
-    judged = STEP | STAGES | {"health/judge": 0.25}
+    judged = STEP | PHASES | {"health/judge": 0.25}
     with Tracker(tmp_path, LINES, steps=3, rank=0) as tracker:
         tracker.log_evaluation(0, {"score": 0.125, "score_error": 0.05, "judge": 0.2, "kl": 0.0})
         tracker.log(1, judged)
@@ -148,8 +148,8 @@ def test_a_line_shows_the_judge_where_there_is_one_and_the_seconds_of_the_stages
 def test_on_a_terminal_a_bar_shows_step_score_kl_speed_and_time_left(tmp_path, capsys, monkeypatch):
     be_a_terminal(monkeypatch)
     with Tracker(tmp_path, TrackConfig(tensorboard=False), steps=1000, rank=0) as tracker:
-        tracker.log(997, STEP | STAGES)
-        tracker.log(998, STEP | STAGES)
+        tracker.log(997, STEP | PHASES)
+        tracker.log(998, STEP | PHASES)
         tracker.log_evaluation(998, {"score": 0.25})
     out = capsys.readouterr().out
     assert "\x1b[" in out
@@ -163,7 +163,7 @@ def test_on_a_wide_terminal_the_bar_shows_the_seconds_of_the_stages_too(tmp_path
     be_a_terminal(monkeypatch, columns=140)
     with Tracker(tmp_path, TrackConfig(tensorboard=False), steps=1000, rank=0) as tracker:
         tracker.log(997, STEP)
-        tracker.log(998, STEP | STAGES | {"health/judge": 0.25})
+        tracker.log(998, STEP | PHASES | {"health/judge": 0.25})
     last = Text.from_ansi(capsys.readouterr().out).plain.splitlines()[-1]
     for part in ("step 998/1000 ", "judge 0.250", "0:00:00 left", "learning 3.2 s"):
         assert part in last
@@ -196,7 +196,7 @@ def test_progress_always_and_never_do_not_ask_the_output(
     assert "score 0.500" in out
 
 
-# Stages and profiles
+# Phases and profiles
 
 
 def test_stages_add_up_until_they_are_taken(monkeypatch):

@@ -143,22 +143,22 @@ def test_in_each_stage_residency_keeps_what_the_plan_counts(models, world, small
     config = settings(models, case, small)
     roles, members, zero = after_a_step(config, world), measured_roles(config, cpu=False), config.zero
     homes = {"optimizers": zero.optimizer_on, "reference": zero.frozen_on, "rewards": zero.frozen_on}
-    for stage in ("sampling", "feedback", "experience", "learning"):
-        roles.residency.enter(stage)
+    for phase in ("sampling", "feedback", "experience", "learning"):
+        roles.residency.enter(phase)
         held, counted = on_device(roles.residency), dict.fromkeys(KINDS, 0)
-        if zero.stage == 3 and zero.optimizer_on != "none" and stage == "learning":  # the sums are on the host
+        if zero.stage == 3 and zero.optimizer_on != "none" and phase == "learning":  # the sums are on the host
             held["gradients"] -= 4 * sum(member.size.trained for member in members if member.trains)
         for member in members:
             for kind, amount in kinds(member, config, 1).items():
-                counted[kind] += placed(kind, amount, stage, config, cpu=False).gpu.total
+                counted[kind] += placed(kind, amount, phase, config, cpu=False).gpu.total
         for kind, planned in counted.items():
             if homes.get(kind, "none") == "none":
-                assert planned == pytest.approx(held.get(kind, 0), rel=0.02), (stage, kind)
+                assert planned == pytest.approx(held.get(kind, 0), rel=0.02), (phase, kind)
             else:  # it is in the host's memory at all times, which is the same memory here
-                assert planned == 0, (stage, kind)
+                assert planned == 0, (phase, kind)
     if roles.average is not None:
         actor, own = members[0], sum(p.nbytes for p in roles.average._average.values())
-        planned = {stage: averaged(actor, stage, config, 1).host.total for stage in PHASES}
+        planned = {phase: averaged(actor, phase, config, 1).host.total for phase in PHASES}
         assert planned["learning"] == pytest.approx(own, rel=0.02)
         swapped = own + own * actor.size.bytes // 4
         assert planned["sampling"] == planned["experience"] == pytest.approx(swapped, rel=0.02)
@@ -225,7 +225,7 @@ def seven_billion(tmp_path_factory):
 
 
 def by_name(members: list[Role], config: Config, ranks: int = 8) -> dict[str, Bytes]:
-    """What each stage has on the GPU."""
+    """What each phase has on the GPU."""
     return {stage: places.gpu for stage, places in by_phase(shares(members, config, ranks))}
 
 
@@ -299,8 +299,8 @@ def test_an_evaluation_that_is_larger_than_a_step_is_what_counts(seven_billion):
     )
     step, large = by_name(members, config), by_name(members, replace(config, eval=EvalConfig(prompts=256)))
     assert large["sampling"].cache == 8 * step["sampling"].cache  # 32 rows of a rank and not 4
-    for stage in ("feedback", "experience"):  # 16 sequences in a microbatch and not 2
-        assert large[stage].activations > 4 * step[stage].activations
+    for phase in ("feedback", "experience"):  # 16 sequences in a microbatch and not 2
+        assert large[phase].activations > 4 * step[phase].activations
     assert large["learning"] == step["learning"]
 
 

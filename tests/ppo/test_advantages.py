@@ -119,7 +119,10 @@ def test_an_estimator_is_one_file_of_the_users(world, folder, tmp_path, critic):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("gea", f"ppo.estimator = gea: there is no such name. Use one of {', '.join(ESTIMATORS)}, or your own function"),
+        (
+            "gea",
+            f"ppo.estimator = gea: there is no such name. Use one of {', '.join(ESTIMATORS)}, or your own function",
+        ),
         ("nowhere.py:f", r"ppo.estimator = nowhere.py:f: nowhere.py could not be imported \(FileNotFoundError"),
         ("fastppo.ppo.advantages:nothing", "has no function nothing; it has: .*gae"),
     ],

@@ -75,8 +75,8 @@ def test_every_metric_of_a_step_is_a_number(records):
     policy = ["score", "reward", "kl", "entropy", "response_length", "ended"]
     learning = ["ratio_mean", "ratio_max", "clip_fraction", "approx_kl", "value_loss", "explained_variance"]
     gradients = ["actor_grad_norm", "critic_grad_norm", "actor_lr", "critic_lr"]
-    stages = ["sampling", "feedback", "experience", "learning"]
-    times = [f"{kind}/{stage}" for stage in stages for kind in ("time", "tokens_per_second")]
+    phases = ["sampling", "feedback", "experience", "learning"]
+    times = [f"{kind}/{phase}" for phase in phases for kind in ("time", "tokens_per_second")]
     names = policy + learning + gradients + times
     for record in records[1:4]:
         assert all(isinstance(record[name], float) for name in names)
