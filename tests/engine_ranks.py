@@ -204,11 +204,13 @@ def resumed(zero: ZeroConfig, dtype: str, world: World, settings: Path) -> dict[
         bench.engine.save(folder, name, write)
         return {path.name: torch.load(path, weights_only=False) for path in written}
 
+    stops = (10, 7, 1, 0)
     for n, (microbatches, rates) in enumerate(updates):
-        saved(straight, f"{n}")
+        if n in stops:
+            saved(straight, f"{n}")
         straight.update(microbatches, rates=rates)
     end, same = (straight.weights(), saved(straight, "end")), {}
-    for n in (10, 7, 6, 2, 1, 0):
+    for n in stops:
         other.engine.load(folder, f"{n}")
         for microbatches, rates in updates[n:]:
             other.update(microbatches, rates=rates)
