@@ -10,12 +10,14 @@ import gc
 import itertools
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import whole_runs
 from torch import Tensor, nn
 
 from fastppo.config import OptimConfig, ZeroConfig
@@ -152,6 +154,7 @@ def held(tensors: Sequence[Tensor]) -> dict[int, int]:
 def row(zero: ZeroConfig, dtype: str, world: World, settings: Path) -> dict[str, Any]:
     bench, found = Bench(zero, dtype, world, settings), {}
     found["norms"] = [bench.update(n) for n in (1, 2, 3)]
+    time.sleep(0.05)  # gloo's thread holds what it has reduced for a moment after the ranks go on
     found["states"] = bench.states()
     before, found["finite"] = bench.weights(), []
     for bad, value in itertools.product(range(3), (math.nan, math.inf)):  # seen wherever it is, and nothing of it stays
@@ -176,7 +179,45 @@ def row(zero: ZeroConfig, dtype: str, world: World, settings: Path) -> dict[str,
     if zero.stage == 0 or (zero.stage == 1 and dtype == "bf16" and zero.optimizer_on == "none"):
         found["norms"].append(bench.update(2, without(1, lambda k, rank: rank < world.ranks - 1 or world.ranks == 1)))
     found["apart"], found["weights"] = bench.apart(), [w.tolist() for w in bench.weights()]
+    found["resumed"] = resumed(zero, dtype, world, settings)
     return found
+
+
+def resumed(zero: ZeroConfig, dtype: str, world: World, settings: Path) -> dict[int, bool]:
+    """Whether a run of updates ends the same, bit for bit, where another engine goes on after some number of them.
+
+    In six updates and more: beta^t as a product of floats and as a power differ first at Adam's sixth step. The other
+    engine is new at first, later one that has been further, as after a rollback. One group begins before the others, as
+    a shared critic's value head does; then all count the same number of steps.
+    """
+    updates = [(1, (0.0, 0.0, 0.125)), (1, (0.5, 0.25, 0.0)), *[(2, RATES)] * 9]
+    folder = settings.parent / f"saved-{world.ranks}-{zero.stage}-{dtype}-{zero.optimizer_on}-{zero.parameters_on}"
+    straight, other = Bench(zero, dtype, world, settings), Bench(zero, dtype, world, settings)
+
+    def saved(bench: Bench, name: str) -> dict[str, Any]:
+        """What this rank writes, as it is read again."""
+        written = []
+
+        def write(state: Any, path: Path) -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(state, path)
+            written.append(path)
+
+        bench.engine.save(folder, name, write)
+        return {path.name: torch.load(path, weights_only=False) for path in written}
+
+    stops = (10, 7, 1, 0)
+    for n, (microbatches, rates) in enumerate(updates):
+        if n in stops:
+            saved(straight, f"{n}")
+        straight.update(microbatches, rates=rates)
+    end, same = (straight.weights(), saved(straight, "end")), {}
+    for n in stops:
+        other.engine.load(folder, f"{n}")
+        for microbatches, rates in updates[n:]:
+            other.update(microbatches, rates=rates)
+        same[n] = whole_runs.same(end, (other.weights(), saved(other, "other")))
+    return same
 
 
 def table() -> dict[str, tuple[ZeroConfig, str]]:

@@ -253,12 +253,35 @@ def _adam(groups: list[list[nn.Parameter]], optim: OptimConfig, *, offloaded: bo
         return torch.optim.AdamW(parameters, fused=True, **settings)
     try:
         with quiet():
-            return DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)
+            adam = DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)
     except RuntimeError as error:
         raise EngineError(
             f"zero.offload: DeepSpeed's Adam for the CPU could not be compiled ({error.__cause__ or error}). It needs a"
             " C++ compiler (g++); or set zero.offload_optimizer to none."
         ) from error
+    adam.ds_opt_adam = _BiasOfStep(adam.ds_opt_adam)
+    return adam
+
+
+class _BiasOfStep:
+    """DeepSpeed's C++ Adam, with a bias correction that depends on nothing but the number of the step.
+
+    The C++ object keeps beta^t, of which no checkpoint knows. While steps follow each other it multiplies by beta, and
+    after a jump, as after loading, it calls `pow`, which rounds differently: a resumed run would not be the same bit
+    for bit. Step 0 of no weights makes every step but the first a jump, and the first is beta either way.
+    """
+
+    def __init__(self, library: Any):
+        self._library = library  # the compiled module, with the states of all optimizers by their ids
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._library, name)
+
+    def adam_update(self, optimizer: int, step: int, *rest: Any) -> None:
+        """rest: learning rate, betas, eps, weight decay, bias correction; weights, gradients and both moments."""
+        numbers, tensors = rest[:-4], rest[-4:]
+        self._library.adam_update(optimizer, 0, *numbers, *(x.new_empty(0) for x in tensors))
+        self._library.adam_update(optimizer, step, *numbers, *tensors)
 
 
 def _clear_padding(module: nn.Module, optimizer: Any) -> None:

@@ -42,6 +42,13 @@ def test_an_engine_has_the_norm_the_update_and_the_states_that_a_plain_sum_has(w
         assert found["norms"] == mine[0]["norms"] and found["weights"] == mine[0]["weights"]  # the ranks agree
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("row", ROWS)
+def test_an_engine_that_goes_on_from_a_checkpoint_ends_where_the_one_that_never_stopped_does(walked, row, ranks):
+    for found in walked[ranks]:
+        assert all(found[row]["resumed"].values()), found[row]["resumed"]
+
+
 # What fastppo told DeepSpeed at stage 1 in bf16 before it added up gradients where they arrive.
 BEFORE = {"bf16": {"immediate_grad_update": False}, "communication_data_type": "bf16"}
 
