@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastppo.log_once import log_once
+from fastppo.errors import log_once
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

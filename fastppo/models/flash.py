@@ -16,8 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastppo.errors import FastPPOError
-from fastppo.log_once import log_once
+from fastppo.errors import FastPPOError, log_once
 
 log = logging.getLogger("fastppo")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastppo.log_once import log_once
+from fastppo.errors import log_once
 from fastppo.ops import registration
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastppo import ops
 from fastppo.config import PPOConfig
-from fastppo.user_code import FunctionError, named_function
+from fastppo.errors import FunctionError, named_function
 
 
 class Advantages(NamedTuple):

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fastppo.config import PPOConfig
+from fastppo.errors import FunctionError, named_function
 from fastppo.ops import eager
-from fastppo.user_code import FunctionError, named_function
 
 
 class TokenLoss(NamedTuple):

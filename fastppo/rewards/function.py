@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from fastppo.errors import RAISED, import_user_code, line_of
 from fastppo.rewards import event_loop
 from fastppo.rewards.process_state import module_state
 from fastppo.rewards.responses import Responses, RewardError, checked
-from fastppo.user_code import RAISED, import_user_code, line_of
 
 Function = Callable[..., Any]
 

@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 from fastppo.config import Config
 from fastppo.distributed import World
+from fastppo.errors import import_user_code
 from fastppo.models import Roles
 from fastppo.rollout.answers import SamplerError
 from fastppo.rollout.inprocess import make_inprocess
 from fastppo.rollout.sampler import ActorSampler, Sampler, explained
 from fastppo.rollout.stop_tokens import stop_ids
-from fastppo.user_code import import_user_code
 
 # What makes an engine; a class is one. The stop ids are the tokens that end a response, all of them.
 Make = Callable[[Config, Roles, Sequence[int], World], Sampler]

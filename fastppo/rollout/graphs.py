@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastppo.log_once import log_once
+from fastppo.errors import log_once
 from fastppo.models import Cache, Policy
 
 Run = Callable[[], Tensor]

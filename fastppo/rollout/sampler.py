@@ -10,10 +10,9 @@ from typing import Protocol
 from fastppo.config import Config
 from fastppo.data import Prompts, Rollout
 from fastppo.distributed import Sleeper, Stopped
-from fastppo.errors import FastPPOError
+from fastppo.errors import RAISED, FastPPOError, has_own_message, line_of
 from fastppo.models import Roles
 from fastppo.rollout.answers import SamplerError, check_rollout
-from fastppo.user_code import RAISED, has_own_message, line_of
 
 
 class Sampler(Protocol):

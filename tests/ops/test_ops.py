@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastppo import ops
-from fastppo.log_once import log_once
+from fastppo.errors import log_once
 from fastppo.ops import eager, philox
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

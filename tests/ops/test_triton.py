@@ -26,6 +26,7 @@ from test_ops import DIFFERENTIABLE, names, policy_update, token_stats
 from torch import Tensor
 
 from fastppo import ops
+from fastppo.errors import log_once
 from fastppo.kernels.policy_loss import policy_loss
 from fastppo.kernels.policy_loss_in_chunk import policy_loss_in_chunk
 from fastppo.kernels.sample_tokens import sample_tokens
@@ -33,7 +34,6 @@ from fastppo.kernels.sum_tokens import sum_tokens
 from fastppo.kernels.value_loss import value_loss
 from fastppo.kernels.vocabulary_backward import vocabulary_backward
 from fastppo.kernels.vocabulary_forward import vocabulary_forward
-from fastppo.log_once import log_once
 from fastppo.ops import eager
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

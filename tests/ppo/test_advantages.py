@@ -11,9 +11,9 @@ from fastppo import ops, train
 from fastppo.config import Config, PPOConfig
 from fastppo.config.command_line import parse
 from fastppo.distributed.world import start_world
+from fastppo.errors import FunctionError
 from fastppo.ppo.advantages import ESTIMATORS, Advantages, estimate_advantages, gae, load_estimator, whitened
 from fastppo.ppo.run import set_up
-from fastppo.user_code import FunctionError
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "estimator.md"
 GROUPS, CU_SEQLENS = torch.tensor([0, 0]), torch.tensor([0, 2, 5], dtype=torch.int32)

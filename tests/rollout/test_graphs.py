@@ -12,7 +12,7 @@ from flash_stand_in import FlashStandIn
 
 from fastppo.config import SamplingConfig
 from fastppo.data.batch import Prompts
-from fastppo.log_once import log_once
+from fastppo.errors import log_once
 from fastppo.models import attention
 from fastppo.models.attention import compute_with, decodes_without_sync
 from fastppo.models.flash import FlashAttention, choose_flash

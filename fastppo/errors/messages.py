@@ -91,7 +91,7 @@ def _exit(print_message: Callable[[], object], status: int) -> NoReturn:
 
 def _innermost_module(error: Exception) -> str:
     """The innermost module of fastppo in the traceback of an error, for example `fastppo/ppo/update.py`."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
     modules = [file for file in files if package in file.parents and file != Path(__file__)]
     return modules[-1].relative_to(package.parent).as_posix() if modules else "code outside of fastppo"

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
-from fastppo.errors import ANOTHER_RANK_ENDED, FastPPOError
+from fastppo.errors.messages import ANOTHER_RANK_ENDED, FastPPOError
 
 F = TypeVar("F")
 

@@ -1,0 +1,16 @@
+from .messages import ANOTHER_RANK_ENDED as ANOTHER_RANK_ENDED
+from .messages import LESS_MEMORY as LESS_MEMORY
+from .messages import ConfigError as ConfigError
+from .messages import FastPPOError as FastPPOError
+from .messages import ModelError as ModelError
+from .messages import TrainingFault as TrainingFault
+from .messages import exit_with_message as exit_with_message
+from .once import log_once as log_once
+from .user_code import RAISED as RAISED
+from .user_code import FunctionError as FunctionError
+from .user_code import UserCode as UserCode
+from .user_code import UserFunction as UserFunction
+from .user_code import has_own_message as has_own_message
+from .user_code import import_user_code as import_user_code
+from .user_code import line_of as line_of
+from .user_code import named_function as named_function
