@@ -34,6 +34,7 @@ class Program:
 
 
 OTHERS = {
+    "best-of-n": Program("fastppo.best_of_n", "what keeping the best of n responses would give, from scored responses"),
     "plan": Program("fastppo.plan", "predict the memory of a run, without loading weights"),
     "report": Program("fastppo.report.__main__", "write a report of one run or several, as one HTML file"),
     "serve-reward": Program("fastppo.serve_reward", "serve a reward model over HTTP"),

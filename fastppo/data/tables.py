@@ -6,9 +6,10 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,18 @@ class Table:
         return self.columns[name]
 
 
-def read_table(path: str, name: str | None = None, split: str = "train") -> Table:
+def read_table(path: str, name: str | None = None, split: str = "train", *, leave_out: Collection[str] = ()) -> Table:
     """Read a .jsonl, .csv or .parquet file, a directory of `datasets.save_to_disk`, or a dataset from the hub.
 
-    path: may be `package:NAME/FILE`. name, split: of a dataset on the hub; a saved DatasetDict has splits too. Raises
+    path: may be `package:NAME/FILE`. name, split: of a dataset on the hub; a saved DatasetDict has splits too.
+    leave_out: columns of a .jsonl or .parquet file that are not kept, for a reader that needs few of many. Raises
     `DataError`.
     """
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+    readers: dict[str, Callable[[Path], Table]] = {
+        ".jsonl": partial(_read_jsonl, leave_out=leave_out),
+        ".csv": _read_csv,
+        ".parquet": partial(_read_parquet, leave_out=leave_out),
+    }
     try:
         local = locate(path)
     except FileNotFoundError as error:
@@ -73,7 +79,7 @@ def read_table(path: str, name: str | None = None, split: str = "train") -> Tabl
     return table
 
 
-def _read_jsonl(path: Path) -> Table:
+def _read_jsonl(path: Path, leave_out: Collection[str]) -> Table:
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
     with path.open("rb") as file:
@@ -88,7 +94,7 @@ def _read_jsonl(path: Path) -> Table:
                 raise DataError(f'{path}, line {number}: each line must be an object, as in {{"prompt": "..."}}.')
             if b"\\u" in line or b"\xed" in line:  # only such lines can contain a lone surrogate
                 _check_no_surrogate(row, f"{path}, line {number}")
-            rows.append(row)
+            rows.append({key: value for key, value in row.items() if key not in leave_out} if leave_out else row)
             lines.append(number)
     names = dict.fromkeys(name for row in rows for name in row)
     return Table(str(path), {name: [row.get(name) for row in rows] for name in names}, tuple(lines))
@@ -137,11 +143,12 @@ def _read_csv(path: Path) -> Table:
     return Table(str(path), {name: [row[i] for row in rows] for i, name in enumerate(header)}, tuple(lines))
 
 
-def _read_parquet(path: Path) -> Table:
+def _read_parquet(path: Path, leave_out: Collection[str]) -> Table:
     import pyarrow.parquet
 
     with _as_data_error(f"{path} cannot be read as Parquet"):
-        return Table(str(path), pyarrow.parquet.read_table(path).to_pydict())
+        kept = [name for name in pyarrow.parquet.read_schema(path).names if name not in leave_out]
+        return Table(str(path), pyarrow.parquet.read_table(path, columns=kept if leave_out else None).to_pydict())
 
 
 def _read_directory(path: Path, split: str) -> Table:

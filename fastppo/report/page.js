@@ -42,7 +42,7 @@ function follow(figure) {
     cursor.style.left = `${percent(x)}%`;
     const texts = chart.lines.map((line, i) => {
       const point = nearest(line, x);
-      const other = line.steps ? ` (step ${line.steps[point]})` : line.x[point] !== x ? ` (${chart.x} ${written(line.x[point])})` : "";
+      const other = line.steps ? ` (${chart.counted} ${line.steps[point]})` : line.x[point] !== x ? ` (${chart.x} ${written(line.x[point])})` : "";
       values[i].textContent = written(line.y[point]) + other;
       dots[i].style.bottom = `${line.up[point]}%`;
       dots[i].hidden = line.x[point] !== x;

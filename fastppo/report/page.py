@@ -29,10 +29,19 @@ def page(runs: Sequence[Run]) -> str:
         ("training", "Training responses by step", texts.training(runs)),
         ("settings", "Settings", settings(runs)),
     ]
+    name = " and ".join(run.name for run in runs)
+    state = f"{tiles.state(runs)} · written {datetime.now():%Y-%m-%d %H:%M}"
+    return document(name, tiles.names(runs), state, f"{tiles.endings(runs)}{tiles.tiles(runs)}", sections, charts)
+
+
+def document(
+    name: str, heading: str, state: str, below: str, sections: Sequence[tuple[str, str, str]], charts: Charts
+) -> str:
+    """A whole page. name: plain text; heading, state, below: the header, in HTML; sections: key, title and body, of
+    which those without a body are left out."""
     shown = [(key, title, body) for key, title, body in sections if body]
     links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in shown)
     body = "".join(f'<section id="{key}"><h2>{title}</h2>{content}</section>' for key, title, content in shown)
-    name = " and ".join(run.name for run in runs)
     assets = files("fastppo.report")
     return f"""<!doctype html>
 <html lang="en">
@@ -48,9 +57,9 @@ def page(runs: Sequence[Run]) -> str:
 <header>
 <p class="brand">fastppo <span>report</span></p>
 <button id="theme" type="button" hidden>theme: auto</button>
-<h1>{tiles.names(runs)}</h1>
-<p class="state">{tiles.state(runs)} · written {datetime.now():%Y-%m-%d %H:%M}</p>
-{tiles.endings(runs)}{tiles.tiles(runs)}
+<h1>{heading}</h1>
+<p class="state">{state}</p>
+{below}
 </header>
 <nav aria-label="Sections">{links}</nav>
 <main>

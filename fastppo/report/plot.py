@@ -31,8 +31,10 @@ class Line:
     curve: Curve
     run: int = 0  # 0 or 1, for its colour
     dots: bool = False  # draw separate points, as for evaluations
-    steps: Sequence[float] = ()  # the step of each point, if x is another quantity
-    bars: Mapping[float, tuple[float, float]] = field(default_factory=dict)  # x -> ends of the error bar
+    steps: Sequence[float] = ()  # the step of each point (or what `Charts.draw` counts), if x is another quantity
+    bars: Mapping[float, tuple[float, float]] = field(
+        default_factory=dict
+    )  # x -> ends of the error bar; of a line, a band
 
     @property
     def is_cloud(self) -> bool:
@@ -78,13 +80,14 @@ class Charts:
         flags: Sequence[Flag] = (),
         levels: Sequence[Level] = (),
         x_title: str = "step",
+        counted: str = "step",
         x_range: tuple[float, float] | None = None,
         marks: Sequence[tuple[float, str]] = (),
         diagonal: bool = False,
         kind: str = "small",
     ) -> str:
-        """An HTML figure; an empty text if no line has a point. marks: vertical lines with their texts; diagonal: draw
-        the line y = x."""
+        """An HTML figure; an empty text if no line has a point. counted: what the lines' `steps` are; marks: vertical
+        lines with their texts; diagonal: draw the line y = x."""
         drawn = [line for line in lines if line.curve.points]
         if not drawn:
             return ""
@@ -99,6 +102,7 @@ class Charts:
         self.data[key] = {
             "title": shown.title,
             "x": x_title,
+            "counted": counted,
             "range": [left, right],
             "lines": [_numbers(line, curve, place) for line, curve in curves],
         }
@@ -177,10 +181,11 @@ def _drawn(line: Line, curve: Curve, place: _Place, smoothed: bool) -> str:
             f'<path class="dots{many} run{line.run}" d="{_dots(curve, place)}"/>'
             f'<path class="core{many}" d="{_dots(curve, place)}"/>'
         )
+    band = f'<path class="band run{line.run}" d="{_band(line, curve, place)}"/>' if line.bars else ""
     if line.steps or not smoothed:
-        return f'<path class="line run{line.run}" d="{_path(curve, place)}"/>'
+        return f'{band}<path class="line run{line.run}" d="{_path(curve, place)}"/>'
     return (
-        f'<path class="raw run{line.run}" d="{_path(curve, place)}"/>'
+        f'{band}<path class="raw run{line.run}" d="{_path(curve, place)}"/>'
         f'<path class="line run{line.run}" d="{_path(_mean(line), place)}"/>'
     )
 
@@ -207,6 +212,13 @@ def _path(curve: Curve, place: _Place) -> str:
             parts.append(f"{pen}{place.x(x):.0f},{place.y(y):.0f}")
         pen = "M" if y is None else "L"
     return "".join(parts)
+
+
+def _band(line: Line, curve: Curve, place: _Place) -> str:
+    """The area between the ends of all bars: along the lower ends, and back along the upper ones."""
+    ends = [(place.x(x), *map(place.y, line.bars[x])) for x, _ in curve.points if x in line.bars]
+    outline = [(x, low) for x, low, _ in ends] + [(x, high) for x, _, high in reversed(ends)]
+    return "M" + "L".join(f"{x:.0f},{y:.0f}" for x, y in outline) + "Z"
 
 
 def _dots(curve: Curve, place: _Place) -> str:

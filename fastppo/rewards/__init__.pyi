@@ -1,3 +1,9 @@
+from .best_of_n import LEVEL as LEVEL
+from .best_of_n import MIN_PROMPTS_FOR_TURN as MIN_PROMPTS_FOR_TURN
+from .best_of_n import Band as Band
+from .best_of_n import BestOfN as BestOfN
+from .best_of_n import estimate as estimate
+from .best_of_n import kl_bound as kl_bound
 from .model import BadChat as BadChat
 from .model import ModelSource as ModelSource
 from .model import TooLong as TooLong

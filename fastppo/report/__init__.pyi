@@ -1,0 +1,1 @@
+from .best_of_n import best_of_n_page as best_of_n_page
