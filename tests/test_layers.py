@@ -49,7 +49,7 @@ def test_a_door_loads_a_module_only_when_something_of_it_is_wanted():
 )
 def test_rooms_have_at_most_a_dozen_modules_and_modules_350_lines(room):
     modules = list(room.glob("*.py"))
-    assert len(modules) <= {"fastppo": 16, "report": 17}.get(room.name, 12)  # fastppo: a module for each command
+    assert len(modules) <= (16 if room.name == "report" else 12)
     for module in modules:
         assert lines(module) <= 350, module
 

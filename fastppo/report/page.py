@@ -10,11 +10,10 @@ from importlib.resources import files
 from fastppo import __version__
 from fastppo.report import health, texts, tiles
 from fastppo.report.frontier import frontier
-from fastppo.report.learning import learning
+from fastppo.report.learning import learning, times
 from fastppo.report.plot import Charts, as_script, grid
 from fastppo.report.run import Run
 from fastppo.report.settings import settings
-from fastppo.report.times import times
 
 
 def page(runs: Sequence[Run]) -> str:
