@@ -39,7 +39,7 @@ def train(config: DPOConfig, world: World) -> None:
     with lock_run_dir(Path(config.output), world.rank):
         reference = ReferenceLogprobs(world)
         setup = set_up(config, world, partial(load_pairs, closed=False), saved={"reference": reference})
-        reference.complete(setup)
+        reference.compute(setup)
         run(
             setup,
             direct_preference(config, reference.training),

@@ -6,7 +6,6 @@ from .export import check_exports as check_exports
 from .export import export_model as export_model
 from .export import replace_export as replace_export
 from .resume import Checkpoint as Checkpoint
-from .resume import CheckpointError as CheckpointError
 from .resume import alarm_settings as alarm_settings
 from .resume import held_out_score as held_out_score
 from .rollback_record import RollbackRecord as RollbackRecord

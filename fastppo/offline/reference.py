@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastppo.checkpoint import CheckpointError
 from fastppo.config import OfflineConfig
 from fastppo.data import Examples, Packed, batches
 from fastppo.distributed import World, all_gather, all_sum, stop, watching
@@ -62,63 +61,50 @@ class ReferenceLogprobs:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self.training = torch.empty(0, 2, dtype=torch.float64)  # (E, 2), NaN where no update sees the pair
+        self.training = torch.empty(0, 2, dtype=torch.float64)  # (E, 2), 0 where not known
+        self.known = torch.empty(0, dtype=torch.bool)  # (E,): an update of the run sees the pair
         self.heldout = torch.empty(0, 2, dtype=torch.float64)  # (E', 2)
 
     def save(self, folder: Path, name: str, write: Callable[[Any, Path], None]) -> None:
         """They are the same on every rank, so the first one writes them."""
         if self._world.rank == 0:
-            write({"training": self.training, "heldout": self.heldout}, folder / name / "logprobs.pt")
+            saved = {"training": self.training, "known": self.known, "heldout": self.heldout}
+            write(saved, folder / name / "logprobs.pt")
 
     def load(self, folder: Path, name: str) -> None:
         saved = torch.load(folder / name / "logprobs.pt")
-        self.training, self.heldout = saved["training"], saved["heldout"]
+        self.training, self.known, self.heldout = (saved[part] for part in ("training", "known", "heldout"))
 
-    def complete(self, setup: Setup[Any]) -> None:
-        """Compute what is not there yet. All ranks call it, before the first update of this process.
+    def compute(self, setup: Setup[Any]) -> None:
+        """Compute them, unless a checkpoint had them. All ranks call it, before the first update. Raises Stopped.
 
-        A resumed run finds them in its checkpoint, and computes nothing unless it has more `steps` now and they reach
-        pairs that it did not need before. Then the model has changed, and it is the reference only with its adapters
-        off. Raises CheckpointError without adapters, and Stopped.
+        Of the pairs that the run will see; with a constant learning rate, of all, since `steps` can be raised then when
+        the run is resumed, and the model is not the reference any more.
         """
-        config, trained, world = setup.config, setup.trained, self._world
-        if not len(self.training):
-            self.training = torch.full((len(setup.examples), 2), torch.nan, dtype=torch.float64)
-        missing = [rows for rows in _batches_of(setup) if not bool(self._known()[rows].all())]
-        changed = setup.progress.step > 0 and not config.model.lora.rank
-        if missing and changed:
-            raise CheckpointError(
-                f"steps is {setup.steps}, which reaches pairs that this run did not have to compute the reference's"
-                " logprobs of when it began, and the model has changed since. Resume with the steps that it had, or"
-                " start a new run (--resume null)."
-            )
-        with watching(world), _as_reference(trained, config):
-            if len(setup.heldout) and not len(self.heldout):
-                self.heldout = heldout_logprobs(trained, setup.heldout, setup.heldout_prefix, config, world)
-            if missing:
-                self._compute(missing, setup)
-        if missing and world.rank == 0:
+        config, trained, pairs = setup.config, setup.trained, setup.examples
+        if len(self.training):
+            return
+        self.training = torch.zeros(len(pairs), 2, dtype=torch.float64)
+        self.known = torch.zeros(len(pairs), dtype=torch.bool)
+        with watching(self._world), _as_reference(trained, config):
+            if len(setup.heldout):
+                self.heldout = heldout_logprobs(trained, setup.heldout, setup.heldout_prefix, config, self._world)
+            self._compute_training(setup)
+        if self._world.rank == 0:
             log.info(
-                "the reference's logprobs: of %d pairs to train on and %d held out; %.3f MB on the host",
-                int(self._known().sum()),
-                len(self.heldout),
-                (self.training.nbytes + self.heldout.nbytes) / 1e6,
+                "the reference's logprobs of %d pairs to train on and %d held out are known; %.3f MB on the host",
+                *(int(self.known.sum()), len(self.heldout), (self.training.nbytes + self.heldout.nbytes) / 1e6),
             )
-
-    def _known(self) -> Tensor:  # (E,) bool
-        return ~self.training.isnan().any(1)
 
     @torch.no_grad()
-    def _compute(self, todo: list[list[int]], setup: Setup[Any]) -> None:
-        """Those of the pairs in these batches that are not known, each in the microbatch of its first batch.
+    def _compute_training(self, setup: Setup[Any]) -> None:
+        """Those of the training pairs, each in the microbatch of the first batch that has it.
 
         The prefix's states are not kept: training keeps them in the order in which a resumed run computes them again.
         """
-        trained, pairs, known = setup.trained, setup.examples, self._known()
+        trained, pairs, known = setup.trained, setup.examples, self.known.clone()
         mine: list[tuple[Tensor, Tensor]] = [(torch.empty(0, dtype=torch.int64), self.training[:0])]
-        for rows in todo:
-            if bool(known[rows].all()):
-                continue
+        for rows in _batches_of(setup):
             for part in microbatches_of(rows, pairs, setup.config, self._world):
                 stop.check(self._world)
                 packed, prefix_states = trained.select(pairs, part, PrefixStates(keep=False))
@@ -129,19 +115,19 @@ class ReferenceLogprobs:
         indices, sums = (torch.cat(parts) for parts in zip(*mine, strict=True))
         for part, found in all_gather((indices, sums), self._world):
             for index, both in zip(part.tolist(), found, strict=True):
-                if bool(self.training[index].isnan().any()):  # a batch may have a pair twice: the first one counts
-                    self.training[index] = both
+                if not self.known[index]:  # a batch may have a pair twice: the first one counts
+                    self.training[index], self.known[index] = both, True
 
 
 def _batches_of(setup: Setup[Any]) -> Iterator[list[int]]:
-    """The run's batches up to the one with which all pairs have been seen."""
+    """The run's batches up to the one with which all pairs have been seen; with a constant rate, beyond its end too."""
     config, pairs, seen = setup.config, setup.examples, torch.zeros(len(setup.examples), dtype=torch.bool)
     order = batches(pairs, size=config.batch_size, seed=config.seed, shuffle=config.data.shuffle)
-    for rows in islice(order, setup.steps):
-        if bool(seen.all()):
-            return
+    for rows in order if config.optim.schedule == "constant" else islice(order, setup.steps):
         yield rows
         seen[rows] = True
+        if bool(seen.all()):
+            return
 
 
 def _as_reference(trained: TrainedModel, config: OfflineConfig) -> AbstractContextManager[None]:

@@ -162,8 +162,8 @@ def test_every_margin_of_the_first_update_is_exactly_0_and_the_log_says_so(folde
     config = parse(settings(folder, output=tmp_path / "out", eval__every=2, **changes), DPO)
     reference = ReferenceLogprobs(world)
     setup = set_up(config, world, load_pairs, saved={"reference": reference})
-    reference.complete(setup)
-    assert not bool(reference.training.isnan().any()) and not bool(reference.heldout.isnan().any())
+    reference.compute(setup)
+    assert bool(reference.known.all()) and bool((reference.heldout < 0).all())
     for part in microbatches_of(next(setup.order), setup.examples, config, world):
         packed, states = setup.trained.select(setup.examples, part, setup.prefix)
         ask = lambda policy, hidden, packed=packed: answer_logprobs(policy, hidden, packed)  # noqa: E731
@@ -226,7 +226,7 @@ def test_it_resumes_bit_for_bit_with_the_reference_of_its_start(folder, world, t
     shutil.rmtree(broken / "model")
     for later in sorted((broken / "checkpoints").glob("step-*"))[1:]:
         shutil.rmtree(later)
-    monkeypatch.setattr(ReferenceLogprobs, "_compute", lambda *args: pytest.fail("it is in the checkpoint"))
+    monkeypatch.setattr(ReferenceLogprobs, "_compute_training", lambda *args: pytest.fail("it is in the checkpoint"))
     train_dpo.train(parse([*argv, "--output", str(broken), "--resume", "auto", "--chosen_fall", "9"], DPO), world)
     assert records(broken) == records(output)
     exports = [load_file(path / "model" / "model.safetensors") for path in (output, broken)]
@@ -292,24 +292,32 @@ def test_adapters_at_stage_3_on_two_ranks_begin_at_the_reference(folder, forks, 
     assert "before the first update every margin is 0" in run.text()
 
 
-def test_more_steps_reach_new_pairs_only_where_adapters_can_be_off(folder, world, tmp_path):
-    """And with them the run is the one that had as many steps from its start."""
-    fixed = {"optim__schedule": "constant", "checkpoint__every": 2, "batch_size": 8}
-    for name, lora in (("all", {}), ("lora", {"model__lora__rank": 4})):
-        short = settings(folder, output=tmp_path / name, **fixed, **lora, steps=2, eval__examples=8)
-        train_dpo.train(parse(short, DPO), world)
-        assert bool(whole_runs.state(tmp_path / name)["reference/logprobs.pt"]["training"].isnan().any())
-        more = parse([*short, "--steps", "4", "--resume", "auto"], DPO)
-        if not lora:
-            with pytest.raises(CheckpointError, match=r"steps is 4, which reaches pairs .*--resume null"):
-                train_dpo.train(more, world)
-            continue
-        train_dpo.train(more, world)
-        train_dpo.train(parse([*short, "--steps", "4", "--output", str(tmp_path / "whole")], DPO), world)
-        states = [whole_runs.state(tmp_path / output) for output in ("lora", "whole")]
-        assert whole_runs.same(*(state["reference/logprobs.pt"] for state in states))
-        exports = [load_file(tmp_path / output / "model/model.safetensors") for output in ("lora", "whole")]
-        assert distance(*exports) == 0
+def test_a_run_with_more_steps_than_it_had_is_the_one_that_had_them_from_its_start(folder, world, tmp_path):
+    """The new steps reach pairs that the first did not; the reference of these is not the model that resumes."""
+    fixed = {"optim__schedule": "constant", "checkpoint__every": 2, "batch_size": 8, "eval__examples": 8}
+    short = settings(folder, output=tmp_path / "short", **fixed, steps=2)
+    train_dpo.train(parse(short, DPO), world)
+    train_dpo.train(parse([*short, "--steps", "4", "--resume", "auto"], DPO), world)
+    train_dpo.train(parse([*short, "--steps", "4", "--output", str(tmp_path / "whole")], DPO), world)
+    assert whole_runs.same(
+        *(
+            whole_runs.state(tmp_path / output)["model/mp_rank_00_model_states.pt"]["module"]
+            for output in ("short", "whole")
+        )
+    )
+    assert whole_runs.same(
+        *(whole_runs.state(tmp_path / output)["reference/logprobs.pt"] for output in ("short", "whole"))
+    )
+
+
+def test_of_pairs_that_no_update_sees_nothing_is_computed(folder, world, tmp_path):
+    """With a rate that falls to 0 at the last step there can be no further steps."""
+    argv = settings(
+        folder, output=tmp_path / "out", optim__schedule="linear", checkpoint__every=2, batch_size=8, steps=2
+    )
+    train_dpo.train(parse(argv, DPO), world)
+    known = whole_runs.state(tmp_path / "out")["reference/logprobs.pt"]["known"]
+    assert int(known.sum()) == 16 < len(known)
 
 
 def test_a_batch_with_a_pair_twice_has_one_reference_for_it(folder, world, tmp_path):
