@@ -77,12 +77,7 @@ Reader = Callable[[Table], Iterator[Candidate]]
 
 
 def load_pairs(
-    config: PairsConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    heldout: int,
-    context: int | None,
-    closed: bool = True,
+    config: PairsConfig, tokenizer: PreTrainedTokenizerBase, *, heldout: int, context: int | None, closed: bool = True
 ) -> tuple[Examples, Examples]:
     """Load training pairs and `heldout` held-out pairs; no held-out answer is trained on, even if the data repeats it.
 
