@@ -15,7 +15,7 @@ from fastppo.config import (
     RewardTrainingConfig,
     SFTConfig,
 )
-from fastppo.config.command_line import REWARD, SFT, parse
+from fastppo.config.command_line import DPO, REWARD, SFT, parse
 from fastppo.config.validation.offline import (
     DPO_RANGES,
     RANGES,
@@ -47,6 +47,7 @@ def test_the_defaults_and_the_presets_are_allowed():
     for ranks in (1, 2, 16):
         validate_reward(parse(["--config", "quickstart-reward"], REWARD, ranks), ranks)
         validate_sft(parse(["--config", "quickstart-sft", "--steps", "2"], SFT, ranks), ranks)
+        validate_dpo(parse(["--config", "quickstart-dpo"], DPO, ranks), ranks)
 
 
 @pytest.mark.parametrize(
