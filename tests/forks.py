@@ -149,6 +149,7 @@ def main() -> None:
     # the seconds that forks save; DeepSpeed imports torch's compiler where it makes an engine
     for name in (
         "fastppo.train",
+        "fastppo.train_dpo",
         "fastppo.train_reward",
         "fastppo.train_sft",
         "deepspeed.runtime.zero.muon.muon_optimizer",

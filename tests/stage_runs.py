@@ -1,4 +1,4 @@
-"""Small runs of SFT and reward modelling: settings and data for their tests."""
+"""Small runs of SFT, reward modelling and DPO: settings and data for their tests."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def prepare(folder: Path) -> Path:
 
 
 def settings(folder: Path, kind: str, **changes: Any) -> list[str]:
-    """kind: `pairs` or `answers`; changes are given as model__lr=1e-3."""
+    """kind: `pairs`, `answers` or `dpo`, which learns from the pairs; changes are given as model__lr=1e-3."""
     fixed = {
         "output": folder / "out",
         "threads": 1,
         "model.path": folder / "model",
         "model.lr": 3e-3,
-        "data.path": folder / f"{kind}.jsonl",
+        "data.path": folder / f"{'pairs' if kind == 'dpo' else kind}.jsonl",
         "data.max_tokens": LONGEST,
         "batch_size": 16,
         "epochs": 2,

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from fastppo.config import HealthConfig, RewardConfig
-from fastppo.config.command_line import REWARD, SFT, parse
+from fastppo.config.command_line import DPO, REWARD, SFT, parse
 from fastppo.models.loading.source import EXPORTED_BY
 from fastppo.quickstart import _analyzer, favourable
 
@@ -23,6 +23,14 @@ def test_each_stage_takes_what_the_ones_before_leave():
     assert ppo.actor.train == sft.model.train  # so that the layers below are still those of the reward model
     assert {ppo.data.path, sft.data.path, reward.data.path} == {ppo.data.path}
     assert ppo.health.judge == (JUDGE,)
+
+
+def test_dpo_learns_from_the_model_and_the_reviews_of_the_others():
+    sft, reward = parse(["--config", "quickstart-sft"], SFT), parse(["--config", "quickstart-reward"], REWARD)
+    dpo = parse(["--config", "quickstart-dpo"], DPO)
+    assert dpo.model.path == f"{sft.output}/model" and dpo.model.train == sft.model.train
+    assert dataclasses.replace(dpo.data, limit=reward.data.limit) == reward.data
+    assert dpo.data.limit == 450 + dpo.eval.examples
 
 
 def test_what_the_reward_model_has_read_is_as_long_as_prompt_and_response():

@@ -1,5 +1,6 @@
 from . import deepspeed_config as deepspeed_config
 from .command_line import COMMANDS as COMMANDS
+from .command_line import DPO as DPO
 from .command_line import PPO as PPO
 from .command_line import REWARD as REWARD
 from .command_line import SFT as SFT
@@ -30,6 +31,7 @@ from .models import CriticConfig as CriticConfig
 from .models import LoraConfig as LoraConfig
 from .models import ReferenceConfig as ReferenceConfig
 from .offline import AnswersConfig as AnswersConfig
+from .offline import DPOConfig as DPOConfig
 from .offline import ExamplesConfig as ExamplesConfig
 from .offline import HeldOutConfig as HeldOutConfig
 from .offline import ModelConfig as ModelConfig
@@ -49,6 +51,7 @@ from .run import EvaluationConfig as EvaluationConfig
 from .run import TrackConfig as TrackConfig
 from .validation import validate as validate
 from .validation.offline import check_pairs as check_pairs
+from .validation.offline import validate_dpo as validate_dpo
 from .validation.offline import validate_offline as validate_offline
 from .validation.offline import validate_reward as validate_reward
 from .validation.offline import validate_sft as validate_sft

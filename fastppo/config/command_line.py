@@ -23,10 +23,10 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings  # type: ignore[attr-defined]
 
 from fastppo.config.launch import LaunchError, check_launch, first_of_many
-from fastppo.config.offline import RewardTrainingConfig, SFTConfig
+from fastppo.config.offline import DPOConfig, RewardTrainingConfig, SFTConfig
 from fastppo.config.ppo import AnyConfig, Config
 from fastppo.config.validation import validate
-from fastppo.config.validation.offline import validate_reward, validate_sft
+from fastppo.config.validation.offline import validate_dpo, validate_reward, validate_sft
 from fastppo.errors import ConfigError
 
 OTHER_OPTIONS = ("help", "config", "print_config", "local_rank")
@@ -87,7 +87,15 @@ REWARD = Command(
     validate_reward,
     "-reward",
 )
-COMMANDS: dict[str, Command[Any]] = {command.name: command for command in (PPO, SFT, REWARD)}
+DPO = Command(
+    "dpo",
+    "fastppo.train_dpo",
+    "train a language model on preference pairs, without rewards",
+    DPOConfig,
+    validate_dpo,
+    "-dpo",
+)
+COMMANDS: dict[str, Command[Any]] = {command.name: command for command in (PPO, SFT, REWARD, DPO)}
 
 
 def command_of(config: AnyConfig) -> Command[Any]:

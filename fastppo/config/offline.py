@@ -1,4 +1,4 @@
-"""Settings of offline methods, which learn from given data: what they share, and those of SFT and reward modelling."""
+"""Settings of offline methods, which learn from given data: what they share, and those of SFT, reward modelling, DPO."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class ExamplesConfig:
     """Use only this many tokens from the end of each plain-text answer. The quickstart makes short answers from reviews
     in this way, since the end of a review contains its verdict."""
     eos: bool = True
-    """End each answer with the EOS; a chat answer with the token that ends a turn, or, in a preference pair, with
+    """End each answer with the EOS; a chat answer with the token that ends a turn, or, where a reward model learns, with
     everything that the template writes after it, since reward models read complete chats. PPO's responses end in the
     same way unless they are truncated. Set it to false if responses are always truncated; even then PPO completes
     chats."""
@@ -243,3 +243,35 @@ class RewardTrainingConfig(OfflineConfig):
     centre_coef: float = 0.01
     """Coefficient of (chosen + rejected)^2 in the loss, which keeps scores near 0 during training (Eisenstein et al.,
     2023)."""
+
+
+@dataclass(frozen=True)
+class DPOConfig(OfflineConfig):
+    """fastppo: direct preference optimisation on preference pairs (Rafailov et al., 2023)."""
+
+    role: ClassVar[Literal["policy", "reward model"]] = "policy"
+    unit: ClassVar[str] = "pairs"
+    sequences: ClassVar[int] = 2
+    free: ClassVar[tuple[str, ...]] = ("chosen_fall",)
+
+    output: str = "runs/dpo"
+    """Folder of the run: config, metrics, and the trained model with the lowest held-out loss in `output`/model."""
+    patience: int | None = 3
+    """The run ends after this many consecutive evaluations without a lower held-out loss, the evaluation before training
+    included; null: it never ends early."""
+    data: PairsConfig = field(default_factory=PairsConfig)
+    loss: Literal["dpo", "ipo"] = "dpo"
+    """`dpo`: -log sigmoid(beta * margin), the margin being the chosen answer's log ratio of policy and reference, summed
+    over its tokens, minus that of the rejected one; `ipo`: (margin - 1 / (2 beta))^2, with means over tokens (Azar et
+    al., 2023), whose margins stay finite where every pair is ordered. The reference is the model as training starts."""
+    beta: float = 0.1
+    """How strongly the policy is held to the reference: the higher, the closer it stays."""
+    label_smoothing: float = 0.0
+    """Share of pairs, below 0.5, whose preference is taken to be wrong (conservative DPO, Mitchell, 2023). `dpo` only."""
+    nll_coef: float = 0.0
+    """Coefficient of the chosen answer's negative mean logprob in the loss, which keeps it likely (Pang et al., 2024, use
+    1). The metric `loss` is without it."""
+    chosen_fall: float | None = 0.5
+    """A warning is logged when the chosen answers' mean logprob in an update is lower than the reference's by more than
+    this, in nats a token: DPO can raise the margin while both answers become unlikely (Razin et al., 2024). At 0.5 each
+    token has e^-0.5 = 0.61 times its probability on average, an answer of 50 tokens e^-25. null: no warning."""

@@ -77,16 +77,17 @@ Reader = Callable[[Table], Iterator[Candidate]]
 
 
 def load_pairs(
-    config: PairsConfig, tokenizer: PreTrainedTokenizerBase, *, heldout: int, context: int | None
+    config: PairsConfig, tokenizer: PreTrainedTokenizerBase, *, heldout: int, context: int | None, closed: bool = True
 ) -> tuple[Examples, Examples]:
     """Load training pairs and `heldout` held-out pairs; no held-out answer is trained on, even if the data repeats it.
 
-    The order of both depends on the data and `split_seed` only. context: of the model, in tokens (None: unknown).
-    Raises `DataError`.
+    The order of both depends on the data and `split_seed` only. context: of the model, in tokens (None: unknown);
+    closed: chat answers end as the template closes them, which reward models read, and not with the token that ends a
+    turn, with which a policy's responses end. Raises `DataError`.
     """
     check_arguments("data.template", config.template, tokenizer)
     pairs = _rated_pairs if config.rating is not None else _pairs
-    return _load(config, partial(pairs, config=config, tokenizer=tokenizer), 2, heldout, context)
+    return _load(config, partial(pairs, config=config, tokenizer=tokenizer, closed=closed), 2, heldout, context)
 
 
 def load_answers(
@@ -238,7 +239,9 @@ def _example(candidate: Candidate) -> Example:
     return Example(sequences, lengths, candidate.margin)
 
 
-def _pairs(table: Table, config: PairsConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Candidate]:
+def _pairs(
+    table: Table, config: PairsConfig, tokenizer: PreTrainedTokenizerBase, *, closed: bool
+) -> Iterator[Candidate]:
     prompts = _prompts(table, config)
     answers = (_column(table, config, "chosen"), _column(table, config, "rejected"))
     margins = None if config.margin is None else _column(table, config, "margin")
@@ -246,14 +249,16 @@ def _pairs(table: Table, config: PairsConfig, tokenizer: PreTrainedTokenizerBase
         margin = 0.0 if margins is None else _number(margins[row], _where(table, row, config.margin))
         both = (
             encode_answer(
-                prompts[row], column[row], config, _where(table, row, config.prompt, name), tokenizer, closed=True
+                prompts[row], column[row], config, _where(table, row, config.prompt, name), tokenizer, closed=closed
             )
             for column, name in zip(answers, (config.chosen, config.rejected), strict=True)
         )
         yield Candidate(_where(table, row, config.prompt, config.chosen, config.rejected), tuple(both), margin)
 
 
-def _rated_pairs(table: Table, config: PairsConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Candidate]:
+def _rated_pairs(
+    table: Table, config: PairsConfig, tokenizer: PreTrainedTokenizerBase, *, closed: bool
+) -> Iterator[Candidate]:
     """Pairs of answers to one prompt: the best with the worst, the second best with the second worst, and so on."""
     assert config.rating is not None
     prompts = _prompts(table, config)
@@ -277,7 +282,7 @@ def _rated_pairs(table: Table, config: PairsConfig, tokenizer: PreTrainedTokeniz
     for rows in pairs:
         wheres = [_where(table, row, config.prompt, config.answer) for row in rows]
         both = (
-            encode_answer(prompts[row], answers[row], config, where, tokenizer, closed=True)
+            encode_answer(prompts[row], answers[row], config, where, tokenizer, closed=closed)
             for row, where in zip(rows, wheres, strict=True)
         )
         yield Candidate(f"{table.where(rows[0])} and {wheres[1]}", tuple(both))

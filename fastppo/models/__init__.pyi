@@ -45,6 +45,7 @@ from .roles import ModelError as ModelError
 from .roles import Policy as Policy
 from .roles import RewardModel as RewardModel
 from .roles import ValueHead as ValueHead
+from .roles import adapters_off as adapters_off
 from .roles import attention_ratio as attention_ratio
 from .roles import fuse_head as fuse_head
 from .roles import hidden_states as hidden_states

@@ -1,3 +1,7 @@
+from .dpo import DPO_STATISTICS as DPO_STATISTICS
+from .dpo import alarms as alarms
+from .dpo import direct_preference as direct_preference
+from .dpo import evaluation_against as evaluation_against
 from .heldout import Evaluation as Evaluation
 from .loop import Setup as Setup
 from .loop import count_examples as count_examples
@@ -5,6 +9,7 @@ from .loop import count_response_tokens as count_response_tokens
 from .loop import leave as leave
 from .loop import run as run
 from .loop import set_up as set_up
+from .reference import ReferenceLogprobs as ReferenceLogprobs
 from .reward_modelling import PairEvaluation as PairEvaluation
 from .reward_modelling import bradley_terry as bradley_terry
 from .reward_modelling import evaluate_pairs as evaluate_pairs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,7 @@ from fastppo.checkpoint import (
 )
 from fastppo.config import OfflineConfig
 from fastppo.data import Examples, batches
-from fastppo.distributed import World, watching
+from fastppo.distributed import Saved, World, watching
 from fastppo.models import (
     PrefixStates,
     check_embedded,
@@ -73,11 +73,17 @@ class Setup(Generic[C]):
         return Tracker(self.output, self.config.track, steps=self.steps, rank=self.world.rank, done=done)
 
 
-def set_up(config: C, world: World, load: Callable[..., tuple[Examples, Examples]]) -> Setup[C]:
+def set_up(
+    config: C,
+    world: World,
+    load: Callable[..., tuple[Examples, Examples]],
+    saved: Mapping[str, Saved] | None = None,
+) -> Setup[C]:
     """The run's folder, its model and its examples, and where it is if it is resumed.
 
-    load: `examples.load_pairs` or its sister. What can be wrong is looked at in the order of what it costs to find out.
-    An earlier run in the folder is moved aside when only the weights are left to be read.
+    load: `examples.load_pairs` or its sister; saved: what the method has in checkpoints beside the model, by name,
+    which is read if the run is resumed. What can be wrong is looked at in the order of what it costs to find out. An
+    earlier run in the folder is moved aside when only the weights are left to be read.
     """
     found = find_run(config, world)
     check_plan(config, world)
@@ -89,7 +95,8 @@ def set_up(config: C, world: World, load: Callable[..., tuple[Examples, Examples
         check_embedded(model_source(model), tokenizer, part.tokens, "data.path")
     open_folder(config, found, world)
     trained = assemble(config, world, tokenizer)
-    checkpoints = Checkpoints(config, {"model": trained.engine}, (examples.tokens, heldout.tokens), world)
+    parts: dict[str, Saved] = {"model": trained.engine, **(saved or {})}
+    checkpoints = Checkpoints(config, parts, (examples.tokens, heldout.tokens), world)
     progress = checkpoints.load(found, Training.begin(config.seed, world.rank))
     order = batches(examples, size=config.batch_size, seed=config.seed, shuffle=config.data.shuffle)
     return Setup(
@@ -129,12 +136,14 @@ def run(
     count: Callable[[Examples, Tensor], int] = count_examples,
     evaluate: Callable[[TrainedModel, Examples, PrefixStates, C, World], E] | None = None,
     leave: Callable[[Setup[C], E | None], ExportedModel] = leave,
+    watch: Callable[[int, Mapping[str, float]], None] | None = None,
 ) -> None:
     """Update, evaluate on held-out examples, and leave the trained model with the lowest held-out loss behind.
 
     statistics: names of what the objective sums, `loss` among them; count: over how many of these examples' pairs or
     response tokens their means and the loss's are taken; evaluate: on held-out examples, by the objective itself where
-    it is None; leave: exports the model as it was evaluated, or as it is if it never was.
+    it is None; leave: exports the model as it was evaluated, or as it is if it never was;
+    watch: is told of each update its number, from 1, and the means of the statistics.
 
     Raises Stopped where the run was told to stop; what it has done is saved then. Raises ExportError at the end if the
     model is elsewhere, or nowhere.
@@ -179,6 +188,8 @@ def run(
                     )
                 means = dict(zip(statistics, (done.sums / counted).tolist(), strict=True))
                 tracker.log(progress.step + 1, means | done.metrics() | times.take())
+                if watch is not None:
+                    watch(progress.step + 1, means)
                 progress.end_step(done.skipped)
                 evaluate_if_due()
                 setup.checkpoints.save_if_due(progress)

@@ -35,6 +35,11 @@ SMALL = (
     "calibration_error",
     "score_chosen",
     "score_rejected",
+    "margin",
+    "reward_chosen",
+    "reward_rejected",
+    "logprob_chosen_change",
+    "logprob_chosen",
     "grad_norm",
     "lr",
 )

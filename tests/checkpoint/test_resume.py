@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastppo.checkpoint.resume import CheckpointError, _check_fit, settings, versions
-from fastppo.config import AnyConfig, Config, RewardTrainingConfig, SFTConfig
+from fastppo.config import AnyConfig, Config, DPOConfig, RewardTrainingConfig, SFTConfig
 from fastppo.distributed.world import World
 
 WORLD = World(0, 1, torch.device("cpu"))
@@ -68,8 +68,13 @@ def outcome(config: AnyConfig, name: str, caplog: pytest.LogCaptureFixture) -> s
 
 @pytest.mark.parametrize(
     ("kind", "free"),
-    [(Config, OF_PPO), (RewardTrainingConfig, OF_OFFLINE_METHODS), (SFTConfig, OF_OFFLINE_METHODS)],
-    ids=["PPO", "reward model", "SFT"],
+    [
+        (Config, OF_PPO),
+        (RewardTrainingConfig, OF_OFFLINE_METHODS),
+        (SFTConfig, OF_OFFLINE_METHODS),
+        (DPOConfig, OF_OFFLINE_METHODS | {"chosen_fall": "free"}),
+    ],
+    ids=["PPO", "reward model", "SFT", "DPO"],
 )
 def test_a_setting_may_change_if_it_is_listed_here_and_is_refused_by_name_if_not(kind, free, caplog):
     caplog.set_level(logging.WARNING, "fastppo")

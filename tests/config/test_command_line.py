@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastppo.config import Config, RewardConfig
-from fastppo.config.command_line import PPO, REWARD, SFT, dump, parse
+from fastppo.config.command_line import DPO, PPO, REWARD, SFT, dump, parse
 
 QUICKSTART = ["--config", "quickstart"]
 
@@ -157,7 +157,7 @@ def test_a_wrong_value_in_a_file_is_told_what_is_allowed(capsys, tmp_path, text,
     assert words in message(capsys, *QUICKSTART, "--config", str(file))
 
 
-@pytest.mark.parametrize("command", [PPO, REWARD, SFT], ids=lambda command: command.script)
+@pytest.mark.parametrize("command", [PPO, REWARD, SFT, DPO], ids=lambda command: command.script)
 def test_help_explains_every_setting(capsys, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as exit:

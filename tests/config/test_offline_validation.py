@@ -8,17 +8,26 @@ from test_validation import numbers
 
 from fastppo.config import (
     AnswersConfig,
+    DPOConfig,
     LoraConfig,
     ModelConfig,
     PairsConfig,
     RewardTrainingConfig,
     SFTConfig,
 )
-from fastppo.config.command_line import REWARD, SFT, parse
-from fastppo.config.validation.offline import RANGES, REWARD_RANGES, validate_reward, validate_sft
+from fastppo.config.command_line import DPO, REWARD, SFT, parse
+from fastppo.config.validation.offline import (
+    DPO_RANGES,
+    RANGES,
+    REWARD_RANGES,
+    validate_dpo,
+    validate_reward,
+    validate_sft,
+)
 from fastppo.errors import ConfigError
 
 PAIRS = RewardTrainingConfig(model=ModelConfig(path="m"), data=PairsConfig(path="d.jsonl"))
+PREFERRED = DPOConfig(model=ModelConfig(path="m"), data=PairsConfig(path="d.jsonl"))
 ANSWERS = SFTConfig(model=ModelConfig(path="m"), data=AnswersConfig(path="d.jsonl"))
 
 
@@ -34,9 +43,11 @@ def changed(config: Any, **settings: Any) -> Any:
 def test_the_defaults_and_the_presets_are_allowed():
     validate_reward(PAIRS)
     validate_sft(ANSWERS)
+    validate_dpo(PREFERRED)
     for ranks in (1, 2, 16):
         validate_reward(parse(["--config", "quickstart-reward"], REWARD, ranks), ranks)
         validate_sft(parse(["--config", "quickstart-sft", "--steps", "2"], SFT, ranks), ranks)
+        validate_dpo(parse(["--config", "quickstart-dpo"], DPO, ranks), ranks)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +72,7 @@ def test_the_defaults_and_the_presets_are_allowed():
     ],
 )
 def test_settings_of_both_that_cannot_work_are_refused(settings, words):
-    for config, validate in ((PAIRS, validate_reward), (ANSWERS, validate_sft)):
+    for config, validate in ((PAIRS, validate_reward), (ANSWERS, validate_sft), (PREFERRED, validate_dpo)):
         with pytest.raises(ConfigError) as error:
             validate(changed(config, **settings), 2)  # type: ignore[operator]
         for word in words:
@@ -116,14 +127,28 @@ def test_settings_of_responses_that_cannot_work_are_refused(settings, words):
         validate_sft(changed(ANSWERS, **settings))
 
 
-@pytest.mark.parametrize(("kind", "ranges"), [(RewardTrainingConfig, (*RANGES, *REWARD_RANGES)), (SFTConfig, RANGES)])
+@pytest.mark.parametrize(
+    ("kind", "ranges"),
+    [
+        (RewardTrainingConfig, (*RANGES, *REWARD_RANGES)),
+        (SFTConfig, RANGES),
+        (DPOConfig, (*RANGES, *DPO_RANGES)),
+    ],
+)
 def test_every_number_has_a_range(kind, ranges):
     ranged = [name for _, _, names in ranges for name in names.split()]
     assert sorted([*ranged, "zero.stage"]) == sorted({*numbers(kind), "zero.stage"})
 
 
-@pytest.mark.parametrize("name", numbers(RewardTrainingConfig))
-def test_a_number_out_of_its_range_is_named_with_its_value(name):
+@pytest.mark.parametrize(
+    ("config", "check", "name"),
+    [
+        (config, check, name)
+        for config, check in ((PAIRS, validate_reward), (PREFERRED, validate_dpo))
+        for name in numbers(type(config))
+    ],
+)
+def test_a_number_out_of_its_range_is_named_with_its_value(config, check, name):
     for value in (-1, float("nan")):
         with pytest.raises(ConfigError, match=rf"{name} is {value}; it must be "):
-            validate_reward(changed(PAIRS, **{name.replace(".", "__"): value}))
+            check(changed(config, **{name.replace(".", "__"): value}))

@@ -14,16 +14,21 @@ import transformers.utils.chat_template_utils as templates
 import whole_runs
 from transformers import PreTrainedTokenizerBase
 
-from fastppo import train, train_reward, train_sft
+from fastppo import train, train_dpo, train_reward, train_sft
 from fastppo.checkpoint import save
 from fastppo.checkpoint.save import Checkpoints
-from fastppo.config.command_line import PPO, REWARD, SFT, parse
+from fastppo.config.command_line import DPO, PPO, REWARD, SFT, parse
 from fastppo.data.conversations import template_text
 from fastppo.distributed import clock
 from fastppo.distributed.world import World, start_world
 
 DATE = "{% macro today() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}<{{ today() }}>"
-COMMANDS = {"train": (train, PPO), "train_sft": (train_sft, SFT), "train_reward": (train_reward, REWARD)}
+COMMANDS = {
+    "train": (train, PPO),
+    "train_sft": (train_sft, SFT),
+    "train_reward": (train_reward, REWARD),
+    "train_dpo": (train_dpo, DPO),
+}
 FORMAT = "%d %b %Y"
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fastppo import train, train_reward, train_sft
+from fastppo import train, train_dpo, train_reward, train_sft
 from fastppo.config.launch import LaunchError, check_launch
 from fastppo.distributed import rendezvous
 
@@ -71,7 +71,7 @@ def test_a_rank_that_was_launched_and_a_process_alone_go_on(environment):
     check_launch(environment)
 
 
-@pytest.mark.parametrize("command", [train, train_sft, train_reward])
+@pytest.mark.parametrize("command", [train, train_sft, train_reward, train_dpo])
 @pytest.mark.parametrize("number", ["0", "1"])
 def test_every_command_refuses_to_be_n_separate_runs_and_one_process_says_so(command, number, monkeypatch, capsys):
     for name in WHOLE:

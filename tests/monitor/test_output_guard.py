@@ -17,11 +17,11 @@ import whole_runs
 from test_wandb_run import StandIn, installed
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from fastppo import train, train_reward, train_sft
+from fastppo import train, train_dpo, train_reward, train_sft
 from fastppo.checkpoint import atomic_dir, export
 from fastppo.checkpoint.export import ExportError
 from fastppo.config import TrackConfig
-from fastppo.config.command_line import PPO, REWARD, SFT, parse
+from fastppo.config.command_line import DPO, PPO, REWARD, SFT, parse
 from fastppo.distributed.world import start_world
 from fastppo.monitor.run_dir import ALARMS, METRICS, RESPONSES, JsonlFile, file_sizes, read_lines
 from fastppo.monitor.tracker import Tracker
@@ -184,12 +184,13 @@ def test_a_terminal_that_cannot_show_it_costs_nothing(tmp_path, where):
         assert found.stderr.count("ERROR stdout: No space left on device. The run continues without it.") == 1
 
 
-# The three commands
+# Every command
 
 COMMANDS = {
     "ppo": (train, PPO, "actor"),
     "pairs": (train_reward, REWARD, "reward_model"),
     "answers": (train_sft, SFT, "model"),
+    "dpo": (train_dpo, DPO, "model"),
 }
 
 

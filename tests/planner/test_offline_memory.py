@@ -1,4 +1,4 @@
-"""The plan of SFT and reward modelling: what their one model needs, and a run that does not fit."""
+"""The plan of SFT, reward modelling and DPO: what their one model needs, and a run that does not fit."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import tiny
 import torch
 from architectures import ACTORS, directory
 
-from fastppo import plan, train_reward, train_sft
+from fastppo import plan, train_dpo, train_reward, train_sft
 from fastppo.config import AnyConfig
-from fastppo.config.command_line import REWARD, SFT, Command, parse
+from fastppo.config.command_line import DPO, REWARD, SFT, Command, parse
 from fastppo.distributed.world import start_world
 from fastppo.planner import check
 from fastppo.planner.machine import Machine
@@ -21,7 +21,7 @@ from fastppo.planner.plan import Plan, make_plan
 
 pytestmark = pytest.mark.slow
 
-COMMANDS: dict[str, Command[Any]] = {"pairs": REWARD, "answers": SFT}
+COMMANDS: dict[str, Command[Any]] = {"pairs": REWARD, "answers": SFT, "dpo": DPO}
 SMALL, LARGE = Machine(1, 1, 24 * 10**9, 128 * 10**9), Machine(8, 1, 40 * 10**9, 10**12)
 
 
@@ -54,7 +54,7 @@ def test_zero_and_adapters_take_memory_away(seven_billion, kind):
 
 
 def test_only_a_language_model_has_logits_and_a_trained_head_alone_no_activations(seven_billion):
-    scored, written = (held(make_plan(config_of(kind, seven_billion), LARGE)) for kind in COMMANDS)
+    scored, written = (held(make_plan(config_of(kind, seven_billion), LARGE)) for kind in ("pairs", "answers"))
     assert written.workspace - scored.workspace > 2 * 8192 * 3584  # of the head: gradients of its states at least
     head = held(make_plan(config_of("pairs", seven_billion, model__train="head", keep_trunk_gb=0), LARGE))
     assert head.optimizer == 12 * 3584 // 8 and head.activations < scored.activations / 20
@@ -105,7 +105,7 @@ def test_training_is_refused_before_the_model_loads(tmp_path, monkeypatch, capsy
     """There is a config and no weights; the message of loading them would be another."""
     tiny.causal().config.save_pretrained(tmp_path / "model")
     argv = stage_runs.settings(tmp_path, kind, plan="check")
-    train: Any = train_reward.train if kind == "pairs" else train_sft.train
+    train: Any = {"pairs": train_reward, "answers": train_sft, "dpo": train_dpo}[kind].train
     monkeypatch.setattr(check, "this_machine", lambda *args, **kwargs: Machine(1, 1, None, 2 * 10**8))
     with pytest.raises(check.PlanError, match=r"host memory are needed .*--plan warn"):
         train(parse(argv, COMMANDS[kind]), start_world(1))

@@ -1,10 +1,10 @@
-"""Rules about the settings of SFT and reward modelling."""
+"""Rules about the settings of SFT, reward modelling and DPO."""
 
 from __future__ import annotations
 
 import math
 
-from fastppo.config.offline import OfflineConfig, PairsConfig, RewardTrainingConfig, SFTConfig
+from fastppo.config.offline import DPOConfig, OfflineConfig, PairsConfig, RewardTrainingConfig, SFTConfig
 from fastppo.config.validation.data import check_heldout, check_template
 from fastppo.config.validation.learning import check_zero
 from fastppo.config.validation.models import check_attention, check_targets
@@ -30,6 +30,11 @@ RANGES: Ranges = (
     ("greater than 0", lambda x: 0 < x < math.inf, "optim.eps timeout model.lora.alpha"),
 )
 REWARD_RANGES: Ranges = (("0 or more", lambda x: 0 <= x < math.inf, "margin centre_coef"),)
+DPO_RANGES: Ranges = (
+    ("greater than 0", lambda x: 0 < x < math.inf, "beta chosen_fall"),
+    ("0 or more", lambda x: 0 <= x < math.inf, "nll_coef"),
+    ("0 or more and less than 0.5", lambda x: 0 <= x < 0.5, "label_smoothing"),
+)
 
 
 def validate_offline(config: OfflineConfig, ranks: int = 1, own: Ranges = ()) -> None:
@@ -91,6 +96,22 @@ def validate_sft(config: SFTConfig, ranks: int = 1) -> None:
     validate_offline(config, ranks)
     if config.data.messages is not None and config.data.chat == "never":
         raise ConfigError(f"data.messages is {config.data.messages} and data.chat never: messages are chat. Set auto.")
+
+
+def validate_dpo(config: DPOConfig, ranks: int = 1) -> None:
+    """Raises `ConfigError` for the first rule that the settings break on this many ranks (processes)."""
+    validate_offline(config, ranks, DPO_RANGES)
+    check_pairs(config.data)
+    if config.loss == "ipo" and config.label_smoothing:
+        raise ConfigError(
+            f"label_smoothing is {config.label_smoothing} and loss ipo, whose margins are bounded without it. Set"
+            " label_smoothing to 0, or loss to dpo."
+        )
+    if config.data.margin is not None:
+        raise ConfigError(
+            f"data.margin is {config.data.margin}, but margins of pairs are for reward models: DPO's loss has none."
+            " Leave data.margin out."
+        )
 
 
 def check_pairs(data: PairsConfig) -> None:
