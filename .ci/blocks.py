@@ -16,7 +16,7 @@ BLOCK = re.compile(
     r"^(?:<!-- not in CI: (?P<reason>.+?) -->\n)?```(?P<language>[\w{}-]*)[^\n]*\n(?P<code>.*?)^```$", re.M | re.S
 )
 TRAINING = re.compile(r"fastppo/train\.py|-m fastppo\.train\b|\bfastppo train\b")
-BEFORE_PPO = re.compile(r"fastppo/train_(reward|sft)\.py|\bfastppo (reward|sft)\b")
+OFFLINE = re.compile(r"fastppo/train_(dpo|reward|sft)\.py|\bfastppo (dpo|reward|sft)\b")
 
 
 def shorten(command: str) -> str:
@@ -25,7 +25,7 @@ def shorten(command: str) -> str:
         return f"{command} STEPS=2"
     if TRAINING.search(command) and "--steps" not in command and "--help" not in command:
         return f"{command} --steps 2 --eval.prompts 4"
-    if BEFORE_PPO.search(command) and "--steps" not in command and "--help" not in command:
+    if OFFLINE.search(command) and "--steps" not in command and "--help" not in command:
         return f"{command} --steps 2 --eval.examples 8"
     return command
 
