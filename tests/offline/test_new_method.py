@@ -29,6 +29,8 @@ from fastppo.offline.model import assemble
 from fastppo.planner.machine import Machine
 from fastppo.planner.plan import make_plan
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = Path(__file__).parent.parent.parent / "docs" / "examples" / "simpo.py"
 PACKAGE = Path(console.__file__).parent
 

@@ -33,6 +33,8 @@ from fastppo.offline.model import assemble
 from fastppo.offline.reference import ReferenceLogprobs, answer_logprobs
 from fastppo.offline.update import microbatches_of, update
 
+pytestmark = pytest.mark.slow
+
 LOG2 = 0.6931471805599453
 ROWS = [3, 1, 12, 7, 20, 9, 15, 4]
 # Adam with a large eps takes steps in proportion to the gradient; with a small one a step has its sign, which rounding

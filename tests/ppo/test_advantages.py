@@ -96,6 +96,7 @@ def test_without_a_critic_returns_may_be_missing():
 # One of the user's own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("critic", ["separate", "shared"])
 def test_an_estimator_is_one_file_of_the_users(world, folder, tmp_path, critic):
     """That of the page on how to add one. It gets each prompt's samples as a group; learning uses what it returns."""

@@ -130,6 +130,7 @@ def split(tmp_path_factory):
 EXACT = ["--ppo.kl_in", "loss", "--ppo.kl_kind", "exact", "--ppo.kl_coef", "5", "--ppo.entropy_coef", "0.1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [["--actor.lora.rank", "4"], EXACT], ids=["LoRA", "exact KL in the loss"])
 @pytest.mark.parametrize("critic", ["separate", "shared"])
 @pytest.mark.parametrize("stage", ["0", "3"])
@@ -156,6 +157,7 @@ def spo(tmp_path):
     return f"{file}:spo"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("critic", ["separate", "shared"])
 def test_a_loss_is_one_file_of_the_users(world, spo, tmp_path, critic):
     folder = whole_runs.prepare(tmp_path)

@@ -27,6 +27,8 @@ from fastppo.rollout.answers import check_rollout
 from fastppo.rollout.sampler import ActorSampler
 from fastppo.train import train
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = Path(__file__).parent.parent.parent / "docs" / "examples" / "sampler.py"
 
 # The example as an engine that notes what is asked of it, by name.
