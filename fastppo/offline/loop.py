@@ -1,4 +1,4 @@
-"""Around the updates of an offline method: what a run begins with, and the loop that trains, evaluates and saves."""
+"""The run of an offline method: its set-up, and the loop that trains, evaluates and saves."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ E = TypeVar("E", bound=Evaluation)
 
 @dataclass(frozen=True)
 class Setup(Generic[C]):
-    """What a run has in hand before its first update."""
+    """The parts of a run before its first update."""
 
     config: C
     world: World
@@ -81,9 +81,9 @@ def set_up(
 ) -> Setup[C]:
     """The run's folder, its model and its examples, and where it is if it is resumed.
 
-    load: `examples.load_pairs` or its sister; saved: what the method has in checkpoints beside the model, by name,
-    which is read if the run is resumed. What can be wrong is looked at in the order of what it costs to find out. An
-    earlier run in the folder is moved aside when only the weights are left to be read.
+    load: `examples.load_pairs` or `examples.load_answers`; saved: further parts of the checkpoints beside the model, by
+    name; they are read if the run is resumed. Cheap checks come first. The folder of an earlier run is renamed only
+    when everything but the weights has been read.
     """
     found = find_run(config, world)
     check_plan(config, world)
@@ -143,7 +143,7 @@ def run(
     statistics: names of what the objective sums, `loss` among them; count: over how many of these examples' pairs or
     response tokens their means and the loss's are taken; evaluate: on held-out examples, by the objective itself where
     it is None; leave: exports the model as it was evaluated, or as it is if it never was;
-    watch: is told of each update its number, from 1, and the means of the statistics.
+    watch: called after each update with its number, from 1, and the means of the statistics.
 
     Raises Stopped where the run was told to stop; what it has done is saved then. Raises ExportError at the end if the
     model is elsewhere, or nowhere.

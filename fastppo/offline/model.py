@@ -45,7 +45,7 @@ class TrainedModel:
         return width_of(self.role.model) * self.role.model.dtype.itemsize
 
     def select(self, examples: Examples, part: Tensor, prefix: PrefixStates) -> tuple[Packed, Tensor | None]:
-        """The sequences of these examples on the device, and what the frozen prefix hands up for them.
+        """The sequences of these examples on the device, and the output of the frozen prefix for them.
 
         Of no examples it is a sequence whose outputs are to be left out (`engine.even_passes`).
         """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ log = logging.getLogger("fastppo")
 def answer_logprobs(policy: Any, hidden: Tensor, packed: Packed) -> Tensor:
     """The logprob of each answer, summed over its tokens; hidden (M, H) -> (S,) fp64.
 
-    One sum is as good as another only up to rounding: each answer's is taken alone, so that it does not depend on what
-    else is in the microbatch, and in fp64, in which a margin of long answers keeps its digits.
+    Each answer is summed separately, so that the rounding does not depend on the rest of the microbatch, and in fp64,
+    so that the difference of two long answers keeps its digits.
     """
     logprobs = response_logprobs(policy, hidden, packed.responses).double()  # (M,)
     return torch.stack([one.sum() for one in logprobs.split(packed.response_lengths.tolist())])
@@ -49,8 +50,7 @@ def heldout_logprobs(
     with stop.together(world):
         for part in heldout_microbatches(pairs, config, world):
             packed, prefix_states = trained.select(pairs, part, prefix)
-            ask = lambda policy, hidden, packed=packed: answer_logprobs(policy, hidden, packed)  # noqa: E731
-            sums = trained.engine(packed, ask, prefix_states).cpu()
+            sums = trained.engine(packed, partial(answer_logprobs, packed=packed), prefix_states).cpu()
             if len(part):  # of no pairs it is a pass that keeps in step with other ranks
                 found[part] = sums.view(-1, 2)
     return all_sum(found, world).cpu()  # each pair is on one rank
@@ -108,8 +108,8 @@ class ReferenceLogprobs:
             for part in microbatches_of(rows, pairs, setup.config, self._world):
                 stop.check(self._world)
                 packed, prefix_states = trained.select(pairs, part, PrefixStates(keep=False))
-                ask = lambda policy, hidden, packed=packed: answer_logprobs(policy, hidden, packed)  # noqa: E731
-                sums = trained.engine(packed, ask, prefix_states).cpu().view(-1, 2)
+                sums = trained.engine(packed, partial(answer_logprobs, packed=packed), prefix_states)
+                sums = sums.cpu().view(-1, 2)
                 mine.append((part[~known[part]], sums[~known[part]]))
             known[rows] = True
         indices, sums = (torch.cat(parts) for parts in zip(*mine, strict=True))

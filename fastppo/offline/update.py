@@ -180,7 +180,7 @@ def recall_prefix(
     config: OfflineConfig,
     world: World,
 ) -> PrefixStates:
-    """What the frozen prefix handed up in the batches `done`, computed in the same microbatches, so that bits agree.
+    """The outputs of the frozen prefix for the batches `done`, computed in the same microbatches, bit for bit.
 
     Where not all of it fits `keep_trunk_gb`, or nothing is to be kept, each microbatch computes its own.
     """

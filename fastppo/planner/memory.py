@@ -46,7 +46,7 @@ class Bytes:
     weights: int = 0
     gradients: int = 0
     optimizer: int = 0
-    buffers: int = 0  # that stay: DeepSpeed's own, and the states that a frozen prefix has handed up
+    buffers: int = 0  # that stay: DeepSpeed's own, and the cached outputs of a frozen prefix
     activations: int = 0
     cache: int = 0
     workspace: int = 0
@@ -259,7 +259,7 @@ def sampling_needs(actor: Footprint, config: Config, batch: Batch) -> Bytes:
 
 
 def prefix_states(role: Role, batch: Batch) -> int:
-    """States of the whole batch that a frozen prefix handed up, from experience to the end of learning."""
+    """Outputs of the frozen prefix for the whole batch, from experience to the end of learning."""
     return batch.tokens * role.size.width * role.size.bytes if role.trains and role.size.prefix else 0
 
 

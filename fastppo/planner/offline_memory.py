@@ -58,7 +58,7 @@ def _batch(config: OfflineConfig, examples: int) -> Batch:
 
 
 def _kept_prefix_states(size: Footprint, config: OfflineConfig) -> int:
-    """Bytes of the most that may be kept of what a frozen prefix hands up, for training and held-out examples.
+    """The largest number of bytes of cached outputs of the frozen prefix, for training and held-out examples.
 
     How many there are is known once they are read; `limit` and `steps` bound it, and so does `keep_trunk_gb`.
     """

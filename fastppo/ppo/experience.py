@@ -46,9 +46,9 @@ def compute_experience(
 ) -> Experience:
     """Experience for the global batch.
 
-    first_epoch: the minibatches that learning begins with. Old logprobs are computed on the very microbatches of the
-    first epoch: in bf16 another packing of the same tokens moves a logprob by up to 0.34 and its ratio past the clip,
-    the same packing not at all, so on the first update the ratio is 1. prefix_cache: filled for learning.
+    first_epoch: the minibatches of the first epoch of learning. Old logprobs are computed on the same microbatches, so
+    that the ratio of the first update is exactly 1: in bf16 another packing of the same tokens changes a logprob by up
+    to 0.34, which moves its ratio past the clip. prefix_cache: is filled for learning.
     """
     packed, config, world = scored.rollout.packed, context.config, context.world
     parts = []
@@ -84,9 +84,10 @@ def compute_experience(
 
 @torch.no_grad()
 def recompute_prefix(experience: Experience, done: int, prefix_cache: PrefixStates, context: StepContext) -> None:
-    """Fill the prefix states of a process that goes on where another was stopped after `done` updates on the batch.
+    """Fill the cache of a process that resumes after `done` updates on the batch.
 
-    On the very microbatches that it had computed: in another packing states could differ in the last bit.
+    The states are computed on the same microbatches as in the stopped process: another packing could change the last
+    bit.
     """
     packed, roles, world = experience.packed, context.roles, context.world
     plan = plan_step(packed.lengths, context.config, context.step, world.ranks, roles.attention)

@@ -181,7 +181,11 @@ def test_every_margin_of_the_first_update_is_exactly_0_and_the_log_says_so(folde
 
 def test_a_reference_that_is_not_the_start_is_told(folder, world, tmp_path, caplog, monkeypatch):
     real = reference_module.answer_logprobs
-    monkeypatch.setattr(reference_module, "answer_logprobs", lambda *args: real(*args) + 1e-3 * torch.rand(1).double())
+
+    def shifted(policy, hidden, packed):
+        return real(policy, hidden, packed) + 1e-3 * torch.rand(1).double()
+
+    monkeypatch.setattr(reference_module, "answer_logprobs", shifted)
     train_dpo.train(parse(settings(folder, output=tmp_path / "out", steps=1), DPO), world)
     assert "before the first update the mean loss is 0.69" in caplog.text and "should be 0.693147181" in caplog.text
 
