@@ -26,7 +26,7 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 pytest --quiet --numprocesses $(JOBS) --dist loadfile
 
-# The tests that are not marked slow, in under two minutes.
+# The tests that are not marked slow, in about two minutes.
 quick: setup
 	OMP_NUM_THREADS=1 pytest --quiet -m 'not slow' --numprocesses $(JOBS) --dist loadfile
 
