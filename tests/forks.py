@@ -7,6 +7,7 @@ gone they belong to the script (a subreaper), which can wait for them.
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import gc
 import importlib
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
+import types
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,6 +77,16 @@ class Forks:
         return json.loads(self._process.stdout.readline())
 
 
+def _only_replacing(code: str) -> types.CodeType:
+    """The code, which fails where it gives `a.b` a value and there is no such thing: a patch of what has moved."""
+    tree, body = ast.parse(code), []
+    for node in tree.body:
+        patched = [x for x in getattr(node, "targets", ()) if isinstance(x, ast.Attribute)]
+        body += [ast.parse(ast.unparse(x)).body[0] for x in patched] + [node]  # read first, then replaced
+    tree.body = body
+    return compile(tree, "before", "exec")
+
+
 def _rank(command: dict[str, Any], log: str, environment: dict[str, str]) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
@@ -83,7 +95,7 @@ def _rank(command: dict[str, Any], log: str, environment: dict[str, str]) -> Non
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests are a shell's background job
     try:
         main = importlib.import_module(command["module"]).main
-        exec(command["before"], {})
+        exec(_only_replacing(command["before"]), {})
         main(command["argv"])
     except SystemExit as error:
         os._exit(error.code if isinstance(error.code, int) else 1)

@@ -32,8 +32,8 @@ ROLES = {
 
 NEVER_ENDS = """
 import time
-from fastppo import train
-train.stop_world = lambda: time.sleep(600)
+from fastppo import rank
+rank.stop_world = lambda: time.sleep(600)
 """
 PLACES = (("check_alone", 3), ("check", 8), ("check", 6), ("check_alone", 8))
 
