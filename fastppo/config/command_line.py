@@ -22,9 +22,9 @@ from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings  # type: ignore[attr-defined]
 
+from fastppo.config.commands.offline import DPOConfig, RewardTrainingConfig, SFTConfig
+from fastppo.config.commands.ppo import AnyConfig, Config
 from fastppo.config.launch import LaunchError, check_launch, first_of_many
-from fastppo.config.offline import DPOConfig, RewardTrainingConfig, SFTConfig
-from fastppo.config.ppo import AnyConfig, Config
 from fastppo.config.validation import validate
 from fastppo.config.validation.offline import validate_dpo, validate_reward, validate_sft
 from fastppo.errors import ConfigError

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastppo.config.commands.ppo import AnyConfig, Config
 from fastppo.config.learning import OptimConfig, ZeroConfig
-from fastppo.config.ppo import AnyConfig, Config
 from fastppo.config.run import Names
 from fastppo.errors import ConfigError
 

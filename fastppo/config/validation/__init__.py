@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from fastppo.config.ppo import Config
+from fastppo.config.commands.ppo import Config
 from fastppo.config.validation.data import check_data, check_sampling
 from fastppo.config.validation.health import check_health
 from fastppo.config.validation.learning import check_batch, check_kl, check_ptx, check_schedule, check_zero

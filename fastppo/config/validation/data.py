@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from fastppo.config.commands.offline import ExamplesConfig
+from fastppo.config.commands.ppo import Config
 from fastppo.config.data import DataConfig
-from fastppo.config.offline import ExamplesConfig
-from fastppo.config.ppo import Config
 from fastppo.errors import ConfigError
 
 

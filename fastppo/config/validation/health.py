@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from fastppo.config.commands.ppo import Config
 from fastppo.config.health import FIGURES, AlarmConfig
-from fastppo.config.ppo import Config
 from fastppo.config.validation.rewards import check_sources
 from fastppo.errors import ConfigError
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastppo.config import deepspeed_config
-from fastppo.config.ppo import AnyConfig, Config
+from fastppo.config.commands.ppo import AnyConfig, Config
 from fastppo.errors import ConfigError
 
 

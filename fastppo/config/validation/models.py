@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from fastppo.config.commands.ppo import AnyConfig, Config
 from fastppo.config.models import LoraConfig
-from fastppo.config.ppo import AnyConfig, Config
 from fastppo.errors import ConfigError
 
 

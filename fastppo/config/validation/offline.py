@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from fastppo.config.offline import DPOConfig, OfflineConfig, PairsConfig, RewardTrainingConfig, SFTConfig
+from fastppo.config.commands.offline import DPOConfig, OfflineConfig, PairsConfig, RewardTrainingConfig, SFTConfig
 from fastppo.config.validation.data import check_heldout, check_template
 from fastppo.config.validation.learning import check_zero
 from fastppo.config.validation.models import check_attention, check_targets

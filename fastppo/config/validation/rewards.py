@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-from fastppo.config.ppo import Config
+from fastppo.config.commands.ppo import Config
 from fastppo.config.rewards import FIRST_WAIT, LONGEST_WAIT, SERVICE_SETTINGS, RewardConfig
 from fastppo.errors import ConfigError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from fastppo.config.ppo import AnyConfig
+from fastppo.config.commands.ppo import AnyConfig
 from fastppo.errors import ConfigError
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from fastppo.config.commands.offline import OfflineConfig
 from fastppo.config.data import DataConfig, PtxConfig, RolloutConfig, SamplingConfig
 from fastppo.config.health import HealthConfig
 from fastppo.config.learning import OptimConfig, PPOConfig, ZeroConfig
 from fastppo.config.models import ActorConfig, CriticConfig, ReferenceConfig
-from fastppo.config.offline import OfflineConfig
 from fastppo.config.rewards import RewardConfig
 from fastppo.config.run import CheckpointConfig, EvalConfig, Names, TrackConfig
 
