@@ -98,11 +98,12 @@ def make_experience(setup: Setup, prompts: Prompts, prefix_cache: PrefixStates, 
         setup.sampler.sync()
         rollout = setup.sampler.sample(prompts.of_rank(world.rank, world.ranks))
     with timed("feedback"), holding("feedback"):
-        scored = score(rollout, setup.data, setup.sources, roles.tokenizer, config.ppo, run.moments, world, setup.judge)
+        scored = score(rollout, setup.data, setup.sources, roles.tokenizer, world, setup.judge)
     with timed("experience"), holding("experience"):
         first_epoch = plan_step(scored.rollout.packed.lengths, config, run.step, world.ranks, roles.attention)[0]
-        experience = compute_experience(scored, first_epoch, prefix_cache, context)
-        run.add_experience(experience, scored.moments)
+        moments = run.moments.add(scored.scores)
+        experience = compute_experience(scored, moments, first_epoch, prefix_cache, context)
+        run.add_experience(experience, moments)
     return experience
 
 

@@ -59,7 +59,7 @@ def responses(roles: Roles) -> Scored:
     sampler.sync()
     rollout: Rollout = sampler.sample(prompts, temperature=config.temperature, seed=7)
     scores = torch.linspace(-1, 1, len(PROMPTS))
-    return Scored(rollout, scores[:, None], scores, scores, Moments(), torch.full_like(scores, torch.nan))
+    return Scored(rollout, scores[:, None], scores, torch.full_like(scores, torch.nan))
 
 
 def context_of(config: Config, roles: Roles, world: World, *, step: int = 0) -> StepContext:
@@ -75,7 +75,7 @@ def step(config: Config, world: World, *, plan: list[list[Minibatch]] | None = N
     plan = plan or plan_step(scored.rollout.packed.lengths, config, 0, world.ranks, roles.attention)
     context, prefix_cache = context_of(config, roles, world), PrefixStates()
     roles.residency.enter("experience")
-    experience = compute_experience(scored, plan[0], prefix_cache, context)
+    experience = compute_experience(scored, Moments().add(scored.scores), plan[0], prefix_cache, context)
     roles.residency.enter("learning")
     updates = list(run_updates(experience, plan, prefix_cache, context))
     parameters = {}

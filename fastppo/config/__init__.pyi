@@ -17,6 +17,8 @@ from .commands.offline import OfflineConfig as OfflineConfig
 from .commands.offline import PairsConfig as PairsConfig
 from .commands.offline import RewardTrainingConfig as RewardTrainingConfig
 from .commands.offline import SFTConfig as SFTConfig
+from .commands.online import OnlineConfig as OnlineConfig
+from .commands.online import ResponseSettings as ResponseSettings
 from .commands.ppo import AnyConfig as AnyConfig
 from .commands.ppo import Config as Config
 from .data import DataConfig as DataConfig

@@ -144,8 +144,6 @@ class Scored:
     rollout: Rollout
     by_source: Tensor  # (B, S) fp32, the score of each of the S reward sources
     scores: Tensor  # (B,) fp32, their weighted sum
-    shaped: Tensor  # (B,) fp32, `scores` as PPO uses them: normalised, clipped, minus penalties
-    moments: Moments  # of all scores of the run, these included
     judged: Tensor  # (B,) fp32, the score of the held-out judge; NaN without a judge
 
 

@@ -1,6 +1,6 @@
 """The parts of a run that are in GPU memory in each phase of a step, by the table in `uses`.
 
-The memory plan (`fastppo.planner.ppo_memory`) uses the same table. A part that a phase does not use is moved to host
+The memory plan (`fastppo.planner.online_memory`) uses the same table. A part that a phase does not use is moved to host
 memory until a phase needs it again; the kinds in `REMADE` are freed instead, because they are computed again each time.
 Moving out frees the storage of a tensor and moving in fills a new one, so all views of the tensor in DeepSpeed and
 autograd remain valid.
@@ -16,20 +16,18 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from fastppo.config import Config
-
 # The kinds of `uses` whose values are not preserved outside of their phases, and that are zeros when they are moved in:
 # sampling first fills the gathered copy of the actor, and every update sums its gradients from zero.
 REMADE = frozenset({"sampling_weights", "gradients"})
 
 
-def uses(config: Config) -> dict[str, set[str]]:
+def uses(*, loss_reads_reference: bool) -> dict[str, set[str]]:
     """The kinds of parts that each phase reads or writes.
 
     Trained parameters are in no set: at ZeRO stages 0 to 2 every phase but feedback reads them, and at ZeRO stage 3 a
     rank has only its partition of them, which `zero.offload_parameters` may move to the host.
     """
-    learning = {"optimizers", "gradients"} | ({"reference"} if config.ppo.loss_reads_reference else set())
+    learning = {"optimizers", "gradients"} | ({"reference"} if loss_reads_reference else set())
     return {
         "loading": set(),
         "sampling": {"sampler", "sampling_weights"},
@@ -115,8 +113,8 @@ class _SleepingPart:
 class Residency:
     """Moves the parts of a run between GPU and host when a phase begins. Without a GPU nothing is moved."""
 
-    def __init__(self, config: Config, device: torch.device):
-        self._uses, self._device = uses(config), device
+    def __init__(self, device: torch.device, *, loss_reads_reference: bool = False):
+        self._uses, self._device = uses(loss_reads_reference=loss_reads_reference), device
         self._moves = device.type != "cpu"
         self._parts: list[_Part | _SleepingPart] = []
         self._phase = "loading"

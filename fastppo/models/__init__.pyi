@@ -51,5 +51,6 @@ from .roles import fuse_head as fuse_head
 from .roles import hidden_states as hidden_states
 from .roles import token_stats as token_stats
 from .roles import width_of as width_of
+from .sampling_weights import SampledModel as SampledModel
 from .sampling_weights import SamplingWeights as SamplingWeights
 from .sampling_weights import whole_state as whole_state

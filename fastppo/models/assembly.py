@@ -1,4 +1,4 @@
-"""The roles of a PPO run: which are trained, by which engine, and which are frozen."""
+"""The roles of an online run: which are trained, by which engine, and which are frozen."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from fastppo.config import Config
+from fastppo.config import OnlineConfig
 from fastppo.distributed import Engine, Frozen, Gradients, Residency, Saved, World, check_nvme
 from fastppo.models.attention import choose_attention
 from fastppo.models.average import Average
@@ -21,7 +21,7 @@ class Roles:
     """Actor, critic and reference. Reward models belong to `fastppo.rewards`."""
 
     actor: Engine  # of a Policy
-    critic: Engine | None  # of a Critic; None: the value head on the actor's backbone
+    critic: Engine | None  # of a Critic; None: the value head on the actor's backbone, or no critic at all
     reference: Frozen  # of a Policy
     sampling_weights: SamplingWeights  # the actor with whole weights, to sample from and to export
     tokenizer: PreTrainedTokenizerBase
@@ -51,9 +51,9 @@ class Roles:
         return attention_ratio(self.policy.model)
 
 
-def assemble(config: Config, world: World, tokenizer: PreTrainedTokenizerBase) -> Roles:
+def assemble(config: OnlineConfig, world: World, tokenizer: PreTrainedTokenizerBase) -> Roles:
     """Load the models of a run and make an engine for each. tokenizer: from `load_actor_tokenizer`."""
-    zero, residency = config.zero, Residency(config, world.device)
+    zero, residency = config.zero, Residency(world.device, loss_reads_reference=config.loss_reads_reference)
     check_nvme(zero)
     choose_attention(config.attention, DTYPES[config.optim.dtype], world.device)
     policy, critic, reference = load_policies(config, world.device)

@@ -8,11 +8,13 @@ the weights are gathered once a batch into a second module that DeepSpeed does n
 from __future__ import annotations
 
 import copy
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from fastppo.distributed import World, gathered
+from fastppo.distributed import Residency, World, gathered
 from fastppo.models.roles import Policy
 
 BUCKET = 2**28  # bytes of weights that are gathered at a time, beside the copy
@@ -43,6 +45,27 @@ class SamplingWeights:
     def states(self) -> list[Tensor]:
         """The tensors that sampling alone uses; their content need not be preserved outside of sampling."""
         return [] if self._copy is self._actor else list(self._copy.parameters())
+
+
+class SampledModel(Protocol):
+    """The model that responses are drawn from, as rollout engines see it. `Roles` is one: its actor."""
+
+    @property
+    def policy(self) -> Policy:
+        """The module. At ZeRO stage 3 its weights are partitioned; `sampling_weights.gather()` has whole ones."""
+
+    @property
+    def sampling_weights(self) -> SamplingWeights: ...
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+
+    @property
+    def residency(self) -> Residency: ...
+
+    @property
+    def version(self) -> int:
+        """A number that is another one after each change of the weights."""
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from fastppo.config import FIGURES, REST, AlarmConfig, Config, FigureName, HealthConfig
+from fastppo.config import FIGURES, REST, AlarmConfig, FigureName, HealthConfig, OnlineConfig
 from fastppo.data import Experience, Update, decode_after
 from fastppo.monitor.health_metrics import figures, rewarded_phrases
 from fastppo.monitor.trend_tests import slope, trend
@@ -91,12 +91,12 @@ def watch(
     experience: Experience,
     updates: Sequence[Update],
     health: Health,
-    config: Config,
+    config: OnlineConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Checkup:
     """Append the figures of a step to `health` and raise the alarms of those that are beyond a level."""
     window, has_judge = config.health.window, bool(config.health.judge)
-    health.add(figures(experience, exact_kl=config.ppo.kl_kind == "exact"))
+    health.add(figures(experience, exact_kl=config.exact_kl))
     applied = [update.approx_kl for update in updates if not update.skipped]
     health.add({"approx_kl": fmean(applied) if applied else math.nan})
     if has_judge:

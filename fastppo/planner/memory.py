@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from fastppo.config import AnyConfig, Config
+from fastppo.config import AnyConfig, OnlineConfig, ResponseSettings
 from fastppo.ops import workspace_bytes
 from fastppo.planner.footprint import Footprint
 from fastppo.rollout import bucket
@@ -192,35 +192,37 @@ class Batch:
     prompt: int = 0  # tokens
 
     @staticmethod
-    def of(config: Config, ranks: int) -> Batch:
+    def of(config: OnlineConfig, ranks: int) -> Batch:
         prompt = config.data.first_tokens or config.data.max_prompt_tokens
-        new, ppo = config.sampling.max_new_tokens, config.ppo
+        new = config.sampling.max_new_tokens
         length = prompt + new
-        sequences = _in_microbatch(-(-ppo.batch_size // ppo.minibatches // ranks), length, config)
-        mine, heldout = -(-ppo.batch_size // ranks), -(-config.eval.prompts // ranks)
+        sequences = _in_microbatch(-(-config.learned_together // ranks), length, config)
+        mine, heldout = -(-config.drawn_together // ranks), -(-config.eval.prompts // ranks)
         rows = bucket(min(config.sampling.rows, max(mine, heldout)))
         return Batch(sequences, length, sequences * new, mine * length, rows, prompt)
 
-    def asked(self, phase: str, config: Config, ranks: int) -> Batch:
+    def asked(self, phase: str, config: OnlineConfig, ranks: int) -> Batch:
         """The same rank's microbatch in a phase that computes no gradient, in a step or in an evaluation.
 
         Responses are scored, and held-out ones read, in as few microbatches as a rank's whole batch fits into.
         """
         heldout = _in_microbatch(-(-config.eval.prompts // ranks), self.length, config)
-        mine = _in_microbatch(-(-config.ppo.batch_size // ranks), self.length, config)
+        mine = _in_microbatch(-(-config.drawn_together // ranks), self.length, config)
         sequences = max(heldout, mine if phase == "feedback" else self.sequences)
         return replace(self, sequences=sequences, responses=sequences * (self.length - self.prompt))
 
-    def with_texts(self, config: Config, ranks: int) -> Batch:
-        """The same rank's batch while a microbatch of PPO-ptx is computed, of whose tokens each is a response's."""
-        length = config.ptx.max_tokens
-        sequences = _in_microbatch(-(-config.ptx.batch_size // ranks), length, config)
+    def with_texts(self, count: int, length: int, config: OnlineConfig, ranks: int) -> Batch:
+        """The same rank's batch while a microbatch of given texts is computed, of whose tokens each is a response's.
+
+        count: texts of all ranks in an update; length: the most tokens of one.
+        """
+        sequences = _in_microbatch(-(-count // ranks), length, config)
         return replace(self, sequences=sequences, length=length, responses=sequences * length)
 
 
-def _in_microbatch(sequences: int, length: int, config: Config) -> int:
+def _in_microbatch(sequences: int, length: int, config: OnlineConfig) -> int:
     """How many of a rank's sequences of one update share a microbatch, as `microbatch.pack_even` spreads them."""
-    mine, fit = sequences or 1, max(config.ppo.microbatch_tokens // length, 1)
+    mine, fit = sequences or 1, max(config.microbatch_tokens // length, 1)
     return -(-mine // -(-mine // fit))
 
 
@@ -242,7 +244,7 @@ def head_workspace(size: Footprint, tokens: int, *, reference: bool, gradient: b
     return logits + d_hidden + summed + d_weight, d_hidden + d_weight
 
 
-def sampling_needs(actor: Footprint, config: Config, batch: Batch) -> Bytes:
+def sampling_needs(actor: Footprint, config: ResponseSettings, batch: Batch) -> Bytes:
     """Cache and workspace of the sampler."""
     sampling, b = config.sampling, actor.bytes
     cache = batch.rows * (batch.prompt + sampling.max_new_tokens) * actor.position

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from fastppo.config import ActorConfig, AnyConfig, Config, CriticConfig, OfflineConfig
+from fastppo.config import ActorConfig, AnyConfig, CriticConfig, OfflineConfig, OnlineConfig
 from fastppo.models import (
     DTYPES,
     Backbone,
@@ -42,18 +42,18 @@ def _measured(
     return Role(name, size, trains, size.parameters - shared)
 
 
-def ppo_roles(config: Config, *, cpu: bool) -> list[Role]:
+def online_roles(config: OnlineConfig, *, cpu: bool) -> list[Role]:
     """Actor, critic, reference, and the models among the sources of reward."""
-    dtype, actor, critic = DTYPES[config.optim.dtype], config.actor, config.critic
+    dtype, actor, critic = DTYPES[config.optim.dtype], config.actor, config.value_function
     measured = partial(_measured, config=config, cpu=cpu)
 
     own = Source("actor.model", actor.model, actor.gguf_file, actor.revision)
     policy = Policy(_causal(own, dtype))
-    if critic.kind == "shared":
+    if critic is not None and critic.kind == "shared":
         policy.value_head = _value_head(policy.model, dtype)
     _choose(policy, "actor", actor)
     found = [measured("actor", policy, trains=True)]
-    if critic.kind == "separate":
+    if critic is not None and critic.kind == "separate":
         role = _critic(own if critic.model is None else Source("critic.model", critic.model, critic.gguf_file), dtype)
         _choose(role, "critic", critic)
         # Where both train adapters alone, the weights below them are the same ones, unless ZeRO has split them.
@@ -65,7 +65,7 @@ def ppo_roles(config: Config, *, cpu: bool) -> list[Role]:
         own = Source("reference.model", reference.model, reference.gguf_file)
     if reference.model is not None or actor.lora.rank == 0:  # else the reference is the actor, its adapters off
         found.append(measured("reference", Policy(_causal(own, dtype)).requires_grad_(False)))
-    for kind, where, sources in (("reward", "rewards", config.rewards), ("judge", "health.judge", config.health.judge)):
+    for kind, where, sources in (("reward", "rewards", config.rewards), ("judge", config.judge_setting, config.judge)):
         for i, source in enumerate(sources, start=1):
             for name in filter(None, (source.model, *source.ensemble)):
                 own = Source(f"{where}.model", name)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from fastppo.config import AnyConfig, Config, OfflineConfig
-from fastppo.planner import offline_memory, ppo_memory
+from fastppo.config import AnyConfig, OfflineConfig, OnlineConfig
+from fastppo.planner import offline_memory, online_memory
 from fastppo.planner.memory import Change, Role, Share
-from fastppo.planner.meta_models import offline_roles, ppo_roles
+from fastppo.planner.meta_models import offline_roles, online_roles
 
 
 class Method(NamedTuple):
@@ -21,7 +21,7 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    Config: Method(ppo_roles, ppo_memory.shares, ppo_memory.smaller_passes, asks_frozen_roles=True),
+    OnlineConfig: Method(online_roles, online_memory.shares, online_memory.smaller_passes, asks_frozen_roles=True),
     OfflineConfig: Method(offline_roles, offline_memory.shares, offline_memory.smaller_passes, asks_frozen_roles=False),
 }
 

@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastppo.config import Config
-from fastppo.data import IDLE, Moments, Packed, Prompts, PromptSet, pack_alone
+from fastppo.config import OnlineConfig
+from fastppo.data import IDLE, Packed, Prompts, PromptSet, pack_alone
 from fastppo.distributed import World, all_gather, even_passes, stop
 from fastppo.models import PrefixStates, Roles, token_stats
 from fastppo.monitor import Sample, distinct, ngrams
@@ -38,7 +38,7 @@ def evaluate(
     sampler: ActorSampler,
     heldout: PromptSet,
     sources: Sequence[tuple[Source, float]],
-    config: Config,
+    config: OnlineConfig,
     world: World,
     judge: Sequence[tuple[Source, float]] = (),
 ) -> Evaluation:
@@ -49,7 +49,7 @@ def evaluate(
         sampler.sync()
         rollout = sampler.sample(prompts, temperature=config.eval.temperature, seed=config.eval.seed)
     with holding("feedback"):
-        scored = score(rollout, heldout, sources, roles.tokenizer, config.ppo, Moments(), world, judge)
+        scored = score(rollout, heldout, sources, roles.tokenizer, world, judge)
     with holding("experience"):
         of_rank = _log_ratios(rollout.packed, roles, config, world)
     log_ratios = sum(all_gather(of_rank, world), torch.zeros(3, dtype=torch.float64))
@@ -71,10 +71,10 @@ def evaluate(
 
 
 @torch.no_grad()
-def _log_ratios(packed: Packed, roles: Roles, config: Config, world: World) -> Tensor:
+def _log_ratios(packed: Packed, roles: Roles, config: OnlineConfig, world: World) -> Tensor:
     """(3,) fp64 sums over this rank's response tokens: log p - log p_ref, -log p_ref, entropy of p."""
     sums = torch.zeros(3, dtype=torch.float64)
-    parts = pack_alone(packed.lengths, config.ppo.microbatch_tokens)
+    parts = pack_alone(packed.lengths, config.microbatch_tokens)
     for part in even_passes(parts, config.zero, world):
         piece = (packed.select(part) if len(part) else IDLE).to(world.device)
         prefix = PrefixStates()  # of this part alone: actor and reference share it, and nobody comes back to it

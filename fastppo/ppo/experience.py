@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from fastppo.config import Config
-from fastppo.data import Experience, Minibatch, Packed, Scored, plan_step, segment_rows
+from fastppo.data import Experience, Minibatch, Moments, Packed, Scored, plan_step, segment_rows
 from fastppo.distributed import World, all_gather, gathered, stop
 from fastppo.models import Policy, PrefixStates, Roles, hidden_states, token_stats
 from fastppo.ppo.advantages import Estimator, estimate_advantages
 from fastppo.ppo.losses import PolicyLoss
 from fastppo.ppo.ptx import Texts
 from fastppo.ppo.schedule import kl_estimate, token_rewards
+from fastppo.rewards import shape
 
 TokenRows = dict[str, Tensor]  # name -> (m,) fp32, on the response tokens of a microbatch
 
@@ -42,13 +43,18 @@ class StepContext:
 
 @torch.no_grad()
 def compute_experience(
-    scored: Scored, first_epoch: list[Minibatch], prefix_cache: PrefixStates, context: StepContext
+    scored: Scored,
+    moments: Moments,
+    first_epoch: list[Minibatch],
+    prefix_cache: PrefixStates,
+    context: StepContext,
 ) -> Experience:
     """Experience for the global batch.
 
-    first_epoch: the minibatches of the first epoch of learning. Old logprobs are computed on the same microbatches, so
-    that the ratio of the first update is exactly 1: in bf16 another packing of the same tokens changes a logprob by up
-    to 0.34, which moves its ratio past the clip. prefix_cache: is filled for learning.
+    moments: of all scores of the run, these included. first_epoch: the minibatches of the first epoch of learning. Old
+    logprobs are computed on the same microbatches, so that the ratio of the first update is exactly 1: in bf16 another
+    packing of the same tokens changes a logprob by up to 0.34, which moves its ratio past the clip. prefix_cache: is
+    filled for learning.
     """
     packed, config, world = scored.rollout.packed, context.config, context.world
     parts = []
@@ -62,7 +68,8 @@ def compute_experience(
         measured["kl"] = kl_estimate(measured["old_logprobs"], measured["ref_logprobs"], config.ppo.kl_kind)
 
     kl_coef = context.kl_coef if config.ppo.kl_in == "reward" else 0.0
-    rewards = token_rewards(measured["kl"], scored.shaped, packed.last_response_tokens, kl_coef)
+    shaped = shape(scored, moments, config.ppo)
+    rewards = token_rewards(measured["kl"], shaped, packed.last_response_tokens, kl_coef)
     groups = scored.rollout.sources.unique(return_inverse=True)[1]  # (B,), from 0 on
     advantages, returns = estimate_advantages(
         context.estimator, rewards, measured["values"], groups, packed.response_cu_seqlens, config.ppo

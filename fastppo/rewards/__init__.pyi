@@ -18,6 +18,7 @@ from .responses import RewardError as RewardError
 from .responses import Source as Source
 from .scoring import response_texts as response_texts
 from .scoring import score as score
+from .scoring import shape as shape
 from .sources import check_chats as check_chats
 from .sources import load_functions as load_functions
 from .sources import load_judge as load_judge

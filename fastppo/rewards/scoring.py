@@ -1,4 +1,4 @@
-"""The score of each response that PPO maximises, computed from the scores of all sources."""
+"""The score of each response, computed from the scores of all sources."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def score(
     prompts: PromptSet,
     sources: Sequence[tuple[Source, float]],
     tokenizer: PreTrainedTokenizerBase,
-    ppo: PPOConfig,
-    moments: Moments,
     world: World,
     judge: Sequence[tuple[Source, float]] = (),
+    *,
+    judge_setting: str = "health.judge",
 ) -> Scored:
     """Score this rank's responses with all sources; returns the responses of all ranks, in the order of the prompts.
 
-    sources, judge: pairs of a source and its weight; the judge's scores are not part of the reward. moments: of all
-    scores of the run so far. Raises RewardError on every rank if a source failed on one of them, so that no rank waits
+    sources, judge: pairs of a source and its weight; the judge's scores are not part of the reward. judge_setting: its
+    name in messages. Raises RewardError on every rank if a source failed on one of them, so that no rank waits
     for it, or if a weighted sum is outside the range of fp32.
     """
     rows = rollout.sources.tolist()
@@ -45,18 +45,19 @@ def score(
         messages=prompts.messages_of(rows),
     )
     by_source, scores = _score_all("rewards", sources, responses, world)
-    judged = _score_all("health.judge", judge, responses, world)[1] if judge else torch.full_like(scores, math.nan)
+    judged = _score_all(judge_setting, judge, responses, world)[1] if judge else torch.full_like(scores, math.nan)
     global_rollout = concatenate(all_gather(rollout, world))
-    moments = moments.add(scores)
-    return Scored(global_rollout, by_source, scores, shape(scores, global_rollout, moments, ppo), moments, judged)
+    return Scored(global_rollout, by_source, scores, judged)
 
 
-def shape(scores: Tensor, rollout: Rollout, moments: Moments, ppo: PPOConfig) -> Tensor:
-    """scores (B,) -> (B,), the scores that PPO learns from.
+def shape(scored: Scored, moments: Moments, ppo: PPOConfig) -> Tensor:
+    """The scores (B,) fp32 that PPO learns from.
 
-    In this order: normalised to mean 0 and standard deviation 1 over all scores of the run so far (`moments`), clipped,
-    and reduced by the penalties for a truncated response and for each token beyond the soft length limit.
+    In this order: normalised to mean 0 and standard deviation 1 over all scores of the run so far (`moments`, these
+    included), clipped, and reduced by the penalties for a truncated response and for each token beyond the soft length
+    limit.
     """
+    scores, rollout = scored.scores, scored.rollout
     if ppo.score_normalise:
         scores = (scores - moments.mean) / max(moments.std, SMALLEST_STD)
     if ppo.score_clip is not None:

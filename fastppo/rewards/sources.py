@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fastppo.config import Config, RewardConfig
+from fastppo.config import ResponseSettings, RewardConfig
 from fastppo.data import NO_ARGUMENTS, PromptSet
 from fastppo.distributed import Frozen, Residency, World
 from fastppo.models import DTYPES, frozen_partitions, load_reward, load_tokenizer
@@ -32,14 +32,14 @@ def load_functions(rewards: Sequence[RewardConfig], where: str = "rewards") -> N
             function_source(reward.function, where)
 
 
-def check_chats(config: Config, tokenizer: PreTrainedTokenizerBase, *prompts: PromptSet) -> None:
+def check_chats(config: ResponseSettings, tokenizer: PreTrainedTokenizerBase, *prompts: PromptSet) -> None:
     """Check, before a model is loaded, that the chat templates of reward models and judges accept these prompts.
 
     One chat is tested for each sequence of roles. tokenizer: the actor's. Raises RewardError.
     """
     chats = [chat for part in prompts for chat in part.messages if chat is not None]
     kinds = {tuple(message["role"] for message in chat): chat for chat in chats}
-    for where, rewards in (("rewards", config.rewards), ("health.judge", config.health.judge)):
+    for where, rewards in (("rewards", config.rewards), (config.judge_setting, config.judge)):
         for reward in rewards if kinds else ():
             setting = f"{where}.model" if reward.model is not None else f"{where}.ensemble"
             for name in (each for each in (reward.model, *reward.ensemble) if each is not None):
@@ -55,7 +55,7 @@ def check_chats(config: Config, tokenizer: PreTrainedTokenizerBase, *prompts: Pr
 
 
 def _arguments(
-    config: Config, reward_tokenizer: PreTrainedTokenizerBase, actors: PreTrainedTokenizerBase
+    config: ResponseSettings, reward_tokenizer: PreTrainedTokenizerBase, actors: PreTrainedTokenizerBase
 ) -> Mapping[str, Any]:
     """The arguments of a reward model's chat template: `data.template`, if it is the same template as the actor's.
 
@@ -65,29 +65,30 @@ def _arguments(
 
 
 def load_sources(
-    config: Config, tokenizer: PreTrainedTokenizerBase, world: World, residency: Residency
+    config: ResponseSettings, tokenizer: PreTrainedTokenizerBase, world: World, residency: Residency
 ) -> list[tuple[Source, float]]:
     """Load every source in `rewards`, in order; returns each with its weight. tokenizer: the actor's."""
     return [(_load(r, "rewards", config, tokenizer, world, residency), r.weight) for r in config.rewards]
 
 
 def load_judge(
-    config: Config, tokenizer: PreTrainedTokenizerBase, world: World, residency: Residency
+    config: ResponseSettings, tokenizer: PreTrainedTokenizerBase, world: World, residency: Residency
 ) -> list[tuple[Source, float]]:
     """Load the sources of the held-out judge, in order; returns each with its weight, empty without a judge."""
+    where = config.judge_setting
     if world.rank == 0:
         for name in shared_sources(config):
             log.warning(
-                "health.judge and rewards both have %s: a judge that is also the reward rises with it and cannot show"
-                " reward hacking. Use another model or function as judge.",
-                name,
+                "%s and rewards both have %s: a judge that is also the reward rises with it and cannot show reward"
+                " hacking. Use another model or function as judge.",
+                *(where, name),
             )
-    return [(_load(r, "health.judge", config, tokenizer, world, residency), r.weight) for r in config.health.judge]
+    return [(_load(r, where, config, tokenizer, world, residency), r.weight) for r in config.judge]
 
 
-def shared_sources(config: Config) -> list[str]:
-    """The sources that are both in `rewards` and in `health.judge`; models are compared by their resolved paths."""
-    rewards, judges = ([name for r in group for name in _names(r)] for group in (config.rewards, config.health.judge))
+def shared_sources(config: ResponseSettings) -> list[str]:
+    """The sources that are both in `rewards` and in the judge; models are compared by their resolved paths."""
+    rewards, judges = ([name for r in group for name in _names(r)] for group in (config.rewards, config.judge))
     return [name for name in dict.fromkeys(judges) if name in rewards]
 
 
@@ -101,7 +102,7 @@ def _names(reward: RewardConfig) -> list[str]:
 def _load(
     reward: RewardConfig,
     where: str,
-    config: Config,
+    config: ResponseSettings,
     tokenizer: PreTrainedTokenizerBase,
     world: World,
     residency: Residency,
@@ -123,7 +124,7 @@ def _load(
             frozen,
             reward_tokenizer,
             tokenizer,
-            budget=config.ppo.microbatch_tokens,
+            budget=config.microbatch_tokens,
             zero=config.zero,
             world=world,
             name=f"{setting} = {name}",

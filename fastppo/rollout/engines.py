@@ -7,17 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fastppo.config import Config
+from fastppo.config import ResponseSettings
 from fastppo.distributed import World
 from fastppo.errors import import_user_code
-from fastppo.models import Roles
+from fastppo.models import SampledModel
 from fastppo.rollout.answers import SamplerError
 from fastppo.rollout.inprocess import make_inprocess
 from fastppo.rollout.sampler import ActorSampler, Sampler, explained
 from fastppo.rollout.stop_tokens import stop_ids
 
 # What makes an engine; a class is one. The stop ids are the tokens that end a response, all of them.
-Make = Callable[[Config, Roles, Sequence[int], World], Sampler]
+Make = Callable[[ResponseSettings, SampledModel, Sequence[int], World], Sampler]
 
 ENGINES: Mapping[str, Make] = {"inprocess": make_inprocess}
 
@@ -32,7 +32,7 @@ class ChosenEngine(NamedTuple):
     folder: Path | None = None  # of its file, if it is the user's
 
 
-def find_engine(config: Config) -> ChosenEngine:
+def find_engine(config: ResponseSettings) -> ChosenEngine:
     """That of `rollout.engine`. Before any model loads: a typo should not cost those minutes. Raises SamplerError."""
     name = config.rollout.engine
     setting = f"rollout.engine = {name}"
@@ -61,7 +61,7 @@ def _check_methods(setting: str, sampler: object) -> None:
         )
 
 
-def make_sampler(config: Config, roles: Roles, world: World) -> ActorSampler:
+def make_sampler(config: ResponseSettings, roles: SampledModel, world: World) -> ActorSampler:
     """The sampler that training and evaluation ask, in the residency of the roles. All ranks call it."""
     setting, make, folder = find_engine(config)
     ids = stop_ids(roles.policy, roles.tokenizer, config.sampling)

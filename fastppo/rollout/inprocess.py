@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from fastppo import ops
-from fastppo.config import Config, SamplingConfig
+from fastppo.config import ResponseSettings, SamplingConfig
 from fastppo.data import Prompts, Rollout, pack, segment_offsets
 from fastppo.distributed import World, stop
-from fastppo.models import Cache, Policy, Roles, SamplingWeights, attention
+from fastppo.models import Cache, Policy, SampledModel, SamplingWeights, attention
 from fastppo.rollout.graphs import StepGraphs
 
 Response = tuple[list[int], list[float], bool]  # tokens, their logprobs, whether it ended by itself
@@ -42,7 +42,7 @@ class InProcess:
         return sample(self._policy, prompts, sampling, stop_ids=self._stop_ids, seed=seed)
 
 
-def make_inprocess(config: Config, roles: Roles, stop_ids: Sequence[int], world: World) -> InProcess:
+def make_inprocess(config: ResponseSettings, roles: SampledModel, stop_ids: Sequence[int], world: World) -> InProcess:
     return InProcess(roles.sampling_weights, config.sampling, stop_ids)
 
 

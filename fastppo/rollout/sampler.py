@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from fastppo.config import Config
+from fastppo.config import ResponseSettings
 from fastppo.data import Prompts, Rollout
 from fastppo.distributed import Sleeper, Stopped
 from fastppo.errors import RAISED, FastPPOError, has_own_message, line_of
-from fastppo.models import Roles
+from fastppo.models import SampledModel
 from fastppo.rollout.answers import SamplerError, check_rollout
 
 
@@ -47,8 +47,8 @@ class ActorSampler:
         self,
         setting: str,
         engine: Sampler,
-        roles: Roles,
-        config: Config,
+        roles: SampledModel,
+        config: ResponseSettings,
         stop_ids: Sequence[int],
         folder: Path | None = None,
     ):

@@ -14,9 +14,9 @@ import whole_runs
 from spellings import KINDS, legacy
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fastppo.config import AnswersConfig, DataConfig, PairsConfig, PPOConfig, PtxConfig
+from fastppo.config import AnswersConfig, DataConfig, PairsConfig, PtxConfig
 from fastppo.config.command_line import parse
-from fastppo.data.batch import Moments, Rollout, pack
+from fastppo.data.batch import Rollout, pack
 from fastppo.data.continuation import (
     decode_after,
     decode_pieces,
@@ -195,7 +195,7 @@ def test_a_prompt_and_its_response_are_the_text_that_rewards_read(kind, chat, tm
         seen.append(asked)
         return [0.0] * len(asked.texts)
 
-    score(rollout, prompts, [(source, 1.0)], tokenizer, PPOConfig(), Moments(), World(0, 1, torch.device("cpu")))
+    score(rollout, prompts, [(source, 1.0)], tokenizer, World(0, 1, torch.device("cpu")))
     assert seen[0].texts == [" it is", " it is"]
     for prompt, tokens in zip(seen[0].prompts, prompts.tokens, strict=True):
         again = plain_tokens([prompt], tokenizer)[0] if chat == "never" else list(tokens)

@@ -17,11 +17,10 @@ from fastppo.config import (
     DataConfig,
     OptimConfig,
     PairsConfig,
-    PPOConfig,
     PtxConfig,
     RewardConfig,
 )
-from fastppo.data.batch import Moments, Rollout, pack
+from fastppo.data.batch import Rollout, pack
 from fastppo.data.examples import load_answers, load_pairs
 from fastppo.data.prompts import load_prompts
 from fastppo.data.tables import DataError
@@ -104,8 +103,8 @@ def test_a_reward_model_with_the_actors_template_gets_them_and_another_does_not(
         data=DataConfig(template=GIVEN), rewards=(RewardConfig(model=path),), optim=OptimConfig(dtype="fp32")
     )
     prompts = prompts_of(tmp_path, template=GIVEN)
-    sources = load_sources(config, TOKENIZER, WORLD, Residency(config, WORLD.device))
-    said = score(rollout_of(prompts), prompts, sources, TOKENIZER, PPOConfig(), Moments(), WORLD).scores
+    sources = load_sources(config, TOKENIZER, WORLD, Residency(WORLD.device))
+    said = score(rollout_of(prompts), prompts, sources, TOKENIZER, WORLD).scores
     with torch.no_grad():
         expected = model(torch.tensor([tokenizer(seen)["input_ids"]])).logits[0]
     assert said.tolist() == pytest.approx(expected.tolist(), abs=1e-6)

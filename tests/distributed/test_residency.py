@@ -32,7 +32,7 @@ def on_device(tensor):
 
 def moving(config=None):
     """A Residency that moves from the CPU to the CPU."""
-    residency = Residency(config or Config(), CPU)
+    residency = Residency(CPU, loss_reads_reference=(config or Config()).loss_reads_reference)
     residency._moves = True
     return residency
 
@@ -61,9 +61,10 @@ def test_in_each_stage_only_what_it_uses_is_there():
 
 
 def test_the_reference_is_there_in_learning_only_if_the_loss_reads_it():
-    exact = ["--ppo.kl_in", "loss", "--ppo.kl_kind", "exact"]
-    assert "reference" in uses(config_of("none", *exact))["learning"]
-    assert "reference" not in uses(config_of("none", "--ppo.kl_kind", "exact"))["learning"]
+    for kl_in, reads in (("loss", True), ("reward", False)):
+        config = config_of("none", "--ppo.kl_in", kl_in, "--ppo.kl_kind", "exact")
+        learning = uses(loss_reads_reference=config.loss_reads_reference)["learning"]
+        assert ("reference" in learning) is reads
 
 
 def test_what_comes_back_is_the_same_through_every_view_of_it():
@@ -135,7 +136,7 @@ def test_a_step_and_an_evaluation_enter_each_phase_in_its_turn(tmp_path, monkeyp
 
 def test_without_a_gpu_nothing_moves():
     part = Part(torch.ones(3))
-    residency = Residency(Config(), CPU)
+    residency = Residency(CPU)
     residency.add("rewards", part)
     residency.enter("learning")
     assert on_device(part.tensors[0])
@@ -170,8 +171,8 @@ def test_a_run_whose_states_move_is_the_run_whose_states_stay(tmp_path, monkeypa
         monkeypatch.setattr(Residency, "enter", entering)
         made = Residency.__init__
 
-        def init(self, *args, made=made, moves=moves):
-            made(self, *args)
+        def init(self, *args, made=made, moves=moves, **options):
+            made(self, *args, **options)
             self._moves = moves
 
         monkeypatch.setattr(Residency, "__init__", init)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from fastppo.checkpoint.export import write_model
 from fastppo.config import ActorLoraConfig, LoraConfig
+from fastppo.data.batch import Moments
 from fastppo.data.microbatches import plan_step
 from fastppo.distributed.world import start_world
 from fastppo.models.frozen_prefix import PrefixStates
@@ -180,10 +181,10 @@ def test_the_reference_stays_while_the_actor_learns(model, world):
     scored = responses(roles)
     plan = plan_step(scored.rollout.packed.lengths, config, 0, 1, roles.attention)
     context = context_of(config, roles, world)
-    before = compute_experience(scored, plan[0], PrefixStates(), context)
+    before = compute_experience(scored, Moments().add(scored.scores), plan[0], PrefixStates(), context)
     weights = {n: p.clone() for n, p in roles.policy.named_parameters()}
     updates = list(run_updates(before, plan, PrefixStates(), context))
-    after = compute_experience(scored, plan[0], PrefixStates(), context)
+    after = compute_experience(scored, Moments().add(scored.scores), plan[0], PrefixStates(), context)
     assert torch.equal(before.old_logprobs, before.ref_logprobs) and float(before.kl.abs().max()) == 0.0
     assert abs(updates[0].ratio_mean - 1) <= 1e-4 and updates[0].approx_kl <= 1e-6
     assert torch.equal(after.ref_logprobs, before.ref_logprobs)

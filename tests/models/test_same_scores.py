@@ -9,8 +9,8 @@ import torch
 from services import eventually, reward_service
 from tokenizers.processors import TemplateProcessing
 
-from fastppo.config import Config, DataConfig, HealthConfig, OptimConfig, PPOConfig, RewardConfig, ZeroConfig
-from fastppo.data.batch import Moments, Rollout, pack
+from fastppo.config import Config, DataConfig, HealthConfig, OptimConfig, RewardConfig, ZeroConfig
+from fastppo.data.batch import Rollout, pack
 from fastppo.data.prompts import load_prompts
 from fastppo.distributed.engine import Frozen
 from fastppo.distributed.residency import Residency
@@ -144,7 +144,7 @@ def test_a_model_scores_as_in_transformers_in_every_way(
     url, give = service
     give(model, theirs)
     sources = [(reads(copy.deepcopy(model), theirs, tokenizer), 1.0), (remote_source(RewardConfig(url=url)), 1.0)]
-    said = score(rollout, prompts, sources, tokenizer, PPOConfig(), Moments(), WORLD, judge=sources[:1])
+    said = score(rollout, prompts, sources, tokenizer, WORLD, judge=sources[:1])
     for found in (*said.by_source.T.tolist(), said.judged.tolist()):
         assert found == pytest.approx(expected, abs=1e-6)
 
@@ -154,7 +154,7 @@ def test_padding_by_the_eos_is_scored_before_it_and_another_at_it(tmp_path, toke
     prompts, rollout = asked(tmp_path, tokenizer, "The film", {}, (" was", " was"), (True, False))
     for padding, alike in (("<eos>", True), ("<pad>", False), (None, False)):
         source = reads(classifier(padding, tokenizer), tokenizer, tokenizer)
-        said = score(rollout, prompts, [(source, 1.0)], tokenizer, PPOConfig(), Moments(), WORLD).scores
+        said = score(rollout, prompts, [(source, 1.0)], tokenizer, WORLD).scores
         assert bool(torch.isclose(said[0], said[1], atol=1e-6)) == alike
 
 
@@ -172,8 +172,8 @@ def test_the_judge_of_a_run_reads_by_its_own_template(tmp_path, tokenizer):
     judge = (RewardConfig(model=str(tmp_path / "judge")),)
     config = Config(health=HealthConfig(judge=judge), optim=OptimConfig(dtype="fp32"))
     prompts, rollout = asked(tmp_path, tokenizer, CHAT, {}, (" was good",), (True,))
-    loaded = load_judge(config, tokenizer, WORLD, Residency(config, WORLD.device))
-    said = score(rollout, prompts, loaded, tokenizer, PPOConfig(), Moments(), WORLD, judge=loaded).judged.tolist()
+    loaded = load_judge(config, tokenizer, WORLD, Residency(WORLD.device))
+    said = score(rollout, prompts, loaded, tokenizer, WORLD, judge=loaded).judged.tolist()
     row = theirs.apply_chat_template([*CHAT, {"role": "assistant", "content": "was good"}], tokenize=False)
     ids = theirs(row, add_special_tokens=False)["input_ids"]
     assert theirs.decode(ids) == "user said: Why?. assistant said: was good. "
@@ -199,12 +199,12 @@ def test_a_template_that_refuses_a_chat_is_named_with_the_roles(tmp_path, tokeni
     )
     source = reads(copy.deepcopy(model), theirs, tokenizer)
     with pytest.raises(RewardError, match=words):
-        score(rollout, prompts, [(source, 1.0)], tokenizer, PPOConfig(), Moments(), WORLD)
+        score(rollout, prompts, [(source, 1.0)], tokenizer, WORLD)
     url, give = service
     give(model, theirs)
     source = remote_source(RewardConfig(url=url))
     with pytest.raises(RewardError, match=r"status 400: .*who asks"):
-        score(rollout, prompts, [(source, 1.0)], tokenizer, PPOConfig(), Moments(), WORLD)
+        score(rollout, prompts, [(source, 1.0)], tokenizer, WORLD)
 
 
 def test_a_model_that_reads_text_needs_an_eos(tokenizer):

@@ -15,9 +15,9 @@ import torch
 from stage_runs import evaluations, records
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fastppo.config import Config, DataConfig, ModelConfig, OptimConfig, PPOConfig, RewardConfig
+from fastppo.config import Config, DataConfig, ModelConfig, OptimConfig, RewardConfig
 from fastppo.config.command_line import REWARD, parse
-from fastppo.data.batch import Moments, Rollout, pack
+from fastppo.data.batch import Rollout, pack
 from fastppo.data.examples import load_pairs
 from fastppo.data.prompts import PromptSet, load_prompts
 from fastppo.distributed.residency import Residency
@@ -105,8 +105,8 @@ def test_ppo_takes_the_export_as_a_reward(trained, heldout, folder):
     prompts = PromptSet(tuple(map(tuple, heldout.tokens)), ("",) * count, {})
     rollout = Rollout(packed, torch.zeros(len(packed.responses)), torch.ones(count).bool(), torch.arange(count))
     world = start_world(1)
-    sources = load_sources(config, tokenizer, world, Residency(config, CPU))
-    scored = score(rollout, prompts, sources, tokenizer, PPOConfig(), Moments(), world)
+    sources = load_sources(config, tokenizer, world, Residency(CPU))
+    scored = score(rollout, prompts, sources, tokenizer, world)
     chosen, rejected = scored.scores.view(-1, 2).unbind(1)
     assert float((chosen > rejected).float().mean()) == evaluations(trained)[-1]["eval/accuracy"]
 
@@ -152,8 +152,8 @@ def test_a_chat_is_scored_in_ppo_and_by_transformers_where_it_was_trained(tmp_pa
     count, world = len(asked), start_world(1)
     rollout = Rollout(packed, torch.zeros(len(packed.responses)), torch.ones(count).bool(), torch.arange(count))
     ppo = Config(rewards=(RewardConfig(model=str(output / "reward_model")),), optim=OptimConfig(dtype="fp32"))
-    sources = load_sources(ppo, tokenizer, world, Residency(ppo, CPU))
-    said = score(rollout, prompts, sources, tokenizer, PPOConfig(), Moments(), world).scores
+    sources = load_sources(ppo, tokenizer, world, Residency(CPU))
+    said = score(rollout, prompts, sources, tokenizer, world).scores
     torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -31,7 +31,7 @@ from fastppo.models.roles import Policy, fuse_head
 from fastppo.ops import GPU_WORKSPACE_BYTES
 from fastppo.planner.footprint import Footprint, _Live
 from fastppo.planner.memory import Batch, Bytes, Places, Role, buffers, head_workspace, model_states, reducing
-from fastppo.planner.ppo_memory import shares
+from fastppo.planner.online_memory import shares
 
 CPU = torch.device("cpu")
 
@@ -195,7 +195,7 @@ def test_microbatches_of_text_count_where_they_are_larger_than_those_of_ppo(seve
     """They have a response token for each token, and 64 texts on 8 ranks fill microbatches that 16 responses do not."""
     config = Config(ppo=PPOConfig(batch_size=16, microbatch_tokens=4096), data=DataConfig(max_prompt_tokens=128))
     texts = replace(config, ptx=PtxConfig(coef=0.1, path="t", max_tokens=512))
-    with_texts = Batch.of(texts, 8).with_texts(texts, 8)
+    with_texts = Batch.of(texts, 8).with_texts(*texts.mixed_in, texts, 8)
     packed = pack_even(torch.arange(64), torch.full((64,), 512), 4096, ranks=8)
     assert (with_texts.sequences, with_texts.responses) == (max(map(len, packed)), 4096)
 

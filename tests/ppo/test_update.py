@@ -9,6 +9,7 @@ import tiny
 import torch
 from ppo_step import config_of, context_of, responses, roles_of, step
 
+from fastppo.data.batch import Moments
 from fastppo.data.microbatches import Minibatch, plan_step
 from fastppo.distributed.engine import gathered
 from fastppo.distributed.world import start_world
@@ -184,7 +185,7 @@ def test_the_actors_first_update_after_a_shared_critics_warm_up_is_adams_first(m
     scored = responses(roles)
     plan = plan_step(scored.rollout.packed.lengths, config, 0, 1, roles.attention)
     context, prefix_cache = context_of(config, roles, world), PrefixStates()
-    experience = compute_experience(scored, plan[0], prefix_cache, context)
+    experience = compute_experience(scored, Moments().add(scored.scores), plan[0], prefix_cache, context)
     weight = roles.policy.model.model.norm.weight
     with gathered([weight]):
         before = weight.detach().clone()
@@ -269,7 +270,7 @@ def test_updates_come_one_by_one_and_go_on_from_those_already_done(model, world)
     scored = responses(roles)
     plan = plan_step(scored.rollout.packed.lengths, config, 0, 1, roles.attention)
     context, prefix_cache = context_of(config, roles, world), PrefixStates()
-    experience = compute_experience(scored, plan[0], prefix_cache, context)
+    experience = compute_experience(scored, Moments().add(scored.scores), plan[0], prefix_cache, context)
     first = next(run_updates(experience, plan, prefix_cache, context))
     done = [first]
     rest = list(run_updates(experience, plan, prefix_cache, context, done))

@@ -16,7 +16,7 @@ from fastppo.distributed.residency import Residency
 from fastppo.distributed.world import World, start_world
 from fastppo.errors import FastPPOError
 from fastppo.models.roles import ModelError
-from fastppo.rewards import Responses, RewardError, load_judge, load_sources, response_texts, score
+from fastppo.rewards import Responses, RewardError, load_judge, load_sources, response_texts, score, shape
 from fastppo.rewards.model import ensemble
 from fastppo.rewards.sources import shared_sources
 
@@ -30,7 +30,7 @@ PROMPTS = PromptSet(
 
 
 def sources(config, load=load_sources):
-    return load(config, TOKENIZER, World(0, 1, CPU), Residency(config, CPU))
+    return load(config, TOKENIZER, World(0, 1, CPU), Residency(CPU))
 
 
 def rollout(responses=("a", "bcd", "ef"), ended=(True, True, False)):
@@ -44,15 +44,20 @@ def scores(tmp_path, monkeypatch, body, ppo=None, weight=1.0):
     (tmp_path / "mine.py").write_text(source)
     monkeypatch.chdir(tmp_path)
     config = Config(rewards=(RewardConfig(function="mine.py:reward", weight=weight),))
-    return scored(config, ppo).shaped.tolist()
+    return shaped(config, ppo).tolist()
+
+
+def scored(config):
+    asked, judge = sources(config), sources(config, load_judge)
+    return score(rollout(), PROMPTS, asked, TOKENIZER, start_world(1), judge)
 
 
 NO_SCORES = Moments()
 
 
-def scored(config, ppo=None, moments=NO_SCORES):
-    asked, judge = sources(config), sources(config, load_judge)
-    return score(rollout(), PROMPTS, asked, TOKENIZER, ppo or PPOConfig(), moments, start_world(1), judge)
+def shaped(config, ppo=None, earlier=NO_SCORES):
+    found = scored(config)
+    return shape(found, earlier.add(found.scores), ppo or PPOConfig())
 
 
 def test_a_function_sees_prompts_responses_and_columns_in_order(tmp_path, monkeypatch):
@@ -202,7 +207,7 @@ def test_a_pattern_is_looked_for_in_each_response_with_its_own_columns(pattern, 
     prompts = replace(PROMPTS, columns=columns)
     asked = sources(Config(rewards=(RewardConfig(pattern=pattern),)))
     responses = ("a", "bcd", "e|fe|f" if "twice" in pattern else "ef")
-    found = score(rollout(responses), prompts, asked, TOKENIZER, PPOConfig(), Moments(), start_world(1))
+    found = score(rollout(responses), prompts, asked, TOKENIZER, start_world(1))
     assert found.scores.tolist() == expected
 
 
@@ -233,22 +238,20 @@ def test_sources_are_added_by_weight_and_kept_apart():
 def test_running_normalisation_has_all_scores_of_the_run_and_comes_before_the_clip():
     earlier = Moments().add(torch.tensor([5.0, -3.0, 0.0, 8.0]))
     config = Config(rewards=(RewardConfig(pattern="b"),))
-    found = scored(config, PPOConfig(score_normalise=True, score_clip=0.3), earlier)
+    found = shaped(config, PPOConfig(score_normalise=True, score_clip=0.3), earlier)
     everything = torch.tensor([5.0, -3.0, 0.0, 8.0, 0.0, 1.0, 0.0])
     expected = (torch.tensor([0.0, 1.0, 0.0]) - everything.mean()) / everything.std(correction=0)
-    assert found.scores.tolist() == [0, 1, 0]
-    assert found.shaped.tolist() == pytest.approx(expected.clamp(-0.3, 0.3).tolist())
-    assert found.moments.count == 7
+    assert found.tolist() == pytest.approx(expected.clamp(-0.3, 0.3).tolist())
 
 
 def test_equal_scores_normalise_to_zero():
-    found = scored(Config(rewards=(RewardConfig(pattern="."),)), PPOConfig(score_normalise=True))
-    assert found.shaped.tolist() == [0, 0, 0]
+    found = shaped(Config(rewards=(RewardConfig(pattern="."),)), PPOConfig(score_normalise=True))
+    assert found.tolist() == [0, 0, 0]
 
 
 def test_tokens_beyond_the_soft_limit_cost_their_penalty():
-    found = scored(Config(rewards=(RewardConfig(pattern="."),)), PPOConfig(length_limit=1, length_penalty=0.25))
-    assert found.shaped.tolist() == [1, 0.5, 0.75]
+    found = shaped(Config(rewards=(RewardConfig(pattern="."),)), PPOConfig(length_limit=1, length_penalty=0.25))
+    assert found.tolist() == [1, 0.5, 0.75]
 
 
 def test_a_judge_scores_the_same_responses_and_changes_no_score(tmp_path, monkeypatch):
@@ -259,9 +262,9 @@ def test_a_judge_scores_the_same_responses_and_changes_no_score(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     judges = (RewardConfig(function="mine.py:long", weight=2.0), RewardConfig(function="mine.py:one"))
     config = Config(rewards=(RewardConfig(function="mine.py:one"),), health=HealthConfig(judge=judges))
-    found = scored(config, PPOConfig(score_clip=0.5))
-    assert found.scores.tolist() == [1] * 3 and found.by_source.shape == (3, 1) and found.moments.count == 3
-    assert found.shaped.tolist() == [0.5] * 3
+    found = scored(config)
+    assert found.scores.tolist() == [1] * 3 and found.by_source.shape == (3, 1)
+    assert shaped(config, PPOConfig(score_clip=0.5)).tolist() == [0.5] * 3
     assert found.judged.tolist() == [2 * len(r) + 1 for r in ("a", "bcd", "ef")]
     assert scored(Config(rewards=config.rewards)).judged.isnan().all()
 

@@ -158,8 +158,8 @@ def test_updates_that_are_not_applied_are_no_change(run):
 def test_an_engine_sleeps_outside_the_phases_that_sample_and_is_synced_after_each_wake(folder, run, monkeypatch, stage):
     made, enter = Residency.__init__, Residency.enter
 
-    def moving(self: Residency, *args: Any) -> None:
-        made(self, *args)
+    def moving(self: Residency, *args: Any, **options: Any) -> None:
+        made(self, *args, **options)
         self._moves = True
 
     def entering(self: Residency, phase: str) -> None:

@@ -10,11 +10,11 @@ import math
 
 from fastppo.config.commands.ppo import Config
 from fastppo.config.validation.data import check_data, check_sampling
-from fastppo.config.validation.health import check_health
+from fastppo.config.validation.health import check_health, check_kl_alarms
 from fastppo.config.validation.learning import check_batch, check_kl, check_ptx, check_schedule, check_zero
-from fastppo.config.validation.models import check_models
+from fastppo.config.validation.models import check_critic, check_models
 from fastppo.config.validation.ranges import Ranges, check_betas, check_ranges, check_train
-from fastppo.config.validation.rewards import check_rewards, check_waiting
+from fastppo.config.validation.rewards import check_rewards, check_shaping, check_waiting
 from fastppo.config.validation.run import check_checkpoints, check_tracking
 
 # The allowed range in words, its test, and the settings that it applies to. A setting that is null is not checked.
@@ -56,7 +56,9 @@ def validate(config: Config, ranks: int = 1) -> None:
     check_train("actor.train", config.actor.train)
     check_train("critic.train", config.critic.train)
     check_models(config)
+    check_critic(config.critic)
     check_rewards(config)
+    check_shaping(config)
     check_data(config)
     check_sampling(config)
     check_batch(config, ranks)
@@ -67,4 +69,5 @@ def validate(config: Config, ranks: int = 1) -> None:
     check_checkpoints(config)
     check_tracking(config)
     check_health(config)
+    check_kl_alarms(config)
     check_waiting(config, ranks)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from fastppo.config.commands.offline import ExamplesConfig
-from fastppo.config.commands.ppo import Config
+from fastppo.config.commands.online import OnlineConfig
 from fastppo.config.data import DataConfig
 from fastppo.errors import ConfigError
 
 
-def check_data(config: Config) -> None:
+def check_data(config: OnlineConfig) -> None:
     data, prompts = config.data, config.eval.prompts
     if not data.path:
         raise ConfigError("data.path is not set: give a dataset on the hub, a directory or a file with prompts.")
@@ -53,8 +53,8 @@ def check_template(data: DataConfig | ExamplesConfig) -> None:
         )
 
 
-def check_sampling(config: Config) -> None:
-    sampling, ppo, longest = config.sampling, config.ppo, config.data.max_prompt_tokens
+def check_sampling(config: OnlineConfig) -> None:
+    sampling, budget, longest = config.sampling, config.microbatch_tokens, config.data.max_prompt_tokens
     if sampling.min_new_tokens > sampling.max_new_tokens:
         raise ConfigError(
             f"sampling.min_new_tokens is {sampling.min_new_tokens} and sampling.max_new_tokens"
@@ -68,9 +68,9 @@ def check_sampling(config: Config) -> None:
             f"sampling.stop_tokens is {list(sampling.stop_tokens)} and sampling.ignore_eos is true: with ignore_eos"
             " no token ends a response before max_new_tokens. Leave out one of the two."
         )
-    if longest + sampling.max_new_tokens > ppo.microbatch_tokens:
+    if longest + sampling.max_new_tokens > budget:
         raise ConfigError(
-            f"ppo.microbatch_tokens is {ppo.microbatch_tokens}, but one sequence can have"
+            f"{config.names.microbatch} is {budget}, but one sequence can have"
             f" {longest + sampling.max_new_tokens} tokens (data.max_prompt_tokens {longest} +"
             f" sampling.max_new_tokens {sampling.max_new_tokens}) and must fit into one microbatch. Raise"
             " microbatch_tokens, or lower one of the other two."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from fastppo.config.commands.online import OnlineConfig
 from fastppo.config.commands.ppo import Config
 from fastppo.config.health import FIGURES, AlarmConfig
 from fastppo.config.validation.rewards import check_sources
@@ -12,11 +13,27 @@ from fastppo.errors import ConfigError
 SHARES = ("self_bleu", "repetition", "duplicates", "length_correlation", "rewarded_phrase")
 
 
-def check_health(config: Config) -> None:
+def check_health(config: OnlineConfig) -> None:
     check_sources("health.judge", config.health.judge)
     for i, alarm in enumerate(config.health.alarms):
         _check_level(f"health.alarms[{i}]", alarm)
         _check_alarm(f"health.alarms[{i}]", alarm, config)
+
+
+def check_kl_alarms(config: Config) -> None:
+    """What alarms need of PPO's KL penalty."""
+    for i, alarm in enumerate(config.health.alarms):
+        where = f"health.alarms[{i}]"
+        if alarm.figure.startswith("kl_exact") and not config.exact_kl:
+            raise ConfigError(
+                f"{where}.figure is {alarm.figure}, but ppo.kl_kind is {config.ppo.kl_kind}: the KL over the whole"
+                " vocabulary is not computed. Set kl_kind to exact, or use kl_token or kl_sequence."
+            )
+        if alarm.action in ("raise_kl", "roll_back") and config.ppo.kl_coef == 0:
+            raise ConfigError(
+                f"{where}.action is {alarm.action}, which multiplies the KL coefficient, but ppo.kl_coef is 0 and would"
+                " stay 0. Give kl_coef a positive value, or set the action to stop."
+            )
 
 
 def _check_level(where: str, alarm: AlarmConfig) -> None:
@@ -38,7 +55,7 @@ def _check_level(where: str, alarm: AlarmConfig) -> None:
         raise ConfigError(f"{where}.level is {alarm.level} for {alarm.figure}; it must be {allowed}.")
 
 
-def _check_alarm(where: str, alarm: AlarmConfig, config: Config) -> None:
+def _check_alarm(where: str, alarm: AlarmConfig, config: OnlineConfig) -> None:
     health, every = config.health, config.checkpoint.every
     if (alarm.action == "stop_epoch") != (alarm.figure == "approx_kl") and alarm.action != "warn":
         raise ConfigError(
@@ -50,16 +67,6 @@ def _check_alarm(where: str, alarm: AlarmConfig, config: Config) -> None:
         raise ConfigError(
             f"{where}.figure is {alarm.figure}, but health.judge is empty: there are no judge scores. Give a judge,"
             """ as in --health.judge '[{"function": "my_module:my_function"}]'."""
-        )
-    if alarm.figure.startswith("kl_exact") and config.ppo.kl_kind != "exact":
-        raise ConfigError(
-            f"{where}.figure is {alarm.figure}, but ppo.kl_kind is {config.ppo.kl_kind}: the KL over the whole"
-            " vocabulary is not computed. Set kl_kind to exact, or use kl_token or kl_sequence."
-        )
-    if alarm.action in ("raise_kl", "roll_back") and config.ppo.kl_coef == 0:
-        raise ConfigError(
-            f"{where}.action is {alarm.action}, which multiplies the KL coefficient, but ppo.kl_coef is 0 and would"
-            " stay 0. Give kl_coef a positive value, or set the action to stop."
         )
     if alarm.action == "roll_back" and not 0 < every < config.steps:
         raise ConfigError(

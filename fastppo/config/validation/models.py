@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from fastppo.config.commands.ppo import AnyConfig, Config
-from fastppo.config.models import LoraConfig
+from fastppo.config.commands.online import OnlineConfig
+from fastppo.config.commands.ppo import AnyConfig
+from fastppo.config.models import CriticConfig, LoraConfig, ReferenceConfig
 from fastppo.errors import ConfigError
 
 
-def check_models(config: Config) -> None:
-    actor, critic, reference = config.actor, config.critic, config.reference
+def check_models(config: OnlineConfig) -> None:
+    actor, reference = config.actor, config.reference
     if not config.output:
-        raise ConfigError("output is empty; name a folder for the run, as in --output runs/ppo.")
+        raise ConfigError(f"output is empty; name a folder for the run, as in --output {type(config).output}.")
     if not actor.model:
         raise ConfigError(
             "actor.model is not set: there is nothing to train. Give a hub name or a directory,"
             " or start from a preset with --config quickstart."
         )
     check_attention(config)
+    check_targets("actor.lora", actor.lora)
+    if actor.lora.export == "adapters" and not actor.lora.rank:
+        raise ConfigError(
+            "actor.lora.export is adapters but actor.lora.rank is 0: without LoRA there are no adapters to export. Set"
+            " actor.lora.rank, or leave out actor.lora.export."
+        )
+    _check_gguf("reference", reference)
+
+
+def check_critic(critic: CriticConfig) -> None:
     if critic.kind == "shared":
         for field, value, default in (
             ("model", critic.model, None),
@@ -30,19 +41,16 @@ def check_models(config: Config) -> None:
                     f" actor's backbone and has no separate weights. Leave out critic.{field}, or set critic.kind to"
                     " separate."
                 )
-    for name, lora in (("actor.lora", actor.lora), ("critic.lora", critic.lora)):
-        check_targets(name, lora)
-    if actor.lora.export == "adapters" and not actor.lora.rank:
+    check_targets("critic.lora", critic.lora)
+    _check_gguf("critic", critic)
+
+
+def _check_gguf(name: str, role: CriticConfig | ReferenceConfig) -> None:
+    if role.gguf_file is not None and role.model is None:
         raise ConfigError(
-            "actor.lora.export is adapters but actor.lora.rank is 0: without LoRA there are no adapters to export. Set"
-            " actor.lora.rank, or leave out actor.lora.export."
+            f"{name}.gguf_file is {role.gguf_file} but {name}.model is not set, in which the file is searched. Set"
+            f" {name}.model too, or neither of them to use the actor's weights."
         )
-    for name, role in (("critic", critic), ("reference", reference)):
-        if role.gguf_file is not None and role.model is None:
-            raise ConfigError(
-                f"{name}.gguf_file is {role.gguf_file} but {name}.model is not set, in which the file is searched. Set"
-                f" {name}.model too, or neither of them to use the actor's weights."
-            )
 
 
 def check_attention(config: AnyConfig) -> None:

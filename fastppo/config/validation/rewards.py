@@ -7,18 +7,23 @@ import re
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+from fastppo.config.commands.online import OnlineConfig
 from fastppo.config.commands.ppo import Config
 from fastppo.config.rewards import FIRST_WAIT, LONGEST_WAIT, SERVICE_SETTINGS, RewardConfig
 from fastppo.errors import ConfigError
 
 
-def check_rewards(config: Config) -> None:
+def check_rewards(config: OnlineConfig) -> None:
     if not config.rewards:
         raise ConfigError(
-            "rewards is empty: PPO needs at least one source of reward. Give one, as in"
+            "rewards is empty: at least one source of reward is needed. Give one, as in"
             """ --rewards '[{"function": "my_module:my_function"}]'."""
         )
     check_sources("rewards", config.rewards)
+
+
+def check_shaping(config: Config) -> None:
+    """What PPO makes of a score."""
     ppo, longest = config.ppo, config.sampling.max_new_tokens
     if ppo.length_limit is None and ppo.length_penalty:
         raise ConfigError(
@@ -94,9 +99,9 @@ def _check_url(name: str, url: str) -> None:
         raise ConfigError(f"{name} is {url}; it must start with http:// or https:// and contain a host name.")
 
 
-def check_waiting(config: Config, ranks: int) -> None:
+def check_waiting(config: OnlineConfig, ranks: int) -> None:
     """Check that all attempts of one request take less time than the ranks wait for each other (`timeout`)."""
-    groups = (("rewards", config.rewards), ("health.judge", config.health.judge))
+    groups = (("rewards", config.rewards), (config.judge_setting, config.judge))
     for name, source in ((f"{where}[{i}]", source) for where, group in groups for i, source in enumerate(group)):
         pauses = sum(min(FIRST_WAIT * 2**n, LONGEST_WAIT) for n in range(source.retries))
         longest = source.timeout * (source.retries + 1) + pauses

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fastppo.config import AnyConfig, Config, Place
+from fastppo.config import AnyConfig, CriticConfig, OnlineConfig, Place, ResponseSettings
 from fastppo.distributed import gathered
 from fastppo.models.frozen_prefix import prefix_depth
 from fastppo.models.loading.source import Source
@@ -50,8 +50,8 @@ from fastppo.models.rotary import longrope_switch
 log = logging.getLogger("fastppo")
 
 
-def load_policies(config: Config, device: torch.device) -> tuple[Policy, Critic | None, Policy]:
-    """Load actor, separate critic (None if the critic shares the actor's backbone) and reference; see `check_models`.
+def load_policies(config: OnlineConfig, device: torch.device) -> tuple[Policy, Critic | None, Policy]:
+    """Load actor, separate critic (None: the actor's backbone has it, or there is none) and reference (`check_models`).
 
     Weights that two roles start from are read once and copied. Weights that LoRA freezes in both roles are shared: a
     critic uses the actor's parameters below its own adapters, and the reference is the actor's model with its adapters
@@ -59,12 +59,13 @@ def load_policies(config: Config, device: torch.device) -> tuple[Policy, Critic 
     an engine gathers them.
     """
     dtype = DTYPES[config.optim.dtype]
-    actor, critic = config.actor, config.critic
+    actor, critic = config.actor, config.value_function
     base = _load_actor(config, dtype, device, trained_partitions(config))
     reference = _load_reference(config, base, dtype, device)
     check_same_scales(Policy(base), reference, config)
-    value_model = None if critic.kind == "shared" else _load_critic(config, base, dtype, device)
-    policy = Policy(base, ValueHead(width_of(base), dtype, device) if critic.kind == "shared" else None)
+    shared = critic is not None and critic.kind == "shared"
+    value_model = None if critic is None or shared else _load_critic(critic, config, base, dtype, device)
+    policy = Policy(base, ValueHead(width_of(base), dtype, device) if shared else None)
     choose_trained(policy, "actor", actor, actor.model, actor.revision, config.seed)
     if config.zero.stage < 3:
         enable_prefix_states(policy, reference if config.reference.model is None else None)
@@ -78,37 +79,37 @@ def load_policies(config: Config, device: torch.device) -> tuple[Policy, Critic 
     return policy, value_model, reference
 
 
-def load_actor_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+def load_actor_tokenizer(config: OnlineConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of the actor, which critic and reference share."""
     actor = config.actor
     return load_tokenizer("actor.model", actor.model, actor.gguf_file, actor.revision)
 
 
-def actor_context(config: Config) -> int | None:
+def actor_context(config: OnlineConfig) -> int | None:
     """The context of the actor, in tokens; None if its config has no limit."""
     return context_of(load_config(_actor_source(config)))
 
 
 def check_actor_tokens(
-    config: Config, tokenizer: PreTrainedTokenizerBase, sequences: Iterable[Iterable[int]], what: str
+    config: OnlineConfig, tokenizer: PreTrainedTokenizerBase, sequences: Iterable[Iterable[int]], what: str
 ) -> None:
     """Raises ModelError for a token without an embedding in the actor; what: the setting that names the texts."""
     check_embedded(_actor_source(config), tokenizer, sequences, what)
 
 
-def check_models(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_models(config: OnlineConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Check, without reading weights, that the models of a run exist and are compatible with the actor.
 
     tokenizer: of the actor. Raises ModelError.
     """
-    critic, reference = config.critic, config.reference
+    critic, reference = config.value_function, config.reference
     _check_switch(_actor_source(config), config)
     if reference.model is not None:
         source = Source("reference.model", reference.model, reference.gguf_file)
         reason = "the KL between the two has no meaning"
         way = "Use a reference with the actor's tokenizer; usually the SFT model that the actor starts from."
         _check_reader(source, config, tokenizer, reason, way)
-    if critic.kind == "separate" and critic.model is not None:
+    if critic is not None and critic.kind == "separate" and critic.model is not None:
         source = Source("critic.model", critic.model, critic.gguf_file)
         if is_classifier(critic_config := load_config(source)):
             check_one_label(
@@ -117,12 +118,14 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         reason = "its token ids stand for other text than the actor's"
         way = "Use a model with the actor's tokenizer, or leave out critic.model to start from the actor's weights."
         _check_reader(source, config, tokenizer, reason, way)
-    for where, sources in (("rewards", config.rewards), ("health.judge", config.health.judge)):
+    for where, sources in (("rewards", config.rewards), (config.judge_setting, config.judge)):
         for name in (name for each in sources for name in (each.model, *each.ensemble) if name is not None):
             load_classifier_config(Source(f"{where}.model", name))
 
 
-def _check_reader(source: Source, config: Config, tokenizer: PreTrainedTokenizerBase, reason: str, way: str) -> None:
+def _check_reader(
+    source: Source, config: OnlineConfig, tokenizer: PreTrainedTokenizerBase, reason: str, way: str
+) -> None:
     """Check that a model can read the actor's prompts and responses.
 
     reason, way: the consequence of a different tokenizer and the way out, for the message. Raises ModelError.
@@ -150,7 +153,7 @@ def _check_reader(source: Source, config: Config, tokenizer: PreTrainedTokenizer
     _check_switch(source, config)
 
 
-def _check_switch(source: Source, config: Config) -> None:
+def _check_switch(source: Source, config: OnlineConfig) -> None:
     """Raise ModelError if sequences may exceed the length at which longrope switches to its long factors.
 
     The logits of a token would then depend on how many tokens follow it: tokens would be sampled with the short factors
@@ -167,10 +170,10 @@ def _check_switch(source: Source, config: Config) -> None:
         )
 
 
-def check_same_scales(actor: Policy, reference: Policy, config: Config) -> None:
+def check_same_scales(actor: Policy, reference: Policy, config: OnlineConfig) -> None:
     """Check that the op of the exact KL, which has one softcap and one logit scale, can be used with both heads."""
     (actor_cap, actor_scale), (ref_cap, ref_scale) = ((p.head.softcap, p.head.logit_scale) for p in (actor, reference))
-    if (actor_cap, actor_scale) != (ref_cap, ref_scale) and config.ppo.kl_kind == "exact":
+    if (actor_cap, actor_scale) != (ref_cap, ref_scale) and config.exact_kl:
         raise ModelError(
             f"reference.model {config.reference.model} caps its logits at {ref_cap} and multiplies them by"
             f" {ref_scale:g}, actor.model {config.actor.model} at {actor_cap} and by {actor_scale:g}: ppo.kl_kind exact"
@@ -183,12 +186,12 @@ def trained_partitions(config: AnyConfig) -> Partitions:
     return _partitions(config, config.zero.parameters_on)
 
 
-def frozen_partitions(config: Config) -> Partitions:
+def frozen_partitions(config: OnlineConfig | ResponseSettings) -> Partitions:
     """The partitioning of reference and reward models; None below ZeRO stage 3."""
     return _partitions(config, config.zero.frozen_on)
 
 
-def _partitions(config: AnyConfig, place: Place) -> Partitions:
+def _partitions(config: AnyConfig | ResponseSettings, place: Place) -> Partitions:
     zero = config.zero
     return None if zero.stage < 3 else partition_config(config.optim.dtype, place, zero.nvme_path)
 
@@ -212,7 +215,7 @@ def load_reward(
     return RewardModel(model).requires_grad_(False).eval(), load_tokenizer(setting, name)
 
 
-def _load_reference(config: Config, actor: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> Policy:
+def _load_reference(config: OnlineConfig, actor: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> Policy:
     reference, partitions = config.reference, frozen_partitions(config)
     if reference.model is None and config.actor.lora.rank:
         actor_without_adapters = Policy(actor)
@@ -226,8 +229,10 @@ def _load_reference(config: Config, actor: PreTrainedModel, dtype: torch.dtype, 
     return Policy(model).requires_grad_(False).eval()
 
 
-def _load_critic(config: Config, actor: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> Critic:
-    critic, partitions = config.critic, trained_partitions(config)
+def _load_critic(
+    critic: CriticConfig, config: OnlineConfig, actor: PreTrainedModel, dtype: torch.dtype, device: torch.device
+) -> Critic:
+    partitions = trained_partitions(config)
     head = ValueHead(width_of(actor), dtype, device)
     if critic.model is None and partitions is None:
         backbone = copy_backbone(actor, same_weights=config.actor.lora.rank > 0 and critic.lora.rank > 0)
@@ -271,17 +276,19 @@ def _load_causal(source: Source, dtype: torch.dtype, device: torch.device, parti
     return fuse_head(load_model(AutoModelForCausalLM, source, dtype, device, partitions))
 
 
-def _load_actor(config: Config, dtype: torch.dtype, device: torch.device, partitions: Partitions) -> PreTrainedModel:
+def _load_actor(
+    config: OnlineConfig, dtype: torch.dtype, device: torch.device, partitions: Partitions
+) -> PreTrainedModel:
     return _load_causal(_actor_source(config), dtype, device, partitions)
 
 
-def _actor_source(config: Config) -> Source:
+def _actor_source(config: OnlineConfig) -> Source:
     actor = config.actor
     return Source("actor.model", actor.model, actor.gguf_file, actor.revision)
 
 
 def _second_actor(
-    config: Config, actor: PreTrainedModel, dtype: torch.dtype, device: torch.device, partitions: dict[str, Any]
+    config: OnlineConfig, actor: PreTrainedModel, dtype: torch.dtype, device: torch.device, partitions: dict[str, Any]
 ) -> PreTrainedModel:
     """A second, partitioned model with the actor's initial weights: copied, or read again if they are on NVMe."""
     second = copy_parts(AutoModelForCausalLM, actor, partitions)

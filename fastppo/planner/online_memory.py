@@ -1,4 +1,4 @@
-"""Bytes that each role of a PPO run holds in each of its phases, as `memory` counts them.
+"""Bytes that each role of an online run holds in each of its phases, as `memory` counts them.
 
 What is on the GPU when is decided by the table of `residency`; here stands only how much there is of each kind.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from fastppo.config import Config
+from fastppo.config import OnlineConfig
 from fastppo.distributed import REMADE, uses
 from fastppo.planner.memory import (
     Batch,
@@ -32,9 +32,9 @@ PHASES = ("sampling", "feedback", "experience", "learning")
 EVALUATED = ("sampling", "feedback", "experience")  # the phases of an evaluation
 
 
-def shares(roles: list[Role], config: Config, ranks: int) -> list[Share]:
+def shares(roles: list[Role], config: OnlineConfig, ranks: int) -> list[Share]:
     """Every role in every phase on one rank, and the moving average of the actor's weights where there is one."""
-    batch, table = Batch.of(config, ranks), uses(config)
+    batch, table = Batch.of(config, ranks), _uses(config)
     lone = not any(role.name == "reference" for role in roles)  # it is the actor, adapters off
     found = []
     for phase in PHASES:
@@ -49,12 +49,16 @@ def shares(roles: list[Role], config: Config, ranks: int) -> list[Share]:
     return found
 
 
+def _uses(config: OnlineConfig) -> dict[str, set[str]]:
+    return uses(loss_reads_reference=config.loss_reads_reference)
+
+
 def kind_of(role: Role) -> str:
     """As in `residency.uses`."""
     return "optimizers" if role.trains else "reference" if role.name == "reference" else "rewards"
 
 
-def kinds(role: Role, config: Config, ranks: int) -> dict[str, Bytes]:
+def kinds(role: Role, config: OnlineConfig, ranks: int) -> dict[str, Bytes]:
     """What a role has on the GPU in the phases that use it, by kind as in `residency.uses`."""
     gpu, b = model_states(role, config, ranks).gpu, role.size.bytes
     live = role.size.largest * b if config.zero.stage == 3 else 0  # of one module, while the role is computed
@@ -70,26 +74,26 @@ def kinds(role: Role, config: Config, ranks: int) -> dict[str, Bytes]:
     return found
 
 
-def placed(kind: str, amount: Bytes, phase: str, config: Config, *, cpu: bool) -> Places:
+def placed(kind: str, amount: Bytes, phase: str, config: OnlineConfig, *, cpu: bool) -> Places:
     """Where it is in a phase. cpu: whether the run is on the CPU, where there is one memory and nothing moves."""
-    if cpu or kind in uses(config)[phase]:
+    if cpu or kind in _uses(config)[phase]:
         return Places(gpu=amount)
     return Places() if kind in REMADE else Places(host=amount)
 
 
-def _made_once(role: Role, config: Config) -> bool:
+def _made_once(role: Role, config: OnlineConfig) -> bool:
     """Whether gradients are added up in a buffer that DeepSpeed keeps; else they are freed once they are used."""
     return config.zero.stage == 3 or summed_on_arrival(role, config)
 
 
-def averaged(actor: Role, phase: str, config: Config, ranks: int) -> Places:
+def averaged(actor: Role, phase: str, config: OnlineConfig, ranks: int) -> Places:
     """The average of what trains, in fp32, and in an evaluation of it the actor's own weights beside it."""
     part = actor.size.trained // (ranks if config.zero.stage == 3 else 1)
     aside = part * actor.size.bytes if phase in EVALUATED else 0
     return Places(host=Bytes(weights=4 * part + aside))
 
 
-def _lasting(role: Role, phase: str, config: Config, ranks: int, batch: Batch) -> Places:
+def _lasting(role: Role, phase: str, config: OnlineConfig, ranks: int, batch: Batch) -> Places:
     """What a role has in a phase whether it is computed there or not."""
     states, cpu = model_states(role, config, ranks), role.size.on_cpu
     found = Places(host=states.host + buffers(role, config, ranks).host, nvme=states.nvme)
@@ -105,9 +109,9 @@ def _lasting(role: Role, phase: str, config: Config, ranks: int, batch: Batch) -
     return found
 
 
-def _live(role: Role, phase: str, config: Config) -> Places:
+def _live(role: Role, phase: str, config: OnlineConfig) -> Places:
     """At ZeRO stage 3 the module that is whole while a role is computed, and its gradients while it learns."""
-    if config.zero.stage < 3 or phase == "sampling" or phase not in _computed(role, uses(config)):
+    if config.zero.stage < 3 or phase == "sampling" or phase not in _computed(role, _uses(config)):
         return Places()  # the sampler has weights of its own
     module = role.size.largest * role.size.bytes
     return Places(gpu=Bytes(weights=module, gradients=module if role.trains and phase == "learning" else 0))
@@ -121,19 +125,19 @@ def _computed(role: Role, table: dict[str, set[str]]) -> set[str]:
     return using | {"experience"} | ({"sampling"} if role.name == "actor" else set())
 
 
-def _needs(role: Role, phase: str, config: Config, ranks: int, batch: Batch, *, lone: bool) -> Places:
+def _needs(role: Role, phase: str, config: OnlineConfig, ranks: int, batch: Batch, *, lone: bool) -> Places:
     """What a role adds to a phase in which it is computed for a while: activations, cache, workspace.
 
     lone: whether the reference is the actor itself.
     """
     if phase == "sampling":
         return Places(gpu=sampling_needs(role.size, config, batch))
-    policy, exact = role.name in ("actor", "reference"), config.ppo.kl_kind == "exact"
+    policy, exact = role.name in ("actor", "reference"), config.exact_kl
     if phase == "learning" and role.trains:
-        actor, reads = role.name == "actor", config.ppo.loss_reads_reference
+        actor, reads = role.name == "actor", config.loss_reads_reference
         found = [learning_needs(role, batch, head=actor, reference=reads)]
-        if actor and config.ptx.coef:
-            found.append(learning_needs(role, batch.with_texts(config, ranks), head=True, reference=False))
+        if actor and config.mixed_in is not None:
+            found.append(learning_needs(role, batch.with_texts(*config.mixed_in, config, ranks), head=True))
         needs = max(found, key=lambda amount: amount.total)
         return reducing(role, config, ranks) + Places(gpu=needs + _whole_head(role, config, lone and reads))
     asked = batch if phase == "learning" else batch.asked(phase, config, ranks)
@@ -141,7 +145,7 @@ def _needs(role: Role, phase: str, config: Config, ranks: int, batch: Batch, *, 
     return prefetch(role, config) + Places(gpu=needs + _whole_head(role, config, lone and exact))
 
 
-def _whole_head(role: Role, config: Config, read: bool) -> Bytes:
+def _whole_head(role: Role, config: OnlineConfig, read: bool) -> Bytes:
     """At stage 3 the reference's head stays whole while the actor is computed; that of a model of its own is counted
     with that model, as the module of it that is whole."""
     if config.zero.stage < 3 or role.name != "actor" or not read:
@@ -149,14 +153,14 @@ def _whole_head(role: Role, config: Config, read: bool) -> Bytes:
     return Bytes(workspace=role.size.vocabulary * role.size.width * role.size.bytes)
 
 
-def smaller_passes(config: Config) -> Iterator[Change]:
+def smaller_passes(config: OnlineConfig) -> Iterator[Change]:
     """Changes that need less memory in a pass, from the least to the most."""
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
-    if config.ptx.coef:
-        longest = max(longest, config.ptx.max_tokens)
+    if config.mixed_in is not None:
+        longest = max(longest, config.mixed_in[1])
     for part in (2, 4, 8):
-        if config.ppo.microbatch_tokens // part >= longest:
-            yield {"ppo.microbatch_tokens": config.ppo.microbatch_tokens // part}
+        if config.microbatch_tokens // part >= longest:
+            yield {config.names.microbatch: config.microbatch_tokens // part}
     for part in (2, 4):
         if config.sampling.rows // part >= 4:
             yield {"sampling.rows": config.sampling.rows // part}

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from fastppo import train
 from fastppo.config import Config, DataConfig, EvalConfig, OptimConfig, PPOConfig, SamplingConfig, ZeroConfig
 from fastppo.config.command_line import parse
+from fastppo.data.batch import Moments
 from fastppo.data.microbatches import plan_step
 from fastppo.distributed.residency import Residency
 from fastppo.distributed.world import World, start_world
@@ -30,7 +31,7 @@ from fastppo.planner import memory
 from fastppo.planner.footprint import Footprint, Pass
 from fastppo.planner.memory import Bytes, Role, by_phase
 from fastppo.planner.methods import measured_roles
-from fastppo.planner.ppo_memory import PHASES, averaged, kinds, placed, shares
+from fastppo.planner.online_memory import PHASES, averaged, kinds, placed, shares
 from fastppo.ppo import evaluation
 from fastppo.ppo.experience import compute_experience
 from fastppo.ppo.update import run_updates
@@ -97,7 +98,7 @@ def after_a_step(config: Config, world: World) -> Roles:
     plan = plan_step(scored.rollout.packed.lengths, config, 0, 1, roles.attention)
     roles.residency.enter("experience")
     context, prefix_cache = context_of(config, roles, world), PrefixStates()
-    experience = compute_experience(scored, plan[0], prefix_cache, context)
+    experience = compute_experience(scored, Moments().add(scored.scores), plan[0], prefix_cache, context)
     roles.residency.enter("learning")
     list(run_updates(experience, plan, prefix_cache, context))
     return roles
@@ -114,8 +115,8 @@ def small(tmp_path, monkeypatch):
 def move_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     made, add = Residency.__init__, Residency.add
 
-    def moving(self: Residency, *args: Any) -> None:
-        made(self, *args)
+    def moving(self: Residency, *args: Any, **options: Any) -> None:
+        made(self, *args, **options)
         self._moves = True
 
     def adding(self: Residency, kind: str, owner: Any) -> None:
