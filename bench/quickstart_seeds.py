@@ -22,7 +22,7 @@ from typing import Any
 
 from fastppo.models.loading.source import EXPORTED_BY
 from fastppo.monitor.run_dir import ALARMS, METRICS, read_lines
-from fastppo.ppo.alarm_actions import ENDED
+from fastppo.online.alarm_actions import ENDED
 
 Verdict = tuple[dict[str, str], list[str]]  # a row of the table, and the targets that were missed
 

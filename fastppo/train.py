@@ -18,17 +18,15 @@ from fastppo.data import Experience, Prompts, plan_step
 from fastppo.distributed import World, together, watching
 from fastppo.models import PrefixStates
 from fastppo.monitor import lock_run_dir, watch
+from fastppo.online import ENDED, act_on_alarms, evaluate_if_due, finish
 from fastppo.ppo import (
-    ENDED,
-    Setup,
+    PPOSetup,
     Step,
     StepContext,
-    act_on_alarms,
     compute_experience,
-    evaluate_if_due,
-    finish,
     log_step,
     mean_kl,
+    next_kl_coef,
     recompute_prefix,
     run_updates,
     set_up,
@@ -47,7 +45,7 @@ def train(config: Config, world: World) -> bool:
         setup = set_up(config, world)
         if setup is None:
             return False
-        run, checkpoints, prompts = setup.progress, setup.checkpoints, setup.prompts()
+        run, checkpoints, prompts = setup.progress, setup.checkpoints, setup.batches()
         with watching(world), setup.tracker() as tracker:
             with checkpoints.saved_when_stopped(run):
                 evaluate_if_due(setup, tracker)
@@ -55,10 +53,10 @@ def train(config: Config, world: World) -> bool:
                     with tracker.profile(run.step + 1):
                         done = ppo_step(setup, next(prompts))
                     log_step(setup, done, tracker)
-                    run.beta.update(mean_kl(done.experience), config.ppo.batch_size)
+                    run.kl_coef = next_kl_coef(run.kl_coef, mean_kl(done.experience), config.ppo)
                     match act_on_alarms(done.alarms, run, checkpoints, tracker, config, world):
                         case "rolled back":
-                            prompts = setup.prompts()  # from an earlier step on
+                            prompts = setup.batches()  # from an earlier step on
                             continue
                         case "ended":
                             break
@@ -69,7 +67,7 @@ def train(config: Config, world: World) -> bool:
     return run.step == config.steps
 
 
-def ppo_step(setup: Setup, prompts: Prompts) -> Step:
+def ppo_step(setup: PPOSetup, prompts: Prompts) -> Step:
     """Experience from a batch of prompts, several epochs of updates on it, and a look at how the policy is doing."""
     config, roles, run, world = setup.config, setup.roles, setup.progress, setup.world
     timed, holding = setup.phases, roles.residency.holding
@@ -90,7 +88,7 @@ def ppo_step(setup: Setup, prompts: Prompts) -> Step:
     return Step(experience, plan, run.updates, health.metrics, health.alarms)
 
 
-def make_experience(setup: Setup, prompts: Prompts, prefix_cache: PrefixStates, context: StepContext) -> Experience:
+def make_experience(setup: PPOSetup, prompts: Prompts, prefix_cache: PrefixStates, context: StepContext) -> Experience:
     """The actor's responses, their scores, and from these the advantage of every token."""
     config, roles, run, world = setup.config, setup.roles, setup.progress, setup.world
     timed, holding = setup.phases, roles.residency.holding

@@ -25,7 +25,7 @@ from fastppo.models.loading.policies import load_actor_tokenizer
 from fastppo.ppo.advantages import load_estimator
 from fastppo.ppo.experience import StepContext, compute_experience
 from fastppo.ppo.losses import load_loss
-from fastppo.ppo.ptx import Texts
+from fastppo.ppo.ptx import Texts, read_texts
 from fastppo.ppo.update import run_updates
 from fastppo.rollout import InProcess
 
@@ -63,7 +63,7 @@ def responses(roles: Roles) -> Scored:
 
 
 def context_of(config: Config, roles: Roles, world: World, *, step: int = 0) -> StepContext:
-    texts = Texts.load(config, roles.tokenizer, context=None)
+    texts = Texts.of(read_texts(config, roles.tokenizer, None), config)
     estimator, loss = load_estimator(config.ppo), load_loss(config.ppo)
     return StepContext(roles, config, world, estimator, loss, texts, step=step, kl_coef=config.ppo.kl_coef)
 

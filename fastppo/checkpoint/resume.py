@@ -17,7 +17,7 @@ import torch
 from fastppo import __version__
 from fastppo.checkpoint import atomic_dir
 from fastppo.checkpoint.rollback_record import RollbackRecord, read_rollback_record
-from fastppo.config import SERVICE_SETTINGS, AnyConfig, Config
+from fastppo.config import SERVICE_SETTINGS, AnyConfig, OnlineConfig
 from fastppo.distributed import World, all_gather
 from fastppo.errors import FastPPOError
 from fastppo.monitor import JSONL_FILES
@@ -62,7 +62,7 @@ class Checkpoint:
         written = datetime.fromtimestamp((self.folder / "about.json").stat().st_mtime)
         return str(self.about.get("clock", written.isoformat(timespec="seconds")))
 
-    def ended(self, config: Config, world: World) -> bool:
+    def ended(self, config: OnlineConfig, world: World) -> bool:
         """Whether an alarm has ended the run and the settings of alarms are unchanged; the reason is logged."""
         record = self.rollback
         if record is None or record.ended is None or record.levels != alarm_settings(config):
@@ -184,7 +184,7 @@ def settings(config: AnyConfig) -> dict[str, Any]:
     return dict(flatten(config, dataclasses.asdict(config), ""))
 
 
-def alarm_settings(config: Config) -> dict[str, Any]:
+def alarm_settings(config: OnlineConfig) -> dict[str, Any]:
     """The settings that decide whether an alarm ends a run, by their dotted names."""
     return {
         name: value for name, value in settings(config).items() if name.startswith("health.") and name in config.free

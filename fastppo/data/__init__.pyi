@@ -1,4 +1,5 @@
 from .batch import Experience as Experience
+from .batch import Measured as Measured
 from .batch import Moments as Moments
 from .batch import Packed as Packed
 from .batch import Prompts as Prompts

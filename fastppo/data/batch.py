@@ -148,8 +148,8 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Experience:
-    """The input of learning, for the global batch; the same on every rank."""
+class Measured:
+    """Scored responses, and what actor and reference say of each token; the global batch, the same on every rank."""
 
     packed: Packed
     scores: Tensor  # (B,) fp32, the weighted sum of the scores of the reward sources
@@ -161,6 +161,12 @@ class Experience:
     ref_logprobs: Tensor  # (M,) fp32
     entropy: Tensor  # (M,) fp32, of the policy that sampled
     kl: Tensor  # (M,) fp32, to the reference, of the configured kind
+
+
+@dataclass(frozen=True)
+class Experience(Measured):
+    """The input of learning in PPO."""
+
     rewards: Tensor  # (M,) fp32, the shaped score on the last token, and the KL penalty on each token
     values: Tensor  # (M,) fp32
     advantages: Tensor  # (M,) fp32, whitened if so configured

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean, median
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.config import FIGURES, REST, AlarmConfig, FigureName, HealthConfig, OnlineConfig
-from fastppo.data import Experience, Update, decode_after
+from fastppo.data import Experience, Measured, Update, decode_after
 from fastppo.monitor.health_metrics import figures, rewarded_phrases
 from fastppo.monitor.trend_tests import slope, trend
 
@@ -53,7 +53,7 @@ class Health:
     def steps(self) -> int:
         return len(self.history.get("entropy", ()))
 
-    def add(self, values: dict[str, float]) -> None:
+    def add(self, values: Mapping[str, float]) -> None:
         """Append one step's value of each figure."""
         for name, value in values.items():
             self.history.setdefault(name, []).append(value)
@@ -94,13 +94,31 @@ def watch(
     config: OnlineConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Checkup:
-    """Append the figures of a step to `health` and raise the alarms of those that are beyond a level."""
-    window, has_judge = config.health.window, bool(config.health.judge)
-    health.add(figures(experience, exact_kl=config.exact_kl))
+    """Append the figures of a PPO step to `health` and raise the alarms of those that are beyond a level."""
     applied = [update.approx_kl for update in updates if not update.skipped]
-    health.add({"approx_kl": fmean(applied) if applied else math.nan})
+    found = figures(experience, exact_kl=config.exact_kl) | {"approx_kl": fmean(applied) if applied else math.nan}
+    stopped = _stopped_epoch(updates, health.steps + 1, config.health)
+    return check_figures(found, experience, len(experience.packed), health, config, tokenizer, stopped)
+
+
+def check_figures(
+    found: Mapping[str, float],
+    batch: Measured,
+    responses: int,
+    health: Health,
+    config: OnlineConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    more: Sequence[Alarm] = (),
+) -> Checkup:
+    """Append the figures of a step to `health` and raise the alarms of those that are beyond a level.
+
+    batch: in which rewarded phrases are looked for; responses: over how many the figures are means; more: alarms that
+    the step has raised already.
+    """
+    window, has_judge = config.health.window, bool(config.health.judge)
+    health.add(found)
     if has_judge:
-        turn = judge_turn(health, responses=len(experience.packed), window=window)
+        turn = judge_turn(health, responses=responses, window=window)
         health.add({"judge_gap": judge_gap(health, window), "judge_turn": turn})
     shown = [name for name in FIGURES if name in health.history and (has_judge or name != "judge")]
     rules = _rules(config.health, shown)
@@ -108,9 +126,9 @@ def watch(
     health.good = min(
         (_last_good_step(rule, health, window) for rule in rules if rule.action in ROLLBACK_ACTIONS), default=None
     )
-    alarms += _stopped_epoch(updates, health, config.health)
+    alarms += more
     if any(alarm.figure in REWARD_FIGURES for alarm in alarms):
-        alarms = [_with_phrases(alarm, experience, tokenizer) for alarm in alarms]
+        alarms = [_with_phrases(alarm, batch, tokenizer) for alarm in alarms]
     health.alarms += alarms
     return Checkup({f"health/{name}": health.history[name][-1] for name in shown}, alarms)
 
@@ -229,11 +247,11 @@ def _peak(health: Health) -> str:
     return f"the judge was highest at step {top + 1}, where sqrt(KL) was {math.sqrt(max(kl[top], 0)):.2f}"
 
 
-def _stopped_epoch(updates: Sequence[Update], health: Health, settings: HealthConfig) -> list[Alarm]:
+def _stopped_epoch(updates: Sequence[Update], step: int, settings: HealthConfig) -> list[Alarm]:
     """The alarm of a batch whose remaining updates were left out because the KL was too high; empty otherwise."""
     if not updates[-1].stopped:
         return []
-    value, limit, step = updates[-1].approx_kl, settings.kl_limit, health.steps
+    value, limit = updates[-1].approx_kl, settings.kl_limit
     message = (
         f"approx_kl of update {len(updates)} is {value:.4g}, above {limit:.4g}: it was not applied, and the learning"
         " from this batch ended there."
@@ -241,11 +259,11 @@ def _stopped_epoch(updates: Sequence[Update], health: Health, settings: HealthCo
     return [Alarm(step, "approx_kl", value, limit, "act", "stop_epoch", step, message)]
 
 
-def _with_phrases(alarm: Alarm, experience: Experience, tokenizer: PreTrainedTokenizerBase) -> Alarm:
+def _with_phrases(alarm: Alarm, batch: Measured, tokenizer: PreTrainedTokenizerBase) -> Alarm:
     """The alarm, with the phrases that the policy is possibly rewarded for added to its message."""
     if alarm.figure not in REWARD_FIGURES:
         return alarm
-    phrases = rewarded_phrases(experience)
+    phrases = rewarded_phrases(batch)
     tokens = [phrase.tokens for phrase in phrases]
     texts = decode_after(tokens, tokens, tokenizer, special=True)  # decoded as inside a text, with the space before it
     descriptions = [

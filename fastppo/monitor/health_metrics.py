@@ -1,6 +1,6 @@
 """Health figures of a batch, which show collapse of the policy, drift from the reference, and reward hacking.
 
-All functions are pure. They take an `Experience`, which is global, so that every rank computes the same values.
+All functions are pure. They take a `Measured` batch, which is global, so that every rank computes the same values.
 The n-grams of all responses are counted together by sorting, without a Python loop over tokens.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastppo.data import Experience
+from fastppo.data import Measured
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -46,18 +46,18 @@ class Phrase(NamedTuple):
     surprise: float  # the mean of log p - log p_ref over its occurrences, in nats; p_ref is the reference's
 
 
-def figures(experience: Experience, *, exact_kl: bool) -> dict[str, float]:
+def figures(batch: Measured, *, exact_kl: bool) -> dict[str, float]:
     """All figures of a batch by name; NaN if a figure is undefined, such as a correlation of constant values.
 
-    exact_kl: whether the experience has the KL over the whole vocabulary.
+    exact_kl: whether the batch has the KL over the whole vocabulary.
     """
-    packed = experience.packed
+    packed = batch.packed
     tokens, lengths = packed.responses.numpy(), packed.response_lengths.numpy()
-    log_ratios = (experience.old_logprobs - experience.ref_logprobs).double()
+    log_ratios = (batch.old_logprobs - batch.ref_logprobs).double()
     grams = ngrams(tokens, lengths, 4)
-    scores, judge_scores = experience.scores.double().numpy(), experience.judged.double().numpy()
+    scores, judge_scores = batch.scores.double().numpy(), batch.judged.double().numpy()
     values = {
-        "entropy": float(experience.entropy.double().mean()),
+        "entropy": float(batch.entropy.double().mean()),
         **{f"distinct_{n}": distinct(grams[n - 1]) for n in (1, 2, 3)},
         "self_bleu": self_bleu(tokens, lengths),
         "repetition": repetition(grams[3], len(lengths)),
@@ -66,28 +66,28 @@ def figures(experience: Experience, *, exact_kl: bool) -> dict[str, float]:
         "kl_token": float(log_ratios.mean()),
         "kl_sequence": float(log_ratios.sum()) / len(lengths),
         "perplexity": float(
-            (-experience.ref_logprobs.double().mean()).exp()
+            (-batch.ref_logprobs.double().mean()).exp()
         ),  # math.exp would raise an error instead of inf
         "score": float(scores.mean()),
         "score_std": float(scores.std()),
         "judge": float(judge_scores.mean()),
         "judge_std": float(judge_scores.std()),
         "length_correlation": rank_correlation(scores, lengths.astype(np.float64)),
-        "sampler_error": sampler_error(experience),
-        "rewarded_phrase": max((phrase.share for phrase in _phrases(experience, grams, 1)), default=0.0),
+        "sampler_error": sampler_error(batch),
+        "rewarded_phrase": max((phrase.share for phrase in _phrases(batch, grams, 1)), default=0.0),
     }
     if exact_kl:
-        kl = experience.kl.double()
+        kl = batch.kl.double()
         values |= {"kl_exact": float(kl.mean()), "kl_exact_sequence": float(kl.sum()) / len(lengths)}
     return values
 
 
-def sampler_error(experience: Experience) -> float:
+def sampler_error(batch: Measured) -> float:
     """The mean absolute difference of the sampler's and the trainer's log probabilities, in nats per token.
 
     They differ by rounding, and in their distributions if `sampling` excludes tokens (top_p, top_k).
     """
-    return float((experience.sampler_logprobs - experience.old_logprobs).double().abs().mean())
+    return float((batch.sampler_logprobs - batch.old_logprobs).double().abs().mean())
 
 
 def ngrams(tokens: Ints, lengths: Ints, largest: int) -> list[Grams]:
@@ -220,7 +220,7 @@ def _ranks(x: Floats) -> Floats:
     return ranks
 
 
-def rewarded_phrases(experience: Experience, limit: int = 3) -> list[Phrase]:
+def rewarded_phrases(batch: Measured, limit: int = 3) -> list[Phrase]:
     """Up to `limit` phrases that the policy repeats, the reward does not punish and the reference makes less likely,
     sorted by the share of responses that contain them, the highest first.
 
@@ -228,33 +228,33 @@ def rewarded_phrases(experience: Experience, limit: int = 3) -> list[Phrase]:
     batch, and the phrase is at least twice as likely under the policy as under the reference; a single token, if it is
     at least twenty times as likely.
     """
-    packed = experience.packed
+    packed = batch.packed
     grams = ngrams(packed.responses.numpy(), packed.response_lengths.numpy(), max(MIN_SURPRISE))
-    return _phrases(experience, grams, limit)
+    return _phrases(batch, grams, limit)
 
 
-def _phrases(experience: Experience, grams: Sequence[Grams], limit: int) -> list[Phrase]:
+def _phrases(batch: Measured, grams: Sequence[Grams], limit: int) -> list[Phrase]:
     """`rewarded_phrases` from given n-grams. grams: for n = 1, 2, ..."""
-    phrases = [phrase for n in MIN_SURPRISE for phrase in _phrases_of_length(n, experience, grams[n - 1], limit)]
+    phrases = [phrase for n in MIN_SURPRISE for phrase in _phrases_of_length(n, batch, grams[n - 1], limit)]
     return sorted(phrases, key=lambda phrase: (-phrase.share, -phrase.gain))[:limit]
 
 
-def _phrases_of_length(n: int, experience: Experience, grams: Grams, limit: int) -> list[Phrase]:
-    count = len(experience.packed)
+def _phrases_of_length(n: int, batch: Measured, grams: Grams, limit: int) -> list[Phrase]:
+    count = len(batch.packed)
     pairs = _sorted_unique(grams.ids * count + grams.rows)
     if not len(pairs):
         return []
     ids, rows = pairs // count, pairs % count
-    scores = experience.scores.double().numpy()
+    scores = batch.scores.double().numpy()
     holders = np.bincount(ids)
     gains = np.bincount(ids, scores[rows] - scores.mean()) / holders
     gains = gains / scores.std() if scores.std() > 0 else np.zeros_like(gains)
-    surprise = np.bincount(grams.ids, _log_ratios(n, experience, grams)) / np.bincount(grams.ids)
+    surprise = np.bincount(grams.ids, _log_ratios(n, batch, grams)) / np.bincount(grams.ids)
     is_phrase = (holders >= MIN_HOLDERS) & (gains > -1e-6) & (surprise >= MIN_SURPRISE[n])
     order = sorted(np.flatnonzero(is_phrase), key=lambda i: (-holders[i], -gains[i], i))[:limit]
     starts = np.zeros(len(holders), np.int64)
     starts[grams.ids] = grams.starts
-    tokens = experience.packed.responses
+    tokens = batch.packed.responses
     return [
         Phrase(
             tuple(tokens[starts[i] : starts[i] + n].tolist()),
@@ -266,7 +266,7 @@ def _phrases_of_length(n: int, experience: Experience, grams: Grams, limit: int)
     ]
 
 
-def _log_ratios(n: int, experience: Experience, grams: Grams) -> Any:
+def _log_ratios(n: int, batch: Measured, grams: Grams) -> Any:
     """(G,) log p - log p_ref of each n-gram, in nats."""
-    ratios = (experience.old_logprobs - experience.ref_logprobs).double().numpy()
+    ratios = (batch.old_logprobs - batch.ref_logprobs).double().numpy()
     return sum(ratios[grams.starts + i] for i in range(n))

@@ -7,23 +7,19 @@ microbatches, computes its share and passes it on. Whitening and the KL controll
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastppo.config import Config
-from fastppo.data import Experience, Minibatch, Moments, Packed, Scored, plan_step, segment_rows
-from fastppo.distributed import World, all_gather, gathered, stop
-from fastppo.models import Policy, PrefixStates, Roles, hidden_states, token_stats
+from fastppo.data import Experience, Minibatch, Moments, Scored, plan_step
+from fastppo.distributed import World
+from fastppo.models import PrefixStates, Roles
+from fastppo.online import measure
 from fastppo.ppo.advantages import Estimator, estimate_advantages
 from fastppo.ppo.losses import PolicyLoss
 from fastppo.ppo.ptx import Texts
 from fastppo.ppo.schedule import kl_estimate, token_rewards
 from fastppo.rewards import shape
-
-TokenRows = dict[str, Tensor]  # name -> (m,) fp32, on the response tokens of a microbatch
 
 
 @dataclass(frozen=True)
@@ -57,13 +53,8 @@ def compute_experience(
     filled for learning.
     """
     packed, config, world = scored.rollout.packed, context.config, context.world
-    parts = []
-    for minibatch in first_epoch:
-        for sequences in minibatch.of_rank(world.rank, world.ranks):
-            stop.check(world)
-            rows = _measure(packed.select(sequences).to(world.device), sequences, context.roles, prefix_cache, config)
-            parts.append((sequences, {name: x.float().cpu() for name, x in rows.items()}))
-    measured = _assemble(packed, [part for rank in all_gather(parts, world) for part in rank])
+    mine = [sequences for minibatch in first_epoch for sequences in minibatch.of_rank(world.rank, world.ranks)]
+    measured = measure(packed, mine, context.roles, prefix_cache, config, world)
     if config.ppo.kl_kind != "exact":
         measured["kl"] = kl_estimate(measured["old_logprobs"], measured["ref_logprobs"], config.ppo.kl_kind)
 
@@ -105,46 +96,3 @@ def recompute_prefix(experience: Experience, done: int, prefix_cache: PrefixStat
             microbatch = packed.select(sequences).to(world.device)
             for role in (roles.policy, roles.reference.module, *critic):
                 prefix_cache(role, microbatch, sequences)
-
-
-def _measure(packed: Packed, sequences: Tensor, roles: Roles, prefix_cache: PrefixStates, config: Config) -> TokenRows:
-    """Logprobs, entropy, KL and values of a microbatch, before the first update."""
-    temperature, exact = config.sampling.temperature, config.ppo.kl_kind == "exact"
-    reference: Policy = roles.reference.module
-    prefix_states = prefix_cache(reference, packed, sequences)
-    kl_reference: dict[str, Tensor | None] = {}
-    ref_logprobs: Any = None
-    if exact:
-        kl_reference = reference.head.as_reference(roles.reference(packed, hidden_states, prefix_states))
-    else:
-        ref_logprobs = roles.reference(
-            packed, partial(token_stats, packed.responses, temperature), prefix_states
-        ).logprobs
-
-    def act(policy: Policy, hidden: Tensor) -> TokenRows:
-        stats = token_stats(packed.responses, temperature, policy, hidden, **kl_reference)
-        rows = {"old_logprobs": stats.logprobs, "entropy": stats.entropy, "ref_logprobs": ref_logprobs}
-        if exact:
-            rows |= {"ref_logprobs": stats.ref_logprobs, "kl": stats.kl}
-        if policy.value_head is not None:
-            rows["values"] = policy.value_head(hidden)
-        return rows
-
-    prefix_states = prefix_cache(roles.policy, packed, sequences)
-    with gathered(reference.head.parameters() if exact else ()):  # the actor's forward pass reads both heads
-        rows: TokenRows = roles.actor(packed, act, prefix_states)
-    if roles.critic is not None:
-        prefix_states = prefix_cache(roles.critic.module, packed, sequences)
-        rows["values"] = roles.critic(packed, lambda critic, hidden: critic.value_head(hidden), prefix_states)
-    return rows
-
-
-def _assemble(packed: Packed, parts: list[tuple[Tensor, TokenRows]]) -> TokenRows:
-    """Microbatches' rows back into (M,) tensors in the batch's own order."""
-    total = int(packed.response_cu_seqlens[-1])
-    whole = {name: torch.zeros(total) for name in parts[0][1]}
-    for sequences, rows in parts:
-        token_rows = segment_rows(packed.response_cu_seqlens, sequences)
-        for name, x in rows.items():
-            whole[name][token_rows] = x
-    return whole

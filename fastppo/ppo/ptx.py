@@ -21,6 +21,13 @@ from fastppo.distributed import Engine, World, all_sum, stop
 from fastppo.models import attention_ratio, token_stats
 
 
+def read_texts(config: Config, tokenizer: PreTrainedTokenizerBase, context: int | None) -> Examples | None:
+    """None where `ptx.coef` is 0. context: the actor's longest sequence, in tokens. Raises `DataError`."""
+    if config.ptx.coef == 0:
+        return None
+    return load_texts(config.ptx, tokenizer, context=context, template=config.data.template)
+
+
 @dataclass(frozen=True)
 class Texts:
     """The text, and who learns which of it when."""
@@ -32,11 +39,9 @@ class Texts:
     seed: int
 
     @staticmethod
-    def load(config: Config, tokenizer: PreTrainedTokenizerBase, *, context: int | None) -> Texts | None:
-        """None where `ptx.coef` is 0. context: the actor's longest sequence, in tokens. Raises `DataError`."""
-        if config.ptx.coef == 0:
+    def of(examples: Examples | None, config: Config) -> Texts | None:
+        if examples is None:
             return None
-        examples = load_texts(config.ptx, tokenizer, context=context, template=config.data.template)
         ptx, budget = config.ptx, config.ppo.microbatch_tokens
         return Texts(examples, ptx.coef, ptx.batch_size, budget, config.seed)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
-from fastppo.config import Config
+from fastppo.config import Config, PPOConfig
 from fastppo.ops import eager
 
 KLKind = Literal["k1", "k2", "k3", "exact"]
@@ -38,22 +37,17 @@ def token_rewards(kl: Tensor, scores: Tensor, last_tokens: Tensor, beta: float) 
     return (-beta * kl).index_add(0, last_tokens, scores)
 
 
-@dataclass
-class KLController:
-    """The coefficient beta of the KL penalty: fixed, or steered to a target (Ziegler et al., 2019, section 2.2).
+def next_kl_coef(beta: float, kl: float, ppo: PPOConfig) -> float:
+    """The coefficient of the KL penalty after a batch, steered to a target (Ziegler et al., 2019, section 2.2).
 
     e = clip((KL - target) / target, -0.2, 0.2); beta <- beta * (1 + e * n / horizon), n responses at a time.
+
+    kl: the batch's mean k1 KL, summed over each response, in nats. Without `ppo.kl_target` beta stays as it is.
     """
-
-    value: float  # beta
-    target: float | None = None  # KL (k1) summed over a response, in nats; None keeps beta fixed
-    horizon: float = 10_000.0  # responses
-
-    def update(self, kl: float, responses: int) -> None:
-        """kl: the batch's mean k1 KL, summed over each response; responses: how many, on all ranks."""
-        if self.target is not None:
-            error = min(max(kl / self.target - 1.0, -0.2), 0.2)
-            self.value *= 1.0 + error * responses / self.horizon
+    if ppo.kl_target is None:
+        return beta
+    error = min(max(kl / ppo.kl_target - 1.0, -0.2), 0.2)
+    return beta * (1.0 + error * ppo.batch_size / ppo.kl_horizon)
 
 
 def learning_rate(peak: float, update: int, total: int, warmup: int, schedule: Literal["linear", "constant"]) -> float:

@@ -212,7 +212,7 @@ def test_a_model_that_nothing_takes_ends_all_ranks_with_where_the_run_can_go_on(
 
 
 def test_ctrl_c_before_there_is_anything_to_save_is_one_line(folder, forks):
-    before = "import time\nfrom fastppo.ppo import run\n"
+    before = "import time\nfrom fastppo.online import run\n"
     before += "run.check_models = lambda *_: (print('here', flush=True), time.sleep(600))"
     run = forks.start(whole_runs.settings(folder, folder / "early"), 1, before)
     wait_for(lambda: run.logs[0].exists() and "here" in run.text(), run)

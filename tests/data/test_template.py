@@ -27,7 +27,7 @@ from fastppo.data.tables import DataError
 from fastppo.distributed.residency import Residency
 from fastppo.distributed.world import World
 from fastppo.errors import FastPPOError
-from fastppo.ppo.ptx import Texts
+from fastppo.ppo.ptx import read_texts
 from fastppo.rewards import load_sources, score
 
 WORLD = World(0, 1, torch.device("cpu"))
@@ -79,9 +79,9 @@ def test_answers_and_pairs_are_written_with_them(tmp_path):
 def test_the_text_beside_ppo_is_written_with_the_prompts_arguments(tmp_path):
     path = written(tmp_path, prompt=USER, response=SAID)
     ptx = PtxConfig(coef=1.0, path=path, prompt="prompt", response="response")
-    texts = Texts.load(Config(data=DataConfig(template=GIVEN), ptx=ptx), TOKENIZER, context=None)
+    texts = read_texts(Config(data=DataConfig(template=GIVEN), ptx=ptx), TOKENIZER, None)
     assert texts is not None
-    assert [TOKENIZER.decode(ids) for ids in texts.examples.tokens] == ["[1 May]<user>q<assistant>a<eos>"]
+    assert [TOKENIZER.decode(ids) for ids in texts.tokens] == ["[1 May]<user>q<assistant>a<eos>"]
 
 
 def rollout_of(prompts: Any) -> Rollout:

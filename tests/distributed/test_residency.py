@@ -12,7 +12,8 @@ from fastppo.config.command_line import parse
 from fastppo.distributed.engine import Gradients
 from fastppo.distributed.residency import Residency, uses
 from fastppo.distributed.world import start_world
-from fastppo.ppo.run import evaluate_if_due, set_up
+from fastppo.online.run import evaluate_if_due
+from fastppo.ppo.run import set_up
 from fastppo.train import ppo_step, train
 
 CPU = torch.device("cpu")

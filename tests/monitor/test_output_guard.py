@@ -219,7 +219,7 @@ def assert_loads(folder: Path) -> None:
 def test_a_run_of_which_nothing_can_be_told_leaves_its_model(data, tmp_path, monkeypatch, caplog, command):
     for outlet in ("metrics.jsonl", "a scalar of TensorBoard", "a profile"):
         monkeypatch.setattr(OUTLETS[outlet], failing(FAILURES[0]))
-    monkeypatch.setattr("fastppo.ppo.run.write_samples", failing(FAILURES[0]))
+    monkeypatch.setattr("fastppo.online.run.write_samples", failing(FAILURES[0]))
     monkeypatch.setattr("fastppo.train_reward.write_reliability", failing(FAILURES[0]))
     monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115
     changes = {"track__tensorboard": "true", "track__profile_steps": "[1]"}
@@ -232,7 +232,7 @@ def test_a_run_of_which_nothing_can_be_told_leaves_its_model(data, tmp_path, mon
 def test_samples_are_shown_when_the_actor_is_saved(data, tmp_path, monkeypatch):
     actor = tmp_path / "run/actor/model.safetensors"
     monkeypatch.setattr(
-        "fastppo.ppo.run.show_samples", lambda rows: (tmp_path / "seen").write_text(str(actor.is_file()))
+        "fastppo.online.run.show_samples", lambda rows: (tmp_path / "seen").write_text(str(actor.is_file()))
     )
     start(data, "ppo", tmp_path / "run")
     assert (tmp_path / "seen").read_text() == "True"

@@ -17,7 +17,7 @@ from fastppo.data.tables import DataError
 from fastppo.distributed.engine import Engine
 from fastppo.distributed.world import World, start_world
 from fastppo.ppo import ptx
-from fastppo.ppo.ptx import Texts
+from fastppo.ppo.ptx import Texts, read_texts
 
 pytestmark = pytest.mark.slow
 
@@ -142,7 +142,8 @@ def test_what_the_model_knew_is_kept(folder, world, tmp_path):
 
 
 def texts_of(folder, *arguments):
-    return Texts.load(mixed(folder, *arguments), tiny.tokenizer(), context=None)
+    config = mixed(folder, *arguments)
+    return Texts.of(read_texts(config, tiny.tokenizer(), None), config)
 
 
 def test_which_texts_an_update_has_depends_on_the_seed_and_its_number_alone(folder):

@@ -6,10 +6,10 @@ import torch
 from fastppo.config import ActorConfig, Config, CriticConfig, OptimConfig, PPOConfig
 from fastppo.ops import eager
 from fastppo.ppo.schedule import (
-    KLController,
     explained_variance,
     kl_estimate,
     learning_rate,
+    next_kl_coef,
     step_rates,
     token_rewards,
 )
@@ -44,21 +44,16 @@ def test_exact_kl_is_no_estimate_from_samples():
 
 
 def test_adaptive_kl_known_answer():
-    controller = KLController(0.2, target=0.1, horizon=100)
-    controller.update(0.2, 10)
-    assert controller.value == pytest.approx(0.204)
+    assert next_kl_coef(0.2, 0.2, PPOConfig(kl_target=0.1, kl_horizon=100, batch_size=10)) == pytest.approx(0.204)
 
 
 def test_adaptive_kl_falls_below_its_target_and_its_error_is_clipped():
-    controller = KLController(0.2, target=10.0, horizon=100)
-    controller.update(0.0, 10)
-    assert controller.value == pytest.approx(0.2 * (1 - 0.2 * 0.1))
+    ppo = PPOConfig(kl_target=10.0, kl_horizon=100, batch_size=10)
+    assert next_kl_coef(0.2, 0.0, ppo) == pytest.approx(0.2 * (1 - 0.2 * 0.1))
 
 
 def test_a_fixed_coefficient_stays():
-    controller = KLController(0.2)
-    controller.update(100.0, 1000)
-    assert controller.value == 0.2
+    assert next_kl_coef(0.2, 100.0, PPOConfig()) == 0.2
 
 
 def test_learning_rate_rises_then_falls_to_zero():

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Literal
 
 from fastppo.checkpoint import Checkpoint, Checkpoints, RollbackRecord, alarm_settings, atomic_dir, held_out_score
-from fastppo.config import Config
+from fastppo.config import OnlineConfig
 from fastppo.distributed import World, all_gather
 from fastppo.monitor import ALARMS, ROLLBACK_ACTIONS, Alarm, Tracker, file_sizes
-from fastppo.ppo.train_state import Progress
+from fastppo.online.progress import Progress
 
 log = logging.getLogger("fastppo")
 
@@ -25,7 +25,12 @@ ENDED = 3  # the exit status of a run that an alarm has ended
 
 
 def act_on_alarms(
-    alarms: Sequence[Alarm], run: Progress, checkpoints: Checkpoints, tracker: Tracker, config: Config, world: World
+    alarms: Sequence[Alarm],
+    run: Progress,
+    checkpoints: Checkpoints,
+    tracker: Tracker,
+    config: OnlineConfig,
+    world: World,
 ) -> Literal["go on", "rolled back", "ended"]:
     """Do what the alarms of a step ask for, the most far-reaching of it.
 
@@ -36,10 +41,10 @@ def act_on_alarms(
     alarm = by_action.get("stop") or by_action.get("roll_back")
     if alarm is None:
         if "raise_kl" in by_action:
-            run.beta.value *= health.raise_kl
-            _log(world, logging.WARNING, f"the KL coefficient is raised to {run.beta.value:.4g}")
+            run.kl_coef *= health.raise_kl
+            _log(world, logging.WARNING, f"the KL coefficient is raised to {run.kl_coef:.4g}")
         return "go on"
-    at, beta = f"step {run.step + 1}", run.beta.value
+    at, beta = f"step {run.step + 1}", run.kl_coef
     rolling = alarm.action == "roll_back" and run.health.roll_backs < health.roll_backs
     good = min(other.good for other in alarms if other.action in ROLLBACK_ACTIONS)
     checkpoint = checkpoint_before(good, config, world, best=not rolling)
@@ -59,14 +64,14 @@ def act_on_alarms(
             )
         return "ended"
     run.health.roll_backs += 1
-    run.beta.value = max(beta, run.beta.value) * health.raise_kl
+    run.kl_coef = max(beta, run.kl_coef) * health.raise_kl
     tracker.roll_back(run.step, checkpoint.sizes)
     if world.rank == 0:
         _rollback_record(checkpoint, run, config).write(checkpoint.folder.parent)
     _log(
         world,
         logging.WARNING,
-        f"{at}: the run rolls back to {checkpoint.folder}, with a KL coefficient of {run.beta.value:.4g}; roll back"
+        f"{at}: the run rolls back to {checkpoint.folder}, with a KL coefficient of {run.kl_coef:.4g}; roll back"
         f" {run.health.roll_backs} of at most {health.roll_backs}",
     )
     return "rolled back"
@@ -95,14 +100,14 @@ def _go_back(checkpoint: Checkpoint, run: Progress, checkpoints: Checkpoints) ->
     run.health.alarms, run.health.roll_backs = alarms, roll_backs
 
 
-def _rollback_record(checkpoint: Checkpoint, run: Progress, config: Config) -> RollbackRecord:
+def _rollback_record(checkpoint: Checkpoint, run: Progress, config: OnlineConfig) -> RollbackRecord:
     """What the run, which has gone back there, knows beyond it."""
     lines = checkpoint.sizes | {ALARMS: file_sizes(Path(config.output))[ALARMS]}
     alarms = [asdict(alarm) for alarm in run.health.alarms]
-    return RollbackRecord(checkpoint.folder.name, run.beta.value, run.health.roll_backs, alarms, lines)
+    return RollbackRecord(checkpoint.folder.name, run.kl_coef, run.health.roll_backs, alarms, lines)
 
 
-def checkpoint_before(step: int, config: Config, world: World, *, best: bool = False) -> Checkpoint | None:
+def checkpoint_before(step: int, config: OnlineConfig, world: World, *, best: bool = False) -> Checkpoint | None:
     """The newest whole checkpoint after at most `step` steps; None if there is none.
 
     best: the one with the highest held-out score, the judge's if there is a judge; the newest if none was evaluated.

@@ -182,7 +182,7 @@ def test_a_damaged_checkpoint_is_passed_over(folder, forks):
     """The newest from before is damaged while the run goes on."""
     output = folder / "damaged"
     damage = f"""
-from fastppo.ppo import alarm_actions
+from fastppo.online import alarm_actions
 find = alarm_actions.checkpoint_before
 def before(*arguments, **settings):
     path = "{output}/checkpoints/step-00000004/progress.pt"

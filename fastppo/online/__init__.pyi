@@ -1,0 +1,9 @@
+from .alarm_actions import ENDED as ENDED
+from .alarm_actions import act_on_alarms as act_on_alarms
+from .evaluation import Evaluation as Evaluation
+from .progress import Progress as Progress
+from .run import Setup as Setup
+from .run import evaluate_if_due as evaluate_if_due
+from .run import finish as finish
+from .run import set_up as set_up
+from .token_rows import measure as measure

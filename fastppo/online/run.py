@@ -1,0 +1,170 @@
+"""Around the loop of an online run: what it begins with, its evaluations, and what is there at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from fastppo.checkpoint import (
+    Checkpoints,
+    check_exports,
+    export_model,
+    find_run,
+    open_folder,
+    random_state,
+    set_random_state,
+)
+from fastppo.config import OnlineConfig
+from fastppo.data import Examples, Prompts, PromptSet, batches, load_prompts
+from fastppo.distributed import World
+from fastppo.models import Roles, actor_context, assemble, check_actor_tokens, check_models, load_actor_tokenizer
+from fastppo.monitor import TERMINAL, Phases, Tracker, heldout_responses, show_samples, write_samples
+from fastppo.online.evaluation import evaluate, samples
+from fastppo.online.progress import Progress
+from fastppo.planner import check_plan
+from fastppo.rewards import Source, check_chats, load_functions, load_judge, load_sources
+from fastppo.rollout import ActorSampler, find_engine, make_sampler, named_stop_ids
+
+C = TypeVar("C", bound=OnlineConfig)
+P = TypeVar("P", bound=Progress)
+
+LoadTexts = Callable[[PreTrainedTokenizerBase, int | None], Examples | None]  # (tokenizer, context in tokens)
+
+
+@dataclass(frozen=True)
+class Setup(Generic[C, P]):
+    """What a run has in hand before its first step."""
+
+    config: C
+    world: World
+    roles: Roles
+    sampler: ActorSampler  # of responses, in training and in evaluation
+    sources: Sequence[tuple[Source, float]]  # of reward, with their weights
+    judge: Sequence[tuple[Source, float]]  # the held-out one; empty without
+    data: PromptSet  # to train on
+    heldout: PromptSet
+    texts: Examples | None  # given ones, mixed into the updates
+    checkpoints: Checkpoints
+    progress: P  # where the run is; the one part that changes
+    phases: Phases  # seconds of each
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output)
+
+    def prompts(self, count: int) -> Iterator[Prompts]:
+        """The global batches of the steps from here on: `count` prompts each, every one of them with its samples."""
+        samples, step = self.config.sampling.samples_per_prompt, self.progress.step
+        shuffle = self.config.data.shuffle
+        rows_of_steps = batches(self.data, size=count, seed=self.config.seed, shuffle=shuffle, start=step)
+        for number, rows in enumerate(rows_of_steps, start=step):
+            yield Prompts.of(self.data.tokens, rows, first=number * count, samples=samples)
+
+    def tracker(self) -> Tracker:
+        config, done = self.config, self.progress.step
+        return Tracker(self.output, config.track, steps=config.steps, rank=self.world.rank, done=done)
+
+
+def set_up(config: C, world: World, progress: P, load_texts: LoadTexts, texts_setting: str) -> Setup[C, P] | None:
+    """The run's folder, models, sources of reward and prompts, and its progress if it is resumed.
+
+    None if an alarm has ended the run, and would again. What can be wrong is looked at in the order of what it costs to
+    find out. An earlier run in the folder is moved aside when only the weights are left to be read.
+
+    progress: of a new run; load_texts: reads given texts to learn from; texts_setting: where they are, for messages.
+    """
+    load_functions(config.rewards)  # a typo in a function's name should not cost the minutes of loading models
+    load_functions(config.judge, config.judge_setting)
+    find_engine(config)
+    checkpoint = find_run(config, world)
+    if checkpoint is not None and checkpoint.ended(config, world):
+        return None
+    check_plan(config, world)
+    tokenizer, context = load_actor_tokenizer(config), actor_context(config)
+    check_models(config, tokenizer)
+    named_stop_ids(tokenizer, config.sampling)  # a text that is no token should not cost these minutes either
+    data, heldout = load_prompts(
+        config.data,
+        tokenizer,
+        prompts_heldout=config.eval.prompts,
+        context=context,
+        reserve=config.sampling.max_new_tokens,
+    )
+    check_chats(config, tokenizer, data, heldout)
+    check_actor_tokens(config, tokenizer, (*data.tokens, *heldout.tokens), "data.path")
+    texts = load_texts(tokenizer, context)
+    if texts is not None:
+        check_actor_tokens(config, tokenizer, texts.tokens, texts_setting)
+    open_folder(config, checkpoint, world)
+    roles = assemble(config, world, tokenizer)
+    sampler = make_sampler(config, roles, world)
+    sources, judge = (load(config, tokenizer, world, roles.residency) for load in (load_sources, load_judge))
+    learned = [data.tokens, heldout.tokens, *([] if texts is None else [texts.tokens])]
+    checkpoints = Checkpoints(config, roles.saved, learned, world, holding=roles.residency.holding)
+    checkpoints.load(checkpoint, progress)
+    if checkpoint is not None and checkpoint.rollback is not None:
+        progress.recall(checkpoint.rollback)
+    return Setup(
+        config=config,
+        world=world,
+        roles=roles,
+        sampler=sampler,
+        sources=sources,
+        judge=judge,
+        data=data,
+        heldout=heldout,
+        texts=texts,
+        checkpoints=checkpoints,
+        progress=progress,
+        phases=Phases(progress.seconds),
+    )
+
+
+def evaluate_if_due(setup: Setup[Any, Any], tracker: Tracker) -> None:
+    """Evaluate before the first step, after the last, and every `eval.every` steps; a resumed run not once more."""
+    config, run = setup.config, setup.progress
+    if not config.eval.is_due(run.step, config.steps, run.evaluated):
+        return
+    roles, sampler, world = setup.roles, setup.sampler, setup.world
+    look = partial(evaluate, roles, sampler, setup.heldout, setup.sources, config, world, setup.judge)
+    evaluation = look()
+    metrics = evaluation.metrics
+    if roles.average is not None:
+        after = random_state()  # a reward function that draws numbers goes on as if the average were not there
+        with roles.average.in_place():
+            averaged = look()
+        set_random_state(after)
+        metrics = metrics | {f"average/{name}": value for name, value in averaged.metrics.items()}
+    run.add_evaluation(evaluation)
+    tracker.log_evaluation(run.step, metrics)
+    texts, count = setup.heldout.texts, config.track.responses
+    tracker.log_responses(run.step, heldout_responses(texts, evaluation.responses, evaluation.scores, count=count))
+
+
+def finish(setup: Setup[Any, Any], tracker: Tracker) -> None:
+    """Leave the actor in `output`/actor; then show held-out responses before and after. All ranks call it.
+
+    Raises ExportError at the end if the actor is elsewhere, or nowhere.
+    """
+    config, world, roles, evaluations = setup.config, setup.world, setup.roles, setup.progress.evaluations
+    leave = partial(export_model, tokenizer=roles.tokenizer, lora=config.actor.lora, world=world)
+    left = []
+    with roles.residency.holding("export"):
+        if roles.average is not None:
+            with roles.average.in_place():
+                left.append(leave(roles.sampling_weights.gather(), folder=setup.output / "actor-average"))
+        left.append(leave(roles.sampling_weights.gather(), folder=setup.output / "actor"))
+    if world.rank == 0 and setup.progress.ended is not None:
+        setup.progress.ended.write(setup.checkpoints.folder)
+    if world.rank == 0 and len(evaluations) > 1:
+        shown = samples(setup.heldout, evaluations[0], evaluations[-1])
+        with tracker.guard("samples.jsonl"):
+            write_samples(setup.output / "samples.jsonl", shown)
+        with tracker.guard(TERMINAL):
+            show_samples(shown[: config.eval.show])
+    check_exports(left, setup.checkpoints, setup.progress)

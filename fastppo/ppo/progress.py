@@ -1,0 +1,58 @@
+"""Where a PPO run is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+
+from fastppo.checkpoint import State, random_state, seed_random
+from fastppo.config import Config
+from fastppo.data import Experience, Moments, Packed, Update
+from fastppo.online import Progress
+
+
+@dataclass
+class PPOProgress(Progress):
+    """A run after `step` PPO steps, and as far as it has learned from the batch of the next one.
+
+    Data order, sampling and the plan of microbatches are functions of seed and step, so they need no state. Phases
+    before learning leave nothing behind that counts: a run that was stopped in one of them repeats it.
+    """
+
+    moments: Moments = field(default_factory=Moments)  # of all scores
+    experience: Experience | None = None  # of the next step, once it can be learned from
+    updates: list[Update] = field(default_factory=list)  # done on it
+
+    @staticmethod
+    def begin(config: Config, rank: int) -> PPOProgress:
+        seed_random(config.seed, rank)
+        return PPOProgress(kl_coef=config.ppo.kl_coef)
+
+    @property
+    def within_step(self) -> str:
+        return "" if self.experience is None else f"-update-{len(self.updates):04d}"
+
+    def add_experience(self, experience: Experience, moments: Moments) -> None:
+        self.experience, self.moments, self.random = experience, moments, random_state()
+
+    def end_step(self) -> None:
+        self.step += 1
+        self.skipped = self.updates[-1].skipped
+        self.experience, self.updates, self.random = None, [], random_state()
+
+    def state(self) -> State:
+        experience = None
+        if self.experience is not None:
+            experience = {f.name: getattr(self.experience, f.name) for f in fields(Experience)}
+            experience["packed"] = {f.name: getattr(self.experience.packed, f.name) for f in fields(Packed)}
+        return super().state() | {
+            "moments": asdict(self.moments),
+            "updates": [asdict(u) for u in self.updates],
+            "experience": experience,
+        }
+
+    def restore(self, state: State, own: State) -> None:
+        super().restore(state, own)
+        self.moments = Moments(**state["moments"])
+        self.updates = [Update(**u) for u in state["updates"]]
+        experience = state["experience"]
+        self.experience = experience and Experience(**experience | {"packed": Packed(**experience["packed"])})
