@@ -8,7 +8,7 @@ import pytest
 from fastppo.config import HealthConfig, RewardConfig
 from fastppo.config.command_line import DPO, REWARD, SFT, parse
 from fastppo.models.loading.source import EXPORTED_BY
-from fastppo.quickstart import _analyzer, favourable
+from fastppo.quickstart.judge import _analyzer, favourable
 
 JUDGE = RewardConfig(function="fastppo.quickstart:favourable")
 

@@ -1,0 +1,1 @@
+from .judge import favourable as favourable
