@@ -9,6 +9,7 @@ from .loop import count_response_tokens as count_response_tokens
 from .loop import leave as leave
 from .loop import run as run
 from .loop import set_up as set_up
+from .model import TrainedModel as TrainedModel
 from .reference import ReferenceLogprobs as ReferenceLogprobs
 from .reward_modelling import PairEvaluation as PairEvaluation
 from .reward_modelling import bradley_terry as bradley_terry
@@ -17,4 +18,6 @@ from .reward_modelling import write_reliability as write_reliability
 from .sft import evaluate_answers as evaluate_answers
 from .sft import negative_logprob as negative_logprob
 from .sft import response_logprobs as response_logprobs
-from .update import Objective as Objective
+from .updates import Objective as Objective
+from .updates import Update as Update
+from .updates import update as update

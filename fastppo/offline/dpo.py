@@ -18,7 +18,7 @@ from fastppo.offline.dpo_losses import dpo_loss, ipo_loss, loss_at_start, nll_te
 from fastppo.offline.model import TrainedModel
 from fastppo.offline.preference import rightness, wilson_interval
 from fastppo.offline.reference import answer_logprobs, heldout_logprobs
-from fastppo.offline.update import Objective
+from fastppo.offline.updates import Objective
 
 log = logging.getLogger("fastppo")
 

@@ -15,7 +15,7 @@ from fastppo.data import Examples, pack_even
 from fastppo.distributed import World, all_sum, even_passes, stop
 from fastppo.models import PrefixStates
 from fastppo.offline.model import TrainedModel
-from fastppo.offline.update import Objective
+from fastppo.offline.updates import Objective
 
 
 class Evaluation(Protocol):

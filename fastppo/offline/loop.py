@@ -36,8 +36,9 @@ from fastppo.models import (
 from fastppo.monitor import Phases, Tracker
 from fastppo.offline.heldout import Evaluation, evaluation_of
 from fastppo.offline.model import TrainedModel, assemble
-from fastppo.offline.update import Objective, Training, recall_prefix, total_steps, update
+from fastppo.offline.updates import Objective, Training, recall_prefix, total_steps, update
 from fastppo.planner import check_plan
+from fastppo.ppo import learning_rate
 
 log = logging.getLogger("fastppo")
 
@@ -181,8 +182,8 @@ def run(
                         setup.prefix,
                         config,
                         normalizer=counted,
+                        rate=_rate(config, progress.step, steps),
                         step=progress.step,
-                        steps=steps,
                         skipped=progress.skipped,
                         world=world,
                     )
@@ -198,6 +199,10 @@ def run(
         if progress.step > 0 and progress.evaluated >= 0 and world.rank == 0:
             _tell_best(progress, config)
         check_exports(left, setup.checkpoints, progress)
+
+
+def _rate(config: OfflineConfig, step: int, steps: int) -> float:
+    return learning_rate(config.model.lr, step, steps, config.optim.warmup_steps, config.optim.schedule)
 
 
 def _tell_best(progress: Training, config: OfflineConfig) -> None:

@@ -26,7 +26,7 @@ from fastppo.offline.heldout import heldout_microbatches
 from fastppo.offline.loop import Setup
 from fastppo.offline.model import TrainedModel
 from fastppo.offline.sft import response_logprobs
-from fastppo.offline.update import microbatches_of
+from fastppo.offline.updates import microbatches_of
 
 log = logging.getLogger("fastppo")
 

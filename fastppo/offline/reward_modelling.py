@@ -27,7 +27,7 @@ from fastppo.offline.preference import (
     rightness,
     wilson_interval,
 )
-from fastppo.offline.update import Objective
+from fastppo.offline.updates import Objective
 
 
 def bradley_terry(config: RewardTrainingConfig) -> Objective:

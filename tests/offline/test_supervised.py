@@ -22,7 +22,7 @@ from fastppo.models.frozen_prefix import PrefixStates
 from fastppo.offline.model import assemble
 from fastppo.offline.reward_modelling import bradley_terry
 from fastppo.offline.sft import negative_logprob
-from fastppo.offline.update import Training, update
+from fastppo.offline.updates import Training, update
 
 COMMANDS = {"pairs": "fastppo.train_reward", "answers": "fastppo.train_sft"}
 ROWS = [3, 1, 12, 7, 20, 9, 15, 4]
@@ -59,8 +59,8 @@ def updated(
         PrefixStates(),
         config,
         normalizer=count,
+        rate=config.model.lr,
         step=0,
-        steps=1,
         skipped=0,
         world=world,
     )

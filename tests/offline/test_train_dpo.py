@@ -31,7 +31,7 @@ from fastppo.offline.dpo import DPO_STATISTICS, alarms, direct_preference
 from fastppo.offline.loop import set_up
 from fastppo.offline.model import assemble
 from fastppo.offline.reference import ReferenceLogprobs, answer_logprobs
-from fastppo.offline.update import microbatches_of, update
+from fastppo.offline.updates import microbatches_of, update
 
 pytestmark = pytest.mark.slow
 
@@ -139,7 +139,7 @@ def test_an_update_depends_on_neither_microbatch_size_nor_order_nor_packing(fold
         config = parse(settings(folder, **SMOOTH, microbatch_tokens=tokens), DPO)
         trained = assemble(config, world, AutoTokenizer.from_pretrained(folder / "model"))
         objective = direct_preference(config, reference)
-        fixed = {"normalizer": len(rows), "step": 0, "steps": 2, "skipped": 0, "world": world}
+        fixed = {"normalizer": len(rows), "rate": config.model.lr, "step": 0, "skipped": 0, "world": world}
         done = update(trained, pairs, rows, objective, PrefixStates(), config, **fixed)
         seen.append(({name: p.detach().clone() for name, p in trained.role.named_parameters()}, done.sums))
     for parameters, sums in seen[1:]:

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from fastppo.checkpoint import State, random_state, seed_random
-from fastppo.config import OfflineConfig
+from fastppo.config import AnyConfig, OfflineConfig
 from fastppo.data import Examples, Packed, pack_even
 from fastppo.distributed import World, all_sum, stop
 from fastppo.errors import TrainingFault
 from fastppo.models import PrefixStates
 from fastppo.offline.model import TrainedModel
-from fastppo.ppo import learning_rate
 
 log = logging.getLogger("fastppo")
 
@@ -119,7 +118,7 @@ def total_steps(config: OfflineConfig, examples: Examples) -> int:
     return config.steps if config.steps is not None else -(-config.epochs * len(examples) // config.batch_size)
 
 
-def microbatches_of(rows: Sequence[int], examples: Examples, config: OfflineConfig, world: World) -> tuple[Tensor, ...]:
+def microbatches_of(rows: Sequence[int], examples: Examples, config: AnyConfig, world: World) -> tuple[Tensor, ...]:
     """This rank's share of a batch, in microbatches of examples; each rank has as many. No example is split."""
     return pack_even(torch.tensor(rows), examples.lengths, config.microbatch_tokens, world.ranks)[
         world.rank :: world.ranks
@@ -132,18 +131,18 @@ def update(
     rows: Sequence[int],
     objective: Objective,
     prefix: PrefixStates,
-    config: OfflineConfig,
+    config: AnyConfig,
     *,
     normalizer: int,
+    rate: float,
     step: int,
-    steps: int,
     skipped: int,
     world: World,
 ) -> Update:
     """One step on the examples `rows`, over all ranks. The loss is the objective's sum over them, over `normalizer`.
 
-    step: of this run's `steps`, counted from 0, for the learning rate; skipped: updates in a row before this one that
-    were not applied. Raises TrainingFault when they become too many.
+    rate: the learning rate; step: of the run, counted from 0, for messages; skipped: updates in a row before this one
+    that were not applied. Raises TrainingFault when they become too many.
     """
     engine, total = trained.engine, torch.zeros((), dtype=torch.float64)
     mine = microbatches_of(rows, examples, config, world)
@@ -155,7 +154,6 @@ def update(
         engine.backward(loss * world.ranks / normalizer, last=i + 1 == len(mine))
         total = total + sums.detach().double().cpu()
     norm, totals = engine.gradient_norm(), all_sum(total, world).cpu()
-    rate = learning_rate(config.model.lr, step, steps, config.optim.warmup_steps, config.optim.schedule)
     finite = math.isfinite(norm) and bool(totals.isfinite().all())
     engine.step([rate, rate], apply=finite)
     if not finite:
@@ -163,12 +161,12 @@ def update(
     return Update(totals, norm, rate, skipped if not finite else 0)
 
 
-def _note_fault(norm: float, skipped: int, step: int, config: OfflineConfig) -> int:
+def _note_fault(norm: float, skipped: int, step: int, config: AnyConfig) -> int:
     log.warning("step %d is not applied, as its loss or gradient (norm %.4g) is not finite", step + 1, norm)
     if skipped > config.optim.max_skipped:
         raise TrainingFault(
             f"{skipped} updates in a row had a loss or gradient that is not finite, and optim.max_skipped is"
-            f" {config.optim.max_skipped}. A lower model.lr or optim.max_grad_norm often helps."
+            f" {config.optim.max_skipped}. A lower {config.names.learning_rate} or optim.max_grad_norm often helps."
         )
     return skipped
 
