@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,9 @@ from tiny import tokenizer
 from fastppo.best_of_n import main
 from fastppo.config import AnswersConfig
 from fastppo.data import load_answers
-from fastppo.report.best_of_n import shown_n
+from fastppo.report import Outcome, methods_page
+from fastppo.report.frontier_pages import shown_n
+from fastppo.rewards import estimate
 
 
 def write(path: Path, prompts: int, samples: int, *, judged: bool = True, **others: Any) -> Path:
@@ -89,6 +92,22 @@ def test_a_missing_judge_is_no_error(capsys, tmp_path):
     record = json.loads((tmp_path / "a.json").read_text())
     assert record["turn"] is None and record["n"][0]["judge"] is None and record["n"][0]["judge_interval"] is None
     assert list(charts(Parsed((tmp_path / "a.html").read_text()))) == ["Proxy"]
+
+
+def test_methods_are_dots_in_colours_of_their_own_beside_the_curve_of_best_of_n():
+    draw = random.Random(0)
+    groups = [[draw.gauss(0, 1) for _ in range(8)] for _ in range(20)]
+    found = estimate(groups, groups, resamples=100, seed=0)
+    outcomes = [Outcome(f"method {i % 4}", kl=0.5 * i - 0.1, score=i / 3, judge=i / 6) for i in range(12)]
+    page = Parsed(methods_page(outcomes, found, "methods", "three seeds", ["A remark."]))
+    drawn = charts(page)
+    assert list(drawn) == ["Proxy", "Judge"]
+    for chart in drawn.values():
+        assert [len(line["x"]) for line in chart["lines"]] == [8, 3, 3, 3, 3]
+        assert chart["lines"][1]["x"] == sorted(chart["lines"][1]["x"])
+    assert all(said in page.text for said in ("A remark.", "three seeds", "best of n, to n = 8"))
+    with pytest.raises(ValueError, match="5 methods have no colour each"):
+        methods_page([*outcomes, Outcome("another", 1.0, 1.0, 1.0)], found, "methods", "", [])
 
 
 def test_the_page_draws_proxy_and_judge_with_bands_and_needs_nothing_else(capsys, file, tmp_path):

@@ -28,7 +28,7 @@ function follow(figure) {
   const swatches = [...figure.querySelectorAll(".key .swatch")];
   const dots = chart.lines.map((line, i) => {
     const dot = document.createElement("i");
-    dot.className = swatches[i].classList.contains("run1") ? "run1" : "run0";
+    dot.className = [...swatches[i].classList].find((name) => name.startsWith("run"));
     return cursor.appendChild(dot);
   });
   const stops = [...new Set(chart.lines.flatMap((line) => line.x))].sort((a, b) => a - b);

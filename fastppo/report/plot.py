@@ -29,7 +29,7 @@ class Line:
 
     label: str
     curve: Curve
-    run: int = 0  # 0 or 1, for its colour
+    run: int = 0  # 0 to 4, for its colour; a page of runs has two at most
     dots: bool = False  # draw separate points, as for evaluations
     steps: Sequence[float] = ()  # the step of each point (or what `Charts.draw` counts), if x is another quantity
     bars: Mapping[float, tuple[float, float]] = field(

@@ -1,7 +1,9 @@
-"""The page of best-of-n: proxy and judge against the square root of the bound on the KL, as in Gao et al. (2023)."""
+"""Pages of proxy and judge against the root of the KL (Gao et al., 2023), of best-of-n and of several methods."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from html import escape
 from math import sqrt
@@ -13,6 +15,51 @@ from fastppo.report.titles import Quantity
 from fastppo.rewards import LEVEL, Band, BestOfN, kl_bound
 
 MAX_POINTS = 100  # of a curve: every n up to it, then n at equal ratios
+MAX_METHODS = 4  # that have a colour of their own beside best-of-n
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method's run came to, on held-out prompts."""
+
+    method: str
+    kl: float  # to the policy that all methods start from, nats per response
+    score: float  # the proxy
+    judge: float
+
+
+def methods_page(outcomes: Sequence[Outcome], estimate: BestOfN, name: str, state: str, remarks: Sequence[str]) -> str:
+    """The content of the HTML file: each method's runs as dots beside the curve of best-of-n.
+
+    outcomes: of at most `MAX_METHODS` methods; estimate: with a judge; its KL is the upper bound; name, state, remarks:
+    as of `best_of_n_page`.
+    """
+    methods = list(dict.fromkeys(outcome.method for outcome in outcomes))
+    if len(methods) > MAX_METHODS:
+        raise ValueError(f"{len(methods)} methods have no colour each: {', '.join(methods)}")
+    assert estimate.judge is not None
+    charts, xs = Charts(), [sqrt(max(outcome.kl, 0.0)) for outcome in outcomes]
+    panels = (
+        (Quantity("Proxy", "the score that is trained for"), estimate.score, [o.score for o in outcomes]),
+        (Quantity("Judge", "a score that nothing is trained for"), estimate.judge, [o.judge for o in outcomes]),
+    )
+    figures = ""
+    for shown, band, values in panels:
+        lines = [_line(f"best of n, to n = {estimate.n_max}", band)]
+        for run, method in enumerate(methods, start=1):
+            points = sorted((x, y) for x, y, o in zip(xs, values, outcomes, strict=True) if o.method == method)
+            lines.append(Line(method, Curve(*zip(*points, strict=True)), run, dots=True))
+        figures += charts.draw(
+            shown._replace(note=f"{shown.note}; held-out mean" + f", band: {LEVEL:.0%}" * (band.low is not None)),
+            lines,
+            x_title="\N{SQUARE ROOT}KL to the start, nats per response (best of n: its upper bound)",
+            x_range=span([0.0, sqrt(kl_bound(estimate.n_max)), *xs], room=0.02),
+            kind="wide",
+        )
+    said = "".join(f'<p class="note">{escape(remark)}</p>' for remark in remarks)
+    state = f"{escape(state)} · written {datetime.now():%Y-%m-%d %H:%M}"
+    sections = [("frontier", "Reward against drift", grid(figures, "one") + said)]
+    return document(name, escape(name), state, "", sections, charts)
 
 
 def best_of_n_page(estimate: BestOfN, name: str, state: str, remarks: list[str]) -> str:
