@@ -16,6 +16,7 @@ BLOCK = re.compile(
     r"^(?:<!-- not in CI: (?P<reason>.+?) -->\n)?```(?P<language>[\w{}-]*)[^\n]*\n(?P<code>.*?)^```$", re.M | re.S
 )
 TRAINING = re.compile(r"fastppo/train\.py|-m fastppo\.train\b|\bfastppo train\b")
+REST = re.compile(r"fastppo/train_rest\.py|\bfastppo rest\b")
 OFFLINE = re.compile(r"fastppo/train_(dpo|reward|sft)\.py|\bfastppo (dpo|reward|sft)\b")
 
 
@@ -25,6 +26,10 @@ def shorten(command: str) -> str:
         return f"{command} STEPS=2"
     if TRAINING.search(command) and "--steps" not in command and "--help" not in command:
         return f"{command} --steps 2 --eval.prompts 4"
+    if REST.search(command) and "--steps" not in command and "--help" not in command:
+        return f"{command} --steps 1 --grow.prompts 4 --eval.prompts 4"
+    if command.startswith("python bench/methods.py"):
+        return "python bench/methods.py --short"
     if OFFLINE.search(command) and "--steps" not in command and "--help" not in command:
         return f"{command} --steps 2 --eval.examples 8"
     return command

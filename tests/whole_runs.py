@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import tiny
 import torch
+from forks import Run
 
 REWARD = """
 import random
@@ -70,6 +73,13 @@ def settings(folder: Path, output: Path, **changes: Any) -> list[str]:
     }
     changed = fixed | {name.replace("__", "."): value for name, value in changes.items()}
     return [part for name, value in changed.items() for part in (f"--{name}", str(value))]
+
+
+def wait_for(what: Callable[[], object], run: Run, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, run.text()
+        time.sleep(0.01)
 
 
 def records(output: Path) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from fastppo.monitor import JSONL_FILES
 
 log = logging.getLogger("fastppo")
 
-NAME = re.compile(r"step-\d{8}(-update-\d{4})?")
+NAME = re.compile(r"step-\d{8}(-update-\d{4}|-(grow|update)-\d{6})?")
 
 # Settings of every command that may change on resuming, because the result does not depend on them.
 FREE = (

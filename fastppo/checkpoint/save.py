@@ -1,9 +1,10 @@
 """Writing, loading and deleting the checkpoints of a run, from which it resumes bit for bit.
 
 A checkpoint is a folder `output`/checkpoints/step-N (after N steps) or step-N-update-U (after U updates of the next
-step, if a run was stopped during it). DeepSpeed writes weights, master weights and optimizer states of each trained
-role and rank into `actor` and `critic`; `progress.pt` and `rank-R.pt` contain the rest of the state, and `about.json`
-the settings, data and versions that it belongs to. `atomic_dir` makes the folder complete or absent.
+step, if a run was stopped during it; in ReST also step-N-grow-B, after B batches of its Grow). DeepSpeed writes
+weights, master weights and optimizer states of each trained role and rank into `actor` and `critic`; `progress.pt` and
+`rank-R.pt` contain the rest of the state, and `about.json` the settings, data and versions that it belongs to.
+`atomic_dir` makes the folder complete or absent.
 """
 
 from __future__ import annotations
@@ -107,16 +108,19 @@ class Checkpoints:
             _remove(path)
 
     def save_if_due(self, run: Run) -> None:
-        """Save a checkpoint every `checkpoint.every` steps. A failure is logged; with `checkpoint.on_error` = stop it
-        raises CheckpointError."""
+        """Save a checkpoint every `checkpoint.every` steps, as `save_or_tell` does."""
         every = self._config.checkpoint.every
         if every and run.step % every == 0:
-            error = self.save(run)
-            if error is not None and self._config.checkpoint.on_error == "stop":
-                raise CheckpointError(f"{error} checkpoint.on_error is stop, so the run ends here.")
-            if error is not None:
-                newest = self.newest()
-                log.error("%s The run continues. The newest checkpoint: %s.", error, newest or "there is none")
+            self.save_or_tell(run)
+
+    def save_or_tell(self, run: Run) -> None:
+        """Save a checkpoint. A failure is logged; with `checkpoint.on_error` = stop it raises CheckpointError."""
+        error = self.save(run)
+        if error is not None and self._config.checkpoint.on_error == "stop":
+            raise CheckpointError(f"{error} checkpoint.on_error is stop, so the run ends here.")
+        if error is not None:
+            newest = self.newest()
+            log.error("%s The run continues. The newest checkpoint: %s.", error, newest or "there is none")
 
     @contextmanager
     def saved_when_stopped(self, run: Run) -> Iterator[None]:
@@ -128,7 +132,7 @@ class Checkpoints:
         try:
             yield
         except (Stopped, RewardError) as exception:
-            if isinstance(exception, RewardError) and run.step == 0:
+            if isinstance(exception, RewardError) and run.name == f"step-{0:08d}":
                 raise
             cause = "stopped by a signal" if isinstance(exception, Stopped) else "a source of reward failed"
             log.info("%s at step %d; saving a checkpoint", cause, run.step)
@@ -224,7 +228,7 @@ class Checkpoints:
         best = sorted((name for name, score in scores.items() if score is not None), key=lambda n: (scores[n], n))
         retained = {*names[-keep.keep_last :], *best[max(len(best) - keep.keep_best, 0) :]}
         if good is not None:  # not one within a step: it may have learned from the batch that raised the alarm
-            retained.update([name for name in names if name <= f"step-{good:08d}" and "update" not in name][-1:])
+            retained.update([name for name in names if name <= f"step-{good:08d}" and name.count("-") == 1][-1:])
         for name in names:
             if name not in retained:
                 _remove(self.folder / name)

@@ -2,6 +2,7 @@ from . import deepspeed_config as deepspeed_config
 from .command_line import COMMANDS as COMMANDS
 from .command_line import DPO as DPO
 from .command_line import PPO as PPO
+from .command_line import REST as REST
 from .command_line import REWARD as REWARD
 from .command_line import SFT as SFT
 from .command_line import Command as Command
@@ -21,12 +22,16 @@ from .commands.online import OnlineConfig as OnlineConfig
 from .commands.online import ResponseSettings as ResponseSettings
 from .commands.ppo import AnyConfig as AnyConfig
 from .commands.ppo import Config as Config
+from .commands.rest import ImproveConfig as ImproveConfig
+from .commands.rest import RestConfig as RestConfig
 from .data import DataConfig as DataConfig
+from .data import MixtureConfig as MixtureConfig
 from .data import PtxConfig as PtxConfig
 from .data import RolloutConfig as RolloutConfig
 from .data import SamplingConfig as SamplingConfig
+from .data import TextConfig as TextConfig
 from .health import FIGURES as FIGURES
-from .health import REST as REST
+from .health import QUIET_STEPS as QUIET_STEPS
 from .health import AlarmConfig as AlarmConfig
 from .health import Figure as Figure
 from .health import FigureName as FigureName
@@ -57,3 +62,4 @@ from .validation.offline import validate_dpo as validate_dpo
 from .validation.offline import validate_offline as validate_offline
 from .validation.offline import validate_reward as validate_reward
 from .validation.offline import validate_sft as validate_sft
+from .validation.rest import validate_rest as validate_rest

@@ -24,9 +24,11 @@ from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings 
 
 from fastppo.config.commands.offline import DPOConfig, RewardTrainingConfig, SFTConfig
 from fastppo.config.commands.ppo import AnyConfig, Config
+from fastppo.config.commands.rest import RestConfig
 from fastppo.config.launch import LaunchError, check_launch, first_of_many
 from fastppo.config.validation import validate
 from fastppo.config.validation.offline import validate_dpo, validate_reward, validate_sft
+from fastppo.config.validation.rest import validate_rest
 from fastppo.errors import ConfigError
 
 OTHER_OPTIONS = ("help", "config", "print_config", "local_rank")
@@ -95,7 +97,15 @@ DPO = Command(
     validate_dpo,
     "-dpo",
 )
-COMMANDS: dict[str, Command[Any]] = {command.name: command for command in (PPO, SFT, REWARD, DPO)}
+REST = Command(
+    "rest",
+    "fastppo.train_rest",
+    "ReST and rejection sampling: fine-tune a language model on its best responses",
+    RestConfig,
+    validate_rest,
+    "-rest",
+)
+COMMANDS: dict[str, Command[Any]] = {command.name: command for command in (PPO, SFT, REWARD, DPO, REST)}
 
 
 def command_of(config: AnyConfig) -> Command[Any]:

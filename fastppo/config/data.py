@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 
 @dataclass(frozen=True)
@@ -87,17 +87,13 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
-class PtxConfig:
-    """PPO-ptx (Ouyang et al., 2022, equation 2): a language-modelling loss on given text, added to the actor's updates
-    to reduce forgetting."""
+class TextConfig:
+    """Given texts that an actor learns from beside its own responses."""
 
-    coef: float = 0.0
-    """Coefficient gamma of the text's loss in the actor's loss. Both are means over tokens; the text's is the negative
-    logprob at temperature 1. 0: no text is loaded."""
-    batch_size: int = 64
-    """Number of texts per update, over all ranks. Their microbatches have the size of PPO's (`ppo.microbatch_tokens`)."""
+    group: ClassVar[str] = ""  # not a setting, but the name of this group of settings in messages
+
     path: str = ""
-    """The text, in the forms of `data.path`."""
+    """The texts, in the forms of `data.path`."""
     name: str | None = None
     """Configuration name of a hub dataset, if it has several."""
     split: str = "train"
@@ -119,3 +115,31 @@ class PtxConfig:
     both report the number. `error` stops."""
     limit: int | None = None
     """Maximum number of texts to use, taken after a shuffle."""
+
+
+@dataclass(frozen=True)
+class PtxConfig(TextConfig):
+    """PPO-ptx (Ouyang et al., 2022, equation 2): a language-modelling loss on given text, added to the actor's updates
+    to reduce forgetting."""
+
+    group: ClassVar[str] = "ptx"
+
+    coef: float = 0.0
+    """Coefficient gamma of the text's loss in the actor's loss. Both are means over tokens; the text's is the negative
+    logprob at temperature 1. 0: no text is loaded."""
+    batch_size: int = 64
+    """Number of texts per update, over all ranks. Their microbatches have the size of PPO's (`ppo.microbatch_tokens`)."""
+
+
+@dataclass(frozen=True)
+class MixtureConfig(TextConfig):
+    """Given demonstrations that are mixed with the responses of a ReST run."""
+
+    group: ClassVar[str] = "mixture"
+
+    share: float = 0.0
+    """Share of each update's responses that are demonstrations; 0: none are loaded."""
+    response: str = "response"
+    """Column with the response to learn: text, or a list of chat messages."""
+    prompt: str | None = "prompt"
+    """Column with the prompt: text, or a list of chat messages; null: there is no prompt."""

@@ -51,7 +51,7 @@ class Figure(NamedTuple):
         return start + distance * (spread if self.level_is == "deviations from start" else 1.0)
 
 
-REST = 10  # steps before the same alarm is raised again
+QUIET_STEPS = 10  # steps before the same alarm is raised again
 
 # The quickstart must stay within all of these levels, which bench/quickstart_seeds.py checks. Its batches are small, 32
 # responses of 20 tokens, so that its figures are among the noisiest.

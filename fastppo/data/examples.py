@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.config import AnswersConfig, ExamplesConfig, PairsConfig, PtxConfig
+from fastppo.config import AnswersConfig, ExamplesConfig, PairsConfig, TextConfig
 from fastppo.data.batch import Packed, pack
 from fastppo.data.conversations import NO_ARGUMENTS, Answered, check_arguments, encode_answer, encode_turns
 from fastppo.data.tables import DataError, Table, read_table
@@ -98,27 +98,24 @@ def load_answers(
     return _load(config, partial(_answers, config=config, tokenizer=tokenizer), 1, heldout, context)
 
 
-class _TextConfig(AnswersConfig):
-    group = "ptx"
-
-
 def load_texts(
-    config: PtxConfig,
+    config: TextConfig,
     tokenizer: PreTrainedTokenizerBase,
     *,
     context: int | None,
     template: Mapping[str, Any] = NO_ARGUMENTS,
 ) -> Examples:
-    """Load the text of PPO-ptx, one response a row, in the way of `load_answers`. None is held out.
+    """Load texts that are learned beside responses, one a row, in the way of `load_answers`. None is held out.
 
     template: arguments of the chat template.
     """
-    shared_settings = {f.name for f in fields(PtxConfig)} & {f.name for f in fields(AnswersConfig)}
-    answers = _TextConfig(**{name: getattr(config, name) for name in shared_settings}, template=dict(template))
+    shared_settings = {f.name for f in fields(TextConfig)} & {f.name for f in fields(AnswersConfig)}
+    of_group = type("GivenTexts", (AnswersConfig,), {"group": config.group})
+    answers = of_group(**{name: getattr(config, name) for name in shared_settings}, template=dict(template))
     _check_context(answers, context)
     read = partial(_answers, config=answers, tokenizer=tokenizer)
     texts = _packed(_usable(read_table(config.path, config.name, config.split), answers, read, config.limit), 1)
-    log.info("%s: %d texts of %d tokens for PPO-ptx", config.path, len(texts), len(texts.packed.tokens))
+    log.info("%s: %d texts of %d tokens for %s", config.path, len(texts), len(texts.packed.tokens), config.group)
     return texts
 
 

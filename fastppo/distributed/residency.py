@@ -117,7 +117,7 @@ class Residency:
         self._uses, self._device = uses(loss_reads_reference=loss_reads_reference), device
         self._moves = device.type != "cpu"
         self._parts: list[_Part | _SleepingPart] = []
-        self._phase = "loading"
+        self.phase = "loading"  # whose parts are on the GPU
 
     def add(self, kind: str, owner: HasStates) -> None:
         """Add a part of a kind of `uses`. If the current phase does not use it, it is moved out at once."""
@@ -126,12 +126,12 @@ class Residency:
             return [x for x in owner.states() if x.device.type == self._device.type]
 
         self._parts.append(_Part(kind, on_device, kind not in REMADE))
-        self.enter(self._phase)
+        self.enter(self.phase)
 
     def add_sleeper(self, kind: str, owner: Sleeper) -> None:
         """As `add`, for an owner that moves its own memory; it sleeps at once if the current phase does not use it."""
         self._parts.append(_SleepingPart(kind, owner))
-        self.enter(self._phase)
+        self.enter(self.phase)
 
     @contextmanager
     def holding(self, phase: str) -> Iterator[None]:
@@ -141,7 +141,7 @@ class Residency:
 
     def enter(self, phase: str) -> None:
         """Move the parts that this phase uses to the GPU, and all others out of it."""
-        self._phase = phase
+        self.phase = phase
         if not self._moves:
             return
         for part in self._parts:  # first out, to free memory

@@ -2,8 +2,10 @@ from .faults import note_fault as note_fault
 from .health import ROLLBACK_ACTIONS as ROLLBACK_ACTIONS
 from .health import Alarm as Alarm
 from .health import Health as Health
+from .health import check_figures as check_figures
 from .health import watch as watch
 from .health_metrics import distinct as distinct
+from .health_metrics import figures as figures
 from .health_metrics import ngrams as ngrams
 from .health_metrics import sampler_error as sampler_error
 from .output_guard import error_summary as error_summary

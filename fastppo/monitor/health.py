@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from fastppo.config import FIGURES, REST, AlarmConfig, FigureName, HealthConfig, OnlineConfig
+from fastppo.config import FIGURES, QUIET_STEPS, AlarmConfig, FigureName, HealthConfig, OnlineConfig
 from fastppo.data import Experience, Measured, Update, decode_after
 from fastppo.monitor.health_metrics import figures, rewarded_phrases
 from fastppo.monitor.trend_tests import slope, trend
@@ -175,7 +175,7 @@ def _rules(settings: HealthConfig, names: Sequence[FigureName]) -> list[AlarmCon
 
 def _alarm(rule: AlarmConfig, health: Health, window: int) -> Alarm | None:
     """The alarm of a rule at this step; None if its figure is within the level, or if the rule raised an alarm in the
-    last `REST` steps."""
+    last `QUIET_STEPS` steps."""
     values, step = health.history[rule.figure], health.steps
     recent, figure = values[-window:], FIGURES[rule.figure]
     if len(values) < window + (figure.level_is != "value") or any(map(math.isnan, recent)):
@@ -185,7 +185,7 @@ def _alarm(rule: AlarmConfig, health: Health, window: int) -> Alarm | None:
         _threshold(rule, health, window),
         f"{rule.figure} {rule.action} {rule.level}",
     )
-    if not _beyond(rule, value, threshold) or step - health.raised.get(name, -REST) < REST:
+    if not _beyond(rule, value, threshold) or step - health.raised.get(name, -QUIET_STEPS) < QUIET_STEPS:
         return None
     health.raised[name] = step
     good = _last_good_step(rule, health, window)

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fastppo.data import Experience, decode_after, decode_pieces
+from fastppo.data import Experience, Measured, decode_after, decode_pieces
 
 Record = dict[str, Any]
 
@@ -27,23 +27,25 @@ def heldout_responses(
     return [{"of": "heldout", "prompt": p, "response": r, "score": s} for p, r, s in rows]
 
 
-def training_responses(experience: Experience, tokenizer: PreTrainedTokenizerBase, *, count: int) -> list[Record]:
-    """Records of `count` responses of a batch from the highest score to the lowest, evenly spaced in rank."""
-    packed, records = experience.packed, []
-    for sequence in spread(experience.scores.tolist(), count):
+def training_responses(batch: Measured, tokenizer: PreTrainedTokenizerBase, *, count: int) -> list[Record]:
+    """Records of `count` responses of a batch from the highest score to the lowest, evenly spaced in rank.
+
+    Those of an `Experience` have the advantage of each token, others the text alone.
+    """
+    packed, records = batch.packed, []
+    for sequence in spread(batch.scores.tolist(), count):
         start, end = packed.cu_seqlens[sequence : sequence + 2].tolist()
         first, last = packed.response_cu_seqlens[sequence : sequence + 2].tolist()
         tokens = packed.tokens[start:end].tolist()
         prompt, response = tokens[: first - last], tokens[first - last :]
-        records.append(
-            {
-                "of": "training",
-                "prompt": decode_after([()], [prompt], tokenizer)[0],
-                "score": float(experience.scores[sequence]),
-                "tokens": decode_pieces(prompt, response, tokenizer),
-                "advantages": [round(a, 4) for a in experience.advantages[first:last].tolist()],
-            }
-        )
+        text, score = decode_after([()], [prompt], tokenizer)[0], float(batch.scores[sequence])
+        record: Record = {"of": "training", "prompt": text, "score": score}
+        if isinstance(batch, Experience):
+            record["tokens"] = decode_pieces(prompt, response, tokenizer)
+            record["advantages"] = [round(a, 4) for a in batch.advantages[first:last].tolist()]
+        else:
+            record["response"] = decode_after([prompt], [response], tokenizer)[0]
+        records.append(record)
     return records
 
 

@@ -22,19 +22,21 @@ def measure(
     packed: Packed,
     mine: Sequence[Tensor],
     roles: Roles,
-    prefix_cache: PrefixStates,
+    prefix_cache: PrefixStates | None,
     config: OnlineConfig,
     world: World,
 ) -> TokenRows:
     """Logprobs, entropy, the reference's logprobs, values if there is a critic, and the KL if it is the exact one.
 
     packed: the global batch; mine: this rank's microbatches of it, as indices of sequences, as many on every rank;
-    prefix_cache: is filled. Returns (M,) tensors in the batch's order, on the CPU, the same on every rank.
+    prefix_cache: is filled; None: actor and reference share each microbatch's prefix, and nothing is kept. Returns (M,)
+    tensors in the batch's order, on the CPU, the same on every rank.
     """
     parts = []
     for sequences in mine:
         stop.check(world)
-        rows = _measure(packed.select(sequences).to(world.device), sequences, roles, prefix_cache, config)
+        cache = PrefixStates() if prefix_cache is None else prefix_cache
+        rows = _measure(packed.select(sequences).to(world.device), sequences, roles, cache, config)
         parts.append((sequences, {name: x.float().cpu() for name, x in rows.items()}))
     return _assemble(packed, [part for rank in all_gather(parts, world) for part in rank])
 

@@ -204,11 +204,13 @@ class Batch:
     def asked(self, phase: str, config: OnlineConfig, ranks: int) -> Batch:
         """The same rank's microbatch in a phase that computes no gradient, in a step or in an evaluation.
 
-        Responses are scored, and held-out ones read, in as few microbatches as a rank's whole batch fits into.
+        Responses are scored, and held-out ones read, in as few microbatches as a rank's whole batch fits into; they are
+        measured so too where that is not done in the microbatches of learning.
         """
         heldout = _in_microbatch(-(-config.eval.prompts // ranks), self.length, config)
         mine = _in_microbatch(-(-config.drawn_together // ranks), self.length, config)
-        sequences = max(heldout, mine if phase == "feedback" else self.sequences)
+        together = phase == "feedback" or not config.learns_as_measured
+        sequences = max(heldout, mine if together else self.sequences)
         return replace(self, sequences=sequences, responses=sequences * (self.length - self.prompt))
 
     def with_texts(self, count: int, length: int, config: OnlineConfig, ranks: int) -> Batch:

@@ -104,7 +104,7 @@ def _lasting(role: Role, phase: str, config: OnlineConfig, ranks: int, batch: Ba
         found += Places(gpu=Bytes(weights=states.gpu.weights - live))
     if role.trains and not _made_once(role, config) and phase == "learning":
         found += Places(gpu=Bytes(gradients=states.gpu.gradients))
-    if phase in ("experience", "learning"):
+    if config.learns_as_measured and phase in ("experience", "learning"):
         found += Places(gpu=Bytes(buffers=prefix_states(role, batch)))
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fastppo.config import REST
+from fastppo.config import QUIET_STEPS
 from fastppo.report.curves import number
 from fastppo.report.levels import levels
 from fastppo.report.lines import Record
@@ -67,9 +67,9 @@ class Episode:
 
 
 def episodes(run: Run) -> list[Episode]:
-    """The alarms of a run. Alarms of the same kind are merged if at most `REST` steps, or a hundredth of the run, lie
-    between them, so that a chart of a long run has space for the markers."""
-    gap = max(REST, run.steps // 100)
+    """The alarms of a run. Alarms of the same kind are merged if at most `QUIET_STEPS` steps, or a hundredth of the
+    run, lie between them, so that a chart of a long run has space for the markers."""
+    gap = max(QUIET_STEPS, run.steps // 100)
     merged: list[Episode] = []
     newest: dict[tuple[str, str, str], int] = {}  # kind -> index of its last episode
     for alarm in run.alarms:

@@ -52,10 +52,11 @@ CALIBRATION = Quantity("Calibration", "share of correctly ordered pairs; bars: 9
 def learning(runs: Sequence[Run], charts: Charts) -> str:
     """The charts of training and evaluation, the most important first; the rest is in a closed `<details>`."""
     names = dict.fromkeys(name.removeprefix("eval/") for run in runs for name in run.names)
-    rest = [name for name in names if name not in (*MAIN, *SMALL) and not name.startswith(OTHER_SECTIONS)]
+    improves = [name for name in names if name.startswith("improve")]
+    rest = [name for name in names if name not in (*MAIN, *SMALL, *improves) and not name.startswith(OTHER_SECTIONS)]
     rest = [name for name in rest if not any(name.removesuffix(end) in names for end in BAR_ENDS if name.endswith(end))]
     main = grid("".join(_chart(runs, charts, name, "large") for name in MAIN), "large")
-    small = grid(_calibration(runs, charts) + "".join(_chart(runs, charts, name) for name in SMALL))
+    small = grid(_calibration(runs, charts) + "".join(_chart(runs, charts, name) for name in (*SMALL, *improves)))
     more = grid("".join(_chart(runs, charts, name) for name in rest))
     if (main or small) and more:
         return f"{main}{small}<details><summary>More metrics</summary>{more}</details>"

@@ -86,7 +86,7 @@ def read_responses(path: Path) -> tuple[list[Record], list[Record]]:
     """The held-out and the training responses, each sorted by step."""
     records = _read(path, RESPONSE)
     for number, record in enumerate(records, start=1):
-        _check(path, number, record, RESPONSE_KINDS[record["of"]])
+        _check(path, number, record, RESPONSE_KINDS["heldout" if "response" in record else record["of"]])
         if len(record.get("tokens", ())) != len(record.get("advantages", ())):
             raise _damaged(path, number, "advantage for each of its tokens")
     heldout, training = ([record for record in records if record["of"] == kind] for kind in RESPONSE_KINDS)

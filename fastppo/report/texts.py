@@ -50,19 +50,21 @@ def _card(record: Record, shown: str, prompt: str = "") -> str:
 
 
 def training(runs: Sequence[Run]) -> str:
-    """Training responses, one column per step, with tokens coloured by their advantage."""
+    """Training responses, one column per step; tokens are coloured by their advantage if they have one."""
     chosen = [_steps(run) for run in runs]
-    scale = _scale(a for steps in chosen for rows in steps for r in rows for a in r["advantages"] if a is not None)
+    shown = [record for steps in chosen for rows in steps for record in rows]
+    scale = _scale(a for record in shown for a in record.get("advantages", ()) if a is not None)
     strips = []
     for i, (run, steps) in enumerate(zip(runs, chosen, strict=True)):
         columns = [
-            "".join(_card(r, _tokens(r, scale), f'<p class="of" dir="auto">{text(r["prompt"])}</p>') for r in rows)
+            "".join(_card(r, _words(r, scale), f'<p class="of" dir="auto">{text(r["prompt"])}</p>') for r in rows)
             for rows in steps
         ]
         if columns:
             cards = "".join(f'<div class="column">{column}</div>' for column in columns)
             strips.append(_strip(i, run, cards, named=len(runs) > 1))
-    return _legend(scale) + "".join(strips) if strips else ""
+    coloured = any("advantages" in record for record in shown)
+    return (_legend(scale) if coloured else "") + "".join(strips)
 
 
 def _steps(run: Run) -> list[list[Record]]:
@@ -82,7 +84,9 @@ def _scale(advantages: Iterable[float]) -> float:
     return sizes[int(0.95 * (len(sizes) - 1))] or 1.0 if sizes else 1.0
 
 
-def _tokens(record: Record, scale: float) -> str:
+def _words(record: Record, scale: float) -> str:
+    if "response" in record:
+        return text(record["response"].strip())
     pairs = list(zip(record["tokens"], record["advantages"], strict=False))
     more = f" <i>… {len(pairs) - TOKENS} more tokens</i>" if len(pairs) > TOKENS else ""
     return "".join(_token(piece, advantage, scale) for piece, advantage in pairs[:TOKENS]) + more

@@ -75,6 +75,13 @@ LEARNING = {
     "imbalance": _size("Imbalance", "of the work of the ranks"),
     "ref_perplexity": _size("Perplexity", "of held-out responses, under the reference"),
     "loss": _size("Loss", "nats"),
+    "kept": _size("Responses learned from", "of a Grow"),
+    "prompts": _size("Prompts learned from", "that have at least one of these responses"),
+    "threshold": Quantity("Threshold", "the score that responses reach"),
+    "updates": _size("Updates"),
+    "equal_prompts": _size("Prompts that teach nothing", "all their responses have the same score"),
+    "tokens_generated": _size("Generated tokens", "of the Grow's responses"),
+    "tokens_trained": _size("Trained tokens", "of responses, each pass counted"),
     "accuracy": _share("Accuracy", "share of correctly ordered pairs"),
     "calibration_error": _share("Calibration error", "difference of predicted and observed probability"),
     "score_chosen": Quantity("Score of chosen answers", "mean"),
@@ -106,8 +113,8 @@ def quantity(name: str) -> Quantity:
     first, _, rest = name.partition("/")
     if first == "average":
         return _with(quantity(rest), "averaged weights")
-    if epoch := re.fullmatch(r"epoch(\d+)", first):
-        return _with(quantity(rest), f"epoch {epoch[1]}")
+    if part := re.fullmatch(r"(epoch|improve)(\d+)", first):
+        return _with(quantity(rest), f"{'epoch' if part[1] == 'epoch' else 'Improve'} {part[2]}")
     if first == "time":
         return _size(_in_words(rest), "seconds per step")
     if first == "tokens_per_second" and rest:

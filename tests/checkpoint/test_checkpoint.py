@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import whole_runs
-from forks import Run
 
 from fastppo.checkpoint import atomic_dir
 from fastppo.distributed import stop
@@ -57,13 +56,6 @@ def straight(folder, forks):
     return output
 
 
-def wait_for(what, run: Run, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, run.text()
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize(
     ("ranks", "roles"),
     [
@@ -94,7 +86,7 @@ def test_a_run_killed_at_random_moments_and_resumed_equals_the_one_that_was_not(
     moments, metrics = random.Random(7), output / "metrics.jsonl"
     for kill in range(3):
         run = forks.start(argv, 2, NEVER_ENDS)
-        wait_for(lambda kill=kill: metrics.exists() and metrics.read_bytes().count(b"\n") > 2 * kill, run)
+        whole_runs.wait_for(lambda kill=kill: metrics.exists() and metrics.read_bytes().count(b"\n") > 2 * kill, run)
         time.sleep(moments.uniform(0, 0.5))
         for how in (signal.SIGSTOP, signal.SIGKILL):  # stopped, a rank does not see the other go and end by itself
             for pid in run.ranks:
@@ -110,7 +102,7 @@ def test_sigterm_to_one_rank_saves_and_ends_all_with_status_0(folder, forks, str
     roles, output = "shared critic, fp32, stage 0", folder / "terminated"
     argv = whole_runs.settings(folder, output, resume="auto", checkpoint__every=0, **ROLES[roles])
     run = forks.start(argv, 2)
-    wait_for(lambda: (output / "metrics.jsonl").exists() and len(whole_runs.records(output)) > 1, run)
+    whole_runs.wait_for(lambda: (output / "metrics.jsonl").exists() and len(whole_runs.records(output)) > 1, run)
     os.kill(run.ranks[1], signal.SIGTERM)
     assert forks.wait(run) == [0, 0], run.text()
     assert len(whole_runs.checkpoints(output)) == 1
@@ -123,7 +115,7 @@ def test_a_second_run_in_the_folder_of_one_that_runs_is_refused_and_changes_noth
     output = folder / f"one-at-a-time-{ranks}"
     argv = whole_runs.settings(folder, output, checkpoint__every=1, steps=1000)
     run = forks.start(argv, ranks)
-    wait_for(lambda: (output / "metrics.jsonl").exists() and len(whole_runs.records(output)) > 2, run)
+    whole_runs.wait_for(lambda: (output / "metrics.jsonl").exists() and len(whole_runs.records(output)) > 2, run)
     for more in ([], ["--resume", "auto"]):
         second = forks.start([*argv, *more], ranks)
         assert forks.wait(second) == [1] * ranks
@@ -143,7 +135,7 @@ def test_ctrl_c_saves_and_ends_all_ranks_with_status_0(folder, forks, straight, 
     roles, output = "shared critic, fp32, stage 0", folder / f"interrupted-{ranks}"
     argv = whole_runs.settings(folder, output, resume="auto", checkpoint__every=0, **ROLES[roles])
     run = forks.start(argv, ranks)
-    wait_for(lambda: (output / "metrics.jsonl").exists() and len(whole_runs.records(output)) > 1, run)
+    whole_runs.wait_for(lambda: (output / "metrics.jsonl").exists() and len(whole_runs.records(output)) > 1, run)
     for pid in run.ranks:
         os.kill(pid, signal.SIGINT)
     os.kill(run.ranks[0], signal.SIGTERM)
@@ -165,9 +157,9 @@ atomic_dir.begin = lambda folder: time.sleep(600)
 def test_a_second_ctrl_c_ends_at_once(folder, forks):
     output = folder / "interrupted-twice"
     run = forks.start(whole_runs.settings(folder, output, checkpoint__every=0, steps=1000), 1, SAVES_FOR_EVER)
-    wait_for(lambda: (output / "metrics.jsonl").exists() and len(whole_runs.records(output)) > 1, run)
+    whole_runs.wait_for(lambda: (output / "metrics.jsonl").exists() and len(whole_runs.records(output)) > 1, run)
     os.kill(run.ranks[0], signal.SIGINT)
-    wait_for(lambda: "; saving" in run.text(), run)
+    whole_runs.wait_for(lambda: "; saving" in run.text(), run)
     time.sleep(2 * stop.SAME_CTRL_C)
     os.kill(run.ranks[0], signal.SIGINT)
     assert forks.wait(run, seconds=20) == [128 + signal.SIGINT], run.text()
@@ -189,7 +181,7 @@ export.write_model = write_model
 def test_a_run_that_is_told_to_stop_while_it_writes_its_model_writes_it_to_the_end(folder, forks):
     output = folder / "told-late"
     run = forks.start(whole_runs.settings(folder, output, steps=1, eval__prompts=0, eval__every=0), 2, SLOW_EXPORT)
-    wait_for(lambda: all(log.exists() for log in run.logs) and "exporting" in run.text(), run)
+    whole_runs.wait_for(lambda: all(log.exists() for log in run.logs) and "exporting" in run.text(), run)
     for pid in run.ranks:
         os.kill(pid, signal.SIGINT)
     assert forks.wait(run) == [0, 0], run.text()
@@ -215,7 +207,7 @@ def test_ctrl_c_before_there_is_anything_to_save_is_one_line(folder, forks):
     before = "import time\nfrom fastppo.online import run\n"
     before += "run.check_models = lambda *_: (print('here', flush=True), time.sleep(600))"
     run = forks.start(whole_runs.settings(folder, folder / "early"), 1, before)
-    wait_for(lambda: run.logs[0].exists() and "here" in run.text(), run)
+    whole_runs.wait_for(lambda: run.logs[0].exists() and "here" in run.text(), run)
     os.kill(run.ranks[0], signal.SIGINT)
     assert forks.wait(run, seconds=20) == [128 + signal.SIGINT], run.text()
     assert "interrupted before there was anything to save" in run.text() and "Traceback" not in run.text()
@@ -253,7 +245,7 @@ def test_ctrl_c_under_deepspeeds_launcher_leaves_a_whole_checkpoint(folder, fork
 def test_ranks_whose_launcher_has_vanished_save_and_end(folder, forks):
     output = folder / "orphaned"
     run = forks.start(whole_runs.settings(folder, output, checkpoint__every=0, steps=1000), 2)
-    wait_for(lambda: (output / "metrics.jsonl").exists() and len(whole_runs.records(output)) > 1, run)
+    whole_runs.wait_for(lambda: (output / "metrics.jsonl").exists() and len(whole_runs.records(output)) > 1, run)
     os.kill(run.launcher, signal.SIGKILL)
     assert forks.wait(run) == [0, 0], run.text()
     assert len(whole_runs.checkpoints(output)) == 1

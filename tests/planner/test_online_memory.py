@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from fastppo import train
 from fastppo.config import Config, DataConfig, EvalConfig, OptimConfig, PPOConfig, SamplingConfig, ZeroConfig
-from fastppo.config.command_line import parse
+from fastppo.config.command_line import REST, parse
 from fastppo.data.batch import Moments
 from fastppo.data.microbatches import plan_step
 from fastppo.distributed.residency import Residency
@@ -27,12 +27,12 @@ from fastppo.models.assembly import Roles
 from fastppo.models.frozen_prefix import PrefixStates
 from fastppo.models.loading.weights import Source, outline
 from fastppo.models.roles import Policy, fuse_head
+from fastppo.online import evaluation
 from fastppo.planner import memory
 from fastppo.planner.footprint import Footprint, Pass
 from fastppo.planner.memory import Bytes, Role, by_phase
 from fastppo.planner.methods import measured_roles
-from fastppo.planner.online_memory import PHASES, averaged, kinds, placed, shares
-from fastppo.ppo import evaluation
+from fastppo.planner.online_memory import PHASES, averaged, kinds, placed, shares, smaller_passes
 from fastppo.ppo.experience import compute_experience
 from fastppo.ppo.update import run_updates
 from fastppo.rewards import load_sources
@@ -390,3 +390,23 @@ def test_an_evaluation_keeps_the_prefix_states_of_one_microbatch(tmp_path, world
     argv = whole_runs.settings(folder, tmp_path / "out", steps=1, eval__prompts=12, actor__train=1, eval__every=0)
     train.train(parse(argv), world)
     assert 0 < max(found) < 12
+
+
+def test_rest_counts_its_batches_of_a_grow_and_no_critic(seven_billion):
+    """It measures a whole batch of a Grow at once, and learns from other microbatches."""
+    config, actor = parse(REST_RUN, REST), seven_billion[False][:1]
+    batch = memory.Batch.of(config, 8)
+    assert (batch.rows, batch.sequences) == (64, 4)  # 512 responses of 1,024 tokens on 8 ranks; 32 in an update
+    assert batch.asked("experience", config, 8).sequences == batch.asked("feedback", config, 8).sequences == 8
+    found = {(s.role, s.phase): s.places.gpu for s in shares(actor, config, 8)}
+    assert set(found) == {("actor", phase) for phase in PHASES}
+    mixed = replace(config, mixture=replace(config.mixture, share=0.5, path="d", max_tokens=4096))
+    wider = {(s.role, s.phase): s.places.gpu for s in shares(actor, mixed, 8)}
+    assert wider["actor", "learning"].activations > found["actor", "learning"].activations
+    assert next(smaller_passes(config)) == {"improve.microbatch_tokens": 4096}
+
+
+REST_RUN = (
+    *("--actor.model", "m", "--data.path", "d", "--rewards", '[{"pattern": "a"}]'),
+    *("--data.max_prompt_tokens", "512", "--sampling.max_new_tokens", "512", "--improve.batch_size", "32"),
+)

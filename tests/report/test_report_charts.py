@@ -13,7 +13,7 @@ from made_up_batches import healthy, update
 from fastppo.config.health import FIGURES
 from fastppo.offline.reward_modelling import PairEvaluation
 from fastppo.offline.sft import AnswerEvaluation
-from fastppo.offline.update import Update as SupervisedUpdate
+from fastppo.offline.updates import Update as SupervisedUpdate
 from fastppo.ppo.metrics import step_metrics
 from fastppo.report.curves import Curve, duration, number, short_number, smooth, span, thin, ticks
 from fastppo.report.plot import Charts, Line

@@ -135,6 +135,12 @@ class OnlineConfig:
         return False
 
     @property
+    def learns_as_measured(self) -> bool:
+        """Whether responses are measured in the microbatches in which they are learned from. The outputs of frozen lower
+        layers are then kept from the one to the other."""
+        return False
+
+    @property
     def batches(self) -> tuple[int, ...]:
         """Sizes of what ranks share evenly in an update."""
         return (self.learned_together, *([] if self.mixed_in is None else [self.mixed_in[0]]))

@@ -57,6 +57,10 @@ class Config(OnlineConfig):
         return (self.ptx.batch_size, self.ptx.max_tokens) if self.ptx.coef else None
 
     @property
+    def learns_as_measured(self) -> bool:
+        return True
+
+    @property
     def data_paths(self) -> dict[str, str]:
         return super().data_paths | ({"ptx.path": self.ptx.path} if self.ptx.path else {})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
@@ -12,6 +13,30 @@ from fastppo.errors import ConfigError
 # The allowed range in words, its test, and the settings that it applies to. A setting that is null is not checked.
 # NaN fails every comparison and therefore every test.
 Ranges = tuple[tuple[str, Callable[[float], bool], str], ...]
+
+ONLINE_RANGES: Ranges = (
+    (
+        "0 or more",
+        lambda x: 0 <= x < math.inf,
+        "seed steps actor.lr actor.lora.rank data.split_seed sampling.top_k sampling.min_new_tokens optim.warmup_steps"
+        " optim.weight_decay optim.max_grad_norm optim.max_skipped eval.every eval.prompts eval.seed eval.show"
+        " track.responses checkpoint.every checkpoint.keep_best health.roll_backs",
+    ),
+    (
+        "1 or more",
+        lambda x: x >= 1,
+        "threads data.first_tokens data.max_prompt_tokens data.limit sampling.max_new_tokens sampling.samples_per_prompt"
+        " sampling.rows track.responses_every checkpoint.keep_last health.window",
+    ),
+    (
+        "greater than 0",
+        lambda x: 0 < x < math.inf,
+        "sampling.temperature eval.temperature optim.eps timeout actor.lora.alpha",
+    ),
+    ("greater than 1", lambda x: 1 < x < math.inf, "health.raise_kl"),
+    ("greater than 0 and less than 1", lambda x: 0 < x < 1, "actor.average"),
+    ("greater than 0 and at most 1", lambda x: 0 < x <= 1, "sampling.top_p"),
+)
 
 
 def check_ranges(config: Any, ranges: Ranges) -> None:

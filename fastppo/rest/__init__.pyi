@@ -1,0 +1,12 @@
+from .grow import batches_of as batches_of
+from .grow import grow_batch as grow_batch
+from .grow import joined as joined
+from .grow import write_batch as write_batch
+from .improves import begin_improve as begin_improve
+from .improves import improve as improve
+from .run import RestSetup as RestSetup
+from .run import Step as Step
+from .run import log_step as log_step
+from .run import set_up as set_up
+from .selection import RestError as RestError
+from .selection import select as select
