@@ -142,7 +142,14 @@ def alarms(config: DPOConfig, world: World) -> Callable[[int, Mapping[str, float
 
 
 def _check_start(means: Mapping[str, float], config: DPOConfig) -> None:
-    """Before the first update the policy is the reference, so every log ratio is 0."""
+    """Before the first update the policy is the reference, so every log ratio is 0; unless that is another model."""
+    if config.frozen_model is not None:
+        log.info(
+            "the reference is another model (reference.model = %s), so margins need not be 0 before the first update:"
+            " the mean margin is %.4g and the mean loss %.4g",
+            *(config.frozen_model.model, means["margin"], means["loss"]),
+        )
+        return
     expected, off = loss_at_start(config.loss, config.beta), max(abs(means["reward_chosen"]), abs(means["margin"]))
     if off == 0 and abs(means["loss"] - expected) <= TOLERANCE * max(expected, 1.0):
         log.info("before the first update every margin is 0, and the mean loss %.6f", means["loss"])

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from fastppo.checkpoint import (
     Checkpoints,
@@ -78,12 +79,15 @@ def set_up(
     world: World,
     load: Callable[..., tuple[Examples, Examples]],
     saved: Mapping[str, Saved] | None = None,
+    check: Callable[[C, PreTrainedTokenizerBase], None] | None = None,
+    before: Callable[[C, Examples, Examples], None] | None = None,
 ) -> Setup[C]:
     """The run's folder, its model and its examples, and where it is if it is resumed.
 
     load: `examples.load_pairs` or `examples.load_answers`; saved: further parts of the checkpoints beside the model, by
     name; they are read if the run is resumed. Cheap checks come first. The folder of an earlier run is renamed only
-    when everything but the weights has been read.
+    when everything but the weights has been read. Of a run that is not resumed, check: further cheap checks, with the
+    model's tokenizer; before: what is computed of the training and held-out examples before the model is loaded.
     """
     found = find_run(config, world)
     check_plan(config, world)
@@ -93,7 +97,11 @@ def set_up(
     examples, heldout = load(config.data, tokenizer, heldout=config.eval.examples, context=context)
     for part in (examples, heldout):
         check_embedded(model_source(model), tokenizer, part.tokens, "data.path")
+    if found is None and check is not None:
+        check(config, tokenizer)
     open_folder(config, found, world)
+    if found is None and before is not None:
+        before(config, examples, heldout)
     trained = assemble(config, world, tokenizer)
     parts: dict[str, Saved] = {"model": trained.engine, **(saved or {})}
     checkpoints = Checkpoints(config, parts, (examples.tokens, heldout.tokens), world)

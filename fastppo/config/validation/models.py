@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastppo.config.models import LoraConfig
+from fastppo.config.models import CriticConfig, LoraConfig, ReferenceConfig
 from fastppo.config.ppo import AnyConfig, Config
 from fastppo.errors import ConfigError
 
@@ -38,11 +38,16 @@ def check_models(config: Config) -> None:
             " actor.lora.rank, or leave out actor.lora.export."
         )
     for name, role in (("critic", critic), ("reference", reference)):
-        if role.gguf_file is not None and role.model is None:
-            raise ConfigError(
-                f"{name}.gguf_file is {role.gguf_file} but {name}.model is not set, in which the file is searched. Set"
-                f" {name}.model too, or neither of them to use the actor's weights."
-            )
+        check_gguf_file(name, role, "the actor's weights")
+
+
+def check_gguf_file(name: str, role: CriticConfig | ReferenceConfig, default: str) -> None:
+    """default: what is used where neither of the two is set, for the message."""
+    if role.gguf_file is not None and role.model is None:
+        raise ConfigError(
+            f"{name}.gguf_file is {role.gguf_file} but {name}.model is not set, in which the file is searched. Set"
+            f" {name}.model too, or neither of them to use {default}."
+        )
 
 
 def check_attention(config: AnyConfig) -> None:
