@@ -21,11 +21,11 @@ from fastppo.monitor import lock_run_dir
 from fastppo.offline import (
     DPO_STATISTICS,
     ReferenceLogprobs,
-    alarms,
     direct_preference,
     evaluation_against,
     run,
     set_up,
+    watching_chosen,
 )
 from fastppo.rank import run_rank
 
@@ -53,7 +53,7 @@ def train(config: DPOConfig, world: World) -> None:
             direct_preference(config, reference.training),
             statistics=DPO_STATISTICS,
             evaluate=evaluation_against(reference.heldout),
-            watch=alarms(config, world),
+            watch=watching_chosen(config, world),
         )
 
 

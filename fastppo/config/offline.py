@@ -286,9 +286,10 @@ class DPOConfig(OfflineConfig):
     """Coefficient of the chosen answer's negative mean logprob in the loss, which keeps it likely (Pang et al., 2024, use
     1). The metric `loss` is without it."""
     chosen_fall: float | None = 0.5
-    """A warning is logged when the chosen answers' mean logprob in an update is lower than the reference's by more than
-    this, in nats a token: DPO can raise the margin while both answers become unlikely (Razin et al., 2024). At 0.5 each
-    token has e^-0.5 = 0.61 times its probability on average, an answer of 50 tokens e^-25. null: no warning."""
+    """An alarm is raised (a line in the log, in `alarms.jsonl` and in the report) when the chosen answers' mean logprob
+    in an update is lower than the reference's by more than this, in nats a token: DPO can raise the margin while both
+    answers become unlikely (Razin et al., 2024). At 0.5 each token has e^-0.5 = 0.61 times its probability on average,
+    an answer of 50 tokens e^-25. null: no alarm."""
     reference: DPOReferenceConfig = field(default_factory=DPOReferenceConfig)
 
     @property

@@ -1,7 +1,7 @@
 from .dpo import DPO_STATISTICS as DPO_STATISTICS
-from .dpo import alarms as alarms
 from .dpo import direct_preference as direct_preference
 from .dpo import evaluation_against as evaluation_against
+from .dpo import watching_chosen as watching_chosen
 from .heldout import Evaluation as Evaluation
 from .loop import Setup as Setup
 from .loop import count_examples as count_examples
@@ -18,3 +18,4 @@ from .sft import evaluate_answers as evaluate_answers
 from .sft import negative_logprob as negative_logprob
 from .sft import response_logprobs as response_logprobs
 from .update import Objective as Objective
+from .update import Watched as Watched

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -37,7 +37,7 @@ from fastppo.models import (
 from fastppo.monitor import Phases, Tracker
 from fastppo.offline.heldout import Evaluation, evaluation_of
 from fastppo.offline.model import TrainedModel, assemble
-from fastppo.offline.update import Objective, Training, recall_prefix, total_steps, update
+from fastppo.offline.update import Objective, Training, Watched, recall_prefix, total_steps, update
 from fastppo.planner import check_plan
 
 log = logging.getLogger("fastppo")
@@ -144,14 +144,15 @@ def run(
     count: Callable[[Examples, Tensor], int] = count_examples,
     evaluate: Callable[[TrainedModel, Examples, PrefixStates, C, World], E] | None = None,
     leave: Callable[[Setup[C], E | None], ExportedModel] = leave,
-    watch: Callable[[int, Mapping[str, float]], None] | None = None,
+    watch: Callable[[int, Mapping[str, float]], Sequence[Watched]] | None = None,
 ) -> None:
     """Update, evaluate on held-out examples, and leave the trained model with the lowest held-out loss behind.
 
     statistics: names of what the objective sums, `loss` among them; count: over how many of these examples' pairs or
     response tokens their means and the loss's are taken; evaluate: on held-out examples, by the objective itself where
     it is None; leave: exports the model as it was evaluated, or as it is if it never was;
-    watch: called after each update with its number, from 1, and the means of the statistics.
+    watch: called after each update with its number, from 1, and the means of the statistics; it gives the figures that
+    are to stay within a level, each of which raises an alarm when it is beyond.
 
     Raises Stopped where the run was told to stop; what it has done is saved then. Raises ExportError at the end if the
     model is elsewhere, or nowhere.
@@ -197,7 +198,7 @@ def run(
                 means = dict(zip(statistics, (done.sums / counted).tolist(), strict=True))
                 tracker.log(progress.step + 1, means | done.metrics() | times.take())
                 if watch is not None:
-                    watch(progress.step + 1, means)
+                    tracker.log_alarms(map(asdict, progress.alarms(watch(progress.step + 1, means))))
                 progress.end_step(done.skipped)
                 evaluate_if_due()
                 setup.checkpoints.save_if_due(progress)
