@@ -8,7 +8,7 @@ import pytest
 import stage_runs
 import tiny
 import torch
-from architectures import ACTORS, directory
+from architectures import ACTORS, LLAMA_8B, directory
 
 from fastppo import plan, train_dpo, train_reward, train_sft
 from fastppo.config import AnyConfig
@@ -151,3 +151,13 @@ def test_a_large_reference_that_does_not_fit_is_moved_to_the_host(tmp_path, seve
     plan = make_plan(config, Machine(1, 1, 17 * 10**9, 10**12))
     assert plan.peak[0] == "reference" and not plan.fits
     assert smallest_change(plan) == {"zero.stage": 3, "zero.offload_frozen": "cpu"}
+
+
+def test_the_preset_of_dpo_fits_the_machine_it_is_for_also_with_another_reference(tmp_path, capsys):
+    model = directory(tmp_path, "llama", LLAMA_8B)
+    argv = ["--command", "dpo", "--config", "8b-dpo", "--model.path", model]
+    machine = ["--gpus", "8", "--gpu-memory", "80GB", "--host-memory", "1TB"]
+    plan.main([*argv, *machine])
+    assert "GPU: 43.9 of 75.0 GB, fits" in (shown := capsys.readouterr().out) and "highest in learning" in shown
+    plan.main([*argv, *machine, "--reference.model", model])
+    assert "GPU: 43.9 of 75.0 GB, fits" in capsys.readouterr().out
