@@ -417,6 +417,36 @@ def test_pairs_with_equal_answers_are_dropped_or_an_error(folder, world, tmp_pat
         train_dpo.train(config, world)
 
 
+@pytest.mark.parametrize(
+    ("rows", "changes", "words"),
+    [
+        (
+            [("yes", "yes")] * 9,
+            {},
+            r"no usable example: 9 \(the two answers are equal\). Correct the rows, or name other c",
+        ),
+        (
+            [("yes", "no" * 60)] * 9,
+            {},
+            r"no usable example: 9 \(longer than data.max_tokens 20\). Raise data.max_tokens, or",
+        ),
+        (
+            [("yes", "no" * 60)] * 9,
+            {"data__max_tokens": 129, "microbatch_tokens": 258},
+            r"data.max_tokens is 129, but the model's context holds 128 tokens. Set it to 128 or less",
+        ),
+    ],
+    ids=["equal answers", "longer than allowed", "longer than the context"],
+)
+def test_pairs_from_which_nothing_can_be_learned_are_an_error(folder, world, tmp_path, rows, changes, words):
+    lines = [json.dumps({"prompt": f"say {i}", "chosen": a, "rejected": b}) for i, (a, b) in enumerate(rows)]
+    (tmp_path / "bad.jsonl").write_text("\n".join(lines))
+    argv = settings(folder, output=tmp_path / "out", data__path=tmp_path / "bad.jsonl", eval__examples=2, **changes)
+    with pytest.raises(DataError, match=words):
+        train_dpo.train(parse(argv, DPO), world)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_chat_answer_ends_as_responses_of_ppo_do(folder, tmp_path):
     """With the token that ends a turn, and without what a template writes after it, which no response has."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
