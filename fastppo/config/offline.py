@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Self
 
 from fastppo.config.learning import OptimConfig, ZeroConfig
 from fastppo.config.models import LoraConfig, ReferenceConfig
@@ -215,6 +215,11 @@ class OfflineConfig:
         """A second model of the run, which is asked and let go before the one that trains is loaded."""
         return None
 
+    @property
+    def once_resumed(self) -> Self:
+        """The settings without what only the start of the run needs."""
+        return self
+
 
 @dataclass(frozen=True)
 class SFTConfig(OfflineConfig):
@@ -295,3 +300,7 @@ class DPOConfig(OfflineConfig):
     @property
     def frozen_model(self) -> DPOReferenceConfig | None:
         return None if self.reference.model is None else self.reference
+
+    @property
+    def once_resumed(self) -> Self:
+        return replace(self, reference=DPOReferenceConfig())

@@ -90,7 +90,7 @@ def set_up(
     model's tokenizer; before: what is computed of the training and held-out examples before the model is loaded.
     """
     found = find_run(config, world)
-    check_plan(config, world)
+    check_plan(config if found is None else config.once_resumed, world)
     model = config.model
     tokenizer = load_tokenizer("model.path", model.path, model.gguf_file, model.revision)
     context = context_of(load_config(model_source(model)))

@@ -145,7 +145,7 @@ def test_a_run_resumes_without_the_reference(folder, world, tmp_path, monkeypatc
         shutil.rmtree(later)
     shutil.rmtree(gone)
     caplog.clear()
-    train_dpo.train(parse([*argv, "--output", str(broken), "--resume", "auto"], DPO), world)
+    train_dpo.train(parse([*argv, "--output", str(broken), "--resume", "auto", "--plan", "check"], DPO), world)
     assert "reference.model" not in caplog.text
     assert records(broken) == records(tmp_path / "out")
     assert whole_runs.same(*(load_file(path / "model/model.safetensors") for path in (tmp_path / "out", broken)))
