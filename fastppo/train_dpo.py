@@ -16,15 +16,16 @@ if __package__ in (None, ""):  # run as a script: Python would look for modules 
 from fastppo.config import DPO, DPOConfig
 from fastppo.data import load_pairs
 from fastppo.distributed import World
+from fastppo.models import check_reference
 from fastppo.monitor import lock_run_dir
 from fastppo.offline import (
     DPO_STATISTICS,
     ReferenceLogprobs,
-    alarms,
     direct_preference,
     evaluation_against,
     run,
     set_up,
+    watching_chosen,
 )
 from fastppo.rank import run_rank
 
@@ -38,14 +39,21 @@ def train(config: DPOConfig, world: World) -> None:
     """
     with lock_run_dir(Path(config.output), world.rank):
         reference = ReferenceLogprobs(world)
-        setup = set_up(config, world, partial(load_pairs, closed=False), saved={"reference": reference})
+        setup = set_up(
+            config,
+            world,
+            partial(load_pairs, closed=False),
+            saved={"reference": reference},
+            check=check_reference,
+            before=reference.compute_before,
+        )
         reference.compute(setup)
         run(
             setup,
             direct_preference(config, reference.training),
             statistics=DPO_STATISTICS,
             evaluate=evaluation_against(reference.heldout),
-            watch=alarms(config, world),
+            watch=watching_chosen(config, world),
         )
 
 

@@ -28,7 +28,7 @@ def test_each_stage_takes_what_the_ones_before_leave():
 def test_dpo_learns_from_the_model_and_the_reviews_of_the_others():
     sft, reward = parse(["--config", "quickstart-sft"], SFT), parse(["--config", "quickstart-reward"], REWARD)
     dpo = parse(["--config", "quickstart-dpo"], DPO)
-    assert dpo.model.path == f"{sft.output}/model" and dpo.model.train == sft.model.train
+    assert dpo.model.path == f"{sft.output}/model"
     assert dataclasses.replace(dpo.data, limit=reward.data.limit) == reward.data
     assert dpo.data.limit == 450 + dpo.eval.examples
 

@@ -93,6 +93,16 @@ class Frozen:
         """The tensors that may be moved out of the GPU between two uses: the parameters, or this rank's partitions."""
         return [getattr(p, "ds_tensor", p) for p in self.module.parameters()] if self._owns_weights else []
 
+    def release(self) -> None:
+        """Free the weights; it cannot be called any more.
+
+        DeepSpeed has tables of all engines and their modules, so that at ZeRO stage 3 no weight would be freed with the
+        last reference to this object.
+        """
+        for parameter in self.module.parameters():
+            for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):
+                tensor.data = tensor.data.new_empty(0)
+
 
 class Engine:
     """A trained role: DeepSpeed manages its parameters and optimizer; gradients accumulate until `step`."""

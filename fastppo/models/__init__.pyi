@@ -14,11 +14,14 @@ from .loading.miniature import miniature as miniature
 from .loading.model_check import check_model as check_model
 from .loading.model_code import raised_by_a_model as raised_by_a_model
 from .loading.model_code import summary_of as summary_of
+from .loading.offline import check_reference as check_reference
 from .loading.offline import is_reward_model as is_reward_model
 from .loading.offline import load_policy as load_policy
+from .loading.offline import load_reference as load_reference
 from .loading.offline import load_reward_model as load_reward_model
 from .loading.offline import model_source as model_source
 from .loading.offline import outline_trained as outline_trained
+from .loading.offline import reference_source as reference_source
 from .loading.offline import set_padding as set_padding
 from .loading.policies import actor_context as actor_context
 from .loading.policies import check_actor_tokens as check_actor_tokens

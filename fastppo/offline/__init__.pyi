@@ -1,7 +1,7 @@
 from .dpo import DPO_STATISTICS as DPO_STATISTICS
-from .dpo import alarms as alarms
 from .dpo import direct_preference as direct_preference
 from .dpo import evaluation_against as evaluation_against
+from .dpo import watching_chosen as watching_chosen
 from .heldout import Evaluation as Evaluation
 from .loop import Setup as Setup
 from .loop import count_examples as count_examples
@@ -20,4 +20,5 @@ from .sft import negative_logprob as negative_logprob
 from .sft import response_logprobs as response_logprobs
 from .updates import Objective as Objective
 from .updates import Update as Update
+from .updates import Watched as Watched
 from .updates import update as update

@@ -18,7 +18,7 @@ from fastppo.offline.dpo_losses import dpo_loss, ipo_loss, loss_at_start, nll_te
 from fastppo.offline.model import TrainedModel
 from fastppo.offline.preference import rightness, wilson_interval
 from fastppo.offline.reference import answer_logprobs, heldout_logprobs
-from fastppo.offline.updates import Objective
+from fastppo.offline.updates import Objective, Watched
 
 log = logging.getLogger("fastppo")
 
@@ -116,33 +116,37 @@ def evaluation_against(
     return evaluate
 
 
-def alarms(config: DPOConfig, world: World) -> Callable[[int, Mapping[str, float]], None]:
-    """What looks at the means of each update: whether the first one began at the reference, and whether the chosen
-    answers have become much less likely, which is told once."""
-    told = False
+def watching_chosen(config: DPOConfig, world: World) -> Callable[[int, Mapping[str, float]], list[Watched]]:
+    """What looks at the means of each update: whether the first one began at the reference, and, as a figure with an
+    alarm, whether the chosen answers have become much less likely."""
 
-    def watch(step: int, means: Mapping[str, float]) -> None:
-        nonlocal told
-        if world.rank:
-            return
-        if step == 1:
+    def watch(step: int, means: Mapping[str, float]) -> list[Watched]:
+        if step == 1 and world.rank == 0:
             _check_start(means, config)
-        fall = -means["logprob_chosen_change"]
-        if config.chosen_fall is not None and fall > config.chosen_fall and not told:
-            told = True
-            log.warning(
-                "step %d: the chosen answers' mean logprob has fallen by %.2f nats a token (to %.2f), more than"
-                " chosen_fall %g: the policy learns to prefer them while both answers become unlikely, and may sample"
-                " neither. Raise nll_coef (%g) or beta (%g), lower model.lr (%g), or train for fewer steps.",
-                *(step, fall, means["logprob_chosen"], config.chosen_fall),
-                *(config.nll_coef, config.beta, config.model.lr),
-            )
+        if config.chosen_fall is None:
+            return []
+        change = means["logprob_chosen_change"]
+        message = (
+            f"the chosen answers' mean logprob has fallen by {-change:.2f} nats a token (to"
+            f" {means['logprob_chosen']:.2f}), more than chosen_fall {config.chosen_fall:g}: the policy learns to"
+            " prefer them while both answers become unlikely, and may sample neither. Raise nll_coef"
+            f" ({config.nll_coef:g}) or beta ({config.beta:g}), lower model.lr ({config.model.lr:g}), or train for"
+            " fewer steps."
+        )
+        return [Watched("logprob_chosen_change", change, -config.chosen_fall, message)]
 
     return watch
 
 
 def _check_start(means: Mapping[str, float], config: DPOConfig) -> None:
-    """Before the first update the policy is the reference, so every log ratio is 0."""
+    """Before the first update the policy is the reference, so every log ratio is 0; unless that is another model."""
+    if config.frozen_model is not None:
+        log.info(
+            "the reference is another model (reference.model = %s), so margins need not be 0 before the first update:"
+            " the mean margin is %.4g and the mean loss %.4g",
+            *(config.frozen_model.model, means["margin"], means["loss"]),
+        )
+        return
     expected, off = loss_at_start(config.loss, config.beta), max(abs(means["reward_chosen"]), abs(means["margin"]))
     if off == 0 and abs(means["loss"] - expected) <= TOLERANCE * max(expected, 1.0):
         log.info("before the first update every margin is 0, and the mean loss %.6f", means["loss"])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from fastppo.checkpoint import (
     Checkpoints,
@@ -36,7 +37,7 @@ from fastppo.models import (
 from fastppo.monitor import Phases, Tracker
 from fastppo.offline.heldout import Evaluation, evaluation_of
 from fastppo.offline.model import TrainedModel, assemble
-from fastppo.offline.updates import Objective, Training, recall_prefix, total_steps, update
+from fastppo.offline.updates import Objective, Training, Watched, recall_prefix, total_steps, update
 from fastppo.planner import check_plan
 from fastppo.ppo import learning_rate
 
@@ -79,22 +80,29 @@ def set_up(
     world: World,
     load: Callable[..., tuple[Examples, Examples]],
     saved: Mapping[str, Saved] | None = None,
+    check: Callable[[C, PreTrainedTokenizerBase], None] | None = None,
+    before: Callable[[C, Examples, Examples], None] | None = None,
 ) -> Setup[C]:
     """The run's folder, its model and its examples, and where it is if it is resumed.
 
     load: `examples.load_pairs` or `examples.load_answers`; saved: further parts of the checkpoints beside the model, by
     name; they are read if the run is resumed. Cheap checks come first. The folder of an earlier run is renamed only
-    when everything but the weights has been read.
+    when everything but the weights has been read. Of a run that is not resumed, check: further cheap checks, with the
+    model's tokenizer; before: what is computed of the training and held-out examples before the model is loaded.
     """
     found = find_run(config, world)
-    check_plan(config, world)
+    check_plan(config if found is None else config.once_resumed, world)
     model = config.model
     tokenizer = load_tokenizer("model.path", model.path, model.gguf_file, model.revision)
     context = context_of(load_config(model_source(model)))
     examples, heldout = load(config.data, tokenizer, heldout=config.eval.examples, context=context)
     for part in (examples, heldout):
         check_embedded(model_source(model), tokenizer, part.tokens, "data.path")
+    if found is None and check is not None:
+        check(config, tokenizer)
     open_folder(config, found, world)
+    if found is None and before is not None:
+        before(config, examples, heldout)
     trained = assemble(config, world, tokenizer)
     parts: dict[str, Saved] = {"model": trained.engine, **(saved or {})}
     checkpoints = Checkpoints(config, parts, (examples.tokens, heldout.tokens), world)
@@ -137,14 +145,15 @@ def run(
     count: Callable[[Examples, Tensor], int] = count_examples,
     evaluate: Callable[[TrainedModel, Examples, PrefixStates, C, World], E] | None = None,
     leave: Callable[[Setup[C], E | None], ExportedModel] = leave,
-    watch: Callable[[int, Mapping[str, float]], None] | None = None,
+    watch: Callable[[int, Mapping[str, float]], Sequence[Watched]] | None = None,
 ) -> None:
     """Update, evaluate on held-out examples, and leave the trained model with the lowest held-out loss behind.
 
     statistics: names of what the objective sums, `loss` among them; count: over how many of these examples' pairs or
     response tokens their means and the loss's are taken; evaluate: on held-out examples, by the objective itself where
     it is None; leave: exports the model as it was evaluated, or as it is if it never was;
-    watch: called after each update with its number, from 1, and the means of the statistics.
+    watch: called after each update with its number, from 1, and the means of the statistics; it gives the figures that
+    are to stay within a level, each of which raises an alarm when it is beyond.
 
     Raises Stopped where the run was told to stop; what it has done is saved then. Raises ExportError at the end if the
     model is elsewhere, or nowhere.
@@ -190,7 +199,7 @@ def run(
                 means = dict(zip(statistics, (done.sums / counted).tolist(), strict=True))
                 tracker.log(progress.step + 1, means | done.metrics() | times.take())
                 if watch is not None:
-                    watch(progress.step + 1, means)
+                    tracker.log_alarms(map(asdict, progress.alarms(watch(progress.step + 1, means))))
                 progress.end_step(done.skipped)
                 evaluate_if_due()
                 setup.checkpoints.save_if_due(progress)

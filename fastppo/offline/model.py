@@ -1,4 +1,4 @@
-"""The one model that an offline method trains: loaded, and with an engine under it."""
+"""The one model that an offline method trains, and DPO's reference: loaded, and with an engine under it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fastppo.config import OfflineConfig
+from fastppo.config import DPOConfig, OfflineConfig
 from fastppo.data import IDLE, Examples, Packed
-from fastppo.distributed import Engine, World, check_nvme
+from fastppo.distributed import Engine, Frozen, World, check_nvme
 from fastppo.models import (
     DTYPES,
     Backbone,
@@ -17,8 +17,10 @@ from fastppo.models import (
     PrefixStates,
     RewardModel,
     choose_attention,
+    frozen_partitions,
     is_reward_model,
     load_policy,
+    load_reference,
     load_reward_model,
     model_source,
     set_padding,
@@ -28,11 +30,10 @@ from fastppo.models import (
 
 
 @dataclass(frozen=True)
-class TrainedModel:
-    """The one model that an offline method trains."""
+class AskedModel:
+    """A model that is asked about examples."""
 
-    engine: Engine  # of a Policy or a RewardModel
-    tokenizer: PreTrainedTokenizerBase
+    engine: Engine | Frozen  # of a Policy or a RewardModel
 
     @property
     def role(self) -> Backbone:
@@ -56,13 +57,27 @@ class TrainedModel:
         return packed, prefix(self.role, packed, sequences)
 
 
+@dataclass(frozen=True)
+class TrainedModel(AskedModel):
+    """The one model that an offline method trains."""
+
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+
+
+def assemble_reference(config: DPOConfig, world: World) -> Frozen:
+    """Load the reference of a run where it is a model of its own."""
+    _prepare(config, world)
+    policy = load_reference(config, world.device, frozen_partitions(config))
+    return Frozen(policy, config.optim, config.zero)
+
+
 def assemble(config: OfflineConfig, world: World, tokenizer: PreTrainedTokenizerBase) -> TrainedModel:
     """Load the model that `config.role` names and put an engine under it.
 
     tokenizer: its own; of a reward model it is set to pad with what the model is.
     """
-    check_nvme(config.zero)
-    choose_attention(config.attention, DTYPES[config.optim.dtype], world.device)
+    _prepare(config, world)
     load = load_policy if config.role == "policy" else load_reward_model
     role: Policy | RewardModel = load(config.model, config.optim, config.seed, world.device, trained_partitions(config))
     groups = [list(role.parameters())]
@@ -72,3 +87,8 @@ def assemble(config: OfflineConfig, world: World, tokenizer: PreTrainedTokenizer
         ids = {id(parameter) for parameter in head}
         groups = [[parameter for parameter in role.parameters() if id(parameter) not in ids], head]
     return TrainedModel(Engine(role, groups, config.optim, config.zero), tokenizer)
+
+
+def _prepare(config: OfflineConfig, world: World) -> None:
+    check_nvme(config.zero)
+    choose_attention(config.attention, DTYPES[config.optim.dtype], world.device)

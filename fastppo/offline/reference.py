@@ -1,8 +1,9 @@
 """Logprobs of both answers of each pair under the reference: computed once, before training, and part of checkpoints.
 
-The reference is the model as training finds it. In learning no second model is in memory, only two numbers a pair on
-the host. Each pair of the training data is computed in the microbatch in which an update first sees it: so the policy
-of the first update, which is the reference, has the same logprobs bit for bit, and every margin is exactly 0 there.
+The reference is the model as training finds it, or a model of its own, which is let go before the other is loaded. In
+learning no second model is in memory, only two numbers a pair on the host. Each pair of the training data is computed
+in the microbatch in which an update first sees it: so the policy of the first update, if it is the reference, has the
+same logprobs bit for bit, and every margin is exactly 0 there.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastppo.config import OfflineConfig
+from fastppo.config import DPOConfig, OfflineConfig
 from fastppo.data import Examples, Packed, batches
 from fastppo.distributed import World, all_gather, all_sum, stop, watching
 from fastppo.models import PrefixStates, adapters_off
 from fastppo.offline.heldout import heldout_microbatches
 from fastppo.offline.loop import Setup
-from fastppo.offline.model import TrainedModel
+from fastppo.offline.model import AskedModel, TrainedModel, assemble_reference
 from fastppo.offline.sft import response_logprobs
-from fastppo.offline.updates import microbatches_of
+from fastppo.offline.updates import microbatches_of, total_steps
 
 log = logging.getLogger("fastppo")
 
@@ -43,14 +44,14 @@ def answer_logprobs(policy: Any, hidden: Tensor, packed: Packed) -> Tensor:
 
 @torch.no_grad()
 def heldout_logprobs(
-    trained: TrainedModel, pairs: Examples, prefix: PrefixStates, config: OfflineConfig, world: World
+    model: AskedModel, pairs: Examples, prefix: PrefixStates, config: OfflineConfig, world: World
 ) -> Tensor:
     """Summed logprobs of the two answers of every pair, (P, 2) fp64 on the CPU, the same on every rank."""
     found = torch.zeros(len(pairs), 2, dtype=torch.float64)
     with stop.together(world):
         for part in heldout_microbatches(pairs, config, world):
-            packed, prefix_states = trained.select(pairs, part, prefix)
-            sums = trained.engine(packed, partial(answer_logprobs, packed=packed), prefix_states).cpu()
+            packed, prefix_states = model.select(pairs, part, prefix)
+            sums = model.engine(packed, partial(answer_logprobs, packed=packed), prefix_states).cpu()
             if len(part):  # of no pairs it is a pass that keeps in step with other ranks
                 found[part] = sums.view(-1, 2)
     return all_sum(found, world).cpu()  # each pair is on one rank
@@ -75,21 +76,40 @@ class ReferenceLogprobs:
         saved = torch.load(folder / name / "logprobs.pt")
         self.training, self.known, self.heldout = (saved[part] for part in ("training", "known", "heldout"))
 
-    def compute(self, setup: Setup[Any]) -> None:
-        """Compute them, unless a checkpoint had them. All ranks call it, before the first update. Raises Stopped.
+    def compute_before(self, config: DPOConfig, pairs: Examples, heldout: Examples) -> None:
+        """Compute them with the reference that is a model of its own, if there is one, and let it go.
 
-        Of the pairs that the run will see; with a constant learning rate, of all, since `steps` can be raised then when
-        the run is resumed, and the model is not the reference any more.
+        All ranks call it, before the model that trains is loaded. Raises Stopped, or ModelError.
         """
-        config, trained, pairs = setup.config, setup.trained, setup.examples
+        if config.frozen_model is None:
+            return
+        reference = assemble_reference(config, self._world)
+        self._compute(AskedModel(reference), config, pairs, heldout, PrefixStates(keep=False))
+        reference.release()
+        if self._world.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def compute(self, setup: Setup[Any]) -> None:
+        """Compute them with the model as training finds it, unless they are known: from a reference that is a model of
+        its own, or from a checkpoint. All ranks call it, before the first update. Raises Stopped."""
         if len(self.training):
             return
+        with _as_reference(setup.trained, setup.config):
+            self._compute(setup.trained, setup.config, setup.examples, setup.heldout, setup.heldout_prefix)
+
+    def _compute(
+        self, model: AskedModel, config: OfflineConfig, pairs: Examples, heldout: Examples, prefix: PrefixStates
+    ) -> None:
+        """Those of the held-out pairs, whose states `prefix` has, and of the pairs that the run will see; with a
+        constant learning rate, of all, since `steps` can be raised then when the run is resumed, and the model is not
+        the reference any more.
+        """
         self.training = torch.zeros(len(pairs), 2, dtype=torch.float64)
         self.known = torch.zeros(len(pairs), dtype=torch.bool)
-        with watching(self._world), _as_reference(trained, config):
-            if len(setup.heldout):
-                self.heldout = heldout_logprobs(trained, setup.heldout, setup.heldout_prefix, config, self._world)
-            self._compute_training(setup)
+        with watching(self._world):
+            if len(heldout):
+                self.heldout = heldout_logprobs(model, heldout, prefix, config, self._world)
+            self._compute_training(model, config, pairs)
         if self._world.rank == 0:
             log.info(
                 "the reference's logprobs of %d pairs to train on and %d held out are known; %.3f MB on the host",
@@ -97,18 +117,18 @@ class ReferenceLogprobs:
             )
 
     @torch.no_grad()
-    def _compute_training(self, setup: Setup[Any]) -> None:
+    def _compute_training(self, model: AskedModel, config: OfflineConfig, pairs: Examples) -> None:
         """Those of the training pairs, each in the microbatch of the first batch that has it.
 
         The prefix's states are not kept: training keeps them in the order in which a resumed run computes them again.
         """
-        trained, pairs, known = setup.trained, setup.examples, self.known.clone()
+        known = self.known.clone()
         mine: list[tuple[Tensor, Tensor]] = [(torch.empty(0, dtype=torch.int64), self.training[:0])]
-        for rows in _batches_of(setup):
-            for part in microbatches_of(rows, pairs, setup.config, self._world):
+        for rows in _batches_of(config, pairs):
+            for part in microbatches_of(rows, pairs, config, self._world):
                 stop.check(self._world)
-                packed, prefix_states = trained.select(pairs, part, PrefixStates(keep=False))
-                sums = trained.engine(packed, partial(answer_logprobs, packed=packed), prefix_states)
+                packed, prefix_states = model.select(pairs, part, PrefixStates(keep=False))
+                sums = model.engine(packed, partial(answer_logprobs, packed=packed), prefix_states)
                 sums = sums.cpu().view(-1, 2)
                 mine.append((part[~known[part]], sums[~known[part]]))
             known[rows] = True
@@ -119,11 +139,11 @@ class ReferenceLogprobs:
                     self.training[index], self.known[index] = both, True
 
 
-def _batches_of(setup: Setup[Any]) -> Iterator[list[int]]:
+def _batches_of(config: OfflineConfig, pairs: Examples) -> Iterator[list[int]]:
     """The run's batches up to the one with which all pairs have been seen; with a constant rate, beyond its end too."""
-    config, pairs, seen = setup.config, setup.examples, torch.zeros(len(setup.examples), dtype=torch.bool)
+    seen = torch.zeros(len(pairs), dtype=torch.bool)
     order = batches(pairs, size=config.batch_size, seed=config.seed, shuffle=config.data.shuffle)
-    for rows in order if config.optim.schedule == "constant" else islice(order, setup.steps):
+    for rows in order if config.optim.schedule == "constant" else islice(order, total_steps(config, pairs)):
         yield rows
         seen[rows] = True
         if bool(seen.all()):

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from fastppo.checkpoint import State, random_state, seed_random
-from fastppo.config import AnyConfig, OfflineConfig
+from fastppo.config import QUIET_STEPS, AnyConfig, OfflineConfig
 from fastppo.data import Examples, Packed, pack_even
 from fastppo.distributed import World, all_sum, stop
 from fastppo.errors import TrainingFault
 from fastppo.models import PrefixStates
+from fastppo.monitor import Alarm
 from fastppo.offline.model import TrainedModel
 
 log = logging.getLogger("fastppo")
@@ -37,6 +38,20 @@ class Objective(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Watched:
+    """A figure of an update that is to stay within a level."""
+
+    figure: str
+    value: float
+    level: float  # the highest, or the lowest if that is negative
+    message: str  # of the alarm if it is beyond
+
+    @property
+    def is_beyond(self) -> bool:
+        return self.value < self.level if self.level < 0 else self.value > self.level
+
+
 @dataclass
 class Training:
     """A run after `step` updates. The data's order is a function of seed and step, so it needs no state."""
@@ -48,6 +63,8 @@ class Training:
     best_step: int = -1  # where that was; -1 before the first evaluation of one
     waited: int = 0  # evaluations since the lowest loss of all, the start's included
     evaluated: int = -1  # after which update the last evaluation was
+    raised: dict[str, int] = field(default_factory=dict)  # figure -> the step of its last alarm
+    within: dict[str, int] = field(default_factory=dict)  # figure -> the last step that was not beyond its level
     random: State = field(default_factory=random_state)
 
     @staticmethod
@@ -87,6 +104,18 @@ class Training:
     def is_done(self, patience: int | None) -> bool:
         """Whether so many evaluations have passed without a lower held-out loss."""
         return patience is not None and self.waited >= patience
+
+    def alarms(self, watched: Sequence[Watched]) -> list[Alarm]:
+        """The alarms of the step that ends now, each at most once in `QUIET_STEPS` steps, as PPO's are."""
+        found, step = [], self.step + 1
+        for figure in watched:
+            if not figure.is_beyond:
+                self.within[figure.figure] = step
+            elif step - self.raised.get(figure.figure, -QUIET_STEPS) >= QUIET_STEPS:
+                self.raised[figure.figure] = step
+                good = self.within.get(figure.figure, 0)
+                found.append(Alarm(step, figure.figure, figure.value, figure.level, "warn", None, good, figure.message))
+        return found
 
     def end_step(self, skipped: int) -> None:
         self.step, self.skipped, self.random = self.step + 1, skipped, random_state()

@@ -67,7 +67,7 @@ def _options(config: AnyConfig, machine: Machine) -> Iterator[Change]:
     if gpu:
         if zero.optimizer_on == "none":
             yield {"zero.offload_optimizer": "cpu"}
-        if zero.frozen_on == "none" and method.asks_frozen_roles:
+        if zero.frozen_on == "none" and method.asks_frozen_roles(config):
             yield {"zero.stage": 3, "zero.offload_frozen": "cpu"}
         if zero.parameters_on == "none":
             yield {"zero.stage": 3, "zero.offload": "cpu"}

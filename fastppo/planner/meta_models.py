@@ -22,6 +22,7 @@ from fastppo.models import (
     load_classifier_config,
     outline,
     outline_trained,
+    reference_source,
     set_trainable,
     width_of,
 )
@@ -30,8 +31,12 @@ from fastppo.planner.memory import Role
 
 
 def offline_roles(config: OfflineConfig, *, cpu: bool) -> list[Role]:
-    """The one model that an offline method trains."""
-    return [_measured("model", outline_trained(config), config, cpu=cpu, trains=True)]
+    """The one model that an offline method trains, and the one that it asks before."""
+    found = [_measured("model", outline_trained(config), config, cpu=cpu, trains=True)]
+    if config.frozen_model is not None:
+        frozen = Policy(_causal(reference_source(config.frozen_model), DTYPES[config.optim.dtype]))
+        found.append(_measured("reference", frozen.requires_grad_(False), config, cpu=cpu))
+    return found
 
 
 def _measured(

@@ -17,12 +17,19 @@ class Method(NamedTuple):
     roles: Callable[..., list[Role]]  # (config, *, cpu), on the meta device
     shares: Callable[[list[Role], Any, int], list[Share]]  # (roles, config, ranks): bytes by role and phase
     smaller_passes: Callable[[Any], Iterator[Change]]
-    asks_frozen_roles: bool
+    asks_frozen_roles: Callable[[Any], bool]  # whether there are models that only answer
 
 
 METHODS = {
-    OnlineConfig: Method(online_roles, online_memory.shares, online_memory.smaller_passes, asks_frozen_roles=True),
-    OfflineConfig: Method(offline_roles, offline_memory.shares, offline_memory.smaller_passes, asks_frozen_roles=False),
+    OnlineConfig: Method(
+        online_roles, online_memory.shares, online_memory.smaller_passes, asks_frozen_roles=lambda config: True
+    ),
+    OfflineConfig: Method(
+        offline_roles,
+        offline_memory.shares,
+        offline_memory.smaller_passes,
+        asks_frozen_roles=lambda config: config.frozen_model is not None,
+    ),
 }
 
 

@@ -23,17 +23,28 @@ from fastppo.planner.memory import (
 
 
 def shares(roles: list[Role], config: OfflineConfig, ranks: int) -> list[Share]:
-    """The one model in both phases on one rank, every example as long as it may be. All of it stays on the GPU."""
-    (role,) = roles
+    """The one model in both phases on one rank, every example as long as it may be. All of it stays on the GPU.
+
+    A model that is asked before it is loaded has a phase of its own.
+    """
+    role, *frozen = roles
     states = model_states(role, config, ranks) + buffers(role, config, ranks)
     kept = Places(gpu=Bytes(buffers=_kept_prefix_states(role.size, config)))
     head = config.role == "policy"
     learning = learning_needs(role, _batch(config, config.batch_size // ranks), head=head)
     asking = asking_needs(role, _batch(config, config.eval.examples or config.batch_size), head=head)
     return [
+        *(Share(other.name, other.name, _asked_alone(other, config, ranks)) for other in frozen),
         Share(role.name, "learning", states + reducing(role, config, ranks) + kept + Places(gpu=learning)),
         Share(role.name, "evaluation", states + prefetch(role, config) + kept + Places(gpu=asking)),
     ]
+
+
+def _asked_alone(role: Role, config: OfflineConfig, ranks: int) -> Places:
+    """A frozen model while it is asked about training and held-out examples, in the microbatches of the other one."""
+    batches = [_batch(config, config.batch_size // ranks), _batch(config, config.eval.examples or config.batch_size)]
+    needs = max((asking_needs(role, batch, head=True) for batch in batches), key=lambda amount: amount.total)
+    return model_states(role, config, ranks) + prefetch(role, config) + buffers(role, config, ranks) + Places(gpu=needs)
 
 
 def smaller_passes(config: OfflineConfig) -> Iterator[Change]:

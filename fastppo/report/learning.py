@@ -8,6 +8,7 @@ from statistics import fmean
 
 from fastppo.report.curves import Curve
 from fastppo.report.health import flags
+from fastppo.report.levels import levels
 from fastppo.report.plot import Charts, Line, grid
 from fastppo.report.run import Run
 from fastppo.report.titles import Quantity, quantity
@@ -74,7 +75,11 @@ def _chart(runs: Sequence[Run], charts: Charts, name: str, kind: str = "small") 
     if any(line.bars for line in lines):
         has_error = any(run.curve(f"eval/{name}_error").points for run in runs)
         shown = shown._replace(note=f"{shown.note}; bars: {'standard error' if has_error else '95%'}")
-    return charts.draw(shown, lines, flags=flags(runs) if kind == "large" else (), kind=kind)
+    if kind == "large":
+        return charts.draw(shown, lines, flags=flags(runs), kind=kind)
+    if any(f"health/{name}" in run.names for run in runs):  # the health section has its alarms
+        return charts.draw(shown, lines)
+    return charts.draw(shown, lines, flags=flags(runs, name), levels=levels(runs, name))
 
 
 def _bars(run: Run, name: str) -> Mapping[float, tuple[float, float]]:

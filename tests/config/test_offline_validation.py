@@ -48,6 +48,7 @@ def test_the_defaults_and_the_presets_are_allowed():
         validate_reward(parse(["--config", "quickstart-reward"], REWARD, ranks), ranks)
         validate_sft(parse(["--config", "quickstart-sft", "--steps", "2"], SFT, ranks), ranks)
         validate_dpo(parse(["--config", "quickstart-dpo"], DPO, ranks), ranks)
+    validate_dpo(parse(["--config", "8b-dpo"], DPO, 8), 8)
 
 
 @pytest.mark.parametrize(

@@ -21,17 +21,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastppo import train_dpo
 from fastppo.checkpoint.resume import CheckpointError
 from fastppo.config.command_line import DPO, parse
+from fastppo.config.health import QUIET_STEPS
 from fastppo.data.examples import Examples, load_pairs
 from fastppo.data.prompts import batches
 from fastppo.data.tables import DataError
 from fastppo.distributed.world import start_world
 from fastppo.models.frozen_prefix import PrefixStates
 from fastppo.offline import reference as reference_module
-from fastppo.offline.dpo import DPO_STATISTICS, alarms, direct_preference
+from fastppo.offline.dpo import DPO_STATISTICS, direct_preference, watching_chosen
 from fastppo.offline.loop import set_up
 from fastppo.offline.model import assemble
 from fastppo.offline.reference import ReferenceLogprobs, answer_logprobs
-from fastppo.offline.updates import microbatches_of, update
+from fastppo.offline.updates import Training, microbatches_of, update
+from fastppo.report.page import page
+from fastppo.report.run import read_runs
 
 pytestmark = pytest.mark.slow
 
@@ -340,31 +343,45 @@ def test_a_batch_with_a_pair_twice_has_one_reference_for_it(folder, world, tmp_p
         torch.testing.assert_close(found, expected.double(), rtol=1e-5, atol=1e-4)
 
 
-def test_a_fall_of_the_chosen_answers_is_told_once_with_what_helps(caplog, world, folder):
-    config = parse(settings(folder), DPO)
-    watch = alarms(config, world)
+def test_a_fall_of_the_chosen_answers_is_an_alarm_with_what_helps(world, folder):
+    watch = watching_chosen(parse(settings(folder), DPO), world)
     means = dict.fromkeys(DPO_STATISTICS, 0.0) | {"loss": LOG2}
-    watch(1, means)
-    watch(2, means | {"logprob_chosen_change": -0.4})
-    assert not caplog.records
-    for step in (3, 4):
-        watch(step, means | {"logprob_chosen_change": -0.6, "logprob_chosen": -2.6})
-    (record,) = caplog.records
-    for part in ("step 3: the chosen", "by 0.60 nats a token (to -2.60)", "chosen_fall 0.5", "nll_coef (0)"):
-        assert part in record.getMessage()
-    caplog.clear()
-    alarms(parse(settings(folder, chosen_fall="null"), DPO), world)(5, means | {"logprob_chosen_change": -9.0})
-    assert not caplog.records
+    progress, alarms = Training(), []
+    for step in range(1, 30):
+        change = -0.4 if step in (1, 2, 20, 21, 22) else -0.6
+        found = progress.alarms(watch(step, means | {"logprob_chosen_change": change, "logprob_chosen": -2.6}))
+        progress.end_step(0)
+        alarms += found
+    assert [(alarm.step, alarm.good) for alarm in alarms] == [(3, 2), (13, 2), (23, 22)]
+    first = alarms[0]
+    assert (first.figure, first.value, first.threshold) == ("logprob_chosen_change", -0.6, -0.5)
+    assert (first.level, first.action) == ("warn", None)
+    for part in ("the chosen", "by 0.60 nats a token (to -2.60)", "chosen_fall 0.5", "nll_coef (0)"):
+        assert part in first.message
+    silent = watching_chosen(parse(settings(folder, chosen_fall="null"), DPO), world)
+    assert silent(5, means | {"logprob_chosen_change": -9.0}) == []
 
 
-def test_a_run_that_makes_chosen_answers_unlikely_says_so(folder, world, tmp_path, caplog):
-    """What the rejected answers lose, the chosen ones lose with them, since both have the same tokens."""
+def test_a_run_that_makes_chosen_answers_unlikely_raises_alarms_and_so_does_it_resumed(folder, world, tmp_path, caplog):
+    """What the rejected answers lose, the chosen ones lose with them, since both have the same tokens. The run resumes
+    while the alarm rests."""
     rows = [{"prompt": f"say {i}", "chosen": "a", "rejected": "a" * (6 + i % 3)} for i in range(48)]
     (tmp_path / "alike.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    changes = {"data__path": tmp_path / "alike.jsonl", "data__eos": "false", "chosen_fall": 0.2}
-    argv = settings(folder, output=tmp_path / "out", steps=6, **changes)
+    changes = {"data__path": tmp_path / "alike.jsonl", "data__eos": "false", "chosen_fall": 0.2, "eval__examples": 0}
+    argv = settings(folder, output=tmp_path / "out", steps=16, checkpoint__every=8, **changes)
     train_dpo.train(parse(argv, DPO), world)
-    assert "more than chosen_fall 0.2" in caplog.text
+    lines = [json.loads(line) for line in (tmp_path / "out/alarms.jsonl").read_text().splitlines()]
+    assert 1 < lines[0]["step"] <= 6 and [line["step"] for line in lines[1:]] == [lines[0]["step"] + QUIET_STEPS]
+    assert lines[0]["good"] == lines[0]["step"] - 1
+    assert f"step {lines[0]['step']}: the chosen answers' mean logprob has fallen by" in caplog.text
+    shown = page(read_runs([tmp_path / "out"]))
+    assert "more than chosen_fall 0.2" in shown and "#alarm-0-0" in shown
+    broken = shutil.copytree(tmp_path / "out", tmp_path / "broken")
+    shutil.rmtree(broken / "model")
+    shutil.rmtree(broken / "checkpoints/step-00000016")
+    train_dpo.train(parse([*argv, "--output", str(broken), "--resume", "auto"], DPO), world)
+    assert (broken / "alarms.jsonl").read_text() == (tmp_path / "out/alarms.jsonl").read_text()
+    assert records(broken) == records(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -398,6 +415,36 @@ def test_pairs_with_equal_answers_are_dropped_or_an_error(folder, world, tmp_pat
     config = parse(settings(folder, output=tmp_path / "error", data__unusable="error", **changes), DPO)
     with pytest.raises(DataError, match=r"line 1, .*: the two answers are equal. Remove the row"):
         train_dpo.train(config, world)
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "words"),
+    [
+        (
+            [("yes", "yes")] * 9,
+            {},
+            r"no usable example: 9 \(the two answers are equal\). Correct the rows, or name other c",
+        ),
+        (
+            [("yes", "no" * 60)] * 9,
+            {},
+            r"no usable example: 9 \(longer than data.max_tokens 20\). Raise data.max_tokens, or",
+        ),
+        (
+            [("yes", "no" * 60)] * 9,
+            {"data__max_tokens": 129, "microbatch_tokens": 258},
+            r"data.max_tokens is 129, but the model's context holds 128 tokens. Set it to 128 or less",
+        ),
+    ],
+    ids=["equal answers", "longer than allowed", "longer than the context"],
+)
+def test_pairs_from_which_nothing_can_be_learned_are_an_error(folder, world, tmp_path, rows, changes, words):
+    lines = [json.dumps({"prompt": f"say {i}", "chosen": a, "rejected": b}) for i, (a, b) in enumerate(rows)]
+    (tmp_path / "bad.jsonl").write_text("\n".join(lines))
+    argv = settings(folder, output=tmp_path / "out", data__path=tmp_path / "bad.jsonl", eval__examples=2, **changes)
+    with pytest.raises(DataError, match=words):
+        train_dpo.train(parse(argv, DPO), world)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_chat_answer_ends_as_responses_of_ppo_do(folder, tmp_path):

@@ -8,13 +8,14 @@ import pytest
 import stage_runs
 import tiny
 import torch
-from architectures import ACTORS, directory
+from architectures import ACTORS, LLAMA_8B, directory
 
 from fastppo import plan, train_dpo, train_reward, train_sft
 from fastppo.config import AnyConfig
 from fastppo.config.command_line import DPO, REWARD, SFT, Command, parse
 from fastppo.distributed.world import start_world
 from fastppo.planner import check
+from fastppo.planner.changes import smallest_change
 from fastppo.planner.machine import Machine
 from fastppo.planner.memory import Bytes
 from fastppo.planner.plan import Plan, make_plan
@@ -125,3 +126,38 @@ def test_the_plan_begins_from_a_reward_model_as_training_does(tmp_path):
     found = make_plan(config_of("pairs", tiny.saved(tmp_path, classifier), optim__dtype="fp32"), LARGE)
     assert held(found).weights == sum(p.numel() * p.element_size() for p in classifier.parameters())
     assert classifier.dtype == torch.float32
+
+
+def test_a_reference_of_its_own_has_a_phase_of_its_own(seven_billion):
+    fixed = {"optim__activation_checkpointing": "true", "zero__stage": 3}
+    alone, both = (
+        make_plan(config_of("dpo", seven_billion, **fixed, **more), LARGE)
+        for more in ({}, {"reference__model": seven_billion})
+    )
+    assert {share.phase for share in both.shares} == {"reference", "learning", "evaluation"}
+    for phase in ("learning", "evaluation"):
+        assert held(both, phase) == held(alone, phase)
+    asked = held(both, "reference")
+    largest = 152064 * 3584 * 2  # bytes of the module that is whole
+    assert asked.weights == pytest.approx(2 * 7.6e9 / 8 + largest, rel=0.02)
+    assert asked.gradients == asked.optimizer == 0 < asked.activations
+    whole = make_plan(config_of("dpo", seven_billion, reference__model=seven_billion, zero__stage=2), LARGE)
+    assert held(whole, "reference").weights == pytest.approx(2 * 7.6e9, rel=0.02)
+
+
+def test_a_large_reference_that_does_not_fit_is_moved_to_the_host(tmp_path, seven_billion):
+    small = directory(tmp_path, *ACTORS["1.3b"])
+    config = config_of("dpo", small, reference__model=seven_billion, model__lora__rank=8)
+    plan = make_plan(config, Machine(1, 1, 17 * 10**9, 10**12))
+    assert plan.peak[0] == "reference" and not plan.fits
+    assert smallest_change(plan) == {"zero.stage": 3, "zero.offload_frozen": "cpu"}
+
+
+def test_the_preset_of_dpo_fits_the_machine_it_is_for_also_with_another_reference(tmp_path, capsys):
+    model = directory(tmp_path, "llama", LLAMA_8B)
+    argv = ["--command", "dpo", "--config", "8b-dpo", "--model.path", model]
+    machine = ["--gpus", "8", "--gpu-memory", "80GB", "--host-memory", "1TB"]
+    plan.main([*argv, *machine])
+    assert "GPU: 43.9 of 75.0 GB, fits" in (shown := capsys.readouterr().out) and "highest in learning" in shown
+    plan.main([*argv, *machine, "--reference.model", model])
+    assert "GPU: 43.9 of 75.0 GB, fits" in capsys.readouterr().out

@@ -50,6 +50,17 @@ def test_alarms_that_follow_each_other_are_one(hacked, shown):
     assert flags == [("#alarm-0-1", "act")] * 3 + [("#alarm-0-0", "warn"), ("#alarm-0-1", "act")]
 
 
+def test_an_alarm_on_a_metric_of_learning_is_marked_on_its_chart():
+    """As DPO's: it has no health figures."""
+    values = [0.0, -0.4, -0.6, -0.7]
+    metrics = [{"step": n, "loss": 0.5, "logprob_chosen_change": y} for n, y in enumerate(values, start=1)]
+    alarm = {"step": 3, "figure": "logprob_chosen_change", "value": -0.6, "threshold": -0.5, "level": "warn"}
+    run = Run("made up", metrics=metrics, alarms=[alarm | {"action": None, "message": "they have fallen"}])
+    shown = Parsed(page([run]))
+    assert [a["href"] for a in shown.all("a", "flag")] == ["#alarm-0-0"] and "alarm-0-0" in shown.ids
+    assert "warns at -0.5" in page([run]).replace("\N{MINUS SIGN}", "-")
+
+
 # Levels
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Self
 
 from fastppo.config.learning import OptimConfig, ZeroConfig
-from fastppo.config.models import LoraConfig
+from fastppo.config.models import LoraConfig, ReferenceConfig
 from fastppo.config.run import CheckpointConfig, EvaluationConfig, Names, TrackConfig
 
 
@@ -210,6 +210,16 @@ class OfflineConfig:
         """Where the data of a run is, by setting."""
         return {"data.path": self.data.path}
 
+    @property
+    def frozen_model(self) -> ReferenceConfig | None:
+        """A second model of the run, which is asked and let go before the one that trains is loaded."""
+        return None
+
+    @property
+    def once_resumed(self) -> Self:
+        """The settings without what only the start of the run needs."""
+        return self
+
 
 @dataclass(frozen=True)
 class SFTConfig(OfflineConfig):
@@ -246,6 +256,15 @@ class RewardTrainingConfig(OfflineConfig):
 
 
 @dataclass(frozen=True)
+class DPOReferenceConfig(ReferenceConfig):
+    """The model from which DPO measures how far the policy has moved."""
+
+    model: str | None = None
+    """Hub name, directory or `package:NAME` of a language model with the tokenizer of `model.path`. Default: the model as
+    training starts. Another one is in memory only before training, while its logprobs of the answers are computed."""
+
+
+@dataclass(frozen=True)
 class DPOConfig(OfflineConfig):
     """fastppo: direct preference optimisation on preference pairs (Rafailov et al., 2023)."""
 
@@ -263,7 +282,7 @@ class DPOConfig(OfflineConfig):
     loss: Literal["dpo", "ipo"] = "dpo"
     """`dpo`: -log sigmoid(beta * margin), the margin being the chosen answer's log ratio of policy and reference, summed
     over its tokens, minus that of the rejected one; `ipo`: (margin - 1 / (2 beta))^2, with means over tokens (Azar et
-    al., 2023), whose margins stay finite where every pair is ordered. The reference is the model as training starts."""
+    al., 2023), whose margins stay finite where every pair is ordered."""
     beta: float = 0.1
     """How strongly the policy is held to the reference: the higher, the closer it stays."""
     label_smoothing: float = 0.0
@@ -272,6 +291,16 @@ class DPOConfig(OfflineConfig):
     """Coefficient of the chosen answer's negative mean logprob in the loss, which keeps it likely (Pang et al., 2024, use
     1). The metric `loss` is without it."""
     chosen_fall: float | None = 0.5
-    """A warning is logged when the chosen answers' mean logprob in an update is lower than the reference's by more than
-    this, in nats a token: DPO can raise the margin while both answers become unlikely (Razin et al., 2024). At 0.5 each
-    token has e^-0.5 = 0.61 times its probability on average, an answer of 50 tokens e^-25. null: no warning."""
+    """An alarm is raised (a line in the log, in `alarms.jsonl` and in the report) when the chosen answers' mean logprob
+    in an update is lower than the reference's by more than this, in nats a token: DPO can raise the margin while both
+    answers become unlikely (Razin et al., 2024). At 0.5 each token has e^-0.5 = 0.61 times its probability on average,
+    an answer of 50 tokens e^-25. null: no alarm."""
+    reference: DPOReferenceConfig = field(default_factory=DPOReferenceConfig)
+
+    @property
+    def frozen_model(self) -> DPOReferenceConfig | None:
+        return None if self.reference.model is None else self.reference
+
+    @property
+    def once_resumed(self) -> Self:
+        return replace(self, reference=DPOReferenceConfig())

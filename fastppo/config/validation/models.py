@@ -24,7 +24,7 @@ def check_models(config: OnlineConfig) -> None:
             "actor.lora.export is adapters but actor.lora.rank is 0: without LoRA there are no adapters to export. Set"
             " actor.lora.rank, or leave out actor.lora.export."
         )
-    _check_gguf("reference", reference)
+    check_gguf_file("reference", reference, "the actor's weights")
 
 
 def check_critic(critic: CriticConfig) -> None:
@@ -42,14 +42,15 @@ def check_critic(critic: CriticConfig) -> None:
                     " separate."
                 )
     check_targets("critic.lora", critic.lora)
-    _check_gguf("critic", critic)
+    check_gguf_file("critic", critic, "the actor's weights")
 
 
-def _check_gguf(name: str, role: CriticConfig | ReferenceConfig) -> None:
+def check_gguf_file(name: str, role: CriticConfig | ReferenceConfig, default: str) -> None:
+    """default: what is used where neither of the two is set, for the message."""
     if role.gguf_file is not None and role.model is None:
         raise ConfigError(
             f"{name}.gguf_file is {role.gguf_file} but {name}.model is not set, in which the file is searched. Set"
-            f" {name}.model too, or neither of them to use the actor's weights."
+            f" {name}.model too, or neither of them to use {default}."
         )
 
 

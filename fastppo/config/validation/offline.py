@@ -7,7 +7,7 @@ import math
 from fastppo.config.commands.offline import DPOConfig, OfflineConfig, PairsConfig, RewardTrainingConfig, SFTConfig
 from fastppo.config.validation.data import check_heldout, check_template
 from fastppo.config.validation.learning import check_zero
-from fastppo.config.validation.models import check_attention, check_targets
+from fastppo.config.validation.models import check_attention, check_gguf_file, check_targets
 from fastppo.config.validation.ranges import Ranges, check_betas, check_ranges, check_train
 from fastppo.config.validation.run import check_checkpoints, check_tracking
 from fastppo.errors import ConfigError
@@ -102,6 +102,7 @@ def validate_dpo(config: DPOConfig, ranks: int = 1) -> None:
     """Raises `ConfigError` for the first rule that the settings break on this many ranks (processes)."""
     validate_offline(config, ranks, DPO_RANGES)
     check_pairs(config.data)
+    check_gguf_file("reference", config.reference, "the model as training starts")
     if config.loss == "ipo" and config.label_smoothing:
         raise ConfigError(
             f"label_smoothing is {config.label_smoothing} and loss ipo, whose margins are bounded without it. Set"

@@ -18,10 +18,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fastppo.config import ModelConfig, OfflineConfig, OptimConfig
+from fastppo.config import DPOConfig, ModelConfig, OfflineConfig, OptimConfig, ReferenceConfig
 from fastppo.errors import ModelError
 from fastppo.models.frozen_prefix import prefix_depth
-from fastppo.models.loading.policies import load_causal
+from fastppo.models.loading.policies import Texts, check_reader, load_causal
 from fastppo.models.loading.source import Source
 from fastppo.models.loading.trained import choose_trained
 from fastppo.models.loading.weights import (
@@ -70,6 +70,40 @@ def load_reward_model(
 
 def model_source(config: ModelConfig) -> Source:
     return Source("model.path", config.path, config.gguf_file, config.revision)
+
+
+def reference_source(reference: ReferenceConfig) -> Source:
+    """reference: of a model of its own."""
+    assert reference.model is not None
+    return Source("reference.model", reference.model, reference.gguf_file)
+
+
+def check_reference(config: DPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check, without reading weights, that DPO's reference can read the pairs, if it is a model of its own.
+
+    tokenizer: of the model that trains. Raises ModelError.
+    """
+    if config.reference.model is None:
+        return
+    longest = config.data.max_tokens
+    texts = Texts(
+        model_source(config.model),
+        tokenizer,
+        "model.path has those of",
+        longest,
+        f"data.max_tokens is {longest}",
+        "Lower data.max_tokens",
+    )
+    reason = "the log ratio of policy and reference has no meaning"
+    way = "Use a reference with the tokenizer of model.path, or leave out reference.model: it is then the model itself."
+    check_reader(reference_source(config.reference), texts, reason, way)
+
+
+def load_reference(config: DPOConfig, device: torch.device, partitions: Partitions = None) -> Policy:
+    """Load DPO's reference where it is a model of its own, frozen."""
+    source, dtype = reference_source(config.reference), DTYPES[config.optim.dtype]
+    model = load_causal(source.setting, source.name, source.gguf_file, None, dtype, device, partitions)
+    return Policy(model).requires_grad_(False).eval()
 
 
 def is_reward_model(source: Source) -> bool:

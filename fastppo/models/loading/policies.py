@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -102,13 +102,14 @@ def check_models(config: OnlineConfig, tokenizer: PreTrainedTokenizerBase) -> No
 
     tokenizer: of the actor. Raises ModelError.
     """
-    critic, reference = config.value_function, config.reference
+    critic, reference, texts = config.value_function, config.reference, _actor_texts(config, tokenizer)
     _check_switch(_actor_source(config), config)
     if reference.model is not None:
         source = Source("reference.model", reference.model, reference.gguf_file)
         reason = "the KL between the two has no meaning"
         way = "Use a reference with the actor's tokenizer; usually the SFT model that the actor starts from."
-        _check_reader(source, config, tokenizer, reason, way)
+        check_reader(source, texts, reason, way)
+        _check_switch(source, config)
     if critic is not None and critic.kind == "separate" and critic.model is not None:
         source = Source("critic.model", critic.model, critic.gguf_file)
         if is_classifier(critic_config := load_config(source)):
@@ -117,40 +118,54 @@ def check_models(config: OnlineConfig, tokenizer: PreTrainedTokenizerBase) -> No
             )
         reason = "its token ids stand for other text than the actor's"
         way = "Use a model with the actor's tokenizer, or leave out critic.model to start from the actor's weights."
-        _check_reader(source, config, tokenizer, reason, way)
+        check_reader(source, texts, reason, way)
+        _check_switch(source, config)
     for where, sources in (("rewards", config.rewards), (config.judge_setting, config.judge)):
         for name in (name for each in sources for name in (each.model, *each.ensemble) if name is not None):
             load_classifier_config(Source(f"{where}.model", name))
 
 
-def _check_reader(
-    source: Source, config: OnlineConfig, tokenizer: PreTrainedTokenizerBase, reason: str, way: str
-) -> None:
-    """Check that a model can read the actor's prompts and responses.
+class Texts(NamedTuple):
+    """The texts of a model that trains, which another model of the run is to read as well."""
+
+    source: Source  # of the model that trains
+    tokenizer: PreTrainedTokenizerBase  # its own
+    holds: str  # what this model does with a token, for messages: "the actor can write"
+    longest: int  # tokens
+    bound: str  # the settings that limit them to it, with their values
+    shorten: str  # what to do to these
+
+
+def _actor_texts(config: OnlineConfig, tokenizer: PreTrainedTokenizerBase) -> Texts:
+    prompt, response = config.data.max_prompt_tokens, config.sampling.max_new_tokens
+    bound = f"data.max_prompt_tokens {prompt} + sampling.max_new_tokens {response} = {prompt + response} tokens"
+    shorten = "Lower one of the two"
+    return Texts(_actor_source(config), tokenizer, "the actor can write", prompt + response, bound, shorten)
+
+
+def check_reader(source: Source, texts: Texts, reason: str, way: str) -> None:
+    """Check, without reading weights, that a model can read the texts of another one, token by token.
 
     reason, way: the consequence of a different tokenizer and the way out, for the message. Raises ModelError.
     """
-    actor, actor_vocabulary = _actor_source(config), tokenizer.get_vocab()
-    model_tokenizer = load_tokenizer(source.setting, source.name, source.gguf_file)
-    if model_tokenizer.get_vocab() != actor_vocabulary:
+    vocabulary = texts.tokenizer.get_vocab()
+    tokenizer = load_tokenizer(source.setting, source.name, source.gguf_file)
+    if tokenizer.get_vocab() != vocabulary:
         raise ModelError(
-            f"{source} has another tokenizer than {actor} ({len(model_tokenizer)} and {len(tokenizer)} tokens), so"
-            f" {reason}. {way}"
+            f"{source} has another tokenizer than {texts.source} ({len(tokenizer)} and {len(texts.tokenizer)} tokens),"
+            f" so {reason}. {way}"
         )
-    model_config, actor_config = load_config(source).get_text_config(), load_config(actor).get_text_config()
-    model_tokens = model_config.vocab_size
-    actor_tokens = min(actor_config.vocab_size, max(actor_vocabulary.values()) + 1)
-    if model_tokens < actor_tokens:
+    model, other = (load_config(each).get_text_config() for each in (source, texts.source))
+    tokens = min(other.vocab_size, max(vocabulary.values()) + 1)
+    if model.vocab_size < tokens:
         raise ModelError(
-            f"{source} has embeddings of {model_tokens} tokens, and the actor can write {actor_tokens} tokens. {way}"
+            f"{source} has embeddings of {model.vocab_size} tokens, and {texts.holds} {tokens} tokens. {way}"
         )
-    prompt, response, context = config.data.max_prompt_tokens, config.sampling.max_new_tokens, context_of(model_config)
-    if context is not None and prompt + response > context:
+    context = context_of(model)
+    if context is not None and texts.longest > context:
         raise ModelError(
-            f"data.max_prompt_tokens {prompt} + sampling.max_new_tokens {response} = {prompt + response} tokens, but"
-            f" the context of {source} holds {context}. Lower one of the two, or give another model."
+            f"{texts.bound}, but the context of {source} holds {context}. {texts.shorten}, or give another model."
         )
-    _check_switch(source, config)
 
 
 def _check_switch(source: Source, config: OnlineConfig) -> None:
@@ -186,7 +201,7 @@ def trained_partitions(config: AnyConfig) -> Partitions:
     return _partitions(config, config.zero.parameters_on)
 
 
-def frozen_partitions(config: OnlineConfig | ResponseSettings) -> Partitions:
+def frozen_partitions(config: AnyConfig | ResponseSettings) -> Partitions:
     """The partitioning of reference and reward models; None below ZeRO stage 3."""
     return _partitions(config, config.zero.frozen_on)
 
