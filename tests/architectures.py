@@ -18,6 +18,7 @@ LLAMA_8B = {
 
 # preset -> (model type, its shape)
 ACTORS: dict[str, tuple[str, dict[str, Any]]] = {
+    "8b-rest": ("llama", LLAMA_8B),
     "1.3b": (
         "opt",
         {

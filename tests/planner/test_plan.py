@@ -86,6 +86,13 @@ def test_a_preset_fits_the_machine_it_is_for(tmp_path, name, gpus, gpu, host):
     assert make_plan(config, Machine(gpus, 1, gpu * 10**9, host * 10**9)).fits
 
 
+@pytest.mark.slow
+def test_the_preset_of_rest_fits_the_machine_it_is_for(tmp_path, capsys):
+    machine = ["--gpus", "8", "--gpu-memory", "80GB", "--host-memory", "1TB"]
+    code, out, _ = run(["--command", "rest", *preset(tmp_path, "8b-rest"), *machine], capsys)
+    assert code == 0 and "critic" not in out and "highest in sampling" in out, out
+
+
 def test_with_adapters_there_is_no_reference(settings):
     names = [m.name for m in measured_roles(parse([*settings, "--actor.lora.rank", "8"]), cpu=True)]
     assert names == ["actor", "critic"]
