@@ -35,7 +35,9 @@ from .paths import locate as locate
 from .prompts import PromptSet as PromptSet
 from .prompts import batches as batches
 from .prompts import load_prompts as load_prompts
+from .scored_file import BY_SOURCE as BY_SOURCE
 from .scored_file import ScoredResponses as ScoredResponses
+from .scored_file import is_reserved as is_reserved
 from .scored_file import read_scored as read_scored
 from .scored_file import whole_file as whole_file
 from .scored_file import write_rows as write_rows

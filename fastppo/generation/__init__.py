@@ -1,0 +1,5 @@
+"""Scored responses as rows, and files of them that are whole whenever a run ends."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
