@@ -103,7 +103,7 @@ def check_models(config: OnlineConfig, tokenizer: PreTrainedTokenizerBase) -> No
     tokenizer: of the actor. Raises ModelError.
     """
     critic, reference = config.value_function, config.reference
-    _check_switch(_actor_source(config), config)
+    check_switch(_actor_source(config), config)
     if reference.model is not None:
         source = Source("reference.model", reference.model, reference.gguf_file)
         reason = "the KL between the two has no meaning"
@@ -118,6 +118,11 @@ def check_models(config: OnlineConfig, tokenizer: PreTrainedTokenizerBase) -> No
         reason = "its token ids stand for other text than the actor's"
         way = "Use a model with the actor's tokenizer, or leave out critic.model to start from the actor's weights."
         _check_reader(source, config, tokenizer, reason, way)
+    check_reward_models(config)
+
+
+def check_reward_models(config: ResponseSettings) -> None:
+    """Check, without reading weights, that the models among the sources of reward have one label. Raises ModelError."""
     for where, sources in (("rewards", config.rewards), (config.judge_setting, config.judge)):
         for name in (name for each in sources for name in (each.model, *each.ensemble) if name is not None):
             load_classifier_config(Source(f"{where}.model", name))
@@ -150,10 +155,10 @@ def _check_reader(
             f"data.max_prompt_tokens {prompt} + sampling.max_new_tokens {response} = {prompt + response} tokens, but"
             f" the context of {source} holds {context}. Lower one of the two, or give another model."
         )
-    _check_switch(source, config)
+    check_switch(source, config)
 
 
-def _check_switch(source: Source, config: OnlineConfig) -> None:
+def check_switch(source: Source, config: ResponseSettings) -> None:
     """Raise ModelError if sequences may exceed the length at which longrope switches to its long factors.
 
     The logits of a token would then depend on how many tokens follow it: tokens would be sampled with the short factors
