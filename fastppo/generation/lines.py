@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,13 @@ class Lines:
         self._ends = [0]
         if not self.place.exists():
             return 0
-        first, size, rows = 0, 0, 0
+        first = size = 0
         with self.place.open("rb") as file:
             for count in counts:
-                lines = [line for line, _ in zip(file, range(count), strict=False)]
+                lines = list(islice(file, count))
                 if len(lines) < count or not self._are_rows(lines, first):
                     break  # torn, or not on the disk when the machine went down
-                size, rows = size + sum(map(len, lines)), rows + count
+                size += sum(map(len, lines))
                 self._ends.append(size)
                 first += count
         return len(self._ends) - 1
