@@ -44,7 +44,7 @@ def test_version(capsys):
     [
         (["trian", "--config", "quickstart"], "unknown command trian; did you mean train?"),
         (["serve_reward"], "did you mean serve-reward?"),
-        (["xyz"], "unknown command xyz; there are train, sft, reward, dpo, best-of-n, plan, report, serve-reward."),
+        (["xyz"], "unknown command xyz; there are train, sft, reward, dpo, generate, best-of-n, plan, report, serve-reward."),
         (["--num_gpus", "2", "train"], "the command comes before --num_gpus, as in `fastppo train --num_gpus ...`"),
         ([], "usage: fastppo COMMAND"),
     ],
@@ -70,7 +70,7 @@ def test_help_of_a_command_that_trains_says_where_launcher_flags_stand_and_has_a
         console.main([name, "--num_gpus", "2", "--help"])
     said = capsys.readouterr().out
     assert left.value.code == 0 and f"fastppo {name} --num_gpus 4 --config" in said
-    assert "--optim.dtype" in said
+    assert ("--dtype" if name == "generate" else "--optim.dtype") in said
 
 
 # What is passed to DeepSpeed's launcher
