@@ -44,7 +44,10 @@ def test_version(capsys):
     [
         (["trian", "--config", "quickstart"], "unknown command trian; did you mean train?"),
         (["serve_reward"], "did you mean serve-reward?"),
-        (["xyz"], "unknown command xyz; there are train, sft, reward, dpo, generate, best-of-n, plan, report, serve-reward."),
+        (
+            ["xyz"],
+            "unknown command xyz; there are train, sft, reward, dpo, generate, best-of-n, plan, report, serve-reward.",
+        ),
         (["--num_gpus", "2", "train"], "the command comes before --num_gpus, as in `fastppo train --num_gpus ...`"),
         ([], "usage: fastppo COMMAND"),
     ],

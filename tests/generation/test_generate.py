@@ -24,6 +24,8 @@ from fastppo.config.command_line import DPO, GENERATE, REWARD, SFT, parse
 from fastppo.data import DataError
 from fastppo.distributed.world import start_world
 from fastppo.errors import ModelError
+from fastppo.monitor import RunFolderError
+from fastppo.report import __main__ as report
 from fastppo.rewards import RewardError
 
 FORMATS = ("jsonl", "parquet")
@@ -168,6 +170,12 @@ def test_a_reward_model_scores_wherever_its_weights_are(folder, world, tmp_path)
 # Mistakes
 
 
+def test_there_is_no_report_of_responses_but_a_page_of_best_of_n(undisturbed, capsys):
+    with pytest.raises(SystemExit):
+        report.main([str(undisturbed["jsonl"])])
+    assert "which trains nothing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -272,6 +280,17 @@ def test_a_new_run_moves_the_old_one_aside(folder, world, tmp_path):
     output = run(folder, tmp_path / "a", world)
     run(folder, output, world, seed=2)
     assert files(tmp_path / "a.1") and files(output) != files(tmp_path / "a.1")
+
+
+def test_the_folder_of_another_run_is_moved_aside_and_any_other_refused(folder, world, tmp_path):
+    other, mine = tmp_path / "a", tmp_path / "b"
+    for place, name in ((other, "metrics.jsonl"), (mine, "thesis.txt")):
+        place.mkdir()
+        (place / name).write_text('{"step": 1}\n')
+    run(folder, other, world, resume="auto")
+    assert (tmp_path / "a.1" / "metrics.jsonl").is_file() and len(rows(other)) == 44
+    with pytest.raises(RunFolderError, match="is not the folder of a run"):
+        run(folder, mine, world, resume="auto")
 
 
 def test_every_setting_is_free_or_compared_when_a_run_goes_on(folder, world, tmp_path):
@@ -433,9 +452,10 @@ def undisturbed_on_two(forks, folder, tmp_path_factory):
     return {form: place / form for form in FORMATS}
 
 
-def test_one_and_two_ranks_write_the_same_rows(forks, folder, tmp_path):
+@pytest.mark.parametrize("size", [6, 43])  # of 43: the last batch is one response, so that a rank has none
+def test_one_and_two_ranks_write_the_same_rows(forks, folder, tmp_path, size):
     for ranks in (1, 2):
-        made = settings(folder, tmp_path / str(ranks), rewards=rewards(folder, "length"))
+        made = settings(folder, tmp_path / str(ranks), rewards=rewards(folder, "length"), batch_size=size)
         forks.run(made, ranks=ranks, module="fastppo.generate")
     assert files(tmp_path / "1") == files(tmp_path / "2")
 
