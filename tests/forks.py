@@ -160,6 +160,7 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints is no answer
     # the seconds that forks save; DeepSpeed imports torch's compiler where it makes an engine
     for name in (
+        "fastppo.generate",
         "fastppo.train",
         "fastppo.train_dpo",
         "fastppo.train_reward",

@@ -46,7 +46,7 @@ def test_version(capsys):
         (["serve_reward"], "did you mean serve-reward?"),
         (
             ["xyz"],
-            "unknown command xyz; there are train, sft, reward, dpo, rest, best-of-n, plan, report, serve-reward.",
+            "unknown command xyz; there are train, sft, reward, dpo, rest, generate, best-of-n, plan, report, ",
         ),
         (["--num_gpus", "2", "train"], "the command comes before --num_gpus, as in `fastppo train --num_gpus ...`"),
         ([], "usage: fastppo COMMAND"),
@@ -73,7 +73,7 @@ def test_help_of_a_command_that_trains_says_where_launcher_flags_stand_and_has_a
         console.main([name, "--num_gpus", "2", "--help"])
     said = capsys.readouterr().out
     assert left.value.code == 0 and f"fastppo {name} --num_gpus 4 --config" in said
-    assert "--optim.dtype" in said
+    assert ("--dtype" if name == "generate" else "--optim.dtype") in said
 
 
 # What is passed to DeepSpeed's launcher

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from fastppo.config.command_line import PPO, REWARD, SFT
+from fastppo.config.command_line import GENERATE, PPO, REWARD, SFT
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "docs" / "_ext"))
 
 reference = pytest.importorskip("settings_reference", reason="Sphinx is not installed")
 
 
-@pytest.mark.parametrize("command", [PPO, REWARD, SFT], ids=lambda command: command.script)
+@pytest.mark.parametrize("command", [PPO, REWARD, SFT, GENERATE], ids=lambda command: command.script)
 def test_every_setting_is_there_with_its_meaning_and_its_default(command):
     rows = {
         name.replace("[]", ""): (kind, default, said) for name, kind, default, said in reference.settings(command.root)

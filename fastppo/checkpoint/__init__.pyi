@@ -6,11 +6,16 @@ from .export import check_exports as check_exports
 from .export import export_model as export_model
 from .export import replace_export as replace_export
 from .resume import Checkpoint as Checkpoint
+from .resume import CheckpointError as CheckpointError
 from .resume import alarm_settings as alarm_settings
+from .resume import check_settings as check_settings
 from .resume import held_out_score as held_out_score
+from .resume import settings as settings
+from .resume import versions as versions
 from .rollback_record import RollbackRecord as RollbackRecord
 from .run_state import State as State
 from .run_state import random_state as random_state
 from .run_state import seed_random as seed_random
 from .run_state import set_random_state as set_random_state
 from .save import Checkpoints as Checkpoints
+from .save import data_id as data_id

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastppo.checkpoint.resume import Checkpoint, find_checkpoint
-from fastppo.config import AnyConfig, dump
+from fastppo.config import AnyConfig, TrainingConfig, dump
 from fastppo.distributed import World, begin_clock, check_output_is_shared
 from fastppo.monitor import begin_folder, check_folder
 
 
-def find_run(config: AnyConfig, world: World) -> Checkpoint | None:
+def find_run(config: TrainingConfig, world: World) -> Checkpoint | None:
     """The checkpoint from which the run resumes, or None for a new run; sets the clock of the run.
 
     Writes nothing. Raises CheckpointError, or RunFolderError if `output` cannot be the folder of a new run. All ranks

@@ -17,7 +17,7 @@ import torch
 from fastppo import __version__
 from fastppo.checkpoint import atomic_dir
 from fastppo.checkpoint.rollback_record import RollbackRecord, read_rollback_record
-from fastppo.config import SERVICE_SETTINGS, AnyConfig, OnlineConfig
+from fastppo.config import SERVICE_SETTINGS, AnyConfig, OnlineConfig, TrainingConfig
 from fastppo.distributed import World, all_gather
 from fastppo.errors import FastPPOError
 from fastppo.monitor import JSONL_FILES
@@ -33,7 +33,7 @@ FREE = (
 )
 # ... or only in how it is rounded. A command's own are in its config class, as `free` and `rounding`.
 ROUNDING = ("attention", "threads", "optim.activation_checkpointing", "zero.deepspeed")
-SOURCES = ("rewards", "health.judge")
+SOURCES = ("rewards", "health.judge", "judge")
 
 
 class CheckpointError(FastPPOError):
@@ -76,7 +76,7 @@ class Checkpoint:
         return True
 
 
-def find_checkpoint(config: AnyConfig, world: World) -> Checkpoint | None:
+def find_checkpoint(config: TrainingConfig, world: World) -> Checkpoint | None:
     """The checkpoint that the setting `resume` selects; None for a new run. All ranks call it.
 
     Raises CheckpointError if there are checkpoints but none is usable: only the user can decide to start a new run.
@@ -104,7 +104,7 @@ def find_checkpoint(config: AnyConfig, world: World) -> Checkpoint | None:
     return None
 
 
-def _candidates(config: AnyConfig) -> list[Path]:
+def _candidates(config: TrainingConfig) -> list[Path]:
     """The checkpoints to try, the newest first. Raises CheckpointError if `resume` is not a checkpoint of this run."""
     assert config.resume is not None
     folder = Path(config.output) / "checkpoints"
@@ -129,7 +129,7 @@ def _names(folder: Path) -> str:
     return ", ".join(paths) or f"the checkpoints in {folder} (there are none)"
 
 
-def _check_fit(folder: Path, about: Mapping[str, Any], config: AnyConfig, world: World) -> None:
+def _check_fit(folder: Path, about: Mapping[str, Any], config: TrainingConfig, world: World) -> None:
     """Raise CheckpointError if a checkpoint has another number of ranks, or settings that would change the result."""
     if about["ranks"] != world.ranks:
         raise CheckpointError(
@@ -137,6 +137,14 @@ def _check_fit(folder: Path, about: Mapping[str, Any], config: AnyConfig, world:
             f" split by rank. Resume with --num_accelerators {about['ranks']}; to train with {world.ranks}, start a new"
             f" run from the {config.new_start}."
         )
+    check_settings(folder, about, config)
+
+
+def check_settings(made: Path, about: Mapping[str, Any], config: AnyConfig) -> None:
+    """Raise CheckpointError if settings that would change the result are others than when `made` was made.
+
+    about: `config` and `versions`, as `settings` and `versions` gave them then. What only rounds otherwise is logged.
+    """
     saved, current, defaults = dict(about["config"]), settings(config), settings(type(config)())
     free = (*FREE, *config.free)
     for name in sorted({*saved, *current}):
@@ -151,7 +159,7 @@ def _check_fit(folder: Path, about: Mapping[str, Any], config: AnyConfig, world:
             hint = " (the learning rate falls to 0 at the last step; steps can change only in a run that has"
             hint = f"{hint} optim.schedule constant from its start)" if name == "steps" else ""
             raise CheckpointError(
-                f"{name} is {json.dumps(new)}, but {folder} was made with {json.dumps(old)}{hint}. Resume with"
+                f"{name} is {json.dumps(new)}, but {made} was made with {json.dumps(old)}{hint}. Resume with"
                 f" --{name} {json.dumps(old)}, or give --resume null to start a new run."
             )
     for library, old in about["versions"].items():

@@ -25,7 +25,7 @@ def random_state() -> State:
     }
 
 
-def seed_random(seed: int, rank: int) -> None:
+def seed_random(seed: int | str, rank: int) -> None:
     """Seed the global random generators, with a different sequence on every rank."""
     random.seed(f"{seed}/{rank}")
     number = random.getrandbits(32)

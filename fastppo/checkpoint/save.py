@@ -23,7 +23,7 @@ import torch
 from fastppo.checkpoint import atomic_dir
 from fastppo.checkpoint.resume import NAME, Checkpoint, CheckpointError, held_out_score, settings, versions
 from fastppo.checkpoint.run_state import Run, set_random_state
-from fastppo.config import AnyConfig
+from fastppo.config import TrainingConfig
 from fastppo.distributed import Saved, Stopped, World, all_gather, clock
 from fastppo.monitor import JSONL_FILES, file_sizes
 from fastppo.rewards import RewardError
@@ -38,7 +38,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        config: AnyConfig,
+        config: TrainingConfig,
         engines: Mapping[str, Saved],
         data: Iterable[Sequence[Sequence[int]]],
         world: World,
@@ -51,12 +51,7 @@ class Checkpoints:
         self._config, self._engines, self._world, self._holding = config, engines, world, holding
         self._output = Path(config.output)
         self.folder = self._output / "checkpoints"
-        digest, counts = hashlib.sha256(), []
-        for part in data:
-            counts.append(str(len(part)))
-            for tokens in part:
-                digest.update(array("q", [len(tokens), *tokens]))
-        self._data_id = f"{'+'.join(counts)}-{digest.hexdigest()[:16]}"
+        self._data_id = data_id(data)
         self._paths = " and ".join(f"{setting} = {path}" for setting, path in config.data_paths.items())
 
     def load(self, checkpoint: Checkpoint | None, run: R) -> R:
@@ -232,6 +227,16 @@ class Checkpoints:
         for name in names:
             if name not in retained:
                 _remove(self.folder / name)
+
+
+def data_id(data: Iterable[Sequence[Sequence[int]]]) -> str:
+    """Number and hash of the sequences of tokens in each part of the data."""
+    digest, counts = hashlib.sha256(), []
+    for part in data:
+        counts.append(str(len(part)))
+        for tokens in part:
+            digest.update(array("q", [len(tokens), *tokens]))
+    return f"{'+'.join(counts)}-{digest.hexdigest()[:16]}"
 
 
 def _remove(path: Path) -> None:

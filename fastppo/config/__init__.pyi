@@ -1,6 +1,7 @@
 from . import deepspeed_config as deepspeed_config
 from .command_line import COMMANDS as COMMANDS
 from .command_line import DPO as DPO
+from .command_line import GENERATE as GENERATE
 from .command_line import PPO as PPO
 from .command_line import REST as REST
 from .command_line import REWARD as REWARD
@@ -9,6 +10,8 @@ from .command_line import Command as Command
 from .command_line import command_of as command_of
 from .command_line import dump as dump
 from .command_line import parse as parse
+from .commands.generate import GenerateConfig as GenerateConfig
+from .commands.generate import SampledConfig as SampledConfig
 from .commands.offline import AnswersConfig as AnswersConfig
 from .commands.offline import DPOConfig as DPOConfig
 from .commands.offline import ExamplesConfig as ExamplesConfig
@@ -22,6 +25,7 @@ from .commands.online import OnlineConfig as OnlineConfig
 from .commands.online import ResponseSettings as ResponseSettings
 from .commands.ppo import AnyConfig as AnyConfig
 from .commands.ppo import Config as Config
+from .commands.ppo import TrainingConfig as TrainingConfig
 from .commands.rest import ImproveConfig as ImproveConfig
 from .commands.rest import RestConfig as RestConfig
 from .data import DataConfig as DataConfig
@@ -57,6 +61,7 @@ from .run import EvalConfig as EvalConfig
 from .run import EvaluationConfig as EvaluationConfig
 from .run import TrackConfig as TrackConfig
 from .validation import validate as validate
+from .validation.generate import validate_generate as validate_generate
 from .validation.offline import check_pairs as check_pairs
 from .validation.offline import validate_dpo as validate_dpo
 from .validation.offline import validate_offline as validate_offline

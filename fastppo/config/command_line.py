@@ -22,11 +22,13 @@ from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings  # type: ignore[attr-defined]
 
+from fastppo.config.commands.generate import GenerateConfig
 from fastppo.config.commands.offline import DPOConfig, RewardTrainingConfig, SFTConfig
 from fastppo.config.commands.ppo import AnyConfig, Config
 from fastppo.config.commands.rest import RestConfig
 from fastppo.config.launch import LaunchError, check_launch, first_of_many
 from fastppo.config.validation import validate
+from fastppo.config.validation.generate import validate_generate
 from fastppo.config.validation.offline import validate_dpo, validate_reward, validate_sft
 from fastppo.config.validation.rest import validate_rest
 from fastppo.errors import ConfigError
@@ -38,7 +40,7 @@ C = TypeVar("C", bound=AnyConfig)
 
 @dataclasses.dataclass(frozen=True)
 class Command(Generic[C]):
-    """A program that trains: where it is, which settings it takes, and which of them can work together."""
+    """A program that runs on ranks: where it is, which settings it takes, and which of them can work together."""
 
     name: str  # as in `fastppo NAME`
     module: str  # its `main(argv)` is one rank of it
@@ -105,7 +107,15 @@ REST = Command(
     validate_rest,
     "-rest",
 )
-COMMANDS: dict[str, Command[Any]] = {command.name: command for command in (PPO, SFT, REWARD, DPO, REST)}
+GENERATE = Command(
+    "generate",
+    "fastppo.generate",
+    "draw responses from a model, and score them",
+    GenerateConfig,
+    validate_generate,
+    "-generate",
+)
+COMMANDS: dict[str, Command[Any]] = {command.name: command for command in (PPO, SFT, REWARD, DPO, REST, GENERATE)}
 
 
 def command_of(config: AnyConfig) -> Command[Any]:

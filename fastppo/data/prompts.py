@@ -87,7 +87,10 @@ def load_prompts(
             f"{config.path} has {len(prompts)} usable prompts, and holding out {len(heldout)} for evaluation leaves"
             " none to train on. Lower eval.prompts or give more prompts."
         )
-    log.info("%s: %d prompts to train on, %d held out", config.path, len(training), len(heldout))
+    if prompts_heldout:
+        log.info("%s: %d prompts to train on, %d held out", config.path, len(training), len(heldout))
+    else:
+        log.info("%s: %d prompts", config.path, len(training))
     return _prompt_set(table, sorted(training, key=lambda prompt: prompt.row)), heldout
 
 

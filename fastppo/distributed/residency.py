@@ -22,7 +22,7 @@ REMADE = frozenset({"sampling_weights", "gradients"})
 
 
 def uses(*, loss_reads_reference: bool) -> dict[str, set[str]]:
-    """The kinds of parts that each phase reads or writes.
+    """The kinds of parts that each phase reads or writes. `sampled` is a model to sample from that does not train.
 
     Trained parameters are in no set: at ZeRO stages 0 to 2 every phase but feedback reads them, and at ZeRO stage 3 a
     rank has only its partition of them, which `zero.offload_parameters` may move to the host.
@@ -30,7 +30,7 @@ def uses(*, loss_reads_reference: bool) -> dict[str, set[str]]:
     learning = {"optimizers", "gradients"} | ({"reference"} if loss_reads_reference else set())
     return {
         "loading": set(),
-        "sampling": {"sampler", "sampling_weights"},
+        "sampling": {"sampler", "sampling_weights", "sampled"},
         "feedback": {"rewards"},
         "experience": {"reference"},
         "learning": learning,

@@ -1,4 +1,10 @@
+from .folder import write_about as write_about
 from .parts import Parts as Parts
 from .parts import part_schema as part_schema
 from .rows import columns_left_out as columns_left_out
 from .rows import scored_rows as scored_rows
+from .run import batch_metrics as batch_metrics
+from .run import draw as draw
+from .run import rows_of as rows_of
+from .run import set_up as set_up
+from .run import tell as tell

@@ -16,8 +16,9 @@ from typing import Any
 
 from fastppo.checkpoint import atomic_dir
 from fastppo.data import BY_SOURCE, DataError, PromptSet
-from fastppo.distributed import World, all_gather
+from fastppo.distributed import World
 from fastppo.generation.rows import own_columns, prompt_values
+from fastppo.generation.store import agreed
 
 log = logging.getLogger("fastppo")
 
@@ -96,14 +97,28 @@ def _json_text(name: str, value: Any) -> str | None:
 
 
 class Parts:
-    """The parts of a folder. All ranks call the methods; rank 0 reads and writes, and all learn of what fails."""
+    """`Store` in a folder, a part for each batch. All ranks call the methods; rank 0 reads and writes, and all learn of
+    what fails."""
 
     def __init__(self, folder: Path, schema: Any, world: World):
         """schema: from `part_schema`, on rank 0."""
-        self._folder, self._schema, self._world = folder, schema, world
+        self.place, self._schema, self._world = folder, schema, world
+
+    def whole(self, counts: Sequence[int]) -> int:
+        found = self.rows()
+        for number, (there, expected) in enumerate(zip(found, counts, strict=False)):
+            if there != expected:
+                raise DataError(
+                    f"{self.path(number)} has {there} rows, and this run writes {expected} there. Delete it: it will be"
+                    " made again."
+                )
+        return min(len(found), len(counts))
+
+    def keep(self, batches: int) -> None:
+        self.remove_from(batches)
 
     def path(self, number: int) -> Path:
-        return self._folder / f"part-{number:05d}.parquet"
+        return self.place / f"part-{number:05d}.parquet"
 
     def rows(self) -> list[int]:
         """The number of rows of each part that is there, up to the first that is not.
@@ -116,8 +131,7 @@ class Parts:
                 answer = self._rows()
             except DataError as error:
                 answer = error
-        counts: list[int] = self._agreed(answer)
-        return counts
+        return agreed(answer, self._world)
 
     def _rows(self) -> list[int]:
         import pyarrow
@@ -145,12 +159,12 @@ class Parts:
         if self._world.rank == 0:
             kept = {self.path(k).name for k in range(number)}
             try:
-                drafts, parts = (sorted(self._folder.glob(pattern)) for pattern in (f"{DRAFT}*", "part-*.parquet"))
+                drafts, parts = (sorted(self.place.glob(pattern)) for pattern in (f"{DRAFT}*", "part-*.parquet"))
                 for path in [*drafts, *(part for part in reversed(parts) if part.name not in kept)]:
                     path.unlink()
             except OSError as error:
                 problem = DataError(f"{error.filename} cannot be deleted ({error.strerror}).")
-        self._agreed(problem)
+        agreed(problem, self._world)
 
     def write(self, number: int, columns: Mapping[str, Sequence[Any]] | None) -> None:
         """Write a part; where this returns, the part is on the disk. columns: as `scored_rows` gives them; they are
@@ -165,7 +179,7 @@ class Parts:
                 self._write(self.path(number), columns)
             except DataError as error:
                 problem = error
-        self._agreed(problem)
+        agreed(problem, self._world)
 
     def _write(self, path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
         import pyarrow
@@ -184,13 +198,13 @@ class Parts:
         pyarrow.parquet.write_table(pyarrow.Table.from_arrays(arrays, schema=self._schema), content)
         draft = path.with_name(DRAFT + path.name)
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self.place.mkdir(parents=True, exist_ok=True)
             with draft.open("wb") as file:
                 file.write(content.getvalue())
                 file.flush()
                 os.fsync(file.fileno())
             draft.rename(path)
-            atomic_dir.sync(self._folder)
+            atomic_dir.sync(self.place)
         except OSError as error:
             with suppress(OSError):
                 draft.unlink(missing_ok=True)
@@ -198,10 +212,3 @@ class Parts:
                 f"{path} cannot be written ({error.strerror or error}). All parts before it are whole: make room, and"
                 " continue with --resume auto."
             ) from error
-
-    def _agreed(self, answer: Any) -> Any:
-        """What rank 0 found, on all ranks; raised if it is an error."""
-        answer = all_gather(answer, self._world)[0]
-        if isinstance(answer, DataError):
-            raise answer
-        return answer

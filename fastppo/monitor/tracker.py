@@ -31,7 +31,7 @@ log = logging.getLogger("fastppo")
 
 # The metrics of a step and of an evaluation that the terminal shows; the files contain every metric.
 STEP_FORMATS = {"score": "score {:.3f}", "health/judge": "judge {:.3f}", "kl": "KL {:.3f}", "loss": "loss {:.3f}"}
-STEP_FORMATS |= {"accuracy": "accuracy {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"}
+STEP_FORMATS |= {"judge": "judge {:.3f}", "accuracy": "accuracy {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"}
 PHASE_FORMATS = {f"time/{phase}": f"{phase} {{:.1f}} s" for phase in ("sampling", "feedback", "learning")}
 EVALUATION_FORMATS = {"score": "held-out score {:.3f}", "score_error": "+/- {:.3f}", "judge": "judge {:.3f}"}
 EVALUATION_FORMATS |= {"kl": "KL {:.3f}"}

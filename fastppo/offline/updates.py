@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastppo.checkpoint import State, random_state, seed_random
-from fastppo.config import QUIET_STEPS, AnyConfig, OfflineConfig
+from fastppo.config import QUIET_STEPS, OfflineConfig, TrainingConfig
 from fastppo.data import Examples, Packed, pack_even
 from fastppo.distributed import World, all_sum, stop
 from fastppo.errors import TrainingFault
@@ -147,7 +147,9 @@ def total_steps(config: OfflineConfig, examples: Examples) -> int:
     return config.steps if config.steps is not None else -(-config.epochs * len(examples) // config.batch_size)
 
 
-def microbatches_of(rows: Sequence[int], examples: Examples, config: AnyConfig, world: World) -> tuple[Tensor, ...]:
+def microbatches_of(
+    rows: Sequence[int], examples: Examples, config: TrainingConfig, world: World
+) -> tuple[Tensor, ...]:
     """This rank's share of a batch, in microbatches of examples; each rank has as many. No example is split."""
     return pack_even(torch.tensor(rows), examples.lengths, config.microbatch_tokens, world.ranks)[
         world.rank :: world.ranks
@@ -160,7 +162,7 @@ def update(
     rows: Sequence[int],
     objective: Objective,
     prefix: PrefixStates,
-    config: AnyConfig,
+    config: TrainingConfig,
     *,
     normalizer: int,
     rate: float,
@@ -190,7 +192,7 @@ def update(
     return Update(totals, norm, rate, skipped if not finite else 0)
 
 
-def _note_fault(norm: float, skipped: int, step: int, config: AnyConfig) -> int:
+def _note_fault(norm: float, skipped: int, step: int, config: TrainingConfig) -> int:
     log.warning("step %d is not applied, as its loss or gradient (norm %.4g) is not finite", step + 1, norm)
     if skipped > config.optim.max_skipped:
         raise TrainingFault(

@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
-from fastppo.config import AnyConfig, command_of
+from fastppo.config import AnyConfig, GenerateConfig, command_of
 from fastppo.errors import ConfigError
 from fastppo.models import ModelError
 from fastppo.planner.machine import Machine
@@ -30,7 +30,8 @@ def smallest_change(plan: Plan) -> Change | None:
             else:
                 config = _changed(config, name.split("."), value)
         machine = replace(plan.machine, nodes=nodes)
-        key = (*config.trained.values(), config.optim, config.zero.stage == 3)
+        trained = () if isinstance(config, GenerateConfig) else config.trained.values()
+        key = (*trained, config.optim, config.zero.stage == 3)
         try:
             command_of(config).check(config, machine.ranks)
             if key not in roles:
@@ -57,6 +58,9 @@ def smallest_change(plan: Plan) -> Change | None:
 def _options(config: AnyConfig, machine: Machine) -> Iterator[Change]:
     """Changes from the cheapest to the dearest; of a kind, the smallest step first."""
     gpu, zero, method = machine.gpu is not None, config.zero, method_of(config)
+    if isinstance(config, GenerateConfig):
+        yield from method.smaller_passes(config)
+        return
     if not config.optim.activation_checkpointing:
         yield {"optim.activation_checkpointing": True}
     yield from method.smaller_passes(config)
@@ -104,9 +108,11 @@ def advice(plan: Plan) -> str:
     ]
     reason = f"this run does not fit: {'; '.join(short)} (most in {phase})."
     if (whole := _whole_weights(plan)) and plan.machine.gpu is not None:
+        name = "model" if isinstance(plan.config, GenerateConfig) else "actor"
         return (
-            f"{reason} The actor's weights alone, whole on each GPU to sample from, take {in_gb(whole)} GB there, which"
-            f" no setting changes: use GPUs with more memory, from {in_gb(_gpu_for(plan))} GB, or a smaller actor."
+            f"{reason} The {name}'s weights alone, whole on each GPU to sample from, take {in_gb(whole)} GB there,"
+            f" which no setting changes: use GPUs with more memory, from {in_gb(_gpu_for(plan))} GB, or a smaller"
+            f" {name}."
         )
     change = smallest_change(plan)
     if change is None:
@@ -115,8 +121,8 @@ def advice(plan: Plan) -> str:
 
 
 def _whole_weights(plan: Plan) -> int:
-    """Bytes of the actor's weights where they are more than a GPU can hold, else 0."""
-    sampled = (s.places.gpu.weights for s in plan.shares if (s.role, s.phase) == ("actor", "sampling"))
+    """Bytes of the weights that are sampled from where they are more than a GPU can hold, else 0."""
+    sampled = (s.places.gpu.weights for s in plan.shares if s.phase == "sampling" and s.role in ("actor", "model"))
     found = next(sampled, 0)
     return found if found > plan.needs.get("GPU", (0, found))[1] else 0
 

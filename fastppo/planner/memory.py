@@ -196,7 +196,7 @@ class Batch:
         prompt = config.data.first_tokens or config.data.max_prompt_tokens
         new = config.sampling.max_new_tokens
         length = prompt + new
-        sequences = _in_microbatch(-(-config.learned_together // ranks), length, config)
+        sequences = in_microbatch(-(-config.learned_together // ranks), length, config)
         mine, heldout = -(-config.drawn_together // ranks), -(-config.eval.prompts // ranks)
         rows = bucket(min(config.sampling.rows, max(mine, heldout)))
         return Batch(sequences, length, sequences * new, mine * length, rows, prompt)
@@ -207,8 +207,8 @@ class Batch:
         Responses are scored, and held-out ones read, in as few microbatches as a rank's whole batch fits into; they are
         measured so too where that is not done in the microbatches of learning.
         """
-        heldout = _in_microbatch(-(-config.eval.prompts // ranks), self.length, config)
-        mine = _in_microbatch(-(-config.drawn_together // ranks), self.length, config)
+        heldout = in_microbatch(-(-config.eval.prompts // ranks), self.length, config)
+        mine = in_microbatch(-(-config.drawn_together // ranks), self.length, config)
         together = phase == "feedback" or not config.learns_as_measured
         sequences = max(heldout, mine if together else self.sequences)
         return replace(self, sequences=sequences, responses=sequences * (self.length - self.prompt))
@@ -218,11 +218,11 @@ class Batch:
 
         count: texts of all ranks in an update; length: the most tokens of one.
         """
-        sequences = _in_microbatch(-(-count // ranks), length, config)
+        sequences = in_microbatch(-(-count // ranks), length, config)
         return replace(self, sequences=sequences, length=length, responses=sequences * length)
 
 
-def _in_microbatch(sequences: int, length: int, config: OnlineConfig) -> int:
+def in_microbatch(sequences: int, length: int, config: ResponseSettings) -> int:
     """How many of a rank's sequences of one update share a microbatch, as `microbatch.pack_even` spreads them."""
     mine, fit = sequences or 1, max(config.microbatch_tokens // length, 1)
     return -(-mine // -(-mine // fit))

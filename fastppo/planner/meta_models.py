@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from fastppo.config import ActorConfig, AnyConfig, CriticConfig, OfflineConfig, OnlineConfig
+from fastppo.config import (
+    ActorConfig,
+    AnyConfig,
+    CriticConfig,
+    GenerateConfig,
+    OfflineConfig,
+    OnlineConfig,
+    ResponseSettings,
+)
 from fastppo.models import (
     DTYPES,
     Backbone,
@@ -23,6 +32,7 @@ from fastppo.models import (
     outline,
     outline_trained,
     reference_source,
+    sampled_source,
     set_trainable,
     width_of,
 )
@@ -70,6 +80,19 @@ def online_roles(config: OnlineConfig, *, cpu: bool) -> list[Role]:
         own = Source("reference.model", reference.model, reference.gguf_file)
     if reference.model is not None or actor.lora.rank == 0:  # else the reference is the actor, its adapters off
         found.append(measured("reference", Policy(_causal(own, dtype)).requires_grad_(False)))
+    return found + _scoring_roles(config, dtype, measured)
+
+
+def generation_roles(config: GenerateConfig, *, cpu: bool) -> list[Role]:
+    """The model that responses are drawn from, and the models among the sources of reward."""
+    dtype, measured = DTYPES[config.optim.dtype], partial(_measured, config=config, cpu=cpu)
+    policy = Policy(_causal(sampled_source(config.model), dtype)).requires_grad_(False)
+    return [measured("model", policy), *_scoring_roles(config, dtype, measured)]
+
+
+def _scoring_roles(config: ResponseSettings, dtype: torch.dtype, measured: Callable[..., Role]) -> list[Role]:
+    """The models among the sources of reward and the judge's."""
+    found = []
     for kind, where, sources in (("reward", "rewards", config.rewards), ("judge", config.judge_setting, config.judge)):
         for i, source in enumerate(sources, start=1):
             for name in filter(None, (source.model, *source.ensemble)):

@@ -1,14 +1,14 @@
-"""What the plan knows of PPO and of offline methods: their roles, what these hold, and what needs less."""
+"""What the plan knows of each kind of run: its roles, what these hold, and what needs less."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from fastppo.config import AnyConfig, OfflineConfig, OnlineConfig
-from fastppo.planner import offline_memory, online_memory
+from fastppo.config import AnyConfig, GenerateConfig, OfflineConfig, OnlineConfig
+from fastppo.planner import generation_memory, offline_memory, online_memory
 from fastppo.planner.memory import Change, Role, Share
-from fastppo.planner.meta_models import offline_roles, online_roles
+from fastppo.planner.meta_models import generation_roles, offline_roles, online_roles
 
 
 class Method(NamedTuple):
@@ -29,6 +29,12 @@ METHODS = {
         offline_memory.shares,
         offline_memory.smaller_passes,
         asks_frozen_roles=lambda config: config.frozen_model is not None,
+    ),
+    GenerateConfig: Method(
+        generation_roles,
+        generation_memory.shares,
+        generation_memory.smaller_passes,
+        asks_frozen_roles=lambda config: True,
     ),
 }
 

@@ -66,10 +66,16 @@ def _read_run(folder: Path, name: str) -> Run:
         raise RunFolderError(
             f"{folder} is not the folder of a run: it has no {METRICS}. Give the --output of a run's command."
         )
+    settings = _settings(folder / CONFIG)
+    if "rewards_on" in settings:  # a setting of that command alone
+        raise RunFolderError(
+            f"{folder} has the responses of generate, which trains nothing. `fastppo best-of-n RESPONSES --html FILE`"
+            f" writes a page about them: {', '.join(map(str, sorted(folder.glob('responses*'))))}."
+        )
     heldout, training = read_responses(folder / RESPONSES)
     return Run(
         name=name,
-        settings=_settings(folder / CONFIG),
+        settings=settings,
         metrics=read_metrics(folder / METRICS),
         alarms=read_alarms(folder / ALARMS),
         heldout=heldout,

@@ -71,12 +71,17 @@ def shape(scored: Scored, moments: Moments, ppo: PPOConfig) -> Tensor:
 def _score_all(
     where: str, sources: Sequence[tuple[Source, float]], responses: Responses, world: World
 ) -> tuple[Tensor, Tensor]:
-    """The scores of the S sources for the responses of all ranks, (B, S) fp32, and their weighted sum, (B,) fp32.
+    """The scores of the S sources for the responses of all ranks, (B, S) fp32, and their weighted sum, (B,) fp32; 0 if
+    there are no sources.
 
     where: the setting with the sources, for errors.
     """
     resolved = _resolve_async([source for source, _ in sources], responses)
-    by_source = torch.stack([_score(resolved.get(source, source), responses, world) for source, _ in sources], dim=1)
+    columns = [_score(resolved.get(source, source), responses, world) for source, _ in sources]
+    if not columns:
+        count = sum(all_gather(len(responses.texts), world))
+        return torch.empty(count, 0), torch.zeros(count)
+    by_source = torch.stack(columns, dim=1)
     weights = [weight for _, weight in sources]
     sums = by_source.double() @ torch.tensor(weights, dtype=torch.float64)
     for i in (sums.abs() > LARGEST).nonzero().flatten().tolist()[:1]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from fastppo.config.commands.generate import GenerateConfig
 from fastppo.config.commands.offline import OfflineConfig
 from fastppo.config.commands.online import OnlineConfig
 from fastppo.config.data import PtxConfig
@@ -65,4 +66,5 @@ class Config(OnlineConfig):
         return super().data_paths | ({"ptx.path": self.ptx.path} if self.ptx.path else {})
 
 
-AnyConfig = OnlineConfig | OfflineConfig  # the settings of a command
+TrainingConfig = OnlineConfig | OfflineConfig  # the settings of a command that trains
+AnyConfig = TrainingConfig | GenerateConfig  # the settings of a command

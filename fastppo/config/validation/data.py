@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastppo.config.commands.generate import GenerateConfig
 from fastppo.config.commands.offline import ExamplesConfig
 from fastppo.config.commands.online import OnlineConfig
 from fastppo.config.data import DataConfig
@@ -10,6 +11,14 @@ from fastppo.errors import ConfigError
 
 def check_data(config: OnlineConfig) -> None:
     data, prompts = config.data, config.eval.prompts
+    check_prompts(data)
+    if prompts == 0 and (config.eval.every or data.eval_path is not None):
+        setting = f"eval.every is {config.eval.every}" if config.eval.every else f"data.eval_path is {data.eval_path}"
+        raise ConfigError(f"{setting} but eval.prompts is 0, which turns evaluation off. Set eval.prompts above 0.")
+    check_heldout(data, "eval.prompts", prompts, "prompts")
+
+
+def check_prompts(data: DataConfig) -> None:
     if not data.path:
         raise ConfigError("data.path is not set: give a dataset on the hub, a directory or a file with prompts.")
     if data.first_tokens is not None:
@@ -25,10 +34,6 @@ def check_data(config: OnlineConfig) -> None:
                 " every prompt would be too long. Raise max_prompt_tokens or lower first_tokens."
             )
     check_template(data)
-    if prompts == 0 and (config.eval.every or data.eval_path is not None):
-        setting = f"eval.every is {config.eval.every}" if config.eval.every else f"data.eval_path is {data.eval_path}"
-        raise ConfigError(f"{setting} but eval.prompts is 0, which turns evaluation off. Set eval.prompts above 0.")
-    check_heldout(data, "eval.prompts", prompts, "prompts")
 
 
 def check_heldout(data: DataConfig | ExamplesConfig, setting: str, count: int, what: str) -> None:
@@ -53,7 +58,7 @@ def check_template(data: DataConfig | ExamplesConfig) -> None:
         )
 
 
-def check_sampling(config: OnlineConfig) -> None:
+def check_sampling(config: OnlineConfig | GenerateConfig) -> None:
     sampling, budget, longest = config.sampling, config.microbatch_tokens, config.data.max_prompt_tokens
     if sampling.min_new_tokens > sampling.max_new_tokens:
         raise ConfigError(

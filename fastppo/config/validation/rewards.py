@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+from fastppo.config.commands.generate import GenerateConfig
 from fastppo.config.commands.online import OnlineConfig
 from fastppo.config.commands.ppo import Config
 from fastppo.config.rewards import FIRST_WAIT, LONGEST_WAIT, SERVICE_SETTINGS, RewardConfig
@@ -99,7 +100,7 @@ def _check_url(name: str, url: str) -> None:
         raise ConfigError(f"{name} is {url}; it must start with http:// or https:// and contain a host name.")
 
 
-def check_waiting(config: OnlineConfig, ranks: int) -> None:
+def check_waiting(config: OnlineConfig | GenerateConfig, ranks: int) -> None:
     """Check that all attempts of one request take less time than the ranks wait for each other (`timeout`)."""
     groups = (("rewards", config.rewards), (config.judge_setting, config.judge))
     for name, source in ((f"{where}[{i}]", source) for where, group in groups for i, source in enumerate(group)):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from fastppo.config.commands.ppo import AnyConfig
+from fastppo.config.commands.ppo import TrainingConfig
 from fastppo.errors import ConfigError
 
 
-def check_checkpoints(config: AnyConfig) -> None:
+def check_checkpoints(config: TrainingConfig) -> None:
     checkpoint, evaluated = config.checkpoint, config.eval.every
     if config.resume == "":
         raise ConfigError("resume is empty; give auto, the path of a checkpoint, or null to start a new run.")
@@ -28,7 +28,7 @@ def check_checkpoints(config: AnyConfig) -> None:
         )
 
 
-def check_tracking(config: AnyConfig) -> None:
+def check_tracking(config: TrainingConfig) -> None:
     project = config.track.wandb
     if project == "":
         raise ConfigError("track.wandb is empty; give the name of a Weights & Biases project, or null for none.")

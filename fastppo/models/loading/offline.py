@@ -1,4 +1,4 @@
-"""The model of SFT or reward modelling: its weights, its head and its trainable parameters."""
+"""The model of an offline method: its weights, its head, its trainable parameters; and a model that is only sampled."""
 
 from __future__ import annotations
 
@@ -18,10 +18,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fastppo.config import DPOConfig, ModelConfig, OfflineConfig, OptimConfig, ReferenceConfig
+from fastppo.config import (
+    DPOConfig,
+    GenerateConfig,
+    ModelConfig,
+    OfflineConfig,
+    OptimConfig,
+    ReferenceConfig,
+    SampledConfig,
+)
 from fastppo.errors import ModelError
 from fastppo.models.frozen_prefix import prefix_depth
-from fastppo.models.loading.policies import Texts, check_reader, load_causal
+from fastppo.models.loading.policies import Texts, check_reader, check_reward_models, check_switch, load_causal
 from fastppo.models.loading.source import Source
 from fastppo.models.loading.trained import choose_trained
 from fastppo.models.loading.weights import (
@@ -31,6 +39,7 @@ from fastppo.models.loading.weights import (
     is_classifier,
     load_config,
     load_model,
+    load_tokenizer,
     outline,
 )
 from fastppo.models.roles import Policy, RewardModel, enable_prefix_states, fuse_head, width_of
@@ -204,3 +213,27 @@ def initial_head(width: int, seed: int) -> Tensor:
     """Initial weights of a score head, (1, width) fp32, deviation 1 / sqrt(width + 1) (Stiennon et al., 2020)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(1, width, generator=generator) / math.sqrt(width + 1)
+
+
+def sampled_source(model: SampledConfig) -> Source:
+    return Source("model.path", model.path, model.gguf_file, model.revision)
+
+
+def check_sampled(config: GenerateConfig) -> PreTrainedTokenizerBase:
+    """Check, without reading weights, that the models of a run exist; returns the tokenizer of the one to sample from.
+
+    Raises ModelError.
+    """
+    source = sampled_source(config.model)
+    load_config(source)
+    tokenizer = load_tokenizer(source.setting, source.name, source.gguf_file, source.revision)
+    check_switch(source, config)
+    check_reward_models(config)
+    return tokenizer
+
+
+def load_sampled(config: GenerateConfig, device: torch.device) -> Policy:
+    """The whole model, frozen, in evaluation mode."""
+    model, dtype = config.model, DTYPES[config.optim.dtype]
+    loaded = load_causal("model.path", model.path, model.gguf_file, model.revision, dtype, device)
+    return Policy(loaded).requires_grad_(False).eval()

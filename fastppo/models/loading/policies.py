@@ -103,13 +103,13 @@ def check_models(config: OnlineConfig, tokenizer: PreTrainedTokenizerBase) -> No
     tokenizer: of the actor. Raises ModelError.
     """
     critic, reference, texts = config.value_function, config.reference, _actor_texts(config, tokenizer)
-    _check_switch(_actor_source(config), config)
+    check_switch(_actor_source(config), config)
     if reference.model is not None:
         source = Source("reference.model", reference.model, reference.gguf_file)
         reason = "the KL between the two has no meaning"
         way = "Use a reference with the actor's tokenizer; usually the SFT model that the actor starts from."
         check_reader(source, texts, reason, way)
-        _check_switch(source, config)
+        check_switch(source, config)
     if critic is not None and critic.kind == "separate" and critic.model is not None:
         source = Source("critic.model", critic.model, critic.gguf_file)
         if is_classifier(critic_config := load_config(source)):
@@ -119,7 +119,12 @@ def check_models(config: OnlineConfig, tokenizer: PreTrainedTokenizerBase) -> No
         reason = "its token ids stand for other text than the actor's"
         way = "Use a model with the actor's tokenizer, or leave out critic.model to start from the actor's weights."
         check_reader(source, texts, reason, way)
-        _check_switch(source, config)
+        check_switch(source, config)
+    check_reward_models(config)
+
+
+def check_reward_models(config: ResponseSettings) -> None:
+    """Check, without reading weights, that the models among the sources of reward have one label. Raises ModelError."""
     for where, sources in (("rewards", config.rewards), (config.judge_setting, config.judge)):
         for name in (name for each in sources for name in (each.model, *each.ensemble) if name is not None):
             load_classifier_config(Source(f"{where}.model", name))
@@ -168,7 +173,7 @@ def check_reader(source: Source, texts: Texts, reason: str, way: str) -> None:
         )
 
 
-def _check_switch(source: Source, config: OnlineConfig) -> None:
+def check_switch(source: Source, config: ResponseSettings) -> None:
     """Raise ModelError if sequences may exceed the length at which longrope switches to its long factors.
 
     The logits of a token would then depend on how many tokens follow it: tokens would be sampled with the short factors

@@ -1,0 +1,104 @@
+"""The plan of generate: two phases, what is on the GPU in which, and a run that does not fit."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import generated
+import pytest
+import tiny
+import torch
+from architectures import ACTORS, directory
+
+from fastppo import generate, plan
+from fastppo.config import GenerateConfig
+from fastppo.config.command_line import GENERATE, parse
+from fastppo.distributed import Residency
+from fastppo.distributed.world import start_world
+from fastppo.generation.run import Sampled
+from fastppo.models import Policy
+from fastppo.planner import check
+from fastppo.planner.changes import advice, smallest_change
+from fastppo.planner.machine import Machine
+from fastppo.planner.plan import Plan, make_plan
+
+GB = 10**9
+LARGE = Machine(2, 1, 80 * GB, 10**12)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A model of 1.3 billion parameters without weights, and a reward model with them."""
+    place = tmp_path_factory.mktemp("models")
+    return directory(place / "1.3b", *ACTORS["1.3b"]), tiny.saved(place / "reward", tiny.classifier())
+
+
+def config_of(models: tuple[str, str], **changes: Any) -> GenerateConfig:
+    fixed = {"model.path": models[0], "data.path": "x.jsonl", "rewards": json.dumps([{"model": models[1]}])}
+    given = fixed | {name.replace("__", "."): value for name, value in changes.items()}
+    return parse([part for k, v in given.items() for part in (f"--{k}", str(v))], GENERATE)
+
+
+def places(found: Plan, role: str, phase: str) -> Any:
+    return next(share.places for share in found.shares if (share.role, share.phase) == (role, phase))
+
+
+def test_on_a_gpu_each_model_waits_in_the_host_s_memory_for_its_phase(models):
+    found = make_plan(config_of(models), LARGE)
+    assert {share.phase for share in found.shares} == {"sampling", "feedback"} and found.fits
+    for role, phase, other in (("model", "sampling", "feedback"), ("reward 1", "feedback", "sampling")):
+        there, waiting = places(found, role, phase), places(found, role, other)
+        assert there.gpu.weights == waiting.host.weights > 0 == waiting.gpu.total == there.host.total
+    assert places(found, "model", "sampling").gpu.cache > 0 == places(found, "reward 1", "feedback").gpu.cache
+    assert all(share.places.gpu.optimizer == share.places.gpu.gradients == 0 for share in found.shares)
+
+
+def test_on_a_cpu_there_is_one_memory_and_nothing_moves(models):
+    found = make_plan(config_of(models), Machine(1, 1, None, 10**12))
+    for role in ("model", "reward 1"):
+        weights = [places(found, role, phase).gpu.weights for phase in ("sampling", "feedback")]
+        assert weights[0] == weights[1] > 0
+
+
+def test_a_reward_model_takes_less_of_each_gpu_when_it_is_split_and_the_sampled_model_does_not(models):
+    whole, split, away = (make_plan(config_of(models, rewards_on=place), LARGE) for place in ("gpu", "ranks", "cpu"))
+    for role, phase in (("model", "sampling"), ("model", "feedback")):
+        assert places(whole, role, phase) == places(split, role, phase) == places(away, role, phase)
+    on_gpu, parted = (places(found, "reward 1", "sampling") for found in (whole, split))
+    assert parted.host.weights == on_gpu.host.weights // 2 and places(away, "reward 1", "feedback").host.weights > 0
+
+
+def test_a_run_that_does_not_fit_is_told_what_would_or_that_nothing_does(models):
+    tight = make_plan(config_of(models, sampling__rows=128), Machine(1, 1, 24 * GB, 10**12))
+    assert not tight.fits and set(smallest_change(tight) or {}) == {"sampling.rows"}
+    small = make_plan(config_of(models), Machine(1, 1, 3 * GB, 10**12))
+    assert "The model's weights alone, whole on each GPU" in advice(small) and "a smaller model" in advice(small)
+
+
+def test_the_command_plans_a_run_of_generate(models, capsys):
+    argv = ["--command", "generate", "--gpus", "2", "--gpu-memory", "80GB", "--host-memory", "1TB"]
+    plan.main([*argv, "--model.path", models[0], "--data.path", "x.jsonl"])
+    said = capsys.readouterr().out
+    assert "sampling" in said and "feedback" in said and "GPU: " in said
+
+
+def test_a_run_checks_its_plan_before_it_loads_a_model(tmp_path, monkeypatch):
+    folder = generated.prepare(tmp_path)
+    monkeypatch.setattr(check, "this_machine", lambda *args, **kwargs: Machine(1, 1, None, 10**9))
+    argv = generated.settings(folder, tmp_path / "out", plan="check")
+    with pytest.raises(check.PlanError, match="does not fit"):
+        generate.generate(parse(argv, GENERATE), start_world(1))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_sampled_model_is_moved_out_while_others_are_computed(monkeypatch):
+    residency = Residency(torch.device("cpu"))
+    residency._moves = True  # as on a GPU; what moves are the same storages
+    model = Sampled(Policy(tiny.causal()).requires_grad_(False), tiny.tokenizer(), residency)
+    held = {}
+    for phase in ("loading", "sampling", "feedback", "sampling"):
+        residency.enter(phase)
+        held[phase] = sum(x.untyped_storage().nbytes() for x in model.states())
+    assert held["loading"] == held["feedback"] == 0 < held["sampling"]
+    assert all(x.equal(y) for x, y in zip(model.states(), Policy(tiny.causal()).parameters(), strict=True))
