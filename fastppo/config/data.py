@@ -11,7 +11,7 @@ class DataConfig:
     """Prompts for training and for evaluation."""
 
     path: str = ""
-    """Hub dataset name, a directory of `datasets.save_to_disk`, a .jsonl, .parquet or .csv file, or
+    """Hub dataset name, a directory of `datasets.save_to_disk`, a .jsonl, .parquet or .csv file, a folder of .parquet parts, or
     `package:NAME/FILE` (`package:NAME==VERSION/FILE`) inside an installed package. Required."""
     name: str | None = None
     """Configuration name of a hub dataset, if it has several."""

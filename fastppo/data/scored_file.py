@@ -108,22 +108,11 @@ def read_scored(path: Path, *, leave_out: Collection[str] = PER_TOKEN) -> Scored
 def _read(path: Path, leave_out: Collection[str]) -> Table:
     if not path.exists():
         raise DataError(f"{path}: there is no such file.")
-    if not path.is_dir():
-        if path.suffix not in (".jsonl", ".parquet"):
-            raise DataError(
-                f"{path}: scored responses are in a .jsonl or .parquet file, or in a folder of .parquet parts."
-            )
-        return read_table(str(path), leave_out=leave_out)
-    parts = [read_table(str(part), leave_out=leave_out) for part in sorted(path.glob("*.parquet"))]
-    if not parts:
+    if not path.is_dir() and path.suffix not in (".jsonl", ".parquet"):
+        raise DataError(f"{path}: scored responses are in a .jsonl or .parquet file, or in a folder of .parquet parts.")
+    if path.is_dir() and not any(path.glob("*.parquet")):
         raise DataError(f"{path} is a folder without .parquet parts.")
-    for part in parts[1:]:
-        if different := sorted(set(part.columns) ^ set(parts[0].columns)):
-            raise DataError(
-                f"{part.source} and {parts[0].source} do not have the same columns: only one has"
-                f" {', '.join(different)}. Were two runs written to one folder?"
-            )
-    return Table(str(path), {name: [v for part in parts for v in part.columns[name]] for name in parts[0].columns})
+    return read_table(str(path), leave_out=leave_out)
 
 
 def _is_absent(name: str, values: Sequence[Any]) -> bool:

@@ -47,11 +47,12 @@ class Table:
 
 
 def read_table(path: str, name: str | None = None, split: str = "train", *, leave_out: Collection[str] = ()) -> Table:
-    """Read a .jsonl, .csv or .parquet file, a directory of `datasets.save_to_disk`, or a dataset from the hub.
+    """Read a .jsonl, .csv or .parquet file, a folder of .parquet parts, a directory of `datasets.save_to_disk`, or a
+    dataset from the hub.
 
     path: may be `package:NAME/FILE`. name, split: of a dataset on the hub; a saved DatasetDict has splits too.
-    leave_out: columns of a .jsonl or .parquet file that are not kept, for a reader that needs few of many. Raises
-    `DataError`.
+    leave_out: columns of .jsonl or .parquet files that are not kept, for a reader that needs few of many. The rows of
+    parts follow each other in the order of the parts' names. Raises `DataError`.
     """
     readers: dict[str, Callable[[Path], Table]] = {
         ".jsonl": partial(_read_jsonl, leave_out=leave_out),
@@ -62,7 +63,9 @@ def read_table(path: str, name: str | None = None, split: str = "train", *, leav
         local = locate(path)
     except FileNotFoundError as error:
         raise DataError(str(error)) from error
-    if local.is_dir():
+    if local.is_dir() and any(local.glob("*.parquet")):
+        table = _read_parts(local, leave_out)
+    elif local.is_dir():
         table = _read_directory(local, split)
     elif local.suffix in readers or local.is_file():
         if local.suffix not in readers:
@@ -98,6 +101,17 @@ def _read_jsonl(path: Path, leave_out: Collection[str]) -> Table:
             lines.append(number)
     names = dict.fromkeys(name for row in rows for name in row)
     return Table(str(path), {name: [row.get(name) for row in rows] for name in names}, tuple(lines))
+
+
+def _read_parts(folder: Path, leave_out: Collection[str]) -> Table:
+    parts = [_read_parquet(path, leave_out=leave_out) for path in sorted(folder.glob("*.parquet"))]
+    for part in parts[1:]:
+        if different := sorted(set(part.columns) ^ set(parts[0].columns)):
+            raise DataError(
+                f"{part.source} and {parts[0].source} do not have the same columns: only one has"
+                f" {', '.join(different)}. Were two runs written to one folder?"
+            )
+    return Table(str(folder), {name: [v for part in parts for v in part.columns[name]] for name in parts[0].columns})
 
 
 def _check_no_surrogate(value: Any, where: str) -> None:

@@ -34,6 +34,15 @@ def test_jsonl_with_both_halves_of_a_character(tmp_path):
     assert read_table(str(tmp_path / "a.jsonl")).columns == {"text": ["\U0001f642"]}
 
 
+def test_a_folder_of_parts_is_one_table_in_the_order_of_their_names(tmp_path):
+    for name, texts in (("part-00001", ["c"]), ("part-00000", ["a", "b"])):
+        datasets.Dataset.from_dict({"text": texts}).to_parquet(tmp_path / f"{name}.parquet")
+    assert read_table(str(tmp_path)).columns == {"text": ["a", "b", "c"]}
+    datasets.Dataset.from_dict({"other": ["d"]}).to_parquet(tmp_path / "part-00002.parquet")
+    with pytest.raises(DataError, match=r"part-00002.* do not have the same columns: only one has other, text"):
+        read_table(str(tmp_path))
+
+
 def test_parquet_with_chat_messages(tmp_path):
     rows = {"messages": [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]], "n": [1, 2]}
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "a.parquet")

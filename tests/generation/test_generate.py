@@ -417,7 +417,7 @@ def test_what_is_written_is_what_the_other_commands_read(folder, world, tmp_path
     best_of_n.main([str(path), "--bootstrap", "100", "--keep", "best", "--output", str(tmp_path / "best.jsonl")])
     shared = ["--model.path", folder / "model", "--threads", 1, "--plan", "off", "--steps", 2, "--batch_size", 4]
     shared += ["--eval.examples", 4, "--data.max_tokens", 64, "--track.tensorboard", "false"]
-    rated = ["--data.path", one_file(path, tmp_path), "--data.rating", "score", "--data.answer", "response"]
+    rated = ["--data.path", path, "--data.rating", "score", "--data.answer", "response"]
     for module, command, given in (
         (train_sft, SFT, ["--data.path", tmp_path / "best.jsonl"]),
         (train_dpo, DPO, rated),
@@ -428,18 +428,6 @@ def test_what_is_written_is_what_the_other_commands_read(folder, world, tmp_path
     assert (tmp_path / "sft" / "model").is_dir() and (tmp_path / "dpo" / "model").is_dir()
     again = run(folder, tmp_path / "b", world, model__path=tmp_path / "dpo" / "model")
     assert len(rows(again)) == 44
-
-
-def one_file(path: Path, folder: Path) -> Path:
-    """A file that `data.path` takes."""
-    if path.is_file():
-        return path
-    import pyarrow
-    import pyarrow.parquet
-
-    table = pyarrow.concat_tables([pyarrow.parquet.read_table(part) for part in sorted(path.iterdir())])
-    pyarrow.parquet.write_table(table, folder / "all.parquet")
-    return folder / "all.parquet"
 
 
 # On two ranks

@@ -36,7 +36,7 @@ class ExamplesConfig:
     group = "data"  # not a setting, but the name of this group of settings in messages
 
     path: str = ""
-    """Hub dataset name, a directory of `datasets.save_to_disk`, a .jsonl, .parquet or .csv file, or
+    """Hub dataset name, a directory of `datasets.save_to_disk`, a .jsonl, .parquet or .csv file, a folder of .parquet parts, or
     `package:NAME/FILE` (`package:NAME==VERSION/FILE`) inside an installed package. Required."""
     name: str | None = None
     """Configuration name of a hub dataset, if it has several."""
