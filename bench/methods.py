@@ -3,7 +3,7 @@
     python bench/methods.py --seeds 1 2 3 --html runs/methods/methods.html
     python bench/methods.py --short
 
-All start from the SFT model and draw as many responses in training: PPO in 36 steps; ReST in 3 Grows; rejection
+All start from the SFT model and draw as many responses in training: PPO in 36 steps; ReST in 4 Grows; rejection
 sampling in one, with eight responses to a prompt of which the best is learned; DPO in one, with four, paired by their
 score. Best-of-n learns nothing and draws 64 responses to each held-out prompt. On the same held-out prompts, at
 temperature 1: the proxy (the reward model's score), the judge (VADER), the KL to the SFT model in nats a response, and
@@ -34,9 +34,6 @@ from fastppo.report import Outcome, methods_page
 from fastppo.rewards import BestOfN, estimate, kl_bound
 
 SFT, REWARD = Path("runs/quickstart-sft/model"), Path("runs/quickstart-reward/reward_model")
-JUDGE = json.dumps([{"function": "fastppo.quickstart:favourable"}])
-SOURCES = json.dumps([{"model": str(REWARD)}])
-SAMPLING = ["--sampling.max_new_tokens", "20", "--sampling.min_new_tokens", "20"]
 TOKENS = 20  # of a response
 SHOWN = (4, 16, 64)  # n of best-of-n in the table
 
@@ -104,13 +101,13 @@ def ppo(seed: int, size: Size, folder: Path) -> Measured:
 
 
 def rest(seed: int, size: Size, folder: Path) -> Measured:
-    prompts = size.responses // 24  # 3 Grows with 8 responses to each prompt
-    return _rest("ReST", seed, size, folder / "rest", "--steps", 3, "--grow.prompts", prompts)
+    prompts = size.responses // 32  # 4 Grows with 8 responses to each prompt
+    return _rest("ReST", seed, size, folder / "rest", "--steps", 4, "--grow.prompts", prompts)
 
 
 def rejection_sampling(seed: int, size: Size, folder: Path) -> Measured:
     best = ("--improve.keep", "best", "--improve.thresholds", "null")
-    one = ("--steps", 1, "--grow.prompts", size.responses // 8)
+    one = ("--steps", 1, "--grow.prompts", size.responses // 8, "--improve.epochs", 2)
     return _rest("rejection sampling", seed, size, folder / "rejection-sampling", *one, *best)
 
 
@@ -155,8 +152,9 @@ def run_of(seed: int, output: Path) -> list[object]:
 
 def generate(output: Path, prompts: Path, seed: int, samples: int) -> None:
     ran(
-        *("generate", "--model.path", SFT, "--data.path", prompts, "--rewards", SOURCES, "--judge", JUDGE),
-        *("--sampling.samples_per_prompt", samples, *SAMPLING, "--seed", seed, "--output", output),
+        *("generate", "--config", "quickstart-generate", "--data.path", prompts, "--data.column", "prompt"),
+        *("--data.first_tokens", "null", "--data.limit", "null", "--sampling.samples_per_prompt", samples),
+        *("--seed", seed, "--output", output, "--batch_size", 256),
     )
 
 
