@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from fastppo.config import HealthConfig, RewardConfig
-from fastppo.config.command_line import DPO, REWARD, SFT, parse
+from fastppo.config.command_line import DPO, GENERATE, REST, REWARD, SFT, parse
 from fastppo.models.loading.source import EXPORTED_BY
 from fastppo.quickstart.judge import _analyzer, favourable
 
@@ -31,6 +31,25 @@ def test_dpo_learns_from_the_model_and_the_reviews_of_the_others():
     assert dpo.model.path == f"{sft.output}/model"
     assert dataclasses.replace(dpo.data, limit=reward.data.limit) == reward.data
     assert dpo.data.limit == 450 + dpo.eval.examples
+
+
+def test_rest_draws_as_many_responses_to_the_same_prompts_for_the_same_reward():
+    ppo, rest = parse(["--config", "quickstart"]), parse(["--config", "quickstart-rest"], REST)
+    drawn = rest.steps * rest.grow.prompts * rest.sampling.samples_per_prompt
+    assert drawn == ppo.steps * ppo.ppo.batch_size
+    for group in ("rewards", "data", "health", "eval"):
+        assert getattr(rest, group) == getattr(ppo, group), group
+    assert dataclasses.replace(rest.actor, lr=ppo.actor.lr) == ppo.actor
+    length = {"samples_per_prompt": 1, "rows": ppo.sampling.rows}
+    assert dataclasses.replace(rest.sampling, **length) == ppo.sampling
+
+
+def test_generate_answers_the_prompts_that_the_others_hold_out():
+    ppo, drawn = parse(["--config", "quickstart"]), parse(["--config", "quickstart-generate"], GENERATE)
+    assert (drawn.model.path, drawn.rewards, drawn.judge) == (ppo.actor.model, ppo.rewards, ppo.health.judge)
+    for name in ("path", "column", "first_tokens", "split_seed"):
+        assert getattr(drawn.data, name) == getattr(ppo.data, name), name
+    assert drawn.data.limit == ppo.eval.prompts
 
 
 def test_what_the_reward_model_has_read_is_as_long_as_prompt_and_response():

@@ -61,9 +61,9 @@ class RestCheckpointConfig(CheckpointConfig):
 
     every: int = 1
     """Steps (a Grow and its Improves) between checkpoints; 0: save only when the run is stopped by a signal."""
-    within_step: int = 0
-    """Batches of a Grow, or updates of its Improves, between further checkpoints within a step; 0: none. A step can take
-    hours, which a run that is killed repeats."""
+    within_step: int = 100
+    """Batches of a Grow, or updates of an Improve, between further checkpoints within a step, which can take hours; 0:
+    none."""
 
 
 @dataclass(frozen=True)
