@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
-from fastppo.config import AnyConfig, GenerateConfig, command_of
+from fastppo.config import AnyConfig, command_of
 from fastppo.errors import ConfigError
 from fastppo.models import ModelError
 from fastppo.planner.machine import Machine
@@ -30,8 +30,7 @@ def smallest_change(plan: Plan) -> Change | None:
             else:
                 config = _changed(config, name.split("."), value)
         machine = replace(plan.machine, nodes=nodes)
-        trained = () if isinstance(config, GenerateConfig) else config.trained.values()
-        key = (*trained, config.optim, config.zero.stage == 3)
+        key = (*config.trained.values(), config.optim, config.zero.stage == 3)
         try:
             command_of(config).check(config, machine.ranks)
             if key not in roles:
@@ -58,7 +57,7 @@ def smallest_change(plan: Plan) -> Change | None:
 def _options(config: AnyConfig, machine: Machine) -> Iterator[Change]:
     """Changes from the cheapest to the dearest; of a kind, the smallest step first."""
     gpu, zero, method = machine.gpu is not None, config.zero, method_of(config)
-    if isinstance(config, GenerateConfig):
+    if not config.trained:  # it has neither an optimizer nor a gradient
         yield from method.smaller_passes(config)
         return
     if not config.optim.activation_checkpointing:
@@ -108,7 +107,7 @@ def advice(plan: Plan) -> str:
     ]
     reason = f"this run does not fit: {'; '.join(short)} (most in {phase})."
     if (whole := _whole_weights(plan)) and plan.machine.gpu is not None:
-        name = "model" if isinstance(plan.config, GenerateConfig) else "actor"
+        name = "actor" if plan.config.trained else "model"
         return (
             f"{reason} The {name}'s weights alone, whole on each GPU to sample from, take {in_gb(whole)} GB there,"
             f" which no setting changes: use GPUs with more memory, from {in_gb(_gpu_for(plan))} GB, or a smaller"

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from fastppo.config.data import DataConfig, RolloutConfig, SamplingConfig
 from fastppo.config.learning import OptimConfig, ZeroConfig
+from fastppo.config.models import ActorConfig
 from fastppo.config.rewards import RewardConfig
 from fastppo.config.run import Names
 
@@ -107,6 +108,16 @@ class GenerateConfig:
         if self.rewards_on == "gpu":
             return ZeroConfig()
         return ZeroConfig(stage=3, offload_frozen="cpu" if self.rewards_on == "cpu" else "none")
+
+    @property
+    def trained(self) -> dict[str, ActorConfig]:
+        """Nothing."""
+        return {}
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """There are no updates."""
+        return ()
 
     @property
     def data_paths(self) -> dict[str, str]:
