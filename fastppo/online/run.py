@@ -70,13 +70,21 @@ class Setup(Generic[C, P]):
         return Tracker(self.output, config.track, steps=config.steps, rank=self.world.rank, done=done)
 
 
-def set_up(config: C, world: World, progress: P, load_texts: LoadTexts, texts_setting: str) -> Setup[C, P] | None:
+def set_up(
+    config: C,
+    world: World,
+    progress: P,
+    load_texts: LoadTexts,
+    texts_setting: str,
+    check_prompts: Callable[[PromptSet], object] | None = None,
+) -> Setup[C, P] | None:
     """The run's folder, models, sources of reward and prompts, and its progress if it is resumed.
 
     None if an alarm has ended the run, and would again. What can be wrong is looked at in the order of what it costs to
     find out. An earlier run in the folder is moved aside when only the weights are left to be read.
 
-    progress: of a new run; load_texts: reads given texts to learn from; texts_setting: where they are, for messages.
+    progress: of a new run; load_texts: reads given texts to learn from; texts_setting: where they are, for messages;
+    check_prompts: what else the method asks of its prompts.
     """
     load_functions(config.rewards)  # a typo in a function's name should not cost the minutes of loading models
     load_functions(config.judge, config.judge_setting)
@@ -97,6 +105,8 @@ def set_up(config: C, world: World, progress: P, load_texts: LoadTexts, texts_se
     )
     check_chats(config, tokenizer, data, heldout)
     check_actor_tokens(config, tokenizer, (*data.tokens, *heldout.tokens), "data.path")
+    if check_prompts is not None:
+        check_prompts(data)
     texts = load_texts(tokenizer, context)
     if texts is not None:
         check_actor_tokens(config, tokenizer, texts.tokens, texts_setting)

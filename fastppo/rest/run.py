@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from fastppo.config import RestConfig
+from fastppo.config import ImproveConfig, RestConfig
 from fastppo.data import Examples, Measured, Prompts, load_texts
 from fastppo.distributed import World, all_gather
 from fastppo.generation import Parts, part_schema
@@ -60,11 +60,12 @@ class Step(NamedTuple):
 def set_up(config: RestConfig, world: World) -> RestSetup | None:
     """What the run begins with, as `fastppo.online.set_up` finds it; None if an alarm has ended the run for good."""
     progress = RestProgress.begin(config, world.rank)
-    setup = set_up_online(config, world, progress, partial(_demonstrations, config), "mixture.path")
+    schema = partial(part_schema, sources=len(config.rewards), judge=bool(config.judge))
+    texts = partial(_demonstrations, config)
+    setup = set_up_online(config, world, progress, texts, "mixture.path", schema)  # a fault in it costs no loading
     if setup is None:
         return None
-    schema = part_schema(setup.data, sources=len(config.rewards), judge=bool(config.judge))
-    found = RestSetup(**vars(setup), schema=schema)
+    found = RestSetup(**vars(setup), schema=schema(setup.data))
     _remove_later_grows(found)
     return found
 
@@ -99,19 +100,18 @@ def log_step(setup: RestSetup, done: Step, tracker: Tracker) -> None:
         tracker.log_responses(number, training_responses(done.grown, setup.roles.tokenizer, count=count))
     tracker.log_alarms([asdict(alarm) for alarm in done.alarms])
     if setup.world.rank == 0:
-        _tell(number, setup.config.improve.levels, run.improves, len(done.grown.packed), equal)
+        _tell(number, setup.config.improve, run.improves, len(done.grown.packed), equal)
 
 
-def _tell(
-    step: int, levels: Sequence[float | None], improves: Sequence[Improved], responses: int, equal_prompts: int
-) -> None:
+def _tell(step: int, config: ImproveConfig, improves: Sequence[Improved], responses: int, equal_prompts: int) -> None:
     """Say what was learned from, and what teaches nothing."""
     if equal_prompts:
         log.info("step %d: all responses to each of %d prompts have the same score", step, equal_prompts)
-    for number, (level, improve) in enumerate(zip(levels, improves, strict=True), start=1):
+    reached = {"quantile": ", score at least {:.4g}", "value": ", score above {:.4g}", "best": ""}[config.keep]
+    for number, improve in enumerate(improves, start=1):
         log.info(
             "step %d, Improve %d of %d: %d of %d responses, of %d prompts%s; loss %.4f nats a token",
-            *(step, number, len(levels), improve.kept, responses, improve.prompts),
-            "" if level is None else f", score from {improve.threshold:.4g} on",
+            *(step, number, len(improves), improve.kept, responses, improve.prompts),
+            reached.format(improve.threshold),
             improve.loss / max(improve.tokens, 1),
         )

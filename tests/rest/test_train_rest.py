@@ -15,6 +15,7 @@ from fastppo.config.command_line import REST, parse
 from fastppo.data.examples import load_texts
 from fastppo.data.prompts import batches
 from fastppo.data.scored_file import read_scored
+from fastppo.data.tables import DataError
 from fastppo.distributed.world import start_world
 from fastppo.report.__main__ import main as report
 from fastppo.rest.improves import batches_of_rows, learning_rate
@@ -237,3 +238,24 @@ def test_parts_are_what_the_settings_ask_for(trained):
     assert [path.name for path in parts] == [f"part-{i:05d}.parquet" for i in range(12)]
     assert all(pyarrow.parquet.read_metadata(path).num_rows == 8 for path in parts)
     assert torch.tensor(read_scored(trained / "grows/step-00000002").scores).shape == (24, 4)
+
+
+def test_an_alarm_ends_the_run_at_the_checkpoint_from_before(folder, tmp_path):
+    """The KL is 0 in the first Grow, and beyond the level in the second."""
+    alarms = json.dumps([{"figure": "kl_sequence", "level": 1e-4, "action": "stop"}])
+    same = {"rewards": plain(folder), "optim__schedule": "constant"}
+    argv = rest_runs.settings(folder, tmp_path / "ended", steps=4, health__alarms=alarms, health__window=1, **same)
+    config = parse(argv, REST)
+    assert not train(config, start_world(1))
+    (alarm,) = (json.loads(line) for line in (tmp_path / "ended/alarms.jsonl").read_text().splitlines())
+    assert (alarm["figure"], alarm["step"], alarm["good"]) == ("kl_sequence", 2, 1)
+    assert distance(weights(tmp_path / "ended"), weights(run(folder, tmp_path / "one step", steps=1, **same))) == 0
+
+
+def test_data_that_a_grow_cannot_hold_is_refused_before_models_load(folder, tmp_path, monkeypatch):
+    chat = [{"role": "user", "content": "b"}]
+    monkeypatch.setattr("fastppo.online.run.assemble", lambda *_: pytest.fail("models were loaded"))
+    monkeypatch.setattr("fastppo.generation.parts.prompt_values", lambda data: ["a", chat])
+    config = parse(rest_runs.settings(folder, tmp_path / "out", eval__prompts=0, eval__every=0), REST)
+    with pytest.raises(DataError, match="the prompts cannot be one column of Parquet"):
+        train(config, start_world(1))
