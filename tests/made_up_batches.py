@@ -135,6 +135,13 @@ def the_sampler_strays(experience: Experience, far: float) -> Experience:
     return replace(experience, sampler_logprobs=experience.sampler_logprobs + apart)
 
 
+def few_tokens_outweigh_the_others(experience: Experience, far: float) -> Experience:
+    """One token in a hundred is ever less likely by the sampler than by the trainer."""
+    logprobs = experience.sampler_logprobs.clone()
+    logprobs[::100] -= 4.0 * far
+    return replace(experience, sampler_logprobs=logprobs)
+
+
 def the_judge_falls(experience: Experience, far: float) -> Experience:
     """The score rises far, and what the judge says falls."""
     return replace(experience, scores=experience.scores + far, judged=experience.judged - far)

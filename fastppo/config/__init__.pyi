@@ -43,6 +43,7 @@ from .health import HealthConfig as HealthConfig
 from .launch import NEEDED as NEEDED
 from .launch import LaunchError as LaunchError
 from .launch import check_launch as check_launch
+from .learning import Importance as Importance
 from .learning import OptimConfig as OptimConfig
 from .learning import Place as Place
 from .learning import PPOConfig as PPOConfig

@@ -3,7 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
+
+ImportanceKind = Literal["none", "token", "sequence", "icepop"]
+IMPORTANCE_BOUNDS: dict[ImportanceKind, tuple[float, float]] = {
+    "none": (0.5, 5.0),  # weights nothing; the metric says what icepop would leave out
+    "token": (0.0, 2.0),
+    "sequence": (0.8, 1.25),
+    "icepop": (0.5, 5.0),
+}
+
+
+class Importance(NamedTuple):
+    """How a token's policy loss is weighted where the sampler is not the trainer, and the bounds of its weight."""
+
+    kind: ImportanceKind
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -36,6 +52,17 @@ class PPOConfig:
     """The ratio is clipped at 1 + clip_high."""
     dual_clip: float | None = None
     """Bound c > 1 on the loss of tokens with negative advantage (dual clip; Ye et al., 2020). Default: no bound."""
+    importance: Literal["auto", "none", "token", "sequence", "icepop"] = "auto"
+    """Weight of a token's policy loss, from rho = the probability that the trainer gives it / that with which it was
+    drawn. `token`: min(rho, `importance_high`) (Yao et al., 2025); `icepop`: rho within the bounds, 0 outside;
+    `sequence`: 1 for the tokens of a response whose geometric mean of rho is within the bounds, 0 for others; `none`: 1;
+    `auto`: `token` with `sampling.top_p` below 1, `sampling.top_k` above 0 or another `rollout.engine` than inprocess,
+    `none` otherwise. The mean is over all tokens, those with weight 0 included."""
+    importance_low: float | None = None
+    """Lower bound of icepop and sequence, less than 1. Default: 0.5 for icepop, 0.8 for sequence."""
+    importance_high: float | None = None
+    """Upper bound of token, icepop and sequence, greater than 1. Default: 2 for token, 5 for icepop, 1.25 for
+    sequence."""
     entropy_coef: float = 0.0
     """Coefficient of the entropy bonus in the loss, per token."""
     value_coef: float = 0.1

@@ -5,6 +5,7 @@ from .health import Health as Health
 from .health import check_figures as check_figures
 from .health import watch as watch
 from .health_metrics import distinct as distinct
+from .health_metrics import effective_samples as effective_samples
 from .health_metrics import figures as figures
 from .health_metrics import ngrams as ngrams
 from .health_metrics import sampler_error as sampler_error

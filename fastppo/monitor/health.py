@@ -116,6 +116,8 @@ def check_figures(
     the step has raised already.
     """
     window, has_judge = config.health.window, bool(config.health.judge)
+    for name in found:  # a figure that is newer than the run is unknown for the steps before
+        health.history.setdefault(name, [math.nan] * health.steps)
     health.add(found)
     if has_judge:
         turn = judge_turn(health, responses=responses, window=window)

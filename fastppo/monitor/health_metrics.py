@@ -74,6 +74,7 @@ def figures(batch: Measured, *, exact_kl: bool) -> dict[str, float]:
         "judge_std": float(judge_scores.std()),
         "length_correlation": rank_correlation(scores, lengths.astype(np.float64)),
         "sampler_error": sampler_error(batch),
+        "effective_samples": effective_samples(batch),
         "rewarded_phrase": max((phrase.share for phrase in _phrases(batch, grams, 1)), default=0.0),
     }
     if exact_kl:
@@ -88,6 +89,14 @@ def sampler_error(batch: Measured) -> float:
     They differ by rounding, and in their distributions if `sampling` excludes tokens (top_p, top_k).
     """
     return float((batch.sampler_logprobs - batch.old_logprobs).double().abs().mean())
+
+
+def effective_samples(batch: Measured) -> float:
+    """The effective sample size of the batch as a share of its M tokens (Kish, 1965): (sum rho)^2 / (M sum rho^2), with
+    rho the trainer's probability of a token over the sampler's; in (0, 1], 1 if all are equal."""
+    log_rho = (batch.old_logprobs.double() - batch.sampler_logprobs.double()).numpy()
+    rho = np.exp(log_rho - log_rho.max())  # the share does not depend on the scale, and e^x overflows
+    return float(rho.sum() ** 2 / (len(rho) * np.square(rho).sum()))
 
 
 def ngrams(tokens: Ints, lengths: Ints, largest: int) -> list[Grams]:

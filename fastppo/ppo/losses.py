@@ -56,6 +56,12 @@ def load_loss(ppo: PPOConfig) -> PolicyLoss:
     return named_function(ppo.loss, "ppo.loss", LOSSES)
 
 
+def weighted(tokens: TokenLoss, weights: Tensor) -> TokenLoss:
+    """A loss with each token's part multiplied by its weight, (m,) and 0 or more; no clip holds a token of weight 0."""
+    held = (None if x is None else x & (weights > 0) for x in (tokens.clipped, tokens.dual_clipped))
+    return TokenLoss(weights * tokens.loss, *held)
+
+
 def checked_loss(
     loss: PolicyLoss,
     logprobs: Tensor,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
+from fastppo.config import Importance
 from fastppo.data import Experience, Update
-from fastppo.monitor import sampler_error
+from fastppo.ppo.importance import importance_metrics
 from fastppo.ppo.schedule import explained_variance
 
 
@@ -15,7 +16,9 @@ def mean_kl(experience: Experience) -> float:
     return float((experience.old_logprobs - experience.ref_logprobs).sum()) / len(experience.packed)
 
 
-def step_metrics(experience: Experience, updates: Sequence[Update], seconds: Mapping[str, float]) -> dict[str, float]:
+def step_metrics(
+    experience: Experience, updates: Sequence[Update], seconds: Mapping[str, float], importance: Importance
+) -> dict[str, float]:
     """Means over the global batch: per response score, reward, KL and length; per token what learning saw.
 
     seconds: `time/PHASE` of the step's phases. Of the updates those count that were applied.
@@ -36,7 +39,7 @@ def step_metrics(experience: Experience, updates: Sequence[Update], seconds: Map
         "value": float(experience.values.mean()),
         "explained_variance": explained_variance(experience.values, experience.returns),
         "skipped_updates": skipped,
-        "sampler_error": sampler_error(experience),
+        **importance_metrics(experience, importance),
     }
     if experience.by_source.shape[1] > 1:
         metrics |= {f"score/{i}": float(x) for i, x in enumerate(experience.by_source.mean(0))}

@@ -65,6 +65,8 @@ def set_up(config: Config, world: World) -> PPOSetup | None:
     """What the run begins with, as `fastppo.online.set_up` finds it; None if an alarm has ended the run for good."""
     estimator, loss = load_estimator(config.ppo), load_loss(config.ppo)
     progress = PPOProgress.begin(config, world.rank)
+    if config.ppo.importance == "auto" and config.other_sampler:
+        log.info("ppo.importance auto is %s, for %s", config.importance.kind, ", ".join(config.other_sampler))
     setup = set_up_online(config, world, progress, partial(read_texts, config), "ptx.path")
     return None if setup is None else PPOSetup(**vars(setup), estimator=estimator, loss=loss)
 
@@ -75,13 +77,16 @@ def log_step(setup: PPOSetup, done: Step, tracker: Tracker) -> None:
     number, lengths = run.step + 1, done.experience.packed.lengths
     rates = dict(zip(("actor_lr", "critic_lr"), step_rates(config, run.step)[-1], strict=True))
     spread = imbalance(done.plan, lengths, setup.world.ranks, attention)
-    metrics = step_metrics(done.experience, done.updates, setup.phases.take()) | done.health | rates
+    metrics = step_metrics(done.experience, done.updates, setup.phases.take(), config.importance)
+    metrics |= done.health | rates
     tracker.log(number, metrics | {"kl_coef": run.kl_coef, "imbalance": spread})
     if number == 1 and (settings := settings_that_truncate(config.sampling, setup.sampler.stop_ids)):
         log.info(
-            "%s: tokens are left out of the draw, and learning knows the whole distribution. In this first batch the"
-            " sampler's logprobs are %.2g nats a token from the trainer's in the mean, by rounding too (sampler_error)",
+            "%s: tokens are left out of the draw, and learning knows the whole distribution; ppo.importance is %s, and"
+            " no weight brings back what could not be drawn. In this first batch the sampler's logprobs are %.2g nats a"
+            " token from the trainer's in the mean, by rounding too (sampler_error)",
             ", ".join(settings),
+            config.importance.kind,
             metrics["sampler_error"],
         )
     if tracker.wants_responses(number):

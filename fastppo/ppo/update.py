@@ -20,7 +20,8 @@ from fastppo.models import Policy, PrefixStates, hidden_states
 from fastppo.monitor import note_fault
 from fastppo.ops import eager
 from fastppo.ppo.experience import StepContext
-from fastppo.ppo.losses import PolicyLoss, checked_loss
+from fastppo.ppo.importance import importance_weights
+from fastppo.ppo.losses import PolicyLoss, checked_loss, weighted
 from fastppo.ppo.ptx import add_gradient
 from fastppo.ppo.schedule import step_rates
 
@@ -60,6 +61,7 @@ class Targets:
     returns: Tensor
     normalizer: Tensor  # () fp32
     kl_reference: dict[str, Any]  # arguments of the loss's KL term; empty if the penalty is in the reward
+    weights: Tensor | None = None  # of the policy loss alone, 0 or more; None: all 1
 
 
 Term = Callable[[Any, Tensor, Targets, Config], tuple[Tensor, Sums]]  # (role, hidden (m, H), ...) -> its loss
@@ -87,7 +89,7 @@ def run_updates(
     microbatches, of which nothing is applied then.
     """
     config, world, step, updates = context.config, context.world, context.step, list(done)
-    limit = config.health.kl_limit
+    limit, weights = config.health.kl_limit, importance_weights(experience, config.importance)
     rates, train_actor = step_rates(config, step), step >= config.critic.warmup_steps
     texts = context.texts if train_actor else None
     batches_of_texts = iter(()) if texts is None else texts.from_update(step * len(rates) + len(updates))
@@ -98,7 +100,7 @@ def run_updates(
         jobs = _jobs(context, *rates[len(updates)], train_actor)
         tokens = int(experience.packed.response_lengths[torch.cat(minibatch.microbatches)].sum())
         ptx_loss = 0.0 if texts is None else add_gradient(texts, next(batches_of_texts), context.roles.actor, world)
-        sums = _accumulate(jobs, experience, minibatch, tokens, prefix_cache, context)
+        sums = _accumulate(jobs, experience, weights, minibatch, tokens, prefix_cache, context)
         norms = [job.engine.gradient_norm() for job in jobs]
         update = _summarise(epoch, sums, tokens, norms[0] if train_actor else math.nan, norms[-1], world)
         update = replace(update, ptx_loss=ptx_loss)
@@ -125,14 +127,17 @@ def _finite(update: Update, norms: list[float], train_actor: bool) -> bool:
 
 
 def clip_term(policy: Policy, hidden: Tensor, targets: Targets, config: Config) -> tuple[Tensor, Sums]:
-    """The formula of `losses.clip` with entropy bonus and KL term (if configured), fused with the vocabulary head."""
-    ppo = config.ppo
+    """The formula of `losses.clip` with entropy bonus and KL term (if configured), fused with the vocabulary head.
+
+    A weight w >= 0 goes into the advantage: w min(r A, clip(r) A) = min(r wA, clip(r) wA), and so for the dual clip.
+    """
+    ppo, weights = config.ppo, targets.weights
     loss, stats = policy.head(
         hidden,
         ops.linear_policy_loss,
         targets.packed.responses,
         targets.old_logprobs,
-        targets.advantages,
+        targets.advantages if weights is None else weights * targets.advantages,
         temperature=config.sampling.temperature,
         clip_low=ppo.clip_low,
         clip_high=ppo.clip_high,
@@ -156,6 +161,8 @@ def loss_term(
     tokens = checked_loss(
         loss, stats.logprobs, targets.old_logprobs, targets.advantages, packed.response_cu_seqlens, ppo
     )
+    if targets.weights is not None:
+        tokens = weighted(tokens, targets.weights)
     kl = stats.kl if ref_logprobs is None else eager.kl_estimate(stats.logprobs, ref_logprobs, kl_kind)
 
     surrogate, entropy = tokens.loss.sum(), stats.entropy.sum()
@@ -205,12 +212,14 @@ def _jobs(context: StepContext, actor_rate: float, critic_rate: float, train_act
 def _accumulate(
     jobs: list[Job],
     experience: Experience,
+    weights: Tensor | None,
     minibatch: Minibatch,
     tokens: int,
     prefix_cache: PrefixStates,
     context: StepContext,
 ) -> Sums:
-    """Gradients and statistics of this rank's share of a minibatch, which has `tokens` response tokens in all."""
+    """Gradients and statistics of this rank's share of a minibatch, which has `tokens` response tokens in all: those
+    with weight 0 count too."""
     config, world, reference = context.config, context.world, context.roles.reference
     # Engines average gradients over ranks, and the loss is to be a mean over the tokens of all of them.
     normalizer = torch.tensor(tokens / world.ranks, dtype=torch.float32, device=world.device)
@@ -219,7 +228,7 @@ def _accumulate(
     read = list(reference.module.head.parameters()) if config.ppo.loss_reads_reference else []
     for i, sequences in enumerate(microbatches):
         stop.check(world)
-        targets = _targets(experience, sequences, normalizer, prefix_cache, context)
+        targets = _targets(experience, weights, sequences, normalizer, prefix_cache, context)
         for job in jobs:
             prefix_states = prefix_cache(job.engine.module, targets.packed, sequences)
             with gathered(read):  # the reference's head beside the actor's own
@@ -239,6 +248,7 @@ def _add_terms(terms: list[Term], targets: Targets, config: Config, role: Any, h
 
 def _targets(
     experience: Experience,
+    weights: Tensor | None,
     sequences: Tensor,
     normalizer: Tensor,
     prefix_cache: PrefixStates,
@@ -267,6 +277,7 @@ def _targets(
         returns=rows(experience.returns),
         normalizer=normalizer,
         kl_reference=kl_reference,
+        weights=None if weights is None else rows(weights),
     )
 
 

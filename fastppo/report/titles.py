@@ -46,6 +46,7 @@ HEALTH = {
     "rewarded_phrase": _share("Rewarded phrase", "share of responses that contain it"),
     "approx_kl": _size("Approximate KL", "of the updates, nats per token"),
     "sampler_error": _size("Sampler error", "mean difference from the trainer's logprobs, nats per token"),
+    "effective_samples": _share("Effective samples", "share of tokens that count, from trainer / sampler probability"),
 }
 LEARNING = {
     "score": Quantity("Score", "mean over responses"),
@@ -58,6 +59,9 @@ LEARNING = {
     "value": Quantity("Value", "of the critic, mean over tokens"),
     "explained_variance": Quantity("Explained variance", "of the returns, by the critic", high=1.0),
     "skipped_updates": _size("Skipped updates", "per step, loss or gradient not finite"),
+    "sampler_error_max": _size("Largest sampler error", "difference from the trainer's logprob, nats"),
+    "sampler_kl": _size("KL of the sampler to the trainer", "nats per token"),
+    "importance_outside": _share("Outside the bounds", "share of tokens, of trainer / sampler probability"),
     "policy_loss": Quantity("Policy loss", "mean over updates"),
     "kl_loss": Quantity("KL loss", "mean over updates"),
     "clip_fraction": _share("Clipped", "share of tokens"),

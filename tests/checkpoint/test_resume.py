@@ -1,6 +1,7 @@
 """Which settings may change when a run is resumed: pinned for every setting of every command."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,15 @@ import pytest
 import torch
 
 from fastppo.checkpoint.resume import CheckpointError, _check_fit, settings, versions
-from fastppo.config import AnyConfig, Config, DPOConfig, RewardTrainingConfig, SFTConfig
+from fastppo.config import (
+    AnyConfig,
+    Config,
+    DPOConfig,
+    PPOConfig,
+    RewardTrainingConfig,
+    SamplingConfig,
+    SFTConfig,
+)
 from fastppo.distributed.world import World
 
 WORLD = World(0, 1, torch.device("cpu"))
@@ -81,3 +90,28 @@ def test_a_setting_may_change_if_it_is_listed_here_and_is_refused_by_name_if_not
     config = kind()
     outcomes = {name: outcome(config, name, caplog) for name in settings(config)}
     assert {name: found for name, found in outcomes.items() if found != "refused"} == free
+
+
+@pytest.mark.parametrize(
+    ("settings_then", "importance", "now"),
+    [
+        ({}, "auto", None),
+        ({"top_p": 0.9}, "none", None),
+        ({"top_p": 0.9}, "auto", "token"),
+        ({"top_k": 5}, "auto", "token"),
+        ({}, "icepop", "icepop"),
+    ],
+)
+def test_a_run_from_before_tokens_had_weights_goes_on_without_or_is_told_how(settings_then, importance, now):
+    sampling = SamplingConfig(**settings_then)
+    then = {name: x for name, x in settings(Config(sampling=sampling)).items() if "importance" not in name}
+    about: dict[str, Any] = {"ranks": 1, "config": then, "versions": versions()}
+    resumes = partial(_check_fit, Path("runs/ppo/checkpoints/step-00000001"), about)
+    config = Config(sampling=sampling, ppo=PPOConfig(importance=importance))
+    if now is None:
+        resumes(config, WORLD)
+        return
+    with pytest.raises(
+        CheckpointError, match=f'importance is "{now}", but .* was made with "none".*--ppo.importance "none"'
+    ):
+        resumes(config, WORLD)

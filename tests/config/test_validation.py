@@ -79,6 +79,22 @@ def test_the_defaults_and_the_quickstart_are_allowed():
         (dict(rewards=(RewardConfig(url="http://a", retries=-1),)), ["rewards[0].retries is -1", "0 to 1000"]),
         (dict(rewards=(RewardConfig(url="http://a", timeout=86401.0),)), ["timeout is 86401.0", "0.001 to 86400"]),
         (dict(rewards=(RewardConfig(model="m", timeout=5.0),)), ["rewards[0].timeout is 5.0", "belongs to url"]),
+        (
+            dict(ppo__importance_low=0.4),
+            [
+                "ppo.importance_low is 0.4 and ppo.importance auto, which is none with these settings",
+                "no effect",
+                "icepop",
+            ],
+        ),
+        (
+            dict(ppo__importance_low=0.4, sampling__top_p=0.9),
+            ["ppo.importance auto, which is token with sampling.top_p 0.9", "Set ppo.importance to sequence or icepop"],
+        ),
+        (
+            dict(ppo__importance_high=3.0, ppo__importance="none", sampling__top_k=5),
+            ["ppo.importance_high is 3.0 and ppo.importance none: it", "token, sequence or icepop", "leave out"],
+        ),
         (dict(ppo__length_penalty=0.1), ["length_penalty is 0.1", "length_limit, beyond which it applies, is not set"]),
         (dict(ppo__length_limit=99), ["length_limit is 99", "length_penalty 0.0"]),
         (dict(ppo__length_limit=128, ppo__length_penalty=0.1), ["length_limit is 128", "max_new_tokens 128"]),
@@ -104,6 +120,7 @@ def test_the_defaults_and_the_quickstart_are_allowed():
         (dict(health__alarms=(ROLL_BACK,), checkpoint__every=0), ["roll_back", "checkpoint.every 0"]),
         (dict(health__alarms=(ROLL_BACK,), checkpoint__every=100), ["checkpoint.every 100", "100 steps", "1 up to 99"]),
         (dict(health__alarms=(AlarmConfig("duplicates", 3.0),)), ["level is 3.0 for duplicates", "below 1"]),
+        (dict(health__alarms=(AlarmConfig("effective_samples", 1.0),)), ["1.0 for effective_samples", "below 1"]),
         (dict(health__alarms=(AlarmConfig("length_correlation", 1.0),)), ["level is 1.0", "below 1"]),
         (dict(timeout=0.0), ["timeout is 0.0", "greater than 0"]),
         (dict(ppo__bootstrap_truncated=True), ["V = score + V", "fixed point", "truncation_penalty"]),
@@ -175,6 +192,8 @@ def test_settings_that_cannot_work_are_refused_with_a_reason(settings, words):
         dict(rewards=(RewardConfig(model="m", weight=0.0), RewardConfig(pattern="a", weight=1e-9))),
         dict(rewards=(RewardConfig(model="m", weight=-0.5), RewardConfig(function="dir/file.py:f"))),
         dict(ppo__value_clip=None, ppo__dual_clip=3.0, ppo__score_clip=5.0),
+        dict(ppo__importance_high=3.0, sampling__top_k=5),
+        dict(ppo__importance="icepop", ppo__importance_low=0.1, ppo__importance_high=9.0),
         dict(track__profile_steps=(1, 100)),
         dict(optim__warmup_steps=400),
         dict(ptx__coef=0.1, ptx__path="t.jsonl", ptx__max_tokens=8192, ptx__batch_size=1),
@@ -195,6 +214,24 @@ def test_settings_that_cannot_work_are_refused_with_a_reason(settings, words):
 )
 def test_settings_at_the_edge_of_a_rule_are_allowed(settings):
     validate(changed(**settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "importance"),
+    [
+        ({}, ("none", 0.5, 5.0)),
+        (dict(sampling__min_new_tokens=8), ("none", 0.5, 5.0)),
+        (dict(sampling__top_p=0.99), ("token", 0.0, 2.0)),
+        (dict(sampling__top_k=1000), ("token", 0.0, 2.0)),
+        (dict(rollout__engine="mine.py:Mine"), ("token", 0.0, 2.0)),
+        (dict(sampling__top_k=5, ppo__importance="none"), ("none", 0.5, 5.0)),
+        (dict(sampling__top_k=5, ppo__importance_high=4.0), ("token", 0.0, 4.0)),
+        (dict(ppo__importance="icepop", ppo__importance_low=0.1), ("icepop", 0.1, 5.0)),
+        (dict(ppo__importance="sequence", ppo__importance_high=1.5), ("sequence", 0.8, 1.5)),
+    ],
+)
+def test_tokens_are_weighted_by_default_where_the_sampler_is_not_the_trainer(settings, importance):
+    assert changed(**settings).importance == importance
 
 
 def test_each_minibatch_needs_a_response_for_each_rank():
@@ -260,6 +297,10 @@ def test_a_number_out_of_its_range_is_named_with_its_value(name):
         ("ppo.clip_low", 1.0),
         ("ppo.clip_high", 0.0),
         ("ppo.dual_clip", 1.0),
+        ("ppo.importance_low", 0.0),
+        ("ppo.importance_low", 1.0),
+        ("ppo.importance_high", 1.0),
+        ("ppo.importance_high", float("inf")),
         ("ppo.kl_target", 0.0),
         ("ppo.batch_size", 0),
         ("actor.lr", float("inf")),

@@ -55,6 +55,7 @@ ILLNESSES = {
     made_up.entropy_falls: ["entropy"],
     made_up.it_drifts: ["kl_token", "kl_exact", "perplexity"],
     made_up.the_sampler_strays: ["sampler_error"],
+    made_up.few_tokens_outweigh_the_others: ["effective_samples"],
     made_up.the_judge_falls: ["judge", "judge_gap", "judge_turn"],
     made_up.length_pays: ["length_correlation"],
     made_up.a_phrase_pays: ["rewarded_phrase"],
@@ -133,6 +134,21 @@ def test_a_judge_that_says_the_same_of_all_at_first_has_a_gap_once_it_does_not()
         watch(experience if step > 5 else silent(experience, 1), [made_up.update()], kept, settings, TOKENIZER)
     gaps = kept.history["judge_gap"]
     assert all(map(math.isnan, gaps[:5])) and all(map(math.isfinite, gaps[5:]))
+
+
+def test_a_figure_that_is_newer_than_the_run_is_counted_in_the_runs_steps():
+    """Of an older run's checkpoint; the step that its alarm names is one of the run, and nothing is made of the gap."""
+    kept, settings = Health(), config()
+    for step in range(1, 20):
+        if step == 11:
+            del kept.history["effective_samples"]
+        experience = made_up.healthy(step)
+        if step > 15:
+            experience = made_up.few_tokens_outweigh_the_others(experience, 1.0)
+        watch(experience, [made_up.update()], kept, settings, TOKENIZER)
+    assert all(len(values) == 19 for values in kept.history.values())
+    (alarm,) = kept.alarms
+    assert (alarm.figure, alarm.step, alarm.good) == ("effective_samples", 17, 15)
 
 
 def test_updates_that_were_not_applied_do_not_hide_how_far_the_others_went():

@@ -64,11 +64,11 @@ def batch(dtype, seed=0):
     )
 
 
-def measured(term, made, against, config):
+def measured(term, made, against, config, weights=None):
     """Loss, sums and gradients of a term of the update."""
     packed = SimpleNamespace(responses=made.targets, response_cu_seqlens=PACKED.response_cu_seqlens)
     normalizer = torch.tensor(TOKENS / 2)
-    targets = Targets(packed, made.old, made.advantages, made.old, made.old, normalizer, against)
+    targets = Targets(packed, made.old, made.advantages, made.old, made.old, normalizer, against, weights)
     loss, sums = term(SimpleNamespace(head=made.head), made.hidden, targets, config)
     gradients = torch.autograd.grad(loss, [made.hidden, made.head.weight, made.head.bias])
     return loss.detach(), sums.policy, sums.ratio_max, *gradients
@@ -94,6 +94,30 @@ def test_the_plain_clip_and_the_fused_op_agree_gradients_included(dtype, kl, opt
         torch.testing.assert_close(one, other, **tolerance, check_dtype=False)
     clipped, dual_clipped = fused[1][4:6].tolist()
     assert 0 < clipped < TOKENS and (0 < dual_clipped < TOKENS) == ("dual_clip" in options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kl", ["exact", "k2", "k3"])
+def test_weights_are_the_same_in_both_and_leave_entropy_and_kl_as_they_are(dtype, kl):
+    made = batch(dtype)
+    config = dataclasses.replace(config_of("none"), ppo=PPOConfig(dual_clip=1.5, entropy_coef=0.1))
+    against = {"kl_coef": 0.3, "kl_kind": kl} | (
+        made.reference if kl == "exact" else {"ref_logprobs": made.ref_logprobs}
+    )
+    weights = torch.rand(TOKENS, dtype=dtype) * 2 * (torch.arange(TOKENS) % 3 > 0)
+    fused = measured(clip_term, made, against, config, weights)
+    plain = measured(partial(loss_term, clip), made, against, config, weights)
+    tolerance = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-5}
+    for one, other in zip(plain, fused, strict=True):
+        torch.testing.assert_close(one, other, **tolerance, check_dtype=False)
+
+    found, nothing = (
+        partial(measured, partial(loss_term, clip), made, against, config)(w) for w in (None, weights * 0)
+    )
+    assert fused[1][0] != found[1][0] and nothing[1][0] == 0
+    assert nothing[1][4:6].tolist() == [0, 0]  # no clip holds what has no weight
+    for sums in (fused[1], nothing[1]):  # entropy, KL, approximate KL, ratio, tokens
+        torch.testing.assert_close(sums[[1, 2, 3, 6, 7]], found[1][[1, 2, 3, 6, 7]], **tolerance, check_dtype=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

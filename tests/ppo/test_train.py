@@ -163,7 +163,10 @@ def test_what_is_left_out_of_the_draw_is_said_once_with_what_it_changes(folder, 
         records = run(folder, steps=3, sampling__top_p=0.6, sampling__top_k=40)
     said = [message for message in caplog.messages if "left out of the draw" in message]
     assert len(said) == 1 and said[0].startswith("sampling.top_p 0.6, sampling.top_k 40: ")
-    assert f"{records[1]['sampler_error']:.2g} nats" in said[0]
+    assert f"{records[1]['sampler_error']:.2g} nats" in said[0] and "ppo.importance is token" in said[0]
+    assert "ppo.importance auto is token, for sampling.top_p 0.6, sampling.top_k 40" in caplog.messages
+    assert records[1]["sampler_error_max"] > records[1]["sampler_error"] and records[1]["sampler_kl"] > 0
+    assert records[1]["importance_outside"] == 0  # the sampler's probabilities are the larger ones
     assert records[1]["sampler_error"] == records[1]["health/sampler_error"] > 0.1
     alarms = [json.loads(line) for line in (folder / "out/alarms.jsonl").read_text().splitlines()]
     assert "sampler_error" in {alarm["figure"] for alarm in alarms}
@@ -172,7 +175,7 @@ def test_what_is_left_out_of_the_draw_is_said_once_with_what_it_changes(folder, 
 def test_nothing_is_said_of_a_draw_from_the_whole_distribution(folder, caplog):
     with caplog.at_level("INFO", logger="fastppo"):
         records = run(folder, steps=3, optim__dtype="bf16")
-    assert not any("left out" in message or "sampler_error" in message for message in caplog.messages)
+    assert not any(word in message for message in caplog.messages for word in ("left out", "sampler_", "importance"))
     assert 0 < records[1]["sampler_error"] < 0.08
 
 

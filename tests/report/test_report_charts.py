@@ -10,6 +10,7 @@ import pytest
 import torch
 from made_up_batches import healthy, update
 
+from fastppo.config import Importance
 from fastppo.config.health import FIGURES
 from fastppo.offline.reward_modelling import PairEvaluation
 from fastppo.offline.sft import AnswerEvaluation
@@ -89,7 +90,13 @@ def metrics_of_the_trainer() -> list[str]:
     step = replace(healthy(1), by_source=torch.zeros(len(healthy(1).packed), 2))
     updates = [replace(update(), ptx_loss=1.0), replace(update(), epoch=1)]
     seconds = dict.fromkeys(("time/sampling", "time/feedback", "time/experience", "time/learning", "time/health"), 1.0)
-    found = [*step_metrics(step, updates, seconds), "actor_lr", "critic_lr", "kl_coef", "imbalance"]
+    found = [
+        *step_metrics(step, updates, seconds, Importance("none", 0.5, 5.0)),
+        "actor_lr",
+        "critic_lr",
+        "kl_coef",
+        "imbalance",
+    ]
     found += [f"health/{name}" for name in FIGURES]
     evaluated = ("score", "score_std", "kl", "ref_perplexity", "distinct_2", "response_length", "ended", "judge")
     found += [f"eval/{average}{name}" for average in ("", "average/") for name in evaluated]

@@ -9,7 +9,7 @@ from fastppo.config.commands.generate import GenerateConfig
 from fastppo.config.commands.offline import OfflineConfig
 from fastppo.config.commands.online import OnlineConfig
 from fastppo.config.data import PtxConfig
-from fastppo.config.learning import PPOConfig
+from fastppo.config.learning import IMPORTANCE_BOUNDS, Importance, PPOConfig
 from fastppo.config.models import CriticConfig
 from fastppo.config.run import Names
 
@@ -56,6 +56,31 @@ class Config(OnlineConfig):
     @property
     def mixed_in(self) -> tuple[int, int] | None:
         return (self.ptx.batch_size, self.ptx.max_tokens) if self.ptx.coef else None
+
+    @property
+    def other_sampler(self) -> list[str]:
+        """The settings, with their values, for which `ppo.importance: auto` weights tokens."""
+        sampling, engine = self.sampling, self.rollout.engine
+        another = {
+            f"sampling.top_p {sampling.top_p}": sampling.top_p < 1.0,
+            f"sampling.top_k {sampling.top_k}": sampling.top_k > 0,
+            f"rollout.engine {engine}": engine != "inprocess",
+        }
+        return [setting for setting, is_another in another.items() if is_another]
+
+    @property
+    def importance(self) -> Importance:
+        """`ppo.importance` with what `auto` stands for, and the bounds."""
+        ppo = self.ppo
+        kind = ppo.importance
+        if kind == "auto":
+            kind = "token" if self.other_sampler else "none"
+        low, high = IMPORTANCE_BOUNDS[kind]
+        return Importance(
+            kind,
+            low if ppo.importance_low is None else ppo.importance_low,
+            high if ppo.importance_high is None else ppo.importance_high,
+        )
 
     @property
     def learns_as_measured(self) -> bool:

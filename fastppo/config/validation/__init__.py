@@ -11,7 +11,14 @@ import math
 from fastppo.config.commands.ppo import Config
 from fastppo.config.validation.data import check_data, check_sampling
 from fastppo.config.validation.health import check_health, check_kl_alarms
-from fastppo.config.validation.learning import check_batch, check_kl, check_ptx, check_schedule, check_zero
+from fastppo.config.validation.learning import (
+    check_batch,
+    check_importance,
+    check_kl,
+    check_ptx,
+    check_schedule,
+    check_zero,
+)
 from fastppo.config.validation.models import check_critic, check_models
 from fastppo.config.validation.ranges import ONLINE_RANGES, Ranges, check_betas, check_ranges, check_train
 from fastppo.config.validation.rewards import check_rewards, check_shaping, check_waiting
@@ -35,9 +42,9 @@ RANGES: Ranges = (
         lambda x: 0 < x < math.inf,
         "ppo.clip_high ppo.value_clip ppo.kl_target ppo.kl_horizon ppo.score_clip critic.lora.alpha",
     ),
-    ("greater than 1", lambda x: 1 < x < math.inf, "ppo.dual_clip"),
+    ("greater than 1", lambda x: 1 < x < math.inf, "ppo.dual_clip ppo.importance_high"),
     ("between 0 and 1", lambda x: 0 <= x <= 1, "ppo.gamma ppo.lam"),
-    ("greater than 0 and less than 1", lambda x: 0 < x < 1, "ppo.clip_low"),
+    ("greater than 0 and less than 1", lambda x: 0 < x < 1, "ppo.clip_low ppo.importance_low"),
 )
 
 
@@ -57,6 +64,7 @@ def validate(config: Config, ranks: int = 1) -> None:
     check_ptx(config, ranks)
     check_zero(config)
     check_kl(config)
+    check_importance(config)
     check_schedule(config)
     check_checkpoints(config)
     check_tracking(config)

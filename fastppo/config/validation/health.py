@@ -10,7 +10,7 @@ from fastppo.config.health import FIGURES, AlarmConfig
 from fastppo.config.validation.rewards import check_sources
 from fastppo.errors import ConfigError
 
-SHARES = ("self_bleu", "repetition", "duplicates", "length_correlation", "rewarded_phrase")
+SHARES = ("self_bleu", "repetition", "duplicates", "length_correlation", "rewarded_phrase", "effective_samples")
 
 
 def check_health(config: OnlineConfig) -> None:

@@ -111,6 +111,23 @@ def check_kl(config: Config) -> None:
         )
 
 
+def check_importance(config: Config) -> None:
+    """Refuse a bound that the weights do not have."""
+    ppo, kind = config.ppo, config.importance.kind
+    has = {"none": (), "token": ("importance_high",)}.get(kind, ("importance_low", "importance_high"))
+    for name in ("importance_low", "importance_high"):
+        if (value := getattr(ppo, name)) is None or name in has:
+            continue
+        owners = "sequence or icepop" if name == "importance_low" else "token, sequence or icepop"
+        auto = ""
+        if ppo.importance == "auto":
+            auto = f", which is {kind} " + (f"with {', '.join(config.other_sampler)}" if has else "with these settings")
+        raise ConfigError(
+            f"ppo.{name} is {value} and ppo.importance {ppo.importance}{auto}: it would have no effect. Set"
+            f" ppo.importance to {owners}, or leave out ppo.{name}."
+        )
+
+
 def check_schedule(config: Config) -> None:
     steps, critic_steps, warmup = config.steps, config.critic.warmup_steps, config.optim.warmup_steps
     # updates of the actor; 0 in a run that only evaluates
