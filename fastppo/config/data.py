@@ -72,7 +72,8 @@ class SamplingConfig:
     ignore_eos: bool = False
     """Always generate `max_new_tokens` tokens and ignore stop tokens (for benchmarks)."""
     rows: int = 64
-    """Number of responses decoded together on each rank; it bounds the size of the key/value cache."""
+    """Number of responses decoded together on each rank; it bounds the size of the key/value cache. One that ends makes
+    room for the next at once, so a rank may have any number of prompts."""
     cuda_graphs: bool = True
     """Record decode steps as CUDA graphs, if flash-attn computes attention on a GPU."""
 

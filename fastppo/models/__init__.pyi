@@ -3,9 +3,9 @@ from .assembly import Roles as Roles
 from .assembly import assemble as assemble
 from .attention import ATTENTION as ATTENTION
 from .attention import PLAIN_ATTENTION_MAX as PLAIN_ATTENTION_MAX
-from .attention import Cache as Cache
-from .attention import SequenceLayout as SequenceLayout
 from .attention import choose_attention as choose_attention
+from .cache import Cache as Cache
+from .cache import SequenceLayout as SequenceLayout
 from .frozen_prefix import PrefixStates as PrefixStates
 from .frozen_prefix import layers_of as layers_of
 from .frozen_prefix import prefix_depth as prefix_depth

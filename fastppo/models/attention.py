@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -30,6 +29,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from fastppo import ops
 from fastppo.errors import FastPPOError
+from fastppo.models.cache import Cache, SequenceLayout, head_width
 from fastppo.models.flash import FlashAttention, choose_flash
 
 ATTENTION = "fastppo_packed"
@@ -57,71 +57,6 @@ class Chunks:
     """Replaces the mask of chunked attention (Llama-4): a token attends within its own chunk of `size` positions."""
 
     size: int
-
-
-@dataclass(frozen=True)
-class SequenceLayout:
-    """Positions of the sequences in a packed row, computed once for all layers of a forward pass.
-
-    Adjacent sequences of equal length are computed in one call; flash-attn computes all sequences in one call.
-    """
-
-    runs: tuple[tuple[int, int, int], ...]  # (first row, number of sequences, their length)
-    cu_seqlens: Tensor  # (B+1,) int32, on the device
-    longest: int  # number of tokens of the longest sequence
-
-    @staticmethod
-    def of(lengths: list[int], device: torch.device) -> SequenceLayout:
-        runs, start = [], 0
-        for length, group in groupby(lengths):
-            count = len(list(group))
-            runs.append((start, count, length))
-            start += count * length
-        cu_seqlens = F.pad(torch.tensor(lengths, dtype=torch.int64).cumsum(0), (1, 0)).int()
-        return SequenceLayout(tuple(runs), cu_seqlens.to(device), max(lengths, default=0))
-
-
-class Cache:
-    """Keys and values of R rows; each row has its own length. The buffers are allocated once and never grow.
-
-    Prefill writes a packed row of prompts; `cache.rows[i]` is the row of the i-th prompt. Decode appends one position
-    to every active row. The model runs with `use_cache=False`: transformers' cache classes are not used.
-    """
-
-    def __init__(self, config: PreTrainedConfig, rows: int, length: int, dtype: torch.dtype, device: torch.device):
-        heads, width = self.shape(config)
-        shape = (config.num_hidden_layers, rows, heads, length, width)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # number of positions in each row
-        self.rows = torch.arange(rows, device=device)  # (active,) int64, the rows in the batch
-        self.layout: SequenceLayout | None = None  # of the prompts during prefill, None in decode
-        self.active: tuple[Tensor, Tensor] | None = None  # (active,) int32 each: lengths and rows, for flash-attn
-
-    @staticmethod
-    def shape(config: PreTrainedConfig) -> tuple[int, int]:
-        """Number of key/value heads, and the width of a head."""
-        return getattr(config, "num_key_value_heads", None) or config.num_attention_heads, head_width(config)
-
-    def begin_prefill(self, lengths: list[int]) -> None:
-        self.layout = SequenceLayout.of(lengths, self.lengths.device)
-        self.rows = torch.arange(len(lengths), device=self.lengths.device)
-        self.lengths[: len(lengths)] = torch.tensor(lengths, device=self.lengths.device)
-
-    def begin_decode(self) -> None:
-        self.layout = None
-
-    def begin_step(self, rows: Tensor) -> None:
-        """Select the rows (active,) int64 whose next position is decoded."""
-        self.rows, self.active = rows, (self.lengths[rows].int(), rows.int())
-
-    def end_step(self) -> None:
-        self.lengths[self.rows] += 1
-
-
-def head_width(config: PreTrainedConfig) -> int:
-    """The width of an attention head; config: of the language model (`get_text_config`)."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def attend(
@@ -174,7 +109,7 @@ def attend(
             )
         return _attend_cached(query, key, value, cache, layer, flash, options), None
     if cache is not None:
-        _fill_cache(cache, layer, key, value)
+        cache.fill(layer, key, value)
     if flash is not None:
         return flash.packed(query, key, value, layout.cu_seqlens, layout.longest, **options), None
     return _attend_packed(query, key, value, layout, **options), None
@@ -236,16 +171,6 @@ def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, 
     weights = scores.unflatten(2, (-1, length)).masked_fill_(hidden, float("-inf")).softmax(-1)
     out: Tensor = (weights.flatten(2, 3) @ v).reshape(q.shape)
     return out
-
-
-def _fill_cache(cache: Cache, layer: int | None, key: Tensor, value: Tensor) -> None:
-    """Write the keys and values of packed prompts, (1, kv heads, N, width), into the cache."""
-    row = 0
-    assert cache.layout is not None
-    for start, count, length in cache.layout.runs:
-        for buffer, new in ((cache.keys, key), (cache.values, value)):
-            buffer[layer, row : row + count, :, :length] = _sequences(new, start, count, length)
-        row += count
 
 
 def _check_chunks(size: int, packed: SequenceLayout | None, cache: Cache | None) -> None:

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from fastppo import ops
 from fastppo.data import Packed, pack
 from fastppo.errors import ModelError as ModelError
-from fastppo.models.attention import Cache, SequenceLayout, attend_packed, head_width
+from fastppo.models.attention import attend_packed
+from fastppo.models.cache import Cache, SequenceLayout, head_width
 from fastppo.models.frozen_prefix import layers_of, prefix_depth, skipping
 from fastppo.models.logit_scale import logit_scale
 from fastppo.models.rotary import rotate_each_sequence

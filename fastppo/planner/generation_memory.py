@@ -23,6 +23,7 @@ from fastppo.planner.memory import (
     in_microbatch,
     model_states,
     prefetch,
+    prompts_of,
     sampling_needs,
 )
 from fastppo.rollout import bucket
@@ -54,7 +55,8 @@ def batch_of(config: GenerateConfig, ranks: int) -> Batch:
     length, mine = prompt + config.sampling.max_new_tokens, -(-config.batch_size // ranks)
     sequences = in_microbatch(mine, length, config)
     rows = bucket(min(config.sampling.rows, mine))
-    return Batch(sequences, length, responses=sequences, rows=rows, prompt=prompt)
+    prefilled = prompts_of(min(rows, mine), config.sampling.samples_per_prompt)
+    return Batch(sequences, length, responses=sequences, rows=rows, prompt=prompt, prefilled=prefilled)
 
 
 def _weights(role: Role, config: GenerateConfig, ranks: int, *, sampled: bool, used: bool) -> Places:

@@ -190,6 +190,7 @@ class Batch:
     tokens: int = 0  # of the rank's part of the batch, whose prefix is kept
     rows: int = 0  # of the sampler's cache
     prompt: int = 0  # tokens
+    prefilled: int = 0  # prompts that the sampler computes at once
 
     @staticmethod
     def of(config: OnlineConfig, ranks: int) -> Batch:
@@ -199,7 +200,9 @@ class Batch:
         sequences = in_microbatch(-(-config.learned_together // ranks), length, config)
         mine, heldout = -(-config.drawn_together // ranks), -(-config.eval.prompts // ranks)
         rows = bucket(min(config.sampling.rows, max(mine, heldout)))
-        return Batch(sequences, length, sequences * new, mine * length, rows, prompt)
+        drawn = prompts_of(min(rows, mine), config.sampling.samples_per_prompt)
+        prefilled = max(drawn, min(rows, heldout))  # held-out prompts get one response each
+        return Batch(sequences, length, sequences * new, mine * length, rows, prompt, prefilled)
 
     def asked(self, phase: str, config: OnlineConfig, ranks: int) -> Batch:
         """The same rank's microbatch in a phase that computes no gradient, in a step or in an evaluation.
@@ -220,6 +223,11 @@ class Batch:
         """
         sequences = in_microbatch(-(-count // ranks), length, config)
         return replace(self, sequences=sequences, length=length, responses=sequences * length)
+
+
+def prompts_of(responses: int, samples: int) -> int:
+    """The most prompts that consecutive responses belong to, `samples` to a prompt: the first may not be all there."""
+    return min(responses, -(-(responses - 1) // samples) + 1)
 
 
 def in_microbatch(sequences: int, length: int, config: ResponseSettings) -> int:
@@ -250,11 +258,11 @@ def sampling_needs(actor: Footprint, config: ResponseSettings, batch: Batch) -> 
     """Cache and workspace of the sampler."""
     sampling, b = config.sampling, actor.bytes
     cache = batch.rows * (batch.prompt + sampling.max_new_tokens) * actor.position
-    prefill = actor.passes(batch.rows, batch.prompt, gradient=False).peak
+    prefill = actor.passes(batch.prefilled, batch.prompt, gradient=False).peak
     logits = batch.rows * actor.vocabulary * b
     if sampling.top_p < 1.0:  # logits sorted, their order in int64, probabilities and their sums in fp64
         logits += batch.rows * actor.vocabulary * (b + 8 + 8 + 8)
-    if sampling.top_k or sampling.min_new_tokens:  # a copy with what is ruled out
+    if sampling.top_k:  # a copy with what is ruled out
         logits += batch.rows * actor.vocabulary * b
     gather = GATHER_BYTES if config.zero.stage == 3 else 0
     # Decode attention copies the rows of one layer at a time where it has no kernel of its own, on CUDA.

@@ -1,17 +1,21 @@
-"""Sampling in the trainer's own process: one packed prefill, then decode at each row's own length.
+"""Sampling in the trainer's own process: packed prefill, decode at each row's own length, rows refilled as they end.
 
 A response depends on the seed, its prompt's stream and the model, and on nothing else: its random numbers come from
 a counter-based generator, it attends to its own row of the cache alone, and the number of rows in a batch is one of
 a few fixed sizes, never below four, because matrix products of one to three rows take another path and round
-differently.
+differently. So do those of up to eleven rows on some numbers of threads, if they are not four or eight: a prefill is of
+sixteen tokens or more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastppo import ops
@@ -24,6 +28,7 @@ from fastppo.rollout.graphs import StepGraphs
 Response = tuple[list[int], list[float], bool]  # tokens, their logprobs, whether it ended by itself
 
 BUCKETS = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+FEWEST_TOKENS = 16  # of a prefill; shorter prompts are computed several times
 
 
 class InProcess:
@@ -53,11 +58,8 @@ def sample(policy: Policy, prompts: Prompts, config: SamplingConfig, *, stop_ids
     """
     was_training = policy.training
     policy.eval()
-    responses: list[Response] = []
     with torch.no_grad():
-        for start in range(0, len(prompts), config.rows):
-            group = prompts.select(range(start, min(start + config.rows, len(prompts))))
-            responses += _Decoding(policy, group, config, stop_ids, seed).run()
+        responses = _Decoding(policy, prompts, config, stop_ids, seed).run() if len(prompts) else []
     policy.train(was_training)
     packed = pack([(*p, *r[0]) for p, r in zip(prompts.tokens, responses, strict=True)], [len(r[0]) for r in responses])
     logprobs = torch.tensor([x for r in responses for x in r[1]], dtype=torch.float32)
@@ -65,101 +67,157 @@ def sample(policy: Policy, prompts: Prompts, config: SamplingConfig, *, stop_ids
     return Rollout(packed, logprobs, ended, prompts.sources)
 
 
+@dataclass(frozen=True)
+class _Computed:
+    """A prompt that has been computed."""
+
+    prompt: tuple[int, ...]
+    row: int  # of the cache, that holds its keys and values
+    state: Tensor  # (H,), the hidden state of its last token
+
+
 class _Decoding:
-    """A group of prompts on its way to responses. Rows beyond the group fill the bucket and are thrown away."""
+    """Prompts on their way to responses, through a fixed number of rows.
+
+    A row whose response is complete takes the next prompt at once. Consecutive equal prompts, the n samples of one, are
+    computed once, and further rows copy keys and values. Prompts are taken in order, so only the newest can have
+    samples left, and its row stays as it is until another prompt takes a row. Once no prompt is left, rows without a
+    response fill the bucket; what they compute is thrown away.
+    """
 
     def __init__(
         self,
         policy: Policy,
-        group: Prompts,
+        prompts: Prompts,
         config: SamplingConfig,
         stop_ids: Sequence[int],
         seed: int,
     ):
-        self.policy, self.group, self.config, self.seed = policy, group, config, seed
-        device = policy.device
-        self.rows = bucket(len(group))
-        filled = [min(i, len(group) - 1) for i in range(self.rows)]
-        self.prompts = [group.tokens[i] for i in filled]
-        self.streams = group.streams[filled].to(device)  # (rows,)
-        self.stop_ids = torch.tensor(sorted(set(stop_ids)), dtype=torch.int64, device=device)
-        self.active = torch.arange(self.rows, device=device)
-        self.ended = torch.arange(self.rows, device=device) >= len(group)  # (rows,) bool; the fillers from the start
-        length = max(map(len, self.prompts)) + config.max_new_tokens
-        self.cache = Cache(policy.model.config.get_text_config(), self.rows, length, policy.model.dtype, device)
+        self.policy, self.prompts, self.config, self.seed = policy, prompts, config, seed
+        self.device, rows = policy.device, bucket(min(len(prompts), config.rows))
+        self.stop_ids = torch.tensor(sorted(set(stop_ids)), dtype=torch.int64, device=self.device)
+        length = max(map(len, prompts.tokens)) + config.max_new_tokens
+        self.cache = Cache(policy.model.config.get_text_config(), rows, length, policy.model.dtype, self.device)
         recorded = config.cuda_graphs and attention.decodes_without_sync(policy.model)
         self.graphs = StepGraphs(policy, self.cache) if recorded else None
-        self.tokens = torch.zeros(self.rows, config.max_new_tokens, dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros(self.rows, config.max_new_tokens, device=device)
-        self.lengths = torch.full((self.rows,), config.max_new_tokens, device=device)
+
+        self.due = 0  # the first response without a row
+        self.running: dict[int, int] = {}  # row -> its response
+        self.free = list(range(rows))
+        self.batch = list(range(rows))  # the rows that are decoded together
+        self.active = torch.tensor(self.batch, device=self.device)  # the same, (active,) int64
+        self.newest: _Computed | None = None
+        self.responses: list[Response] = [([], [], False)] * len(prompts)
+
+        # Of the response in each row: its stream, its number of tokens, these and their logprobs.
+        self.streams, self.counts = torch.zeros(2, rows, dtype=torch.int64, device=self.device)
+        self.tokens = torch.zeros(rows, config.max_new_tokens, dtype=torch.int64, device=self.device)
+        self.logprobs = torch.zeros(rows, config.max_new_tokens, device=self.device)
 
     def run(self) -> list[Response]:
-        hidden = self._prefill()
-        for position in range(self.config.max_new_tokens):
+        while True:
             stop.check_alone()
-            newest = self._draw(self.policy.head(hidden), position)
-            if position + 1 == self.config.max_new_tokens or not self._shrink():
-                break
-            hidden = self._step(newest)
-        return self._responses()
+            if self.free and self.due < len(self.prompts):
+                self._start()
+            elif self.running:
+                self._continue()
+            else:
+                return self.responses
 
-    def _prefill(self) -> Tensor:
-        """Hidden states (rows, H) of each prompt's last token."""
-        lengths = [len(p) for p in self.prompts]
-        tokens = torch.tensor([t for p in self.prompts for t in p], device=self.policy.device)
-        counts = torch.tensor(lengths, device=self.policy.device)
-        self.cache.begin_prefill(lengths)
+    def _start(self) -> None:
+        """Give the free rows the responses that are due, and draw the first token of each."""
+        count = min(len(self.free), len(self.prompts) - self.due)
+        rows, self.free = self.free[:count], self.free[count:]
+        due = range(self.due, self.due + count)
+        self.due += count
+        self.running |= zip(rows, due, strict=True)
+        at = torch.tensor(rows, device=self.device)
+        self.streams[at] = self.prompts.streams[due.start : due.stop].to(self.device)
+        self._draw(rows, at, self._prefill(rows, [self.prompts.tokens[i] for i in due]))
+
+    def _prefill(self, rows: list[int], prompts: list[tuple[int, ...]]) -> Tensor:
+        """Let each of these rows of the cache hold its prompt; hidden states (R, H) of the prompts' last tokens."""
+        takers = [
+            (prompt, [row for row, _ in group])
+            for prompt, group in groupby(zip(rows, prompts, strict=True), itemgetter(1))
+        ]
+        known = [self.newest] if self.newest is not None and self.newest.prompt == prompts[0] else []
+        for computed in known:  # copied first: a new prompt may take its row
+            self._copy(computed, takers[0][1])
+        new = self._compute([(prompt, own[0]) for prompt, own in takers[len(known) :]])
+        for computed, (_, own) in zip(new, takers[len(known) :], strict=True):
+            self._copy(computed, own)
+        self.newest = (known + new)[-1]
+        return torch.stack([one.state for one, (_, own) in zip(known + new, takers, strict=True) for _ in own])
+
+    def _copy(self, computed: _Computed, rows: list[int]) -> None:
+        for row in rows:
+            self.cache.copy_row(computed.row, row, len(computed.prompt))
+
+    def _compute(self, prompts: list[tuple[tuple[int, ...], int]]) -> list[_Computed]:
+        """Compute prompts, each into its row."""
+        if not prompts:
+            return []
+        packed = [prompt for prompt, _ in prompts]
+        missing = FEWEST_TOKENS - sum(map(len, packed))
+        packed += packed[-1:] * max(0, -(-missing // len(packed[-1])))
+        tokens = torch.tensor([token for prompt in packed for token in prompt], device=self.device)
+        counts = torch.tensor([len(prompt) for prompt in packed], device=self.device)
+        self.cache.begin_prefill([len(prompt) for prompt in packed], [row for _, row in prompts])
         hidden = self.policy.prefill(tokens, segment_offsets(counts), self.cache)
         self.cache.begin_decode()
-        return hidden[counts.cumsum(0) - 1]
+        states = hidden[counts.cumsum(0) - 1]
+        return [_Computed(prompt, row, state) for (prompt, row), state in zip(prompts, states, strict=False)]
 
-    def _step(self, newest: Tensor) -> Tensor:
-        """newest (rows,) int64, the token drawn last in every row; hidden states (active, H)."""
+    def _continue(self) -> None:
+        """Draw the next token of every response that has a row, after a decode step."""
+        size = bucket(len(self.running))
+        if size < len(self.batch):
+            self.batch = sorted([*self.running, *self.free][:size])
+            self.active = torch.tensor(self.batch, device=self.device)
         self.cache.begin_step(self.active)
-        tokens, positions = newest[self.active], self.cache.lengths[self.active]
+        newest = self.tokens[self.active, self.counts[self.active] - 1]  # any token in rows without a response
+        positions = self.cache.lengths[self.active]
         if self.graphs is None:
-            hidden = self.policy.step(tokens, positions, self.cache)
+            hidden = self.policy.step(newest, positions, self.cache)
         else:
-            hidden = self.graphs(tokens, positions)
+            hidden = self.graphs(newest, positions)
         self.cache.end_step()
-        return hidden
+        self._draw(self.batch, self.active, hidden)
 
-    def _draw(self, logits: Tensor, position: int) -> Tensor:
-        """logits (active, V) -> tokens (rows,), those of rows at rest being old; notes which rows have ended."""
-        if position < self.config.min_new_tokens and len(self.stop_ids):
-            logits = logits.index_fill(1, self.stop_ids, float("-inf"))
+    def _draw(self, rows: list[int], at: Tensor, hidden: Tensor) -> None:
+        """Draw a token for each of these rows, (R,) int64 in `at`, from its hidden state (R, H)."""
+        filled = F.pad(hidden, (0, 0, 0, bucket(len(rows)) - len(rows)))
+        logits = self.policy.head(filled)[: len(rows)]  # (R, V)
+        position, stream = self.counts[at], self.streams[at]
+        if self.config.min_new_tokens and len(self.stop_ids):
+            early = position < self.config.min_new_tokens
+            logits[:, self.stop_ids] = logits[:, self.stop_ids].masked_fill(early[:, None], float("-inf"))
         logits = restrict(logits, self.config.temperature, self.config.top_k, self.config.top_p)
-        stream = self.streams[self.active]
         tokens, logprobs = ops.sample_tokens(
-            logits,
-            temperature=self.config.temperature,
-            seed=self.seed,
-            stream=stream,
-            offset=torch.full_like(stream, position),
+            logits, temperature=self.config.temperature, seed=self.seed, stream=stream, offset=position
         )
-        running = ~self.ended[self.active]
-        at = self.active[running]
-        self.tokens[at, position], self.logprobs[at, position] = tokens[running], logprobs[running]
-        ending = at[torch.isin(tokens[running], self.stop_ids)]
-        self.lengths[ending] = position + 1
-        self.ended[ending] = True
-        return self.tokens[:, position]
+        self.tokens[at, position], self.logprobs[at, position] = tokens, logprobs
+        self.counts[at] = position + 1
+        ended = torch.isin(tokens, self.stop_ids)
+        complete = ended | (position + 1 == self.config.max_new_tokens)
+        found = zip(rows, *torch.stack([complete, ended]).tolist(), strict=True)
+        self._keep({row: end for row, whole, end in found if whole and row in self.running})
 
-    def _shrink(self) -> bool:
-        """Let rows that have ended leave the batch once a smaller bucket holds the others; False if none is left."""
-        running = ~self.ended[self.active]
-        count = int(running.sum())
-        size = bucket(count)
-        if count > 0 and size < len(self.active):
-            order = torch.argsort(~running, stable=True)  # the running rows first, then fillers
-            self.active = self.active[order[:size]].sort().values
-        return count > 0
+    def _keep(self, complete: dict[int, bool]) -> None:
+        """Take complete responses from their rows; complete: row -> whether its response ended by itself.
 
-    def _responses(self) -> list[Response]:
-        count = len(self.group)
-        tokens, logprobs = self.tokens[:count].tolist(), self.logprobs[:count].tolist()
-        lengths, ended = self.lengths[:count].tolist(), self.ended[:count].tolist()
-        return [(t[:n], p[:n], e) for t, p, n, e in zip(tokens, logprobs, lengths, ended, strict=True)]
+        The rows are then empty, so that they have places for as many steps as the others can still take.
+        """
+        if not complete:
+            return
+        at = torch.tensor(list(complete), device=self.device)
+        tokens, logprobs, counts = (x[at].tolist() for x in (self.tokens, self.logprobs, self.counts))
+        for row, t, p, n in zip(complete, tokens, logprobs, counts, strict=True):
+            self.responses[self.running.pop(row)] = (t[:n], p[:n], complete[row])
+        self.free += complete
+        self.counts[at] = 0
+        self.cache.lengths[at] = 0
 
 
 def restrict(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:

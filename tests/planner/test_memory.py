@@ -16,12 +16,22 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fastppo import ops
-from fastppo.config import Config, DataConfig, LoraConfig, OptimConfig, PPOConfig, PtxConfig, ZeroConfig
-from fastppo.data.batch import pack
+from fastppo.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    LoraConfig,
+    OptimConfig,
+    PPOConfig,
+    PtxConfig,
+    SamplingConfig,
+    ZeroConfig,
+)
+from fastppo.data.batch import Prompts, pack
 from fastppo.data.microbatches import pack_even
 from fastppo.distributed.engine import Engine
 from fastppo.distributed.world import start_world
-from fastppo.models.attention import SequenceLayout
+from fastppo.models.cache import SequenceLayout
 from fastppo.models.loading.policies import load_causal
 from fastppo.models.loading.source import Source
 from fastppo.models.loading.trained import set_trainable
@@ -32,6 +42,7 @@ from fastppo.ops import GPU_WORKSPACE_BYTES
 from fastppo.planner.footprint import Footprint, _Live
 from fastppo.planner.memory import Batch, Bytes, Places, Role, buffers, head_workspace, model_states, reducing
 from fastppo.planner.online_memory import shares
+from fastppo.rollout.inprocess import sample
 
 CPU = torch.device("cpu")
 
@@ -220,3 +231,28 @@ def test_what_a_stage_does_not_use_has_left_the_gpu(seven_billion):
     assert found["reference", "learning"].host.weights == found["reference", "experience"].gpu.weights > 0
     assert found["actor", "sampling"].gpu.optimizer == 0
     assert found["actor", "sampling"].host.optimizer == found["actor", "learning"].gpu.optimizer > 0
+
+
+@pytest.mark.parametrize(("samples", "heldout"), [(1, 0), (4, 0), (3, 5), (4, 24), (8, 3)])
+def test_the_sampler_computes_as_many_prompts_at_once_as_are_counted(samples, heldout, monkeypatch):
+    """All responses are of one length, so that all rows are filled at once; one prompt more is counted where ranks
+    begin amid the samples of one."""
+    actor, length = Policy(fuse_head(tiny.causal())), 20
+    config = Config(
+        ppo=PPOConfig(batch_size=48, minibatches=1),
+        data=DataConfig(first_tokens=length),
+        sampling=SamplingConfig(rows=16, samples_per_prompt=samples, max_new_tokens=2),
+        eval=EvalConfig(prompts=heldout),
+    )
+    computed, prefill = [], actor.prefill
+    monkeypatch.setattr(
+        actor, "prefill", lambda tokens, *rest: computed.append(len(tokens) // length) or prefill(tokens, *rest)
+    )
+    tokens = torch.randint(1, 257, (48, length)).tolist()
+    drawn = Prompts.of(tokens, range(48 // samples), samples=samples), Prompts.of(tokens, range(heldout))
+    for ranks in (1, 2, 5):
+        computed.clear()
+        for prompts in drawn:
+            for rank in range(ranks):
+                sample(actor, prompts.of_rank(rank, ranks), config.sampling, stop_ids=(), seed=0)
+        assert 0 <= Batch.of(config, ranks).prefilled - max(computed) <= (samples > 1)

@@ -20,7 +20,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastppo.data import Packed, pack, segment_offsets
 from fastppo.errors import FastPPOError
-from fastppo.models.attention import ATTENTION, Cache, uses_flash, without_flash
+from fastppo.models.attention import ATTENTION, uses_flash, without_flash
+from fastppo.models.cache import Cache
 from fastppo.models.frozen_prefix import layers_of
 from fastppo.models.loading.demands import WORKS, check_demands, check_interface
 from fastppo.models.loading.miniature import MINIATURE_ERRORS, miniature
@@ -226,7 +227,7 @@ def _decode(policy: Policy, sequences: tuple[tuple[int, ...], ...], prompts: tup
     cache = Cache(config, len(sequences), max(map(len, sequences)), policy.model.dtype, device)
     counts = torch.tensor(prompts, device=device)
     prompt_tokens = torch.tensor([t for s, n in zip(sequences, prompts, strict=True) for t in s[:n]], device=device)
-    cache.begin_prefill(list(prompts))
+    cache.begin_prefill(prompts, range(len(prompts)))
     rows = [[part] for part in policy.prefill(prompt_tokens, segment_offsets(counts), cache).split(list(prompts))]
     cache.begin_decode()
     all_rows = torch.arange(len(sequences), device=device)

@@ -1,0 +1,104 @@
+"""What a forward pass tells every layer's attention: where the sequences of a packed row lie, or the sampler's cache.
+
+Both go to `fastppo.models.attention` as a keyword that transformers passes on unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from fastppo.data import segment_offsets
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """Positions of the sequences in a packed row, computed once for all layers of a forward pass.
+
+    Adjacent sequences of equal length are computed in one call; flash-attn computes all sequences in one call.
+
+    If they are to be computed apart, every sequence has a call of its own: on the CPU in fp32 batched products round
+    differently by their number, and by where in the batch they are.
+    """
+
+    runs: tuple[tuple[int, int, int], ...]  # (first row, number of sequences, their length)
+    cu_seqlens: Tensor  # (B+1,) int32, on the device
+    longest: int  # number of tokens of the longest sequence
+
+    @staticmethod
+    def of(lengths: Sequence[int], device: torch.device, *, apart: bool = False) -> SequenceLayout:
+        runs, start = [], 0
+        for length, group in groupby(lengths):
+            count = len(list(group))
+            runs += [(start + i * length, 1, length) for i in range(count)] if apart else [(start, count, length)]
+            start += count * length
+        cu_seqlens = F.pad(torch.tensor(lengths, dtype=torch.int64).cumsum(0), (1, 0)).int()
+        return SequenceLayout(tuple(runs), cu_seqlens.to(device), max(lengths, default=0))
+
+
+class Cache:
+    """Keys and values of R rows; each row has its own length. The buffers are allocated once and never grow.
+
+    Prefill writes packed prompts into any rows, from position 0 on, whatever those rows held; a row may also begin as a
+    copy of another. Decode appends one position to every active row. The model runs with `use_cache=False`:
+    transformers' cache classes are not used.
+    """
+
+    def __init__(self, config: PreTrainedConfig, rows: int, length: int, dtype: torch.dtype, device: torch.device):
+        heads, width = self.shape(config)
+        shape = (config.num_hidden_layers, rows, heads, length, width)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # number of positions in each row
+        self.rows = torch.arange(rows, device=device)  # (active,) int64, the rows in the batch
+        self.layout: SequenceLayout | None = None  # of the prompts during prefill, None in decode
+        self.active: tuple[Tensor, Tensor] | None = None  # (active,) int32 each: lengths and rows, for flash-attn
+        self._places: tuple[Tensor, Tensor] | None = None  # (N,) int64 each: row and position of each prompt token
+
+    @staticmethod
+    def shape(config: PreTrainedConfig) -> tuple[int, int]:
+        """Number of key/value heads, and the width of a head."""
+        return getattr(config, "num_key_value_heads", None) or config.num_attention_heads, head_width(config)
+
+    def begin_prefill(self, lengths: Sequence[int], rows: Sequence[int]) -> None:
+        """Packed prompts of these lengths follow, each for its row. Those beyond the rows are computed and not kept."""
+        device = self.lengths.device
+        kept, at = torch.tensor(lengths[: len(rows)], dtype=torch.int64), torch.tensor(rows, dtype=torch.int64)
+        self.layout = SequenceLayout.of(lengths, device, apart=device.type == "cpu")
+        self._places = at.repeat_interleave(kept).to(device), segment_offsets(kept).to(device)
+        self.lengths[at.to(device)] = kept.to(device)
+
+    def fill(self, layer: int | None, key: Tensor, value: Tensor) -> None:
+        """Write a layer's keys and values of the packed prompts, (1, kv heads, N, width) each."""
+        assert layer is not None and self._places is not None  # begin_prefill has been called
+        rows, positions = self._places
+        for buffer, new in ((self.keys, key), (self.values, value)):
+            buffer[layer].transpose(1, 2)[rows, positions] = new[0, :, : len(rows)].transpose(0, 1)
+
+    def begin_decode(self) -> None:
+        self.layout = None
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Let row `target` hold the first `length` positions of row `source`, and no more."""
+        if source != target:
+            for buffer in (self.keys, self.values):
+                buffer[:, target, :, :length] = buffer[:, source, :, :length]
+        self.lengths[target] = length
+
+    def begin_step(self, rows: Tensor) -> None:
+        """Select the rows (active,) int64 whose next position is decoded."""
+        self.rows, self.active = rows, (self.lengths[rows].int(), rows.int())
+
+    def end_step(self) -> None:
+        self.lengths[self.rows] += 1
+
+
+def head_width(config: PreTrainedConfig) -> int:
+    """The width of an attention head; config: of the language model (`get_text_config`)."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

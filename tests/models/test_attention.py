@@ -1,0 +1,31 @@
+"""Attention over packed rows in plain PyTorch: what one sequence's states may depend on."""
+
+import pytest
+import torch
+
+from fastppo.models.attention import PLAIN_ATTENTION_MAX, attend
+from fastppo.models.cache import SequenceLayout
+
+# Some are adjacent equals, some begin at no multiple of 64 bytes.
+LENGTHS = (5, 5, 5, 5, 11, 16, 1, 1, 3, 61, 61, 2, PLAIN_ATTENTION_MAX, 133, 133, 23, 5, 11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 4}, {"softcap": 2.0}], ids=["plain", "window", "softcap"])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 2, 8), (9, 3, 64), (4, 4, 16), (1, 1, 24)])
+def test_a_sequence_that_is_computed_apart_does_not_depend_on_its_neighbours(heads, kv_heads, width, options, dtype):
+    torch.manual_seed(0)
+    states = [torch.randn(1, sum(LENGTHS), n, width).to(dtype) for n in (heads, kv_heads, kv_heads)]
+
+    def attended(start: int, lengths: tuple[int, ...]) -> torch.Tensor:
+        layout = SequenceLayout.of(lengths, torch.device("cpu"), apart=True)
+        rows = (x[:, start : start + sum(lengths)].clone().transpose(1, 2) for x in states)
+        return attend(torch.nn.Identity(), *rows, None, packed=layout, **options)[0]
+
+    together, start = attended(0, LENGTHS), 0
+    for length in LENGTHS:
+        assert torch.equal(attended(start, (length,)), together[:, start : start + length])
+        start += length
+    usual = SequenceLayout.of(LENGTHS, torch.device("cpu"))
+    shared = attend(torch.nn.Identity(), *(x.transpose(1, 2) for x in states), None, packed=usual, **options)[0]
+    torch.testing.assert_close(together, shared, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
