@@ -96,6 +96,7 @@ class FlashStandIn:
         assert int(cache_seqlens.max()) < k_cache.shape[1] and int(cache_batch_idx.max()) < len(k_cache)
         assert len(set(cache_batch_idx.tolist())) == rows
         assert rotary_cos is rotary_sin is cache_leftpad is block_table is alibi_slopes is None and causal
+        assert num_splits == 1  # a split that depends on the batch would let a row depend on the others
         assert not torch.is_grad_enabled() or not q.requires_grad
         self.cached_calls += 1
         out = torch.empty_like(q)

@@ -90,6 +90,7 @@ class FlashAttention:
             causal=True,
             window_size=_window(window),
             softcap=softcap,
+            num_splits=1,  # by default the keys are split by the number of rows, and a row's rounding depends on them
         )
 
 
