@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastppo.models.backends.flash import FlashAttention
+
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -18,8 +20,11 @@ class FlashStandIn:
 
     def __init__(self, dtypes: tuple[torch.dtype, ...] = HALF) -> None:
         self.dtypes = dtypes
-        self.varlen_calls, self.cache_calls = 0, 0
+        self.packed_calls, self.cached_calls = 0, 0
         self.cu_seqlens: list[Tensor] = []  # of each call; one and the same tensor within a forward pass
+
+    def backend(self, *, required: bool = False) -> FlashAttention:
+        return FlashAttention(self.flash_attn_varlen_func, self.flash_attn_with_kvcache, required=required)
 
     def flash_attn_varlen_func(
         self,
@@ -51,11 +56,11 @@ class FlashStandIn:
             assert int(starts[0]) == 0 and int(starts[-1]) == total and bool((starts.diff() > 0).all())
             assert type(longest) is int and longest == int(starts.diff().max())
         assert dropout_p == 0.0 and causal and alibi_slopes is None and block_table is None and not return_attn_probs
-        self.varlen_calls += 1
+        self.packed_calls += 1
         self.cu_seqlens.append(cu_seqlens_q)
         bounds = cu_seqlens_q.tolist()
         return torch.cat(
-            [_attend(q[a:b], k[a:b], v[a:b], softmax_scale, window_size, softcap) for a, b in pairwise(bounds)]
+            [attend_one(q[a:b], k[a:b], v[a:b], softmax_scale, window_size, softcap) for a, b in pairwise(bounds)]
         )
 
     def flash_attn_with_kvcache(
@@ -91,17 +96,18 @@ class FlashStandIn:
         assert int(cache_seqlens.max()) < k_cache.shape[1] and int(cache_batch_idx.max()) < len(k_cache)
         assert len(set(cache_batch_idx.tolist())) == rows
         assert rotary_cos is rotary_sin is cache_leftpad is block_table is alibi_slopes is None and causal
+        assert num_splits == 1  # a split that depends on the batch would let a row depend on the others
         assert not torch.is_grad_enabled() or not q.requires_grad
-        self.cache_calls += 1
+        self.cached_calls += 1
         out = torch.empty_like(q)
         for i, (row, held) in enumerate(zip(cache_batch_idx.tolist(), cache_seqlens.tolist(), strict=True)):
             k_cache[row, held], v_cache[row, held] = k[i, 0], v[i, 0]
             keys, values = k_cache[row, : held + 1], v_cache[row, : held + 1]
-            out[i] = _attend(q[i], keys, values, softmax_scale, window_size, softcap)
+            out[i] = attend_one(q[i], keys, values, softmax_scale, window_size, softcap)
         return out
 
 
-def _attend(
+def attend_one(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, window_size: tuple[int, int], softcap: float
 ) -> Tensor:
     """One sequence, (length, heads, width); the last query stands at the last key. window_size: as in flash-attn."""

@@ -50,6 +50,7 @@ from .learning import PPOConfig as PPOConfig
 from .learning import ZeroConfig as ZeroConfig
 from .models import ActorConfig as ActorConfig
 from .models import ActorLoraConfig as ActorLoraConfig
+from .models import AttentionSetting as AttentionSetting
 from .models import CriticConfig as CriticConfig
 from .models import LoraConfig as LoraConfig
 from .models import ReferenceConfig as ReferenceConfig

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+AttentionSetting = Literal["auto", "flash", "varlen", "sdpa"]
+
 
 @dataclass(frozen=True)
 class LoraConfig:

@@ -4,6 +4,7 @@ from .assembly import assemble as assemble
 from .attention import ATTENTION as ATTENTION
 from .attention import PLAIN_ATTENTION_MAX as PLAIN_ATTENTION_MAX
 from .attention import choose_attention as choose_attention
+from .cache import ActiveRows as ActiveRows
 from .cache import Cache as Cache
 from .cache import SequenceLayout as SequenceLayout
 from .frozen_prefix import PrefixStates as PrefixStates

@@ -10,8 +10,8 @@ No model code is patched. A model may ask its attention for more than causality.
 `sliding_window` or only by the mask) and `softcap` are computed; everything else raises an error, because ignoring it
 would train another model than the one that was loaded.
 
-On CUDA flash-attn computes the attention where it can (`fastppo.models.flash`); elsewhere PyTorch computes it, and
-decode is an op.
+On CUDA another library's kernels compute the attention where they can (`fastppo.models.backends`); elsewhere PyTorch
+computes it, and decode is an op.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +28,15 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from fastppo import ops
+from fastppo.config import AttentionSetting
 from fastppo.errors import FastPPOError
+from fastppo.models.backends.backend import AttentionBackend, supports
+from fastppo.models.backends.choice import choose_backend
 from fastppo.models.cache import Cache, SequenceLayout, head_width
-from fastppo.models.flash import FlashAttention, choose_flash
 
 ATTENTION = "fastppo_packed"
 
-_flash: FlashAttention | None = None  # set by `compute_with`
+_backend: AttentionBackend | None = None  # set by `compute_with`
 
 # On the CPU, PyTorch's fused attention is slower than the plain matrix products up to about this many tokens: forward
 # and backward in bf16 with 9 heads take 60 ms (fused) and 20 ms (plain) over 16 sequences of 128 tokens, and 166 ms
@@ -70,14 +72,14 @@ def attend(
     cache: Cache | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    flash: FlashAttention | None = None,
+    backend: AttentionBackend | None = None,
     **unknown: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention, the function that models call.
 
     query (batch, heads, length, width); key and value have fewer heads with grouped-query attention. Returns (batch,
     length, heads, width). Packed rows have batch 1, a decode step has length 1. attention_mask: the result of
-    `_mask_type` for this layer. flash: computes the attention where it can, see `compute_with`.
+    `_mask_type` for this layer. backend: computes the attention where it can, see `compute_with`.
     """
     unsupported = sorted(name for name, value in unknown.items() if value is not None and name not in _HARMLESS)
     if unsupported:
@@ -97,7 +99,8 @@ def attend(
     _check_shapes(type(module).__name__, query, key, value, cache)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap or 0.0}
-    flash = flash if flash is not None and flash.supports(module, query) else None
+    if backend is not None and not supports(backend, module, query, options["softcap"]):
+        backend = None
     layer = getattr(module, "layer_idx", None)
     layout = packed if cache is None else cache.layout
     if layout is None:
@@ -107,12 +110,13 @@ def attend(
                 " its keyword arguments on to its layers, so it cannot read packed rows. Use a model that does, as"
                 " most do."
             )
-        return _attend_cached(query, key, value, cache, layer, flash, options), None
+        return _attend_cached(query, key, value, cache, layer, backend, options), None
     if cache is not None:
         cache.fill(layer, key, value)
-    if flash is not None:
-        return flash.packed(query, key, value, layout.cu_seqlens, layout.longest, **options), None
-    return _attend_packed(query, key, value, layout, **options), None
+    if backend is None:
+        return _attend_packed(query, key, value, layout, **options), None
+    # Contiguous, because some models view the result in another shape, and a backend may return it as the query lies.
+    return backend.packed(query, key, value, layout.cu_seqlens, layout.longest, **options).contiguous(), None
 
 
 def _attend_cached(
@@ -121,14 +125,14 @@ def _attend_cached(
     value: Tensor,
     cache: Cache,
     layer: int | None,
-    flash: FlashAttention | None,
+    backend: AttentionBackend | None,
     options: dict[str, Any],
 ) -> Tensor:
     """(R, heads, 1, width) -> (R, 1, heads, width); writes the new position into the cache."""
     keys, values = cache.keys[layer], cache.values[layer]
-    if flash is not None:
+    if backend is not None:
         assert cache.active is not None  # begin_step has been called
-        return flash.cached(query, key, value, keys, values, *cache.active, **options)
+        return backend.cached(query, key, value, keys, values, cache.active, **options).contiguous()
     q, k, v = (x[:, :, 0] for x in (query, key, value))
     return ops.attend_cached(q, k, v, keys, values, cache.lengths, cache.rows, **options).unsqueeze(1)
 
@@ -213,32 +217,32 @@ def _mask_type(*args: Any, config: Any = None, local_size: int | None = None, **
     return Window(local_size) if getattr(config, "sliding_window", None) == local_size else Chunks(local_size)
 
 
-def choose_attention(setting: Literal["auto", "flash", "sdpa"], dtype: torch.dtype, device: torch.device) -> None:
+def choose_attention(setting: AttentionSetting, dtype: torch.dtype, device: torch.device) -> None:
     """Set the implementation of attention for all models of this process (the setting `attention`)."""
-    compute_with(choose_flash(setting, dtype, device))
+    compute_with(choose_backend(setting, dtype, device))
 
 
-def compute_with(flash: FlashAttention | None) -> None:
-    """Use flash-attn where it can compute the attention; None: use PyTorch everywhere."""
-    global _flash
-    _flash = flash
-    AttentionInterface.register(ATTENTION, partial(attend, flash=flash))
+def compute_with(backend: AttentionBackend | None) -> None:
+    """Use this backend where it can compute the attention; None: use PyTorch everywhere."""
+    global _backend
+    _backend = backend
+    AttentionInterface.register(ATTENTION, partial(attend, backend=backend))
 
 
-def uses_flash() -> bool:
-    """Whether flash-attn is used."""
-    return _flash is not None
+def backend_in_use() -> AttentionBackend | None:
+    """The backend that computes attention where it can; None: PyTorch computes it everywhere."""
+    return _backend
 
 
 @contextmanager
-def without_flash() -> Iterator[None]:
-    """Within this context PyTorch computes all attention, for example in fp32, which flash-attn does not support."""
-    flash_before = _flash
+def without_backend() -> Iterator[None]:
+    """Within this context PyTorch computes all attention, for example in fp32, which no backend supports."""
+    backend_before = _backend
     compute_with(None)
     try:
         yield
     finally:
-        compute_with(flash_before)
+        compute_with(backend_before)
 
 
 def attend_packed(model: PreTrainedModel) -> None:
@@ -257,10 +261,14 @@ def attend_packed(model: PreTrainedModel) -> None:
 def decodes_without_sync(model: PreTrainedModel) -> bool:
     """Whether a decode step of the model runs without a synchronisation of host and GPU, as a CUDA graph requires.
 
-    This is so with flash-attn; the PyTorch implementation of `ops.attend_cached` synchronises.
+    This is so where a backend computes all its attention; the PyTorch implementation of `ops.attend_cached`
+    synchronises. A soft cap is read from the config, where all families that have one keep it.
     """
-    width = head_width(model.config.get_text_config())
-    return _flash is not None and model.device.type == "cuda" and _flash.has_kernel(width, model.dtype)
+    if _backend is None or model.device.type != "cuda":
+        return False
+    config = model.config.get_text_config()
+    softcap = getattr(config, "attn_logit_softcapping", None) or 0.0
+    return _backend.lacks(head_width(config), model.dtype, softcap) is None
 
 
 compute_with(None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from fastppo.data import segment_offsets
 class SequenceLayout:
     """Positions of the sequences in a packed row, computed once for all layers of a forward pass.
 
-    Adjacent sequences of equal length are computed in one call; flash-attn computes all sequences in one call.
+    Adjacent sequences of equal length are computed in one call; an attention backend computes all in one.
 
     If they are to be computed apart, every sequence has a call of its own: on the CPU in fp32 batched products round
     differently by their number, and by where in the batch they are.
@@ -42,6 +43,18 @@ class SequenceLayout:
         return SequenceLayout(tuple(runs), cu_seqlens.to(device), max(lengths, default=0))
 
 
+class ActiveRows(NamedTuple):
+    """The R rows of a decode step, as each attention backend takes them; made once for all layers, on the device."""
+
+    rows: Tensor  # (R,) int64, ascending
+    lengths: Tensor  # (R,) int64, number of positions in each of these rows, so the place of the new one
+    rows_int32: Tensor
+    lengths_int32: Tensor
+    lengths_after: Tensor  # (R,) int32, with the new position
+    starts: Tensor  # (R + 1,) int32, where each row begins in `as_tokens`, and the number of its tokens
+    queries: Tensor  # (R + 1,) int32, where each row's one query begins: 0 to R
+
+
 class Cache:
     """Keys and values of R rows; each row has its own length. The buffers are allocated once and never grow.
 
@@ -58,7 +71,8 @@ class Cache:
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # number of positions in each row
         self.rows = torch.arange(rows, device=device)  # (active,) int64, the rows in the batch
         self.layout: SequenceLayout | None = None  # of the prompts during prefill, None in decode
-        self.active: tuple[Tensor, Tensor] | None = None  # (active,) int32 each: lengths and rows, for flash-attn
+        self.active: ActiveRows | None = None  # of the step that has begun
+        self._counts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self._places: tuple[Tensor, Tensor] | None = None  # (N,) int64 each: row and position of each prompt token
 
     @staticmethod
@@ -92,11 +106,32 @@ class Cache:
         self.lengths[target] = length
 
     def begin_step(self, rows: Tensor) -> None:
-        """Select the rows (active,) int64 whose next position is decoded."""
-        self.rows, self.active = rows, (self.lengths[rows].int(), rows.int())
+        """Select the rows (active,) int64, ascending, whose next position is decoded."""
+        lengths = self.lengths[rows]
+        _, count, heads, length, _ = self.keys.shape
+        starts = F.pad(rows * (heads * length), (0, 1), value=((count - 1) * heads + 1) * length)
+        self.rows = rows
+        self.active = ActiveRows(
+            rows=rows,
+            lengths=lengths,
+            rows_int32=rows.int(),
+            lengths_int32=lengths.int(),
+            lengths_after=(lengths + 1).int(),
+            starts=starts.int(),
+            queries=self._counts[: len(rows) + 1],
+        )
 
     def end_step(self) -> None:
         self.lengths[self.rows] += 1
+
+
+def as_tokens(buffer: Tensor) -> Tensor:
+    """The keys or values of a layer (rows, heads, length, width) as tokens (T, heads, width), a view to read from.
+
+    Row r begins at token r * heads * length; the tokens between the rows are other heads' and mean nothing.
+    """
+    rows, heads, length, width = buffer.shape
+    return buffer.as_strided((((rows - 1) * heads + 1) * length, heads, width), (width, length * width, 1))
 
 
 def head_width(config: PreTrainedConfig) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastppo.errors import log_once
-from fastppo.models import Cache, Policy
+from fastppo.models import ActiveRows, Cache, Policy
 
 Run = Callable[[], Tensor]
 
@@ -48,14 +48,13 @@ class StepGraphs:
 
 
 class _Step:
-    """The graph of a step of R rows, and the tensors that it reads: tokens, positions, lengths and rows, (R,) each."""
+    """The graph of a step of R rows, and the tensors that it reads: tokens, positions (R,), the cache's active rows."""
 
     def __init__(self, policy: Policy, cache: Cache, tokens: Tensor, positions: Tensor):
         assert cache.active is not None  # its step has begun
         self._cache = cache
         self._tokens, self._positions = tokens.clone(), positions.clone()
-        lengths, rows = cache.active
-        self._active = cache.active = (lengths.clone(), rows.clone())
+        self._active = cache.active = ActiveRows(*(x.clone() for x in cache.active))
         self._replay = record(lambda: policy.step(self._tokens, self._positions, cache))
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:

@@ -70,6 +70,7 @@ def test_the_defaults_and_the_presets_are_allowed():
         (dict(resume=""), ["resume is empty"]),
         (dict(model__lora=LoraConfig(targets="q_proj,")), ["model.lora.targets is 'q_proj,'"]),
         (dict(attention="flash", optim__dtype="fp32"), ["attention is flash", "fp32"]),
+        (dict(attention="varlen", optim__dtype="fp32"), ["attention is varlen", "fp32"]),
     ],
 )
 def test_settings_of_both_that_cannot_work_are_refused(settings, words):

@@ -48,6 +48,7 @@ def test_the_defaults_and_the_quickstart_are_allowed():
         (dict(actor__train=0), ["actor.train is 0", "1 or more"]),
         (dict(actor__train=""), ["actor.train is ''"]),
         (dict(attention="flash", optim__dtype="fp32"), ["attention is flash", "optim.dtype fp32", "bf16", "sdpa"]),
+        (dict(attention="varlen", optim__dtype="fp32"), ["attention is varlen", "optim.dtype fp32", "bf16", "sdpa"]),
         (dict(critic__train=-1), ["critic.train is -1"]),
         (dict(critic__kind="shared", critic__model="m"), ["critic.model is m", "shared", "separate"]),
         (dict(critic__kind="shared", critic__gguf_file="g"), ["critic.gguf_file is g", "shared"]),

@@ -188,6 +188,7 @@ def test_there_is_no_report_of_responses_but_a_page_of_best_of_n(undisturbed, ca
         ({"microbatch_tokens": 10}, "microbatch_tokens is 10, but one sequence can have 54 tokens"),
         ({"resume": "step-1"}, "resume is step-1; it must be auto or null"),
         ({"attention": "flash"}, "attention is flash and dtype fp32"),
+        ({"attention": "varlen"}, "attention is varlen and dtype fp32"),
         ({"judge": '[{"function": "a"}]'}, r"judge\[0\].function is a"),
     ],
 )

@@ -4,18 +4,22 @@ Without a GPU a stand-in records: it runs the step again at each replay, into th
 """
 
 import logging
+from typing import Any
 
 import pytest
 import tiny
 import torch
 from flash_stand_in import FlashStandIn
+from torch import Tensor
+from varlen_stand_in import VarlenStandIn
 
 from fastppo.config import SamplingConfig
 from fastppo.data.batch import Prompts
-from fastppo.errors import log_once
+from fastppo.errors import FastPPOError, log_once
 from fastppo.models import attention
 from fastppo.models.attention import compute_with, decodes_without_sync
-from fastppo.models.flash import FlashAttention, choose_flash
+from fastppo.models.backends.flash import FlashAttention
+from fastppo.models.backends.varlen import VarlenAttention
 from fastppo.models.roles import Policy, fuse_head
 from fastppo.rollout import graphs
 from fastppo.rollout.inprocess import sample
@@ -29,18 +33,36 @@ def responses(actor, **settings):
     return sample(actor, prompts, config, stop_ids=range(0, 257, 6), seed=3)
 
 
-@pytest.fixture
-def reads():
-    """Attention by flash-attn's stand-in; for each decode step and layer, its rows and where their lengths lie."""
-    stand_in, seen = FlashStandIn(), []
+def of_flash(seen: list[tuple[int, ...]]) -> FlashAttention:
+    stand_in = FlashStandIn()
 
-    def with_kvcache(*args, cache_seqlens, cache_batch_idx, **kwargs):
+    def with_kvcache(*args: Any, cache_seqlens: Tensor, cache_batch_idx: Tensor, **kwargs: Any) -> Tensor:
         seen.append((len(cache_seqlens), cache_seqlens.data_ptr(), cache_batch_idx.data_ptr()))
         return stand_in.flash_attn_with_kvcache(
             *args, cache_seqlens=cache_seqlens, cache_batch_idx=cache_batch_idx, **kwargs
         )
 
-    compute_with(FlashAttention(stand_in.flash_attn_varlen_func, with_kvcache))
+    return FlashAttention(stand_in.flash_attn_varlen_func, with_kvcache)
+
+
+def of_varlen(seen: list[tuple[int, ...]]) -> VarlenAttention:
+    stand_in = VarlenStandIn()
+
+    def varlen_attn(
+        q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        if (used := kwargs.get("seqused_k")) is not None:
+            seen.append((len(used), used.data_ptr(), starts_q.data_ptr(), starts_k.data_ptr()))
+        return stand_in.varlen_attn(q, k, v, starts_q, starts_k, *args, **kwargs)
+
+    return VarlenAttention(varlen_attn)
+
+
+@pytest.fixture(params=[of_flash, of_varlen])
+def reads(request):
+    """Attention by a stand-in; for each decode step and layer, its rows and where their lengths and places lie."""
+    seen = []
+    compute_with(request.param(seen))
     yield seen
     compute_with(None)
 
@@ -98,20 +120,43 @@ def test_a_step_that_cannot_be_recorded_is_launched_kernel_by_kernel_and_the_log
     ]
 
 
-def test_without_flash_attn_on_a_gpu_nothing_is_recorded(actor, reads):
+def test_without_a_backend_on_a_gpu_nothing_is_recorded(actor, reads):
     assert not decodes_without_sync(actor.model)  # on the CPU
     compute_with(None)
     assert not decodes_without_sync(actor.model)
 
 
+# Which models decode without a synchronisation: family, dtype, and by which backends.
+RECORDED = {
+    "plain": ("llama", torch.bfloat16, {"flash", "varlen"}),
+    "window": ("mistral", torch.bfloat16, {"flash", "varlen"}),
+    "soft cap": ("gemma2", torch.bfloat16, {"flash"}),
+    "fp32": ("llama", torch.float32, set()),
+}
+
+
+@pytest.mark.parametrize("case", RECORDED)
+@pytest.mark.parametrize("backend", [FlashStandIn().backend(), VarlenStandIn().backend()], ids=["flash", "varlen"])
+def test_what_a_backend_computes_on_a_gpu_is_recorded_and_nothing_else(case, backend, monkeypatch):
+    family, dtype, recorded = RECORDED[case]
+    model = tiny.causal(family, dtype=dtype)
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    monkeypatch.setattr(attention, "_backend", backend)
+    assert decodes_without_sync(model) == (backend.setting in recorded)
+
+
 @pytest.mark.gpu
-def test_on_a_gpu_sampling_is_the_same(actor):
-    if choose_flash("auto", torch.bfloat16, torch.device("cuda")) is None:
-        pytest.skip("needs flash-attn")
-    actor = actor.to("cuda")
-    compute_with(choose_flash("flash", torch.bfloat16, torch.device("cuda")))
+@pytest.mark.parametrize("setting", ["flash", "varlen"])
+@pytest.mark.parametrize("rows", [16, 8])
+def test_on_a_gpu_sampling_is_the_same(actor, setting, rows):
     try:
-        found, plain = responses(actor), responses(actor, cuda_graphs=False)
+        attention.choose_attention(setting, torch.bfloat16, torch.device("cuda", torch.cuda.current_device()))
+    except FastPPOError as error:
+        pytest.skip(str(error))
+    try:
+        actor = actor.to("cuda")
+        assert decodes_without_sync(actor.model)
+        found, plain = responses(actor, rows=rows), responses(actor, rows=rows, cuda_graphs=False)
     finally:
         compute_with(None)
     assert torch.equal(found.packed.tokens, plain.packed.tokens)

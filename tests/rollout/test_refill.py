@@ -11,7 +11,8 @@ from itertools import pairwise
 import pytest
 import tiny
 import torch
-from flash_stand_in import HALF, FlashStandIn
+from flash_stand_in import FlashStandIn
+from varlen_stand_in import VarlenStandIn
 
 from fastppo import ops
 from fastppo.config import SamplingConfig
@@ -19,7 +20,6 @@ from fastppo.data.batch import Prompts, segment_offsets
 from fastppo.distributed import Stopped, stop
 from fastppo.models.attention import compute_with
 from fastppo.models.cache import Cache
-from fastppo.models.flash import FlashAttention
 from fastppo.models.roles import Policy, fuse_head
 from fastppo.rollout.inprocess import FEWEST_TOKENS, bucket, restrict, sample
 
@@ -119,16 +119,15 @@ def calls(actor, monkeypatch):
 
 
 @contextmanager
-def attention_by(dtypes: tuple[torch.dtype, ...] | None) -> Iterator[None]:
-    """flash-attn's stand-in for these dtypes; None: PyTorch."""
-    stand_in = FlashStandIn(dtypes or HALF)
-    flash = FlashAttention(stand_in.flash_attn_varlen_func, stand_in.flash_attn_with_kvcache)
-    compute_with(flash if dtypes else None)
+def attention_by(kind: type[FlashStandIn | VarlenStandIn] | None) -> Iterator[None]:
+    """A backend's stand-in; None: PyTorch."""
+    stand_in = kind() if kind else None
+    compute_with(stand_in.backend() if stand_in else None)
     try:
         yield
     finally:
         compute_with(None)
-    assert not dtypes or stand_in.cache_calls
+    assert stand_in is None or stand_in.cached_calls
 
 
 # The same responses
@@ -142,21 +141,22 @@ PATHS = {
     "window": ("mistral", torch.float32, None),
     "window and soft cap": ("gemma2", torch.float32, None),
     "learned positions": ("gpt2", torch.float32, None),
-    "flash-attn": ("mistral", torch.bfloat16, HALF),
-    "flash-attn and soft cap": ("gemma2", torch.bfloat16, HALF),
+    "flash-attn": ("mistral", torch.bfloat16, FlashStandIn),
+    "flash-attn and soft cap": ("gemma2", torch.bfloat16, FlashStandIn),
+    "varlen_attn": ("mistral", torch.bfloat16, VarlenStandIn),
 }
 
 
 @pytest.mark.parametrize("samples", [1, 4])
 @pytest.mark.parametrize("path", PATHS)
 def test_responses_are_those_of_fixed_groups_bit_for_bit_for_any_number_of_rows(path, samples):
-    family, dtype, flash = PATHS[path]
+    family, dtype, backend = PATHS[path]
     size = {} if dtype == torch.float32 else WIDE_ENOUGH
     policy = Policy(fuse_head(tiny.causal(family, dtype=dtype, **size)))
-    count = 40 if flash else 100  # the stand-in is slow
+    count = 40 if backend else 100  # the stand-in is slow
     prompts = prompts_of(count // samples, samples, shortest=9 if size else 1)
     settings = {"max_new_tokens": 24, "min_new_tokens": 2, "top_p": 0.95, "temperature": 0.9}
-    with attention_by(flash):
+    with attention_by(backend):
         expected = by_groups(policy, prompts, SamplingConfig(rows=64, **settings))
         for rows in (4, 16, 64):
             assert refilled(policy, prompts, SamplingConfig(rows=rows, **settings)) == expected

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from fastppo.config.data import DataConfig, RolloutConfig, SamplingConfig
 from fastppo.config.learning import OptimConfig, ZeroConfig
-from fastppo.config.models import ActorConfig
+from fastppo.config.models import ActorConfig, AttentionSetting
 from fastppo.config.rewards import RewardConfig
 from fastppo.config.run import Names
 
@@ -66,9 +66,9 @@ class GenerateConfig:
     timeout: float = 1800.0
     """Seconds that a rank waits for the other ranks before it ends with an error. It must exceed the largest difference
     in time between ranks in a batch."""
-    attention: Literal["auto", "flash", "sdpa"] = "auto"
-    """The implementation of attention in every model: `flash` uses flash-attn (CUDA, bf16), `sdpa` uses PyTorch; `auto`
-    uses flash-attn where possible and PyTorch otherwise, which is logged."""
+    attention: AttentionSetting = "auto"
+    """The implementation of attention in every model: `flash` uses flash-attn and `varlen` torch's varlen_attn (both CUDA,
+    bf16), `sdpa` uses PyTorch; `auto` uses the first of these that can compute it, which is logged."""
     plan: Literal["check", "warn", "off"] = "check"
     """Whether to compute and show, before the models are loaded, the memory that each model needs in each phase. `check`
     stops a run that does not fit, `warn` warns and continues, `off` skips the computation."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
 from fastppo.config.learning import OptimConfig, ZeroConfig
-from fastppo.config.models import LoraConfig, ReferenceConfig
+from fastppo.config.models import AttentionSetting, LoraConfig, ReferenceConfig
 from fastppo.config.run import CheckpointConfig, EvaluationConfig, Names, TrackConfig
 
 
@@ -181,9 +181,9 @@ class OfflineConfig:
     """CPU threads per rank. Default: the machine's cores divided by its ranks."""
     timeout: float = 1800.0
     """Seconds that a rank waits for the other ranks before it ends with an error."""
-    attention: Literal["auto", "flash", "sdpa"] = "auto"
-    """The implementation of attention: `flash` uses flash-attn (CUDA, bf16), `sdpa` uses PyTorch; `auto` uses flash-attn
-    where possible and PyTorch otherwise, which is logged."""
+    attention: AttentionSetting = "auto"
+    """The implementation of attention: `flash` uses flash-attn and `varlen` torch's varlen_attn (both CUDA,
+    bf16), `sdpa` uses PyTorch; `auto` uses the first of these that can compute it, which is logged."""
     plan: Literal["check", "warn", "off"] = "check"
     """Whether to compute and show, before the model is loaded, the memory that it needs in learning and in evaluation.
     `check` stops a run that does not fit, `warn` warns and continues, `off` skips the computation."""

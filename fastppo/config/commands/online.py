@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, Protocol
 from fastppo.config.data import DataConfig, RolloutConfig, SamplingConfig
 from fastppo.config.health import HealthConfig
 from fastppo.config.learning import OptimConfig, ZeroConfig
-from fastppo.config.models import ActorConfig, CriticConfig, ReferenceConfig
+from fastppo.config.models import ActorConfig, AttentionSetting, CriticConfig, ReferenceConfig
 from fastppo.config.rewards import RewardConfig
 from fastppo.config.run import CheckpointConfig, EvalConfig, Names, TrackConfig
 
@@ -70,9 +70,9 @@ class OnlineConfig:
     timeout: float = 1800.0
     """Seconds that a rank waits for the other ranks before it ends with an error. It must exceed the largest difference
     in time between ranks in any phase of a step."""
-    attention: Literal["auto", "flash", "sdpa"] = "auto"
-    """The implementation of attention in every role: `flash` uses flash-attn (CUDA, bf16), `sdpa` uses PyTorch; `auto`
-    uses flash-attn where possible and PyTorch otherwise, which is logged."""
+    attention: AttentionSetting = "auto"
+    """The implementation of attention in every role: `flash` uses flash-attn and `varlen` torch's varlen_attn (both CUDA,
+    bf16), `sdpa` uses PyTorch; `auto` uses the first of these that can compute it, which is logged."""
     plan: Literal["check", "warn", "off"] = "check"
     """Whether to compute and show, before the models are loaded, the memory that each role needs in each phase. `check`
     stops a run that does not fit, `warn` warns and continues, `off` skips the computation."""

@@ -6,6 +6,7 @@ import math
 
 from fastppo.config.commands.generate import GenerateConfig
 from fastppo.config.validation.data import check_prompts, check_sampling
+from fastppo.config.validation.models import check_attention
 from fastppo.config.validation.ranges import Ranges, check_ranges
 from fastppo.config.validation.rewards import check_sources, check_waiting
 from fastppo.errors import ConfigError
@@ -33,11 +34,7 @@ def validate_generate(config: GenerateConfig, ranks: int = 1) -> None:
             "model.path is not set: there is nothing to draw responses from. Give a hub name or a directory, such as"
             " the exported model of a run."
         )
-    if config.attention == "flash" and config.dtype == "fp32":
-        raise ConfigError(
-            "attention is flash and dtype fp32: flash-attn computes in bf16 or fp16. Set dtype to bf16, or attention to"
-            " auto or sdpa."
-        )
+    check_attention(config.attention, config.dtype, "dtype")
     check_sources("rewards", config.rewards)
     check_sources("judge", config.judge)
     check_prompts(config.data)

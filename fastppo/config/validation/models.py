@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from fastppo.config.commands.online import OnlineConfig
-from fastppo.config.commands.ppo import AnyConfig
-from fastppo.config.models import CriticConfig, LoraConfig, ReferenceConfig
+from fastppo.config.models import AttentionSetting, CriticConfig, LoraConfig, ReferenceConfig
 from fastppo.errors import ConfigError
 
 
@@ -17,7 +16,7 @@ def check_models(config: OnlineConfig) -> None:
             "actor.model is not set: there is nothing to train. Give a hub name or a directory,"
             " or start from a preset with --config quickstart."
         )
-    check_attention(config)
+    check_attention(config.attention, config.optim.dtype)
     check_targets("actor.lora", actor.lora)
     if actor.lora.export == "adapters" and not actor.lora.rank:
         raise ConfigError(
@@ -54,11 +53,13 @@ def check_gguf_file(name: str, role: CriticConfig | ReferenceConfig, default: st
         )
 
 
-def check_attention(config: AnyConfig) -> None:
-    if config.attention == "flash" and config.optim.dtype == "fp32":
+def check_attention(attention: AttentionSetting, dtype: str, setting: str = "optim.dtype") -> None:
+    """setting: as messages name the one that gives the run's dtype."""
+    library = {"flash": "flash-attn", "varlen": "torch's varlen_attn"}.get(attention)
+    if library is not None and dtype == "fp32":
         raise ConfigError(
-            "attention is flash and optim.dtype fp32: flash-attn computes in bf16 or fp16. Set optim.dtype to bf16, or"
-            " attention to auto or sdpa."
+            f"attention is {attention} and {setting} fp32: {library} computes in bf16 or fp16. Set {setting} to bf16,"
+            " or attention to auto or sdpa."
         )
 
 

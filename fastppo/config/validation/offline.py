@@ -49,7 +49,7 @@ def validate_offline(config: OfflineConfig, ranks: int = 1, own: Ranges = ()) ->
     if config.model.train == "head" and config.role != "reward model":
         raise ConfigError("model.train is head, which is for reward models. Give all, a number of layers or patterns.")
     check_targets("model.lora", config.model.lora)
-    check_attention(config)
+    check_attention(config.attention, config.optim.dtype)
     if not config.output:
         raise ConfigError(f"output is empty; name a folder for the run, as in --output {type(config).output}.")
     if not config.model.path:

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastppo.data import Packed, pack, segment_offsets
 from fastppo.errors import FastPPOError
-from fastppo.models.attention import ATTENTION, uses_flash, without_flash
+from fastppo.models.attention import ATTENTION, backend_in_use, without_backend
 from fastppo.models.cache import Cache
 from fastppo.models.frozen_prefix import layers_of
 from fastppo.models.loading.demands import WORKS, check_demands, check_interface
@@ -46,19 +46,21 @@ def check_architecture(
     """Check a small model of this config. Raises ModelError with the reason if such models would train wrongly.
 
     auto: AutoModelForCausalLM or another such class; config: with dropout off, from `weights.load_config`; dtype: of
-    the run. The check always runs in fp32. flash-attn does not support fp32, so where it is used, packed rows and
+    the run. The check always runs in fp32. Attention backends do not support it, so where one is used, packed rows and
     decode are also compared in the run's dtype, with the tolerance of bf16.
     """
-    key = (getattr(auto, "__name__", str(auto)), config.to_json_string(), f"{device} {dtype} {uses_flash()}")
+    backend = backend_in_use()
+    computed_by = "PyTorch" if backend is None else backend.name
+    key = (getattr(auto, "__name__", str(auto)), config.to_json_string(), f"{device} {dtype} {computed_by}")
     if key in _passed:
         return
     model_class = getattr(auto, "_model_mapping", {}).get(type(config), None)
     if isinstance(model_class, type):
         check_interface(model_class)  # first, because some of these architectures cannot be made small
     with torch.random.fork_rng():  # the check must not change the random numbers of the run
-        with without_flash():
+        with without_backend():
             check_model(_small_model(auto, config, torch.float32, device))
-        if uses_flash() and dtype != torch.float32:
+        if backend is not None and dtype != torch.float32:
             check_model(_small_model(auto, config, dtype, device))
     _passed.add(key)
 
