@@ -17,7 +17,7 @@ import torch
 from fastppo import __version__
 from fastppo.checkpoint import atomic_dir
 from fastppo.checkpoint.rollback_record import RollbackRecord, read_rollback_record
-from fastppo.config import SERVICE_SETTINGS, AnyConfig, Config, OnlineConfig, TrainingConfig
+from fastppo.config import SERVICE_SETTINGS, AnyConfig, OnlineConfig, TrainingConfig
 from fastppo.distributed import World, all_gather
 from fastppo.errors import FastPPOError
 from fastppo.monitor import JSONL_FILES
@@ -146,7 +146,7 @@ def check_settings(made: Path, about: Mapping[str, Any], config: AnyConfig) -> N
     about: `config` and `versions`, as `settings` and `versions` gave them then. What only rounds otherwise is logged.
     """
     saved, current, defaults = dict(about["config"]), settings(config), settings(type(config)())
-    free, before = (*FREE, *config.free), _before(config)
+    free, before = (*FREE, *config.free), config.done_before
     for name in sorted({*saved, *current}):
         old, new = saved.get(name, defaults.get(name)), current.get(name, defaults.get(name))
         if name not in saved and name in before:
@@ -167,12 +167,6 @@ def check_settings(made: Path, about: Mapping[str, Any], config: AnyConfig) -> N
     for library, old in about["versions"].items():
         if old != (new := versions()[library]):
             log.warning("%s was %s and is %s: the result may not be the same bit for bit", library, old, new)
-
-
-def _before(config: AnyConfig) -> dict[str, tuple[Any, Any]]:
-    """Settings whose default does otherwise than runs did before there was the setting: by name, what was done then and
-    what the present settings do."""
-    return {"ppo.importance": ("none", config.importance.kind)} if isinstance(config, Config) else {}
 
 
 def _matches(name: str, settings: tuple[str, ...]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from fastppo.config.data import DataConfig, RolloutConfig, SamplingConfig
 from fastppo.config.learning import OptimConfig, ZeroConfig
@@ -108,6 +108,11 @@ class GenerateConfig:
         if self.rewards_on == "gpu":
             return ZeroConfig()
         return ZeroConfig(stage=3, offload_frozen="cpu" if self.rewards_on == "cpu" else "none")
+
+    @property
+    def done_before(self) -> dict[str, tuple[Any, Any]]:
+        """Settings that do by default what runs did not do before there was the setting; none."""
+        return {}
 
     @property
     def trained(self) -> dict[str, ActorConfig]:

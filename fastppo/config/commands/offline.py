@@ -211,6 +211,11 @@ class OfflineConfig:
         return {"data.path": self.data.path}
 
     @property
+    def done_before(self) -> dict[str, tuple[Any, Any]]:
+        """Settings that do by default what runs did not do before there was the setting; none."""
+        return {}
+
+    @property
     def frozen_model(self) -> ReferenceConfig | None:
         """A second model of the run, which is asked and let go before the one that trains is loaded."""
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from fastppo.config.data import DataConfig, RolloutConfig, SamplingConfig
 from fastppo.config.health import HealthConfig
@@ -93,6 +93,12 @@ class OnlineConfig:
     @property
     def judge(self) -> tuple[RewardConfig, ...]:
         return self.health.judge
+
+    @property
+    def done_before(self) -> dict[str, tuple[Any, Any]]:
+        """Settings that do by default what runs did not do before there was the setting: by name, what was done then and
+        what these settings do."""
+        return {}
 
     @property
     def value_function(self) -> CriticConfig | None:

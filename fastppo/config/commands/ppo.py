@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from fastppo.config.commands.generate import GenerateConfig
 from fastppo.config.commands.offline import OfflineConfig
@@ -81,6 +81,10 @@ class Config(OnlineConfig):
             low if ppo.importance_low is None else ppo.importance_low,
             high if ppo.importance_high is None else ppo.importance_high,
         )
+
+    @property
+    def done_before(self) -> dict[str, tuple[Any, Any]]:
+        return {"ppo.importance": ("none", self.importance.kind)}
 
     @property
     def learns_as_measured(self) -> bool:
