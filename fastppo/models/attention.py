@@ -11,7 +11,7 @@ No model code is patched. A model may ask its attention for more than causality.
 would train another model than the one that was loaded.
 
 On CUDA flash-attn computes the attention where it can (`fastppo.models.flash`); elsewhere PyTorch computes it, and
-decode is an op.
+decode is an op with a kernel of its own (`ops.attend_cached`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from fastppo import ops
 from fastppo.errors import FastPPOError
-from fastppo.models.cache import Cache, SequenceLayout, head_width
+from fastppo.models.cache import Cache, SequenceLayout
 from fastppo.models.flash import FlashAttention, choose_flash
 
 ATTENTION = "fastppo_packed"
@@ -125,12 +125,12 @@ def _attend_cached(
     options: dict[str, Any],
 ) -> Tensor:
     """(R, heads, 1, width) -> (R, 1, heads, width); writes the new position into the cache."""
+    assert cache.active is not None  # begin_step has been called
     keys, values = cache.keys[layer], cache.values[layer]
     if flash is not None:
-        assert cache.active is not None  # begin_step has been called
         return flash.cached(query, key, value, keys, values, *cache.active, **options)
     q, k, v = (x[:, :, 0] for x in (query, key, value))
-    return ops.attend_cached(q, k, v, keys, values, cache.lengths, cache.rows, **options).unsqueeze(1)
+    return ops.attend_cached(q, k, v, keys, values, cache.lengths, cache.active[1], **options).unsqueeze(1)
 
 
 def _attend_packed(
@@ -257,10 +257,9 @@ def attend_packed(model: PreTrainedModel) -> None:
 def decodes_without_sync(model: PreTrainedModel) -> bool:
     """Whether a decode step of the model runs without a synchronisation of host and GPU, as a CUDA graph requires.
 
-    This is so with flash-attn; the PyTorch implementation of `ops.attend_cached` synchronises.
+    This is so on CUDA with every implementation of attention, flash-attn's and that of `ops.attend_cached`.
     """
-    width = head_width(model.config.get_text_config())
-    return _flash is not None and model.device.type == "cuda" and _flash.has_kernel(width, model.dtype)
+    return model.device.type == "cuda"
 
 
 compute_with(None)
