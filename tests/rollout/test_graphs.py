@@ -4,17 +4,21 @@ Without a GPU a stand-in records: it runs the step again at each replay, into th
 """
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from conftest import COMPILED
 from flash_stand_in import FlashStandIn
 
+from fastppo import ops
 from fastppo.config import SamplingConfig
 from fastppo.data.batch import Prompts
 from fastppo.errors import log_once
 from fastppo.models import attention
 from fastppo.models.attention import compute_with, decodes_without_sync
+from fastppo.models.cache import Cache
 from fastppo.models.flash import FlashAttention, choose_flash
 from fastppo.models.roles import Policy, fuse_head
 from fastppo.rollout import graphs
@@ -98,10 +102,49 @@ def test_a_step_that_cannot_be_recorded_is_launched_kernel_by_kernel_and_the_log
     ]
 
 
-def test_without_flash_attn_on_a_gpu_nothing_is_recorded(actor, reads):
-    assert not decodes_without_sync(actor.model)  # on the CPU
+# Models that flash-attn does not compute, or not where it is missing: `ops.attend_cached` does.
+WITHOUT_FLASH = {"fp32": ("llama", torch.float32), "soft cap": ("gemma2", torch.bfloat16)}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_FLASH)
+def test_a_replay_of_the_op_reads_the_rows_that_were_recorded_whatever_rows_are_active(kind, recorded, monkeypatch):
+    family, dtype = WITHOUT_FLASH[kind]
+    policy, seen, attend = Policy(fuse_head(tiny.causal(family, dtype=dtype))).eval(), [], ops.attend_cached
+
+    def attend_and_tell(query, key, value, keys, values, lengths, rows, **options):
+        seen.append((lengths.data_ptr(), rows.data_ptr(), rows.tolist()))
+        return attend(query, key, value, keys, values, lengths, rows, **options)
+
+    monkeypatch.setattr(ops, "attend_cached", attend_and_tell)
+    cache = Cache(policy.model.config.get_text_config(), 4, 8, dtype, policy.device)
+    steps = graphs.StepGraphs(policy, cache)
+    with torch.no_grad():
+        for active in ([2, 0], [1, 3]):
+            rows = torch.tensor(active)
+            cache.begin_step(rows)
+            steps(torch.tensor([5, 6]), cache.lengths[rows])
+            cache.end_step()
+    assert recorded == [2] and [rows for *_, rows in seen[:: tiny.LAYERS]] == [[2, 0], [2, 0], [1, 3]]
+    assert len({(lengths, rows) for lengths, rows, _ in seen}) == 1
+    assert cache.lengths.tolist() == [1] * 4
+
+
+@COMPILED
+def test_the_kernels_of_a_gpu_draw_the_tokens_of_the_cpu_s(request):
+    policy = Policy(fuse_head(tiny.causal("gemma2")))  # a soft cap, and a window in every second layer
+    prompts, config = Prompts.of(PROMPTS[:3], range(3)), SamplingConfig(max_new_tokens=6, rows=4)
+    expected = sample(policy, prompts, config, stop_ids=(), seed=3)
+    request.getfixturevalue("triton_on_cpu")
+    found = sample(policy, prompts, config, stop_ids=(), seed=3)
+    assert torch.equal(found.packed.tokens, expected.packed.tokens)
+    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=1e-4, atol=1e-5)
+
+
+def test_steps_are_recorded_on_cuda_alone_with_flash_attn_and_without(actor, reads):
+    on_cuda = SimpleNamespace(device=torch.device("cuda"))
+    assert decodes_without_sync(on_cuda) and not decodes_without_sync(actor.model)
     compute_with(None)
-    assert not decodes_without_sync(actor.model)
+    assert decodes_without_sync(on_cuda) and not decodes_without_sync(actor.model)
 
 
 @pytest.mark.gpu
@@ -115,3 +158,16 @@ def test_on_a_gpu_sampling_is_the_same(actor):
     finally:
         compute_with(None)
     assert torch.equal(found.packed.tokens, plain.packed.tokens)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", WITHOUT_FLASH)
+def test_on_a_gpu_sampling_without_flash_attn_is_recorded_and_the_same(kind, caplog):
+    family, dtype = WITHOUT_FLASH[kind]
+    actor = Policy(fuse_head(tiny.causal(family, dtype=dtype))).to("cuda")
+    log_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "fastppo"):
+        found = responses(actor)
+    assert not caplog.records
+    plain = responses(actor, cuda_graphs=False)
+    assert torch.equal(found.packed.tokens, plain.packed.tokens) and torch.equal(found.logprobs, plain.logprobs)
