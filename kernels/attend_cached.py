@@ -74,11 +74,11 @@ def attend_cached(
     """`fastppo.ops.eager.attend_cached`: append a position to R rows of the cache and attend to all of each row.
 
     query: (R, heads, D) fp32, bf16 or fp16; key, value: (R, kv heads, D); key_cache, value_cache: (rows, kv heads, T,
-    D), written in place; of all five the last dimension is dense, and the others have any strides. lengths: (rows,) and
-    rows: (R,), int32 or int64, contiguous. Returns (R, heads, D). Their numbers are not read by the host: a row that is
-    not in the cache, or has no room for one more position, has the result NaN, and nothing is written. Rows named twice
-    are not supported. Traffic: keys and values of the positions attended to, once, and for rows of two splits and more
-    at most 1/60 of that (`tiling`).
+    D), written in place; of all five the last dimension is dense, and the others have any strides, with the same bits
+    for the same alignment. lengths: (rows,) and rows: (R,), int32 or int64, contiguous; the host does not read them.
+    Returns (R, heads, D), with NaN for a row that is not in the cache, or has no room for one more position, of which
+    nothing is written. No row may be named twice. Traffic: keys and values of the positions attended to, once, and for
+    rows of two splits and more at most 1/60 of that (`tiling`).
     """
     check_arguments(query, key, value, key_cache, value_cache, lengths, rows)
     active, heads, width = query.shape

@@ -174,13 +174,13 @@ def attend_cached(
 ) -> Tensor:
     """Append one position to each active row of a key/value cache, and attend to all positions of that row.
 
-    query: (R, heads, D) fp32, bf16 or fp16; key, value: (R, kv heads, D), where heads is a multiple of kv heads; key_cache,
-    value_cache: (rows, kv heads, T, D), written at position `lengths` of each row; lengths: (rows,) int64, number of
-    positions, below T, not changed; rows: (R,) int64, index of each active row in the cache; window: number of newest
-    positions attended to, 0 for all; softcap: s -> softcap tanh(s / softcap) on scores, 0 for none. Returns (R, heads,
-    D), not differentiable. The result of a row does not depend on the other rows or on T, bit for bit. On the CPU
-    numbers in lengths and rows that the cache has no place for raise ValueError; on CUDA, which the host does not wait
-    for, such a row is NaN, and nothing is written.
+    query: (R, heads, D) fp32, bf16 or fp16; key, value: (R, kv heads, D), where heads is a multiple of kv heads;
+    key_cache, value_cache: (rows, kv heads, T, D), written at position `lengths` of each row; lengths: (rows,) int64,
+    number of positions, below T, not changed; rows: (R,) int64, index of each active row in the cache; window: number
+    of newest positions attended to, 0 for all; softcap: s -> softcap tanh(s / softcap) on scores, 0 for none. Returns
+    (R, heads, D), not differentiable. The result of a row does not depend on the other rows or on T, bit for bit. On
+    the CPU numbers in lengths and rows that the cache has no place for raise ValueError; on CUDA, where the host does
+    not read them, such a row is NaN, and nothing is written.
     """
     check_attention(
         scale, window, softcap, query=query, key=key, value=value, key_cache=key_cache, value_cache=value_cache

@@ -1,4 +1,4 @@
-"""Attention of a decode step in Triton: on the GPU where there is one, else under Triton's interpreter (see conftest)."""
+"""Attention of a decode step in Triton: on the GPU where there is one, else under its interpreter (see conftest)."""
 
 from dataclasses import replace
 from typing import Any
