@@ -4,8 +4,9 @@ bytes: counts every load and store in Triton's interpreter, and compares the sum
 code: compiles each kernel for sm_80, sm_90 and sm_100, with arguments specialised as its launcher passes them, and
 reads the machine code: registers, spills, shared memory, occupancy, instructions and loads of the main loops.
 
-Rows have GPT-2's vocabulary of 50,257 tokens, padded to start at multiples of 16 bytes. The last line of each audit is
-JSON. Time, bandwidth and cache hits cannot be measured without a GPU.
+Rows have GPT-2's vocabulary of 50,257 tokens, padded to start at multiples of 16 bytes. Attention is over a row of
+8,192 positions with the heads of widely used models. The last line of each audit is JSON. Time, bandwidth and cache
+hits cannot be measured without a GPU.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
+from fastppo.kernels.attend_cached import attend_cached
 from fastppo.kernels.policy_loss import policy_loss
 from fastppo.kernels.policy_loss_in_chunk import policy_loss_in_chunk
 from fastppo.kernels.sample_tokens import sample_tokens
@@ -38,6 +40,9 @@ from fastppo.kernels.vocabulary_backward import vocabulary_backward
 from fastppo.kernels.vocabulary_forward import vocabulary_forward
 
 ROWS, VOCABULARY, TOKENS = 2, 50_257, 8192
+POSITIONS, WINDOW = 8192, 4096  # of a row of the cache
+# Queries a kv head and their width, as in SmolLM2-135M, Llama-3 8B, Llama-3 70B, Gemma-2 9B, Phi-2, Qwen3 235B.
+HEADS = ((3, 64), (4, 128), (8, 128), (2, 256), (1, 80), (16, 128))
 ARCHITECTURES = (80, 90, 100)
 WARPS, BLOCKS, REGISTERS = 64, 32, 65_536  # limits of a multiprocessor, the same on all three
 SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
@@ -100,6 +105,21 @@ def token_calls() -> list[Call]:
     ]
 
 
+def attention_calls(dtype: torch.dtype, softcap: float = 0.0, window: int = 0) -> list[Call]:
+    """A step of attention over the cache, one kv head. least: one read of the queries and of the keys and values of the
+    positions attended to, and one write of the outputs and of the new position."""
+    calls = []
+    for group, width in HEADS:
+        query, key = torch.randn(1, group, width).to(dtype), torch.randn(1, 1, width).to(dtype)
+        caches = torch.zeros(2, 1, 1, POSITIONS, width, dtype=dtype)
+        lengths, rows = torch.tensor([POSITIONS - 1]), torch.tensor([0])
+        arguments = (query, key, key, *caches, lengths, rows, width**-0.5, window, softcap)
+        vectors = 2 * (window or POSITIONS) + 2 * group + 2
+        name = f"attention, {group} x {width}"
+        calls.append(Call(name, lambda given=arguments: attend_cached(*given), vectors * width * dtype.itemsize))
+    return calls
+
+
 # Bytes
 
 
@@ -135,7 +155,8 @@ def bytes_moved() -> list[dict[str, Any]]:
     """One entry per call: bytes moved, least possible, and their ratio. Needs TRITON_INTERPRET=1."""
     made = []
     for dtype in (torch.bfloat16, torch.float32):
-        for call in row_calls(dtype) + (token_calls() if dtype == torch.float32 else []):
+        calls = row_calls(dtype) + (token_calls() if dtype == torch.float32 else [])
+        for call in calls + attention_calls(dtype):
             with Traffic() as traffic:
                 call.launch()
             ratio = round(traffic.bytes / call.least, 4)
@@ -243,7 +264,7 @@ def inspect(kernel: Any, program: Program, architecture: int) -> dict[str, Any]:
         usage = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
     registers, shared, warps = int(re.search(r"REG:(\d+)", usage)[1]), kernel.metadata.shared, kernel.metadata.num_warps
     bodies = [body for body in loops(program) if any(re.match(r"(LDG|STG)", text) for text in body)]
-    memory = [[text.split()[0] for text in body if re.match(r"LDG|STG", text)] for body in bodies]
+    memory = [[text.split()[0] for text in body if re.match(r"(LDG|LDGSTS|STG)\.", text)] for body in bodies]
     return {
         "registers": registers,
         "spills": sum(text.startswith(("STL", "LDL")) for _, text in program),
@@ -260,6 +281,9 @@ def machine_code() -> list[dict[str, Any]]:
     for architecture in ARCHITECTURES:
         groups = [("bfloat16", row_calls(torch.bfloat16)), ("float32", row_calls(torch.float32))]
         groups += [("bfloat16, softcap", row_calls(torch.bfloat16, 30.0)[:-1]), ("float32", token_calls())]
+        groups += [("bfloat16", attention_calls(torch.bfloat16)), ("float32", attention_calls(torch.float32))]
+        groups += [("bfloat16, softcap", attention_calls(torch.bfloat16, 50.0, WINDOW))]
+        groups += [("float32, softcap", attention_calls(torch.float32, 50.0, WINDOW))]
         entries, kernels = [], []
         for dtype, calls in groups:
             for call in calls:
@@ -278,7 +302,7 @@ def print_code(entry: dict[str, Any]) -> None:
         f"{loop['instructions']}: " + " ".join(f"{loop['memory'].count(m)} {m}" for m in dict.fromkeys(loop["memory"]))
         for loop in entry["loops"]
     )
-    name = "finish" if entry["kernel"] == "finish_kernel" else entry["op"]
+    name = {"finish_kernel": "finish", "combine_kernel": "combine"}.get(entry["kernel"], entry["op"])
     print(
         f"sm_{entry['sm']:<4} {name:24} {entry['dtype']:18} {entry['registers']:>9} {entry['spills']:>6} "
         f"{entry['shared']:>6} {entry['warps']:>5} {entry['occupancy']:>9.0%}  {memory}"

@@ -148,7 +148,8 @@ Tensor attend_cached(const Tensor& query, const Tensor& key, const Tensor& value
   const ScalarType dtype = query.scalar_type();
   REQUIRE(query.dim() == 3, "query has shape ", shape(query), ", expected (rows, heads, width)");
   REQUIRE(query.size(2) > 0 && query.stride(2) == 1, "query must be dense in its last dimension, and not empty");
-  REQUIRE(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "query must be float32 or bfloat16");
+  REQUIRE(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+          "query must be float32, bfloat16 or float16");
   require_cache(key_cache, "key_cache", query);
   require_cache(value_cache, "value_cache", query);
   for (int64_t i = 0; i < 3; ++i) {
@@ -166,7 +167,9 @@ Tensor attend_cached(const Tensor& query, const Tensor& key, const Tensor& value
   const std::vector<Span> spans = spans_of(indices(lengths, "lengths", key_cache.size(0)),
                                            indices(rows, "rows", query.size(0)), key_cache.size(2), window);
   Tensor out = torch::stable::new_empty(query, query.sizes());
-  const auto kernel = dtype == ScalarType::Float ? &run<float> : &run<BFloat16>;
+  const auto kernel = dtype == ScalarType::Float      ? &run<float>
+                      : dtype == ScalarType::BFloat16 ? &run<BFloat16>
+                                                      : &run<Half>;
   kernel(query, key, value, key_cache, value_cache, out, spans, scale, softcap);
   return out;
 }
@@ -177,7 +180,7 @@ Tensor attend_cached(const Tensor& query, const Tensor& key, const Tensor& value
 // Writes the newest key and value of R active rows to the cache, at position lengths[row] of their row; then each query
 // attends to positions 0 .. lengths[row] of its row, or to the last `window` of them if window is not 0:
 // softmax(s) v, s = scale * q k, or softcap * tanh(scale * q k / softcap) if softcap is not 0. Sums are fp32.
-//   query (R, heads, width), key and value (R, kv heads, width), fp32 or bf16, dense in the last dimension
+//   query (R, heads, width), key and value (R, kv heads, width), fp32, bf16 or fp16, dense in the last dimension
 //   key_cache, value_cache (rows, kv heads, positions, width), dense in the last dimension, written in place
 //   lengths (rows,) and rows (R,), int32 or int64: number of earlier positions, and the cache row of each active row
 // Returns (R, heads, width) in the dtype of the query. The result of a row depends on that row only, bit for bit.

@@ -75,7 +75,7 @@ class SamplingConfig:
     """Number of responses decoded together on each rank; it bounds the size of the key/value cache. One that ends makes
     room for the next at once, so a rank may have any number of prompts."""
     cuda_graphs: bool = True
-    """Record decode steps as CUDA graphs, if flash-attn or torch's varlen_attn computes attention on a GPU."""
+    """Record decode steps as CUDA graphs, on a GPU."""
 
 
 @dataclass(frozen=True)

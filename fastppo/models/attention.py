@@ -11,7 +11,7 @@ No model code is patched. A model may ask its attention for more than causality.
 would train another model than the one that was loaded.
 
 On CUDA another library's kernels compute the attention where they can (`fastppo.models.backends`); elsewhere PyTorch
-computes it, and decode is an op.
+computes it, and decode is an op with a kernel of its own (`ops.attend_cached`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fastppo.config import AttentionSetting
 from fastppo.errors import FastPPOError
 from fastppo.models.backends.backend import AttentionBackend, supports
 from fastppo.models.backends.choice import choose_backend
-from fastppo.models.cache import Cache, SequenceLayout, head_width
+from fastppo.models.cache import Cache, SequenceLayout
 
 ATTENTION = "fastppo_packed"
 
@@ -129,12 +129,12 @@ def _attend_cached(
     options: dict[str, Any],
 ) -> Tensor:
     """(R, heads, 1, width) -> (R, 1, heads, width); writes the new position into the cache."""
+    assert cache.active is not None  # begin_step has been called
     keys, values = cache.keys[layer], cache.values[layer]
     if backend is not None:
-        assert cache.active is not None  # begin_step has been called
         return backend.cached(query, key, value, keys, values, cache.active, **options).contiguous()
     q, k, v = (x[:, :, 0] for x in (query, key, value))
-    return ops.attend_cached(q, k, v, keys, values, cache.lengths, cache.rows, **options).unsqueeze(1)
+    return ops.attend_cached(q, k, v, keys, values, cache.lengths, cache.active.rows, **options).unsqueeze(1)
 
 
 def _attend_packed(
@@ -261,14 +261,9 @@ def attend_packed(model: PreTrainedModel) -> None:
 def decodes_without_sync(model: PreTrainedModel) -> bool:
     """Whether a decode step of the model runs without a synchronisation of host and GPU, as a CUDA graph requires.
 
-    This is so where a backend computes all its attention; the PyTorch implementation of `ops.attend_cached`
-    synchronises. A soft cap is read from the config, where all families that have one keep it.
+    This is so on CUDA with every implementation of attention, a backend's and that of `ops.attend_cached`.
     """
-    if _backend is None or model.device.type != "cuda":
-        return False
-    config = model.config.get_text_config()
-    softcap = getattr(config, "attn_logit_softcapping", None) or 0.0
-    return _backend.lacks(head_width(config), model.dtype, softcap) is None
+    return model.device.type == "cuda"
 
 
 compute_with(None)

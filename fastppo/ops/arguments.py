@@ -167,9 +167,9 @@ def checked_normalizer(normalizer: Tensor | float, like: Tensor, like_name: str)
 
 
 def check_attention(scale: float, window: int, softcap: float, *, query: Tensor, **others: Tensor) -> None:
-    """Check dtypes and numbers of `attend_cached`, whose kernel has other messages, and on a GPU none."""
-    if query.dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"query has dtype {query.dtype}; expected torch.float32 or torch.bfloat16")
+    """Check dtypes and numbers of `attend_cached`; its kernels check the shapes."""
+    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"query has dtype {query.dtype}; expected torch.float32, torch.bfloat16 or torch.float16")
     for name, tensor in others.items():
         if tensor.dtype != query.dtype:
             raise TypeError(f"{name} has dtype {tensor.dtype} and query {query.dtype}; they must be the same")

@@ -174,12 +174,13 @@ def attend_cached(
 ) -> Tensor:
     """Append one position to each active row of a key/value cache, and attend to all positions of that row.
 
-    query: (R, heads, D) fp32 or bf16; key, value: (R, kv heads, D), where heads is a multiple of kv heads; key_cache,
-    value_cache: (rows, kv heads, T, D), written at position `lengths` of each row; lengths: (rows,) int64, number of
-    positions, below T, not changed; rows: (R,) int64, index of each active row in the cache; window: number of newest
-    positions attended to, 0 for all; softcap: s -> softcap tanh(s / softcap) on scores, 0 for none. Returns (R, heads,
-    D), not differentiable. On the CPU the result of a row does not depend on the other rows, bit for bit, and wrong
-    arguments raise ValueError.
+    query: (R, heads, D) fp32, bf16 or fp16; key, value: (R, kv heads, D), where heads is a multiple of kv heads;
+    key_cache, value_cache: (rows, kv heads, T, D), written at position `lengths` of each row; lengths: (rows,) int64,
+    number of positions, below T, not changed; rows: (R,) int64, index of each active row in the cache; window: number
+    of newest positions attended to, 0 for all; softcap: s -> softcap tanh(s / softcap) on scores, 0 for none. Returns
+    (R, heads, D), not differentiable. The result of a row does not depend on the other rows or on T, bit for bit. On
+    the CPU numbers in lengths and rows that the cache has no place for raise ValueError; on CUDA, where the host does
+    not read them, such a row is NaN, and nothing is written.
     """
     check_attention(
         scale, window, softcap, query=query, key=key, value=value, key_cache=key_cache, value_cache=value_cache
@@ -187,8 +188,10 @@ def attend_cached(
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         check_not_expanded(name, cache)
     query, key, value, key_cache, value_cache = (x.detach() for x in (query, key, value, key_cache, value_cache))
-    if query.device.type != "cpu":
-        log_once_unless_compiling(f"attend_cached on {query.device}: reference PyTorch, because its kernel is for CPUs")
+    if query.device.type not in ("cpu", "cuda"):
+        log_once_unless_compiling(
+            f"attend_cached on {query.device}: reference PyTorch, because its kernels are for the CPU and CUDA"
+        )
         caches = (key_cache, value_cache)
         return eager.attend_cached(
             query, key, value, *caches, lengths, rows, scale=scale, window=window, softcap=softcap

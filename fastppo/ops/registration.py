@@ -30,13 +30,11 @@ TRITON = (
     "sum_tokens",
     "value_loss",
     "sample_tokens",
+    "attend_cached",
 )
 
 # The CUDA kernels of GAE are linked if torch is a CUDA build and nvcc was found.
 GAE_DEVICES = ("cpu", "meta", "cuda") if fastppo._C.built()["cuda_archs"] else ("cpu", "meta")
-
-# Ops that have coefficients.
-WITH_COEFFICIENTS = (*TRITON, "gae", *(op.__name__ for op in chunked_head.OPS))
 
 _library = torch.library.Library("fastppo", "FRAGMENT")
 
@@ -49,6 +47,10 @@ def launcher(op: str) -> Any:
 def kernel(op: str) -> Any:
     """The op that takes its coefficients as numbers."""
     return getattr(torch.ops.fastppo, op).default
+
+
+def has_coefficients(op: str) -> bool:
+    return any(argument.name in COEFFICIENTS for argument in kernel(op)._schema.arguments)
 
 
 def overloads(op: str) -> tuple[str, ...]:
@@ -72,6 +74,11 @@ def reading_coefficients(op: str) -> Callable[..., Any]:
 
 for _op in chunked_head.OPS:
     _library.define(torch.library.infer_schema(_op, mutates_args=(), op_name=_op.__name__))
+
+# Ops with a kernel for each device, and all ops, that have coefficients.
+_WITH_KERNELS = tuple(op for op in (*TRITON, "gae") if has_coefficients(op))
+WITH_COEFFICIENTS = (*_WITH_KERNELS, *(op.__name__ for op in chunked_head.OPS))
+
 for _op_name in WITH_COEFFICIENTS:
     _schema = str(kernel(_op_name)._schema).removeprefix(f"fastppo::{_op_name}(")
     _schema = re.sub(rf"\b(?:float|int)(\??) ({'|'.join(COEFFICIENTS)})\b", r"Tensor\1 \2", _schema)
@@ -79,7 +86,7 @@ for _op_name in WITH_COEFFICIENTS:
 for _op in chunked_head.OPS:  # written in torch: the same on all devices and for both kinds of coefficients
     for _name in overloads(_op.__name__):
         _library.impl(_name, _disable_dynamo(_op), "CompositeExplicitAutograd")
-for _op_name in (*TRITON, "gae"):
+for _op_name in _WITH_KERNELS:
     _library.impl(f"{_op_name}.tensors", reading_coefficients(_op_name), "CompositeExplicitAutograd")
 for _op_name in TRITON:
     for _name in overloads(_op_name):

@@ -92,7 +92,7 @@ def error(case: Case) -> float:
     return float((case.run().double() - truth(case)).abs().max()) / torch.finfo(case.query.dtype).eps
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, {"window": 7}, {"softcap": 2.0}, {"window": 1, "softcap": 0.5}])
 def test_equals_the_loop_at_every_simd_level(level, dtype, options):
     assert error(make(dtype=dtype, **options)) < 8
@@ -103,6 +103,7 @@ def test_equals_the_loop_at_every_simd_level(level, dtype, options):
 def test_equals_the_loop_for_any_width_and_grouping(level, width, heads, kv_heads):
     assert error(make(width=width, heads=heads, kv_heads=kv_heads)) < 8
     assert error(make(width=width, heads=heads, kv_heads=kv_heads, dtype=torch.bfloat16)) < 8
+    assert error(make(width=width, heads=heads, kv_heads=kv_heads, dtype=torch.float16)) < 8
 
 
 @given(
@@ -130,7 +131,7 @@ def test_writes_the_newest_position_and_nothing_else():
     assert case.lengths.tolist() == [0, 5, 30, 16]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_row_does_not_depend_on_its_neighbours_bit_for_bit(level, dtype):
     case = make(dtype=dtype)
     together = case.run()
@@ -189,7 +190,7 @@ def test_no_active_row_is_no_work():
     ("change", "message"),
     [
         ({"query": torch.zeros(3, 384)}, r"query has shape \(3, 384\)"),
-        ({"query": torch.zeros(3, 6, 64, dtype=torch.float16)}, "query must be float32 or bfloat16"),
+        ({"query": torch.zeros(3, 6, 64).double()}, "query must be float32, bfloat16 or float16"),
         ({"query": torch.zeros(3, 5, 64)}, "query has 5 heads, and key_cache 2"),
         ({"query": torch.zeros(3, 6, 128)[..., ::2]}, "query must be dense"),
         ({"key": torch.zeros(3, 2, 32)}, r"key has shape \(3, 2, 32\), expected \(3, 2, 64\)"),

@@ -39,16 +39,17 @@ def audit():
 
 
 def test_no_kernel_moves_more_than_it_must(audit):
-    assert len(audit[0]) == 17
+    assert len(audit[0]) == 17 + 2 * 6
     for entry in audit[0]:
-        assert 1.0 <= entry["ratio"] <= 1.01, entry
+        assert 1.0 <= entry["ratio"] <= (1.02 if entry["op"].startswith("attention") else 1.01), entry
 
 
 def test_no_kernel_spills(audit):
     assert {entry["sm"] for entry in audit[1]} == {80, 90, 100}
     for entry in audit[1]:
         assert entry["spills"] == 0, entry
-        assert entry["occupancy"] >= 0.25, entry
+        # Attention waits for tiles that are copied beside the computation: 32 KiB for each four warps.
+        assert entry["occupancy"] >= (3 / 16 if entry["kernel"] == "attend_kernel" else 1 / 4), entry
 
 
 def test_rows_are_read_and_written_16_bytes_at_a_time(audit):
@@ -58,3 +59,11 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(audit):
     for entry in over_rows:
         assert len(entry["loops"]) == passes[entry["op"].split(",")[0]], entry
         assert all(access.endswith(".128") for loop in entry["loops"] for access in loop["memory"]), entry
+
+
+def test_keys_and_values_are_on_their_way_to_shared_memory_16_bytes_at_a_time_while_others_are_computed(audit):
+    attention = [entry for entry in audit[1] if entry["kernel"] == "attend_kernel"]
+    assert len(attention) == 3 * 4 * 6
+    for entry in attention:
+        (loop,) = entry["loops"]
+        assert set(loop["memory"]) == {"LDGSTS.E.BYPASS.128"}, entry
