@@ -114,7 +114,7 @@ def records(policy: Policy, config: SamplingConfig) -> bool:
 
 def space(prompts: Prompts, config: SamplingConfig) -> tuple[int, int]:
     """Rows, and positions of each, that these prompts and their responses need."""
-    return bucket(min(len(prompts), config.rows)), max(map(len, prompts.tokens)) + config.max_new_tokens
+    return bucket(min(len(prompts), config.settled_rows)), max(map(len, prompts.tokens)) + config.max_new_tokens
 
 
 def roomy(length: int) -> int:
