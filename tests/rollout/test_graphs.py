@@ -12,16 +12,18 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastppo.config import SamplingConfig
+from fastppo.config import GenerateConfig, SamplingConfig
 from fastppo.data.batch import Prompts
+from fastppo.distributed import Residency, World
 from fastppo.errors import log_once
+from fastppo.generation.run import Sampled
 from fastppo.models import SamplingWeights, attention
 from fastppo.models.attention import compute_with, decodes_without_sync
 from fastppo.models.flash import FlashAttention, choose_flash
 from fastppo.models.roles import Policy, fuse_head
-from fastppo.rollout import InProcess, graphs
+from fastppo.rollout import ActorSampler, InProcess, graphs
 from fastppo.rollout.decoder import STEPS_UNREAD, Decoder
-from fastppo.rollout.inprocess import _Decoding, sample
+from fastppo.rollout.inprocess import _Decoding, make_inprocess, sample
 
 PROMPTS = [(5, 6, 7), (8, 9, 10, 11, 12, 13, 14, 15, 16), (17,), (18, 19, 20, 21, 22), *[(i, i + 1) for i in range(12)]]
 STOPS = range(0, 257, 12)
@@ -310,6 +312,26 @@ def test_a_sleeping_engine_holds_no_cache_and_wakes_up_with_an_empty_one(engine,
     engine.wake()
     assert all(x.untyped_storage().nbytes() == x.nbytes and not x.any() for x in buffers)
     assert same(engine.sample(prompts_of(), temperature=1.0, seed=3), expected)
+
+
+def test_the_cache_leaves_with_its_phase_and_comes_back_with_it(recorder, steps):
+    residency = Residency(torch.device("cpu"))
+    residency._moves = True  # as on a GPU; what moves are the same storages
+    model = Sampled(Policy(fuse_head(tiny.causal())).requires_grad_(False), tiny.tokenizer(), residency)
+    config = GenerateConfig(sampling=SamplingConfig(max_new_tokens=20, rows=16))
+    sampler = ActorSampler(
+        "in process", make_inprocess(config, model, STOPS, World(0, 1, torch.device("cpu"))), model, config, STOPS
+    )
+    residency.add_sleeper("sampler", sampler)
+    found, held = [], []
+    for phase in ("sampling", "feedback") * 3:
+        with residency.holding(phase):
+            if phase == "sampling":
+                sampler.sync()
+                found.append(sampler.sample(prompts_of()))
+        held.append(sum(x.untyped_storage().nbytes() for x in sampler._engine._decoder.cache.states()))
+    assert held[0] > 0 and held == [held[0], 0] * 3
+    assert same(found[0], found[1]) and same(found[0], found[2])
 
 
 def test_where_nothing_is_recorded_no_cache_is_kept(engine, recorder, monkeypatch):
