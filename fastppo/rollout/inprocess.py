@@ -49,10 +49,10 @@ class InProcess:
     def sample(self, prompts: Prompts, *, temperature: float, seed: int) -> Rollout:
         assert self._policy is not None, "sync() comes first"
         sampling = replace(self._sampling, temperature=temperature)
-        if len(prompts) and records(self._policy, sampling):
-            self._decoder = self._serving(self._policy, prompts)
-        else:
+        if not records(self._policy, sampling):
             self._decoder = None
+        elif len(prompts):
+            self._decoder = self._serving(self._policy, prompts)
         return sample(self._policy, prompts, sampling, stop_ids=self._stop_ids, seed=seed, decoder=self._decoder)
 
     def sleep(self) -> None:
@@ -96,10 +96,12 @@ def sample(
     """
     was_training = policy.training
     policy.eval()
-    with torch.no_grad():
-        if decoder is None and len(prompts):
-            decoder = Decoder(policy, *space(prompts, config), config, stop_ids, recorded=records(policy, config))
-        responses = [] if decoder is None else _Decoding(decoder, prompts, config, seed).run()
+    responses: list[Response] = []
+    if len(prompts):
+        with torch.no_grad():
+            if decoder is None:
+                decoder = Decoder(policy, *space(prompts, config), config, stop_ids, recorded=records(policy, config))
+            responses = _Decoding(decoder, prompts, config, seed).run()
     policy.train(was_training)
     packed = pack([(*p, *r[0]) for p, r in zip(prompts.tokens, responses, strict=True)], [len(r[0]) for r in responses])
     logprobs = torch.tensor([x for r in responses for x in r[1]], dtype=torch.float32)

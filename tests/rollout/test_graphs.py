@@ -259,6 +259,7 @@ def test_cache_and_graphs_are_kept_from_batch_to_batch(engine, actor, recorder):
     decoder, place = engine._decoder, engine._decoder.cache.keys.data_ptr()
     second = engine.sample(prompts_of(PROMPTS[:5]), temperature=1.0, seed=3)  # in fewer rows
     recorded = recorder.recorded
+    assert len(engine.sample(prompts_of([]), temperature=1.0, seed=3).packed) == 0  # as on a rank that got none
     third = engine.sample(prompts_of(), temperature=1.0, seed=3)
     assert engine._decoder is decoder and decoder.cache.keys.data_ptr() == place
     assert recorder.recorded == recorded
