@@ -23,7 +23,7 @@ from fastppo.models.flash import FlashAttention, choose_flash
 from fastppo.models.roles import Policy, fuse_head
 from fastppo.rollout import ActorSampler, InProcess, graphs
 from fastppo.rollout.decoder import STEPS_UNREAD, Decoder
-from fastppo.rollout.inprocess import _Decoding, make_inprocess, sample
+from fastppo.rollout.inprocess import _Decoding, make_inprocess, roomy, sample
 
 PROMPTS = [(5, 6, 7), (8, 9, 10, 11, 12, 13, 14, 15, 16), (17,), (18, 19, 20, 21, 22), *[(i, i + 1) for i in range(12)]]
 STOPS = range(0, 257, 12)
@@ -293,6 +293,12 @@ def test_a_larger_batch_gets_a_larger_cache_that_serves_the_smaller_ones_too(eng
     assert large is not small and (large.rows, large.length) == (16, 30)  # as long as any batch can need
     engine.sample(prompts_of(PROMPTS[:4]), temperature=1.0, seed=3)
     assert engine._decoder is large
+
+
+def test_a_cache_that_is_kept_has_a_few_lengths_and_is_at_most_a_quarter_too_long():
+    lengths = range(1, 5_000)
+    assert all(n <= roomy(n) <= max(1.25 * n, n + 15) for n in lengths)
+    assert len({roomy(n) for n in lengths}) < 40
 
 
 @pytest.mark.parametrize("moved", ["cache", "weights"])
