@@ -17,7 +17,8 @@ C = TypeVar("C", bound=AnyConfig)
 PROCESS_HOST, PROCESS_GPU = 1 << 30, CONTEXT
 # The part of a GPU that PyTorch's allocator can fill; the rest is lost between blocks of different sizes.
 FILLED = 0.95
-# The most that `sampling.rows: auto` chooses on a CPU: a step of more rows takes as much longer there.
+# The most that `sampling.rows: auto` chooses on a CPU: a step of more rows takes as much longer there. On one thread
+# SmolLM2-135M in bf16 draws 165 tokens a second through 16 rows, 278 through 32, 287 through 64 and 201 through 128.
 CPU_ROWS = 64
 
 
