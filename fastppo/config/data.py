@@ -71,11 +71,18 @@ class SamplingConfig:
     `\\n`, or as written in the vocabulary."""
     ignore_eos: bool = False
     """Always generate `max_new_tokens` tokens and ignore stop tokens (for benchmarks)."""
-    rows: int = 64
+    rows: int | Literal["auto"] = 64
     """Number of responses decoded together on each rank; it bounds the size of the key/value cache. One that ends makes
-    room for the next at once, so a rank may have any number of prompts."""
+    room for the next, so a rank may have any number of prompts. `auto`: as many as the memory plan has room for and a
+    rank has responses to draw, at most 64 on a CPU; a line says how many. Responses do not depend on it."""
     cuda_graphs: bool = True
     """Record decode steps as CUDA graphs, on a GPU."""
+
+    @property
+    def settled_rows(self) -> int:
+        """`rows`, once the plan has chosen it."""
+        assert self.rows != "auto", "rows are chosen by the plan, before anything is sampled"
+        return self.rows
 
 
 @dataclass(frozen=True)

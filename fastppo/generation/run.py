@@ -114,7 +114,7 @@ def set_up(config: GenerateConfig, world: World) -> Setup | None:
     load_functions(config.judge, config.judge_setting)
     find_engine(config)
     about = find_generation(config, world)
-    check_plan(config, world)
+    planned = check_plan(config, world)
     tokenizer = check_sampled(config)
     named_stop_ids(tokenizer, config.sampling)
     data = _prompts(config, tokenizer)
@@ -131,7 +131,7 @@ def set_up(config: GenerateConfig, world: World) -> Setup | None:
     residency = Residency(world.device)
     choose_attention(config.attention, DTYPES[config.dtype], world.device)
     model = Sampled(load_sampled(config, world.device), tokenizer, residency)
-    sampler = make_sampler(config, model, world)
+    sampler = make_sampler(planned, model, world)
     sources, judge = (load(config, tokenizer, world, residency) for load in (load_sources, load_judge))
     return Setup(config, world, work, store, done, model, sampler, sources, judge)
 

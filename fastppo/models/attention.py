@@ -179,7 +179,7 @@ def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, 
 
 def _check_chunks(size: int, packed: SequenceLayout | None, cache: Cache | None) -> None:
     """Raise FastPPOError for sequences longer than one chunk. Within one chunk the attention is plainly causal."""
-    longest = packed.longest if packed is not None else 0 if cache is None else cache.keys.shape[3]
+    longest = packed.longest if packed is not None else 0 if cache is None else cache.longest
     if longest > size:
         raise FastPPOError(
             f"sequences have up to {longest} tokens, but this model attends within chunks of attention_chunk_size ="

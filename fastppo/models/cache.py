@@ -56,7 +56,7 @@ class ActiveRows(NamedTuple):
 
 
 class Cache:
-    """Keys and values of R rows; each row has its own length. The buffers are allocated once and never grow.
+    """Keys and values of R rows; each row has its own length. The buffers never grow; `free` gives up their memory.
 
     Prefill writes packed prompts into any rows, from position 0 on, whatever those rows held; a row may also begin as a
     copy of another. Decode appends one position to every active row. The model runs with `use_cache=False`:
@@ -68,6 +68,7 @@ class Cache:
         shape = (config.num_hidden_layers, rows, heads, length, width)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.longest = length  # the most positions that a row is to take; more are there for another batch
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # number of positions in each row
         self.rows = torch.arange(rows, device=device)  # (active,) int64, the rows in the batch
         self.layout: SequenceLayout | None = None  # of the prompts during prefill, None in decode
@@ -98,12 +99,15 @@ class Cache:
     def begin_decode(self) -> None:
         self.layout = None
 
-    def copy_row(self, source: int, target: int, length: int) -> None:
-        """Let row `target` hold the first `length` positions of row `source`, and no more."""
-        if source != target:
+    def copy_row(self, source: int, targets: Sequence[int], length: int) -> None:
+        """Let the rows `targets` hold the first `length` positions of row `source`, and no more."""
+        device, others = self.lengths.device, [row for row in targets if row != source]
+        if others:
+            at = torch.tensor(others, device=device)
             for buffer in (self.keys, self.values):
-                buffer[:, target, :, :length] = buffer[:, source, :, :length]
-        self.lengths[target] = length
+                part = buffer[:, :, :, :length]
+                part.index_copy_(1, at, part[:, source : source + 1].expand(-1, len(others), -1, -1, -1))
+        self.lengths[torch.tensor(targets, device=device)] = length
 
     def begin_step(self, rows: Tensor) -> None:
         """Select the rows (active,) int64, ascending, whose next position is decoded."""
@@ -121,8 +125,27 @@ class Cache:
             queries=self._counts[: len(rows) + 1],
         )
 
-    def end_step(self) -> None:
-        self.lengths[self.rows] += 1
+    def end_step(self, kept: Tensor | None = None) -> None:
+        """kept (active,) bool: rows that keep the position; the others decode it once more. None: all do."""
+        self.lengths[self.rows] += 1 if kept is None else kept
+        self.active = None
+
+    def states(self) -> list[Tensor]:
+        """What takes the memory."""
+        return [self.keys, self.values]
+
+    def free(self) -> None:
+        """Give the memory of keys and values up, until `restore`."""
+        for buffer in self.states():
+            buffer.untyped_storage().resize_(0)
+
+    def restore(self) -> None:
+        """Take memory again if it was given up, perhaps in another place; all rows are then empty."""
+        for buffer in self.states():
+            if not buffer.untyped_storage().nbytes():
+                buffer.untyped_storage().resize_(buffer.nbytes)
+                buffer.zero_()  # what is there may be NaN, which a weight of 0 in attention does not silence
+        self.lengths.zero_()
 
 
 def as_tokens(buffer: Tensor) -> Tensor:

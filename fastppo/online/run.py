@@ -92,7 +92,7 @@ def set_up(
     checkpoint = find_run(config, world)
     if checkpoint is not None and checkpoint.ended(config, world):
         return None
-    check_plan(config, world)
+    planned = check_plan(config, world)
     tokenizer, context = load_actor_tokenizer(config), actor_context(config)
     check_models(config, tokenizer)
     named_stop_ids(tokenizer, config.sampling)  # a text that is no token should not cost these minutes either
@@ -112,7 +112,7 @@ def set_up(
         check_actor_tokens(config, tokenizer, texts.tokens, texts_setting)
     open_folder(config, checkpoint, world)
     roles = assemble(config, world, tokenizer)
-    sampler = make_sampler(config, roles, world)
+    sampler = make_sampler(planned, roles, world)
     sources, judge = (load(config, tokenizer, world, roles.residency) for load in (load_sources, load_judge))
     learned = [data.tokens, heldout.tokens, *([] if texts is None else [texts.tokens])]
     checkpoints = Checkpoints(config, roles.saved, learned, world, holding=roles.residency.holding)

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+from dataclasses import replace
+from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
 from fastppo.config import AnyConfig
-from fastppo.distributed import World
+from fastppo.distributed import World, all_gather
 from fastppo.errors import FastPPOError
 from fastppo.planner.changes import advice, in_gb
 from fastppo.planner.machine import this_machine
-from fastppo.planner.plan import Plan, make_plan
+from fastppo.planner.methods import measured_roles
+from fastppo.planner.plan import Plan, make_plan, rows_are_open, with_rows
+
+log = logging.getLogger("fastppo")
+
+C = TypeVar("C", bound=AnyConfig)
+
+CHOSEN = "sampling.rows: %d, chosen by the memory that there is"
 
 
 class PlanError(FastPPOError):
@@ -46,6 +56,8 @@ def show(plan: Plan, console: Console) -> None:
     for row, before in zip(rows, [None, *rows[:-1]], strict=True):
         table.add_row("" if before and before[0] == row[0] else row[0], *row[1:])
     console.print(table)
+    if plan.rows is not None:
+        console.print(CHOSEN % plan.rows, highlight=False)
     phase, _ = plan.peak
     for name, (needed, there) in plan.needs.items():
         verdict = "fits" if needed <= there else "does not fit"
@@ -53,18 +65,32 @@ def show(plan: Plan, console: Console) -> None:
     console.print(f"highest in {phase}", highlight=False)
 
 
-def check_plan(config: AnyConfig, world: World) -> None:
-    """Show the plan of a run that begins here; raises PlanError where it does not fit and `plan` is check."""
-    if config.plan == "off":
-        return
+def check_plan(config: C, world: World) -> C:
+    """Show the plan of a run that begins here; raises PlanError where it does not fit and `plan` is check.
+
+    Returns the settings, with the number of rows where `sampling.rows` is auto: the same on all ranks, which all call
+    this. A resumed run chooses again, as no response depends on it.
+    """
+    if config.plan == "off" and not rows_are_open(config):
+        return config
     nodes = max(world.ranks // int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1), 1)
-    plan = make_plan(config, this_machine(world.ranks // nodes, nodes, cpu=world.device.type == "cpu"))
+    machine = this_machine(world.ranks // nodes, nodes, cpu=world.device.type == "cpu")
+    roles = measured_roles(config, cpu=machine.gpu is None)
+    plan = make_plan(config, machine, roles)
+    if plan.rows is not None:  # other processes may hold more of another rank's memory
+        rows = min(all_gather(plan.rows, world))
+        config = with_rows(config, rows)
+        plan = replace(make_plan(config, machine, roles), rows=rows)
+        if config.plan == "off":
+            log.info(CHOSEN, rows)
+            return config
     console = table_console()
     if world.rank == 0:
         show(plan, console)
     if plan.fits:
-        return
+        return config
     if config.plan == "check":
         raise PlanError(f"{advice(plan)} To try it all the same: --plan warn")
     if world.rank == 0:
         console.print(advice(plan))
+    return config

@@ -24,6 +24,7 @@ from fastppo.planner.memory import (
     model_states,
     prefetch,
     prompts_of,
+    recording_holds,
     sampling_needs,
 )
 from fastppo.rollout import bucket
@@ -41,6 +42,8 @@ def shares(roles: list[Role], config: GenerateConfig, ranks: int) -> list[Share]
             sampled = role.name == SAMPLED
             used = ("sampled" if sampled else "rewards") in table[phase]
             places = _weights(role, config, ranks, sampled=sampled, used=used)
+            if sampled:
+                places += Places(gpu=recording_holds(role.size, config, batch))
             if used and sampled:
                 places += Places(gpu=sampling_needs(role.size, replace(config, rewards_on="gpu"), batch))
             elif used:
@@ -54,7 +57,7 @@ def batch_of(config: GenerateConfig, ranks: int) -> Batch:
     prompt = config.data.first_tokens or config.data.max_prompt_tokens
     length, mine = prompt + config.sampling.max_new_tokens, -(-config.batch_size // ranks)
     sequences = in_microbatch(mine, length, config)
-    rows = bucket(min(config.sampling.rows, mine))
+    rows = bucket(min(config.sampling.settled_rows, mine))
     prefilled = prompts_of(min(rows, mine), config.sampling.samples_per_prompt)
     return Batch(sequences, length, responses=sequences, rows=rows, prompt=prompt, prefilled=prefilled)
 
@@ -70,6 +73,11 @@ def _weights(role: Role, config: GenerateConfig, ranks: int, *, sampled: bool, u
     return replace(states, gpu=Bytes(), host=states.host + waiting)
 
 
+def drawn(config: GenerateConfig, ranks: int) -> int:
+    """The most responses that a rank draws at once."""
+    return -(-config.batch_size // ranks)
+
+
 def smaller_passes(config: GenerateConfig) -> Iterator[Change]:
     """Changes that need less memory, from the least cost to the most."""
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
@@ -77,8 +85,8 @@ def smaller_passes(config: GenerateConfig) -> Iterator[Change]:
         if config.microbatch_tokens // part >= longest:
             yield {"microbatch_tokens": config.microbatch_tokens // part}
     for part in (2, 4):
-        if config.sampling.rows // part >= 4:
-            yield {"sampling.rows": config.sampling.rows // part}
+        if (rows := config.sampling.settled_rows // part) >= 4:
+            yield {"sampling.rows": rows}
     if config.rewards or config.judge:
         places = ("gpu", "ranks", "cpu")
         for place in places[places.index(config.rewards_on) + 1 :]:

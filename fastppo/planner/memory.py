@@ -36,6 +36,7 @@ NVME_PARAMETER_BUFFERS = 5 * 100_000_000  # buffers of weights on their way, pin
 
 Change = dict[str, Any]  # of settings: name -> value, as on the command line
 
+STEP_TOKENS = 128  # a decode step of so many rows computes about what a pass over as many tokens does
 GATHER_BYTES = 2**28  # weights that are gathered at a time for sampling, on top of the whole copy
 
 
@@ -199,7 +200,7 @@ class Batch:
         length = prompt + new
         sequences = in_microbatch(-(-config.learned_together // ranks), length, config)
         mine, heldout = -(-config.drawn_together // ranks), -(-config.eval.prompts // ranks)
-        rows = bucket(min(config.sampling.rows, max(mine, heldout)))
+        rows = bucket(min(config.sampling.settled_rows, max(mine, heldout)))
         drawn = prompts_of(min(rows, mine), config.sampling.samples_per_prompt)
         prefilled = max(drawn, min(rows, heldout))  # held-out prompts get one response each
         return Batch(sequences, length, sequences * new, mine * length, rows, prompt, prefilled)
@@ -256,18 +257,34 @@ def head_workspace(size: Footprint, tokens: int, *, reference: bool, gradient: b
 
 def sampling_needs(actor: Footprint, config: ResponseSettings, batch: Batch) -> Bytes:
     """Cache and workspace of the sampler."""
-    sampling, b = config.sampling, actor.bytes
-    cache = batch.rows * (batch.prompt + sampling.max_new_tokens) * actor.position
+    cache = batch.rows * (batch.prompt + config.sampling.max_new_tokens) * actor.position
     prefill = actor.passes(batch.prefilled, batch.prompt, gradient=False).peak
+    logits = drawing_needs(actor, config, batch)
+    gather = GATHER_BYTES if config.zero.stage == 3 else 0
+    # Decode attention copies the rows of one layer at a time where it has no kernel of its own, on CUDA.
+    layer = 0 if actor.on_cpu else cache // actor.layers
+    return Bytes(activations=prefill, cache=cache, workspace=max(logits + layer, gather))
+
+
+def drawing_needs(actor: Footprint, config: ResponseSettings, batch: Batch) -> int:
+    """Logits of a decode step, and what restricts them."""
+    sampling, b = config.sampling, actor.bytes
     logits = batch.rows * actor.vocabulary * b
     if sampling.top_p < 1.0:  # logits sorted, their order in int64, probabilities and their sums in fp64
         logits += batch.rows * actor.vocabulary * (b + 8 + 8 + 8)
     if sampling.top_k:  # a copy with what is ruled out
         logits += batch.rows * actor.vocabulary * b
-    gather = GATHER_BYTES if config.zero.stage == 3 else 0
-    # Decode attention copies the rows of one layer at a time where it has no kernel of its own, on CUDA.
-    layer = 0 if actor.on_cpu else cache // actor.layers
-    return Bytes(activations=prefill, cache=cache, workspace=max(logits + layer, gather))
+    return logits
+
+
+def recording_holds(actor: Footprint, config: ResponseSettings, batch: Batch) -> Bytes:
+    """What the sampler keeps on a GPU from its first batch on, outside of sampling too, if it records decode steps: the
+    memory in which the largest step computes, and the tokens and logprobs of each row."""
+    if actor.on_cpu or not config.sampling.cuda_graphs or config.rollout.engine != "inprocess":
+        return Bytes()
+    passes = actor.passes(-(-batch.rows // STEP_TOKENS), STEP_TOKENS, gradient=False)
+    written = batch.rows * (config.sampling.max_new_tokens + 1) * (8 + 4)
+    return Bytes(buffers=passes.peak + drawing_needs(actor, config, batch) + written)
 
 
 def prefix_states(role: Role, batch: Batch) -> int:

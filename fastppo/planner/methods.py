@@ -18,23 +18,30 @@ class Method(NamedTuple):
     shares: Callable[[list[Role], Any, int], list[Share]]  # (roles, config, ranks): bytes by role and phase
     smaller_passes: Callable[[Any], Iterator[Change]]
     asks_frozen_roles: Callable[[Any], bool]  # whether there are models that only answer
+    drawn: Callable[[Any, int], int]  # (config, ranks): the most responses that a rank draws at once
 
 
 METHODS = {
     OnlineConfig: Method(
-        online_roles, online_memory.shares, online_memory.smaller_passes, asks_frozen_roles=lambda config: True
+        online_roles,
+        online_memory.shares,
+        online_memory.smaller_passes,
+        asks_frozen_roles=lambda config: True,
+        drawn=online_memory.drawn,
     ),
     OfflineConfig: Method(
         offline_roles,
         offline_memory.shares,
         offline_memory.smaller_passes,
         asks_frozen_roles=lambda config: config.frozen_model is not None,
+        drawn=lambda config, ranks: 0,
     ),
     GenerateConfig: Method(
         generation_roles,
         generation_memory.shares,
         generation_memory.smaller_passes,
         asks_frozen_roles=lambda config: True,
+        drawn=generation_memory.drawn,
     ),
 }
 

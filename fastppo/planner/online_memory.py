@@ -23,6 +23,7 @@ from fastppo.planner.memory import (
     model_states,
     prefetch,
     prefix_states,
+    recording_holds,
     reducing,
     sampling_needs,
     summed_on_arrival,
@@ -104,6 +105,8 @@ def _lasting(role: Role, phase: str, config: OnlineConfig, ranks: int, batch: Ba
         found += Places(gpu=Bytes(weights=states.gpu.weights - live))
     if role.trains and not _made_once(role, config) and phase == "learning":
         found += Places(gpu=Bytes(gradients=states.gpu.gradients))
+    if role.name == "actor":
+        found += Places(gpu=recording_holds(role.size, config, batch))
     if config.learns_as_measured and phase in ("experience", "learning"):
         found += Places(gpu=Bytes(buffers=prefix_states(role, batch)))
     return found
@@ -153,6 +156,11 @@ def _whole_head(role: Role, config: OnlineConfig, read: bool) -> Bytes:
     return Bytes(workspace=role.size.vocabulary * role.size.width * role.size.bytes)
 
 
+def drawn(config: OnlineConfig, ranks: int) -> int:
+    """The most responses that a rank draws at once, in a step or in an evaluation."""
+    return max(-(-config.drawn_together // ranks), -(-config.eval.prompts // ranks))
+
+
 def smaller_passes(config: OnlineConfig) -> Iterator[Change]:
     """Changes that need less memory in a pass, from the least to the most."""
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
@@ -162,5 +170,5 @@ def smaller_passes(config: OnlineConfig) -> Iterator[Change]:
         if config.microbatch_tokens // part >= longest:
             yield {config.names.microbatch: config.microbatch_tokens // part}
     for part in (2, 4):
-        if config.sampling.rows // part >= 4:
-            yield {"sampling.rows": config.sampling.rows // part}
+        if (rows := config.sampling.settled_rows // part) >= 4:
+            yield {"sampling.rows": rows}

@@ -1,9 +1,9 @@
 from .answers import SamplerError as SamplerError
+from .decoder import bucket as bucket
 from .engines import ENGINES as ENGINES
 from .engines import find_engine as find_engine
 from .engines import make_sampler as make_sampler
 from .inprocess import InProcess as InProcess
-from .inprocess import bucket as bucket
 from .sampler import ActorSampler as ActorSampler
 from .sampler import Sampler as Sampler
 from .stop_tokens import named_stop_ids as named_stop_ids

@@ -1,76 +1,97 @@
 """Decode steps as CUDA graphs.
 
 A decode step is hundreds of short kernels, and launched one by one they leave a GPU idle between them. Recorded once
-and replayed they are launched together. What a graph reads and writes must not move: the cache never does, the weights
-stay where they are over a batch (`fastppo.models.sampling_weights`), and a step's inputs are copied to a
-place of their own.
+and replayed they are launched together, and the host has nothing else to do. What a graph reads and writes must not
+move: steps are recorded anew once a weight or the cache has another address than before.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastppo.errors import log_once
-from fastppo.models import ActiveRows, Cache, Policy
 
-Run = Callable[[], Tensor]
+Run = Callable[[], None]
+Step = Callable[[Tensor], None]
+
+WAYS = 2  # to draw, whose steps are kept: that of training and that of evaluation
+
+
+class CannotRecordError(Exception):
+    """The step ran, but it is one that no graph can hold."""
 
 
 class StepGraphs:
-    """`policy.step` on one cache, recorded anew for each number of active rows; there are a few, as buckets are."""
+    """A step on some rows, recorded once for each number of rows; there are a few, as buckets are.
 
-    def __init__(self, policy: Policy, cache: Cache):
-        self._policy, self._cache = policy, cache
-        self._steps: dict[int, _Step | None] = {}  # None: it could not be recorded
+    Constants of a step, such as the temperature, are in its graphs: `use` says which are meant. All graphs share one
+    pool of memory, as no result of a step but those in tensors from outside is read after it. It is held while they
+    are: the logits and the like of the largest step.
+    """
 
-    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """tokens, positions (R,) int64, the cache's step having begun; hidden states (R, H), good until the next call.
+    def __init__(self) -> None:
+        self._ways: dict[Hashable, dict[int, _Recorded | None]] = {}  # None: it could not be recorded
+        self._steps: dict[int, _Recorded | None] = {}
+        self._addresses: list[int] = []
+        self._pool = cache(torch.cuda.graph_pool_handle)
+
+    def use(self, way: Hashable, reads: Iterable[Tensor]) -> None:
+        """The steps that follow draw in this way; `reads`: all tensors from outside, which have the same addresses
+        until the next call."""
+        addresses = [x.data_ptr() for x in reads]
+        if addresses != self._addresses:
+            self._ways, self._addresses, self._pool = {}, addresses, cache(torch.cuda.graph_pool_handle)
+        self._steps = self._ways.pop(way, {})
+        self._ways[way] = self._steps  # the newest is last
+        while len(self._ways) > WAYS:
+            del self._ways[next(iter(self._ways))]
+
+    def __call__(self, step: Step, rows: Tensor) -> None:
+        """`step(rows)`, once; rows (R,) int64, whose content does not change.
 
         A step that cannot be recorded is launched kernel by kernel, and the log says why.
         """
-        rows = len(tokens)
-        if rows not in self._steps:
-            self._steps[rows] = self._recorded(tokens, positions)
-        step = self._steps[rows]
-        return self._policy.step(tokens, positions, self._cache) if step is None else step(tokens, positions)
+        count = len(rows)
+        if count not in self._steps:
+            self._steps[count] = self._recorded(step, rows)
+        elif (recorded := self._steps[count]) is not None:
+            recorded(rows)
+        else:
+            step(rows)
 
-    def _recorded(self, tokens: Tensor, positions: Tensor) -> _Step | None:
+    def _recorded(self, step: Step, rows: Tensor) -> _Recorded | None:
         try:
-            return _Step(self._policy, self._cache, tokens, positions)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            log_once(f"sampling: decode steps cannot be recorded as a CUDA graph ({reason})", logging.WARNING)
+            return _Recorded(step, rows, self._pool)
+        except CannotRecordError as error:
+            log_once(f"sampling: decode steps cannot be recorded as a CUDA graph ({error})", logging.WARNING)
             return None
 
 
-class _Step:
-    """The graph of a step of R rows, and the tensors that it reads: tokens, positions (R,), the cache's active rows."""
+class _Recorded:
+    """The graph of a step, and the tensor of rows that it reads. It is made by doing the step."""
 
-    def __init__(self, policy: Policy, cache: Cache, tokens: Tensor, positions: Tensor):
-        assert cache.active is not None  # its step has begun
-        self._cache = cache
-        self._tokens, self._positions = tokens.clone(), positions.clone()
-        self._active = cache.active = ActiveRows(*(x.clone() for x in cache.active))
-        self._replay = record(lambda: policy.step(self._tokens, self._positions, cache))
+    def __init__(self, step: Step, rows: Tensor, pool: Callable[[], Any]):
+        self._rows, self._given = rows.clone(), rows
+        self._replay = record(lambda: step(self._rows), pool)
 
-    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        assert self._cache.active is not None
-        now = (tokens, positions, *self._cache.active)
-        for fixed, new in zip((self._tokens, self._positions, *self._active), now, strict=True):
-            fixed.copy_(new)
-        self._cache.active = self._active
-        return self._replay()
+    def __call__(self, rows: Tensor) -> None:
+        if rows is not self._given:
+            self._rows.copy_(rows)
+            self._given = rows
+        self._replay()
 
 
-def record(run: Run) -> Run:
-    """A CUDA graph of what `run` does; calling it gives the very tensor that `run` returned, with new content.
+def record(run: Run, pool: Callable[[], Any]) -> Run:
+    """Do what `run` does, once, and return what does it again: a CUDA graph. Raises CannotRecordError, having done it.
 
-    It runs once before: libraries choose their kernels and take their memory at first use, which no graph can hold. A
-    decode step may be done twice, as it writes the same keys and values at the same positions.
+    It runs outside of the graph at first: libraries choose their kernels and take their memory at first use, which no
+    graph can hold. Recording it computes nothing. `pool()`: the memory of its graphs.
     """
     now, side = torch.cuda.current_stream(), torch.cuda.Stream()
     side.wait_stream(now)
@@ -78,11 +99,10 @@ def record(run: Run) -> Run:
         run()
     now.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return out
-
-    return replay
+    try:
+        # Other threads, such as NCCL's watchdog, may ask the GPU something meanwhile.
+        with torch.cuda.graph(graph, pool=pool(), capture_error_mode="thread_local"):
+            run()
+    except RuntimeError as error:
+        raise CannotRecordError(str(error).splitlines()[0]) from error
+    return graph.replay

@@ -15,28 +15,33 @@ from itertools import groupby
 from operator import itemgetter
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastppo import ops
 from fastppo.config import ResponseSettings, SamplingConfig
 from fastppo.data import Prompts, Rollout, pack, segment_offsets
 from fastppo.distributed import World, stop
-from fastppo.models import Cache, Policy, SampledModel, SamplingWeights, attention
-from fastppo.rollout.graphs import StepGraphs
+from fastppo.models import Policy, SampledModel, SamplingWeights, attention
+from fastppo.rollout.decoder import Decoder, bucket
 
 Response = tuple[list[int], list[float], bool]  # tokens, their logprobs, whether it ended by itself
 
-BUCKETS = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 FEWEST_TOKENS = 16  # of a prefill; shorter prompts are computed several times
 
 
 class InProcess:
-    """The reference of all engines: the actor's own module, or at ZeRO stage 3 a copy of it."""
+    """The reference of all engines: the actor's own module, or at ZeRO stage 3 a copy of it.
 
-    def __init__(self, weights: SamplingWeights, sampling: SamplingConfig, stop_ids: Sequence[int]):
-        self._weights, self._sampling, self._stop_ids = weights, sampling, stop_ids
+    Where decode steps are recorded, the cache and the graphs are kept from batch to batch. As a `Sleeper` it frees the
+    cache meanwhile; if the allocator then gives it another place, steps are recorded anew.
+    """
+
+    def __init__(
+        self, weights: SamplingWeights, sampling: SamplingConfig, stop_ids: Sequence[int], longest: int | None = None
+    ):
+        """longest: the most tokens of a prompt and its response, where that is known."""
+        self._weights, self._sampling, self._stop_ids, self._longest = weights, sampling, stop_ids, longest
         self._policy: Policy | None = None
+        self._decoder: Decoder | None = None
 
     def sync(self) -> None:
         self._policy = self._weights.gather()
@@ -44,27 +49,80 @@ class InProcess:
     def sample(self, prompts: Prompts, *, temperature: float, seed: int) -> Rollout:
         assert self._policy is not None, "sync() comes first"
         sampling = replace(self._sampling, temperature=temperature)
-        return sample(self._policy, prompts, sampling, stop_ids=self._stop_ids, seed=seed)
+        if not records(self._policy, sampling):
+            self._decoder = None
+        elif len(prompts):
+            self._decoder = self._serving(self._policy, prompts)
+        return sample(self._policy, prompts, sampling, stop_ids=self._stop_ids, seed=seed, decoder=self._decoder)
+
+    def sleep(self) -> None:
+        if self._decoder is not None:
+            self._decoder.cache.free()
+
+    def wake(self) -> None:
+        if self._decoder is not None:
+            self._decoder.cache.restore()
+
+    def _serving(self, policy: Policy, prompts: Prompts) -> Decoder:
+        """The decoder of the last batch, or a larger one."""
+        rows, length = space(prompts, self._sampling)
+        if (kept := self._decoder) is not None:
+            if kept.policy is policy and kept.rows >= rows and kept.length >= length:
+                return kept
+            rows, length = max(rows, kept.rows), max(length, kept.length)
+        self._decoder = kept = None  # its memory is free before the next takes its own
+        length = max(length, min(roomy(length), self._longest or roomy(length)))
+        return Decoder(policy, rows, length, self._sampling, self._stop_ids, recorded=True)
 
 
 def make_inprocess(config: ResponseSettings, roles: SampledModel, stop_ids: Sequence[int], world: World) -> InProcess:
-    return InProcess(roles.sampling_weights, config.sampling, stop_ids)
+    longest = (config.data.first_tokens or config.data.max_prompt_tokens) + config.sampling.max_new_tokens
+    return InProcess(roles.sampling_weights, config.sampling, stop_ids, longest)
 
 
-def sample(policy: Policy, prompts: Prompts, config: SamplingConfig, *, stop_ids: Sequence[int], seed: int) -> Rollout:
+def sample(
+    policy: Policy,
+    prompts: Prompts,
+    config: SamplingConfig,
+    *,
+    stop_ids: Sequence[int],
+    seed: int,
+    decoder: Decoder | None = None,
+) -> Rollout:
     """One response of 1 to `max_new_tokens` tokens to each prompt, the stop token included; on the CPU.
 
-    To be called within `stop.together`: ranks do not wait for each other in here, and one may leave alone.
+    decoder: of this policy and these stop ids, with space for the prompts; one is made where there is none. To be
+    called within `stop.together`: ranks do not wait for each other in here, and one may leave alone.
     """
     was_training = policy.training
     policy.eval()
-    with torch.no_grad():
-        responses = _Decoding(policy, prompts, config, stop_ids, seed).run() if len(prompts) else []
+    responses: list[Response] = []
+    if len(prompts):
+        with torch.no_grad():
+            if decoder is None:
+                decoder = Decoder(policy, *space(prompts, config), config, stop_ids, recorded=records(policy, config))
+            responses = _Decoding(decoder, prompts, config, seed).run()
     policy.train(was_training)
     packed = pack([(*p, *r[0]) for p, r in zip(prompts.tokens, responses, strict=True)], [len(r[0]) for r in responses])
     logprobs = torch.tensor([x for r in responses for x in r[1]], dtype=torch.float32)
     ended = torch.tensor([r[2] for r in responses], dtype=torch.bool)
     return Rollout(packed, logprobs, ended, prompts.sources)
+
+
+def records(policy: Policy, config: SamplingConfig) -> bool:
+    """Whether decode steps are recorded."""
+    return config.cuda_graphs and attention.decodes_without_sync(policy.model)
+
+
+def space(prompts: Prompts, config: SamplingConfig) -> tuple[int, int]:
+    """Rows, and positions of each, that these prompts and their responses need."""
+    return bucket(min(len(prompts), config.settled_rows)), max(map(len, prompts.tokens)) + config.max_new_tokens
+
+
+def roomy(length: int) -> int:
+    """At least so many positions, and at most a quarter more: a cache that is kept should seldom have to grow."""
+    step = 1 << max(length.bit_length() - 3, 4)
+    return -(-length // step) * step
 
 
 @dataclass(frozen=True)
@@ -79,48 +137,36 @@ class _Computed:
 class _Decoding:
     """Prompts on their way to responses, through a fixed number of rows.
 
-    A row whose response is complete takes the next prompt at once. Consecutive equal prompts, the n samples of one, are
-    computed once, and further rows copy keys and values. Prompts are taken in order, so only the newest can have
-    samples left, and its row stays as it is until another prompt takes a row. Once no prompt is left, rows without a
-    response fill the bucket; what they compute is thrown away.
+    A row whose response is complete takes the next prompt as soon as the host sees it: it looks after each prefill and
+    after every few decode steps. Consecutive equal prompts, the n samples of one, are computed once, and further rows
+    copy keys and values. Prompts are taken in order, so only the newest can have samples left, and its row stays as it
+    is until another prompt takes a row. Once no prompt is left, rows without a response fill the bucket; what they
+    compute is thrown away.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        prompts: Prompts,
-        config: SamplingConfig,
-        stop_ids: Sequence[int],
-        seed: int,
-    ):
-        self.policy, self.prompts, self.config, self.seed = policy, prompts, config, seed
-        self.device, rows = policy.device, bucket(min(len(prompts), config.rows))
-        self.stop_ids = torch.tensor(sorted(set(stop_ids)), dtype=torch.int64, device=self.device)
-        length = max(map(len, prompts.tokens)) + config.max_new_tokens
-        self.cache = Cache(policy.model.config.get_text_config(), rows, length, policy.model.dtype, self.device)
-        recorded = config.cuda_graphs and attention.decodes_without_sync(policy.model)
-        self.graphs = StepGraphs(policy, self.cache) if recorded else None
-
+    def __init__(self, decoder: Decoder, prompts: Prompts, config: SamplingConfig, seed: int):
+        self.decoder, self.prompts, self.device = decoder, prompts, decoder.policy.device
+        rows, longest = space(prompts, config)
+        decoder.begin(config, seed, longest)
         self.due = 0  # the first response without a row
         self.running: dict[int, int] = {}  # row -> its response
         self.free = list(range(rows))
         self.batch = list(range(rows))  # the rows that are decoded together
         self.active = torch.tensor(self.batch, device=self.device)  # the same, (active,) int64
+        self.unread = 0  # steps since the host looked
         self.newest: _Computed | None = None
         self.responses: list[Response] = [([], [], False)] * len(prompts)
-
-        # Of the response in each row: its stream, its number of tokens, these and their logprobs.
-        self.streams, self.counts = torch.zeros(2, rows, dtype=torch.int64, device=self.device)
-        self.tokens = torch.zeros(rows, config.max_new_tokens, dtype=torch.int64, device=self.device)
-        self.logprobs = torch.zeros(rows, config.max_new_tokens, device=self.device)
 
     def run(self) -> list[Response]:
         while True:
             stop.check_alone()
             if self.free and self.due < len(self.prompts):
                 self._start()
+                self._take()
             elif self.running:
-                self._continue()
+                self._step()
+                if self.unread == self.decoder.steps_unread:
+                    self._take()
             else:
                 return self.responses
 
@@ -131,9 +177,9 @@ class _Decoding:
         due = range(self.due, self.due + count)
         self.due += count
         self.running |= zip(rows, due, strict=True)
-        at = torch.tensor(rows, device=self.device)
-        self.streams[at] = self.prompts.streams[due.start : due.stop].to(self.device)
-        self._draw(rows, at, self._prefill(rows, [self.prompts.tokens[i] for i in due]))
+        states = self._prefill(rows, [self.prompts.tokens[i] for i in due])
+        streams = self.prompts.streams[due.start : due.stop].to(self.device)
+        self.decoder.start(torch.tensor(rows, device=self.device), streams, states)
 
     def _prefill(self, rows: list[int], prompts: list[tuple[int, ...]]) -> Tensor:
         """Let each of these rows of the cache hold its prompt; hidden states (R, H) of the prompts' last tokens."""
@@ -151,8 +197,7 @@ class _Decoding:
         return torch.stack([one.state for one, (_, own) in zip(known + new, takers, strict=True) for _ in own])
 
     def _copy(self, computed: _Computed, rows: list[int]) -> None:
-        for row in rows:
-            self.cache.copy_row(computed.row, row, len(computed.prompt))
+        self.decoder.cache.copy_row(computed.row, rows, len(computed.prompt))
 
     def _compute(self, prompts: list[tuple[tuple[int, ...], int]]) -> list[_Computed]:
         """Compute prompts, each into its row."""
@@ -163,85 +208,33 @@ class _Decoding:
         packed += packed[-1:] * max(0, -(-missing // len(packed[-1])))
         tokens = torch.tensor([token for prompt in packed for token in prompt], device=self.device)
         counts = torch.tensor([len(prompt) for prompt in packed], device=self.device)
-        self.cache.begin_prefill([len(prompt) for prompt in packed], [row for _, row in prompts])
-        hidden = self.policy.prefill(tokens, segment_offsets(counts), self.cache)
-        self.cache.begin_decode()
+        cache = self.decoder.cache
+        cache.begin_prefill([len(prompt) for prompt in packed], [row for _, row in prompts])
+        hidden = self.decoder.policy.prefill(tokens, segment_offsets(counts), cache)
+        cache.begin_decode()
         states = hidden[counts.cumsum(0) - 1]
         return [_Computed(prompt, row, state) for (prompt, row), state in zip(prompts, states, strict=False)]
 
-    def _continue(self) -> None:
-        """Draw the next token of every response that has a row, after a decode step."""
+    def _step(self) -> None:
+        """Draw the next token of every response that has a row."""
         size = bucket(len(self.running))
         if size < len(self.batch):
             self.batch = sorted([*self.running, *self.free][:size])
             self.active = torch.tensor(self.batch, device=self.device)
-        self.cache.begin_step(self.active)
-        newest = self.tokens[self.active, self.counts[self.active] - 1]  # any token in rows without a response
-        positions = self.cache.lengths[self.active]
-        if self.graphs is None:
-            hidden = self.policy.step(newest, positions, self.cache)
-        else:
-            hidden = self.graphs(newest, positions)
-        self.cache.end_step()
-        self._draw(self.batch, self.active, hidden)
+        self.decoder.step(self.active)
+        self.unread += 1
 
-    def _draw(self, rows: list[int], at: Tensor, hidden: Tensor) -> None:
-        """Draw a token for each of these rows, (R,) int64 in `at`, from its hidden state (R, H)."""
-        filled = F.pad(hidden, (0, 0, 0, bucket(len(rows)) - len(rows)))
-        logits = self.policy.head(filled)[: len(rows)]  # (R, V)
-        position, stream = self.counts[at], self.streams[at]
-        if self.config.min_new_tokens and len(self.stop_ids):
-            early = position < self.config.min_new_tokens
-            logits[:, self.stop_ids] = logits[:, self.stop_ids].masked_fill(early[:, None], float("-inf"))
-        logits = restrict(logits, self.config.temperature, self.config.top_k, self.config.top_p)
-        tokens, logprobs = ops.sample_tokens(
-            logits, temperature=self.config.temperature, seed=self.seed, stream=stream, offset=position
-        )
-        self.tokens[at, position], self.logprobs[at, position] = tokens, logprobs
-        self.counts[at] = position + 1
-        ended = torch.isin(tokens, self.stop_ids)
-        complete = ended | (position + 1 == self.config.max_new_tokens)
-        found = zip(rows, *torch.stack([complete, ended]).tolist(), strict=True)
-        self._keep({row: end for row, whole, end in found if whole and row in self.running})
-
-    def _keep(self, complete: dict[int, bool]) -> None:
-        """Take complete responses from their rows; complete: row -> whether its response ended by itself.
-
-        The rows are then empty, so that they have places for as many steps as the others can still take.
-        """
-        if not complete:
+    def _take(self) -> None:
+        """Take complete responses from their rows. Here alone the host waits for the device."""
+        self.unread, decoder = 0, self.decoder
+        state = torch.stack([decoder.complete.long(), decoder.ended.long(), decoder.counts])
+        complete, ended, counts = state.tolist()
+        rows = [row for row in self.running if complete[row]]
+        if not rows:
             return
-        at = torch.tensor(list(complete), device=self.device)
-        tokens, logprobs, counts = (x[at].tolist() for x in (self.tokens, self.logprobs, self.counts))
-        for row, t, p, n in zip(complete, tokens, logprobs, counts, strict=True):
-            self.responses[self.running.pop(row)] = (t[:n], p[:n], complete[row])
-        self.free += complete
-        self.counts[at] = 0
-        self.cache.lengths[at] = 0
-
-
-def restrict(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """logits (R, V) with -inf outside the k most likely tokens and outside the nucleus (Holtzman et al., 2020).
-
-    The nucleus is the smallest set of most likely tokens whose probability, at this temperature and after top_k,
-    reaches `top_p`; the most likely token is always in it. Of equally likely tokens the first come first, and top_k
-    keeps all that are as likely as the k-th. Probabilities and their sums are fp64: in fp32 the sums of 150,000 are off
-    by hundreds of tokens' worth.
-    """
-    if top_k and top_k < logits.shape[-1]:
-        least = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    if top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-        probabilities = ordered.double().div_(temperature).softmax(-1)
-        outside = probabilities.cumsum(-1).sub_(probabilities) >= top_p
-        logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), float("-inf"))
-    return logits
-
-
-def bucket(rows: int) -> int:
-    """The fixed batch size that holds so many rows."""
-    for size in BUCKETS:
-        if rows <= size:
-            return size
-    return -(-rows // 256) * 256
+        at = torch.tensor(rows, device=self.device)
+        tokens, logprobs = (x[at].tolist() for x in (decoder.tokens, decoder.logprobs))
+        for row, t, p in zip(rows, tokens, logprobs, strict=True):
+            self.responses[self.running.pop(row)] = (t[: counts[row]], p[: counts[row]], bool(ended[row]))
+        decoder.clear(at)
+        self.free += rows

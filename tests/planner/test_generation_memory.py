@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from dataclasses import replace
 from typing import Any
 
 import generated
@@ -15,13 +17,15 @@ from fastppo import generate, plan
 from fastppo.config import GenerateConfig
 from fastppo.config.command_line import GENERATE, parse
 from fastppo.distributed import Residency
-from fastppo.distributed.world import start_world
+from fastppo.distributed.world import World, start_world
 from fastppo.generation.run import Sampled
 from fastppo.models import Policy
 from fastppo.planner import check
 from fastppo.planner.changes import advice, smallest_change
 from fastppo.planner.machine import Machine
+from fastppo.planner.methods import measured_roles
 from fastppo.planner.plan import Plan, make_plan
+from fastppo.rollout import bucket
 
 GB = 10**9
 LARGE = Machine(2, 1, 80 * GB, 10**12)
@@ -45,7 +49,7 @@ def places(found: Plan, role: str, phase: str) -> Any:
 
 
 def test_on_a_gpu_each_model_waits_in_the_host_s_memory_for_its_phase(models):
-    found = make_plan(config_of(models), LARGE)
+    found = make_plan(config_of(models, sampling__cuda_graphs="false"), LARGE)
     assert {share.phase for share in found.shares} == {"sampling", "feedback"} and found.fits
     for role, phase, other in (("model", "sampling", "feedback"), ("reward 1", "feedback", "sampling")):
         there, waiting = places(found, role, phase), places(found, role, other)
@@ -76,11 +80,62 @@ def test_a_run_that_does_not_fit_is_told_what_would_or_that_nothing_does(models)
     assert "The model's weights alone, whole on each GPU" in advice(small) and "a smaller model" in advice(small)
 
 
+@pytest.mark.parametrize("gpu", [8, 10, 16])  # GB
+def test_auto_takes_the_most_rows_that_fit(models, gpu):
+    config, machine = config_of(models, sampling__rows="auto", batch_size=4096), Machine(1, 1, gpu * GB, 10**12)
+    roles = measured_roles(config, cpu=False)
+    found = make_plan(config, machine, roles)
+    assert found.fits and found.config.sampling.rows == found.rows and found.rows > 4
+    more = config_of(models, sampling__rows=bucket(found.rows + 1), batch_size=4096)
+    assert not make_plan(more, machine, roles).fits
+    assert make_plan(config_of(models, batch_size=4096), machine, roles).rows is None
+
+
+def test_auto_takes_no_more_rows_than_a_rank_has_responses(models):
+    config = config_of(models, sampling__rows="auto", batch_size=40)
+    assert make_plan(config, Machine(2, 1, 80 * GB, 10**12)).rows == bucket(20) == 24
+    assert make_plan(config, Machine(1, 1, 80 * GB, 10**12)).rows == bucket(40) == 48
+
+
+def test_auto_takes_at_most_64_rows_on_a_cpu_and_as_few_as_fit(models):
+    config = config_of(models, sampling__rows="auto", batch_size=4096)
+    roles = measured_roles(config, cpu=True)
+    assert make_plan(config, Machine(1, 1, None, 10**12), roles).rows == 64
+    least, most = (make_plan(config_of(models, sampling__rows=rows), Machine(1, 1, None, 1), roles) for rows in (4, 64))
+    between = (least.needs["host"][0] + most.needs["host"][0]) // 2
+    assert 4 < (make_plan(config, Machine(1, 1, None, between), roles).rows or 0) < 64
+
+
+def test_where_nothing_fits_auto_takes_the_fewest_rows_and_the_advice_names_something_else(models):
+    found = make_plan(config_of(models, sampling__rows="auto"), Machine(1, 1, 3 * GB, 10**12))
+    assert not found.fits and found.rows == 4 and "sampling.rows" not in advice(found)
+
+
+def test_all_ranks_take_the_fewest_rows_that_one_of_them_chose_and_a_line_says_how_many(
+    models, monkeypatch, caplog, capsys
+):
+    monkeypatch.setattr(check, "this_machine", lambda *args, **kwargs: LARGE)
+    monkeypatch.setattr(check, "all_gather", lambda rows, world: [rows, 16, rows])
+    first = World(0, 3, torch.device("cpu"))
+    config = config_of(models, sampling__rows="auto")
+    planned = check.check_plan(config, first)
+    assert planned == replace(config, sampling=replace(config.sampling, rows=16))
+    assert "sampling.rows: 16, chosen by the memory that there is" in capsys.readouterr().out
+    with caplog.at_level(logging.INFO, "fastppo"):
+        assert check.check_plan(replace(config, plan="off"), first).sampling.rows == 16
+    assert [r.getMessage() for r in caplog.records] == ["sampling.rows: 16, chosen by the memory that there is"]
+    fixed = config_of(models, sampling__rows=32, plan="off")
+    assert check.check_plan(fixed, first) is fixed
+
+
 def test_the_command_plans_a_run_of_generate(models, capsys):
     argv = ["--command", "generate", "--gpus", "2", "--gpu-memory", "80GB", "--host-memory", "1TB"]
-    plan.main([*argv, "--model.path", models[0], "--data.path", "x.jsonl"])
+    argv += ["--model.path", models[0], "--data.path", "x.jsonl"]
+    plan.main(argv)
     said = capsys.readouterr().out
-    assert "sampling" in said and "feedback" in said and "GPU: " in said
+    assert "sampling" in said and "feedback" in said and "GPU: " in said and "chosen" not in said
+    plan.main([*argv, "--sampling.rows", "auto"])
+    assert "sampling.rows: 256, chosen by the memory that there is" in capsys.readouterr().out  # 512 for two
 
 
 def test_a_run_checks_its_plan_before_it_loads_a_model(tmp_path, monkeypatch):
@@ -90,6 +145,16 @@ def test_a_run_checks_its_plan_before_it_loads_a_model(tmp_path, monkeypatch):
     with pytest.raises(check.PlanError, match="does not fit"):
         generate.generate(parse(argv, GENERATE), start_world(1))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_with_auto_draws_the_same_responses_and_keeps_auto_in_its_settings(tmp_path):
+    folder, world, found = generated.prepare(tmp_path), start_world(1), []
+    for rows in ("auto", 4):
+        output = tmp_path / f"rows-{rows}"
+        generate.generate(parse(generated.settings(folder, output, sampling__rows=rows), GENERATE), world)
+        found.append((output / "responses.jsonl").read_bytes())
+        assert f"  rows: {rows}\n" in (output / "config.yaml").read_text()
+    assert found[0] == found[1]
 
 
 def test_the_sampled_model_is_moved_out_while_others_are_computed(monkeypatch):

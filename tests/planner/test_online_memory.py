@@ -36,7 +36,7 @@ from fastppo.planner.online_memory import PHASES, averaged, kinds, placed, share
 from fastppo.ppo.experience import compute_experience
 from fastppo.ppo.update import run_updates
 from fastppo.rewards import load_sources
-from fastppo.rollout import InProcess
+from fastppo.rollout import InProcess, bucket
 
 pytestmark = pytest.mark.slow
 
@@ -230,6 +230,7 @@ def by_name(members: list[Role], config: Config, ranks: int = 8) -> dict[str, By
     return {stage: places.gpu for stage, places in by_phase(shares(members, config, ranks))}
 
 
+UNRECORDED = SamplingConfig(cuda_graphs=False)  # recorded decode steps keep memory of their own
 STAGE_3 = Config(zero=ZeroConfig(stage=3), optim=OptimConfig(activation_checkpointing=True))
 
 
@@ -253,10 +254,10 @@ def test_the_buffers_that_deepspeed_keeps_are_counted_of_each_role_where_they_do
     monkeypatch.setattr(Footprint, "passes", nothing_passes)
     actor = seven_billion[False][0]
     both = [actor, replace(actor, name="critic")]
-    offloaded = Config(zero=ZeroConfig(stage=2, offload_optimizer="cpu"))
+    offloaded = Config(zero=ZeroConfig(stage=2, offload_optimizer="cpu"), sampling=UNRECORDED)
     sizes = (
-        (STAGE_3, memory.REDUCE_BUCKET),
-        (Config(zero=ZeroConfig(stage=2)), 0),
+        (replace(STAGE_3, sampling=UNRECORDED), memory.REDUCE_BUCKET),
+        (Config(zero=ZeroConfig(stage=2), sampling=UNRECORDED), 0),
         (offloaded, actor.size.largest_trained),
     )
     for config, each in sizes:
@@ -265,6 +266,23 @@ def test_the_buffers_that_deepspeed_keeps_are_counted_of_each_role_where_they_do
     both = [kept, replace(kept, name="critic")]
     each = kept.size.largest_trained
     assert [found.buffers for found in by_name(both, offloaded).values()] == 4 * [2 * 2 * each]
+
+
+def test_what_recorded_decode_steps_hold_is_counted_of_the_actor_in_every_phase(seven_billion, monkeypatch):
+    """On a GPU: logits and activations of the largest step, and what each row has written. The cache leaves."""
+    monkeypatch.setattr(Footprint, "passes", lambda self, n, length, *, gradient: Pass(0, 5 * n * length))
+    for cpu, members in seven_billion.items():
+        size, both = members[0].size, [members[0], replace(members[0], name="critic")]
+        sampling = SamplingConfig(max_new_tokens=128, rows=96, top_k=9)
+        recorded, plain = (
+            by_name(both, Config(sampling=replace(sampling, cuda_graphs=on), ppo=PPOConfig(batch_size=96)), ranks=1)
+            for on in (True, False)
+        )
+        logits = 2 * 96 * size.vocabulary * 2  # and a copy for top_k
+        held = 0 if cpu else logits + 5 * 128 + 96 * 129 * 12
+        assert [recorded[phase].buffers - plain[phase].buffers for phase in PHASES] == [held] * 4
+        assert all(recorded[phase].cache == plain[phase].cache for phase in PHASES)
+        assert [bool(recorded[phase].cache) for phase in PHASES] == [True, False, False, False]
 
 
 def test_gradients_are_counted_for_each_role_while_it_learns_and_on_the_cpu_wherever_they_are_kept(
@@ -295,7 +313,7 @@ def test_an_evaluation_that_is_larger_than_a_step_is_what_counts(seven_billion):
         STAGE_3,
         ppo=PPOConfig(batch_size=16, minibatches=1, microbatch_tokens=8192),
         data=DataConfig(max_prompt_tokens=256),
-        sampling=SamplingConfig(max_new_tokens=256, rows=64),
+        sampling=SamplingConfig(max_new_tokens=256, rows=64, cuda_graphs=False),
         eval=EvalConfig(prompts=0),
     )
     step, large = by_name(members, config), by_name(members, replace(config, eval=EvalConfig(prompts=256)))
@@ -329,7 +347,7 @@ def test_what_prefixs_handed_up_is_counted_of_each_role(tmp_path):
     size = Footprint(Policy(model), torch.float32, cpu=False)
     assert size.prefix == 1
     both = [Role(name, size, trains=True, weights=size.parameters) for name in ("actor", "critic")]
-    found = by_name(both, Config(zero=ZeroConfig(stage=0)), ranks=1)
+    found = by_name(both, Config(zero=ZeroConfig(stage=0), sampling=UNRECORDED), ranks=1)
     batch = memory.Batch.of(Config(), 1)
     assert found["experience"].buffers == found["learning"].buffers == 2 * batch.tokens * size.width * 4
     assert found["sampling"].buffers == found["feedback"].buffers == 0
@@ -390,6 +408,21 @@ def test_an_evaluation_keeps_the_prefix_states_of_one_microbatch(tmp_path, world
     argv = whole_runs.settings(folder, tmp_path / "out", steps=1, eval__prompts=12, actor__train=1, eval__every=0)
     train.train(parse(argv), world)
     assert 0 < max(found) < 12
+
+
+def test_a_run_samples_with_the_rows_that_the_plan_has_chosen(tmp_path, world, monkeypatch):
+    folder, found = whole_runs.prepare(tmp_path), []
+    sample = InProcess.sample
+
+    def sampling(self: InProcess, *args: Any, **options: Any) -> Any:
+        found.append(self._sampling.rows)
+        return sample(self, *args, **options)
+
+    monkeypatch.setattr(InProcess, "sample", sampling)
+    argv = whole_runs.settings(folder, tmp_path / "out", steps=1, sampling__rows="auto", eval__prompts=0, eval__every=0)
+    config = parse(argv)
+    train.train(config, world)
+    assert found == [bucket(config.ppo.batch_size)]
 
 
 def test_rest_counts_its_batches_of_a_grow_and_no_critic(seven_billion):

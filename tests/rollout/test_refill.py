@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from flash_stand_in import FlashStandIn
+from torch.utils._python_dispatch import TorchDispatchMode
 from varlen_stand_in import VarlenStandIn
 
 from fastppo import ops
@@ -21,7 +22,8 @@ from fastppo.distributed import Stopped, stop
 from fastppo.models.attention import compute_with
 from fastppo.models.cache import Cache
 from fastppo.models.roles import Policy, fuse_head
-from fastppo.rollout.inprocess import FEWEST_TOKENS, bucket, restrict, sample
+from fastppo.rollout.decoder import Decoder, bucket, restrict
+from fastppo.rollout.inprocess import FEWEST_TOKENS, sample
 
 Responses = list[tuple[list[int], list[float], bool]]
 
@@ -91,14 +93,14 @@ def prompts_of(count: int, samples: int = 1, shortest: int = 1, longest: int = 3
     return Prompts.of(tokens, range(count), first=3, samples=samples)
 
 
-def list_schedule(lengths: Sequence[int], rows: int) -> int:
+def list_schedule(lengths: Sequence[int], rows: int, unread: int = 1) -> int:
     """Decode steps where each response, in order, takes the row that is free first; the prefill gives its first token.
 
-    Graham, 1966.
+    A row is free when the host looks, after every `unread` steps. Graham, 1966.
     """
     free_at = [0] * rows
     for length in lengths:
-        heapreplace(free_at, free_at[0] + length - 1)
+        heapreplace(free_at, free_at[0] + -(-(length - 1) // unread) * unread)
     return max(free_at)
 
 
@@ -206,22 +208,36 @@ def test_no_prompts_compute_nothing(actor, calls):
 # What is computed
 
 
+@pytest.mark.parametrize("unread", [1, 8])  # where each kernel is launched on its own, and where steps are recorded
 @pytest.mark.parametrize("samples", [1, 4])
 @pytest.mark.parametrize("rows", [4, 16, 64])
-def test_decode_steps_are_those_of_a_list_schedule(actor, calls, rows, samples):
+def test_decode_steps_are_those_of_a_list_schedule(actor, calls, monkeypatch, rows, samples, unread):
     prompts = prompts_of(100 // samples, samples)
     config = SamplingConfig(rows=rows, max_new_tokens=48)
-    lengths = [len(tokens) for tokens, _, _ in refilled(actor, prompts, config)]
+    monkeypatch.setattr(Decoder, "steps_unread", unread)
+    found = refilled(actor, prompts, config)
+    lengths = [len(tokens) for tokens, _, _ in found]
     steps = [count for method, count in calls if method == "step"]
-    assert len(steps) == list_schedule(lengths, bucket(rows))
+    assert len(steps) == list_schedule(lengths, bucket(rows), unread)
     groups = [lengths[i : i + rows] for i in range(0, 100, rows)]
-    assert len(steps) < sum(max(group) - 1 for group in groups)  # what fixed groups take
+    assert len(steps) < sum(max(group) - 1 for group in groups) + unread - 1  # what fixed groups take
+
+
+@pytest.mark.parametrize("unread", [2, 3, 8, 100])  # 100: longer than any response
+@pytest.mark.parametrize("samples", [1, 3])
+def test_when_the_host_looks_changes_no_response(actor, monkeypatch, samples, unread):
+    prompts, config = prompts_of(30, samples), SamplingConfig(rows=8, max_new_tokens=21, min_new_tokens=1, top_p=0.9)
+    expected = refilled(actor, prompts, config)
+    monkeypatch.setattr(Decoder, "steps_unread", unread)
+    assert refilled(actor, prompts, config) == expected
+    assert len({len(tokens) for tokens, _, _ in expected}) > 8 and max(len(tokens) for tokens, _, _ in expected) == 21
 
 
 def test_a_list_schedule_takes_the_longest_where_rows_suffice_and_the_mean_where_there_is_no_tail():
     assert list_schedule([3, 9, 1], rows=4) == 8
     assert list_schedule([5] * 12, rows=4) == 3 * 4
     assert list_schedule([9, 3, 3, 3, 3], rows=2) == 8
+    assert list_schedule([9, 10, 1, 2], rows=1, unread=8) == 8 + 16 + 0 + 8
 
 
 def test_rows_leave_the_batch_only_when_no_prompt_is_left(actor, calls):
@@ -246,6 +262,36 @@ def test_a_prefill_of_few_tokens_is_filled_up(actor, calls):
     refilled(actor, prompts_of(9, longest=7), SamplingConfig(rows=4, max_new_tokens=20))
     counts = [count for method, count in calls if method == "prefill"]
     assert len(counts) > 3 and FEWEST_TOKENS <= min(counts) < FEWEST_TOKENS + 7
+
+
+def test_the_samples_of_a_prompt_get_its_keys_and_values_in_one_copy():
+    cache = Cache(tiny.causal().config, 6, 9, torch.float32, torch.device("cpu"))
+    before = [x.normal_().clone() for x in cache.states()]
+    cache.lengths += 1
+    with counted("index_copy_") as copies:
+        cache.copy_row(2, [0, 2, 5], 4)
+    assert copies == [2]  # keys and values
+    assert cache.lengths.tolist() == [4, 1, 4, 1, 1, 4]
+    for now, old in zip(cache.states(), before, strict=True):
+        for row in range(6):
+            assert torch.equal(now[:, row, :, 4:], old[:, row, :, 4:])
+            assert torch.equal(now[:, row, :, :4], old[:, 2 if row in (0, 5) else row, :, :4])
+    cache.copy_row(2, [1], 3)  # a row that is running gives its prompt to another, and goes on
+    assert cache.lengths.tolist() == [4, 3, 4, 1, 1, 4]
+
+
+@contextmanager
+def counted(name: str) -> Iterator[list[int]]:
+    """How often an op of this name is called within the context."""
+    calls = [0]
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls[0] += function.overloadpacket.__name__ == name
+            return function(*args, **kwargs or {})
+
+    with Counting():
+        yield calls
 
 
 # Being asked to stop

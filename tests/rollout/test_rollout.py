@@ -11,7 +11,8 @@ from fastppo.config import SamplingConfig
 from fastppo.data.batch import Prompts
 from fastppo.errors import FastPPOError
 from fastppo.models.roles import Policy, fuse_head, token_stats
-from fastppo.rollout.inprocess import restrict, sample
+from fastppo.rollout.decoder import restrict
+from fastppo.rollout.inprocess import sample
 from fastppo.rollout.stop_tokens import named_stop_ids, stop_ids
 
 PROMPTS = [(5, 6, 7), (8, 9, 10, 11, 12, 13, 14, 15, 16), (17,), (18, 19, 20, 21, 22), (23, 24, 25)]
