@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 
 import pytest
 import whole_runs
@@ -15,11 +16,25 @@ ENGINE = """
 from fastppo.rollout import InProcess
 
 class Warmer(InProcess):
+    factor = 1.3
+
     def sample(self, prompts, *, temperature, seed):
-        return super().sample(prompts, temperature=1.3 * temperature, seed=seed)
+        return super().sample(prompts, temperature=self.factor * temperature, seed=seed)
+
+class FarOff(Warmer):
+    factor = 2.5
+
+class Near(Warmer):
+    factor = 1.02
 
 def warmer(config, roles, stop_ids, world):
     return Warmer(roles.sampling_weights, config.sampling, stop_ids)
+
+def near(config, roles, stop_ids, world):
+    return Near(roles.sampling_weights, config.sampling, stop_ids)
+
+def far_off(config, roles, stop_ids, world):
+    return FarOff(roles.sampling_weights, config.sampling, stop_ids)
 """
 # Without random numbers, which each rank draws for itself.
 REWARD = """
@@ -86,3 +101,14 @@ def test_weighted_updates_and_the_metrics_of_weights_are_the_same_on_two_ranks_a
     distance = max(float((weights[k] - others[k]).abs().max()) for k in weights)
     assert distance < 5e-5 < max(float((weights[k] - apart[k]).abs().max()) for k in weights) / 5
     assert unweighted[0]["policy_loss"] != pytest.approx(alone[0]["policy_loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize(("engine", "alarmed"), [("far_off", {"sampler_error", "effective_samples"}), ("near", set())])
+def test_a_sampler_that_is_far_off_raises_alarms_and_one_that_is_near_raises_none(folder, forks, engine, alarmed):
+    changes = {"rollout__engine": f"{folder}/engine.py:{engine}", "critic__kind": "shared", "steps": 3}
+    steps, _ = run(folder, forks, engine, 1, changes)
+    alarms = [json.loads(line) for line in (folder / engine / "alarms.jsonl").read_text().splitlines()]
+    raised = {alarm["figure"]: alarm["value"] for alarm in alarms if "median of 3" in alarm["message"]}
+    assert raised.keys() & {"sampler_error", "effective_samples"} == alarmed
+    for figure in alarmed:
+        assert raised[figure] == pytest.approx(statistics.median(step[figure] for step in steps))
