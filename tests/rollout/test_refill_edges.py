@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_refill import SEED, STOPS, WIDE_ENOUGH, Responses, attention_by, by_groups, prompts_of, refilled
+from test_refill import PATHS, SEED, STOPS, WIDE_ENOUGH, Responses, attention_by, by_groups, prompts_of, refilled
 
 from fastppo.config import SamplingConfig
 from fastppo.data.batch import Prompts
@@ -64,18 +64,15 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return taken
 
 
-@pytest.mark.parametrize(
-    ("family", "flash"),
-    [("llama", False), ("mistral", False), ("gemma2", False), ("gpt2", False), ("mistral", True), ("gemma2", True)],
-)
 @pytest.mark.parametrize("samples", [1, 3])
-def test_a_row_shows_nothing_of_what_it_held_before(monkeypatch, family, flash, samples):
+@pytest.mark.parametrize("path", PATHS)
+def test_a_row_shows_nothing_of_what_it_held_before(monkeypatch, path, samples):
     """Short prompts follow on long responses, beyond a window and within; soft-capped scores hide nothing large."""
-    size = WIDE_ENOUGH if flash else {}
-    policy = policy_of(family, dtype=torch.bfloat16 if flash else torch.float32, **size)
+    family, dtype, kind = PATHS[path]
+    policy = policy_of(family, dtype=dtype, **({} if dtype == torch.float32 else WIDE_ENOUGH))
     prompts = alternating(12) if samples == 1 else prompts_of(6, samples)
     config = SamplingConfig(rows=4, max_new_tokens=15)
-    with attention_by((torch.bfloat16,) if flash else None):
+    with attention_by(kind):
         expected = refilled(policy, prompts, config)
         taken = spoil(monkeypatch)
         assert refilled(policy, prompts, config) == expected
