@@ -1,7 +1,8 @@
 """Runs that were stopped by fastppo as it was before its modules moved into packages, and what came of them then.
 
 checkpoint/old_runs holds one run of each command, stopped at a checkpoint, with its model and data. That very commit
-also took copies of them to the end; `after.json` says with what metrics and weights, and on what machine.
+also took copies of them to the end; `after.json` says with what metrics and weights, and on what machine. `ppo-fp32` is
+later: of the commit before rows were filled anew, which in fp32 changed the sampler's logprobs by rounding.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ import whole_runs
 from safetensors.torch import load_file
 
 DATA = Path(__file__).parent / "checkpoint" / "old_runs"
-MODULES = {"ppo": "fastppo.train", "sft": "fastppo.train_sft", "reward": "fastppo.train_reward"}
+MODULES = {
+    "ppo": "fastppo.train",
+    "ppo-fp32": "fastppo.train",
+    "sft": "fastppo.train_sft",
+    "reward": "fastppo.train_reward",
+}
 
 
 def machine() -> dict[str, str]:

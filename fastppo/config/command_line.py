@@ -274,7 +274,10 @@ def _unknown(name: str, command: Command[Any]) -> str:
     last = name.rpartition(".")[2]
     near = [known for known in command.settings if known.rpartition(".")[2] == last and known != name]
     near = near or difflib.get_close_matches(name, command.settings, n=1, cutoff=0.5)
-    return f"unknown setting {name}; " + (f"did you mean {' or '.join(near)}?" if near else "--help lists them all.")
+    others = [f"fastppo {other.name}" for other in COMMANDS.values() if name in other.groups | other.settings.keys()]
+    elsewhere = f", which belongs to {', '.join(others)}" if others else ""
+    advice = f"did you mean {' or '.join(near)}?" if near else "--help lists them all."
+    return f"unknown setting {name}{elsewhere}; {advice}"
 
 
 def _explain(message: str, command: Command[Any]) -> str:

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import socket
+import string
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from fastppo.distributed import stop
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
+SHORT = {"sampling__rows": 4, "sampling__stop_tokens": json.dumps(list(string.ascii_letters))}
 ROLES = {
     "separate critic, fp32, stage 1": {"optim__dtype": "fp32", "zero__stage": 1},
     "shared critic, fp32, stage 0": {"critic__kind": "shared", "optim__dtype": "fp32", "zero__stage": 0},
@@ -27,6 +29,15 @@ ROLES = {
     "shared critic, bf16, stage 1": {"critic__kind": "shared", "zero__stage": 1, "ppo__microbatch_tokens": 60},
     "LoRA, bf16, stage 1": {"actor__lora__rank": 4, "critic__lora__rank": 2, "zero__stage": 1},
     "separate critic, bf16, stage 3": {"optim__dtype": "bf16", "zero__stage": 3, "zero__offload": "cpu"},
+    # A sampler that is not the trainer; responses of many lengths, of which four rows are filled anew.
+    "top_p, token weights, fp32, stage 1": {
+        **{"sampling__top_p": 0.7, "ppo__importance": "token", "ppo__importance_high": 1.2, "optim__dtype": "fp32"},
+        **{"sampling__temperature": 0.2, "sampling__samples_per_prompt": 4, **SHORT},
+    },
+    "top_k, icepop, bf16, stage 2": {
+        **{"sampling__top_k": 20, "ppo__importance": "icepop", "ppo__importance_low": 0.7, "zero__stage": 2},
+        **{"sampling__temperature": 0.2, "ppo__batch_size": 16, "ppo__kl_horizon": 200, **SHORT},
+    },
 }
 
 NEVER_ENDS = """
@@ -65,6 +76,8 @@ def straight(folder, forks):
         (1, "LoRA, bf16, stage 1"),
         (2, "shared critic, bf16, stage 1"),
         (2, "separate critic, bf16, stage 3"),
+        (1, "top_p, token weights, fp32, stage 1"),
+        (2, "top_k, icepop, bf16, stage 2"),
     ],
 )
 def test_a_run_that_stops_anywhere_and_goes_on_equals_the_one_that_did_not(folder, forks, straight, ranks, roles):
@@ -78,6 +91,50 @@ def test_a_run_that_stops_anywhere_and_goes_on_equals_the_one_that_did_not(folde
     assert stops[0] == "step-00000000" and any("-update-" in name for name in stops), stops
     forks.run(argv, ranks)
     whole_runs.assert_same_run(straight(ranks, roles), output)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "roles"), [(1, "top_p, token weights, fp32, stage 1"), (2, "top_k, icepop, bf16, stage 2")]
+)
+def test_a_run_that_lost_its_weights_of_tokens_would_end_elsewhere(folder, forks, straight, ranks, roles):
+    """And so would show above."""
+    output = folder / f"unweighted-{ranks}"
+    changes = {name: value for name, value in ROLES[roles].items() if "importance" not in name}
+    forks.run(whole_runs.settings(folder, output, **changes, ppo__importance="none"), ranks)
+    pairs = zip(whole_runs.records(output), whole_runs.records(straight(ranks, roles)), strict=True)
+    for one, other in ((a, b) for a, b in pairs if "policy_loss" in a):
+        assert one["policy_loss"] != pytest.approx(other["policy_loss"], rel=1e-2)
+        assert other["ended"] > 0.2 and other["sampler_error"] > 0.1
+
+
+KILL_IN_SAMPLING = """
+import os, signal
+from fastppo.distributed import stop
+
+count = iter(range(1, 1_000_000))
+stop.check_alone = lambda: os.kill(os.getpid(), signal.SIGKILL) if next(count) == {n} else None
+"""
+
+
+def test_a_run_that_resumes_with_other_rows_ends_the_same(folder, forks, straight):
+    """Stopped and killed in sampling, where rows have been filled anew, and stopped in learning; in fp32 no draw is
+    rounded away."""
+    roles, output = "top_p, token weights, fp32, stage 1", folder / "other-rows"
+    places = (("check_alone", 14), 10, ("check", 6), 10, ("check_alone", 12))  # the numbers: in the nth pass, killed
+    newest = []
+    for rows, place in zip((4, 64, 8, 5, 16), places, strict=True):
+        changes = ROLES[roles] | {"sampling__rows": rows, "resume": "auto"}
+        argv = whole_runs.settings(folder, output, **changes)
+        if isinstance(place, int):
+            assert forks.wait(forks.start(argv, 1, KILL_IN_SAMPLING.format(n=place))) == [-signal.SIGKILL]
+        else:
+            forks.run(argv, 1, whole_runs.STOP_AT.format(kind=place[0], n=place[1]))
+        newest.append(whole_runs.checkpoints(output)[-1])
+    assert newest[0] == "step-00000000" and len(set(newest)) >= 3, newest
+    run = forks.start(whole_runs.settings(folder, output, resume="auto", **ROLES[roles]), 1)
+    assert forks.wait(run) == [0], run.text()
+    assert "sampling.rows" in run.text()  # it changes the last bits at most, says the log
+    whole_runs.assert_same_run(straight(1, roles), output)
 
 
 def test_a_run_killed_at_random_moments_and_resumed_equals_the_one_that_was_not(folder, forks, straight):

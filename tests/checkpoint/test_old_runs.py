@@ -10,7 +10,11 @@ import pytest
 
 from fastppo.config.command_line import REWARD, SFT, parse
 
-PARSERS = {"ppo": (), "sft": (SFT,), "reward": (REWARD,)}
+PARSERS = {"ppo": (), "ppo-fp32": (), "sft": (SFT,), "reward": (REWARD,)}
+
+# A prompt is computed by itself now, which in fp32 rounds the sampler's logprobs otherwise. No token is another for
+# that, and with ppo.importance none, as all runs were, nothing is learned from them.
+ROUNDED = {"ppo-fp32": ("sampler_error", "health/sampler_error")}
 
 
 @pytest.mark.parametrize("name", old_runs.MODULES)
@@ -26,6 +30,9 @@ def test_an_old_checkpoint_resumes_to_the_end_that_it_had_then(forks, tmp_path, 
     then, now = old_runs.expected(), old_runs.left(folder / name)
     known = [before.keys() for before in then[name]["metrics"]]  # there are more metrics since
     now["metrics"] = [{k: x for k, x in m.items() if k in ks} for m, ks in zip(now["metrics"], known, strict=True)]
+    for mine, theirs in zip(now["metrics"], then[name]["metrics"], strict=True):
+        rounded = {k: (mine.pop(k), theirs.pop(k)) for k in ROUNDED.get(name, ()) if k in mine}
+        assert all(0 < x < 1e-6 and 0 < y < 1e-6 for x, y in rounded.values())
     if then["machine"] == old_runs.machine():
         assert now == then[name]
     else:

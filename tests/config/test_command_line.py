@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastppo.config import Config, RewardConfig
-from fastppo.config.command_line import DPO, PPO, REWARD, SFT, dump, parse
+from fastppo.config.command_line import DPO, GENERATE, PPO, REST, REWARD, SFT, dump, parse
 
 QUICKSTART = ["--config", "quickstart"]
 
@@ -117,6 +117,23 @@ def test_a_mistake_on_the_command_line_gets_one_clear_message(capsys, arguments,
     said = message(capsys, *QUICKSTART, *arguments)
     for word in words:
         assert word in said
+
+
+@pytest.mark.parametrize(
+    ("command", "setting", "words"),
+    [
+        (REST, "ppo.importance", "unknown setting ppo.importance, which belongs to fastppo train; --help lists"),
+        (DPO, "ppo.importance", "unknown setting ppo.importance, which belongs to fastppo train; --help lists"),
+        (GENERATE, "ppo.importance", "unknown setting ppo.importance, which belongs to fastppo train; --help lists"),
+        (REST, "ppo.epochs", "which belongs to fastppo train; did you mean improve.epochs?"),
+        (SFT, "sampling.top_p", "which belongs to fastppo train, fastppo rest, fastppo generate; --help lists"),
+        (PPO, "grow.prompts", "which belongs to fastppo rest;"),
+    ],
+)
+def test_a_setting_of_another_command_is_named_with_its_command(capsys, command, setting, words):
+    with pytest.raises(SystemExit, match="2"):
+        parse([f"--{setting}", "1"], command)
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

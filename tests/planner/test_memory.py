@@ -31,7 +31,7 @@ from fastppo.data.batch import Prompts, pack
 from fastppo.data.microbatches import pack_even
 from fastppo.distributed.engine import Engine
 from fastppo.distributed.world import start_world
-from fastppo.models.cache import SequenceLayout
+from fastppo.models.cache import Cache, SequenceLayout
 from fastppo.models.loading.policies import load_causal
 from fastppo.models.loading.source import Source
 from fastppo.models.loading.trained import set_trainable
@@ -40,7 +40,17 @@ from fastppo.models.lora import add_adapters
 from fastppo.models.roles import Policy, fuse_head
 from fastppo.ops import GPU_WORKSPACE_BYTES
 from fastppo.planner.footprint import Footprint, _Live
-from fastppo.planner.memory import Batch, Bytes, Places, Role, buffers, head_workspace, model_states, reducing
+from fastppo.planner.memory import (
+    Batch,
+    Bytes,
+    Places,
+    Role,
+    buffers,
+    head_workspace,
+    model_states,
+    reducing,
+    sampling_needs,
+)
 from fastppo.planner.online_memory import shares
 from fastppo.rollout.inprocess import sample
 
@@ -256,3 +266,51 @@ def test_the_sampler_computes_as_many_prompts_at_once_as_are_counted(samples, he
             for rank in range(ranks):
                 sample(actor, prompts.of_rank(rank, ranks), config.sampling, stop_ids=(), seed=0)
         assert 0 <= Batch.of(config, ranks).prefilled - max(computed) <= (samples > 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "samples", "heldout", "more"),
+    [
+        (16, 1, 0, {}),
+        (16, 4, 24, {}),
+        (5, 3, 3, {}),  # a bucket of 8
+        (100, 8, 4, {}),  # more than there are responses
+        (16, 4, 0, {"top_p": 0.9}),
+        (16, 4, 0, {"top_k": 9, "min_new_tokens": 2}),
+    ],
+)
+def test_the_sampler_allocates_the_cache_that_is_counted_and_no_more_beside_it(
+    tmp_path, monkeypatch, rows, samples, heldout, more
+):
+    """Every byte that a rank allocates while it draws, with prompts as long as they may be and rows that are filled
+    anew."""
+    model, length = tiny.causal(vocab_size=1500), 20
+    outline = Policy(_outline(tiny.saved(tmp_path, model), torch.float32))
+    size, actor = Footprint(outline, torch.float32, cpu=True), Policy(fuse_head(model))
+    config = Config(
+        ppo=PPOConfig(batch_size=48, minibatches=1),
+        data=DataConfig(first_tokens=length),
+        sampling=SamplingConfig(rows=rows, samples_per_prompt=samples, max_new_tokens=9, **more),
+        eval=EvalConfig(prompts=heldout),
+    )
+    made, caches = Cache.__init__, []
+
+    def init(cache: Cache, *given: Any) -> None:
+        made(cache, *given)
+        caches.append(cache.keys.nbytes + cache.values.nbytes)
+
+    monkeypatch.setattr(Cache, "__init__", init)
+    tokens = torch.randint(1, 257, (48, length)).tolist()
+    drawn = Prompts.of(tokens, range(48 // samples), samples=samples), Prompts.of(tokens, range(heldout))
+    for ranks in (1, 2, 5):
+        caches.clear()
+        peak = 0
+        for prompts in drawn:
+            for rank in range(ranks):
+                live = _Live(*model.parameters(), *model.buffers())
+                with live:
+                    sample(actor, prompts.of_rank(rank, ranks), config.sampling, stop_ids=range(0, 1500, 9), seed=0)
+                peak = max(peak, live.peak)
+        planned = sampling_needs(size, config, Batch.of(config, ranks))
+        assert max(caches) == planned.cache
+        assert 0.4 * planned.total < peak <= planned.total

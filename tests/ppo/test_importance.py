@@ -25,7 +25,7 @@ from fastppo.models.frozen_prefix import PrefixStates
 from fastppo.models.roles import FusedHead
 from fastppo.ppo.experience import compute_experience
 from fastppo.ppo.importance import importance_metrics, importance_weights
-from fastppo.ppo.losses import clip
+from fastppo.ppo.losses import TokenLoss, clip
 from fastppo.ppo.update import Targets, clip_term, loss_term, run_updates
 from fastppo.rollout.decoder import restrict
 
@@ -235,7 +235,25 @@ def stray(monkeypatch, spread):
     monkeypatch.setattr(ppo_step, "responses", partial(responses_of_another, spread=spread))
 
 
-SEVERAL = ["--ppo.minibatches", "2", "--ppo.epochs", "2", "--ppo.microbatch_tokens", "40", "--critic.kind", "shared"]
+SEVERAL = ["--ppo.minibatches", "2", "--ppo.epochs", "2", "--ppo.microbatch_tokens", "40"]
+SHARED = ["--critic.kind", "shared"]
+EXACT_KL = ["--ppo.kl_in", "loss", "--ppo.kl_kind", "exact", "--ppo.kl_coef", "1"]
+TERMS_AND_MODELS = {
+    "entropy bonus, exact KL, shared critic": ["--ppo.entropy_coef", "0.1", *EXACT_KL, *SHARED],
+    "k3 in the loss": ["--ppo.kl_in", "loss", "--ppo.kl_kind", "k3", "--ppo.kl_coef", "1"],
+    "dual clip, shared critic": ["--ppo.dual_clip", "1.01", *SHARED],
+    "LoRA, exact KL": ["--actor.lora.rank", "4", "--critic.lora.rank", "2", *EXACT_KL],
+    "text mixed in, shared critic": ["--ptx.coef", "0.5", "--ptx.path", "TEXTS", "--ptx.max_tokens", "30", *SHARED],
+    "bf16, upper layers": ["--optim.dtype", "bf16", "--actor.train", "2"],
+    "a loss of the user's": ["--ppo.loss", "LOSS:reinforce", "--ppo.entropy_coef", "0.1"],
+}
+LOSS = """
+from fastppo.ppo import TokenLoss
+
+def reinforce(logprobs, old_logprobs, advantages, cu_seqlens, ppo):
+    bounded = (logprobs - old_logprobs).detach().exp().clamp(max=1.1)
+    return TokenLoss(-bounded * advantages * logprobs)
+"""
 KINDS = {
     "token": ["--ppo.importance", "token", "--ppo.importance_high", "1.1"],
     "icepop": ["--ppo.importance", "icepop", "--ppo.importance_low", "0.8", "--ppo.importance_high", "1.5"],
@@ -263,30 +281,67 @@ def updated(config, world, by_hand=False, rest_only=0):
     return {name: p.detach().clone() for name, p in roles.policy.named_parameters()}, done
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_update_with_weights_is_one_with_weighted_advantages(model, world, monkeypatch, kind):
-    """And so the value loss, the entropy bonus and the KL term are those without weights, and a run that goes on within
-    a batch weights it in the same way."""
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """What settings name as TEXTS and LOSS."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "texts.jsonl").write_text("".join(f'{{"text": "{"abc" * n}"}}\n' for n in range(1, 9)))
+    (folder / "mine.py").write_text(LOSS)
+    return {"TEXTS": str(folder / "texts.jsonl"), "LOSS:reinforce": f"{folder}/mine.py:reinforce"}
+
+
+@pytest.mark.parametrize(
+    ("terms", "kind"),
+    [
+        *product(list(TERMS_AND_MODELS)[:1], KINDS),  # each with all kinds, and the others with one
+        *zip(list(TERMS_AND_MODELS)[1:], (*KINDS, *KINDS), strict=True),
+    ],
+)
+def test_an_update_with_weights_is_one_with_weighted_advantages(model, world, files, monkeypatch, kind, terms):
+    """Over two epochs of two updates, all with the same weights. And so the value loss, the entropy bonus and the KL
+    term are those without weights, and a run that goes on within a batch weights it in the same way."""
     stray(monkeypatch, 0.3)
-    terms = ["--ppo.entropy_coef", "0.1", "--ppo.kl_in", "loss", "--ppo.kl_kind", "exact", "--ppo.kl_coef", "1"]
-    config = config_of(model, *SEVERAL, *KINDS[kind], *terms)
+    settings = [files.get(word, word) for word in TERMS_AND_MODELS[terms]]
+    config = config_of(model, *SEVERAL, *KINDS[kind], *settings)
     parameters, updates = updated(config, world)
+    fused = config.ppo.loss == "clip"
+    alike = partial(
+        torch.testing.assert_close, rtol=0, atol=0 if fused else 1e-5
+    )  # a weight behind or before a product
     for other in (updated(config, world, by_hand=True), updated(config, world, rest_only=2)):
-        assert other[1] == updates
-        assert all(torch.equal(parameters[name], p) for name, p in other[0].items())
-    without = updated(config_of(model, *SEVERAL, *terms), world)[1]
+        for one, two in zip(updates, other[1], strict=True):
+            exactly = dict(rel=0, abs=0) if fused else dict(rel=1e-4, abs=1e-5)
+            assert dataclasses.asdict(two) == pytest.approx(dataclasses.asdict(one), nan_ok=True, **exactly)
+        for name, p in other[0].items():
+            alike(p, parameters[name])
+    without = updated(config_of(model, *SEVERAL, *settings), world)[1]
     assert without[0].policy_loss != pytest.approx(updates[0].policy_loss, rel=1e-2)
-    assert without[0].entropy == updates[0].entropy and without[0].value_loss == updates[0].value_loss
+    for name in ("entropy", "value_loss", "kl_loss", "ptx_loss", "approx_kl"):
+        assert getattr(without[0], name) == getattr(updates[0], name)
+
+
+def test_what_a_loss_of_the_users_returns_is_weighted_whatever_it_does_with_advantages():
+    """Here nothing."""
+
+    def square(logprobs, *rest):
+        return TokenLoss(logprobs.square())
+
+    experience, before, advantages = made(SAMPLER, [[0], [1, 2], [3, 3, 1]])
+    found = gradient(partial(loss_term, square), experience, before, advantages, Importance("token", 0.0, 1.3))
+    table = POLICY.clone().requires_grad_()
+    logprobs = table.log_softmax(0)[experience.packed.responses, before]
+    rho = (experience.old_logprobs - experience.sampler_logprobs).exp()
+    assert rho.min() < 1 and rho.max() > 1.3
+    loss = (rho.clamp(max=1.3) * logprobs.square()).sum()
+    close(found, torch.autograd.grad(loss, table)[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_updates_by_a_plain_loss_have_the_weights_of_the_fused_op(model, world, monkeypatch, kind):
     stray(monkeypatch, 0.3)
-    fused = updated(config_of(model, *SEVERAL, *KINDS[kind], "--ppo.dual_clip", "1.01"), world)
-    plain = updated(
-        config_of(model, *SEVERAL, *KINDS[kind], "--ppo.dual_clip", "1.01", "--ppo.loss", "fastppo.ppo.losses:clip"),
-        world,
-    )
+    settings = [*SEVERAL, *SHARED, *KINDS[kind], "--ppo.dual_clip", "1.01"]
+    fused = updated(config_of(model, *settings), world)
+    plain = updated(config_of(model, *settings, "--ppo.loss", "fastppo.ppo.losses:clip"), world)
     assert fused[1][-1].clip_fraction > 0.1 and fused[1][-1].approx_kl > 1e-3
     for one, other in zip(plain[1], fused[1], strict=True):
         assert dataclasses.asdict(one) == pytest.approx(dataclasses.asdict(other), rel=1e-3, abs=1e-5)
@@ -309,9 +364,9 @@ def test_in_process_and_from_the_whole_distribution_rho_is_one(model, world, dty
 
 def test_by_default_nothing_is_weighted_in_process(model, world, monkeypatch):
     """Whatever the sampler says, bit for bit."""
-    ours = updated(config_of(model, *SEVERAL), world)
+    ours = updated(config_of(model, *SEVERAL, *SHARED), world)
     stray(monkeypatch, 0.3)
-    theirs = updated(config_of(model, *SEVERAL), world)
+    theirs = updated(config_of(model, *SEVERAL, *SHARED), world)
     assert ours[1] == theirs[1] and all(torch.equal(ours[0][name], p) for name, p in theirs[0].items())
 
 
