@@ -56,7 +56,8 @@ def tiling(group: int, width: int, itemsize: int) -> Tiling:
 
 def padded_width(width: int) -> int:
     """Columns of a tile: a power of two, and at least 16, as a product requires."""
-    return max(16, triton.next_power_of_2(width))
+    columns: int = triton.next_power_of_2(width)
+    return max(16, columns)
 
 
 def attend_cached(
