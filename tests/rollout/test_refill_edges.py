@@ -55,9 +55,10 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             spoilt(cache, row, 0)
         prefill(cache, lengths, rows)
 
-    def copy_row(cache: Cache, source: int, target: int, length: int) -> None:
-        copy(cache, source, target, length)
-        spoilt(cache, target, length)
+    def copy_row(cache: Cache, source: int, targets: Sequence[int], length: int) -> None:
+        copy(cache, source, targets, length)
+        for row in targets:
+            spoilt(cache, row, length)
 
     for name, replaced in (("__init__", init), ("begin_prefill", begin_prefill), ("copy_row", copy_row)):
         monkeypatch.setattr(Cache, name, replaced)
