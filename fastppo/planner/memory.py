@@ -260,10 +260,6 @@ def sampling_needs(actor: Footprint, config: ResponseSettings, batch: Batch) -> 
     cache = batch.rows * (batch.prompt + sampling.max_new_tokens) * actor.position
     prefill = actor.passes(batch.prefilled, batch.prompt, gradient=False).peak
     logits = batch.rows * actor.vocabulary * b
-    if sampling.top_p < 1.0:  # logits sorted, their order in int64, probabilities and their sums in fp64
-        logits += batch.rows * actor.vocabulary * (b + 8 + 8 + 8)
-    if sampling.top_k:  # a copy with what is ruled out
-        logits += batch.rows * actor.vocabulary * b
     gather = GATHER_BYTES if config.zero.stage == 3 else 0
     # Decode attention copies the rows of one layer at a time where it has no kernel of its own, on CUDA.
     layer = 0 if actor.on_cpu else cache // actor.layers

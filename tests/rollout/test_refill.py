@@ -21,7 +21,8 @@ from fastppo.models.attention import compute_with
 from fastppo.models.cache import Cache
 from fastppo.models.flash import FlashAttention
 from fastppo.models.roles import Policy, fuse_head
-from fastppo.rollout.inprocess import FEWEST_TOKENS, bucket, restrict, sample
+from fastppo.ops.eager import restrict
+from fastppo.rollout.inprocess import FEWEST_TOKENS, bucket, sample
 
 Responses = list[tuple[list[int], list[float], bool]]
 
