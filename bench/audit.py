@@ -35,6 +35,7 @@ from fastppo.kernels.policy_loss import policy_loss
 from fastppo.kernels.policy_loss_in_chunk import policy_loss_in_chunk
 from fastppo.kernels.sample_tokens import sample_tokens
 from fastppo.kernels.sum_tokens import sum_tokens
+from fastppo.kernels.truncation import passes, truncation
 from fastppo.kernels.value_loss import value_loss
 from fastppo.kernels.vocabulary_backward import vocabulary_backward
 from fastppo.kernels.vocabulary_forward import vocabulary_forward
@@ -82,6 +83,12 @@ def row_calls(dtype: torch.dtype, softcap: float | None = None) -> list[Call]:
         arguments = (logits, targets, numbers, numbers, normalizer, *scale, *clips, 0.1, 0.1, *kl)
         policy_loss_in_chunk(*arguments, numbers == 0, True, torch.empty(8, ROWS))
 
+    kept = torch.zeros(ROWS), torch.zeros(ROWS, dtype=torch.int64)
+
+    def truncated(name: str, top_k: int, top_p: float) -> Call:
+        least = passes(dtype, top_k, top_p) * row_bytes // ROWS  # one row, because the interpreter is slow
+        return Call(name, lambda: truncation(logits[:1], 0.7, top_k, top_p), least)
+
     return [
         Call("forward", lambda: forward(None), row_bytes),
         Call("forward, reference", lambda: forward(ref_logits), 2 * row_bytes),
@@ -90,6 +97,10 @@ def row_calls(dtype: torch.dtype, softcap: float | None = None) -> list[Call]:
         Call("loss in chunk", lambda: in_chunk(None), 3 * row_bytes),
         Call("loss in chunk, exact KL", lambda: in_chunk(ref_logits), 5 * row_bytes),
         Call("sample", lambda: sample_tokens(logits, targets, targets, 0.7, 1), row_bytes),
+        Call("sample, truncated", lambda: sample_tokens(logits, targets, targets, 0.7, 1, *kept), row_bytes),
+        truncated("top_k", 50, 1.0),
+        truncated("top_p", 0, 0.9),
+        truncated("top_k, top_p", 50, 0.9),
     ]
 
 
@@ -280,7 +291,7 @@ def machine_code() -> list[dict[str, Any]]:
     made = []
     for architecture in ARCHITECTURES:
         groups = [("bfloat16", row_calls(torch.bfloat16)), ("float32", row_calls(torch.float32))]
-        groups += [("bfloat16, softcap", row_calls(torch.bfloat16, 30.0)[:-1]), ("float32", token_calls())]
+        groups += [("bfloat16, softcap", row_calls(torch.bfloat16, 30.0)[:6]), ("float32", token_calls())]
         groups += [("bfloat16", attention_calls(torch.bfloat16)), ("float32", attention_calls(torch.float32))]
         groups += [("bfloat16, softcap", attention_calls(torch.bfloat16, 50.0, WINDOW))]
         groups += [("float32, softcap", attention_calls(torch.float32, 50.0, WINDOW))]

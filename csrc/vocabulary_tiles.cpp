@@ -29,9 +29,14 @@ TileKernels kernels(std::optional<ScalarType> ref, bool capped) {
   return kernels<T, BFloat16>(capped);
 }
 
-template <typename T>
+template <typename T, bool Truncated>
 SamplerKernels samplers() {
-  return {AT_LEVEL(sum_blocks<T>), AT_LEVEL(exponentials<T>), AT_LEVEL(widen_one<T>)};
+  return {AT_LEVEL(sum_blocks<T, Truncated>), AT_LEVEL(exponentials<T, Truncated>), AT_LEVEL(widen_one<T>)};
+}
+
+template <typename T>
+SamplerKernels samplers(bool truncated) {
+  return truncated ? samplers<T, true>() : samplers<T, false>();
 }
 
 }  // namespace
@@ -42,10 +47,10 @@ TileKernels tile_kernels(ScalarType logits, std::optional<ScalarType> ref, bool 
   return kernels<BFloat16>(ref, capped);
 }
 
-SamplerKernels sampler_kernels(ScalarType logits) {
-  if (logits == ScalarType::Float) return samplers<float>();
-  if (logits == ScalarType::Half) return samplers<Half>();
-  return samplers<BFloat16>();
+SamplerKernels sampler_kernels(ScalarType logits, bool truncated) {
+  if (logits == ScalarType::Float) return samplers<float>(truncated);
+  if (logits == ScalarType::Half) return samplers<Half>(truncated);
+  return samplers<BFloat16>(truncated);
 }
 
 }  // namespace fastppo

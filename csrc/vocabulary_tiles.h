@@ -51,14 +51,21 @@ struct TileKernels {
 TileKernels tile_kernels(torch::headeronly::ScalarType logits, std::optional<torch::headeronly::ScalarType> ref,
                          bool capped);
 
+// What top_k and top_p keep of some tokens: logits above `least`, and those equal to it up to index `last`.
+struct Kept {
+  float least;
+  int32_t last;
+};
+
+// `kept` is not read by kernels that are not truncated; the others take a token that is not kept for one of -inf.
 struct SamplerKernels {
   // Sums of e^x over blocks of kBlock tokens, x as above; returns the tile's peak.
-  float (*sum_blocks)(const void* logits, int64_t count, float inverse_temperature, float* sums);
+  float (*sum_blocks)(const void* logits, int64_t count, float inverse_temperature, Kept kept, float* sums);
   // out[i] = e^((logit - peak) / temperature); `count` is at most kBlock.
-  void (*exponentials)(const void* logits, int64_t count, float inverse_temperature, float peak, float* out);
+  void (*exponentials)(const void* logits, int64_t count, float inverse_temperature, float peak, Kept kept, float* out);
   float (*widen)(const void* logit);
 };
 
-SamplerKernels sampler_kernels(torch::headeronly::ScalarType logits);
+SamplerKernels sampler_kernels(torch::headeronly::ScalarType logits, bool truncated);
 
 }  // namespace fastppo

@@ -25,18 +25,25 @@ PART = 256  # columns whose probabilities are summed; the columns of the selecte
 
 
 def sample_tokens(
-    logits: Tensor, stream: Tensor, offset: Tensor, temperature: float | Tensor, seed: int | Tensor
+    logits: Tensor,
+    stream: Tensor,
+    offset: Tensor,
+    temperature: float | Tensor,
+    seed: int | Tensor,
+    least: Tensor | None = None,
+    last: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`fastppo.ops.eager.sample_tokens` (Devroye 1986, ch. III.2), with u from `fastppo.ops.philox.uniform`.
 
     logits: (R, V) fp32, bf16 or fp16, any row stride; stream, offset: (R,) int64; seed: modulo 2^64. Returns tokens,
     (R,) int64, and their log probabilities, (R,) fp32: NaN for a row with NaN, +inf or no finite entry. A token whose
     e^(z - max z) is 0 in fp32 is never sampled. The result of a row depends on its logits and (seed, stream, offset)
-    only, bit for bit, for rows with the same alignment. Traffic: R (V + PART) b bytes.
+    only, bit for bit, for rows with the same alignment. With least, (R,) fp32, and last, (R,) int64, what `truncation`
+    returns, the result is that of logits with -inf at the tokens that are not kept. Traffic: R (V + PART) b bytes.
     """
     check_logits("logits", logits, logits)
     rows, vocabulary = logits.shape
-    check_tokens(rows, stream=stream, offset=offset)
+    check_tokens(rows, stream=stream, offset=offset, least=least, last=last)
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows == 0:
@@ -49,6 +56,8 @@ def sample_tokens(
             policy.tensor,
             stream.contiguous(),
             offset.contiguous(),
+            None if least is None else least.contiguous(),
+            None if last is None else last.contiguous(),
             tokens,
             logprobs,
             policy.stride,
@@ -70,6 +79,8 @@ def sample_tokens_kernel(
     logits,
     stream,
     offset,
+    least,
+    last,
     tokens,
     logprobs,
     stride,
@@ -92,11 +103,13 @@ def sample_tokens_kernel(
     tile = tl.arange(0, TILES)[:, None]
     whole = V // BLOCK
     for t in range(0, whole):
-        peak, total = sum_parts(capped_tile(logits, t * BLOCK + columns, V, None, False), rate, PART)
+        u = capped_tile(logits, t * BLOCK + columns, V, None, False)
+        peak, total = sum_parts(kept(u, t * BLOCK + columns, least, last, m), rate, PART)
         peaks = tl.where(tile == t, peak[None, :], peaks)
         totals = tl.where(tile == t, total[None, :], totals)
     if whole * BLOCK < V:
-        peak, total = sum_parts(capped_tile(logits, whole * BLOCK + columns, V, None, True), rate, PART)
+        u = capped_tile(logits, whole * BLOCK + columns, V, None, True)
+        peak, total = sum_parts(kept(u, whole * BLOCK + columns, least, last, m), rate, PART)
         peaks = tl.where(tile == whole, peak[None, :], peaks)
         totals = tl.where(tile == whole, total[None, :], totals)
 
@@ -112,10 +125,20 @@ def sample_tokens_kernel(
     within = tl.arange(0, PART)
     column = part * PART + within
     u = tl.load(logits + column, mask=column < V, other=float("-inf")).to(tl.float32)
+    u = kept(u, column, least, last, m)
     chosen = first_above(tl.exp2(below(u, row_peak) * rate).to(tl.float64), threshold)
     u_token = tl.sum(tl.where(within == chosen, u, 0.0), axis=0)
     tl.store(tokens + m, (part * PART + chosen).to(tl.int64))
     tl.store(logprobs + m, (u_token - row_peak) * (1.0 / temperature) - tl.log(row_total.to(tl.float32)))
+
+
+@triton.jit
+def kept(u, columns, least, last, m):
+    """u with -inf where row m is truncated. A NaN stays one."""
+    if least is not None:
+        limit = tl.load(least + m)
+        u = tl.where((u < limit) | ((u == limit) & (columns > tl.load(last + m))), float("-inf"), u)
+    return u
 
 
 @triton.jit

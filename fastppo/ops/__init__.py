@@ -16,8 +16,8 @@ and fails with an assertion that names the error.
 Coefficients (temperature, clips, entropy_coef, kl_coef, gamma, lam) are numbers, or tensors without dimensions, on the
 CPU or on the device of the other tensors, which are read when the op runs and receive no gradient: a compiled graph is
 valid for all their values. torch.compile traces each op whole, once for all sizes and coefficients that are marked
-dynamic, else once for each. softcap, scale and other constants of a model are numbers, and constants of a compiled
-graph.
+dynamic, else once for each. top_k, top_p, softcap, scale and other constants of a model are numbers, and constants of a
+compiled graph.
 
 Gradients are first-order, in reverse mode. Other derivatives (create_graph, forward mode, torch.func's grad and jvp)
 raise NotImplementedError; with fp64 inputs all of them work. Inputs for which a docstring names no gradient are
@@ -53,11 +53,10 @@ from fastppo.ops.arguments import (
     is_off,
 )
 from fastppo.ops.backend import by_eager
-from fastppo.ops.coefficients import numbers
+from fastppo.ops.coefficients import numbers, overload
 from fastppo.ops.gradient_free import attend_cached as attend_cached
 from fastppo.ops.gradient_free import gae as gae
 from fastppo.ops.gradient_free import sample_tokens as sample_tokens
-from fastppo.ops.overloads import overload
 from fastppo.ops.stats import PolicyStats as PolicyStats
 from fastppo.ops.stats import TokenStats as TokenStats
 from fastppo.ops.stats import ValueStats as ValueStats

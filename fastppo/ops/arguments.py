@@ -182,6 +182,17 @@ def check_attention(scale: float, window: int, softcap: float, *, query: Tensor,
         raise ValueError(f"window is {window}; it must be a number of positions, or 0 for all")
 
 
+def check_truncation(top_k: int, top_p: float) -> None:
+    for name, value in (("top_k", top_k), ("top_p", top_p)):
+        check_number(name, value, "a setting")
+    if not isinstance(top_k, int):
+        raise TypeError(f"top_k is {top_k}; it must be a whole number of tokens, or 0 for all")
+    if top_k < 0:
+        raise ValueError(f"top_k is {top_k}; it must be a number of tokens, or 0 for all")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p is {top_p}; it must be above 0, and at most 1, which keeps all tokens")
+
+
 def check_scale(temperature: Coefficient, softcap: float | None, logit_scale: float | None = None) -> None:
     check_divisor("temperature", temperature)
     if softcap is not None:

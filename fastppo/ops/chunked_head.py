@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.ops.overloads import overload
+from fastppo.ops.coefficients import overload
 
 # Weight gradients of several chunks are summed in fp32. A product of a few thousand vocabulary rows at a time is
 # still in the cache when it is added; a product of the whole vocabulary would be written to memory and read again.

@@ -1,4 +1,4 @@
-"""Coefficients of an op for its kernels: all as numbers, or all as tensors without dimensions."""
+"""Coefficients of an op for its kernels: all as numbers, or all as tensors without dimensions, in an overload each."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 from fastppo.ops.arguments import Coefficient
+
+# Arguments that are floats, or the seed of sampling, and may change at each call. Other numbers are constants of a
+# model.
+_LOSS = ("temperature", "clip_low", "clip_high", "dual_clip", "clip", "entropy_coef", "kl_coef")
+COEFFICIENTS = (*_LOSS, "gamma", "lam", "seed")
 
 
 def numbers(like: Tensor, *, device: torch.device | None = None, **coefficients: Coefficient | None) -> dict[str, Any]:
@@ -31,3 +36,10 @@ def _tensor(value: Coefficient, like: Tensor, device: torch.device, compiling: b
     if compiling:  # only with a sum the number does not become a constant of the graph
         return torch.zeros((), dtype=torch.float64, device=device) + value
     return torch.full((), value, dtype=torch.float64, device=device)
+
+
+def overload(op: str, coefficient: float | Tensor | None) -> Any:
+    """The overload of an op for coefficients of this type: `default` takes numbers, `tensors` takes tensors. Without
+    it, torch would read a tensor without dimensions as a number."""
+    packet = getattr(torch.ops.fastppo, op)
+    return packet.tensors if isinstance(coefficient, Tensor) else packet.default

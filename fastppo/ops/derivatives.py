@@ -17,7 +17,7 @@ from torch._library.autograd import make_autograd_impl  # what torch.library.reg
 from torch.autograd import forward_ad
 
 from fastppo.ops import chunked_head, registration
-from fastppo.ops.overloads import overload
+from fastppo.ops.coefficients import overload
 
 # The rows of vocabulary_forward's statistics that have gradients, in the order of vocabulary_backward's upstream.
 LOGPROBS, ENTROPY, LSE, KL = 0, 1, 2, 6

@@ -12,7 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from fastppo.ops.philox import uniform
+from fastppo.ops.eager_sampling import restrict as restrict
+from fastppo.ops.eager_sampling import sample_tokens as sample_tokens
 from fastppo.ops.stats import PolicyStats, TokenStats, ValueStats
 
 
@@ -275,21 +276,6 @@ def value_loss(
     total = 0.5 * loss.sum()
     sums = [total, clipped.sum(), v.sum(), v.square().sum(), target.sum(), target.square().sum(), error.sum()]
     return total / normalizer, ValueStats(torch.stack([s.detach().to(dtype) for s in sums]))
-
-
-def sample_tokens(
-    logits: Tensor, *, temperature: float = 1.0, seed: int, stream: Tensor, offset: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Sample one token a row by the inverse distribution function, in fp64 (Devroye 1986, ch. III.2).
-
-    The token is the first v with p_0 + ... + p_v > u, u from `philox.uniform`. A token with p_v = 0 adds nothing to the
-    sum, so it is never sampled.
-    """
-    log_p = (logits.double() / temperature).log_softmax(-1)
-    cumulative = log_p.exp().cumsum(-1)
-    threshold = uniform(seed, stream, offset) * cumulative[:, -1]  # the sum is 1 up to rounding
-    tokens = torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
-    return tokens, at_targets(log_p, tokens).float()
 
 
 def attend_cached(

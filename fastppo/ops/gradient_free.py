@@ -25,10 +25,10 @@ from fastppo.ops.arguments import (
     check_shape,
     check_starts,
     check_tokens,
+    check_truncation,
 )
 from fastppo.ops.backend import by_eager, log_once_unless_compiling
-from fastppo.ops.coefficients import numbers
-from fastppo.ops.overloads import overload
+from fastppo.ops.coefficients import numbers, overload
 
 HOST = torch.device("cpu")
 
@@ -124,19 +124,35 @@ def _(rewards: Tensor, values: Tensor, *arguments: Any) -> Tensor:
 
 
 def sample_tokens(
-    logits: Tensor, *, temperature: Coefficient = 1.0, seed: int, stream: Tensor, offset: Tensor | int
+    logits: Tensor,
+    *,
+    temperature: Coefficient = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int,
+    stream: Tensor,
+    offset: Tensor | int,
 ) -> tuple[Tensor, Tensor]:
-    """Sample one token a row from softmax(logits / temperature).
+    """Sample one token a row from softmax(logits / temperature), or from what top_k and top_p keep of it.
 
     logits: (R, V) floating, each row with a finite entry, -inf for excluded tokens; seed: taken modulo 2^64; stream:
     (R,) int64, prompt index * n + sample index; offset: (R,) int64, or one int for all rows: the position of the token.
     The result of a row depends on its logits and (seed, stream, offset) only, bit for bit. The random number is that of
     Philox4x32-10 with key (seed) and counter (offset, stream): see `fastppo.ops.philox.uniform`. temperature may be a
-    tensor, (). Returns tokens, (R,) int64, and their log probabilities, (R,) fp32, without gradients.
+    tensor, (). Returns tokens, (R,) int64, and their log probabilities, (R,) fp32, without gradients: those of the
+    distribution that was drawn from.
+
+    top_k: keep the k largest logits, and all that are equal to the k-th; 0 for all. top_p: of these keep the smallest
+    set of the largest whose probability, at this temperature and among these, reaches top_p (Holtzman et al. 2020);
+    1.0 for all. Of equal logits at its end those with the lowest index are in it, and only as many as are needed; the
+    most likely token always is. It is found without a sort, by sums of probabilities in fp64. transformers' processors
+    in fp64 keep the same number of tokens, with the same logits, but of equal ones at the end not always the first; at
+    a probability that equals top_p up to rounding, either may keep a token more.
     """
     check_logits("logits", logits)
     check_scale(temperature, None)
     check_coefficients(logits, "logits", temperature=temperature)
+    check_truncation(top_k, top_p)
     if isinstance(offset, int):
         offset = torch.full_like(stream, offset)
     for name, tensor in (("stream", stream), ("offset", offset)):
@@ -146,8 +162,12 @@ def sample_tokens(
     arguments: dict[str, Any] = {"logits": logits.detach(), "stream": stream, "offset": offset}
     arguments |= numbers(logits, temperature=temperature)
     if by_eager(logits):
-        tokens, logprobs = eager.sample_tokens(**arguments, seed=seed)
+        tokens, logprobs = eager.sample_tokens(**arguments, top_k=top_k, top_p=top_p, seed=seed)
     else:
+        if top_k > 0 or top_p < 1.0:
+            find = overload("truncation", arguments["temperature"])
+            least, last = find(arguments["logits"], arguments["temperature"], top_k, top_p)
+            arguments |= {"least": least, "last": last}
         if not -(2**63) <= seed < 2**63:
             seed = (seed + 2**63) % 2**64 - 2**63  # as an int64
         kernel = overload("sample_tokens", arguments["temperature"])

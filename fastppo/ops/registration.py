@@ -19,7 +19,7 @@ from torch._compile import _disable_dynamo
 
 import fastppo._C  # registers torch.ops.fastppo.*
 from fastppo.ops import chunked_head
-from fastppo.ops.overloads import COEFFICIENTS
+from fastppo.ops.coefficients import COEFFICIENTS
 
 # Ops with a Triton kernel, each in the file of the same name in kernels/; the CPU's is in csrc/, in NAME.cpp.
 TRITON = (
@@ -29,6 +29,7 @@ TRITON = (
     "policy_loss",
     "sum_tokens",
     "value_loss",
+    "truncation",
     "sample_tokens",
     "attend_cached",
 )
@@ -143,6 +144,12 @@ def _(values: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 @fake("sample_tokens")
 def _(logits: Tensor, stream: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(stream), stream.new_empty(stream.shape[0], dtype=torch.float32)
+
+
+@fake("truncation")
+def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    rows = logits.shape[0]
+    return logits.new_empty(rows, dtype=torch.float32), logits.new_empty(rows, dtype=torch.int64)
 
 
 @fake("gae")

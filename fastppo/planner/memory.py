@@ -259,22 +259,13 @@ def sampling_needs(actor: Footprint, config: ResponseSettings, batch: Batch) -> 
     """Cache and workspace of the sampler."""
     cache = batch.rows * (batch.prompt + config.sampling.max_new_tokens) * actor.position
     prefill = actor.passes(batch.prefilled, batch.prompt, gradient=False).peak
-    logits = drawing_needs(actor, config, batch)
     gather = GATHER_BYTES if config.zero.stage == 3 else 0
-    # Decode attention copies the rows of one layer at a time where it has no kernel of its own, on CUDA.
-    layer = 0 if actor.on_cpu else cache // actor.layers
-    return Bytes(activations=prefill, cache=cache, workspace=max(logits + layer, gather))
+    return Bytes(activations=prefill, cache=cache, workspace=max(step_logits(actor, batch), gather))
 
 
-def drawing_needs(actor: Footprint, config: ResponseSettings, batch: Batch) -> int:
-    """Logits of a decode step, and what restricts them."""
-    sampling, b = config.sampling, actor.bytes
-    logits = batch.rows * actor.vocabulary * b
-    if sampling.top_p < 1.0:  # logits sorted, their order in int64, probabilities and their sums in fp64
-        logits += batch.rows * actor.vocabulary * (b + 8 + 8 + 8)
-    if sampling.top_k:  # a copy with what is ruled out
-        logits += batch.rows * actor.vocabulary * b
-    return logits
+def step_logits(actor: Footprint, batch: Batch) -> int:
+    """Bytes of the logits of a decode step; drawing from them needs no copy."""
+    return batch.rows * actor.vocabulary * actor.bytes
 
 
 def recording_holds(actor: Footprint, config: ResponseSettings, batch: Batch) -> Bytes:
@@ -284,7 +275,7 @@ def recording_holds(actor: Footprint, config: ResponseSettings, batch: Batch) ->
         return Bytes()
     passes = actor.passes(-(-batch.rows // STEP_TOKENS), STEP_TOKENS, gradient=False)
     written = batch.rows * (config.sampling.max_new_tokens + 1) * (8 + 4)
-    return Bytes(buffers=passes.peak + drawing_needs(actor, config, batch) + written)
+    return Bytes(buffers=passes.peak + step_logits(actor, batch) + written)
 
 
 def prefix_states(role: Role, batch: Batch) -> int:

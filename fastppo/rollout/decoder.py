@@ -127,29 +127,15 @@ class Decoder:
         if config.min_new_tokens and len(self._stop_ids):
             early = position < config.min_new_tokens
             logits[:, self._stop_ids] = logits[:, self._stop_ids].masked_fill(early[:, None], float("-inf"))
-        logits = restrict(logits, config.temperature, config.top_k, config.top_p)
         return ops.sample_tokens(
-            logits, temperature=config.temperature, seed=self._seed, stream=stream, offset=position
+            logits,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            seed=self._seed,
+            stream=stream,
+            offset=position,
         )
-
-
-def restrict(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """logits (R, V) with -inf outside the k most likely tokens and outside the nucleus (Holtzman et al., 2020).
-
-    The nucleus is the smallest set of most likely tokens whose probability, at this temperature and after top_k,
-    reaches `top_p`; the most likely token is always in it. Of equally likely tokens the first come first, and top_k
-    keeps all that are as likely as the k-th. Probabilities and their sums are fp64: in fp32 the sums of 150,000 are off
-    by hundreds of tokens' worth.
-    """
-    if top_k and top_k < logits.shape[-1]:
-        least = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    if top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-        probabilities = ordered.double().div_(temperature).softmax(-1)
-        outside = probabilities.cumsum(-1).sub_(probabilities) >= top_p
-        logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), float("-inf"))
-    return logits
 
 
 def bucket(rows: int) -> int:

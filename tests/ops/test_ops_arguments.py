@@ -136,6 +136,13 @@ WRONG: dict[str, list[tuple[str, Any, type[Exception], str]]] = {
         ("logits", torch.zeros(5), ValueError, r"logits has shape \(5,\)"),
         ("temperature", -1.0, ValueError, "temperature is -1.0"),
         *WRONG_COEFFICIENT,
+        ("top_k", -1, ValueError, "top_k is -1; it must be a number of tokens, or 0 for all"),
+        ("top_k", 2.0, TypeError, "top_k is 2.0; it must be a whole number"),
+        ("top_k", torch.tensor(2), TypeError, "top_k is a tensor; it is a setting and must be a number"),
+        ("top_p", 0.0, ValueError, "top_p is 0.0; it must be above 0, and at most 1"),
+        ("top_p", 1.01, ValueError, "top_p is 1.01"),
+        ("top_p", math.nan, ValueError, "top_p is nan"),
+        ("top_p", ONE, TypeError, "top_p is a tensor"),
         ("stream", TARGETS.int(), TypeError, "stream has dtype torch.int32"),
         ("stream", TARGETS[1:], ValueError, r"stream has shape \(3,\)"),
         ("offset", TARGETS[1:], ValueError, r"offset has shape \(3,\)"),
@@ -171,7 +178,7 @@ WHOLE: dict[str, dict[str, Any]] = {
     "linear_policy_loss": {**GOOD["linear_policy_loss"], "softcap": 3.0, "bias": torch.zeros(5), "dual_clip": 2.0}
     | {"ref_hidden": HIDDEN, "ref_weight": WEIGHT, "ref_bias": torch.zeros(5), "ref_logprobs": TOKENS},
     "value_loss": {**GOOD["value_loss"], "clip": 0.2},
-    "sample_tokens": {**GOOD["sample_tokens"], "temperature": 1.0},
+    "sample_tokens": {**GOOD["sample_tokens"], "temperature": 1.0, "top_k": 2, "top_p": 0.9},
     "attend_cached": {"query": torch.zeros(2, 2, 4), "key": torch.zeros(2, 1, 4), "value": torch.zeros(2, 1, 4)}
     | {"key_cache": torch.zeros(3, 1, 5, 4), "value_cache": torch.zeros(3, 1, 5, 4), "lengths": TARGETS[:3]}
     | {"rows": torch.arange(2), "scale": 1.0, "softcap": 3.0},

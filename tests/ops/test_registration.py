@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastppo import ops
 from fastppo.models.roles import FusedHead
 from fastppo.ops import registration
-from fastppo.ops.overloads import COEFFICIENTS
+from fastppo.ops.coefficients import COEFFICIENTS
 
 M, V, H = 6, 33, 8
 ONE = torch.tensor(4.0)
@@ -89,7 +89,9 @@ def arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         ),
         "sum_tokens": (torch.rand(8, M), 0.1, 0.2, ONE),
         "value_loss": (grown, TOKENS.flip(0), TOKENS + 1, mask, ONE, 0.2),
+        "truncation": (plain, 0.7, 3, 0.9),
         "sample_tokens": (plain, torch.arange(M), torch.arange(M), 0.7, 11),
+        "sample_tokens, truncated": (plain, *[torch.arange(M)] * 2, 0.7, 11, torch.zeros(M), torch.arange(M)),
         "accumulate": (torch.zeros(V, H), weight.detach()),
         "linear_logprobs": (hidden, weight, bias, head_targets, *no_reference, *SCALE, 1 << 20),
         "linear_logprobs_backward": (

@@ -23,11 +23,11 @@ from fastppo.data.microbatches import plan_step
 from fastppo.distributed.world import start_world
 from fastppo.models.frozen_prefix import PrefixStates
 from fastppo.models.roles import FusedHead
+from fastppo.ops.eager import restrict
 from fastppo.ppo.experience import compute_experience
 from fastppo.ppo.importance import importance_metrics, importance_weights
 from fastppo.ppo.losses import TokenLoss, clip
 from fastppo.ppo.update import Targets, clip_term, loss_term, run_updates
-from fastppo.rollout.decoder import restrict
 
 # A policy over four tokens that sees the token before: logits by token and token before (V, V + 1), the last column at
 # the start of a response. The sampler is another such table, with the same tokens.

@@ -22,7 +22,8 @@ from fastppo.distributed import Stopped, stop
 from fastppo.models.attention import compute_with
 from fastppo.models.cache import Cache
 from fastppo.models.roles import Policy, fuse_head
-from fastppo.rollout.decoder import Decoder, bucket, restrict
+from fastppo.ops.eager import restrict
+from fastppo.rollout.decoder import Decoder, bucket
 from fastppo.rollout.inprocess import FEWEST_TOKENS, sample
 
 Responses = list[tuple[list[int], list[float], bool]]

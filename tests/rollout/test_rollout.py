@@ -4,14 +4,12 @@ import pytest
 import spellings
 import tiny
 import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from fastppo import ops
 from fastppo.config import SamplingConfig
 from fastppo.data.batch import Prompts
 from fastppo.errors import FastPPOError
 from fastppo.models.roles import Policy, fuse_head, token_stats
-from fastppo.rollout.decoder import restrict
 from fastppo.rollout.inprocess import sample
 from fastppo.rollout.stop_tokens import named_stop_ids, stop_ids
 
@@ -133,67 +131,12 @@ def test_no_prompts_give_an_empty_rollout():
     assert len(found.packed) == 0 and found.ended.dtype == torch.bool
 
 
-def test_top_k_keeps_the_k_most_likely():
-    kept = restrict(torch.tensor([[1.0, 4.0, 3.0, 2.0]]), 1.0, top_k=2, top_p=1.0)
-    assert kept.isfinite().tolist() == [[False, True, True, False]]
-
-
-def test_top_p_keeps_the_smallest_set_that_reaches_it():
-    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64).log()
-    for top_p, count in ((0.4, 1), (0.5, 1), (0.51, 2), (0.8001, 3), (0.96, 4)):
-        assert int(restrict(logits, 1.0, 0, top_p).isfinite().sum()) == count
-
-
-QWEN = 151_936  # tokens in its vocabulary
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("top_p", "top_k"), [(0.5, 0), (0.9, 0), (0.999, 0), (0.95, 50), (0.999, 100_000)])
-def test_the_nucleus_of_a_large_vocabulary_is_that_of_fp64(top_p, top_k, dtype):
-    """Against transformers' own warpers in fp64: the same number of tokens, as likely ones; in bf16 many are ties."""
-    random = torch.Generator().manual_seed(0)
-    logits = (1.5 * torch.randn(2, QWEN, generator=random)).to(dtype)
-    logits[1, ::3] = float("-inf")  # as stop tokens before the minimum length are
-    expected = TemperatureLogitsWarper(0.8)(None, logits.double())
-    if top_k:
-        expected = TopKLogitsWarper(top_k)(None, expected)
-    expected = TopPLogitsWarper(top_p)(None, expected)
-    found = restrict(logits, 0.8, top_k, top_p)
-    kept = found.isfinite()
-    assert kept.sum(-1).tolist() == expected.isfinite().sum(-1).tolist()
-    for row in range(2):
-        assert torch.equal(found[row][kept[row]], logits[row][kept[row]])
-        theirs = logits[row][expected[row].isfinite()]
-        assert torch.equal(found[row][kept[row]].sort().values, theirs.sort().values)
-
-
-def test_of_equally_likely_tokens_the_first_are_in_the_nucleus():
-    logits = torch.zeros(1, 10)
-    assert restrict(logits, 1.0, 0, 0.35).isfinite()[0].nonzero()[:, 0].tolist() == [0, 1, 2, 3]
-    logits[0, 7] = 1.0
-    assert restrict(logits, 1.0, 2, 0.999).isfinite().all()  # as likely as the second
-    assert restrict(logits, 1.0, 1, 0.999).isfinite()[0].nonzero()[:, 0].tolist() == [7]
-
-
-def test_the_only_token_that_may_be_drawn_is_in_the_nucleus():
-    logits = torch.full((1, QWEN), float("-inf"))
-    logits[0, 1234] = -7.0
-    for top_k, top_p in ((0, 1e-9), (3, 0.999), (1, 0.5)):
-        assert restrict(logits, 0.7, top_k, top_p).isfinite()[0].nonzero()[:, 0].tolist() == [1234]
-
-
 def test_stop_tokens_before_the_minimum_length_take_no_part_of_the_nucleus():
     actor = policy()
     stops = list(range(0, 257, 2))
     found = rollout(actor, stops=stops, max_new_tokens=6, min_new_tokens=6, top_p=0.5, top_k=9)
     assert all(token % 2 for response in responses(found) for token in response)
     assert (found.logprobs.exp() > 0.5 / 9).any() and found.logprobs.isfinite().all()
-
-
-def test_top_p_looks_at_the_distribution_at_its_temperature():
-    logits = torch.tensor([[0.6, 0.4]]).log()
-    assert int(restrict(logits, 0.1, 0, 0.9).isfinite().sum()) == 1
-    assert int(restrict(logits, 1.0, 0, 0.9).isfinite().sum()) == 2
 
 
 def test_stop_ids_are_all_of_the_models_and_the_configs():
