@@ -11,8 +11,8 @@ from rich.table import Table
 from fastppo.config import AnyConfig
 from fastppo.distributed import World
 from fastppo.errors import FastPPOError
-from fastppo.planner.changes import advice, in_gb
-from fastppo.planner.machine import this_machine
+from fastppo.planner.changes import advice
+from fastppo.planner.machine import in_gb, this_machine
 from fastppo.planner.plan import Plan, make_plan
 
 
@@ -47,6 +47,8 @@ def show(plan: Plan, console: Console) -> None:
         table.add_row("" if before and before[0] == row[0] else row[0], *row[1:])
     console.print(table)
     phase, _ = plan.peak
+    for line in [] if plan.vllm is None else plan.vllm.lines():
+        console.print(line, highlight=False, soft_wrap=True)
     for name, (needed, there) in plan.needs.items():
         verdict = "fits" if needed <= there else "does not fit"
         console.print(f"{name}: {in_gb(needed)} of {in_gb(there)} GB, {verdict}", highlight=False)

@@ -26,6 +26,7 @@ from fastppo.planner.memory import (
     prompts_of,
     sampling_needs,
 )
+from fastppo.planner.vllm_memory import samples_with_vllm, streaming_needs
 from fastppo.rollout import bucket
 
 PHASES = ("sampling", "feedback")
@@ -42,7 +43,10 @@ def shares(roles: list[Role], config: GenerateConfig, ranks: int) -> list[Share]
             used = ("sampled" if sampled else "rewards") in table[phase]
             places = _weights(role, config, ranks, sampled=sampled, used=used)
             if used and sampled:
-                places += Places(gpu=sampling_needs(role.size, replace(config, rewards_on="gpu"), batch))
+                alone = replace(config, rewards_on="gpu")  # the sampled model is whole, wherever the others are
+                vllm = samples_with_vllm(config)
+                needs = streaming_needs(role.size, alone) if vllm else sampling_needs(role.size, alone, batch)
+                places += Places(gpu=needs)
             elif used:
                 places += prefetch(role, config) + Places(gpu=asking_needs(role, batch, head=False))
             found.append(Share(role.name, phase, places))
@@ -76,7 +80,7 @@ def smaller_passes(config: GenerateConfig) -> Iterator[Change]:
     for part in (2, 4, 8):
         if config.microbatch_tokens // part >= longest:
             yield {"microbatch_tokens": config.microbatch_tokens // part}
-    for part in (2, 4):
+    for part in () if samples_with_vllm(config) else (2, 4):
         if config.sampling.rows // part >= 4:
             yield {"sampling.rows": config.sampling.rows // part}
     if config.rewards or config.judge:

@@ -27,6 +27,7 @@ from fastppo.planner.memory import (
     sampling_needs,
     summed_on_arrival,
 )
+from fastppo.planner.vllm_memory import samples_with_vllm, streaming_needs
 
 PHASES = ("sampling", "feedback", "experience", "learning")
 EVALUATED = ("sampling", "feedback", "experience")  # the phases of an evaluation
@@ -69,7 +70,7 @@ def kinds(role: Role, config: OnlineConfig, ranks: int) -> dict[str, Bytes]:
         "optimizers": Bytes(optimizer=gpu.optimizer),
         "gradients": replace(buffers(role, config, ranks).gpu, gradients=sums),
     }
-    if config.zero.stage == 3 and role.name == "actor":
+    if config.zero.stage == 3 and role.name == "actor" and not samples_with_vllm(config):
         found["sampling_weights"] = Bytes(weights=role.size.parameters * b)
     return found
 
@@ -131,7 +132,9 @@ def _needs(role: Role, phase: str, config: OnlineConfig, ranks: int, batch: Batc
     lone: whether the reference is the actor itself.
     """
     if phase == "sampling":
-        return Places(gpu=sampling_needs(role.size, config, batch))
+        vllm = samples_with_vllm(config)
+        needs = streaming_needs(role.size, config) if vllm else sampling_needs(role.size, config, batch)
+        return Places(gpu=needs)
     policy, exact = role.name in ("actor", "reference"), config.exact_kl
     if phase == "learning" and role.trains:
         actor, reads = role.name == "actor", config.loss_reads_reference
@@ -161,6 +164,6 @@ def smaller_passes(config: OnlineConfig) -> Iterator[Change]:
     for part in (2, 4, 8):
         if config.microbatch_tokens // part >= longest:
             yield {config.names.microbatch: config.microbatch_tokens // part}
-    for part in (2, 4):
+    for part in () if samples_with_vllm(config) else (2, 4):
         if config.sampling.rows // part >= 4:
             yield {"sampling.rows": config.sampling.rows // part}

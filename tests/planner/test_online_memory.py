@@ -31,8 +31,8 @@ from fastppo.online import evaluation
 from fastppo.planner import memory
 from fastppo.planner.footprint import Footprint, Pass
 from fastppo.planner.memory import Bytes, Role, by_phase
-from fastppo.planner.methods import measured_roles
 from fastppo.planner.online_memory import PHASES, averaged, kinds, placed, shares, smaller_passes
+from fastppo.planner.plan import measured_roles
 from fastppo.ppo.experience import compute_experience
 from fastppo.ppo.update import run_updates
 from fastppo.rewards import load_sources

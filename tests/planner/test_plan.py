@@ -17,8 +17,7 @@ from fastppo.models.loading.policies import load_causal
 from fastppo.models.roles import ModelError
 from fastppo.planner import check
 from fastppo.planner.machine import Machine, parse_bytes
-from fastppo.planner.methods import measured_roles
-from fastppo.planner.plan import make_plan
+from fastppo.planner.plan import make_plan, measured_roles
 
 REWARDS = '[{"function": "a:b"}]'
 ALONE = World(0, 1, torch.device("cpu"))
