@@ -88,6 +88,7 @@ class Share:
     role: str
     phase: str
     places: Places
+    first: bool = False  # on the first rank alone
 
 
 @dataclass(frozen=True)

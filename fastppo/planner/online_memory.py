@@ -37,8 +37,10 @@ def shares(roles: list[Role], config: OnlineConfig, ranks: int) -> list[Share]:
     """Every role in every phase on one rank, and the moving average of the actor's weights where there is one."""
     batch, table = Batch.of(config, ranks), _uses(config)
     lone = not any(role.name == "reference" for role in roles)  # it is the actor, adapters off
+    # At stage 3 an actor that is sampled from nowhere in this process is gathered at the end, to be exported.
+    exports = config.zero.stage == 3 and samples_with_vllm(config)
     found = []
-    for phase in PHASES:
+    for phase in (*PHASES, "export") if exports else PHASES:
         for role in roles:
             places = _lasting(role, phase, config, ranks, batch) + _live(role, phase, config)
             if phase in _computed(role, table):
@@ -47,6 +49,10 @@ def shares(roles: list[Role], config: OnlineConfig, ranks: int) -> list[Share]:
         if config.actor.average is not None:
             actor = next(role for role in roles if role.name == "actor")
             found.append(Share("average", phase, averaged(actor, phase, config, ranks)))
+    if exports:
+        size = next(role.size for role in roles if role.name == "actor")
+        whole = Places(host=Bytes(weights=size.parameters * size.bytes))
+        found.append(Share("whole actor", "export", whole, first=True))
     return found
 
 
@@ -88,9 +94,9 @@ def _made_once(role: Role, config: OnlineConfig) -> bool:
 
 
 def averaged(actor: Role, phase: str, config: OnlineConfig, ranks: int) -> Places:
-    """The average of what trains, in fp32, and in an evaluation of it the actor's own weights beside it."""
+    """The average of what trains, in fp32, and while it is evaluated or exported the actor's own weights beside it."""
     part = actor.size.trained // (ranks if config.zero.stage == 3 else 1)
-    aside = part * actor.size.bytes if phase in EVALUATED else 0
+    aside = part * actor.size.bytes if phase in (*EVALUATED, "export") else 0
     return Places(host=Bytes(weights=4 * part + aside))
 
 

@@ -80,14 +80,18 @@ class Plan:
     def _on_cpu(self, places: Places) -> int:
         return places.host.total if self.machine.gpu is None else 0
 
+    def _in_host(self, places: Places) -> int:
+        return places.host.total + (places.gpu.total if self.machine.gpu is None else 0)
+
     @property
     def needs(self) -> dict[str, tuple[int, int]]:
         """Bytes needed and bytes there are: of a GPU, of a node's memory, of a node's NVMe, of what vLLM may take."""
         machine, most = self.machine, list(by_phase(self.shares))
         gpu = max(places.gpu.total for _, places in most)
-        host = max(places.host.total + (places.gpu.total if machine.gpu is None else 0) for _, places in most)
+        others = dict(by_phase([share for share in self.shares if not share.first]))
+        host = max(self._in_host(p) + (machine.gpus - 1) * self._in_host(others[phase]) for phase, p in most)
         nvme = max(places.nvme.total for _, places in most)
-        found = {"host": (machine.gpus * (host + PROCESS_HOST), machine.host)}
+        found = {"host": (host + machine.gpus * PROCESS_HOST, machine.host)}
         if machine.gpu is not None:
             found = {"GPU": (gpu, int(FILLED * (machine.gpu - PROCESS_GPU)))} | found
         if machine.nvme is not None:
