@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
-from fastppo.config import AnyConfig, OfflineConfig, command_of
+from fastppo.config import AnyConfig, ResponseSettings, command_of
 from fastppo.errors import ConfigError
 from fastppo.models import ModelError
 from fastppo.planner.machine import Machine, in_gb
@@ -44,13 +44,14 @@ def smallest_change(plan: Plan) -> Change | None:
         made = planned(change)
         return made is not None and made.fits
 
+    whole = bool(_whole_weights(plan)) and plan.vllm is None  # which another sampler alone can change
     samplers = list(_samplers(plan))
     options = list(_options(plan.config, plan.machine))
-    for change in samplers + options:
+    for change in samplers if whole else samplers + options:
         if fits(change):
             return change
     enough = (change for change in samplers if (made := planned(change)) and made.vllm and made.vllm.fits)
-    unchanged: list[Change] = [] if _whole_weights(plan) and plan.vllm is None else [{}]
+    unchanged: list[Change] = [] if whole else [{}]
     for first in [*unchanged, *_smallest_groups(enough)]:
         several: Change
         for several in accumulate(options, lambda one, other: one | other, initial=first):
@@ -69,9 +70,9 @@ def _samplers(plan: Plan) -> Iterator[Change]:
     vLLM over as many ranks or more, and of each the share of memory that is nearest to the present one first.
     """
     config, machine = plan.config, plan.machine
-    if isinstance(config, OfflineConfig) or (plan.vllm is None and not (config.trained and _whole_weights(plan))):
+    if plan.vllm is None and not (config.trained and _whole_weights(plan)):
         return
-    present = config.rollout.vllm
+    present = cast(ResponseSettings, config).rollout.vllm
     shares = sorted((n / 20 for n in range(1, 20)), key=lambda share: abs(share - present.gpu_memory_utilization))
     for ranks in range(present.tensor_parallel_size, machine.gpus + 1):
         if machine.gpus % ranks:

@@ -265,7 +265,7 @@ def sampling_needs(actor: Footprint, config: ResponseSettings, batch: Batch) -> 
         logits += batch.rows * actor.vocabulary * (b + 8 + 8 + 8)
     if sampling.top_k:  # a copy with what is ruled out
         logits += batch.rows * actor.vocabulary * b
-    gather = GATHER_BYTES if config.zero.stage == 3 else 0
+    gather = max(GATHER_BYTES, actor.largest * b) if config.zero.stage == 3 else 0  # a bucket, or one larger weight
     # Decode attention copies the rows of one layer at a time where it has no kernel of its own, on CUDA.
     layer = 0 if actor.on_cpu else cache // actor.layers
     return Bytes(activations=prefill, cache=cache, workspace=max(logits + layer, gather))

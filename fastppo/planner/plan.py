@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from fastppo.config import AnyConfig, GenerateConfig, OfflineConfig, OnlineConfig
+from fastppo.config import AnyConfig, GenerateConfig, OfflineConfig, OnlineConfig, ResponseSettings
 from fastppo.planner import generation_memory, offline_memory, online_memory
 from fastppo.planner.machine import CONTEXT, Machine
 from fastppo.planner.memory import Change, Places, Role, Share, by_phase
@@ -111,11 +111,11 @@ def make_plan(config: AnyConfig, machine: Machine, roles: list[Role] | None = No
     if roles is None:
         roles = measured_roles(config, cpu=machine.gpu is None)
     shares = method.shares(roles, config, machine.ranks)
-    if isinstance(config, OfflineConfig) or method.sampled is None or not samples_with_vllm(config):
+    if method.sampled is None or not samples_with_vllm(drawing := cast(ResponseSettings, config)):
         return Plan(config, machine, shares)
     name, responses = method.sampled(config)
     size = next(role.size for role in roles if role.name == name)
     places = dict(by_phase(shares))["sampling"]
     beside = PROCESS_HOST + places.host.total + places.gpu.total - places.gpu.passing.total
-    vllm = vllm_memory(size, config, responses, machine, beside)
+    vllm = vllm_memory(size, drawing, responses, machine, beside)
     return Plan(config, machine, shares + vllm.shares(dict.fromkeys(share.phase for share in shares)), vllm)
