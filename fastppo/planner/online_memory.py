@@ -52,7 +52,7 @@ def shares(roles: list[Role], config: OnlineConfig, ranks: int) -> list[Share]:
     if exports:
         size = next(role.size for role in roles if role.name == "actor")
         whole = Places(host=Bytes(weights=size.parameters * size.bytes))
-        found.append(Share("whole actor", "export", whole, first=True))
+        found.append(Share("actor, rank 0", "export", whole, first=True))
     return found
 
 
