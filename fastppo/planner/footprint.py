@@ -72,8 +72,8 @@ class Footprint:
         self.vocabulary: int = config.vocab_size
         self.head_trains = head is not None and bool(next(head.parameters()).requires_grad)
         self.prefix = prefix_depth(model)
-        self.heads: int = config.num_attention_heads
         self.key_value_heads, head_width = Cache.shape(config)
+        self.heads: int = getattr(config, "num_attention_heads", self.key_value_heads)
         # bytes of keys and values of one token
         self.position = 2 * self.layers * self.key_value_heads * head_width * self.bytes
         # What an engine with weights of its own has of them: no adapters, which are merged, and no value head.
@@ -84,7 +84,8 @@ class Footprint:
         self.largest_layer = max(self.largest, *(sum(p.numel() for p in layer.parameters()) for layer in layers))
         self._vectors = sum(p.numel() for p in own if p.dim() < 2)
         self._matrices = sum(p.numel() for p in own if p.dim() > 1)
-        self._key_value_weights = 2 * self.layers * self.key_value_heads * head_width * config.hidden_size
+        read = getattr(config, "hidden_size", self.width)
+        self._key_value_weights = 2 * self.layers * self.key_value_heads * head_width * read
         self.on_cpu = cpu
         self._model, self._checkpointing = model, checkpointing
         self._passes = cache(self._measure)
