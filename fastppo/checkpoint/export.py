@@ -56,7 +56,7 @@ def write_model(
     """
     model, draft = role.model, atomic_dir.begin(folder)
     if lora.rank and lora.exports_adapters:
-        save_adapters(model, draft)
+        save_adapters(model, draft, state)
     else:
         model.set_attn_implementation("sdpa")  # fastppo's implementation is registered in this process only
         try:

@@ -86,12 +86,26 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class VllmConfig:
+    """vLLM in the process of each rank (`rollout.engine: vllm`)."""
+
+    tensor_parallel_size: int = 1
+    """Number of neighbouring ranks that hold one copy of the model together and draw their responses together; it divides
+    the number of ranks."""
+    gpu_memory_utilization: float = 0.5
+    """Share of a GPU's memory that vLLM takes while it samples, for its weights and its cache; in (0, 1]."""
+    arguments: dict[str, Any] = field(default_factory=dict, hash=False)
+    """Further arguments of `vllm.LLM`, for example `{max_num_seqs: 256, enforce_eager: true}`."""
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """What draws the responses, in training and in evaluation."""
 
     engine: str = "inprocess"
-    """`inprocess`: in the trainer's own process, on the actor's own weights; or a sampler of yours, as `module:Class` or
-    `file.py:Class` (docs/how-to/engine.md)."""
+    """`inprocess`: in the trainer's own process, on the actor's own weights; `vllm`: vLLM, in the same process; or a sampler
+    of yours, as `module:Class` or `file.py:Class` (docs/how-to/engine.md)."""
+    vllm: VllmConfig = VllmConfig()
 
 
 @dataclass(frozen=True)

@@ -115,13 +115,16 @@ def merged_state(model: PreTrainedModel, state: dict[str, Tensor] | None = None)
     return merged
 
 
-def save_adapters(model: PreTrainedModel, folder: Path) -> None:
-    """Write the adapters in the form that `peft.PeftModel.from_pretrained(base, folder)` loads."""
+def save_adapters(model: PreTrainedModel, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+    """Write the adapters in the form that `peft.PeftModel.from_pretrained(base, folder)` loads.
+
+    state: given where the parameters of the model are partitioned (`sampling_weights.whole_state`).
+    """
     from peft import get_peft_model_state_dict
 
     folder.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)  # without adapters
-    named = {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in state.items()}
+    adapters = get_peft_model_state_dict(model, state, adapter_name=NAME, save_embedding_layers=False)
+    named = {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in adapters.items()}
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config: Any = model.peft_config[NAME]
     config.inference_mode = True

@@ -30,6 +30,7 @@ class SamplingWeights:
     def __init__(self, actor: Policy, stage: int):
         """actor: not yet passed to DeepSpeed, so that the copy has none of DeepSpeed's hooks."""
         self._actor, self._copy = actor, actor
+        self.has_memory = stage < 3  # whether `gather` takes none that was not taken before
         if stage == 3:
             empty = {id(p): _empty_like(p) for p in actor.parameters()}
             self._copy = copy.deepcopy(actor, empty).eval()
@@ -40,6 +41,7 @@ class SamplingWeights:
         if self._copy is not self._actor:
             with torch.no_grad():
                 _copy_weights(self._actor, self._copy)
+        self.has_memory = True
         return self._copy
 
     def states(self) -> list[Tensor]:

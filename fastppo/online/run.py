@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastppo.checkpoint import (
     Checkpoints,
+    ExportedModel,
     check_exports,
     export_model,
     find_run,
@@ -22,7 +23,15 @@ from fastppo.checkpoint import (
 from fastppo.config import OnlineConfig
 from fastppo.data import Examples, Prompts, PromptSet, batches, load_prompts
 from fastppo.distributed import World
-from fastppo.models import Roles, actor_context, assemble, check_actor_tokens, check_models, load_actor_tokenizer
+from fastppo.models import (
+    Roles,
+    actor_context,
+    assemble,
+    check_actor_tokens,
+    check_models,
+    load_actor_tokenizer,
+    whole_state,
+)
 from fastppo.monitor import TERMINAL, Phases, Tracker, heldout_responses, show_samples, write_samples
 from fastppo.online.evaluation import evaluate, samples
 from fastppo.online.progress import Progress
@@ -162,13 +171,12 @@ def finish(setup: Setup[Any, Any], tracker: Tracker) -> None:
     Raises ExportError at the end if the actor is elsewhere, or nowhere.
     """
     config, world, roles, evaluations = setup.config, setup.world, setup.roles, setup.progress.evaluations
-    leave = partial(export_model, tokenizer=roles.tokenizer, lora=config.actor.lora, world=world)
     left = []
     with roles.residency.holding("export"):
         if roles.average is not None:
             with roles.average.in_place():
-                left.append(leave(roles.sampling_weights.gather(), folder=setup.output / "actor-average"))
-        left.append(leave(roles.sampling_weights.gather(), folder=setup.output / "actor"))
+                left.append(_leave(setup, setup.output / "actor-average"))
+        left.append(_leave(setup, setup.output / "actor"))
     if world.rank == 0 and setup.progress.ended is not None:
         setup.progress.ended.write(setup.checkpoints.folder)
     if world.rank == 0 and len(evaluations) > 1:
@@ -178,3 +186,18 @@ def finish(setup: Setup[Any, Any], tracker: Tracker) -> None:
         with tracker.guard(TERMINAL):
             show_samples(shown[: config.eval.show])
     check_exports(left, setup.checkpoints, setup.progress)
+
+
+def _leave(setup: Setup[Any, Any], folder: Path) -> ExportedModel:
+    """Export the actor. All ranks call it.
+
+    If it was sampled from whole on each GPU, it has room there again. Else its weights are gathered one at a time, into
+    the host memory of the first rank: they may fit no GPU.
+    """
+    roles, world, state = setup.roles, setup.world, None
+    policy = roles.policy
+    if roles.sampling_weights.has_memory:
+        policy = roles.sampling_weights.gather()
+    else:
+        state = whole_state(policy.model, world)
+    return export_model(policy, roles.tokenizer, folder, setup.config.actor.lora, world, state)

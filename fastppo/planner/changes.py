@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
-from fastppo.config import AnyConfig, command_of
+from fastppo.config import AnyConfig, ResponseSettings, command_of
 from fastppo.errors import ConfigError
 from fastppo.models import ModelError
-from fastppo.planner.machine import Machine
+from fastppo.planner.machine import Machine, in_gb
 from fastppo.planner.memory import Change, Role
-from fastppo.planner.methods import measured_roles, method_of
-from fastppo.planner.plan import FILLED, PROCESS_GPU, PROCESS_HOST, Plan, make_plan
+from fastppo.planner.plan import FILLED, PROCESS_GPU, PROCESS_HOST, VLLM, Plan, make_plan, measured_roles, method_of
+
+RANKS = "rollout.vllm.tensor_parallel_size"
 
 
 def smallest_change(plan: Plan) -> Change | None:
@@ -22,7 +23,7 @@ def smallest_change(plan: Plan) -> Change | None:
         return None  # not even the processes have room
     roles: dict[object, list[Role]] = {}  # few changes need other models, and building them takes the time
 
-    def fits(change: Change) -> bool:
+    def planned(change: Change) -> Plan | None:
         config, nodes = plan.config, plan.machine.nodes
         for name, value in change.items():
             if name == "nodes":
@@ -35,23 +36,67 @@ def smallest_change(plan: Plan) -> Change | None:
             command_of(config).check(config, machine.ranks)
             if key not in roles:
                 roles[key] = measured_roles(config, cpu=machine.gpu is None)
-        except (ConfigError, ModelError):  # LoRA where nothing could have an adapter
-            return False
-        return make_plan(config, machine, roles[key]).fits
+            return make_plan(config, machine, roles[key])
+        except (ConfigError, ModelError):  # LoRA where nothing could have an adapter, heads that cannot be split
+            return None
 
+    def fits(change: Change) -> bool:
+        made = planned(change)
+        return made is not None and made.fits
+
+    whole = bool(_whole_weights(plan)) and plan.vllm is None  # which another sampler alone can change
+    samplers = list(_samplers(plan))
     options = list(_options(plan.config, plan.machine))
-    for change in options:
+    for change in samplers if whole else samplers + options:
         if fits(change):
             return change
-    several: Change
-    for several in accumulate(options, lambda one, other: one | other):
-        if fits(several):
-            for setting in list(several):  # what a later change made needless
-                fewer = {key: value for key, value in several.items() if key != setting}
-                if fewer and fits(fewer):
-                    several = fewer
-            return several
+    enough = (change for change in samplers if (made := planned(change)) and made.vllm and made.vllm.fits)
+    unchanged: list[Change] = [] if whole else [{}]
+    for first in [*unchanged, *_smallest_groups(enough)]:
+        several: Change
+        for several in accumulate(options, lambda one, other: one | other, initial=first):
+            if fits(several):
+                for setting in list(several):  # what a later change made needless
+                    fewer = {key: value for key, value in several.items() if key != setting}
+                    if fewer and fits(fewer):
+                        several = fewer
+                return several
     return None
+
+
+def _samplers(plan: Plan) -> Iterator[Change]:
+    """Other ways to draw responses, if vLLM draws them or if no GPU can hold all weights to draw from.
+
+    vLLM over as many ranks or more, and of each the share of memory that is nearest to the present one first.
+    """
+    config, machine = plan.config, plan.machine
+    if plan.vllm is None and not (config.trained and _whole_weights(plan)):
+        return
+    present = cast(ResponseSettings, config).rollout.vllm
+    shares = sorted((n / 20 for n in range(1, 20)), key=lambda share: abs(share - present.gpu_memory_utilization))
+    for ranks in range(present.tensor_parallel_size, machine.gpus + 1):
+        if machine.gpus % ranks:
+            continue
+        for share in dict.fromkeys([present.gpu_memory_utilization, *shares]):
+            found: Change = {} if plan.vllm is not None else {"rollout.engine": "vllm"}
+            if ranks != present.tensor_parallel_size:
+                found[RANKS] = ranks
+            if share != present.gpu_memory_utilization:
+                found["rollout.vllm.gpu_memory_utilization"] = share
+            if found:
+                yield found
+    if plan.vllm is not None:  # whose settings would then have no effect, which is refused
+        default = {f"rollout.vllm.{name}": value for name, value in vars(type(present)()).items()}
+        given = {f"rollout.vllm.{name}": value for name, value in vars(present).items()}
+        yield {"rollout.engine": "inprocess"} | {name: default[name] for name in given if given[name] != default[name]}
+
+
+def _smallest_groups(changes: Iterable[Change]) -> list[Change]:
+    """Of changes with as many ranks to a group the first one."""
+    first: dict[int | None, Change] = {}
+    for change in changes:
+        first.setdefault(change.get(RANKS), change)
+    return list(first.values())
 
 
 def _options(config: AnyConfig, machine: Machine) -> Iterator[Change]:
@@ -93,30 +138,30 @@ def flags(change: Change) -> str:
     return " ".join(f"--{name} {str(value).lower()}" for name, value in change.items())
 
 
-def in_gb(amount: int) -> str:
-    return f"{amount / 1e9:.1f}" if amount >= 1e10 else f"{amount / 1e9:.2f}"
-
-
 def advice(plan: Plan) -> str:
     """Why a run does not fit and what would."""
     phase, _ = plan.peak
     short = [
-        f"{in_gb(needed)} GB of {name} memory are needed and {in_gb(there)} GB are there"
+        f"{in_gb(needed)} GB of {name} memory are needed and {in_gb(there)} GB are there (most in {phase})"
         for name, (needed, there) in plan.needs.items()
-        if needed > there
+        if needed > there and name != VLLM
     ]
-    reason = f"this run does not fit: {'; '.join(short)} (most in {phase})."
-    if (whole := _whole_weights(plan)) and plan.machine.gpu is not None:
-        name = "actor" if plan.config.trained else "model"
+    if plan.vllm is not None and not plan.vllm.fits:
+        short.append(plan.vllm.problem())
+    reason = f"this run does not fit: {'; '.join(short)}."
+    name, whole = "actor" if plan.config.trained else "model", _whole_weights(plan) if plan.vllm is None else 0
+    if whole:
+        reason += f" The {name}'s weights alone, whole on each GPU to sample from, take {in_gb(whole)} GB there"
+    change = smallest_change(plan) if plan.config.trained or not whole else None
+    if whole and change is None:
         return (
-            f"{reason} The {name}'s weights alone, whole on each GPU to sample from, take {in_gb(whole)} GB there,"
-            f" which no setting changes: use GPUs with more memory, from {in_gb(_gpu_for(plan))} GB, or a smaller"
-            f" {name}."
+            f"{reason}, which no setting changes: use GPUs with more memory, from {in_gb(_gpu_for(plan))} GB, or a"
+            f" smaller {name}."
         )
-    change = smallest_change(plan)
     if change is None:
         return f"{reason} No change of settings that is known here would do; use more or larger GPUs or smaller models."
-    return f"{reason} The smallest change that fits: {flags(change)}"
+    instead = "; vLLM splits them over ranks." if whole else ""
+    return f"{reason}{instead} The smallest change that fits: {flags(change)}"
 
 
 def _whole_weights(plan: Plan) -> int:

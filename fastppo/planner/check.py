@@ -14,10 +14,9 @@ from rich.table import Table
 from fastppo.config import AnyConfig
 from fastppo.distributed import World, all_gather
 from fastppo.errors import FastPPOError
-from fastppo.planner.changes import advice, in_gb
-from fastppo.planner.machine import this_machine
-from fastppo.planner.methods import measured_roles
-from fastppo.planner.plan import Plan, make_plan, rows_are_open, with_rows
+from fastppo.planner.changes import advice
+from fastppo.planner.machine import in_gb, this_machine
+from fastppo.planner.plan import Plan, make_plan, measured_roles, rows_are_open, with_rows
 
 log = logging.getLogger("fastppo")
 
@@ -59,6 +58,8 @@ def show(plan: Plan, console: Console) -> None:
     if plan.rows is not None:
         console.print(CHOSEN % plan.rows, highlight=False)
     phase, _ = plan.peak
+    for line in [] if plan.vllm is None else plan.vllm.lines():
+        console.print(line, highlight=False, soft_wrap=True)
     for name, (needed, there) in plan.needs.items():
         verdict = "fits" if needed <= there else "does not fit"
         console.print(f"{name}: {in_gb(needed)} of {in_gb(there)} GB, {verdict}", highlight=False)

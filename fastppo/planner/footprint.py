@@ -72,11 +72,32 @@ class Footprint:
         self.vocabulary: int = config.vocab_size
         self.head_trains = head is not None and bool(next(head.parameters()).requires_grad)
         self.prefix = prefix_depth(model)
-        heads, head_width = Cache.shape(config)
-        self.position = 2 * self.layers * heads * head_width * self.bytes  # bytes of keys and values of one token
+        self.key_value_heads, head_width = Cache.shape(config)
+        self.heads: int = getattr(config, "num_attention_heads", self.key_value_heads)
+        # bytes of keys and values of one token
+        self.position = 2 * self.layers * self.key_value_heads * head_width * self.bytes
+        # What an engine with weights of its own has of them: no adapters, which are merged, and no value head.
+        own = [p for name, p in model.named_parameters() if ".lora_" not in name]
+        self.adapters = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in own)
+        found = layers_of(model)
+        layers = [model] if found is None else getattr(*found)
+        self.largest_layer = max(self.largest, *(sum(p.numel() for p in layer.parameters()) for layer in layers))
+        self._vectors = sum(p.numel() for p in own if p.dim() < 2)
+        self._matrices = sum(p.numel() for p in own if p.dim() > 1)
+        read = getattr(config, "hidden_size", self.width)
+        self._key_value_weights = 2 * self.layers * self.key_value_heads * head_width * read
         self.on_cpu = cpu
         self._model, self._checkpointing = model, checkpointing
         self._passes = cache(self._measure)
+
+    def part(self, ranks: int) -> int:
+        """Parameters on each of so many GPUs, as tensor parallelism of vLLM splits them.
+
+        Matrices are split, embeddings and head by vocabulary; vectors such as those of norms are whole on each GPU. So
+        are the weights of at least one head of keys and values, where there are fewer heads than GPUs.
+        """
+        key_value = self._key_value_weights if ranks > self.key_value_heads else 0
+        return -(-(self._matrices - key_value) // ranks) + key_value // self.key_value_heads + self._vectors
 
     def passes(self, sequences: int, length: int, *, gradient: bool) -> Pass:
         """One pass over `sequences` sequences of `length` tokens each."""

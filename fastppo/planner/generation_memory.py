@@ -25,9 +25,10 @@ from fastppo.planner.memory import (
     prefetch,
     prompts_of,
     recording_holds,
+    rows_of,
     sampling_needs,
 )
-from fastppo.rollout import bucket
+from fastppo.planner.vllm_memory import samples_with_vllm, streaming_needs
 
 PHASES = ("sampling", "feedback")
 SAMPLED = "model"  # the name of the model that responses are drawn from; all others score
@@ -45,7 +46,10 @@ def shares(roles: list[Role], config: GenerateConfig, ranks: int) -> list[Share]
             if sampled:
                 places += Places(gpu=recording_holds(role.size, config, batch))
             if used and sampled:
-                places += Places(gpu=sampling_needs(role.size, replace(config, rewards_on="gpu"), batch))
+                alone = replace(config, rewards_on="gpu")  # the sampled model is whole, wherever the others are
+                vllm = samples_with_vllm(config)
+                needs = streaming_needs(role.size, alone) if vllm else sampling_needs(role.size, alone, batch)
+                places += Places(gpu=needs)
             elif used:
                 places += prefetch(role, config) + Places(gpu=asking_needs(role, batch, head=False))
             found.append(Share(role.name, phase, places))
@@ -57,7 +61,7 @@ def batch_of(config: GenerateConfig, ranks: int) -> Batch:
     prompt = config.data.first_tokens or config.data.max_prompt_tokens
     length, mine = prompt + config.sampling.max_new_tokens, -(-config.batch_size // ranks)
     sequences = in_microbatch(mine, length, config)
-    rows = bucket(min(config.sampling.settled_rows, mine))
+    rows = rows_of(config, mine)
     prefilled = prompts_of(min(rows, mine), config.sampling.samples_per_prompt)
     return Batch(sequences, length, responses=sequences, rows=rows, prompt=prompt, prefilled=prefilled)
 
@@ -73,18 +77,13 @@ def _weights(role: Role, config: GenerateConfig, ranks: int, *, sampled: bool, u
     return replace(states, gpu=Bytes(), host=states.host + waiting)
 
 
-def drawn(config: GenerateConfig, ranks: int) -> int:
-    """The most responses that a rank draws at once."""
-    return -(-config.batch_size // ranks)
-
-
 def smaller_passes(config: GenerateConfig) -> Iterator[Change]:
     """Changes that need less memory, from the least cost to the most."""
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
     for part in (2, 4, 8):
         if config.microbatch_tokens // part >= longest:
             yield {"microbatch_tokens": config.microbatch_tokens // part}
-    for part in (2, 4):
+    for part in () if samples_with_vllm(config) else (2, 4):
         if (rows := config.sampling.settled_rows // part) >= 4:
             yield {"sampling.rows": rows}
     if config.rewards or config.judge:

@@ -68,6 +68,11 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
+def in_gb(amount: int) -> str:
+    """10.0 and more with one digit, less with two."""
+    return f"{amount / 1e9:.1f}" if amount >= 1e10 else f"{amount / 1e9:.2f}"
+
+
 def parse_count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")

@@ -89,6 +89,7 @@ class Share:
     role: str
     phase: str
     places: Places
+    first: bool = False  # on the first rank alone
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ class Batch:
         length = prompt + new
         sequences = in_microbatch(-(-config.learned_together // ranks), length, config)
         mine, heldout = -(-config.drawn_together // ranks), -(-config.eval.prompts // ranks)
-        rows = bucket(min(config.sampling.settled_rows, max(mine, heldout)))
+        rows = rows_of(config, max(mine, heldout))
         drawn = prompts_of(min(rows, mine), config.sampling.samples_per_prompt)
         prefilled = max(drawn, min(rows, heldout))  # held-out prompts get one response each
         return Batch(sequences, length, sequences * new, mine * length, rows, prompt, prefilled)
@@ -224,6 +225,12 @@ class Batch:
         """
         sequences = in_microbatch(-(-count // ranks), length, config)
         return replace(self, sequences=sequences, length=length, responses=sequences * length)
+
+
+def rows_of(config: ResponseSettings, drawn: int) -> int:
+    """Rows that the sampler decodes together if it is to draw so many responses; all of them where none are chosen."""
+    rows = config.sampling.rows
+    return bucket(drawn if rows == "auto" else min(rows, drawn))
 
 
 def prompts_of(responses: int, samples: int) -> int:
@@ -259,7 +266,7 @@ def sampling_needs(actor: Footprint, config: ResponseSettings, batch: Batch) -> 
     """Cache and workspace of the sampler."""
     cache = batch.rows * (batch.prompt + config.sampling.max_new_tokens) * actor.position
     prefill = actor.passes(batch.prefilled, batch.prompt, gradient=False).peak
-    gather = GATHER_BYTES if config.zero.stage == 3 else 0
+    gather = max(GATHER_BYTES, actor.largest * actor.bytes) if config.zero.stage == 3 else 0  # or one larger weight
     return Bytes(activations=prefill, cache=cache, workspace=max(step_logits(actor, batch), gather))
 
 

@@ -28,6 +28,7 @@ from fastppo.planner.memory import (
     sampling_needs,
     summed_on_arrival,
 )
+from fastppo.planner.vllm_memory import samples_with_vllm, streaming_needs
 
 PHASES = ("sampling", "feedback", "experience", "learning")
 EVALUATED = ("sampling", "feedback", "experience")  # the phases of an evaluation
@@ -37,8 +38,10 @@ def shares(roles: list[Role], config: OnlineConfig, ranks: int) -> list[Share]:
     """Every role in every phase on one rank, and the moving average of the actor's weights where there is one."""
     batch, table = Batch.of(config, ranks), _uses(config)
     lone = not any(role.name == "reference" for role in roles)  # it is the actor, adapters off
+    # At stage 3 an actor that is sampled from nowhere in this process is gathered at the end, to be exported.
+    exports = config.zero.stage == 3 and samples_with_vllm(config)
     found = []
-    for phase in PHASES:
+    for phase in (*PHASES, "export") if exports else PHASES:
         for role in roles:
             places = _lasting(role, phase, config, ranks, batch) + _live(role, phase, config)
             if phase in _computed(role, table):
@@ -47,6 +50,10 @@ def shares(roles: list[Role], config: OnlineConfig, ranks: int) -> list[Share]:
         if config.actor.average is not None:
             actor = next(role for role in roles if role.name == "actor")
             found.append(Share("average", phase, averaged(actor, phase, config, ranks)))
+    if exports:
+        size = next(role.size for role in roles if role.name == "actor")
+        whole = Places(host=Bytes(weights=size.parameters * size.bytes))
+        found.append(Share("actor, rank 0", "export", whole, first=True))
     return found
 
 
@@ -70,7 +77,7 @@ def kinds(role: Role, config: OnlineConfig, ranks: int) -> dict[str, Bytes]:
         "optimizers": Bytes(optimizer=gpu.optimizer),
         "gradients": replace(buffers(role, config, ranks).gpu, gradients=sums),
     }
-    if config.zero.stage == 3 and role.name == "actor":
+    if config.zero.stage == 3 and role.name == "actor" and not samples_with_vllm(config):
         found["sampling_weights"] = Bytes(weights=role.size.parameters * b)
     return found
 
@@ -88,9 +95,9 @@ def _made_once(role: Role, config: OnlineConfig) -> bool:
 
 
 def averaged(actor: Role, phase: str, config: OnlineConfig, ranks: int) -> Places:
-    """The average of what trains, in fp32, and in an evaluation of it the actor's own weights beside it."""
+    """The average of what trains, in fp32, and while it is evaluated or exported the actor's own weights beside it."""
     part = actor.size.trained // (ranks if config.zero.stage == 3 else 1)
-    aside = part * actor.size.bytes if phase in EVALUATED else 0
+    aside = part * actor.size.bytes if phase in (*EVALUATED, "export") else 0
     return Places(host=Bytes(weights=4 * part + aside))
 
 
@@ -134,7 +141,9 @@ def _needs(role: Role, phase: str, config: OnlineConfig, ranks: int, batch: Batc
     lone: whether the reference is the actor itself.
     """
     if phase == "sampling":
-        return Places(gpu=sampling_needs(role.size, config, batch))
+        vllm = samples_with_vllm(config)
+        needs = streaming_needs(role.size, config) if vllm else sampling_needs(role.size, config, batch)
+        return Places(gpu=needs)
     policy, exact = role.name in ("actor", "reference"), config.exact_kl
     if phase == "learning" and role.trains:
         actor, reads = role.name == "actor", config.loss_reads_reference
@@ -156,11 +165,6 @@ def _whole_head(role: Role, config: OnlineConfig, read: bool) -> Bytes:
     return Bytes(workspace=role.size.vocabulary * role.size.width * role.size.bytes)
 
 
-def drawn(config: OnlineConfig, ranks: int) -> int:
-    """The most responses that a rank draws at once, in a step or in an evaluation."""
-    return max(-(-config.drawn_together // ranks), -(-config.eval.prompts // ranks))
-
-
 def smaller_passes(config: OnlineConfig) -> Iterator[Change]:
     """Changes that need less memory in a pass, from the least to the most."""
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
@@ -169,6 +173,6 @@ def smaller_passes(config: OnlineConfig) -> Iterator[Change]:
     for part in (2, 4, 8):
         if config.microbatch_tokens // part >= longest:
             yield {config.names.microbatch: config.microbatch_tokens // part}
-    for part in (2, 4):
+    for part in () if samples_with_vllm(config) else (2, 4):
         if (rows := config.sampling.settled_rows // part) >= 4:
             yield {"sampling.rows": rows}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
-from fastppo.config import AnyConfig
+from fastppo.config import AnyConfig, GenerateConfig, OfflineConfig, OnlineConfig, ResponseSettings
+from fastppo.planner import generation_memory, offline_memory, online_memory
 from fastppo.planner.machine import CONTEXT, Machine
-from fastppo.planner.memory import Places, Role, Share, by_phase
-from fastppo.planner.methods import measured_roles, method_of
+from fastppo.planner.memory import Change, Places, Role, Share, by_phase
+from fastppo.planner.meta_models import generation_roles, offline_roles, online_roles
+from fastppo.planner.vllm_memory import VllmMemory, samples_with_vllm, vllm_memory
 from fastppo.rollout import bucket
 
 C = TypeVar("C", bound=AnyConfig)
@@ -20,6 +23,52 @@ FILLED = 0.95
 # The most that `sampling.rows: auto` chooses on a CPU: a step of more rows takes as much longer there. On one thread
 # SmolLM2-135M in bf16 draws 165 tokens a second through 16 rows, 278 through 32, 287 through 64 and 201 through 128.
 CPU_ROWS = 64
+VLLM = "vLLM"  # of what it may take, in `Plan.needs`
+
+
+class Method(NamedTuple):
+    """What the plan knows of a kind of run. Each function takes the settings of that kind."""
+
+    roles: Callable[..., list[Role]]  # (config, *, cpu), on the meta device
+    shares: Callable[[list[Role], Any, int], list[Share]]  # (roles, config, ranks): bytes by role and phase
+    smaller_passes: Callable[[Any], Iterator[Change]]
+    asks_frozen_roles: Callable[[Any], bool]  # whether there are models that only answer
+    # The role that responses are drawn from and the most that are drawn together, over all ranks; None: none are drawn.
+    sampled: Callable[[Any], tuple[str, int]] | None = None
+
+
+METHODS = {
+    OnlineConfig: Method(
+        online_roles,
+        online_memory.shares,
+        online_memory.smaller_passes,
+        asks_frozen_roles=lambda config: True,
+        sampled=lambda config: ("actor", max(config.drawn_together, config.eval.prompts)),
+    ),
+    OfflineConfig: Method(
+        offline_roles,
+        offline_memory.shares,
+        offline_memory.smaller_passes,
+        asks_frozen_roles=lambda config: config.frozen_model is not None,
+    ),
+    GenerateConfig: Method(
+        generation_roles,
+        generation_memory.shares,
+        generation_memory.smaller_passes,
+        asks_frozen_roles=lambda config: True,
+        sampled=lambda config: (generation_memory.SAMPLED, config.batch_size),
+    ),
+}
+
+
+def method_of(config: AnyConfig) -> Method:
+    """That of the settings' class, or of the class that it is derived from."""
+    return next(METHODS[kind] for kind in type(config).__mro__ if kind in METHODS)
+
+
+def measured_roles(config: AnyConfig, *, cpu: bool) -> list[Role]:
+    """The roles of a run. cpu: whether it is on the CPU. Raises ModelError where a model's config cannot be read."""
+    return method_of(config).roles(config, cpu=cpu)
 
 
 @dataclass(frozen=True)
@@ -28,6 +77,7 @@ class Plan:
     machine: Machine
     shares: list[Share]
     rows: int | None = None  # that the plan has chosen, where `sampling.rows` is auto
+    vllm: VllmMemory | None = None  # if it draws the responses
 
     @property
     def peak(self) -> tuple[str, Places]:
@@ -37,21 +87,27 @@ class Plan:
     def _on_cpu(self, places: Places) -> int:
         return places.host.total if self.machine.gpu is None else 0
 
+    def _in_host(self, places: Places) -> int:
+        return places.host.total + (places.gpu.total if self.machine.gpu is None else 0)
+
     @property
     def needs(self) -> dict[str, tuple[int, int]]:
-        """Bytes needed and bytes there are: of a GPU, of a node's memory, of a node's NVMe."""
+        """Bytes needed and bytes there are: of a GPU, of a node's memory, of a node's NVMe, of what vLLM may take."""
         return self._needs(self.shares)
 
     def _needs(self, shares: list[Share]) -> dict[str, tuple[int, int]]:
         machine, most = self.machine, list(by_phase(shares))
         gpu = max(places.gpu.total for _, places in most)
-        host = max(places.host.total + (places.gpu.total if machine.gpu is None else 0) for _, places in most)
+        others = dict(by_phase([share for share in self.shares if not share.first]))
+        host = max(self._in_host(p) + (machine.gpus - 1) * self._in_host(others[phase]) for phase, p in most)
         nvme = max(places.nvme.total for _, places in most)
-        found = {"host": (machine.gpus * (host + PROCESS_HOST), machine.host)}
+        found = {"host": (host + machine.gpus * PROCESS_HOST, machine.host)}
         if machine.gpu is not None:
             found = {"GPU": (gpu, int(FILLED * (machine.gpu - PROCESS_GPU)))} | found
         if machine.nvme is not None:
             found["NVMe"] = (machine.gpus * nvme, machine.nvme)
+        if self.vllm is not None:
+            found[VLLM] = self.vllm.needs
         return found
 
     @property
@@ -72,12 +128,13 @@ def make_plan(config: AnyConfig, machine: Machine, roles: list[Role] | None = No
     if roles is None:
         roles = measured_roles(config, cpu=machine.gpu is None)
     if not rows_are_open(config):
-        return Plan(config, machine, method_of(config).shares(roles, config, machine.ranks))
-    drawn = method_of(config).drawn(config, machine.ranks)
+        return _with_given_rows(config, machine, roles)
+    _, responses = cast(Any, method_of(config).sampled)(config)
+    drawn = -(-responses // machine.ranks)
     if machine.gpu is None:
         drawn = min(drawn, CPU_ROWS)
     sizes = sorted({bucket(rows) for rows in range(1, drawn + 1)})
-    plans = [replace(make_plan(with_rows(config, rows), machine, roles), rows=rows) for rows in sizes]
+    plans = [replace(_with_given_rows(with_rows(config, rows), machine, roles), rows=rows) for rows in sizes]
     best = plans[0]
     for plan in plans[1:]:  # what does not fit with the fewest rows either is no matter of rows
         if plan.fits if plans[0].fits else plan.fits_in("sampling"):
@@ -85,10 +142,25 @@ def make_plan(config: AnyConfig, machine: Machine, roles: list[Role] | None = No
     return best
 
 
+def _with_given_rows(config: AnyConfig, machine: Machine, roles: list[Role]) -> Plan:
+    method = method_of(config)
+    shares = method.shares(roles, config, machine.ranks)
+    if method.sampled is None or not samples_with_vllm(drawing := cast(ResponseSettings, config)):
+        return Plan(config, machine, shares)
+    name, responses = method.sampled(config)
+    size = next(role.size for role in roles if role.name == name)
+    places = dict(by_phase(shares))["sampling"]
+    beside = PROCESS_HOST + places.host.total + places.gpu.total - places.gpu.passing.total
+    vllm = vllm_memory(size, drawing, responses, machine, beside)
+    return Plan(config, machine, shares + vllm.shares(dict.fromkeys(share.phase for share in shares)), vllm=vllm)
+
+
 def rows_are_open(config: AnyConfig) -> bool:
-    """Whether the plan is to choose the number of rows that are decoded together."""
-    sampling = getattr(config, "sampling", None)
-    return sampling is not None and sampling.rows == "auto"
+    """Whether the plan is to choose the number of rows that are decoded together. vLLM has none."""
+    if method_of(config).sampled is None:
+        return False
+    drawing = cast(ResponseSettings, config)
+    return drawing.sampling.rows == "auto" and not samples_with_vllm(drawing)
 
 
 def with_rows(config: C, rows: int) -> C:

@@ -149,7 +149,7 @@ def test_it_is_on_the_command_line_with_its_settings_and_their_rules(method, fol
 
 
 def test_no_module_asks_of_which_command_its_settings_are():
-    """What differs is said by the config classes and by the table in `fastppo/planner/methods.py`."""
+    """What differs is said by the config classes and by the table in `fastppo/planner/plan.py`."""
     settings, asking = {command.root.__name__ for command in COMMANDS.values()} | {"OfflineConfig"}, []
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

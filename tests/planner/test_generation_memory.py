@@ -23,8 +23,7 @@ from fastppo.models import Policy
 from fastppo.planner import check
 from fastppo.planner.changes import advice, smallest_change
 from fastppo.planner.machine import Machine
-from fastppo.planner.methods import measured_roles
-from fastppo.planner.plan import Plan, make_plan
+from fastppo.planner.plan import Plan, make_plan, measured_roles
 from fastppo.rollout import bucket
 
 GB = 10**9

@@ -17,7 +17,16 @@ from ppo_step import config_of, context_of, responses, roles_of
 from transformers import AutoModelForCausalLM
 
 from fastppo import train
-from fastppo.config import Config, DataConfig, EvalConfig, OptimConfig, PPOConfig, SamplingConfig, ZeroConfig
+from fastppo.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    OptimConfig,
+    PPOConfig,
+    RolloutConfig,
+    SamplingConfig,
+    ZeroConfig,
+)
 from fastppo.config.command_line import REST, parse
 from fastppo.data.batch import Moments
 from fastppo.data.microbatches import plan_step
@@ -30,13 +39,14 @@ from fastppo.models.roles import Policy, fuse_head
 from fastppo.online import evaluation
 from fastppo.planner import memory
 from fastppo.planner.footprint import Footprint, Pass
+from fastppo.planner.machine import Machine
 from fastppo.planner.memory import Bytes, Role, by_phase
-from fastppo.planner.methods import measured_roles
-from fastppo.planner.online_memory import PHASES, averaged, kinds, placed, shares, smaller_passes
+from fastppo.planner.online_memory import PHASES, _live, averaged, kinds, placed, shares, smaller_passes
+from fastppo.planner.plan import make_plan, measured_roles
 from fastppo.ppo.experience import compute_experience
 from fastppo.ppo.update import run_updates
 from fastppo.rewards import load_sources
-from fastppo.rollout import InProcess, bucket
+from fastppo.rollout import ActorSampler, InProcess, bucket
 
 pytestmark = pytest.mark.slow
 
@@ -181,6 +191,57 @@ def test_nothing_stays_after_a_step_that_the_plan_does_not_count(models, world, 
     ) - gone(config)
     assert sum(now.values()) == pytest.approx(lasting, rel=0.03)
     assert roles.actor is not None
+
+
+class OwnWeights:
+    """An engine with a copy of the weights, which it loses when it sleeps."""
+
+    def __init__(self, roles: Roles):
+        self.roles, self.held = roles, list[torch.Tensor]()
+
+    def wake(self) -> None:
+        own = [p for name, p in self.roles.policy.model.named_parameters() if ".lora_" not in name]
+        self.held = [torch.empty(getattr(p, "ds_shape", p.shape), dtype=p.dtype) for p in own]
+
+    def sync(self) -> None:
+        assert self.held
+
+    def sleep(self) -> None:
+        self.held = []
+
+    def sample(self, *args: Any, **options: Any) -> Any: ...
+
+
+@pytest.mark.parametrize("engine", ["inprocess", "vllm"])
+@pytest.mark.parametrize("case", [CASES[i] for i in (0, 3, 4, 7, 9, 11)], ids=str)
+def test_every_copy_of_weights_is_counted_in_every_phase_in_which_it_stays(
+    models, world, small, monkeypatch, case, engine
+):
+    """The weights of all roles and those to sample from, in two steps."""
+    monkeypatch.setattr(Footprint, "passes", nothing_passes)
+    move_on_the_cpu(monkeypatch)
+    config = replace(settings(models, case, small), rollout=RolloutConfig(engine=engine))
+    roles = roles_of(config, world)
+    load_sources(config, roles.tokenizer, world, roles.residency)
+    own = OwnWeights(roles)
+    found: Any = InProcess(roles.sampling_weights, config.sampling, [0]) if engine == "inprocess" else own
+    sampler = ActorSampler(f"rollout.engine = {engine}", found, roles, config, [0])
+    roles.residency.add_sleeper("sampler", sampler)
+    trained = [*roles.actor.module.parameters()]
+    trained += [] if roles.critic is None else [*roles.critic.module.parameters()]
+    members, each = measured_roles(config, cpu=False), {}
+    for share in make_plan(config, Machine(1, 1, 10**10, 10**12), members).shares:
+        role = next((m for m in members if m.name == share.role), None)  # none: vLLM, the average
+        live = 0 if role is None else _live(role, share.phase, config).gpu.weights
+        each[share.phase] = each.get(share.phase, 0) + share.places.gpu.weights - live
+    for phase in PHASES * 2:
+        roles.residency.enter(phase)
+        if phase == "sampling":
+            sampler.sync()
+        kinds_held = on_device(roles.residency)
+        held = sum(kinds_held.get(kind, 0) for kind in ("sampling_weights", "reference", "rewards"))
+        held += sum({id(x): x.nbytes for x in (getattr(p, "ds_tensor", p) for p in trained)}.values())
+        assert held + sum(x.nbytes for x in own.held) == pytest.approx(each[phase], rel=0.02), phase
 
 
 def nothing_passes(self: Footprint, sequences: int, length: int, *, gradient: bool) -> Pass:

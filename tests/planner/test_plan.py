@@ -17,8 +17,7 @@ from fastppo.models.loading.policies import load_causal
 from fastppo.models.roles import ModelError
 from fastppo.planner import check
 from fastppo.planner.machine import Machine, parse_bytes
-from fastppo.planner.methods import measured_roles
-from fastppo.planner.plan import make_plan
+from fastppo.planner.plan import make_plan, measured_roles
 
 REWARDS = '[{"function": "a:b"}]'
 ALONE = World(0, 1, torch.device("cpu"))
@@ -70,8 +69,10 @@ def test_a_run_that_does_not_fit_exits_with_1_and_names_flags_that_make_it_fit(t
 
 
 def test_gathered_weights_that_are_too_large_for_a_gpu_are_named(tmp_path, capsys):
-    machine = ["--gpus", "8", "--nodes", "2", "--gpu-memory", "80GB", "--host-memory", "2TB"]
-    code, _, err = run([*preset(tmp_path, "70b"), *machine], capsys)
+    """Where nodes have one GPU each there is none beside it to split them with vLLM."""
+    machine = ["--gpus", "1", "--nodes", "16", "--gpu-memory", "80GB", "--host-memory", "2TB"]
+    inside = ["--rollout.engine", "inprocess", "--rollout.vllm.tensor_parallel_size", "1"]
+    code, _, err = run([*preset(tmp_path, "70b"), *inside, *machine], capsys)
     assert code == 1
     assert "whole on each GPU to sample from, take 138.0 GB" in err and "GPUs with more memory" in err
 
