@@ -27,12 +27,14 @@ from torch import Tensor
 
 from fastppo import ops
 from fastppo.ops import philox, registration
+from fastppo.ops.eager import restrict
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Sizes of SmolLM2's head, or on a GPU of an 8B Llama's with enough rows to fill the card: tokens, vocabulary, width,
 # and rows of a decode step.
 M, V, H, ROWS = (256, 49_152, 576, 32) if DEVICE.type == "cpu" else (4096, 128_256, 4096, 256)
 BLOCK = 128
+TOP_P = 0.95
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -97,6 +99,15 @@ def eager_sample(logits: Tensor, stream: Tensor, offset: Tensor) -> tuple[Tensor
 
 def fastppo_sample(logits: Tensor, stream: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     return ops.sample_tokens(logits, seed=1, stream=stream, offset=offset)
+
+
+def sorted_nucleus_sample(logits: Tensor, stream: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """The same draw after a sort of the vocabulary and sums of probabilities in fp64."""
+    return fastppo_sample(restrict(logits, 1.0, 0, TOP_P), stream, offset)
+
+
+def fastppo_nucleus_sample(logits: Tensor, stream: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    return ops.sample_tokens(logits, top_p=TOP_P, seed=1, stream=stream, offset=offset)
 
 
 def rows_to_draw_from(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,6 +177,15 @@ GROUPS = {
     ),
     f"sample_tokens, {ROWS} rows": Group(
         {"eager": eager_sample, "compiled": torch.compile(eager_sample, dynamic=False), "fastppo": fastppo_sample},
+        rows_to_draw_from,
+        lambda size: ROWS * V * size,
+    ),
+    f"sample_tokens with top_p {TOP_P}, {ROWS} rows": Group(
+        {
+            "eager": sorted_nucleus_sample,
+            "compiled": torch.compile(sorted_nucleus_sample, dynamic=False),
+            "fastppo": fastppo_nucleus_sample,
+        },
         rows_to_draw_from,
         lambda size: ROWS * V * size,
     ),

@@ -128,7 +128,7 @@ def sample_tokens(
     *,
     temperature: Coefficient = 1.0,
     top_k: int = 0,
-    top_p: float = 1.0,
+    top_p: float = 1,  # a default of 1.0 is to torch.compile a number that may change, and compiles twice
     seed: int,
     stream: Tensor,
     offset: Tensor | int,

@@ -51,11 +51,11 @@ SETTINGS = [(0, 0.4321), (0, 0.99913), (0, 1e-9), (7, 1.0), (1, 1.0), (50, 0.951
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 def test_what_is_kept_is_the_oracle_s(dtype, backend):
-    interpreted = backend == "Triton"
+    interpreted = backend == "Triton"  # which is slow
     for vocabulary in (1, 7, 300) if interpreted else (1, 2, 7, 300, 1027, 5000):
         logits = random_logits(2, vocabulary, dtype)
-        for top_k, top_p in SETTINGS[::2] if interpreted and vocabulary > 7 else SETTINGS:
-            for temperature in (0.8, 1e-20, 1e20) if top_p < 1 and vocabulary != 300 else (0.8,):
+        for top_k, top_p in SETTINGS[::2] if interpreted else SETTINGS:
+            for temperature in (0.8,) if top_p == 1 or (interpreted and vocabulary != 7) else (0.8, 1e-20, 1e20):
                 options = (logits, temperature, top_k, top_p)
                 expected = by_oracle(*options) if vocabulary > 1 else torch.ones(2, 1, dtype=torch.bool)
                 assert torch.equal(kept(*options) & (logits > -math.inf), expected), options[1:]
@@ -145,9 +145,9 @@ def test_a_temperature_in_a_tensor_is_read_as_it_is(number, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 def test_the_draw_is_that_of_logits_without_what_is_left_out_bit_for_bit(dtype, backend):
-    for vocabulary in (700,) if backend == "Triton" else (1, 255, 4096, 4099, 20_000):
+    for vocabulary in (300,) if backend == "Triton" else (1, 255, 4096, 4099, 20_000):
         logits, rows = random_logits(2, vocabulary, dtype), torch.arange(2)
-        for top_k, top_p in ((0, 0.9), (20, 1.0), (500, 0.5)):
+        for top_k, top_p in ((0, 0.9), (20, 1.0), (250, 0.5)):
             options: dict[str, Any] = {"temperature": 0.9, "stream": rows, "offset": 3}
             for seed in range(1 if backend == "Triton" else 3):
                 drawn = ops.sample_tokens(logits, **options, top_k=top_k, top_p=top_p, seed=seed)

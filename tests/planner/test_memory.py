@@ -243,6 +243,14 @@ def test_what_a_stage_does_not_use_has_left_the_gpu(seven_billion):
     assert found["actor", "sampling"].host.optimizer == found["actor", "learning"].gpu.optimizer > 0
 
 
+def test_top_k_and_top_p_need_no_memory(seven_billion):
+    def sampled(**settings: Any) -> Any:
+        found = shares([seven_billion], Config(sampling=SamplingConfig(**settings)), ranks=8)
+        return next(s.places for s in found if s.phase == "sampling")
+
+    assert sampled(top_k=50, top_p=0.9) == sampled(top_k=50) == sampled(top_p=0.9) == sampled()
+
+
 @pytest.mark.parametrize(("samples", "heldout"), [(1, 0), (4, 0), (3, 5), (4, 24), (8, 3)])
 def test_the_sampler_computes_as_many_prompts_at_once_as_are_counted(samples, heldout, monkeypatch):
     """All responses are of one length, so that all rows are filled at once; one prompt more is counted where ranks
