@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from fastppo.config.commands.generate import GenerateConfig
-from fastppo.config.validation.data import check_prompts, check_sampling
+from fastppo.config.validation.data import check_prompts, check_rollout, check_sampling
 from fastppo.config.validation.ranges import Ranges, check_ranges
 from fastppo.config.validation.rewards import check_sources, check_waiting
 from fastppo.errors import ConfigError
@@ -49,4 +49,5 @@ def validate_generate(config: GenerateConfig, ranks: int = 1) -> None:
             " data.path and data.split, and leave data.eval_path and data.eval_split out."
         )
     check_sampling(config)
+    check_rollout(config, ranks)
     check_waiting(config, ranks)
