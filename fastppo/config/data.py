@@ -90,7 +90,7 @@ class VllmConfig:
     gpu_memory_utilization: float = 0.5
     """Share of a GPU's memory that vLLM takes while it samples, for its weights and its cache; in (0, 1]."""
     arguments: dict[str, Any] = field(default_factory=dict, hash=False)
-    """Further arguments of `vllm.LLM`, for example `{max_num_seqs: 256, enforce_eager: true}` (docs/vllm.md)."""
+    """Further arguments of vLLM's class `LLM`, for example `{max_num_seqs: 256, enforce_eager: true}` (docs/vllm.md)."""
 
 
 @dataclass(frozen=True)

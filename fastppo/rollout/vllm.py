@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -169,15 +169,18 @@ def load(worker: Any, weights: Iterator[tuple[str, Tensor]]) -> set[str]:
         worker.reload_weights(weights_iterator=weights)
     finally:
         del model.load_weights
-    _repack_tied(model)
+    if next(model.parameters()).is_cpu:
+        _pack_again(model)
     return unread
 
 
-def _repack_tied(model: Any) -> None:
-    """On the CPU vLLM computes with a packed copy of each weight; that of a tied head is made at the start only."""
+def _pack_again(model: Any) -> None:
+    """On the CPU vLLM computes with packed copies of weights; those of a tied head and of experts only once."""
     seen: set[int] = set()
     for layer in model.modules():
-        weight = layer._parameters.get("weight")
+        weight, method = layer._parameters.get("weight"), cast(Any, getattr(layer, "quant_method", None))
         if weight is not None and id(weight) in seen and hasattr(layer, "cpu_linear"):
-            layer.quant_method.process_weights_after_loading(layer)
+            method.process_weights_after_loading(layer)
         seen.add(id(weight))
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel.fused_experts.process_weights_after_loading(layer)

@@ -95,15 +95,13 @@ def check_rollout(config: OnlineConfig | GenerateConfig, ranks: int) -> None:
                     f" rollout.engine to vllm, or leave out rollout.vllm.{name}."
                 )
         return
-    size, share = vllm.tensor_parallel_size, vllm.gpu_memory_utilization
-    if size < 1 or ranks % size:
+    size = vllm.tensor_parallel_size
+    if ranks % size:
         possible = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
         raise ConfigError(
             f"rollout.vllm.tensor_parallel_size is {size}, and the run has {ranks} rank(s): groups of so many ranks must"
             f" make up all of them. Set it to one of {possible}, or start another number of ranks."
         )
-    if not 0 < share <= 1:
-        raise ConfigError(f"rollout.vllm.gpu_memory_utilization is {share}; it must be greater than 0 and at most 1.")
     temperatures = {"sampling.temperature": config.sampling.temperature}
     if isinstance(config, OnlineConfig):
         temperatures["eval.temperature"] = config.eval.temperature
