@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import logging
 import os
 from dataclasses import fields
 from typing import Any
@@ -49,6 +50,7 @@ def import_vllm() -> Any:
     os.environ.update(FORCED)
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # until it has read that itself
     way = "Install it with `pip install 'fastppo[vllm]'` (docs/vllm.md), or set rollout.engine to inprocess."
     try:
         vllm = importlib.import_module("vllm")

@@ -88,7 +88,7 @@ def test_generate_draws_with_it(forks, folder):
 
 
 def test_a_process_ends_with_its_status_and_says_nothing_of_its_end(folder):
-    argv = whole_runs.settings(folder, folder / "out", **VLLM, **FP32, steps=1)
+    argv = whole_runs.settings(folder, folder / "out", **VLLM, **FP32, steps=3, health__window=1)
     command = [sys.executable, "-m", "fastppo.train", *argv]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
