@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import glob
 import hashlib
+import json
 import logging
 import os
 import random
@@ -76,12 +76,11 @@ def _config_folder(vllm: Any, policy: Policy) -> Path:
     It is where vLLM keeps what it has compiled, under a name made of the content: what an earlier run compiled for this
     model is found by it.
     """
-    config = copy.deepcopy(policy.model.config)
-    config.architectures = [type(policy.model).__name__]
+    config = json.loads(policy.model.config.to_json_string())
+    config["architectures"] = [type(policy.model).__name__]
     for name in ("auto_map", "quantization_config"):  # no code comes with weights, and these are plain
-        if hasattr(config, name):
-            delattr(config, name)
-    content = config.to_json_string()
+        config.pop(name, None)
+    content = json.dumps(config, indent=2, sort_keys=True)
     folder = Path(vllm.envs.VLLM_CACHE_ROOT) / "fastppo" / hashlib.sha256(content.encode()).hexdigest()[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)

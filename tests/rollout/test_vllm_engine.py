@@ -245,6 +245,19 @@ def test_it_is_made_from_the_config_alone_and_found_again_by_it(vllm, made, tmp_
     assert Path(vllm.arguments["model"]) != folder
 
 
+def test_its_config_asks_for_no_code_and_no_quantisation(vllm, world, tmp_path):
+    """Weights that were unpacked as they were loaded arrive plain."""
+    config = config_of(tiny.saved(tmp_path / "model", tiny.causal()), *VLLM)
+    roles = roles_of(config, world)
+    own = roles.policy.model.config
+    own.auto_map, own.architectures = {"AutoConfig": "code.Config"}, ["OfTheCheckpoint"]
+    own.quantization_config = {"quant_method": "fp8"}
+    make_sampler(config, roles, world)
+    written = json.loads((Path(vllm.arguments["model"]) / "config.json").read_text())
+    assert written["architectures"] == ["LlamaForCausalLM"] and written["hidden_size"] == tiny.WIDTH
+    assert "auto_map" not in written and "quantization_config" not in written
+
+
 def test_the_ranks_of_a_machine_share_its_memory(vllm, made, monkeypatch):
     monkeypatch.setenv("LOCAL_SIZE", "4")
     made()
