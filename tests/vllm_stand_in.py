@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +61,7 @@ class _Engine:
     def __init__(self, model: nn.Module, events: list[Any]):
         self._model, self._events = model, events
         self.running: dict[str, _Running] = {}
+        self.engine_core = SimpleNamespace()
 
     def add_request(self, request_id: str, prompt: dict[str, list[int]], params: SamplingParams) -> str:
         assert isinstance(params, SamplingParams) and isinstance(request_id, str) and request_id not in self.running
@@ -160,6 +162,8 @@ class StandIn(ModuleType):
                 made = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, more["dtype"]))
                 self._model = _with_loader(made.eval())
                 self.llm_engine = _Engine(self._model, vllm.events)
+                end = weakref.finalize(self.llm_engine, vllm.events.append, "all groups of ranks end")
+                self.llm_engine.engine_core._finalizer = end
 
             def collective_rpc(self, method: Any, args: tuple[Any, ...] = ()) -> list[Any]:
                 vllm.events.append("load")

@@ -40,6 +40,9 @@ def start_vllm(vllm: Any, config: ResponseSettings, policy: Policy, world: World
         if is_of_another_rank(error):
             raise
         raise SamplerError(_explanation(vllm, config, error)) from error
+    # Where its engine is collected, at the end of the process at the latest, it would end the groups of all ranks, also
+    # those of the run: alone, and in an order in which ranks can wait for each other.
+    llm.llm_engine.engine_core._finalizer.detach()
     size = arguments["tensor_parallel_size"]
     if world.rank == 0:
         where = f"on {world.ranks} rank(s)" if size == 1 else f"over each {size} of {world.ranks} ranks"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -282,6 +283,12 @@ def test_its_process_is_as_it_was(vllm, made, fails):
             make()
         drawn.append((random.random(), state()[1:]))
     assert drawn[0] == drawn[1] and state()[1:] == before[1:]
+
+
+def test_an_engine_that_is_collected_leaves_the_groups_of_the_run_alone(vllm, made):
+    made()
+    gc.collect()
+    assert vllm.events == []
 
 
 def test_an_engine_sleeps_from_the_start_and_takes_its_cache_when_it_has_weights(vllm, world, tmp_path, monkeypatch):
