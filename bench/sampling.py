@@ -11,6 +11,8 @@ Then what two things are worth that sampling does for itself:
   them of up to 64 tokens and 5% of 512, by a model so small that a step costs the same for 4 rows as for 16, as it does
   on a GPU;
 - a prompt that is computed once, against once a sample: time to the first token of 8 samples, prompts of 512 tokens.
+
+Where vLLM is installed (`make vllm` makes an environment with it), it draws as many tokens from the same weights.
 """
 
 import argparse
@@ -18,22 +20,26 @@ import logging
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # read by torch when it is imported
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from fastppo.config import SamplingConfig
+from fastppo.config import Config, DataConfig, RolloutConfig, SamplingConfig
 from fastppo.data.batch import Prompts
+from fastppo.distributed import Residency, start_world
 from fastppo.models.attention import choose_attention
 from fastppo.models.loading.policies import load_causal
 from fastppo.models.roles import Policy, fuse_head
 from fastppo.models.sampling_weights import SamplingWeights
-from fastppo.rollout import InProcess
+from fastppo.rollout import InProcess, find_engine
 from fastppo.rollout.inprocess import sample
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -84,6 +90,33 @@ def compare(name: str, model: PreTrainedModel, rows: int, prompt: int, new: int,
     pairs = alternately(ours, theirs, rounds)
     fastppo, generate = (statistics.median(rows * new / pair[i] for pair in pairs) for i in (0, 1))
     print(f"| {name} | {fastppo:,.0f} | {generate:,.0f} | {times_faster(pairs):.2f} |", flush=True)
+
+
+class OfPolicy:
+    """A policy that does not train, for rollout engines (`models.SampledModel`)."""
+
+    version, tokenizer = 0, None
+
+    def __init__(self, policy: Policy):
+        self.policy, self.sampling_weights, self.residency = policy, SamplingWeights(policy, stage=0), Residency(DEVICE)
+
+
+def against_vllm(name: str, model: PreTrainedModel, rows: int, prompt: int, new: int, rounds: int) -> None:
+    """The in-process engine and vLLM, alternately, on the same weights and prompts."""
+    choose_attention("auto", model.dtype, DEVICE)
+    tokens = torch.randint(5, 4_000, (rows, prompt))
+    sampling = SamplingConfig(max_new_tokens=new, ignore_eos=True, rows=rows)
+    prompts = Prompts.of(tokens.tolist(), range(rows))
+    engines = []
+    for engine in ("inprocess", "vllm"):
+        config = Config(sampling=sampling, data=DataConfig(max_prompt_tokens=prompt), rollout=RolloutConfig(engine))
+        engines.append(find_engine(config).make(config, OfPolicy(Policy(model)), [], start_world(None)))
+        engines[-1].sync()
+    ours, theirs = (partial(engine.sample, prompts, temperature=1.0, seed=1) for engine in engines)
+    pairs = alternately(ours, theirs, rounds)
+    fastppo, vllm = (statistics.median(rows * new / pair[i] for pair in pairs) for i in (0, 1))
+    sync = 1_000 * statistics.median(seconds(engines[1].sync) for _ in range(rounds))
+    print(f"| {name} | {fastppo:,.0f} | {vllm:,.0f} | {times_faster(pairs):.2f} | {sync:,.0f} |", flush=True)
 
 
 def alternately(one: Callable[[], object], other: Callable[[], object], rounds: int) -> list[tuple[float, float]]:
@@ -170,6 +203,16 @@ def main() -> None:
     print("\n| refilled rows, shared prompts | with | without | times faster (paired median) |\n|---|---|---|---|")
     refilled_rows(rounds)
     shared_prompts(rounds)
+    if find_spec("vllm") is None:
+        print("\nvLLM is not installed here.")
+        return
+    print("\n| model | fastppo, tokens/s | vLLM, tokens/s | times faster (paired median) | ms to send the weights |")
+    print("|---|---|---|---|---|")
+    against_vllm("SmolLM2-135M, bf16, 32 x (16 + 48)", model, 32, 16, 48, rounds)
+    against_vllm("4-layer Llama, bf16, 64 x (32 + 64)", small_llama(torch.bfloat16), 64, 32, 64, rounds)
+    against_vllm("4-layer Llama, fp32, 64 x (32 + 64)", small_llama(torch.float32), 64, 32, 64, rounds)
+    sys.stdout.flush()
+    os._exit(0)  # vLLM's own cleanup waits for what is gone
 
 
 if __name__ == "__main__":

@@ -106,8 +106,7 @@ def make_experience(setup: PPOSetup, prompts: Prompts, prefix_cache: PrefixState
 
 
 def main(argv: list[str] | None = None) -> None:
-    if run_rank(PPO, train, argv) is False:
-        sys.exit(ENDED)
+    run_rank(PPO, train, argv, unfinished=ENDED)
 
 
 if __name__ == "__main__":

@@ -97,8 +97,7 @@ def learn(setup: RestSetup, grown: Measured) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    if run_rank(REST, train, argv) is False:
-        sys.exit(ENDED)
+    run_rank(REST, train, argv, unfinished=ENDED)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import ctypes
 import gc
-import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -170,6 +170,10 @@ def main() -> None:
         "transformers.models.llama.modeling_llama",
     ):
         importlib.import_module(name)
+    if importlib.util.find_spec("vllm") is not None:
+        importlib.import_module("fastppo.rollout.vllm_check").import_vllm()
+        for name in ("vllm.entrypoints.llm", "vllm.model_executor.models.llama", "vllm.v1.worker.cpu_worker"):
+            importlib.import_module(name)
     gc.freeze()  # a fork's collector passes over what is there; else it would write to, and so copy, every page of it
     ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, 1, 0, 0, 0)
     for line in sys.stdin:

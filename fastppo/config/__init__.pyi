@@ -34,6 +34,7 @@ from .data import PtxConfig as PtxConfig
 from .data import RolloutConfig as RolloutConfig
 from .data import SamplingConfig as SamplingConfig
 from .data import TextConfig as TextConfig
+from .data import VllmConfig as VllmConfig
 from .health import FIGURES as FIGURES
 from .health import QUIET_STEPS as QUIET_STEPS
 from .health import AlarmConfig as AlarmConfig

@@ -74,9 +74,11 @@ class SamplingConfig:
     rows: int | Literal["auto"] = 64
     """Number of responses decoded together on each rank; it bounds the size of the key/value cache. One that ends makes
     room for the next, so a rank may have any number of prompts. `auto`: as many as the memory plan has room for and a
-    rank has responses to draw, at most 64 on a CPU; a line says how many. Responses do not depend on it."""
+    rank has responses to draw, at most 64 on a CPU; a line says how many. Responses do not depend on it. vLLM has
+    `max_num_seqs` in its place (`rollout.vllm.arguments`)."""
     cuda_graphs: bool = True
-    """Record decode steps as CUDA graphs, on a GPU."""
+    """Record decode steps as CUDA graphs, on a GPU. vLLM records its own, unless `rollout.vllm.arguments` has
+    `enforce_eager: true`."""
 
     @property
     def settled_rows(self) -> int:
@@ -95,7 +97,7 @@ class VllmConfig:
     gpu_memory_utilization: float = 0.5
     """Share of a GPU's memory that vLLM takes while it samples, for its weights and its cache; in (0, 1]."""
     arguments: dict[str, Any] = field(default_factory=dict, hash=False)
-    """Further arguments of `vllm.LLM`, for example `{max_num_seqs: 256, enforce_eager: true}`."""
+    """Further arguments of vLLM's class `LLM`, for example `{max_num_seqs: 256, enforce_eager: true}` (docs/vllm.md)."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,10 @@ class RolloutConfig:
     """`inprocess`: in the trainer's own process, on the actor's own weights; `vllm`: vLLM, in the same process; or a sampler
     of yours, as `module:Class` or `file.py:Class` (docs/how-to/engine.md)."""
     vllm: VllmConfig = VllmConfig()
+
+
+# Settings that decide how many responses are computed together, and where: their tokens only round otherwise.
+SAMPLER_ROUNDING = ("sampling.rows", "rollout.vllm.tensor_parallel_size", "rollout.vllm.gpu_memory_utilization")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from .engine import Saved as Saved
 from .engine import check_nvme as check_nvme
 from .engine import even_passes as even_passes
 from .engine import gathered as gathered
+from .neighbours import Neighbours as Neighbours
+from .neighbours import neighbours_of as neighbours_of
 from .residency import REMADE as REMADE
 from .residency import Residency as Residency
 from .residency import Sleeper as Sleeper
@@ -21,5 +23,7 @@ from .world import all_gather as all_gather
 from .world import all_max as all_max
 from .world import all_sum as all_sum
 from .world import check_output_is_shared as check_output_is_shared
+from .world import leave as leave
+from .world import leave_without_cleanup as leave_without_cleanup
 from .world import start_world as start_world
 from .world import stop_world as stop_world

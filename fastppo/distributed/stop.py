@@ -3,8 +3,8 @@
 A thread on each rank waits for signals, because a rank may spend minutes in a collective in C++. The thread passes a
 request on to the other ranks through the key-value store of the run: DeepSpeed's `launch` sends SIGTERM to one process,
 waits until that process ends, and only then goes on to the next. Ranks stop together: all of them call `check` between
-two microbatches. Ranks do not wait for each other in sampling, so there each rank stops alone, inside `together`, at
-whose end the ranks agree.
+two microbatches. Ranks do not wait for each other in sampling, so there each rank stops alone, or with those that it
+samples together with, inside `together`, at whose end all ranks agree.
 
 Ctrl-C sends SIGINT to all processes of the terminal, and `launch` then sends SIGTERM to the ranks too. So only another
 SIGINT counts as a second Ctrl-C, which ends a rank at once.
@@ -28,6 +28,7 @@ from itertools import count
 
 import torch.distributed as dist
 
+from fastppo.distributed.neighbours import Neighbours
 from fastppo.distributed.world import World, on_any_rank
 
 log = logging.getLogger("fastppo")
@@ -98,9 +99,15 @@ def check_alone() -> None:
         raise Stopped
 
 
+def check_among(neighbours: Neighbours) -> None:
+    """As `check_alone`, for work that these ranks do together: all of them call it at the same place, and raise."""
+    if _watch is not None and neighbours.any(_watch.asked.is_set()):
+        raise Stopped
+
+
 @contextmanager
 def together(world: World) -> Iterator[None]:
-    """If one rank leaves this context by `Stopped` (`check_alone`), raise `Stopped` on all ranks."""
+    """If one rank leaves this context by `Stopped` (`check_alone`, `check_among`), raise `Stopped` on all ranks."""
     try:
         yield
     except Stopped:

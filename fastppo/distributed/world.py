@@ -126,6 +126,26 @@ def stop_world() -> None:
         dist.destroy_process_group()
 
 
+_without_cleanup = False
+
+
+def leave_without_cleanup() -> None:
+    """Let `leave` end this process at once: a library in it cleans up by collectives, and no group is left for them."""
+    global _without_cleanup
+    _without_cleanup = True
+
+
+def leave(status: int) -> None:
+    """End this process with a status, after `stop_world`; with 0 it may as well go on to its end."""
+    if _without_cleanup:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # the terminal is closed
+                stream.flush()
+        os._exit(status)
+    if status:
+        sys.exit(status)
+
+
 def _barrier() -> None:
     """Wait for all ranks. NCCL gets the rank's GPU: else it guesses the GPU from the rank, and may hang if wrong."""
     dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)

@@ -35,7 +35,7 @@ from fastppo.models import (
 from fastppo.monitor import METRICS, Phases, Tracker, distinct, ngrams, read_lines
 from fastppo.planner import check_plan
 from fastppo.rewards import Source, check_chats, load_functions, load_judge, load_sources, score
-from fastppo.rollout import ActorSampler, find_engine, make_sampler, named_stop_ids
+from fastppo.rollout import ActorSampler, check_sampled_model, find_engine, make_sampler, named_stop_ids
 
 log = logging.getLogger("fastppo")
 
@@ -116,6 +116,7 @@ def set_up(config: GenerateConfig, world: World) -> Setup | None:
     about = find_generation(config, world)
     planned = check_plan(config, world)
     tokenizer = check_sampled(config)
+    check_sampled_model(config, load_config(sampled_source(config.model)))
     named_stop_ids(tokenizer, config.sampling)
     data = _prompts(config, tokenizer)
     check_data(about, data, config)

@@ -27,6 +27,7 @@ from .loading.offline import outline_trained as outline_trained
 from .loading.offline import reference_source as reference_source
 from .loading.offline import sampled_source as sampled_source
 from .loading.offline import set_padding as set_padding
+from .loading.policies import actor_config as actor_config
 from .loading.policies import actor_context as actor_context
 from .loading.policies import check_actor_tokens as check_actor_tokens
 from .loading.policies import check_models as check_models

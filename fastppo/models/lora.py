@@ -100,19 +100,37 @@ def merged_state(model: PreTrainedModel, state: dict[str, Tensor] | None = None)
     """
     from peft.tuners.lora import LoraLayer
 
-    config: Any = model.peft_config[NAME]
     adapted = {name for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     state, merged = model.state_dict() if state is None else state, {}
     for key, value in state.items():
         owner, _, part = key.partition(".base_layer.")
         if owner in adapted and part == "weight":
-            a, b = (state[f"{owner}.lora_{x}.{NAME}.weight"].float() for x in "AB")  # (rank, in), (out, rank)
-            delta = config.lora_alpha / config.r * (b @ a)
-            value = (value.float() + (delta.T if config.fan_in_fan_out else delta)).to(value.dtype)  # GPT-2: (in, out)
-            value = value.cpu()
+            value = merged_weight(model, value, *(state[f"{owner}.lora_{x}.{NAME}.weight"] for x in "AB")).cpu()
         if key.partition(".lora_")[0] not in adapted:
             merged[f"{owner}.{part}" if owner in adapted else key] = value
     return merged
+
+
+def merged_weight(model: PreTrainedModel, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """W + alpha / rank * B A as a new tensor, summed in fp32 and rounded once to the dtype of W.
+
+    weight: (out, in), or (in, out) in GPT-2; a: (rank, in); b: (out, rank).
+    """
+    config: Any = model.peft_config[NAME]
+    delta = config.lora_alpha / config.r * (b.float() @ a.float())
+    merged: Tensor = (weight.float() + (delta.T if config.fan_in_fan_out else delta)).to(weight.dtype)
+    return merged
+
+
+def adapter_weights(model: nn.Module) -> dict[int, tuple[nn.Parameter, nn.Parameter]]:
+    """A and B of each adapted weight, by the id of the weight; empty for a model without adapters."""
+    if not hasattr(model, "peft_config"):
+        return {}
+    from peft.tuners.lora import LoraLayer
+
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    weights = [tuple(getattr(layer, f"lora_{x}")[NAME].weight for x in "AB") for layer in layers]
+    return {id(layer.get_base_layer().weight): (a, b) for layer, (a, b) in zip(layers, weights, strict=True)}
 
 
 def save_adapters(model: PreTrainedModel, folder: Path, state: dict[str, Tensor] | None = None) -> None:

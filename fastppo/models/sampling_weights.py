@@ -1,4 +1,4 @@
-"""Whole weights of a model: the policy that responses are sampled from, and the state to export.
+"""Whole weights of a model: the policy that responses are sampled from, the same as a stream, and the state to export.
 
 At ZeRO stage 3 a forward pass gathers every layer from the other ranks. Sampling makes one forward pass for each token:
 the gathers would cost far more than the passes, and ranks that finish at different times would block each other. So
@@ -8,13 +8,17 @@ the weights are gathered once a batch into a second module that DeepSpeed does n
 from __future__ import annotations
 
 import copy
-from typing import Protocol
+from collections.abc import Iterator
+from itertools import groupby, takewhile
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
 from fastppo.distributed import Residency, World, gathered
+from fastppo.models.lora import adapter_weights, merged_weight
 from fastppo.models.roles import Policy
 
 BUCKET = 2**28  # bytes of weights that are gathered at a time, beside the copy
@@ -43,6 +47,22 @@ class SamplingWeights:
                 _copy_weights(self._actor, self._copy)
         self.has_memory = True
         return self._copy
+
+    @torch.no_grad()
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """The current weights of the language model, whole, for an engine that has a module of its own.
+
+        Names and shapes are those of a checkpoint that `save_pretrained` writes: LoRA adapters are merged, a tied
+        weight comes once, a value head does not come. At ZeRO stage 3 all ranks iterate together, to the end. Whole
+        layers are gathered, as many as a bucket holds, at least one: what a checkpoint names otherwise may be made of
+        several weights of a layer. A tensor may be the actor's own, so it is copied and not written.
+        """
+        model = self._actor.model
+        for bucket in _buckets(_layers(model)):
+            with gathered(parameter for entry in bucket for parameter in entry.parameters):
+                state = {entry.name: entry.whole(model) for entry in bucket}
+                yield from revert_weight_conversion(model, state).items()
+                del state  # before the next ones are gathered
 
     def states(self) -> list[Tensor]:
         """The tensors that sampling alone uses; their content need not be preserved outside of sampling."""
@@ -88,6 +108,56 @@ def whole_state(model: nn.Module, world: World) -> dict[str, Tensor]:
                     whole[id(tensor)] = tensor.detach().to("cpu", copy=True)
                 state[name] = whole[id(tensor)]
     return state
+
+
+class _Entry(NamedTuple):
+    """A weight, or a buffer that checkpoints have, and what is merged into it."""
+
+    name: str  # without adapters
+    tensor: Tensor
+    adapter: tuple[nn.Parameter, nn.Parameter] | None  # A and B
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [x for x in (self.tensor, *(self.adapter or ())) if isinstance(x, nn.Parameter)]
+
+    @property
+    def nbytes(self) -> int:
+        return int(getattr(self.tensor, "ds_numel", self.tensor.numel())) * self.tensor.element_size()
+
+    def whole(self, model: PreTrainedModel) -> Tensor:
+        """Its present value; the parameters are gathered."""
+        return self.tensor.detach() if self.adapter is None else merged_weight(model, self.tensor, *self.adapter)
+
+
+def _layers(model: PreTrainedModel) -> Iterator[list[_Entry]]:
+    """What a checkpoint of the model has, in its order: the entries of each layer together, all others alone."""
+    adapters, seen = adapter_weights(model), set(model._keys_to_ignore_on_save or ())
+    entries: dict[int, _Entry] = {}  # by id of the tensor: a tied one has several names
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        name = key.replace(".base_layer.", ".") if adapters else key
+        if name in seen or id(tensor) in entries or (adapters and ".lora_" in name):
+            continue
+        entries[id(tensor)] = _Entry(name, tensor, adapters.get(id(tensor)))
+
+    def layer(entry: _Entry) -> str:
+        parts = entry.name.split(".")
+        path = list(takewhile(lambda part: not part.isdigit(), parts))
+        return ".".join(parts[: len(path) + 1])  # up to the first number
+
+    for _, group in groupby(entries.values(), layer):
+        yield list(group)
+
+
+def _buckets(layers: Iterator[list[_Entry]]) -> Iterator[list[_Entry]]:
+    """As many layers at a time as `BUCKET` bytes hold, at least one."""
+    bucket: list[_Entry] = []
+    for entries in layers:
+        if bucket and sum(entry.nbytes for entry in (*bucket, *entries)) > BUCKET:
+            yield bucket
+            bucket = []
+        bucket = [*bucket, *entries]
+    yield bucket
 
 
 def _empty_like(parameter: nn.Parameter) -> nn.Parameter:

@@ -25,6 +25,7 @@ from fastppo.data import Examples, Prompts, PromptSet, batches, load_prompts
 from fastppo.distributed import World
 from fastppo.models import (
     Roles,
+    actor_config,
     actor_context,
     assemble,
     check_actor_tokens,
@@ -37,7 +38,7 @@ from fastppo.online.evaluation import evaluate, samples
 from fastppo.online.progress import Progress
 from fastppo.planner import check_plan
 from fastppo.rewards import Source, check_chats, load_functions, load_judge, load_sources
-from fastppo.rollout import ActorSampler, find_engine, make_sampler, named_stop_ids
+from fastppo.rollout import ActorSampler, check_sampled_model, find_engine, make_sampler, named_stop_ids
 
 C = TypeVar("C", bound=OnlineConfig)
 P = TypeVar("P", bound=Progress)
@@ -104,6 +105,7 @@ def set_up(
     planned = check_plan(config, world)
     tokenizer, context = load_actor_tokenizer(config), actor_context(config)
     check_models(config, tokenizer)
+    check_sampled_model(config, actor_config(config))
     named_stop_ids(tokenizer, config.sampling)  # a text that is no token should not cost these minutes either
     data, heldout = load_prompts(
         config.data,

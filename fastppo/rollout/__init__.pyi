@@ -1,6 +1,7 @@
 from .answers import SamplerError as SamplerError
 from .decoder import bucket as bucket
 from .engines import ENGINES as ENGINES
+from .engines import check_sampled_model as check_sampled_model
 from .engines import find_engine as find_engine
 from .engines import make_sampler as make_sampler
 from .inprocess import InProcess as InProcess

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from transformers import PreTrainedConfig
+
 from fastppo.config import ResponseSettings
 from fastppo.distributed import World
 from fastppo.errors import import_user_code
@@ -15,11 +17,13 @@ from fastppo.rollout.answers import SamplerError
 from fastppo.rollout.inprocess import make_inprocess
 from fastppo.rollout.sampler import ActorSampler, Sampler, explained
 from fastppo.rollout.stop_tokens import stop_ids
+from fastppo.rollout.vllm import make_vllm
+from fastppo.rollout.vllm_check import check_vllm, check_vllm_model
 
 # What makes an engine; a class is one. The stop ids are the tokens that end a response, all of them.
 Make = Callable[[ResponseSettings, SampledModel, Sequence[int], World], Sampler]
 
-ENGINES: Mapping[str, Make] = {"inprocess": make_inprocess}
+ENGINES: Mapping[str, Make] = {"inprocess": make_inprocess, "vllm": make_vllm}
 
 METHODS, BOTH_OR_NEITHER = ("sync", "sample"), ("sleep", "wake")
 
@@ -37,6 +41,8 @@ def find_engine(config: ResponseSettings) -> ChosenEngine:
     name = config.rollout.engine
     setting = f"rollout.engine = {name}"
     if name in ENGINES:
+        if name == "vllm":
+            check_vllm(config)
         return ChosenEngine(setting, ENGINES[name])
     if ":" not in name:
         near = difflib.get_close_matches(name, ENGINES, n=1)
@@ -48,6 +54,12 @@ def find_engine(config: ResponseSettings) -> ChosenEngine:
     if isinstance(make, type):
         _check_methods(setting, make)
     return ChosenEngine(setting, make, folder)
+
+
+def check_sampled_model(config: ResponseSettings, model: PreTrainedConfig) -> None:
+    """Raises SamplerError if the engine cannot sample from a model of this config. Before its weights load."""
+    if config.rollout.engine == "vllm":
+        check_vllm_model(model)
 
 
 def _check_methods(setting: str, sampler: object) -> None:

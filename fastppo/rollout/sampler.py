@@ -32,8 +32,9 @@ class Sampler(Protocol):
         """One response of 1 to `sampling.max_new_tokens` tokens to each of this rank's prompts, on the CPU.
 
         A response depends on the weights, its prompt's tokens and stream, temperature and seed. Its logprobs are those
-        of the distribution that each token was drawn from. There may be no prompts. Ranks do not wait for each other:
-        one that is told to stop leaves by `stop.check_alone`.
+        of the distribution that each token was drawn from. There may be no prompts. Ranks wait for none but those that
+        they sample together with: one that is told to stop leaves by `stop.check_alone`, such a group by
+        `stop.check_among`.
         """
 
 

@@ -59,6 +59,8 @@ OF_PPO = FREE | {
     "ppo.microbatch_tokens": "rounding",
     "sampling.cuda_graphs": "free",
     "sampling.rows": "rounding",
+    "rollout.vllm.tensor_parallel_size": "rounding",
+    "rollout.vllm.gpu_memory_utilization": "rounding",
 }
 OF_OFFLINE_METHODS = FREE | {"keep_trunk_gb": "rounding", "microbatch_tokens": "rounding"}
 

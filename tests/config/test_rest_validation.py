@@ -64,6 +64,10 @@ GIVEN = {"mixture__share": 0.5, "mixture__path": "d.jsonl"}
         ({"health__alarms": (AlarmConfig("entropy", 0.5, "raise_kl"),)}, "ReST has no KL penalty to raise"),
         ({"health__alarms": (AlarmConfig("approx_kl", 0.5, "warn"),)}, "which ReST does not compute"),
         ({"health__alarms": (AlarmConfig("kl_exact", 0.5, "stop"),)}, "which ReST does not compute"),
+        (
+            {"rollout__engine": "vllm", "sampling__temperature": 3.0},
+            "sampling.temperature is 3.0 and rollout.engine vllm",
+        ),
         ({"reference__gguf_file": "x.gguf"}, "reference.gguf_file is x.gguf but reference.model is not set"),
     ],
 )
@@ -75,6 +79,8 @@ def test_what_cannot_work_is_refused_with_its_reason(changes, said):
 def test_an_update_is_shared_by_the_ranks():
     with pytest.raises(ConfigError, match=r"improve\.batch_size is 64 and there are 3 ranks"):
         validate_rest(RIGHT, ranks=3)
+    with pytest.raises(ConfigError, match=r"rollout\.vllm\.tensor_parallel_size is 2, and the run has 1 rank"):
+        validate_rest(changed(RIGHT, rollout__engine="vllm", rollout__vllm__tensor_parallel_size=2))
 
 
 def test_the_settings_of_ppo_are_not_there(capsys):

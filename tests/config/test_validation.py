@@ -1,12 +1,13 @@
 """Every rule between settings refuses what it should, and says which settings, their values and the way out."""
 
 import dataclasses
+import math
 from operator import attrgetter
 from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from fastppo.config import ActorConfig, AlarmConfig, Config, DataConfig, RewardConfig
+from fastppo.config import ActorConfig, AlarmConfig, Config, DataConfig, RewardConfig, VllmConfig
 from fastppo.config.command_line import parse
 from fastppo.config.validation import RANGES, validate
 from fastppo.config.validation.ranges import ONLINE_RANGES
@@ -227,6 +228,7 @@ def test_settings_at_the_edge_of_a_rule_are_allowed(settings):
         (dict(sampling__top_p=0.99), ("token", 0.0, 2.0)),
         (dict(sampling__top_k=1000), ("token", 0.0, 2.0)),
         (dict(rollout__engine="mine.py:Mine"), ("token", 0.0, 2.0)),
+        (dict(rollout__engine="vllm"), ("token", 0.0, 2.0)),
         (dict(sampling__top_k=5, ppo__importance="none"), ("none", 0.5, 5.0)),
         (dict(sampling__top_k=5, ppo__importance_high=4.0), ("token", 0.0, 4.0)),
         (dict(ppo__importance="icepop", ppo__importance_low=0.1), ("icepop", 0.1, 5.0)),
@@ -235,6 +237,38 @@ def test_settings_at_the_edge_of_a_rule_are_allowed(settings):
 )
 def test_tokens_are_weighted_by_default_where_the_sampler_is_not_the_trainer(settings, importance):
     assert changed(**settings).importance == importance
+
+
+VLLM = dict(rollout__engine="vllm")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(rollout__vllm=VllmConfig(gpu_memory_utilization=0.4)), ["gpu_memory_utilization is 0.4", "inprocess"]),
+        (dict(rollout__vllm=VllmConfig(2)), ["vllm.tensor_parallel_size is 2", "engine inprocess", "to vllm"]),
+        (dict(rollout__vllm=VllmConfig(arguments={"a": 1})), ["rollout.vllm.arguments is {'a': 1}", "no effect"]),
+        (VLLM | dict(rollout__vllm=VllmConfig(3)), ["tensor_parallel_size is 3", "4 rank(s)", "1, 2, 4"]),
+        (VLLM | dict(rollout__vllm=VllmConfig(8)), ["tensor_parallel_size is 8", "4 rank(s)", "1, 2, 4"]),
+        (VLLM | dict(rollout__vllm=VllmConfig(0)), ["tensor_parallel_size is 0"]),
+        (VLLM | dict(rollout__vllm=VllmConfig(gpu_memory_utilization=0.0)), ["utilization is 0.0", "at most 1"]),
+        (VLLM | dict(rollout__vllm=VllmConfig(gpu_memory_utilization=1.1)), ["utilization is 1.1", "at most 1"]),
+        (VLLM | dict(rollout__vllm=VllmConfig(gpu_memory_utilization=math.nan)), ["utilization is nan"]),
+        (VLLM | dict(sampling__temperature=0.005), ["sampling.temperature is 0.005", "0.01 to 2", "inprocess"]),
+        (VLLM | dict(eval__temperature=2.5), ["eval.temperature is 2.5", "0.01 to 2", "inprocess"]),
+    ],
+)
+def test_what_vllm_cannot_have_is_refused_with_the_way_out(settings, words):
+    config = changed(**settings)
+    with pytest.raises(ConfigError) as error:
+        validate(config, ranks=4)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_groups_of_ranks_for_vllm_make_up_all_of_them(size):
+    validate(changed(**VLLM, rollout__vllm=VllmConfig(size, 1.0, {"max_num_seqs": 4})), ranks=4)
 
 
 def test_each_minibatch_needs_a_response_for_each_rank():

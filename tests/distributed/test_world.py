@@ -164,3 +164,23 @@ def test_ranks_that_start_one_after_the_other_meet():
     said = [run.communicate(timeout=60) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], said
     assert [out.split()[0] for out, _ in said] == ["2", "2"]
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_rank_ends_with_its_status_and_without_cleanup_where_a_library_asks_for_that(status):
+    code = """
+import atexit, sys
+from fastppo.distributed import leave, leave_without_cleanup
+
+atexit.register(print, "cleaned up")
+if {at_once}:
+    leave_without_cleanup()
+print("at the end", end="")
+leave({status})
+print("after it")
+"""
+    for at_once, said in ((True, "at the end"), (False, "at the end" + "after it\n" * (status == 0) + "cleaned up\n")):
+        run = subprocess.run(
+            [sys.executable, "-c", code.format(at_once=at_once, status=status)], capture_output=True, text=True
+        )
+        assert (run.returncode, run.stdout) == (status, said), run.stderr

@@ -301,7 +301,12 @@ def test_every_setting_is_free_or_compared_when_a_run_goes_on(folder, world, tmp
     cut(output, 7, 0)
     free = {*FREE, *ROUNDING, *GENERATE.root.free, *GENERATE.root.rounding}
     other = {"data.template": '{"a": 1}', "data.eval_path": None, "data.eval_split": None, "rewards": "[]"}
-    other |= {"judge": rewards(folder, "length"), "sampling.stop_tokens": '["a"]', "rollout.engine": None}
+    other |= {
+        "judge": rewards(folder, "length"),
+        "sampling.stop_tokens": '["a"]',
+        "rollout.engine": None,
+        "rollout.vllm.arguments": None,
+    }
     other |= {"model.path": f"{folder}/../{folder.name}/model", "data.path": f"{folder}/../{folder.name}/texts.jsonl"}
     config = parse(settings(folder, output), GENERATE)
     checked = 0

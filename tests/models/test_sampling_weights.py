@@ -7,12 +7,16 @@ import tiny
 import torch
 import whole_runs
 from ppo_step import config_of
+from safetensors.torch import load_file
 
+from fastppo.checkpoint.export import write_model
+from fastppo.config import LoraConfig
 from fastppo.data.batch import pack
 from fastppo.distributed.engine import Engine
 from fastppo.distributed.world import start_world
 from fastppo.models import sampling_weights
-from fastppo.models.roles import Policy, fuse_head
+from fastppo.models.lora import add_adapters
+from fastppo.models.roles import Policy, ValueHead, fuse_head, width_of
 from fastppo.models.sampling_weights import SamplingWeights
 
 SPLIT_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
@@ -173,3 +177,71 @@ def test_the_longest_wait_in_sampling_is_that_for_the_end_of_the_phase(events):
     assert longest[1] >= end and longest[2] >= others_end > end
     waited = [e for e in phase if e[1] < others_end <= e[2]]
     assert waited and all(e[1] >= end for e in waited)
+
+
+# The same weights as a stream, for an engine that has a module of its own
+
+FORMS = {
+    "llama": {},
+    "tied": {"tie_word_embeddings": True},
+    "gemma2": {},
+    "gpt2": {},
+    "opt": {},
+    "mixtral": {},  # a checkpoint has its experts one by one
+    "qwen3_moe": {},
+}
+
+
+def checkpoint(folder, policy, lora_rank=0):
+    """What the export writes."""
+    tokenizer = tiny.tokenizer()
+    write_model(policy, tokenizer, folder, LoraConfig(rank=lora_rank))
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_stream_is_what_a_checkpoint_has(tmp_path, form):
+    model = tiny.causal("llama" if form == "tied" else form, **FORMS[form])
+    policy = Policy(fuse_head(model), ValueHead(width_of(model), torch.float32, torch.device("cpu")))
+    sent = dict(SamplingWeights(policy, 2).stream())
+    written = checkpoint(tmp_path / "model", policy)
+    assert sent.keys() == written.keys()
+    assert all(sent[name].equal(written[name]) for name in sent)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_stream_has_merged_adapters(tmp_path, family):
+    policy = Policy(fuse_head(tiny.causal(family)))
+    add_adapters(policy.model, "actor", LoraConfig(rank=4), seed=1, source="none")
+    with torch.no_grad():
+        for name, p in policy.model.named_parameters():
+            if "lora_" in name:
+                p.add_(0.1)
+    sent = dict(SamplingWeights(policy, 0).stream())
+    written = checkpoint(tmp_path / "model", policy, lora_rank=4)
+    assert sent.keys() == written.keys() and not any("lora" in name or "base_layer" in name for name in sent)
+    assert all(sent[name].equal(written[name]) for name in sent)
+    plain = dict(SamplingWeights(Policy(fuse_head(tiny.causal(family))), 0).stream())
+    assert sum(not sent[name].equal(plain[name]) for name in sent) >= tiny.LAYERS
+
+
+@pytest.mark.parametrize(("bucket", "gathers"), [(1, 3 + tiny.LAYERS), (2**28, 1)])
+def test_at_stage_3_the_stream_gathers_some_layers_at_a_time(world, zero, monkeypatch, bucket, gathers):
+    """Each alone where a bucket holds none: the embeddings, three layers, the norm, the head."""
+    whole = dict(SamplingWeights(Policy(fuse_head(tiny.causal())), 2).stream())
+    policy = Policy(fuse_head(tiny.causal()))
+    weights = SamplingWeights(policy, 3)
+    engine_of(policy, zero)
+    at_once, together = [], sampling_weights.gathered
+
+    def counted(parameters):
+        parameters = list(parameters)
+        at_once.append(len(parameters))
+        return together(parameters)
+
+    monkeypatch.setattr(sampling_weights, "BUCKET", bucket)
+    monkeypatch.setattr(sampling_weights, "gathered", counted)
+    sent = {name: weight.clone() for name, weight in weights.stream()}
+    assert sent.keys() == whole.keys() and all(sent[name].equal(whole[name]) for name in sent)
+    assert len(at_once) == gathers and sum(at_once) == len(whole)
+    assert not any(p.numel() for p in policy.parameters())  # and nothing stays gathered

@@ -347,9 +347,9 @@ def test_the_examples_engine_refuses_settings_that_it_does_not_know(run):
 @pytest.mark.parametrize(
     ("engine", "words"),
     [
-        ("vlm", "rollout.engine is vlm; it must be inprocess, or a class of yours"),
+        ("vlm", "rollout.engine is vlm; it must be inprocess or vllm, or a class of yours.*Did you mean vllm"),
         ("in_process", "Did you mean inprocess?"),
-        ("", "rollout.engine is empty; it must be inprocess"),
+        ("", "rollout.engine is empty; it must be inprocess or vllm"),
         ("engine.py:", "write it as module:class or file.py:class"),
         ("nowhere.py:Engine", "nowhere.py could not be imported"),
         ("engine.py:Nothing", "engine.py has no class Nothing; it has: .*Noting"),

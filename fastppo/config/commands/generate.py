@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from fastppo.config.data import DataConfig, RolloutConfig, SamplingConfig
+from fastppo.config.data import SAMPLER_ROUNDING, DataConfig, RolloutConfig, SamplingConfig
 from fastppo.config.learning import OptimConfig, ZeroConfig
 from fastppo.config.models import ActorConfig, AttentionSetting
 from fastppo.config.rewards import RewardConfig
@@ -51,7 +51,7 @@ class GenerateConfig:
     # Settings that may change when a run is resumed: what comes out does not depend on them ...
     free: ClassVar[tuple[str, ...]] = ("progress", "sampling.cuda_graphs")
     # ... or only in how it is rounded
-    rounding: ClassVar[tuple[str, ...]] = ("microbatch_tokens", "sampling.rows", "rewards_on")
+    rounding: ClassVar[tuple[str, ...]] = ("microbatch_tokens", *SAMPLER_ROUNDING, "rewards_on")
 
     output: str = "runs/generate"
     """Folder of the run: config, metrics, and the responses in `output`/responses.jsonl or `output`/responses."""

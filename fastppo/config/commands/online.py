@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
-from fastppo.config.data import DataConfig, RolloutConfig, SamplingConfig
+from fastppo.config.data import SAMPLER_ROUNDING, DataConfig, RolloutConfig, SamplingConfig
 from fastppo.config.health import HealthConfig
 from fastppo.config.learning import OptimConfig, ZeroConfig
 from fastppo.config.models import ActorConfig, AttentionSetting, CriticConfig, ReferenceConfig
@@ -35,6 +35,8 @@ class ResponseSettings(Protocol):
     @property
     def zero(self) -> ZeroConfig: ...
     @property
+    def timeout(self) -> float: ...
+    @property
     def microbatch_tokens(self) -> int:
         """Maximum number of tokens that a rank reads at once."""
 
@@ -51,7 +53,7 @@ class OnlineConfig:
         *("actor.lora.export", "sampling.cuda_graphs", "eval.every", "eval.show"),
         *("health.alarms", "health.window", "health.raise_kl", "health.roll_backs"),
     )
-    rounding: ClassVar[tuple[str, ...]] = ("sampling.rows",)  # ... and that only round otherwise
+    rounding: ClassVar[tuple[str, ...]] = SAMPLER_ROUNDING  # ... and that only round otherwise
     # of a run on another number of ranks
     new_start: ClassVar[str] = "actor's weights (--actor.model, with the first actor as --reference.model)"
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from fastppo.config.commands.generate import GenerateConfig
 from fastppo.config.commands.offline import OfflineConfig
 from fastppo.config.commands.online import OnlineConfig
-from fastppo.config.data import PtxConfig
+from fastppo.config.data import SAMPLER_ROUNDING, PtxConfig
 from fastppo.config.learning import IMPORTANCE_BOUNDS, Importance, PPOConfig
 from fastppo.config.models import CriticConfig
 from fastppo.config.run import Names
@@ -19,7 +19,7 @@ class Config(OnlineConfig):
     """fastppo: PPO for language models."""
 
     names: ClassVar[Names] = Names("ppo.batch_size", "ppo.microbatch_tokens", "actor.lr and critic.lr")
-    rounding: ClassVar[tuple[str, ...]] = ("ppo.microbatch_tokens", "sampling.rows")
+    rounding: ClassVar[tuple[str, ...]] = ("ppo.microbatch_tokens", *SAMPLER_ROUNDING)
 
     output: str = "runs/ppo"
     """Folder of the run: config, metrics, samples, and the trained actor in `output`/actor."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from fastppo.config.commands.online import OnlineConfig
-from fastppo.config.data import MixtureConfig
+from fastppo.config.data import SAMPLER_ROUNDING, MixtureConfig
 from fastppo.config.run import CheckpointConfig, Names
 
 QUANTILES = (0.5, 0.75, 0.9)  # of an Improve each, if nothing is said
@@ -71,7 +71,7 @@ class RestConfig(OnlineConfig):
     """fastppo: ReST, reinforced self-training (Gulcehre et al., 2023), and rejection sampling fine-tuning."""
 
     names: ClassVar[Names] = Names("improve.batch_size", "improve.microbatch_tokens", "actor.lr")
-    rounding: ClassVar[tuple[str, ...]] = ("improve.microbatch_tokens", "sampling.rows")
+    rounding: ClassVar[tuple[str, ...]] = ("improve.microbatch_tokens", *SAMPLER_ROUNDING)
 
     output: str = "runs/rest"
     """Folder of the run: config, metrics, samples, the responses of each Grow with their scores, and the trained actor in

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from fastppo.config.commands.ppo import Config
-from fastppo.config.validation.data import check_data, check_sampling
+from fastppo.config.validation.data import check_data, check_rollout, check_sampling
 from fastppo.config.validation.health import check_health, check_kl_alarms
 from fastppo.config.validation.learning import (
     check_batch,
@@ -60,6 +60,7 @@ def validate(config: Config, ranks: int = 1) -> None:
     check_shaping(config)
     check_data(config)
     check_sampling(config)
+    check_rollout(config, ranks)
     check_batch(config, ranks)
     check_ptx(config, ranks)
     check_zero(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastppo.config.commands.generate import GenerateConfig
 from fastppo.config.commands.offline import ExamplesConfig
 from fastppo.config.commands.online import OnlineConfig
-from fastppo.config.data import DataConfig
+from fastppo.config.data import DataConfig, VllmConfig
 from fastppo.errors import ConfigError
 
 
@@ -80,3 +80,34 @@ def check_sampling(config: OnlineConfig | GenerateConfig) -> None:
             f" sampling.max_new_tokens {sampling.max_new_tokens}) and must fit into one microbatch. Raise"
             " microbatch_tokens, or lower one of the other two."
         )
+
+
+COLDEST, HOTTEST = 0.01, 2.0  # the temperatures that vLLM computes with; below it uses 0.01 and says so in its log only
+
+
+def check_rollout(config: OnlineConfig | GenerateConfig, ranks: int) -> None:
+    vllm, engine = config.rollout.vllm, config.rollout.engine
+    if engine != "vllm":
+        for name, default in vars(VllmConfig()).items():
+            if (value := getattr(vllm, name)) != default:
+                raise ConfigError(
+                    f"rollout.vllm.{name} is {value} and rollout.engine {engine}: it would have no effect. Set"
+                    f" rollout.engine to vllm, or leave out rollout.vllm.{name}."
+                )
+        return
+    size = vllm.tensor_parallel_size
+    if ranks % size:
+        possible = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+        raise ConfigError(
+            f"rollout.vllm.tensor_parallel_size is {size}, and the run has {ranks} rank(s): groups of so many ranks must"
+            f" make up all of them. Set it to one of {possible}, or start another number of ranks."
+        )
+    temperatures = {"sampling.temperature": config.sampling.temperature}
+    if isinstance(config, OnlineConfig):
+        temperatures["eval.temperature"] = config.eval.temperature
+    for name, temperature in temperatures.items():
+        if not COLDEST <= temperature <= HOTTEST:
+            raise ConfigError(
+                f"{name} is {temperature} and rollout.engine vllm, which computes with temperatures from {COLDEST} to"
+                f" {HOTTEST:g} only. Choose one of these, or set rollout.engine to inprocess."
+            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from fastppo.config.commands.generate import GenerateConfig
-from fastppo.config.validation.data import check_prompts, check_sampling
+from fastppo.config.validation.data import check_prompts, check_rollout, check_sampling
 from fastppo.config.validation.models import check_attention
 from fastppo.config.validation.ranges import Ranges, check_ranges
 from fastppo.config.validation.rewards import check_sources, check_waiting
@@ -17,10 +17,10 @@ RANGES: Ranges = (
         "1 or more",
         lambda x: x >= 1,
         "threads batch_size microbatch_tokens data.first_tokens data.max_prompt_tokens data.limit"
-        " sampling.max_new_tokens sampling.samples_per_prompt sampling.rows",
+        " sampling.max_new_tokens sampling.samples_per_prompt sampling.rows rollout.vllm.tensor_parallel_size",
     ),
     ("greater than 0", lambda x: 0 < x < math.inf, "timeout sampling.temperature"),
-    ("greater than 0 and at most 1", lambda x: 0 < x <= 1, "sampling.top_p"),
+    ("greater than 0 and at most 1", lambda x: 0 < x <= 1, "sampling.top_p rollout.vllm.gpu_memory_utilization"),
 )
 
 
@@ -46,4 +46,5 @@ def validate_generate(config: GenerateConfig, ranks: int = 1) -> None:
             " data.path and data.split, and leave data.eval_path and data.eval_split out."
         )
     check_sampling(config)
+    check_rollout(config, ranks)
     check_waiting(config, ranks)

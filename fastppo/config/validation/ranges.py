@@ -26,7 +26,7 @@ ONLINE_RANGES: Ranges = (
         "1 or more",
         lambda x: x >= 1,
         "threads data.first_tokens data.max_prompt_tokens data.limit sampling.max_new_tokens sampling.samples_per_prompt"
-        " sampling.rows track.responses_every checkpoint.keep_last health.window",
+        " sampling.rows rollout.vllm.tensor_parallel_size track.responses_every checkpoint.keep_last health.window",
     ),
     (
         "greater than 0",
@@ -35,7 +35,7 @@ ONLINE_RANGES: Ranges = (
     ),
     ("greater than 1", lambda x: 1 < x < math.inf, "health.raise_kl"),
     ("greater than 0 and less than 1", lambda x: 0 < x < 1, "actor.average"),
-    ("greater than 0 and at most 1", lambda x: 0 < x <= 1, "sampling.top_p"),
+    ("greater than 0 and at most 1", lambda x: 0 < x <= 1, "sampling.top_p rollout.vllm.gpu_memory_utilization"),
 )
 
 

@@ -6,7 +6,7 @@ import math
 from itertools import pairwise
 
 from fastppo.config.commands.rest import RestConfig
-from fastppo.config.validation.data import check_data, check_sampling
+from fastppo.config.validation.data import check_data, check_rollout, check_sampling
 from fastppo.config.validation.health import check_health
 from fastppo.config.validation.learning import check_zero
 from fastppo.config.validation.models import check_models
@@ -38,6 +38,7 @@ def validate_rest(config: RestConfig, ranks: int = 1) -> None:
     check_rewards(config)
     check_data(config)
     check_sampling(config)
+    check_rollout(config, ranks)
     _check_sizes(config, ranks)
     _check_thresholds(config)
     _check_mixture(config)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -85,9 +86,14 @@ def load_actor_tokenizer(config: OnlineConfig) -> PreTrainedTokenizerBase:
     return load_tokenizer("actor.model", actor.model, actor.gguf_file, actor.revision)
 
 
+def actor_config(config: OnlineConfig) -> PreTrainedConfig:
+    """The config of the actor, as `load_config` gives it."""
+    return load_config(_actor_source(config))
+
+
 def actor_context(config: OnlineConfig) -> int | None:
     """The context of the actor, in tokens; None if its config has no limit."""
-    return context_of(load_config(_actor_source(config)))
+    return context_of(actor_config(config))
 
 
 def check_actor_tokens(
