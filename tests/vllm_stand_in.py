@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fastppo.rollout.inprocess import restrict
+from fastppo.ops.eager import restrict
 
 
 @dataclass

@@ -18,8 +18,8 @@ from vllm_ranks import PROMPTS, SMALL
 from fastppo.data.batch import Rollout
 from fastppo.distributed.world import start_world
 from fastppo.models import Roles
+from fastppo.ops.eager import restrict
 from fastppo.rollout import SamplerError, check_sampled_model, find_engine, make_sampler
-from fastppo.rollout.inprocess import restrict
 from fastppo.rollout.sampler import ActorSampler
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; `make vllm` makes an environment with it")
