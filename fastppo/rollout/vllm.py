@@ -131,6 +131,7 @@ class Vllm:
         self._cache_asleep = True
 
     def wake(self) -> None:
+        torch.cuda.empty_cache()  # what other parts have given up is PyTorch's until then, and vLLM's is beside it
         self._llm.wake_up(tags=["weights"])
 
 

@@ -34,6 +34,7 @@ def start_vllm(vllm: Any, config: ResponseSettings, policy: Policy, world: World
     arguments = _arguments(vllm, config, policy, world)
     try:
         leave_without_cleanup()
+        torch.cuda.empty_cache()  # vLLM counts what is free
         with _process_left_alone(world.device), _own_shared_memory(world):
             llm = vllm.LLM(**arguments)
     except REFUSALS as error:
