@@ -1,4 +1,4 @@
-"""Settings of small runs and what they leave behind, for the tests of checkpoints and faults."""
+"""Settings of small runs and what they leave behind, for the tests of checkpoints and faults, and how parts of one move without a GPU."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny
 import torch
 from forks import Run
+
+from fastppo.distributed import Residency
 
 REWARD = """
 import random
@@ -129,3 +132,21 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert same(*states)
     for name in ("samples.jsonl", "responses.jsonl"):
         assert (one / name).read_text() == (other / name).read_text()
+
+
+def move_on_the_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of a run leave and come back with their phases, as on a GPU; what moves are the same storages."""
+    made, enter = Residency.__init__, Residency.enter
+
+    def moving(self: Residency, *args: Any, **options: Any) -> None:
+        made(self, *args, **options)
+        self._moves = True
+
+    def entering(self: Residency, phase: str) -> None:
+        for x in (x for part in self._parts if not part.moved_out for x in part.states()):
+            if not x.untyped_storage().resizable():  # on the CPU a state that was loaded is mapped from its file
+                x.data = x.data.clone()
+        enter(self, phase)
+
+    monkeypatch.setattr(Residency, "__init__", moving)
+    monkeypatch.setattr(Residency, "enter", entering)

@@ -122,23 +122,6 @@ def small(tmp_path, monkeypatch):
     return str(tmp_path / "small.json")
 
 
-def move_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, add = Residency.__init__, Residency.add
-
-    def moving(self: Residency, *args: Any, **options: Any) -> None:
-        made(self, *args, **options)
-        self._moves = True
-
-    def adding(self: Residency, kind: str, owner: Any) -> None:
-        for x in owner.states():
-            if not x.untyped_storage().resizable():  # a weight that is mapped from its file
-                x.data = x.data.clone()
-        add(self, kind, owner)
-
-    monkeypatch.setattr(Residency, "__init__", moving)
-    monkeypatch.setattr(Residency, "add", adding)
-
-
 def on_device(residency: Residency) -> dict[str, int]:
     """Bytes by kind, each storage once."""
     found: dict[str, int] = {}
@@ -150,7 +133,7 @@ def on_device(residency: Residency) -> dict[str, int]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_in_each_stage_residency_keeps_what_the_plan_counts(models, world, small, monkeypatch, case):
-    move_on_the_cpu(monkeypatch)
+    whole_runs.move_on_the_cpu_too(monkeypatch)
     config = settings(models, case, small)
     roles, members, zero = after_a_step(config, world), measured_roles(config, cpu=False), config.zero
     homes = {"optimizers": zero.optimizer_on, "reference": zero.frozen_on, "rewards": zero.frozen_on}
@@ -219,7 +202,7 @@ def test_every_copy_of_weights_is_counted_in_every_phase_in_which_it_stays(
 ):
     """The weights of all roles and those to sample from, in two steps."""
     monkeypatch.setattr(Footprint, "passes", nothing_passes)
-    move_on_the_cpu(monkeypatch)
+    whole_runs.move_on_the_cpu_too(monkeypatch)
     config = replace(settings(models, case, small), rollout=RolloutConfig(engine=engine))
     roles = roles_of(config, world)
     load_sources(config, roles.tokenizer, world, roles.residency)

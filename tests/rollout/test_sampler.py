@@ -20,7 +20,6 @@ from ppo_step import config_of, roles_of
 from fastppo.config import Config, RolloutConfig, SamplingConfig
 from fastppo.config.command_line import parse
 from fastppo.data.batch import Prompts, Rollout, pack
-from fastppo.distributed.residency import Residency
 from fastppo.distributed.world import start_world
 from fastppo.rollout import SamplerError, find_engine
 from fastppo.rollout.answers import check_rollout
@@ -156,20 +155,7 @@ def test_updates_that_are_not_applied_are_no_change(run):
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_an_engine_sleeps_outside_the_phases_that_sample_and_is_synced_after_each_wake(folder, run, monkeypatch, stage):
-    made, enter = Residency.__init__, Residency.enter
-
-    def moving(self: Residency, *args: Any, **options: Any) -> None:
-        made(self, *args, **options)
-        self._moves = True
-
-    def entering(self: Residency, phase: str) -> None:
-        for x in (x for part in self._parts if not part.moved_out for x in part.states()):
-            if not x.untyped_storage().resizable():  # on the CPU a state that was loaded is mapped from its file
-                x.data = x.data.clone()
-        enter(self, phase)
-
-    monkeypatch.setattr(Residency, "__init__", moving)
-    monkeypatch.setattr(Residency, "enter", entering)
+    whole_runs.move_on_the_cpu_too(monkeypatch)
     (folder / "split.json").write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
     changes = {"zero__stage": stage, "zero__deepspeed": folder / "split.json"}
     found = run("Sleeping", steps=2, **changes)

@@ -26,7 +26,6 @@ from fastppo import generate
 from fastppo.config.command_line import GENERATE, parse
 from fastppo.data.batch import Prompts
 from fastppo.distributed import Neighbours, Stopped, stop
-from fastppo.distributed.residency import Residency
 from fastppo.distributed.world import start_world
 from fastppo.models import token_stats
 from fastppo.rollout import SamplerError, check_sampled_model, find_engine, make_sampler
@@ -292,20 +291,7 @@ def test_an_engine_that_is_collected_leaves_the_groups_of_the_run_alone(vllm, ma
 
 
 def test_an_engine_sleeps_from_the_start_and_takes_its_cache_when_it_has_weights(vllm, world, tmp_path, monkeypatch):
-    made, enter = Residency.__init__, Residency.enter
-
-    def moving(self: Residency, *args: Any, **options: Any) -> None:
-        made(self, *args, **options)
-        self._moves = True
-
-    def entering(self: Residency, phase: str) -> None:
-        for x in (x for part in self._parts if not part.moved_out for x in part.states()):
-            if not x.untyped_storage().resizable():  # on the CPU a state that was loaded is mapped from its file
-                x.data = x.data.clone()
-        enter(self, phase)
-
-    monkeypatch.setattr(Residency, "__init__", moving)
-    monkeypatch.setattr(Residency, "enter", entering)
+    whole_runs.move_on_the_cpu_too(monkeypatch)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: vllm.events.append("memory given back"))
     folder = whole_runs.prepare(tmp_path)
     settings = {"rollout__engine": "vllm", "optim__dtype": "fp32", "checkpoint__every": 0, "eval__every": 1}
