@@ -32,7 +32,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")  # read by torch when it is import
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from fastppo.config import Config, DataConfig, RolloutConfig, SamplingConfig
+from fastppo.config import Config, DataConfig, RolloutConfig, SamplingConfig, VllmConfig
 from fastppo.data.batch import Prompts
 from fastppo.distributed import Residency, start_world
 from fastppo.models.attention import choose_attention
@@ -108,8 +108,9 @@ def against_vllm(name: str, model: PreTrainedModel, rows: int, prompt: int, new:
     sampling = SamplingConfig(max_new_tokens=new, ignore_eos=True, rows=rows)
     prompts = Prompts.of(tokens.tolist(), range(rows))
     engines = []
-    for engine in ("inprocess", "vllm"):
-        config = Config(sampling=sampling, data=DataConfig(max_prompt_tokens=prompt), rollout=RolloutConfig(engine))
+    cache = VllmConfig(arguments={"kv_cache_memory_bytes": 2**30})  # several engines are in this process, one by one
+    for rollout in (RolloutConfig("inprocess"), RolloutConfig("vllm", cache)):
+        config = Config(sampling=sampling, data=DataConfig(max_prompt_tokens=prompt), rollout=rollout)
         engines.append(find_engine(config).make(config, OfPolicy(Policy(model)), [], start_world(None)))
         engines[-1].sync()
     ours, theirs = (partial(engine.sample, prompts, temperature=1.0, seed=1) for engine in engines)
