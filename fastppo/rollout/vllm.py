@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from fastppo.config import ResponseSettings, SamplingConfig
 from fastppo.data import Prompts, Rollout, pack
 from fastppo.distributed import Neighbours, Stopped, World, neighbours_of, stop
+from fastppo.errors import FastPPOError
 from fastppo.models import SampledModel, SamplingWeights
 from fastppo.rollout.answers import SamplerError
 from fastppo.rollout.vllm_check import import_vllm
@@ -52,15 +54,8 @@ class Vllm:
         self._cache_asleep = False
 
     def sync(self) -> None:
-        try:
+        with self._explained("does not take the actor's weights"):
             missing = sorted(set().union(*self._llm.collective_rpc(load, args=(self._weights.stream(),))))
-        except REFUSALS as error:
-            if is_of_another_rank(error):
-                raise
-            said = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
-            raise SamplerError(
-                f"vLLM {self._vllm.__version__} does not take the actor's weights: {said}. {WAY}"
-            ) from error
         if missing:
             names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             raise SamplerError(
@@ -89,9 +84,10 @@ class Vllm:
         """vLLM's output for each request, in their order. Raises Stopped."""
         engine = self._llm.llm_engine
         outputs: dict[int, Any] = {}  # of each request that is complete
-        self._llm.reset_prefix_cache()  # what was computed before would change how this is computed
-        for i, (tokens, stream) in enumerate(requests):
-            engine.add_request(f"{i}", {"prompt_token_ids": list(tokens)}, self._params(temperature, seed, stream))
+        with self._explained("does not take the prompts"):
+            self._llm.reset_prefix_cache()  # what was computed before would change how this is computed
+            for i, (tokens, stream) in enumerate(requests):
+                engine.add_request(f"{i}", {"prompt_token_ids": list(tokens)}, self._params(temperature, seed, stream))
         step = 0
         while engine.has_unfinished_requests():
             try:
@@ -99,9 +95,23 @@ class Vllm:
             except Stopped:
                 engine.abort_request([f"{i}" for i in range(len(requests)) if i not in outputs])
                 raise
-            outputs |= {int(done.request_id): done.outputs[0] for done in engine.step() if done.finished}
+            with self._explained("cannot compute this model's responses"):
+                outputs |= {int(done.request_id): done.outputs[0] for done in engine.step() if done.finished}
             step += 1
         return [outputs[i] for i in range(len(requests))]
+
+    @contextmanager
+    def _explained(self, refusal: str) -> Iterator[None]:
+        """Within this context vLLM computes; what it raises becomes a SamplerError that says what it refused to do."""
+        try:
+            yield
+        except (FastPPOError, torch.OutOfMemoryError):  # the end of a run explains the latter
+            raise
+        except REFUSALS as error:
+            if is_of_another_rank(error):
+                raise
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
+            raise SamplerError(f"vLLM {self._vllm.__version__} {refusal}: {said}. {WAY}") from error
 
     def _check_stop(self, step: int) -> None:
         if self._together.size == 1:

@@ -412,3 +412,16 @@ def test_weights_that_do_not_match_are_an_error(vllm, made, change, words):
     sampler._engine._weights = SimpleNamespace(stream=lambda: iter([x for x in sent if x is not None]))
     with pytest.raises(SamplerError, match=f"vLLM 0.32.1 {words}.*inprocess"):
         sampler.sync()
+
+
+def test_what_vllm_cannot_compute_shows_at_the_first_response_and_is_an_error(vllm, made, monkeypatch):
+    _, sampler = made()
+    sampler.sync()
+
+    def step() -> None:
+        raise NotImplementedError("Head size 8 is not supported by CPU_ATTN")
+
+    monkeypatch.setattr(sampler._engine._llm.llm_engine, "step", step)
+    words = r"vLLM 0.32.1 cannot compute this model's responses: NotImplementedError: Head size 8.*inprocess"
+    with pytest.raises(SamplerError, match=words):
+        sampler.sample(Prompts.of([(5, 6)], [0]))
