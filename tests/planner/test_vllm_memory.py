@@ -269,7 +269,7 @@ def test_a_run_is_refused_before_it_loads_anything(models, monkeypatch, command)
         check.check_plan(config, check.World(0, 1, torch.device("cpu")))
 
 
-def test_the_highest_phase_is_that_in_which_vllm_holds_its_share(models) -> None:
+def test_the_highest_phase_is_that_in_which_vllm_holds_its_share(models):
     found = planned(config_of(models), Machine(8, 1, 24 * GB, 10**12))
     assert found.peak[0] == "sampling" and found.peak[1].gpu.total >= 12 * GB
     assert dict(by_phase(found.shares))["sampling"] == found.peak[1]
