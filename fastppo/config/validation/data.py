@@ -97,10 +97,10 @@ def check_rollout(config: OnlineConfig | GenerateConfig, ranks: int) -> None:
         return
     size = vllm.tensor_parallel_size
     if ranks % size:
-        possible = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+        possible = " or ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
         raise ConfigError(
             f"rollout.vllm.tensor_parallel_size is {size}, and the run has {ranks} rank(s): groups of so many ranks must"
-            f" make up all of them. Set it to one of {possible}, or start another number of ranks."
+            f" make up all of them. Set it to {possible}, or start a multiple of {size} ranks (in a plan: --gpus)."
         )
     temperatures = {"sampling.temperature": config.sampling.temperature}
     if isinstance(config, OnlineConfig):
