@@ -248,8 +248,14 @@ VLLM = dict(rollout__engine="vllm")
         (dict(rollout__vllm=VllmConfig(gpu_memory_utilization=0.4)), ["gpu_memory_utilization is 0.4", "inprocess"]),
         (dict(rollout__vllm=VllmConfig(2)), ["vllm.tensor_parallel_size is 2", "engine inprocess", "to vllm"]),
         (dict(rollout__vllm=VllmConfig(arguments={"a": 1})), ["rollout.vllm.arguments is {'a': 1}", "no effect"]),
-        (VLLM | dict(rollout__vllm=VllmConfig(3)), ["tensor_parallel_size is 3", "4 rank(s)", "1, 2, 4"]),
-        (VLLM | dict(rollout__vllm=VllmConfig(8)), ["tensor_parallel_size is 8", "4 rank(s)", "1, 2, 4"]),
+        (
+            VLLM | dict(rollout__vllm=VllmConfig(3)),
+            ["tensor_parallel_size is 3", "4 rank(s)", "1 or 2 or 4", "multiple of 3"],
+        ),
+        (
+            VLLM | dict(rollout__vllm=VllmConfig(8)),
+            ["tensor_parallel_size is 8", "4 rank(s)", "1 or 2 or 4", "multiple of 8 ranks", "--gpus"],
+        ),
         (VLLM | dict(rollout__vllm=VllmConfig(0)), ["tensor_parallel_size is 0"]),
         (VLLM | dict(rollout__vllm=VllmConfig(gpu_memory_utilization=0.0)), ["utilization is 0.0", "at most 1"]),
         (VLLM | dict(rollout__vllm=VllmConfig(gpu_memory_utilization=1.1)), ["utilization is 1.1", "at most 1"]),
