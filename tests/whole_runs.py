@@ -1,4 +1,4 @@
-"""Settings of small runs and what they leave behind, for the tests of checkpoints and faults, and how parts of one move without a GPU."""
+"""Settings of small runs and what they leave behind, and how the parts of a run move where there is no GPU."""
 
 from __future__ import annotations
 
