@@ -23,7 +23,19 @@ from fastppo.rollout.vllm_check import check_vllm, check_vllm_model
 # What makes an engine; a class is one. The stop ids are the tokens that end a response, all of them.
 Make = Callable[[ResponseSettings, SampledModel, Sequence[int], World], Sampler]
 
-ENGINES: Mapping[str, Make] = {"inprocess": make_inprocess, "vllm": make_vllm}
+
+class Engine(NamedTuple):
+    """An engine of fastppo's. The checks raise SamplerError for what it cannot do."""
+
+    make: Make
+    check: Callable[[ResponseSettings], None] | None = None  # before anything is read
+    check_model: Callable[[PreTrainedConfig], None] | None = None  # of the model to sample from: before weights load
+
+
+ENGINES: Mapping[str, Engine] = {
+    "inprocess": Engine(make_inprocess),
+    "vllm": Engine(make_vllm, check_vllm, check_vllm_model),
+}
 
 METHODS, BOTH_OR_NEITHER = ("sync", "sample"), ("sleep", "wake")
 
@@ -40,10 +52,10 @@ def find_engine(config: ResponseSettings) -> ChosenEngine:
     """That of `rollout.engine`. Before any model loads: a typo should not cost those minutes. Raises SamplerError."""
     name = config.rollout.engine
     setting = f"rollout.engine = {name}"
-    if name in ENGINES:
-        if name == "vllm":
-            check_vllm(config)
-        return ChosenEngine(setting, ENGINES[name])
+    if (engine := ENGINES.get(name)) is not None:
+        if engine.check is not None:
+            engine.check(config)
+        return ChosenEngine(setting, engine.make)
     if ":" not in name:
         near = difflib.get_close_matches(name, ENGINES, n=1)
         raise SamplerError(
@@ -58,8 +70,9 @@ def find_engine(config: ResponseSettings) -> ChosenEngine:
 
 def check_sampled_model(config: ResponseSettings, model: PreTrainedConfig) -> None:
     """Raises SamplerError if the engine cannot sample from a model of this config. Before its weights load."""
-    if config.rollout.engine == "vllm":
-        check_vllm_model(model)
+    engine = ENGINES.get(config.rollout.engine)
+    if engine is not None and engine.check_model is not None:
+        engine.check_model(model)
 
 
 def _check_methods(setting: str, sampler: object) -> None:
