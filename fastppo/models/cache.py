@@ -70,7 +70,6 @@ class Cache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.longest = length  # the most positions that a row is to take; more are there for another batch
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # number of positions in each row
-        self.rows = torch.arange(rows, device=device)  # (active,) int64, the rows in the batch
         self.layout: SequenceLayout | None = None  # of the prompts during prefill, None in decode
         self.active: ActiveRows | None = None  # of the step that has begun
         self._counts = torch.arange(rows + 1, dtype=torch.int32, device=device)
@@ -114,7 +113,6 @@ class Cache:
         lengths = self.lengths[rows]
         _, count, heads, length, _ = self.keys.shape
         starts = F.pad(rows * (heads * length), (0, 1), value=((count - 1) * heads + 1) * length)
-        self.rows = rows
         self.active = ActiveRows(
             rows=rows,
             lengths=lengths,
@@ -127,7 +125,8 @@ class Cache:
 
     def end_step(self, kept: Tensor | None = None) -> None:
         """kept (active,) bool: rows that keep the position; the others decode it once more. None: all do."""
-        self.lengths[self.rows] += 1 if kept is None else kept
+        assert self.active is not None  # begin_step has been called
+        self.lengths[self.active.rows] += 1 if kept is None else kept
         self.active = None
 
     def states(self) -> list[Tensor]:
