@@ -4,7 +4,8 @@ A response depends on the seed, its prompt's stream and the model, and on nothin
 a counter-based generator, it attends to its own row of the cache alone, and the number of rows in a batch is one of
 a few fixed sizes, never below four, because matrix products of one to three rows take another path and round
 differently. So do those of up to eleven rows on some numbers of threads, if they are not four or eight: a prefill is of
-sixteen tokens or more.
+sixteen tokens or more. In a mixture of experts it depends on the other rows by rounding, as the products of its experts
+have rows of all responses.
 """
 
 from __future__ import annotations
