@@ -6,7 +6,7 @@
 A step: 64 prompts of 32 random tokens, 64 new tokens each with no stop token, 4 epochs of one minibatch. Policy,
 reference, critic and reward model are random 4-layer Llamas (hidden 256, intermediate 512, 4 heads, vocabulary 4,096).
 With `--size 1b`, for a GPU, they have the shape of Llama-3.2-1B, and a step has 128 prompts of 128 tokens and 256 new
-tokens each, 1 epoch.
+tokens each, 1 epoch. With `--size tiny` a step takes milliseconds.
 `--trl` takes a Python interpreter with trl==0.29.1. Runs of fastppo and TRL then alternate; each pair gives a ratio.
 """
 
@@ -38,9 +38,21 @@ class Size(NamedTuple):
 
 
 SIZES = {
+    "tiny": Size(512, 32, 64, 2, 4, 2, 8, 8, 8, 2, 64),
     "small": Size(4_096, 256, 512, 4, 4, 4, 64, 32, 64, 4, 8_192),
     "1b": Size(128_256, 2048, 8192, 16, 32, 8, 128, 128, 256, 1, 8_192),
 }
+
+
+def llama(size: Size) -> Any:
+    """The config of the models, transformers' LlamaConfig."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.kv_heads,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None, num_labels=1, dtype="bfloat16",
+    )  # fmt: skip
 
 
 def make_inputs(folder: Path, size: Size) -> None:
@@ -50,16 +62,11 @@ def make_inputs(folder: Path, size: Size) -> None:
     from transformers import (
         AutoModelForCausalLM,
         AutoModelForSequenceClassification,
-        LlamaConfig,
         PreTrainedTokenizerFast,
     )
 
     torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=size.intermediate,
-        num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.kv_heads,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None, num_labels=1, dtype="bfloat16",
-    )  # fmt: skip
+    shape = llama(size)
     backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size.vocabulary)}, unk_token="w0"))
     from tokenizers.pre_tokenizers import Whitespace
 
@@ -77,8 +84,8 @@ def make_inputs(folder: Path, size: Size) -> None:
     (folder / "prompts.jsonl").write_text("\n".join(lines))
 
 
-def run_fastppo(folder: Path, size: Size, dtype: str, steps: int) -> list[dict[str, float]]:
-    """The metrics of each step except the first."""
+def arguments(folder: Path, size: Size, dtype: str, steps: int, **changes: object) -> list[str]:
+    """The command line of the run on the inputs in `folder`; changes are given as track__tensorboard="true"."""
     settings = {
         "output": str(folder / "run"), "steps": steps, "threads": 2, "actor.model": str(folder / "actor"),
         "rewards": json.dumps([{"model": str(folder / "reward")}]), "data.path": str(folder / "prompts.jsonl"),
@@ -87,8 +94,14 @@ def run_fastppo(folder: Path, size: Size, dtype: str, steps: int) -> list[dict[s
         "ppo.epochs": size.epochs, "ppo.minibatches": 1, "ppo.microbatch_tokens": size.microbatch_tokens,
         "optim.dtype": dtype, "eval.prompts": 0, "track.tensorboard": "false",
     }  # fmt: skip
-    arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    subprocess.run([sys.executable, "-m", "fastppo.train", *arguments], check=True, stdout=sys.stderr)
+    settings |= {name.replace("__", "."): value for name, value in changes.items()}
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+
+def run_fastppo(folder: Path, size: Size, dtype: str, steps: int) -> list[dict[str, float]]:
+    """The metrics of each step except the first."""
+    command = [sys.executable, "-m", "fastppo.train", *arguments(folder, size, dtype, steps)]
+    subprocess.run(command, check=True, stdout=sys.stderr)
     return [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()][1:]
 
 
