@@ -2,6 +2,8 @@
 
 import gc
 import os
+import sys
+from pathlib import Path
 
 # Before torch is imported. Workers of pytest-xdist share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +18,8 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     # Triton's kernels run on the CPU then. It is read when triton is first imported; nothing else here runs any.
     os.environ["TRITON_INTERPRET"] = "1"
+# Tests import benches, too. At the end: some have the names of modules here.
+sys.path.append(str(Path(__file__).parent.parent / "bench"))
 # Every test means the CPU but those of the kernels, which name the GPU, and of test_on_gpu.py, which unsets this.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
