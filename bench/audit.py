@@ -313,7 +313,8 @@ def print_code(entry: dict[str, Any]) -> None:
         f"{loop['instructions']}: " + " ".join(f"{loop['memory'].count(m)} {m}" for m in dict.fromkeys(loop["memory"]))
         for loop in entry["loops"]
     )
-    name = {"finish_kernel": "finish", "combine_kernel": "combine"}.get(entry["kernel"], entry["op"])
+    name = {"finish_kernel": "finish", "combine_kernel": "combine", "choose_kernel": "choose"}
+    name = name.get(entry["kernel"], entry["op"])
     print(
         f"sm_{entry['sm']:<4} {name:24} {entry['dtype']:18} {entry['registers']:>9} {entry['spills']:>6} "
         f"{entry['shared']:>6} {entry['warps']:>5} {entry['occupancy']:>9.0%}  {memory}"

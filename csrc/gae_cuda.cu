@@ -1,4 +1,4 @@
-// fastppo::gae on CUDA: checks, allocates, launches. The schema is in gae.cpp, the kernels are in gae_kernels.cuh.
+// fastppo::gae on CUDA: checks, allocates, launches. The schema is in gae.cpp, the kernel is in gae_kernels.cuh.
 #include "gae_arguments.h"
 #include "gae_kernels.cuh"
 
@@ -17,11 +17,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Working memory from torch's allocator, on the current stream; freed with the tensor.
-Tensor bytes_like(const Tensor& like, int64_t count) {
-  return torch::stable::new_empty(like, {count}, ScalarType::Byte);
-}
-
 template <typename T>
 void launch(const gae::Arguments& arguments, float* advantages, cudaStream_t stream) {
   const auto data = [](const std::optional<Tensor>& x) { return x.has_value() ? x->data_ptr() : nullptr; };
@@ -39,17 +34,21 @@ void launch(const gae::Arguments& arguments, float* advantages, cudaStream_t str
   call.bootstrap = static_cast<const float*>(data(arguments.bootstrap));
   call.sequences = arguments.sequences();
 
-  const int64_t slots = tokens > cuda::kBlockTokens ? cuda::slots_of(tokens) : 0;
-  const Tensor summaries = bytes_like(arguments.rewards, slots * sizeof(float4));
-  const Tensor counts = bytes_like(arguments.rewards, slots * sizeof(int));
-  const Tensor carries = bytes_like(arguments.rewards, slots * sizeof(float2));
-  call.summaries = static_cast<float4*>(summaries.data_ptr());
-  call.counts = static_cast<int*>(counts.data_ptr());
-  call.carries = static_cast<float2*>(carries.data_ptr());
+  call.blocks = cuda::blocks_of(tokens);
+  call.checked = (call.sequences + call.blocks - 1) / call.blocks;
+  REQUIRE(call.blocks <= std::numeric_limits<int>::max(), "rewards asks for ", call.blocks,
+          " blocks; a CUDA grid has at most 2147483647");
 
-  cuda::launch_all(call, [&](auto kernel, int64_t blocks, int threads) {
-    REQUIRE(blocks <= std::numeric_limits<int>::max(), "rewards and cu_seqlens ask for ", blocks,
-            " blocks; a CUDA grid has at most 2147483647");
+  // Working memory from torch's allocator, on the current stream; freed with the tensor.
+  const int64_t bytes = call.blocks > 1 ? call.blocks * sizeof(cuda::Message) + sizeof(int) : 0;
+  const Tensor memory = torch::stable::new_empty(arguments.rewards, {bytes}, ScalarType::Byte);
+  if (bytes > 0) {
+    STD_CUDA_CHECK(cudaMemsetAsync(memory.data_ptr(), 0, bytes, stream));
+    call.messages = static_cast<cuda::Message*>(memory.data_ptr());
+    call.begun = reinterpret_cast<int*>(call.messages + call.blocks);
+  }
+
+  cuda::launch_once(call, [&](auto kernel, int64_t blocks, int threads) {
     kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(call);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });

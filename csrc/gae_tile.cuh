@@ -1,8 +1,10 @@
-// GAE on CUDA: the computation of a run of tokens by a group of threads, used by the kernels in gae_kernels.cuh.
+// GAE on CUDA: what a block does with its tokens, used by the kernel in gae_kernels.cuh.
 //
-// A group of threads (a warp, or a block) processes a run of tokens from its end, one tile at a time. The tiles depend
-// on the sequence only, and so does the rounding. Reads and writes are 16 bytes wide and aligned in the array; through
-// shared memory each thread gets consecutive tokens of the sequence.
+// A block has the tokens of some windows (parts of sequences, see gae_kernels.cuh), next to each other in the batch. It
+// reads all of them at once, 16 bytes at a time, into shared memory. There a window is divided into groups of kGroup
+// tokens, from its first token on, and a thread computes the groups that start in its kGroup positions. So the groups
+// of a window belong to consecutive threads, and sums over them are added in an order that depends on the distance to
+// the end of the window only: the rounding of a sequence does not depend on where it lies in the batch.
 #pragma once
 
 #include <cmath>
@@ -13,13 +15,17 @@ namespace fastppo::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kItems = 8;  // consecutive tokens of a thread
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kGroup = 16;                     // consecutive tokens of a thread; bits in a word of `Tile`
+constexpr int kTokens = kThreads * kGroup;     // of a tile, with up to 15 before the first that fill its 16 bytes
+constexpr int kWindow = kTokens / 2 - kGroup;  // so that the windows of a block, less than 2 kWindow tokens, fit a tile
 
 struct Discount {
   float gap;         // 1 - gamma
   float decay;       // gamma lambda
   float log2_decay;  // -inf if decay is 0
-  double gamma64, log2_decay64, decay64;
+  double gamma64, lam64, log2_decay64;
 };
 
 inline Discount discount_of(double gamma, double lam) {
@@ -28,196 +34,20 @@ inline Discount discount_of(double gamma, double lam) {
           static_cast<float>(decay),
           static_cast<float>(log2_decay),
           gamma,
-          log2_decay,
-          decay};
+          lam,
+          log2_decay};
 }
-
-struct Carry {  // the state after a run: of the next unmasked token, or the bootstrap
-  float advantage, value;
-  bool known;  // false at the end of a chunk that is summarized
-  int count;   // unmasked tokens passed
-};
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(uint16_t x) { return __uint_as_float(static_cast<unsigned>(x) << 16); }
 
 // decay^n. The absolute error is below 1e-7 for any decay and n; a product of n factors would lose digits.
 __device__ inline float power(const Discount& d, int n) { return n == 0 ? 1.0f : exp2f(n * d.log2_decay); }
+__device__ inline double power64(const Discount& d, int n) { return n == 0 ? 1.0 : exp2(n * d.log2_decay64); }
 
 // r + gamma V' - V, in a form that loses no digits if values are large and gamma is near 1.
 __device__ inline float difference(const Discount& d, float reward, float value, float next) {
   return reward + fmaf(-d.gap, next, next - value);
-}
-
-template <int kThreads>
-__device__ inline void group_sync() {
-  if constexpr (kThreads == kWarp) {
-    __syncwarp();
-  } else {
-    __syncthreads();
-  }
-}
-
-template <int kThreads>
-struct Tile {
-  static constexpr int kTokens = kThreads * kItems;
-  static constexpr int kWarps = kThreads / kWarp;
-  float rewards[kTokens + kTokens / kWarp];  // in the end the advantages
-  float values[kTokens + kTokens / kWarp];   // in the end the returns
-  uint8_t kept[kTokens];
-  // For each warp: whether it has an unmasked token, the value of the first, their number, the sum of decay^t delta_t.
-  bool any[kWarps];
-  float first[kWarps];
-  int count[kWarps];
-  float sum[kWarps];
-  // The last unmasked token of a chunk that is summarized.
-  float last_reward, last_value;
-
-  // One word of padding after every 32, so that threads that read 8 words apart use different banks.
-  __device__ static int at(int token) { return token + token / kWarp; }
-};
-
-// Calls put(i, from[begin + i]) for 0 <= i < count, each by some thread of the group.
-template <int kThreads, bool kAgain, typename T, typename Put>
-__device__ inline void read(const T* from, int64_t begin, int count, int64_t size, int rank, Put put) {
-  constexpr int kPer = 16 / sizeof(T);
-  const int head = static_cast<int>(reinterpret_cast<uintptr_t>(from + begin) % 16 / sizeof(T));
-  const int64_t aligned = begin - head;
-  for (int i = rank * kPer; i < head + count; i += kThreads * kPer) {
-    if (aligned + i >= 0 && aligned + i + kPer <= size) {
-      const uint4* const address = reinterpret_cast<const uint4*>(from + aligned + i);
-      const uint4 bits = kAgain ? __ldg(address) : __ldcs(address);
-      T vector[kPer];
-      memcpy(vector, &bits, sizeof bits);
-#pragma unroll
-      for (int j = 0; j < kPer; ++j) {
-        if (i + j >= head && i + j < head + count) put(i + j - head, vector[j]);
-      }
-    } else {  // the vector exceeds the array
-      for (int j = 0; j < kPer; ++j) {
-        if (i + j >= head && i + j < head + count) put(i + j - head, __ldg(from + aligned + i + j));
-      }
-    }
-  }
-}
-
-// to[begin + i] = get(i) for 0 <= i < count. Tokens outside of the run belong to other groups and are not written.
-template <int kThreads, typename Get>
-__device__ inline void write(float* to, int64_t begin, int count, int rank, Get get) {
-  const int head = static_cast<int>(reinterpret_cast<uintptr_t>(to + begin) % 16 / sizeof(float));
-  float* const aligned = to + begin - head;
-  for (int i = rank * 4; i < head + count; i += kThreads * 4) {
-    if (i >= head && i + 4 <= head + count) {
-      const int at = i - head;
-      __stcs(reinterpret_cast<float4*>(aligned + i), make_float4(get(at), get(at + 1), get(at + 2), get(at + 3)));
-    } else {
-      for (int j = 0; j < 4; ++j) {
-        if (i + j >= head && i + j < head + count) __stcs(aligned + i + j, get(i + j - head));
-      }
-    }
-  }
-}
-
-// The tokens of a tile that a thread computes.
-struct Items {
-  float rewards[kItems], values[kItems], delta[kItems];
-  unsigned kept;  // bit j: token j exists and is unmasked
-};
-
-template <int kThreads>
-__device__ inline Items items_of(const Tile<kThreads>& tile, int rank, int tokens, bool masked) {
-  Items own;
-  own.kept = 0;
-#pragma unroll
-  for (int j = 0; j < kItems; ++j) {
-    const int token = rank * kItems + j;
-    const bool kept = token < tokens && (!masked || tile.kept[token] != 0);
-    own.kept |= static_cast<unsigned>(kept) << j;
-    own.rewards[j] = kept ? tile.rewards[tile.at(token)] : 0.0f;
-    own.values[j] = kept ? tile.values[tile.at(token)] : 0.0f;
-  }
-  return own;
-}
-
-// The value of the first unmasked token after those of this thread, if the tile or `next` has one. Stores that of this
-// warp in shared memory.
-template <int kThreads>
-__device__ inline Carry value_after(Tile<kThreads>& tile, const Items& own, int rank, Carry next) {
-  const int warp = rank / kWarp, lane = rank % kWarp;
-  float first = 0.0f;
-#pragma unroll
-  for (int j = kItems - 1; j >= 0; --j) first = own.kept >> j & 1 ? own.values[j] : first;
-  const unsigned holders = __ballot_sync(kAllLanes, own.kept != 0);
-  const unsigned after = lane == kWarp - 1 ? 0 : holders >> (lane + 1);
-  const float from_lane = __shfl_sync(kAllLanes, first, after != 0 ? lane + __ffs(after) : lane);
-  const float of_warp = __shfl_sync(kAllLanes, first, holders != 0 ? __ffs(holders) - 1 : 0);
-  if (lane == 0) {
-    tile.any[warp] = holders != 0;
-    tile.first[warp] = of_warp;
-  }
-  group_sync<kThreads>();
-  for (int w = Tile<kThreads>::kWarps - 1; w > warp; --w) {
-    if (tile.any[w]) next = {0.0f, tile.first[w], true, 0};
-  }
-  if (after != 0) next = {0.0f, from_lane, true, 0};
-  return next;
-}
-
-// Fills `own.delta` and returns the sum of decay^t delta_t over this thread's unmasked tokens.
-template <int kThreads>
-__device__ inline float differences(Tile<kThreads>& tile, Items& own, const Discount& d, Carry after) {
-  float sum = 0.0f;
-#pragma unroll
-  for (int j = kItems - 1; j >= 0; --j) {
-    own.delta[j] = 0.0f;
-    if (!(own.kept >> j & 1)) continue;
-    if (after.known) {
-      own.delta[j] = difference(d, own.rewards[j], own.values[j], after.value);
-    } else {  // at most one token of a chunk
-      tile.last_reward = own.rewards[j];
-      tile.last_value = own.values[j];
-    }
-    after = {0.0f, own.values[j], true, 0};
-    sum = fmaf(d.decay, sum, own.delta[j]);
-  }
-  return sum;
-}
-
-// Scans one tile. Returns the carry for the tokens before it; `own.delta` becomes the advantages.
-template <int kThreads>
-__device__ inline Carry scan_tile(Tile<kThreads>& tile, Items& own, const Discount& d, int rank, Carry next) {
-  const int warp = rank / kWarp, lane = rank % kWarp;
-  float sum = differences(tile, own, d, value_after(tile, own, rank, next));
-  int count = __popc(own.kept);
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) {  // lane i: over lanes i to 31 in the end
-    const float sum_after = __shfl_down_sync(kAllLanes, sum, step);
-    const int count_after = __shfl_down_sync(kAllLanes, count, step);
-    if (lane + step < kWarp) {
-      sum = fmaf(power(d, count), sum_after, sum);
-      count += count_after;
-    }
-  }
-  const float sum_after = __shfl_down_sync(kAllLanes, sum, 1);
-  const int count_after = __shfl_down_sync(kAllLanes, count, 1);
-  if (lane == 0) {
-    tile.sum[warp] = sum;
-    tile.count[warp] = count;
-  }
-  group_sync<kThreads>();
-  float into_warp = next.advantage;
-  for (int w = Tile<kThreads>::kWarps - 1; w >= 0; --w) {
-    if (w == warp) into_warp = next.advantage;
-    if (!tile.any[w]) continue;
-    const float advantage = fmaf(power(d, tile.count[w]), next.advantage, tile.sum[w]);
-    next = {advantage, tile.first[w], true, next.count + tile.count[w]};
-  }
-  float advantage = lane == kWarp - 1 ? into_warp : fmaf(power(d, count_after), into_warp, sum_after);
-#pragma unroll
-  for (int j = kItems - 1; j >= 0; --j) {
-    if (own.kept >> j & 1) own.delta[j] = advantage = fmaf(d.decay, advantage, own.delta[j]);
-  }
-  return next;
 }
 
 template <typename T>
@@ -228,40 +58,188 @@ struct Arrays {  // T: float, or uint16_t for bf16
   int64_t tokens;  // M
 };
 
-// Processes tokens [begin, end) of one sequence, backwards, and writes the outputs if `kOutputs`. Returns, in every
-// thread of the group, the carry for the tokens before the run.
-template <int kThreads, bool kOutputs, typename T>
-__device__ inline Carry walk(const Arrays<T>& arrays, const Discount& d, Tile<kThreads>& tile, int64_t begin,
-                             int64_t end, Carry next) {
-  constexpr int kTokens = Tile<kThreads>::kTokens;
-  const int rank = threadIdx.x % kThreads;
-  const bool masked = arrays.mask != nullptr;
-  for (int64_t start = begin + (end - begin - 1) / kTokens * kTokens; start >= begin; start -= kTokens) {
-    const int tokens = static_cast<int>(end - start < kTokens ? end - start : kTokens);
-    const auto reward = [&](int i, T x) { tile.rewards[tile.at(i)] = to_float(x); };
-    const auto value = [&](int i, T x) { tile.values[tile.at(i)] = to_float(x); };
-    const auto kept = [&](int i, uint8_t x) { tile.kept[i] = x; };
-    read<kThreads, !kOutputs>(arrays.rewards, start, tokens, arrays.tokens, rank, reward);
-    read<kThreads, !kOutputs>(arrays.values, start, tokens, arrays.tokens, rank, value);
-    if (masked) read<kThreads, !kOutputs>(arrays.mask, start, tokens, arrays.tokens, rank, kept);
-    group_sync<kThreads>();
-    Items own = items_of(tile, rank, tokens, masked);
-    next = scan_tile(tile, own, d, rank, next);
-    if constexpr (kOutputs) {
+// Unmasked tokens next to each other, up to the end of their window or less far.
+struct Partial {
+  float sum;       // of decay^t delta_t; without the token whose next value only another block knows, see `Follower`
+  unsigned count;  // and in the highest bit whether the window continues behind them
+
+  __device__ static Partial of(float sum, int count, bool open) {
+    return {sum, static_cast<unsigned>(count) | static_cast<unsigned>(open) << 31};
+  }
+  __device__ bool open() const { return count >> 31 != 0; }
+  __device__ int tokens() const { return static_cast<int>(count & ~(1u << 31)); }
+};
+
+struct Follower {  // the value that follows a token: of the next unmasked one of its sequence, or the bootstrap
+  float value;
+  bool known;  // false for the last unmasked token of a window that continues in the next block
+};
+
+// Shared memory. Positions count from the first token of the block. A bit of a position is in the word of the thread
+// that has it.
+struct Tile {
+  float rewards[kTokens + kTokens / kWarp];  // in the end the advantages
+  float values[kTokens + kTokens / kWarp];   // in the end the returns
+  Partial partials[2][kThreads + 1];
+  alignas(4) uint16_t starts[kThreads + 2];  // bit: a window starts here
+  uint16_t events[kThreads];                 // bit: a window starts here, or the token is unmasked
+  alignas(4) uint16_t mask[kThreads + 2];    // as in memory, from the multiple of 16 bytes before the first token
+  unsigned some_starts[kWarps], some_events[kWarps];  // bit: the word of this thread is not 0
+  float last_reward, last_value;                      // of the token whose next value only another block knows
+  float last_advantage;                               // and its advantage
+  int count;                                          // tokens
+  bool open;                                          // the last window continues in the next block
+
+  // One word of padding after every 32, so that threads that read 16 words apart use different banks.
+  __device__ static int at(int position) { return position + (position >> 5); }
+};
+
+// Sets bits of a word, of words aligned to 4 bytes.
+__device__ inline void set_bits(uint16_t* words, int word, unsigned bits) {
+  atomicOr(reinterpret_cast<unsigned*>(words) + word / 2, bits << word % 2 * kGroup);
+}
+
+__device__ inline void set_bit(uint16_t* words, int position) {
+  set_bits(words, position / kGroup, 1u << position % kGroup);
+}
+
+// The first position from `from` on whose bit is set, or kTokens.
+__device__ inline int first_set(const uint16_t* words, const unsigned* some, int from) {
+  int word = from / kGroup;
+  if (word >= kThreads) return kTokens;
+  const unsigned own = static_cast<unsigned>(words[word]) >> from % kGroup;
+  if (own != 0) return from + __ffs(own) - 1;
+  for (int w = ++word / kWarp; w < kWarps; ++w) {
+    const unsigned rest = w == word / kWarp ? some[w] & kAllLanes << word % kWarp : some[w];
+    if (rest == 0) continue;
+    word = w * kWarp + __ffs(rest) - 1;
+    return word * kGroup + __ffs(words[word]) - 1;
+  }
+  return kTokens;
+}
+
+// The last position up to `to` whose bit is set. There is one.
+__device__ inline int last_set(const uint16_t* words, const unsigned* some, int to) {
+  int word = to / kGroup;
+  unsigned bits = words[word] & ((2u << to % kGroup) - 1);
+  if (bits == 0) {
+    int w = word / kWarp;
+    unsigned before = some[w] & ((1u << word % kWarp) - 1);
+    while (before == 0) before = some[--w];
+    word = w * kWarp + kWarp - 1 - __clz(before);
+    bits = words[word];
+  }
+  return word * kGroup + 31 - __clz(bits);
+}
+
+// The start of the first group from `from` on, or the number of tokens. `from` is the first position of a thread.
+__device__ inline int group_from(const Tile& tile, int from) {
+  if (from >= tile.count) return tile.count;
+  const int window = last_set(tile.starts, tile.some_starts, from);
+  const int group = window + (from - window + kGroup - 1) / kGroup * kGroup;
+  const unsigned starts = tile.starts[from / kGroup];
+  const int next = starts != 0 ? from + __ffs(starts) - 1 : kTokens;  // a window may be shorter
+  return min(min(group, next), tile.count);
+}
+
+// Reading and writing
+
+template <typename T>
+constexpr int kPer = 16 / sizeof(T);  // elements of a load
+template <typename T>
+constexpr int kLoads = kTokens / (kThreads * kPer<T>);  // of a thread
+
+// The loads of a thread, all on their way at once. Vector k has the elements from first(k) on, counted from the first
+// token. Vectors that exceed the array are left out: a view may start or end between multiples of 16 bytes.
+template <typename T>
+struct Loads {
+  uint4 bits[kLoads<T>];
+  int head;       // elements between the multiple of 16 bytes before the first token and that token
+  int low, high;  // the whole vectors inside of the array have elements [low, high)
+
+  __device__ int first(int k) const { return (k * kThreads + static_cast<int>(threadIdx.x)) * kPer<T> - head; }
+};
+
+// from[begin + i] for 0 <= i < count.
+template <typename T>
+__device__ inline Loads<T> load(const T* from, int64_t begin, int count, int64_t size) {
+  Loads<T> loads;
+  loads.head = static_cast<int>(reinterpret_cast<uintptr_t>(from + begin) % 16 / sizeof(T));
+  loads.low = begin < loads.head ? kPer<T> - loads.head : -loads.head;
+  const int rest = static_cast<int>(size - begin < count + kPer<T> ? size - begin : count + kPer<T>);
+  loads.high = (rest + loads.head) / kPer<T> * kPer<T> - loads.head;
 #pragma unroll
-      for (int j = 0; j < kItems; ++j) {
-        const int at = tile.at(rank * kItems + j);
-        const bool there = own.kept >> j & 1;
-        tile.rewards[at] = there ? own.delta[j] : 0.0f;
-        tile.values[at] = there ? own.delta[j] + own.values[j] : 0.0f;
+  for (int k = 0; k < kLoads<T>; ++k) {
+    const int i = loads.first(k);
+    loads.bits[k] = {0, 0, 0, 0};
+    if (i >= loads.low && i < min(count, loads.high))
+      loads.bits[k] = __ldcs(reinterpret_cast<const uint4*>(from + begin + i));
+  }
+  return loads;
+}
+
+// Calls put(i, from[begin + i]) for the elements of the vectors.
+template <typename T, typename Put>
+__device__ inline void each(const Loads<T>& loads, int count, Put put) {
+  const int low = max(loads.low, 0), high = min(loads.high, count);
+#pragma unroll
+  for (int k = 0; k < kLoads<T>; ++k) {
+    const int first = loads.first(k);
+    if (first >= high) return;
+    T vector[kPer<T>];
+    memcpy(vector, &loads.bits[k], sizeof vector);
+    if (first >= low && first + kPer<T> <= high) {
+#pragma unroll
+      for (int j = 0; j < kPer<T>; ++j) put(first + j, vector[j]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kPer<T>; ++j) {
+        if (first + j >= low && first + j < high) put(first + j, vector[j]);
       }
-      group_sync<kThreads>();
-      write<kThreads>(arrays.advantages, start, tokens, rank, [&](int i) { return tile.rewards[tile.at(i)]; });
-      write<kThreads>(arrays.returns, start, tokens, rank, [&](int i) { return tile.values[tile.at(i)]; });
-      group_sync<kThreads>();  // before the next tile overwrites it
     }
   }
-  return next;
+}
+
+// The same for the elements of the vectors that were left out.
+template <typename T, typename Put>
+__device__ inline void each_left_out(const Loads<T>& loads, const T* from, int64_t begin, int count, Put put) {
+  if (loads.low <= 0 && loads.high >= count) return;
+  const int before = threadIdx.x, behind = max(loads.high, max(loads.low, 0)) + before;
+  if (before < min(loads.low, count)) put(before, __ldg(from + begin + before));
+  if (behind < count) put(behind, __ldg(from + begin + behind));
+}
+
+// to[begin + i] = from[Tile::at(i)] for 0 <= i < count. The tokens beside them belong to other blocks.
+__device__ inline void write(float* to, int64_t begin, int count, const float* from) {
+  const int head = static_cast<int>(reinterpret_cast<uintptr_t>(to + begin) % 16 / sizeof(float));
+#pragma unroll
+  for (int k = 0; k < kLoads<float>; ++k) {
+    const int first = (k * kThreads + static_cast<int>(threadIdx.x)) * 4 - head;
+    if (first >= count) continue;
+    if (first >= 0 && first + 4 <= count) {
+      const auto get = [&](int j) { return from[Tile::at(first + j)]; };
+      __stcs(reinterpret_cast<float4*>(to + begin + first), make_float4(get(0), get(1), get(2), get(3)));
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (first + j >= 0 && first + j < count) __stcs(to + begin + first + j, from[Tile::at(first + j)]);
+      }
+    }
+  }
+}
+
+// The unmasked tokens of a vector of the mask, as bits. A byte that is not 0 is unmasked.
+__device__ inline unsigned bits_of(const uint4& bytes) {
+  unsigned bits = 0;
+  const unsigned words[] = {bytes.x, bytes.y, bytes.z, bytes.w};
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    unsigned any = words[w] | words[w] >> 4;
+    any |= any >> 2;
+    any = (any | any >> 1) & 0x01010101u;
+    bits |= ((any | any >> 7 | any >> 14 | any >> 21) & 0xf) << 4 * w;
+  }
+  return bits;
 }
 
 }  // namespace fastppo::cuda

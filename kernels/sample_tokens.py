@@ -1,4 +1,10 @@
-"""Sampling of one token a row from softmax(logits / temperature) by the inverse distribution function."""
+"""Sampling of one token a row from softmax(logits / temperature) by the inverse distribution function.
+
+A first kernel writes the peak and the sum of each part of PART columns, several programs a row where there are few
+rows. A second one, a program a row, adds them up, finds the part in which the sum passes the threshold and reads that
+part again. Neither the sum of a part nor the order in which parts are added depends on the number of programs, so that
+the token is the same, bit for bit, for any number of rows.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +28,7 @@ from fastppo.kernels.row import (
 )
 
 PART = 256  # columns whose probabilities are summed; the columns of the selected part are read again
+PROGRAMS = 1024  # of a call, about: what the largest GPUs run at a time. A program has whole tiles.
 
 
 def sample_tokens(
@@ -39,7 +46,8 @@ def sample_tokens(
     (R,) int64, and their log probabilities, (R,) fp32: NaN for a row with NaN, +inf or no finite entry. A token whose
     e^(z - max z) is 0 in fp32 is never sampled. The result of a row depends on its logits and (seed, stream, offset)
     only, bit for bit, for rows with the same alignment. With least, (R,) fp32, and last, (R,) int64, what `truncation`
-    returns, the result is that of logits with -inf at the tokens that are not kept. Traffic: R (V + PART) b bytes.
+    returns, the result is that of logits with -inf at the tokens that are not kept. Traffic: R (V + PART) b bytes for
+    the logits, and 16 R V / PART for the parts.
     """
     check_logits("logits", logits, logits)
     rows, vocabulary = logits.shape
@@ -51,81 +59,108 @@ def sample_tokens(
 
     policy = as_rows(logits)
     block, width, num_warps = tiling(vocabulary, logits.dtype, None, True)  # whole parts, also if not aligned
+    tiles = triton.cdiv(vocabulary, block)
+    tiles_each = max(1, tiles * rows // PROGRAMS)
+    least = None if least is None else least.contiguous()
+    last = None if last is None else last.contiguous()
+    peaks, totals = torch.empty(2, rows, tiles * block // PART, device=logits.device)
+    row = (policy.tensor, least, last, peaks, totals, policy.stride, vocabulary, operand(temperature, logits))
+    shape = {"UNIT": policy.unit, "PART": PART, "PARTS": tiles * block // PART}
     with torch.cuda.device_of(logits):
-        sample_tokens_kernel[(rows,)](
-            policy.tensor,
+        parts_kernel[(rows, triton.cdiv(tiles, tiles_each))](
+            *row, tiles_each, **shape, BLOCK=block, WIDTH=width, num_warps=num_warps
+        )
+        choose_kernel[(rows,)](
+            *row,
             stream.contiguous(),
             offset.contiguous(),
-            None if least is None else least.contiguous(),
-            None if last is None else last.contiguous(),
             tokens,
             logprobs,
-            policy.stride,
-            vocabulary,
-            operand(temperature, logits),
             (int(seed) + 2**63) % 2**64 - 2**63,
-            UNIT=policy.unit,
-            BLOCK=block,
-            WIDTH=width,
-            PART=PART,
-            TILES=triton.next_power_of_2(triton.cdiv(vocabulary, block)),
-            num_warps=num_warps,
+            **shape,
+            PADDED_PARTS=triton.next_power_of_2(tiles * block // PART),
+            num_warps=4,
         )
     return tokens, logprobs
 
 
-@triton.jit(do_not_specialize=["seed"])
-def sample_tokens_kernel(
+@triton.jit(do_not_specialize=["tiles_each"])
+def parts_kernel(
     logits,
-    stream,
-    offset,
     least,
     last,
-    tokens,
-    logprobs,
+    peaks,
+    totals,
     stride,
     V,
     temperature,
-    seed,
+    tiles_each,
     UNIT: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
-    PART: tl.constexpr,
-    TILES: tl.constexpr,
 ):
+    """The peak of each part of a row, and its sum of e^(z - peak)."""
     m = tl.program_id(0).to(tl.int64)  # offsets exceed 2^31
+    logits += m * stride * UNIT
+    rate = LOG2_E / number(temperature)
+    limit = limits(least, last, m)
+    columns = tile_columns(BLOCK, WIDTH, WIDTH)
+    part = m * PARTS + tl.arange(0, BLOCK // PART)
+    first = tl.program_id(1) * tiles_each
+    whole = V // BLOCK
+    for t in range(first, tl.minimum(first + tiles_each, whole)):
+        u = capped_tile(logits, t * BLOCK + columns, V, None, False)
+        peak, total = sum_parts(kept(u, t * BLOCK + columns, limit), rate, PART)
+        tl.store(peaks + part + t * (BLOCK // PART), peak)
+        tl.store(totals + part + t * (BLOCK // PART), total)
+    if (whole * BLOCK < V) & (first + tiles_each > whole):
+        u = capped_tile(logits, whole * BLOCK + columns, V, None, True)
+        peak, total = sum_parts(kept(u, whole * BLOCK + columns, limit), rate, PART)
+        tl.store(peaks + part + whole * (BLOCK // PART), peak)
+        tl.store(totals + part + whole * (BLOCK // PART), total)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def choose_kernel(
+    logits,
+    least,
+    last,
+    peaks,
+    totals,
+    stride,
+    V,
+    temperature,
+    stream,
+    offset,
+    tokens,
+    logprobs,
+    seed,
+    UNIT: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
+    PADDED_PARTS: tl.constexpr,
+):
+    """The token of a row and its log probability."""
+    m = tl.program_id(0).to(tl.int64)
     logits += m * stride * UNIT
     temperature = number(temperature)
     rate = LOG2_E / temperature
-    columns = tile_columns(BLOCK, WIDTH, WIDTH)
-    peaks = tl.full((TILES, BLOCK // PART), LOWEST, tl.float32)  # of each part, in the order of the vocabulary
-    totals = tl.zeros((TILES, BLOCK // PART), tl.float32)  # sums of e^(z - peak of the part)
-    tile = tl.arange(0, TILES)[:, None]
-    whole = V // BLOCK
-    for t in range(0, whole):
-        u = capped_tile(logits, t * BLOCK + columns, V, None, False)
-        peak, total = sum_parts(kept(u, t * BLOCK + columns, least, last, m), rate, PART)
-        peaks = tl.where(tile == t, peak[None, :], peaks)
-        totals = tl.where(tile == t, total[None, :], totals)
-    if whole * BLOCK < V:
-        u = capped_tile(logits, whole * BLOCK + columns, V, None, True)
-        peak, total = sum_parts(kept(u, whole * BLOCK + columns, least, last, m), rate, PART)
-        peaks = tl.where(tile == whole, peak[None, :], peaks)
-        totals = tl.where(tile == whole, total[None, :], totals)
-
-    row_peak = tl.max(tl.max(peaks, axis=1), axis=0)
-    mass = (totals * tl.exp2(below(peaks, row_peak) * rate)).to(tl.float64)
-    mass = tl.reshape(mass, (TILES * (BLOCK // PART),))
+    index = tl.arange(0, PADDED_PARTS)
+    peak = tl.load(peaks + m * PARTS + index, mask=index < PARTS, other=LOWEST)
+    total = tl.load(totals + m * PARTS + index, mask=index < PARTS, other=0.0)
+    row_peak = tl.max(peak, axis=0)
+    mass = (total * tl.exp2(below(peak, row_peak) * rate)).to(tl.float64)
     row_total = tl.sum(mass, axis=0)
     threshold = uniform(seed, tl.load(stream + m), tl.load(offset + m)).to(tl.float64) * row_total
     part = first_above(mass, threshold)
-    index = tl.arange(0, TILES * (BLOCK // PART))
     threshold -= tl.sum(tl.where(index < part, mass, 0.0), axis=0)
 
     within = tl.arange(0, PART)
     column = part * PART + within
     u = tl.load(logits + column, mask=column < V, other=float("-inf")).to(tl.float32)
-    u = kept(u, column, least, last, m)
+    u = kept(u, column, limits(least, last, m))
     chosen = first_above(tl.exp2(below(u, row_peak) * rate).to(tl.float64), threshold)
     u_token = tl.sum(tl.where(within == chosen, u, 0.0), axis=0)
     tl.store(tokens + m, (part * PART + chosen).to(tl.int64))
@@ -133,11 +168,16 @@ def sample_tokens_kernel(
 
 
 @triton.jit
-def kept(u, columns, least, last, m):
-    """u with -inf where row m is truncated. A NaN stays one."""
-    if least is not None:
-        limit = tl.load(least + m)
-        u = tl.where((u < limit) | ((u == limit) & (columns > tl.load(last + m))), float("-inf"), u)
+def limits(least, last, m):
+    """What row m keeps, see `truncation`, or None."""
+    return None if least is None else (tl.load(least + m), tl.load(last + m))
+
+
+@triton.jit
+def kept(u, columns, limit):
+    """u with -inf where its row is truncated. A NaN stays one."""
+    if limit is not None:
+        u = tl.where((u < limit[0]) | ((u == limit[0]) & (columns > limit[1])), float("-inf"), u)
     return u
 
 

@@ -1,4 +1,9 @@
-"""Which tokens top_k and top_p keep, by a search over the order of the logits: no sort, and no table in memory."""
+"""Which tokens top_k and top_p keep, by a search over the order of the logits: no sort, and no table in memory.
+
+A program has a whole row, also where there are few rows: each pass over it needs the sums of the pass before, over the
+whole row. Divided among programs, each pass would be a launch of its own, 4 to 21 of them a step in place of one, with
+its sums in memory in parts that do not depend on the division.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cases that every backend of GAE is held to: the CPU at each SIMD level, the CUDA kernels on simulated threads."""
+"""The cases that every backend of GAE is held to: the CPU at each SIMD level, the CUDA kernel on simulated threads."""
 
 from __future__ import annotations
 

@@ -41,7 +41,8 @@ def audit():
 def test_no_kernel_moves_more_than_it_must(audit):
     assert len(audit[0]) == 25 + 2 * 6
     for entry in audit[0]:
-        assert 1.0 <= entry["ratio"] <= (1.02 if entry["op"].startswith("attention") else 1.01), entry
+        most = {"attention": 1.02, "sample": 1.041}.get(entry["op"].split(",")[0], 1.01)  # with partial results
+        assert 1.0 <= entry["ratio"] <= most, entry
 
 
 def test_no_kernel_spills(audit):
@@ -54,11 +55,15 @@ def test_no_kernel_spills(audit):
 
 def test_rows_are_read_and_written_16_bytes_at_a_time(audit):
     passes = {"forward": 1, "backward": 1, "sample": 1, "loss in chunk": 3}  # read, write, clear a dropped row
-    over_rows = [entry for entry in audit[1] if entry["op"].split(",")[0] in passes]
+    over_rows = [
+        entry for entry in audit[1] if entry["op"].split(",")[0] in passes and entry["kernel"] != "choose_kernel"
+    ]
     assert len(over_rows) == 3 * 22
     for entry in over_rows:
         assert len(entry["loops"]) == passes[entry["op"].split(",")[0]], entry
-        assert all(access.endswith(".128") for loop in entry["loops"] for access in loop["memory"]), entry
+        memory = {access for loop in entry["loops"] for access in loop["memory"]}
+        parts = {"STG.E"} if entry["kernel"] == "parts_kernel" else set()  # a peak and a sum for 256 columns
+        assert all(access.endswith(".128") for access in memory - parts), entry
 
 
 def test_keys_and_values_are_on_their_way_to_shared_memory_16_bytes_at_a_time_while_others_are_computed(audit):

@@ -1,15 +1,15 @@
-"""GAE's CUDA kernels, run thread for thread on the CPU by tests/simt: numbers, bits, traffic, races, bounds.
+"""GAE's CUDA kernel, run thread for thread on the CPU by tests/simt: numbers, bits, traffic, races, bounds.
 
 What numbers and bits are asked for holds on a GPU too, where there is one.
 """
 
 import ctypes
 import faulthandler
+import itertools
 import math
 import os
 import re
 import resource
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,12 +37,12 @@ class Request(ctypes.Structure):
         [(name, ctypes.c_void_p) for name in POINTERS]
         + [(name, ctypes.c_int64) for name in ("tokens", "sequences")]
         + [(name, ctypes.c_double) for name in ("gamma", "lam")]
-        + [(name, ctypes.c_int32) for name in ("bf16", "wide", "backwards")]
+        + [(name, ctypes.c_int32) for name in ("bf16", "wide", "backwards", "places", "seed")]
     )
 
 
 class Traffic(ctypes.Structure):
-    _fields_ = [("read", ctypes.c_int64), ("written", ctypes.c_int64)]  # bytes
+    _fields_ = [(name, ctypes.c_int64) for name in ("read", "written", "launches")]  # bytes; kernels
 
 
 class Kernels:
@@ -64,6 +64,8 @@ class Kernels:
         bootstrap: Tensor | None = None,
         mask: Tensor | None = None,
         backwards: bool = False,
+        places: int = 1,
+        seed: int = 0,
     ) -> tuple[Tensor, Tensor]:
         tokens, sequences = len(rewards), len(cu_seqlens) - 1
         out = torch.full((2, tokens), math.nan)
@@ -71,7 +73,7 @@ class Kernels:
             return out[0], out[1]
         tensors = (rewards, values, cu_seqlens, bootstrap, mask, out[0], out[1])
         pointers = [None if x is None else x.data_ptr() for x in tensors]
-        kinds = (rewards.dtype == torch.bfloat16, cu_seqlens.dtype == torch.int64, backwards)
+        kinds = (rewards.dtype == torch.bfloat16, cu_seqlens.dtype == torch.int64, backwards, places, seed)
         self.traffic = self.run(ctypes.byref(Request(*pointers, tokens, sequences, gamma, lam, *kinds)))
         return out[0], out[1]
 
@@ -126,10 +128,38 @@ def test_a_sequence_does_not_depend_on_its_neighbours_or_its_alignment(gae, mask
     assert_alone_as_together(gae, case.build(dtype))
 
 
-def test_blocks_may_run_in_any_order(kernels):
+@pytest.mark.parametrize(("places", "backwards"), [(1, True), (2, False), (3, True), (7, False)])
+def test_blocks_may_run_in_any_order_and_as_many_at_once_as_there_is_room_for(kernels, places, backwards):
+    """No bit depends on it, and no block waits for one that has not begun."""
     arguments = GaeCase("order", (*EACH_LENGTH, 40_000), mask="some", bootstrap=True).build(torch.float32)
-    forwards, backwards = (torch.stack(kernels(**arguments, backwards=b)) for b in (False, True))
-    assert torch.equal(forwards, backwards)
+    expected = torch.stack(kernels(**arguments))
+    for seed in range(3):
+        found = kernels(**arguments, places=places, backwards=backwards, seed=seed)
+        assert torch.equal(torch.stack(found), expected)
+
+
+def test_a_carry_passes_checkpoints(kernels):
+    """A sequence of more windows than those that a block reads to find what follows its own."""
+    arguments = GaeCase("checkpoints", (3, 300_000, 5), 1.0, 1.0, bootstrap=True).build(torch.bfloat16)
+    assert_right(kernels, arguments)
+    expected = torch.stack(kernels(**arguments))
+    assert torch.equal(torch.stack(kernels(**arguments, places=5)), expected)
+
+
+@pytest.mark.parametrize("length", [5, 1000, 2032, 2033, 50_000])
+def test_one_kernel_is_launched(kernels, length):
+    kernels(**GaeCase("launches", (length,) * 5).build(torch.float32))
+    assert kernels.traffic.launches == 1
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_too_one_kernel_is_launched():
+    packed = (torch.zeros(50_000).cuda(), torch.zeros(50_000).cuda(), torch.arange(0, 50_001, 1000).cuda())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        ops.gae(*packed, gamma=1.0, lam=0.95)
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if event.device_type == torch.profiler.DeviceType.CUDA]
+    assert len([name for name in names if "memset" not in name.lower()]) == 1, names
 
 
 def test_arrays_may_start_anywhere(kernels):
@@ -158,37 +188,42 @@ def test_nan_reaches_earlier_tokens_of_its_own_sequence_alone(kernels):
 
 
 @pytest.mark.parametrize(
-    ("lengths", "most"),
-    [
-        ((1000,) * 50, 17),
-        ((1001,) * 50, 17),
-        ((8191,) * 3, 17),
-        ((1500, 3001, 8192), 17),
-        ((8193,), 25),
-        ((131_072,), 25),
-        ((40_001, 20_003), 25),
-    ],
+    "lengths",
+    [(1000,) * 50, (1001,) * 50, (8191,) * 3, (1500, 3001, 8192), (8193,), (131_072,), (40_001, 20_003)],
+    ids=lambda lengths: f"{len(lengths)} of {lengths[0]}",
 )
-def test_bytes_moved_per_token_are_near_the_least_possible(kernels, lengths, most):
-    """8 read and 8 written, and 8 read once more by what summarizes the chunks of a long sequence."""
+def test_bytes_moved_per_token_are_near_the_least_possible(kernels, lengths):
+    """8 read and 8 written, and what blocks tell each other of a long sequence."""
     arguments = GaeCase("traffic", lengths, bootstrap=True).build(torch.float32)
     kernels(**arguments)
     tokens, traffic = sum(lengths), kernels.traffic
-    assert (traffic.read + traffic.written) / tokens <= most
+    assert (traffic.read + traffic.written) / tokens <= 17
     assert traffic.written / tokens < 8.02  # each output once
 
 
 # What goes wrong on purpose
 
 
+BARRIER = "__syncthreads();"
+WRITTEN_AT_ONCE = re.compile(r"atomicExch\(&(call\.messages\[slot\]\.\w+), (.*)\);")  # what other blocks wait for
+SOURCES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "csrc").glob("gae_*.cuh")}
+
+
 @pytest.fixture(scope="session")
 def races(tmp_path_factory):
-    """The kernels under ThreadSanitizer, each barrier numbered and left out on demand."""
+    """The kernel under ThreadSanitizer, each barrier numbered and left out on demand, and atomic writes from -1 on.
+
+    Every other window is a checkpoint, so that a short sequence has some.
+    """
     folder = tmp_path_factory.mktemp("races")
-    shutil.copy(ROOT / "csrc/gae_kernels.cuh", folder)
-    pieces = re.split(r"(?=group_sync<kThreads>\(\);)", (ROOT / "csrc/gae_tile.cuh").read_text(encoding="utf-8"))
-    numbered = pieces[0] + "".join(f"if (left_out != {n}) {piece}" for n, piece in enumerate(pieces[1:], 1))
-    (folder / "gae_tile.cuh").write_text("extern int left_out;\n" + numbered, encoding="utf-8")
+    barriers, writes = itertools.count(1), itertools.count(1)
+    for name, source in SOURCES.items():
+        numbered = re.sub(re.escape(BARRIER), lambda _: f"if (left_out != {next(barriers)}) {BARRIER}", source)
+        numbered = WRITTEN_AT_ONCE.sub(
+            lambda m: f"if (left_out != -{next(writes)}) {m[0]} else {m[1]} = {m[2]};", numbered
+        )
+        numbered = numbered.replace("kCheckpoint = kWarp * kOfLane", "kCheckpoint = 2")
+        (folder / name).write_text("extern int left_out;\n" + numbered, encoding="utf-8")
     options = ("-O1", "-g", "-fsanitize=thread", "-I", SIMT)
     return simt_kernel(SIMT / "gae_races.cpp", folder / "races", *options, kernels=folder)
 
@@ -204,13 +239,19 @@ def test_no_thread_reads_what_another_may_still_write(races):
     assert reported_races(races, left_out=0) == 0
 
 
-@pytest.mark.parametrize("left_out", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("left_out", range(1, 8))
 def test_a_missing_barrier_is_found(races, left_out):
     assert reported_races(races, left_out) > 0
 
 
-def test_every_barrier_has_been_left_out_once():
-    assert (ROOT / "csrc/gae_tile.cuh").read_text(encoding="utf-8").count("group_sync<kThreads>();") == 5
+@pytest.mark.parametrize("write", range(1, 4))
+def test_a_write_for_other_blocks_that_is_not_atomic_is_found(races, write):
+    assert reported_races(races, -write) > 0
+
+
+def test_every_barrier_and_atomic_write_has_been_left_out_once():
+    assert sum(source.count(BARRIER) for source in SOURCES.values()) == 7
+    assert sum(len(WRITTEN_AT_ONCE.findall(source)) for source in SOURCES.values()) == 3
 
 
 @pytest.mark.parametrize(
@@ -267,6 +308,7 @@ def mistakes(tmp_path_factory):
         ("alignment", "accesses memory that is not aligned"),
         ("shuffle", "waits for threads that do not come"),
         ("barrier", "waits for threads that do not come"),
+        ("block", "waits for a block that does not come"),
         ("none", ""),
     ],
 )

@@ -96,3 +96,17 @@ def test_a_draw_does_not_depend_on_other_rows():
     for rows in (torch.tensor([3, 1]), torch.tensor([2])):
         again = sample_tokens(logits[rows], stream[rows], offset[rows], 0.9, 1)
         assert torch.equal(again[0], tokens[rows]) and torch.equal(again[1], logprobs[rows])
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+@pytest.mark.parametrize("vocabulary", [5000, 4096])
+def test_a_draw_does_not_depend_on_the_number_of_programs(vocabulary, truncated, monkeypatch):
+    rows = 3
+    logits = 3 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
+    kept = (logits[:, 7].float(), torch.full((rows,), 7, device=DEVICE)) if truncated else ()
+    drawn = []
+    for programs in (1, 6, 1024):  # all tiles of a row, two and one
+        monkeypatch.setattr("fastppo.kernels.sample_tokens.PROGRAMS", programs)
+        drawn.append(sample_tokens(logits, *positions(rows), 0.9, 1, *kept))
+    for tokens, logprobs in drawn[1:]:
+        assert torch.equal(tokens, drawn[0][0]) and torch.equal(logprobs, drawn[0][1])

@@ -12,8 +12,10 @@ struct Request {  // as the Structure of the test
   float *advantages, *returns;
   int64_t tokens, sequences;
   double gamma, lam;
-  int32_t bf16, wide, backwards;
+  int32_t bf16, wide, backwards, places, seed;
 };
+
+int64_t launches = 0;
 
 template <typename T>
 void run(const Request& request) {
@@ -31,13 +33,12 @@ void run(const Request& request) {
   call.bootstrap = static_cast<const float*>(request.bootstrap);
   call.sequences = request.sequences;
 
-  const int64_t slots = slots_of(tokens);
-  std::vector<float4> summaries(slots);
-  std::vector<int> counts(slots);
-  std::vector<float2> carries(slots);
-  call.summaries = summaries.data();
-  call.counts = counts.data();
-  call.carries = carries.data();
+  call.blocks = blocks_of(tokens);
+  call.checked = (call.sequences + call.blocks - 1) / call.blocks;
+  std::vector<Message> messages(call.blocks);
+  int begun = 0;
+  call.messages = messages.data();
+  call.begun = &begun;
 
   simt::allow_nothing();
   for (const void* x : {request.rewards, request.values}) simt::allow(x, tokens * sizeof(T));
@@ -45,19 +46,25 @@ void run(const Request& request) {
   simt::allow(request.cu_seqlens, (request.sequences + 1) * (call.wide ? 8 : 4));
   if (request.bootstrap != nullptr) simt::allow(request.bootstrap, request.sequences * sizeof(float));
   if (request.mask != nullptr) simt::allow(request.mask, tokens);
-  simt::allow(call.summaries, slots * sizeof(float4));
-  simt::allow(call.counts, slots * sizeof(int));
-  simt::allow(call.carries, slots * sizeof(float2));
-  launch_all(call, [&](auto kernel, int64_t blocks, int threads) {
-    simt::run(blocks, threads, request.backwards != 0, [&] { kernel(call); });
+  simt::allow(call.messages, call.blocks * sizeof(Message));
+  simt::allow(call.begun, sizeof(int));
+  launch_once(call, [&](auto kernel, int64_t blocks, int threads) {
+    ++launches;
+    simt::run({blocks, threads, request.backwards != 0, request.places, static_cast<uint64_t>(request.seed)},
+              [&] { kernel(call); });
   });
 }
 
 }  // namespace
 
-extern "C" simt::Traffic gae(const Request* request) {
+struct Used {  // as the Structure of the test
+  int64_t read, written, launches;
+};
+
+extern "C" Used gae(const Request* request) {
   const simt::Traffic before = simt::traffic();
+  launches = 0;
   request->bf16 != 0 ? run<uint16_t>(*request) : run<float>(*request);
   const simt::Traffic after = simt::traffic();
-  return {after.read - before.read, after.written - before.written};
+  return {after.read - before.read, after.written - before.written, launches};
 }

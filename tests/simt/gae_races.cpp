@@ -1,5 +1,5 @@
-// Runs csrc/gae_kernels.cuh under ThreadSanitizer, for tests/ops/test_gae_kernels.py. `gae_races N` leaves out the N-th
-// barrier of gae_tile.cuh, where the test has put `if (left_out != N)` before each.
+// Runs csrc/gae_kernels.cuh under ThreadSanitizer, three blocks at once, for tests/ops/test_gae_kernels.py. `gae_races
+// N` leaves out the N-th barrier, where the test has put `if (left_out != N)` before each.
 int left_out;
 
 #include "gae.cpp"
@@ -8,7 +8,7 @@ int left_out;
 
 int main(int, char** arguments) {
   left_out = std::atoi(arguments[1]);
-  // For each kernel a sequence of several tiles that starts where 16 bytes do not.
+  // Sequences of several windows too, which start where 16 bytes do not.
   const std::vector<int32_t> starts = {0, 3, 603, 603, 5609, 18013};
   const int64_t tokens = starts.back();
   std::vector<float> rewards(tokens, 1.0f), values(tokens, 0.5f), out(2 * tokens);
@@ -28,7 +28,9 @@ int main(int, char** arguments) {
                           0.95,
                           0,
                           0,
-                          0};
+                          0,
+                          3,
+                          1};
     gae(&request);
   }
 }

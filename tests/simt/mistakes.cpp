@@ -3,6 +3,8 @@
 
 namespace {
 
+int finished = 0;
+
 void reads_past_the_end(const float* numbers) { __ldg(numbers + 32 + threadIdx.x); }
 
 void reads_between_the_lines(const float* numbers) { __ldg(reinterpret_cast<const float4*>(numbers + 1)); }
@@ -21,6 +23,14 @@ void one_warp_waits_in_vain(const float*) {
   }
 }
 
+void waits_for_a_later_block(const float*) {
+  if (blockIdx.x == 0) {
+    while (__atomic_load_n(&finished, __ATOMIC_RELAXED) == 0) __nanosleep(1);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) __atomic_store_n(&finished, 1, __ATOMIC_RELAXED);
+}
+
 void makes_none(const float* numbers) {
   __ldg(numbers + threadIdx.x % 32);
   __syncthreads();
@@ -34,12 +44,10 @@ int main(int, char** arguments) {
   const struct {
     const char* name;
     void (*kernel)(const float*);
-  } kernels[] = {{"bounds", reads_past_the_end},
-                 {"alignment", reads_between_the_lines},
-                 {"shuffle", half_a_warp_shuffles},
-                 {"barrier", one_warp_waits_in_vain},
-                 {"none", makes_none}};
+  } kernels[] = {{"bounds", reads_past_the_end},     {"alignment", reads_between_the_lines},
+                 {"shuffle", half_a_warp_shuffles},  {"barrier", one_warp_waits_in_vain},
+                 {"block", waits_for_a_later_block}, {"none", makes_none}};
   for (const auto& [name, kernel] : kernels) {
-    if (std::strcmp(name, arguments[1]) == 0) simt::run(1, 64, false, [&] { kernel(numbers.data()); });
+    if (std::strcmp(name, arguments[1]) == 0) simt::run({4, 64}, [&] { kernel(numbers.data()); });
   }
 }
