@@ -34,6 +34,7 @@ from fastppo.kernels.attend_cached import attend_cached
 from fastppo.kernels.policy_loss import policy_loss
 from fastppo.kernels.policy_loss_in_chunk import policy_loss_in_chunk
 from fastppo.kernels.sample_tokens import sample_tokens
+from fastppo.kernels.scale_gradient import BLOCK, PROGRAMS, scale_gradient
 from fastppo.kernels.sum_tokens import sum_tokens
 from fastppo.kernels.truncation import passes, truncation
 from fastppo.kernels.value_loss import value_loss
@@ -104,6 +105,17 @@ def row_calls(dtype: torch.dtype, softcap: float | None = None) -> list[Call]:
     ]
 
 
+def gradient_calls(dtype: torch.dtype) -> list[Call]:
+    """The gradient of a small weight times the factor of its loss. least: a read and a write of it; of nothing but the
+    factor, by each program, if it is 1."""
+    gradient, one = torch.zeros(1001, 33).to(dtype), torch.ones(())
+    programs = min(triton.cdiv(gradient.numel(), BLOCK), PROGRAMS)
+    return [
+        Call("scale", lambda: scale_gradient(gradient, 3 * one), 2 * gradient.numel() * dtype.itemsize),
+        Call("scale by 1", lambda: scale_gradient(gradient, one), 4 * programs),
+    ]
+
+
 def token_calls() -> list[Call]:
     """The kernels over tokens. least: the bytes of one read of each input and one write of each output."""
     x, mask, normalizer = torch.zeros(TOKENS), torch.ones(TOKENS, dtype=torch.bool), torch.ones(())
@@ -166,7 +178,7 @@ def bytes_moved() -> list[dict[str, Any]]:
     """One entry per call: bytes moved, least possible, and their ratio. Needs TRITON_INTERPRET=1."""
     made = []
     for dtype in (torch.bfloat16, torch.float32):
-        calls = row_calls(dtype) + (token_calls() if dtype == torch.float32 else [])
+        calls = row_calls(dtype) + gradient_calls(dtype) + (token_calls() if dtype == torch.float32 else [])
         for call in calls + attention_calls(dtype):
             with Traffic() as traffic:
                 call.launch()
@@ -292,6 +304,7 @@ def machine_code() -> list[dict[str, Any]]:
     for architecture in ARCHITECTURES:
         groups = [("bfloat16", row_calls(torch.bfloat16)), ("float32", row_calls(torch.float32))]
         groups += [("bfloat16, softcap", row_calls(torch.bfloat16, 30.0)[:6]), ("float32", token_calls())]
+        groups += [("bfloat16", gradient_calls(torch.bfloat16)[:1]), ("float32", gradient_calls(torch.float32)[:1])]
         groups += [("bfloat16", attention_calls(torch.bfloat16)), ("float32", attention_calls(torch.float32))]
         groups += [("bfloat16, softcap", attention_calls(torch.bfloat16, 50.0, WINDOW))]
         groups += [("float32, softcap", attention_calls(torch.float32, 50.0, WINDOW))]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from itertools import groupby, takewhile
+from itertools import accumulate, groupby, takewhile
 from typing import NamedTuple, Protocol
 
 import torch
@@ -28,7 +28,8 @@ class SamplingWeights:
     """The actor with whole weights on every rank. Below ZeRO stage 3 it is the module of the actor itself.
 
     The copy is made once and its tensors are reused; they are tied where those of the actor are. They take no memory
-    before the first `gather`, and so none at all if the rollout engine has weights of its own.
+    before the first `gather`, and so none at all if the rollout engine has weights of its own. The weights of a layer
+    follow each other in one storage, so that projections of the same states can be one product (`joined`).
     """
 
     def __init__(self, actor: Policy, stage: int):
@@ -36,13 +37,16 @@ class SamplingWeights:
         self._actor, self._copy = actor, actor
         self.has_memory = stage < 3  # whether `gather` takes none that was not taken before
         if stage == 3:
-            empty = {id(p): _empty_like(p) for p in actor.parameters()}
+            empty, self._storages = _empty_layers(actor)
             self._copy = copy.deepcopy(actor, empty).eval()
 
     def gather(self) -> Policy:
         """The policy with the current weights. At ZeRO stage 3 all ranks call it; the copy keeps these weights until
         the next call, or until it is moved out of the GPU."""
         if self._copy is not self._actor:
+            for storage, size in self._storages:
+                if not storage.nbytes():  # the first time
+                    storage.resize_(size)
             with torch.no_grad():
                 _copy_weights(self._actor, self._copy)
         self.has_memory = True
@@ -140,13 +144,15 @@ def _layers(model: PreTrainedModel) -> Iterator[list[_Entry]]:
             continue
         entries[id(tensor)] = _Entry(name, tensor, adapters.get(id(tensor)))
 
-    def layer(entry: _Entry) -> str:
-        parts = entry.name.split(".")
-        path = list(takewhile(lambda part: not part.isdigit(), parts))
-        return ".".join(parts[: len(path) + 1])  # up to the first number
-
-    for _, group in groupby(entries.values(), layer):
+    for _, group in groupby(entries.values(), lambda entry: _layer(entry.name)):
         yield list(group)
+
+
+def _layer(name: str) -> str:
+    """The name of the layer that a weight is of: its own name up to the first number, or all of it."""
+    parts = name.split(".")
+    path = list(takewhile(lambda part: not part.isdigit(), parts))
+    return ".".join(parts[: len(path) + 1])
 
 
 def _buckets(layers: Iterator[list[_Entry]]) -> Iterator[list[_Entry]]:
@@ -160,12 +166,25 @@ def _buckets(layers: Iterator[list[_Entry]]) -> Iterator[list[_Entry]]:
     yield bucket
 
 
-def _empty_like(parameter: nn.Parameter) -> nn.Parameter:
-    """A parameter of the same whole shape, on a storage without memory."""
-    shape = getattr(parameter, "ds_shape", parameter.shape)  # the whole shape, also of a partitioned parameter
-    empty = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
-    empty.untyped_storage().resize_(0)
-    return nn.Parameter(empty, requires_grad=False)
+def _empty_layers(actor: nn.Module) -> tuple[dict[int, nn.Parameter], list[tuple[torch.UntypedStorage, int]]]:
+    """For each parameter, by its id, one of the same whole shape; those of a layer share a storage, without memory.
+
+    Also each storage with the bytes that it needs.
+    """
+    empty: dict[int, nn.Parameter] = {}
+    storages = []
+    for _, layer in groupby(actor.named_parameters(), lambda named: (_layer(named[0]), named[1].dtype)):
+        weights = [parameter for _, parameter in layer]
+        shapes = [getattr(p, "ds_shape", p.shape) for p in weights]  # whole, also of a partitioned parameter
+        wide = 16 // weights[0].element_size()
+        ends = list(accumulate(-(-shape.numel() // wide) * wide for shape in shapes))  # each at a multiple of 16 bytes
+        flat = torch.empty(ends[-1], dtype=weights[0].dtype, device=weights[0].device)
+        for parameter, shape, start in zip(weights, shapes, [0, *ends], strict=False):
+            part = flat[start : start + shape.numel()].view(shape)
+            empty[id(parameter)] = nn.Parameter(part, requires_grad=False)
+        storages.append((flat.untyped_storage(), flat.nbytes))
+        flat.untyped_storage().resize_(0)
+    return empty, storages
 
 
 def _copy_weights(source: Policy, target: Policy) -> None:
@@ -173,8 +192,6 @@ def _copy_weights(source: Policy, target: Policy) -> None:
     bucket: list[tuple[nn.Parameter, nn.Parameter]] = []  # (source, target)
     size = 0
     for source_weight, target_weight in zip(source.parameters(), target.parameters(), strict=True):
-        if not target_weight.untyped_storage().nbytes():  # the first time
-            target_weight.untyped_storage().resize_(target_weight.nbytes)
         if bucket and size + target_weight.nbytes > BUCKET:
             _copy_bucket(bucket)
             bucket, size = [], 0

@@ -53,6 +53,7 @@ from fastppo.ops.arguments import (
     is_off,
 )
 from fastppo.ops.backend import by_eager
+from fastppo.ops.chunked_head import blocks as blocks
 from fastppo.ops.coefficients import numbers, overload
 from fastppo.ops.gradient_free import attend_cached as attend_cached
 from fastppo.ops.gradient_free import gae as gae
@@ -61,8 +62,9 @@ from fastppo.ops.stats import PolicyStats as PolicyStats
 from fastppo.ops.stats import TokenStats as TokenStats
 from fastppo.ops.stats import ValueStats as ValueStats
 
-# Memory for the logits of a chunk of rows; `linear_*` use no more for any M. On a GPU a chunk needs about 2,000 rows so
-# that its products take longer than one more read and write of the weight's gradient in fp32.
+# Memory for the logits of a block of rows, of policy and reference; `linear_*` use no more for any M, but where the
+# weight's gradient is one product and its sum in fp32 would take as much. On a GPU a block needs about 2,000 rows so
+# that its products take longer than one more read and write of that sum.
 WORKSPACE_BYTES = 256 << 20
 GPU_WORKSPACE_BYTES = 1 << 30
 
@@ -70,7 +72,7 @@ KlKind = Literal["exact", "k2", "k3"]
 
 
 def workspace_bytes(*, cpu: bool) -> int:
-    """Bytes of memory for the logits of a chunk, on the CPU or on a GPU."""
+    """Bytes of memory for the logits of a block, on the CPU or on a GPU."""
     return WORKSPACE_BYTES if cpu else GPU_WORKSPACE_BYTES
 
 
@@ -120,7 +122,7 @@ def linear_logprobs(
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
 ) -> TokenStats:
-    """`token_logprobs` of logits = logit_scale (hidden weight^T + bias), computed for one chunk of rows at a time.
+    """`token_logprobs` of logits = logit_scale (hidden weight^T + bias), computed for one block of rows at a time.
 
     hidden: (M, H); weight: (V, H), bias: (V,) of the same dtype; targets: (M,) int64 in [0, V). ref_hidden (M, H'),
     ref_weight (V, H') and ref_bias (V,) or None: the head of the reference, with the same logit_scale, softcap and
@@ -220,7 +222,7 @@ def linear_policy_loss(
     normalizer: Tensor | float,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
-    """`linear_logprobs` and `policy_loss` in one op, which computes the gradients while the logits of a chunk exist.
+    """`linear_logprobs` and `policy_loss` in one op, which computes the gradients while the logits of a block exist.
 
     Arguments as in those two. The KL term is of `kl_kind`: exact needs ref_hidden and ref_weight, k2 and k3 need
     ref_logprobs, (M,) floating; k1 is an error, because its expected gradient is zero. With kl_coef 0 the KL is only a

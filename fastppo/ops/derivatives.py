@@ -80,14 +80,26 @@ def _save_linear_policy_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Te
 
 
 def _linear_policy_loss_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    *saved_gradients, normalizer = ctx.saved_tensors
-    gradients = list(zip(saved_gradients, ctx.wanted, strict=True))
+    *gradients, normalizer = ctx.saved_tensors
     if chunked_head.gradients_of_sum(ctx.dtype):
         upstream = upstream / normalizer
-        return *((g.float() * upstream).to(ctx.dtype) if want else None for g, want in gradients), *(None,) * 19
-    # On the CPU reading a number is cheaper than a pass over the weight's gradient. A compiler's tensors have no value.
-    is_one = type(upstream) is Tensor and upstream.device.type == "cpu" and upstream.item() == 1.0
-    return *((g if is_one else (g * upstream).to(g.dtype)) if want else None for g, want in gradients), *(None,) * 19
+    scaled = _scaled if type(upstream) is Tensor else _scaled_while_tracing
+    return *(
+        scaled(g, upstream, ctx.dtype) if want else None for g, want in zip(gradients, ctx.wanted, strict=True)
+    ), *(None,) * 19
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor in `dtype`, in the memory of the gradient unless a later backward pass needs it again."""
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        gradient = gradient.clone()
+    torch.ops.fastppo.scale_gradient(gradient, factor)
+    return gradient.to(dtype)
+
+
+def _scaled_while_tracing(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same for a compiler, which fuses it and may not write to what was saved."""
+    return (gradient.float() * factor).to(dtype)
 
 
 def _save_policy_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

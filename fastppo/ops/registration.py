@@ -21,13 +21,15 @@ import fastppo._C  # registers torch.ops.fastppo.*
 from fastppo.ops import chunked_head
 from fastppo.ops.coefficients import COEFFICIENTS
 
-# Ops with a Triton kernel, each in the file of the same name in kernels/; the CPU's is in csrc/, in NAME.cpp.
+# Ops with a Triton kernel, each in the file of the same name in kernels/; the CPU's is in csrc/, in NAME.cpp, but that
+# of scale_gradient, which is below.
 TRITON = (
     "vocabulary_forward",
     "vocabulary_backward",
     "policy_loss_in_chunk",
     "policy_loss",
     "sum_tokens",
+    "scale_gradient",
     "value_loss",
     "truncation",
     "sample_tokens",
@@ -38,6 +40,18 @@ TRITON = (
 GAE_DEVICES = ("cpu", "meta", "cuda") if fastppo._C.built()["cuda_archs"] else ("cpu", "meta")
 
 _library = torch.library.Library("fastppo", "FRAGMENT")
+
+
+_library.define("scale_gradient(Tensor(a!) gradient, Tensor factor) -> ()")
+
+
+def scale_on_cpu(gradient: Tensor, factor: Tensor) -> None:
+    """gradient *= factor, () fp32, whose value is read: on the CPU this costs less than a pass over the gradient."""
+    if factor.item() != 1.0:
+        gradient.mul_(factor)
+
+
+_library.impl("scale_gradient", scale_on_cpu, "CPU")
 
 
 def launcher(op: str) -> Any:
@@ -122,6 +136,10 @@ def _(*arguments: Any) -> None: ...
 
 
 @fake("accumulate")
+def _(*arguments: Any) -> None: ...
+
+
+@fake("scale_gradient")
 def _(*arguments: Any) -> None: ...
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from fastppo.config import AnyConfig, OnlineConfig, ResponseSettings
-from fastppo.ops import workspace_bytes
+from fastppo.ops import blocks, workspace_bytes
 from fastppo.planner.footprint import Footprint
 from fastppo.rollout import bucket
 
@@ -250,16 +250,17 @@ def head_workspace(size: Footprint, tokens: int, *, reference: bool, gradient: b
     As `fastppo.ops.chunked_head` allocates them: logits of a chunk of rows, the weight's gradient in fp32 if there are
     several.
     """
+    summed = gradient and size.head_trains and size.bytes < 4
+    workspace = workspace_bytes(cpu=size.on_cpu)
+    parts = blocks(tokens, size.vocabulary, size.width, size.bytes, workspace, summed=summed)
     row = size.vocabulary * size.bytes
-    rows = max(1, workspace_bytes(cpu=size.on_cpu) // (2 * row))
-    rows = -(-tokens // max(1, -(-tokens // rows)))
-    logits = rows * row * (2 if reference else 1)
+    logits = (parts.chunk + (parts.largest if reference else 0)) * row
     if not gradient:
         return logits, 0
     d_hidden = tokens * size.width * size.bytes
     d_weight = row * size.width if size.head_trains else 0
-    summed = 4 * size.vocabulary * size.width if size.head_trains and rows < tokens and size.bytes < 4 else 0
-    return logits + d_hidden + summed + d_weight, d_hidden + d_weight
+    in_fp32 = 4 * size.vocabulary * size.width if summed and not parts.one_chunk else 0
+    return logits + d_hidden + in_fp32 + d_weight, d_hidden + d_weight
 
 
 def sampling_needs(actor: Footprint, config: ResponseSettings, batch: Batch) -> Bytes:

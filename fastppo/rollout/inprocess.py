@@ -21,7 +21,7 @@ from torch import Tensor
 from fastppo.config import ResponseSettings, SamplingConfig
 from fastppo.data import Prompts, Rollout, pack, segment_offsets
 from fastppo.distributed import World, stop
-from fastppo.models import Policy, SampledModel, SamplingWeights, attention
+from fastppo.models import Policy, SampledModel, SamplingWeights, attention, joined_projections
 from fastppo.rollout.decoder import Decoder, bucket
 
 Response = tuple[list[int], list[float], bool]  # tokens, their logprobs, whether it ended by itself
@@ -99,7 +99,7 @@ def sample(
     policy.eval()
     responses: list[Response] = []
     if len(prompts):
-        with torch.no_grad():
+        with torch.no_grad(), joined_projections(policy):
             if decoder is None:
                 decoder = Decoder(policy, *space(prompts, config), config, stop_ids, recorded=records(policy, config))
             responses = _Decoding(decoder, prompts, config, seed).run()

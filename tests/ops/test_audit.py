@@ -39,7 +39,7 @@ def audit():
 
 
 def test_no_kernel_moves_more_than_it_must(audit):
-    assert len(audit[0]) == 25 + 2 * 6
+    assert len(audit[0]) == 25 + 2 * 2 + 2 * 6
     for entry in audit[0]:
         most = {"attention": 1.02, "sample": 1.041}.get(entry["op"].split(",")[0], 1.01)  # with partial results
         assert 1.0 <= entry["ratio"] <= most, entry
@@ -64,6 +64,14 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(audit):
         memory = {access for loop in entry["loops"] for access in loop["memory"]}
         parts = {"STG.E"} if entry["kernel"] == "parts_kernel" else set()  # a peak and a sum for 256 columns
         assert all(access.endswith(".128") for access in memory - parts), entry
+
+
+def test_a_gradient_is_read_and_written_16_bytes_at_a_time(audit):
+    scaled = [entry for entry in audit[1] if entry["op"] == "scale"]
+    assert len(scaled) == 3 * 2
+    for entry in scaled:
+        (loop,) = entry["loops"]
+        assert {access.rpartition(".")[2] for access in loop["memory"]} == {"128"}, entry
 
 
 def test_keys_and_values_are_on_their_way_to_shared_memory_16_bytes_at_a_time_while_others_are_computed(audit):

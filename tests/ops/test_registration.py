@@ -88,6 +88,7 @@ def arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
             0.0,
         ),
         "sum_tokens": (torch.rand(8, M), 0.1, 0.2, ONE),
+        "scale_gradient": (torch.rand(V, H).to(dtype), ONE),
         "value_loss": (grown, TOKENS.flip(0), TOKENS + 1, mask, ONE, 0.2),
         "truncation": (plain, 0.7, 3, 0.9),
         "sample_tokens": (plain, torch.arange(M), torch.arange(M), 0.7, 11),

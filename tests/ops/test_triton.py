@@ -30,6 +30,7 @@ from fastppo.errors import log_once
 from fastppo.kernels.policy_loss import policy_loss
 from fastppo.kernels.policy_loss_in_chunk import policy_loss_in_chunk
 from fastppo.kernels.sample_tokens import sample_tokens
+from fastppo.kernels.scale_gradient import BLOCK, PROGRAMS, scale_gradient
 from fastppo.kernels.sum_tokens import sum_tokens
 from fastppo.kernels.value_loss import value_loss
 from fastppo.kernels.vocabulary_backward import vocabulary_backward
@@ -377,6 +378,28 @@ def test_a_term_with_coefficient_0_may_be_infinite():
     assert sum_tokens(token_stats, 0.0, 0.1, torch.tensor(2.0, device=DEVICE))[0] == math.inf
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("count", [0, 5, BLOCK, 3 * BLOCK + 7])
+def test_a_gradient_is_scaled_where_it_lies_and_rounded_once(count, dtype):
+    gradient = torch.randn(count, device=DEVICE).to(dtype)
+    before = gradient.clone()
+    for factor in (1.0, 1 / 3, math.nan):
+        gradient.copy_(before)
+        scale_gradient(gradient, torch.tensor(factor, device=DEVICE))
+        expected = before.float() * torch.tensor(factor, device=DEVICE)
+        torch.testing.assert_close(gradient, expected.to(dtype), equal_nan=True)
+    scale_gradient(gradient, torch.ones((), device=DEVICE))
+    assert gradient.isnan().all()
+
+
+def test_a_program_scales_every_so_many_blocks(monkeypatch):
+    monkeypatch.setattr("fastppo.kernels.scale_gradient.PROGRAMS", 2)
+    gradient = torch.randn(7 * BLOCK + 1, device=DEVICE)
+    expected = gradient * 3
+    scale_gradient(gradient, torch.tensor(3.0, device=DEVICE))
+    assert PROGRAMS > 2 and torch.equal(gradient, expected)
+
+
 # Arguments
 
 
@@ -390,5 +413,9 @@ def test_wrong_arguments_are_refused():
         vocabulary_forward(logits, targets[:1], 1.0, None, None)
     with pytest.raises(ValueError, match=r"expected torch.float32, fp32"):
         backward({"logits": logits, "targets": targets, "temperature": 1.0}, logits[:, :5], logits[:, :4], logits)
+    with pytest.raises(ValueError, match=r"gradient is torch.float32 with strides \(1, 8\)"):
+        scale_gradient(logits.t(), torch.ones((), device=DEVICE))
+    with pytest.raises(ValueError, match=r"factor is torch.float64 \(\)"):
+        scale_gradient(logits, torch.ones((), device=DEVICE, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"token_stats is torch.float32"):
         sum_tokens(logits, 0.0, 0.0, torch.ones((), device=DEVICE))
