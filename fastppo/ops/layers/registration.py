@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastppo.ops.layers.rms_norm import fake_rms_norm, fake_rms_norm_backward
+
 
 class LayerOp(NamedTuple):
     """An op with a kernel for each device."""
@@ -19,7 +21,10 @@ class LayerOp(NamedTuple):
     fake: Callable[..., Any]  # shapes and dtypes without data
 
 
-OPS: dict[str, LayerOp] = {}
+OPS = {
+    "rms_norm": LayerOp("rms_norm", fake_rms_norm),
+    "rms_norm_backward": LayerOp("rms_norm", fake_rms_norm_backward),
+}
 
 _library = torch.library.Library("fastppo", "FRAGMENT")
 
