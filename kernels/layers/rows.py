@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastppo.errors import log_once
 
-# Of the interpreter, which has none: those of an H100 for a sixteenth of a microbatch's tokens.
-MULTIPROCESSORS = 8
+# Of the interpreter, which has none: as many for 256 tokens as an H100 has for 16,384.
+MULTIPROCESSORS = 2
 
 
 class Rows(NamedTuple):
@@ -34,7 +34,7 @@ def as_rows(**tensors: Tensor | None) -> tuple[int | None, tuple[Rows, ...]]:
     shaped = [None if x is None else _in_three_dimensions(name, x) for name, x in tensors.items()]
     inner = None
     for x in shaped:
-        if x is not None and x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1):
+        if x is not None and x.shape[0] > 1 and x.shape[1] > 1 and x.stride(0) != x.shape[1] * x.stride(1):
             inner = x.shape[1]
     return inner, tuple(Rows(None, 0, 0, 1) if x is None else _strides(x) for x in shaped)
 

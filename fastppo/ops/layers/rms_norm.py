@@ -68,7 +68,9 @@ def fake_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None
     return x.new_empty(x.shape), x.new_empty((0,) if residual is None else x.shape)
 
 
-def fake_rms_norm_backward(d_y: Tensor, d_total: Tensor | None, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def fake_rms_norm_backward(
+    d_y: Tensor, d_total: Tensor | None, x: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape if rest[-1] else (0,))
 
 
