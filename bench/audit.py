@@ -30,7 +30,7 @@ from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
 ARCHITECTURES = (80, 90, 100)
-LAYER_WIDTHS = (576, 2048, 4096, 8192)  # of SmolLM2-135M and Llamas of 1B, 8B and 70B
+LAYER_WIDTHS = (576, 8192)  # of SmolLM2-135M and a 70B Llama
 # Kernels that several calls launch in the same form, and the call that shows them.
 ONCE = {"finish_kernel": "policy_loss", "add_sums_kernel": "rms_norm backward"}
 WARPS, BLOCKS, REGISTERS = 64, 32, 65_536  # limits of a multiprocessor, the same on all three

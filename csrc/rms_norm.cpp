@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& d_y, const std::optio
     const auto add = with_type(x.scalar_type(), [&](auto t) {
       return with_type(weight.scalar_type(), [](auto w) { return AT_LEVEL(add_parts<decltype(t), decltype(w)>); });
     });
-    const int64_t blocks = padded / kLargestPair, least = std::max<int64_t>(1, 1'000 / (parts + 1));
+    const int64_t blocks = padded / kLargestPair, least = std::max<int64_t>(1, 4'000 / (parts + 1));
     torch::stable::parallel_for(0, blocks, least, [&](int64_t begin, int64_t end) {
       const int64_t last = std::min(width, end * kLargestPair);
       add(sums.get(), parts, padded, d_weight.data_ptr(), width, begin * kLargestPair, last);
