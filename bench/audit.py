@@ -19,128 +19,24 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
-from torch import Tensor
+from audit_calls import WINDOW, Call, attention_calls, gradient_calls, layer_calls, row_calls, token_calls
 from triton.backends.compiler import GPUTarget
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
-from fastppo.kernels.attend_cached import attend_cached
-from fastppo.kernels.policy_loss import policy_loss
-from fastppo.kernels.policy_loss_in_chunk import policy_loss_in_chunk
-from fastppo.kernels.sample_tokens import sample_tokens
-from fastppo.kernels.scale_gradient import BLOCK, PROGRAMS, scale_gradient
-from fastppo.kernels.sum_tokens import sum_tokens
-from fastppo.kernels.truncation import passes, truncation
-from fastppo.kernels.value_loss import value_loss
-from fastppo.kernels.vocabulary_backward import vocabulary_backward
-from fastppo.kernels.vocabulary_forward import vocabulary_forward
-
-ROWS, VOCABULARY, TOKENS = 2, 50_257, 8192
-POSITIONS, WINDOW = 8192, 4096  # of a row of the cache
-# Queries a kv head and their width, as in SmolLM2-135M, Llama-3 8B, Llama-3 70B, Gemma-2 9B, Phi-2, Qwen3 235B.
-HEADS = ((3, 64), (4, 128), (8, 128), (2, 256), (1, 80), (16, 128))
 ARCHITECTURES = (80, 90, 100)
+LAYER_WIDTHS = (576, 8192)  # of SmolLM2-135M and a 70B Llama
+# Kernels that several calls launch in the same form, and the call that shows them.
+ONCE = {"finish_kernel": "policy_loss", "add_sums_kernel": "rms_norm backward"}
 WARPS, BLOCKS, REGISTERS = 64, 32, 65_536  # limits of a multiprocessor, the same on all three
 SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 
 Program = list[tuple[int, str]]  # address and instruction
-
-
-class Call(NamedTuple):
-    """A launch to audit."""
-
-    name: str
-    launch: Callable[[], Any]
-    least: int  # bytes
-
-
-def padded_logits(dtype: torch.dtype) -> Tensor:
-    width = 16 // dtype.itemsize
-    return torch.randn(ROWS, -(-VOCABULARY // width) * width).to(dtype)[:, :VOCABULARY]
-
-
-def row_calls(dtype: torch.dtype, softcap: float | None = None) -> list[Call]:
-    """The kernels over rows of logits. least: the bytes of the necessary reads and writes of whole rows."""
-    logits, ref_logits = padded_logits(dtype), padded_logits(dtype)
-    targets, numbers, normalizer = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS), torch.ones(())
-    row_bytes = ROWS * VOCABULARY * dtype.itemsize
-
-    def forward(ref: Tensor | None) -> Tensor:
-        return vocabulary_forward(logits, targets, 0.7, softcap, ref)
-
-    def backward(ref: Tensor | None) -> None:
-        stats = torch.zeros(10, ROWS)
-        vocabulary_backward(logits, targets, stats, torch.ones(4, ROWS), 0.7, softcap, ref, logits)
-
-    def in_chunk(ref: Tensor | None) -> None:
-        scale, clips = (0.7, softcap), (0.2, 0.2, 1.5)
-        kl = ("k3", numbers, None) if ref is None else ("exact", None, ref)
-        arguments = (logits, targets, numbers, numbers, normalizer, *scale, *clips, 0.1, 0.1, *kl)
-        policy_loss_in_chunk(*arguments, numbers == 0, True, torch.empty(8, ROWS))
-
-    kept = torch.zeros(ROWS), torch.zeros(ROWS, dtype=torch.int64)
-
-    def truncated(name: str, top_k: int, top_p: float) -> Call:
-        least = passes(dtype, top_k, top_p) * row_bytes // ROWS  # one row, because the interpreter is slow
-        return Call(name, lambda: truncation(logits[:1], 0.7, top_k, top_p), least)
-
-    return [
-        Call("forward", lambda: forward(None), row_bytes),
-        Call("forward, reference", lambda: forward(ref_logits), 2 * row_bytes),
-        Call("backward", lambda: backward(None), 2 * row_bytes),
-        Call("backward, reference", lambda: backward(ref_logits), 3 * row_bytes),
-        Call("loss in chunk", lambda: in_chunk(None), 3 * row_bytes),
-        Call("loss in chunk, exact KL", lambda: in_chunk(ref_logits), 5 * row_bytes),
-        Call("sample", lambda: sample_tokens(logits, targets, targets, 0.7, 1), row_bytes),
-        Call("sample, truncated", lambda: sample_tokens(logits, targets, targets, 0.7, 1, *kept), row_bytes),
-        truncated("top_k", 50, 1.0),
-        truncated("top_p", 0, 0.9),
-        truncated("top_k, top_p", 50, 0.9),
-    ]
-
-
-def gradient_calls(dtype: torch.dtype) -> list[Call]:
-    """The gradient of a small weight times the factor of its loss. least: a read and a write of it; of nothing but the
-    factor, by each program, if it is 1."""
-    gradient, one = torch.zeros(1001, 33).to(dtype), torch.ones(())
-    programs = min(triton.cdiv(gradient.numel(), BLOCK), PROGRAMS)
-    return [
-        Call("scale", lambda: scale_gradient(gradient, 3 * one), 2 * gradient.numel() * dtype.itemsize),
-        Call("scale by 1", lambda: scale_gradient(gradient, one), 4 * programs),
-    ]
-
-
-def token_calls() -> list[Call]:
-    """The kernels over tokens. least: the bytes of one read of each input and one write of each output."""
-    x, mask, normalizer = torch.zeros(TOKENS), torch.ones(TOKENS, dtype=torch.bool), torch.ones(())
-    clips, coefs = (0.2, 0.2, 1.5), (0.1, 0.1)
-    token_stats = torch.zeros(8, TOKENS)
-    return [
-        Call("policy_loss", lambda: policy_loss(x, x, x, x, x, mask, normalizer, *clips, *coefs), 25 * TOKENS),
-        Call("value_loss", lambda: value_loss(x, x, x, mask, normalizer, 0.2), 17 * TOKENS),
-        Call("sum_tokens", lambda: sum_tokens(token_stats, *coefs, normalizer), 32 * TOKENS),
-    ]
-
-
-def attention_calls(dtype: torch.dtype, softcap: float = 0.0, window: int = 0) -> list[Call]:
-    """A step of attention over the cache, one kv head. least: one read of the queries and of the keys and values of the
-    positions attended to, and one write of the outputs and of the new position."""
-    calls = []
-    for group, width in HEADS:
-        query, key = torch.randn(1, group, width).to(dtype), torch.randn(1, 1, width).to(dtype)
-        caches = torch.zeros(2, 1, 1, POSITIONS, width, dtype=dtype)
-        lengths, rows = torch.tensor([POSITIONS - 1]), torch.tensor([0])
-        arguments = (query, key, key, *caches, lengths, rows, width**-0.5, window, softcap)
-        vectors = 2 * (window or POSITIONS) + 2 * group + 2
-        name = f"attention, {group} x {width}"
-        calls.append(Call(name, lambda given=arguments: attend_cached(*given), vectors * width * dtype.itemsize))
-    return calls
 
 
 # Bytes
@@ -179,7 +75,7 @@ def bytes_moved() -> list[dict[str, Any]]:
     made = []
     for dtype in (torch.bfloat16, torch.float32):
         calls = row_calls(dtype) + gradient_calls(dtype) + (token_calls() if dtype == torch.float32 else [])
-        for call in calls + attention_calls(dtype):
+        for call in calls + attention_calls(dtype) + layer_calls(dtype):
             with Traffic() as traffic:
                 call.launch()
             ratio = round(traffic.bytes / call.least, 4)
@@ -308,11 +204,15 @@ def machine_code() -> list[dict[str, Any]]:
         groups += [("bfloat16", attention_calls(torch.bfloat16)), ("float32", attention_calls(torch.float32))]
         groups += [("bfloat16, softcap", attention_calls(torch.bfloat16, 50.0, WINDOW))]
         groups += [("float32, softcap", attention_calls(torch.float32, 50.0, WINDOW))]
+        for width in LAYER_WIDTHS:
+            of_width = f", {width} columns"
+            groups += [(f"bfloat16{of_width}", layer_calls(torch.bfloat16, width))]
+            groups += [(f"float32{of_width}", layer_calls(torch.float32, width))]
         entries, kernels = [], []
         for dtype, calls in groups:
             for call in calls:
                 for name, kernel in compiled(call, architecture):
-                    if name != "finish_kernel" or call.name == "policy_loss":  # the same for all three architectures
+                    if name not in ONCE or call.name == ONCE[name]:  # the same for all three architectures
                         entries.append({"op": call.name, "kernel": name, "dtype": dtype, "sm": architecture})
                         kernels.append(kernel)
         programs = disassembled([kernel.asm["cubin"] for kernel in kernels], architecture)

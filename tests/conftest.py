@@ -53,11 +53,14 @@ def forks(tmp_path_factory):
 def triton_on_cpu():
     """CPU tensors take the Triton kernels, under the interpreter, through the same door as everything else."""
     from fastppo.ops import registration
+    from fastppo.ops.layers import registration as layers
 
     with torch.library._scoped_library("fastppo", "IMPL") as overriding:
         for op in registration.TRITON:
             for name in registration.overloads(op):
                 overriding.impl(name, registration.launcher(op), "CPU", allow_override=True)
+        for op in layers.OPS:
+            overriding.impl(op, layers.launcher(op), "CPU", allow_override=True)
         yield
 
 

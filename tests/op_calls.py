@@ -20,11 +20,19 @@ DIFFERENTIABLE: dict[str, tuple[int, ...]] = {
     "value_loss": (0,),
     "sample_tokens": (),
     "attend_cached": (),
+    "rms_norm": (0, 1),
 }
 OPS = tuple(DIFFERENTIABLE)
 TRAINED = tuple(op for op, outputs in DIFFERENTIABLE.items() if outputs)
-LEAVES = ("logits", "hidden", "weight", "bias", "logprobs", "entropy", "kl", "values")
-CONSTANTS = {"softcap": 5.0, "scale": 0.25, "window": 3}  # of a model
+LEAVES = ("logits", "hidden", "weight", "bias", "logprobs", "entropy", "kl", "values", "x", "residual")
+SOFTCAP = {"softcap": 5.0}
+CONSTANTS: dict[str, dict[str, Any]] = {  # of a model
+    "token_logprobs": SOFTCAP,
+    "linear_logprobs": SOFTCAP,
+    "linear_policy_loss": SOFTCAP,
+    "attend_cached": SOFTCAP | {"scale": 0.25, "window": 3},
+    "rms_norm": {"eps": 1e-5, "offset": 1.0, "round_first": False},
+}
 CACHES = ("key_cache", "value_cache")
 WIDTH, KV_HEADS, ROWS = 17, 20, 30  # no number of tokens below
 
@@ -69,7 +77,7 @@ def make(op: str, tokens: int, vocabulary: int = 33, dtype: torch.dtype = torch.
     policy = {"old_logprobs": normal(tokens), "advantages": normal(tokens)} | per_token
     head = {"hidden": normal(tokens, WIDTH), "weight": normal(vocabulary, WIDTH), "bias": normal(vocabulary)}
     ref = {"ref_hidden": normal(tokens, WIDTH), "ref_weight": normal(vocabulary, WIDTH), "ref_bias": normal(vocabulary)}
-    head |= ref | {"targets": targets, "softcap": CONSTANTS["softcap"]}
+    head |= ref | {"targets": targets} | SOFTCAP
     clips = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 1.5, "entropy_coef": 0.1, "kl_coef": 0.2}
     if op == "gae":
         starts = torch.tensor([0, 1, tokens])
@@ -77,7 +85,7 @@ def make(op: str, tokens: int, vocabulary: int = 33, dtype: torch.dtype = torch.
         return Call(op, given | {"bootstrap": normal(2)}, {"gamma": 0.9, "lam": 0.8})
     if op == "token_logprobs":
         given = {"logits": normal(tokens, vocabulary), "ref_logits": normal(tokens, vocabulary), "targets": targets}
-        return Call(op, given | {"softcap": CONSTANTS["softcap"]}, {"temperature": 0.7})
+        return Call(op, given | SOFTCAP, {"temperature": 0.7})
     if op == "linear_logprobs":
         return Call(op, head, {"temperature": 0.7})
     if op == "policy_loss":
@@ -92,12 +100,15 @@ def make(op: str, tokens: int, vocabulary: int = 33, dtype: torch.dtype = torch.
         stream = torch.arange(tokens)
         given = {"logits": normal(tokens, vocabulary), "stream": stream, "offset": stream + 3, "seed": 11}
         return Call(op, given, {"temperature": 0.7})
+    if op == "rms_norm":
+        rows = {name: normal(tokens, 2, WIDTH) for name in ("x", "residual")}
+        return Call(op, rows | {"weight": normal(WIDTH)} | CONSTANTS[op], {})
     assert op == "attend_cached"
     given = {"query": normal(tokens, 2 * KV_HEADS, 16), "key": normal(tokens, KV_HEADS, 16)}
     given |= {"value": normal(tokens, KV_HEADS, 16)}
     given |= {name: normal(ROWS, KV_HEADS, vocabulary, 16) for name in CACHES}
     given |= {"lengths": torch.arange(ROWS) % vocabulary, "rows": torch.arange(tokens).flip(0)}
-    return Call(op, given, dict(CONSTANTS))
+    return Call(op, given, dict(CONSTANTS[op]))
 
 
 def outputs_of(op: str, arguments: dict[str, Any], run: Any = None) -> list[Tensor | None]:
@@ -113,7 +124,11 @@ def results(call: Call, run: Any = None, upstream: str = "dense") -> list[Tensor
     """Outputs, gradients of the leaves, and caches after the call. `run` is the op with its constants bound, `upstream`
     how incoming gradients lie."""
     arguments = call.all()
-    given = arguments if run is None else {name: x for name, x in arguments.items() if name not in CONSTANTS}
+    given = (
+        arguments
+        if run is None
+        else {name: x for name, x in arguments.items() if name not in CONSTANTS.get(call.op, ())}
+    )
     outputs = outputs_of(call.op, given, run)
     carrying = [x for i in DIFFERENTIABLE[call.op] if (x := outputs[i]) is not None]
     leaves = [arguments[name] for name in call.leaves()]

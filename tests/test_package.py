@@ -62,7 +62,8 @@ def test_kernels_is_a_symlink_and_no_top_level_package():
 def test_every_folder_of_the_package_is_installed():
     named = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
     modules = {path.parent.relative_to(ROOT) for path in (ROOT / "fastppo").rglob("*.py")}
-    assert set(named) == {".".join(folder.parts) for folder in modules} | {"fastppo.kernels", "fastppo.presets"}
+    kernels = {Path("fastppo") / path.parent.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py")}
+    assert set(named) == {".".join(folder.parts) for folder in modules | kernels} | {"fastppo.presets"}
 
 
 @pytest.mark.parametrize("where", ["build-system", "Makefile"])

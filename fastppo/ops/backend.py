@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ def by_eager(like: Tensor) -> bool:
     return like.dtype == torch.float64
 
 
+@cache  # what the log says takes 3 us to find out
 def log_backend(device: torch.device, dtype: torch.dtype) -> None:
     backend = registration.backend(device)
     if dtype == torch.float64:

@@ -39,9 +39,11 @@ def audit():
 
 
 def test_no_kernel_moves_more_than_it_must(audit):
-    assert len(audit[0]) == 25 + 2 * 2 + 2 * 6
+    assert len(audit[0]) == 25 + 2 * (2 + 6 + 5)
     for entry in audit[0]:
-        most = {"attention": 1.02, "sample": 1.041}.get(entry["op"].split(",")[0], 1.01)  # with partial results
+        most = {"attention": 1.02, "sample": 1.041, "rms_norm": 1.02, "rms_norm backward": 1.02}.get(
+            entry["op"].split(",")[0], 1.01
+        )  # with partial results
         assert 1.0 <= entry["ratio"] <= most, entry
 
 
@@ -50,7 +52,9 @@ def test_no_kernel_spills(audit):
     for entry in audit[1]:
         assert entry["spills"] == 0, entry
         # Attention waits for tiles that are copied beside the computation: 32 KiB for each four warps.
-        assert entry["occupancy"] >= (3 / 16 if entry["kernel"] == "attend_kernel" else 1 / 4), entry
+        # The gradient of RMSNorm has one program a multiprocessor, and the next rows on their way.
+        least = {"attend_kernel": 3 / 16, "rms_norm_backward_kernel": 1 / 8}.get(entry["kernel"], 1 / 4)
+        assert entry["occupancy"] >= least, entry
 
 
 def test_rows_are_read_and_written_16_bytes_at_a_time(audit):
@@ -72,6 +76,17 @@ def test_a_gradient_is_read_and_written_16_bytes_at_a_time(audit):
     for entry in scaled:
         (loop,) = entry["loops"]
         assert {access.rpartition(".")[2] for access in loop["memory"]} == {"128"}, entry
+
+
+def test_rows_of_a_layer_are_read_and_written_16_bytes_at_a_time(audit):
+    over_rows = [entry for entry in audit[1] if entry["kernel"] in ("rms_norm_kernel", "rms_norm_backward_kernel")]
+    assert len(over_rows) == 3 * 2 * 2 * 5
+    for entry in over_rows:
+        (loop,) = entry["loops"]
+        assert all(access.endswith(".128") for access in loop["memory"]), entry
+        if entry["op"].startswith("rms_norm backward") and entry["dtype"] == "bfloat16, 576 columns":
+            loads = [i for i, access in enumerate(loop["memory"]) if access.startswith("LDG")]
+            assert max(loads) < loop["memory"].index("STG.E.128"), entry  # the next rows before these are written
 
 
 def test_keys_and_values_are_on_their_way_to_shared_memory_16_bytes_at_a_time_while_others_are_computed(audit):

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastppo import ops
 from fastppo.errors import log_once
 from fastppo.ops import eager, philox
+from fastppo.ops.backend import log_backend
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 Op = Callable[..., Any]
@@ -488,6 +489,7 @@ def test_a_row_that_cannot_be_drawn_from_is_an_error(bad):
 
 def test_the_log_says_once_what_the_ops_run_on(caplog):
     log_once.cache_clear()
+    log_backend.cache_clear()
     with caplog.at_level("INFO", logger="fastppo"):
         for dtype in (torch.float32, torch.float64, torch.float32):
             ops.token_logprobs(torch.zeros(1, 2, dtype=dtype), torch.tensor([0]))

@@ -21,6 +21,7 @@ GOOD: dict[str, dict[str, Any]] = {
     | {"advantages": TOKENS, "temperature": 1.0, "clip_low": 0.2, "clip_high": 0.2, "normalizer": ONE},
     "value_loss": {"values": TOKENS, "old_values": TOKENS, "returns": TOKENS, "normalizer": ONE},
     "sample_tokens": {"logits": torch.zeros(4, 5), "seed": 1, "stream": TARGETS, "offset": TARGETS},
+    "rms_norm": {"x": HIDDEN, "weight": torch.ones(3), "eps": 1e-6},
 }
 WRONG_TARGETS = [
     ("targets", TARGETS + 5, ValueError, r"targets, shape \(4,\), are in \[5, 5\]; a vocabulary of 5"),
@@ -147,6 +148,20 @@ WRONG: dict[str, list[tuple[str, Any, type[Exception], str]]] = {
         ("stream", TARGETS[1:], ValueError, r"stream has shape \(3,\)"),
         ("offset", TARGETS[1:], ValueError, r"offset has shape \(3,\)"),
     ],
+    "rms_norm": [
+        ("x", ONE, ValueError, r"x has shape \(\); expected \(..., H\) with H >= 1"),
+        ("x", torch.zeros(4, 0), ValueError, r"x has shape \(4, 0\)"),
+        ("weight", torch.ones(4), ValueError, r"weight has shape \(4,\); expected \(3,\)"),
+        ("weight", torch.ones(3, device="meta"), ValueError, "weight is on meta and x on cpu"),
+        ("residual", HIDDEN[1:], ValueError, r"residual has shape \(3, 3\); expected \(4, 3\): the shape of x"),
+        ("residual", HIDDEN.bfloat16(), TypeError, "residual has dtype torch.bfloat16 and x torch.float32"),
+        ("residual", HIDDEN.to("meta"), ValueError, "residual is on meta"),
+        ("eps", -1e-6, ValueError, "eps is -1e-06"),
+        ("eps", math.nan, ValueError, "eps is nan"),
+        ("eps", ONE, TypeError, "eps is a tensor; it is a constant of the model"),
+        ("offset", math.inf, ValueError, "offset is inf"),
+        ("offset", ONE, TypeError, "offset is a tensor"),
+    ],
 }
 
 
@@ -182,6 +197,7 @@ WHOLE: dict[str, dict[str, Any]] = {
     "attend_cached": {"query": torch.zeros(2, 2, 4), "key": torch.zeros(2, 1, 4), "value": torch.zeros(2, 1, 4)}
     | {"key_cache": torch.zeros(3, 1, 5, 4), "value_cache": torch.zeros(3, 1, 5, 4), "lengths": TARGETS[:3]}
     | {"rows": torch.arange(2), "scale": 1.0, "softcap": 3.0},
+    "rms_norm": {**GOOD["rms_norm"], "residual": HIDDEN},
 }
 FLOATING = [
     (op, name)

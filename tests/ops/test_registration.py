@@ -47,6 +47,8 @@ def arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     grown = TOKENS.clone().requires_grad_()
     linear_stats = torch.ops.fastppo.linear_logprobs(*head(dtype), None, None, None, *SCALE, 1 << 20)
     no_reference = (None, None, None)
+    rows = torch.randn(3, 2, 17).to(dtype).requires_grad_()
+    of_column = torch.randn(17).to(dtype).requires_grad_()
     return {
         "vocabulary_forward": (logits(dtype, grad=True), targets, *SCALE, None),
         "vocabulary_forward, reference": (logits(dtype, grad=True), targets, *SCALE, ref),
@@ -127,6 +129,10 @@ def arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
             torch.tensor([2, 1]),
             0.25,
         ),
+        "rms_norm": (rows, of_column, 1e-5, None, 0.0, True),
+        "rms_norm, residual": (rows, of_column, 1e-5, rows.detach(), 1.0, False),
+        "rms_norm_backward": (*[rows.detach()] * 3, of_column.detach(), 1e-5, 1.0, True),
+        "rms_norm_backward, frozen weight": (rows.detach(), None, rows.detach(), of_column.detach(), 1e-5, 1.0, False),
     }
 
 
