@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel, masking_utils
 
 from fastppo import ops
 from fastppo.config import AttentionSetting
@@ -218,6 +218,21 @@ def _mask_type(*args: Any, config: Any = None, local_size: int | None = None, **
     if local_size is None:
         return None
     return Window(local_size) if getattr(config, "sliding_window", None) == local_size else Chunks(local_size)
+
+
+@contextmanager
+def without_mask_search() -> Iterator[None]:
+    """Within this context transformers does not look in the positions for where sequences begin, to put that into a
+    mask: there is none (`_mask_type`), and to read the positions the host would wait for the device."""
+    search = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = _sequences_not_searched
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = search
+
+
+def _sequences_not_searched(position_ids: Tensor) -> None: ...
 
 
 def choose_attention(setting: AttentionSetting, dtype: torch.dtype, device: torch.device) -> None:
