@@ -64,6 +64,7 @@ def most_touched(row, ranks):
 @pytest.mark.parametrize("row", [row for row in ROWS if not row.startswith("3")])
 def test_a_microbatch_passes_over_each_gradient_and_over_its_sum_once(walked, row, ranks):
     for found in walked[ranks]:  # beyond the passes: numbers of the loss, and a little for uneven partitions
+        assert found[row]["reads"] == 0  # the host waits for nothing
         assert 3 <= found[row]["touched"] <= most_touched(row, ranks) + (0.2 if ranks == 1 else 0.5), row
 
 
