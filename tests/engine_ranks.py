@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import whole_runs
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastppo.config import OptimConfig, ZeroConfig
 from fastppo.distributed.engine import Engine, gathered
@@ -180,6 +182,7 @@ def row(zero: ZeroConfig, dtype: str, world: World, settings: Path) -> dict[str,
         found["norms"].append(bench.update(2, without(1, lambda k, rank: rank < world.ranks - 1 or world.ranks == 1)))
     found["apart"], found["weights"] = bench.apart(), [w.tolist() for w in bench.weights()]
     found["resumed"] = resumed(zero, dtype, world, settings)
+    found["touched"], found["reads"] = touched(zero, dtype, world, settings)
     return found
 
 
@@ -218,6 +221,54 @@ def resumed(zero: ZeroConfig, dtype: str, world: World, settings: Path) -> dict[
             other.update(microbatches, rates=rates)
         same[n] = whole_runs.same(end, (other.weights(), saved(other, "other")))
     return same
+
+
+class Touched(TorchDispatchMode):
+    """Counts the numbers that ops read or write in memory, where what is read and written in place counts twice, and
+    how often the host reads one, for which it would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = self.reads = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.reads += func._schema.name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero")
+        arguments = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | (kwargs or {})
+        writes = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+        a_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not a_view and not func._schema.name.startswith("aten::empty"):
+            for name, value in arguments.items():
+                overwritten = func._schema.name in ("aten::copy_", "aten::zero_", "aten::fill_") and name == "self"
+                times = 2 if name in writes and not overwritten else 1
+                self.numbers += times * sum(x.numel() for x in tree_leaves(value) if isinstance(x, Tensor))
+            if not writes:
+                self.numbers += sum(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))
+        return result
+
+
+def touched(zero: ZeroConfig, dtype: str, world: World, settings: Path) -> tuple[float, int]:
+    """How many times a backward pass that is neither the first nor the last of an update reads or writes a number
+    for each number of its gradient, beside those of the backward pass of a module without an engine; and how often the
+    host reads one."""
+    bench = Bench(zero, dtype, world, settings)
+
+    def counted(run: Callable[[], object]) -> Touched:
+        with Touched() as found:
+            run()
+        return found
+
+    def gradients(k: int) -> list[Tensor]:
+        return [g.float() for g in made(k, world.rank)]
+
+    bench.engine.backward(bench.engine(gradients(0)), last=False)
+    loss = bench.engine(gradients(1))
+    with_engine = counted(lambda: bench.engine.backward(loss, last=False))
+    bench.engine.backward(bench.engine(gradients(2)), last=True)
+    bench.engine.step(RATES)
+    loss = Parts({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])(gradients(1))
+    numbers = with_engine.numbers - counted(loss.backward).numbers
+    return numbers / sum(map(math.prod, SHAPES)), with_engine.reads
 
 
 def table() -> dict[str, tuple[ZeroConfig, str]]:

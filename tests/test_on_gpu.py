@@ -67,6 +67,48 @@ def test_a_step_in_fp32_is_that_of_the_cpu(steps, model, case):
     assert apart.mean() < 1e-4
 
 
+WITHOUT_WAITS = """
+import sys
+
+import ppo_step
+import torch
+
+from fastppo.data import Moments, plan_step
+from fastppo.models import PrefixStates
+from fastppo.ppo import compute_experience, run_updates, update
+
+world = ppo_step.start_world(1)
+config = ppo_step.config_of(sys.argv[1], "--ppo.microbatch_tokens", "40", *sys.argv[2:])
+roles = ppo_step.roles_of(config, world)
+roles.residency.enter("sampling")
+scored = ppo_step.responses(roles)
+plan = plan_step(scored.rollout.packed.lengths, config, 0, 1, roles.attention)
+context, prefix = ppo_step.context_of(config, roles, world), PrefixStates()
+roles.residency.enter("experience")
+experience = compute_experience(scored, Moments().add(scored.scores), plan[0], prefix, context)
+roles.residency.enter("learning")
+accumulate = update._accumulate
+
+def watched(*arguments):
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        return accumulate(*arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+list(run_updates(experience, plan, prefix, context))  # kernels are compiled, and DeepSpeed makes what it keeps
+update._accumulate = watched
+assert len(plan[0][0].microbatches) > 1
+list(run_updates(experience, plan, prefix, context))
+"""
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("stage 3")])
+def test_the_host_waits_for_nothing_in_the_microbatches_of_an_update(model, monkeypatch, case):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    on_gpu("-c", WITHOUT_WAITS, model, *CASES[case])
+
+
 REWARD = """
 import os
 

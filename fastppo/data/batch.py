@@ -14,6 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fastppo.distributed import to_device
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -33,6 +35,14 @@ class Packed:
     @cached_property
     def response_lengths(self) -> Tensor:  # (B,) int64
         return self.response_cu_seqlens.diff().long()
+
+    @cached_property
+    def lengths_on_host(self) -> list[int]:  # B numbers, known without waiting for the device
+        return self.lengths.tolist()
+
+    @cached_property
+    def response_lengths_on_host(self) -> list[int]:
+        return self.response_lengths.tolist()
 
     @cached_property
     def positions(self) -> Tensor:  # (N,) int64, from 0 in every sequence
@@ -64,7 +74,14 @@ class Packed:
         return self.response_cu_seqlens[1:].long() - 1
 
     def to(self, device: torch.device) -> Packed:
-        return Packed(*(getattr(self, f.name).to(device) for f in fields(self)))
+        """On the device, with what else takes the lengths on the host to compute: no use of it waits for a GPU."""
+        if self.tokens.device == device:
+            return self
+        moved = Packed(*(to_device(getattr(self, f.name), device) for f in fields(self)))
+        on_host = {name: getattr(self, name) for name in ("lengths_on_host", "response_lengths_on_host")}
+        rows = {name: to_device(getattr(self, name), device) for name in ("positions", "predictors")}
+        moved.__dict__.update(on_host | rows)  # where `cached_property` looks
+        return moved
 
     def select(self, sequences: Tensor) -> Packed:
         """The given sequences (an int64 tensor of indices), in the given order."""

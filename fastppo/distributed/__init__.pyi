@@ -27,3 +27,4 @@ from .world import leave as leave
 from .world import leave_without_cleanup as leave_without_cleanup
 from .world import start_world as start_world
 from .world import stop_world as stop_world
+from .world import to_device as to_device

@@ -21,7 +21,7 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from torch import Tensor, nn
 
 from fastppo.config import OptimConfig, ZeroConfig, deepspeed_config
-from fastppo.distributed import gradients
+from fastppo.distributed import accumulation, gradients
 from fastppo.errors import FastPPOError
 
 T = TypeVar("T")
@@ -126,6 +126,7 @@ class Engine:
             )
         if zero.stage == 3:
             _clear_padding(module, self._optimizer)
+        self._sums = accumulation.add_once(self._engine, self._optimizer)
 
     def __call__(self, *args: Any) -> Any:
         return self._engine(*args)
@@ -144,7 +145,8 @@ class Engine:
         ranks, so its normalizer includes the factor that turns the average into the sum (see `fastppo.ppo.update`).
         """
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss, scale_wrt_gas=False)
+        self._sums.norm = None
+        self._engine.backward(loss if self._sums.share == 1 else loss * self._sums.share, scale_wrt_gas=False)
         if self._first:
             gradients.after_first(self._optimizer)
         self._first = last
@@ -153,7 +155,9 @@ class Engine:
 
     def gradient_norm(self) -> float:
         """The norm of the accumulated gradient of all ranks, before clipping; not finite if a part of it is not."""
-        return gradients.norm(self._optimizer, self._parameters)
+        if self._sums.norm is None:
+            self._sums.norm = gradients.norm(self._optimizer, self._parameters)
+        return self._sums.norm
 
     def step(self, learning_rates: Sequence[float], *, apply: bool = True) -> None:
         """Clip, update, clear the gradients; without `apply` the weights and the optimizer states do not change.
@@ -164,10 +168,11 @@ class Engine:
         for group, i in zip(self._optimizer.param_groups, self._group_indices, strict=True):
             group["lr"] = learning_rates[i] if apply else 0.0
         self.version += any(group["lr"] for group in self._optimizer.param_groups)
-        gradients.before_step(self._optimizer)
+        self.gradient_norm()
         with _skipping_groups_at_rate_0(self._adam):
             self._engine.step()
         gradients.after_step(self._optimizer)
+        self._sums.norm = None
 
     def states(self) -> list[Tensor]:
         """Tensors that only learning uses and whose values it needs again: optimizer states and master weights."""

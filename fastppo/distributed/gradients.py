@@ -1,10 +1,10 @@
 """The gradients that a DeepSpeed optimizer accumulates: their norm, their buffers, and corrections of their handling.
 
-DeepSpeed has different attributes, also private ones, for each ZeRO stage; this is the only module that uses those of
-version 0.19.8. The optimizers are distinguished by their attributes. At stage 1 in bf16 `BF16_Optimizer` sums all
-gradients in fp32 on each rank; otherwise at stages 1 and 2 `DeepSpeedZeroOptimizer` sums the rank's partition (with
-`cpu_offload` in host memory), as `DeepSpeedZeroOptimizer_Stage3` does at stage 3; at stage 0 the optimizer is a plain
-one, and the gradients are in `p.grad`.
+DeepSpeed has different attributes, also private ones, for each ZeRO stage; this module and `accumulation` are the only
+ones that use those of version 0.19.8. The optimizers are distinguished by their attributes. At stage 1 in bf16
+`BF16_Optimizer` sums all gradients in fp32 on each rank; otherwise at stages 1 and 2 `DeepSpeedZeroOptimizer` sums the
+rank's partition (with `cpu_offload` in host memory), as `DeepSpeedZeroOptimizer_Stage3` does at stage 3; at stage 0 the
+optimizer is a plain one, and the gradients are in `p.grad`.
 """
 
 from __future__ import annotations
@@ -88,16 +88,6 @@ def after_last(optimizer: Any) -> None:
         optimizer._offload_accumulated_param_ids -= passed_on.keys()
         if optimizer._offload_accumulated_param_ids:
             optimizer.finalize_gradient_accumulation_boundary()
-
-
-def before_step(optimizer: Any) -> None:
-    """At stage 1 in bf16, include the parameters in clipping that have a gradient on other ranks only.
-
-    DeepSpeed sums the gradients over the ranks, but each rank clips only the parameters that have a gradient on that
-    rank: the ranks would clip by different norms.
-    """
-    for group in getattr(optimizer, "fp32_groups_has_gradients", []):
-        group[:] = [True] * len(group)
 
 
 def after_step(optimizer: Any) -> None:

@@ -183,6 +183,14 @@ def all_max(x: Tensor, world: World) -> Tensor:
     return x
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device. From the host to a GPU it goes through pinned memory, and the host does not wait: a copy of
+    pageable memory waits until the GPU has done all that it was given before."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device, non_blocking=device.type != "cpu")  # a copy to the host is there when it returns
+
+
 def quiet() -> contextlib.AbstractContextManager[object]:
     """Within this context nothing is printed to stdout: DeepSpeed prints memory tables while it starts."""
     return contextlib.redirect_stdout(io.StringIO())

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel, masking_utils
 
 from fastppo import ops
 from fastppo.config import AttentionSetting
@@ -33,6 +33,7 @@ from fastppo.errors import FastPPOError
 from fastppo.models.backends.backend import AttentionBackend, supports
 from fastppo.models.backends.choice import choose_backend
 from fastppo.models.cache import Cache, SequenceLayout
+from fastppo.models.plain_attention import attend_plainly
 
 ATTENTION = "fastppo_packed"
 
@@ -140,11 +141,20 @@ def _attend_cached(
 def _attend_packed(
     query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, scale: float, window: int, softcap: float
 ) -> Tensor:
+    on_cpu = query.device.type == "cpu"
+    plain = [(on_cpu and length <= PLAIN_ATTENTION_MAX) or 0 < window < length for _, _, length in layout.runs]
+    if all(plain) and not softcap:
+        return attend_plainly(query, key, value, layout.runs, scale, window)
     outputs = []
-    for start, count, length in layout.runs:
-        q, k, v = (_sequences(x, start, count, length) for x in (query, key, value))
-        if softcap or (window and length > window) or (q.device.type == "cpu" and length <= PLAIN_ATTENTION_MAX):
-            out: Tensor = _attend_plainly(q, k, v, scale, window, softcap)
+    for (start, count, length), is_plain in zip(layout.runs, plain, strict=True):
+        rows = slice(start, start + count * length)
+        parts = query[:, :, rows], key[:, :, rows], value[:, :, rows]
+        if is_plain and not softcap:
+            outputs.append(attend_plainly(*parts, ((0, count, length),), scale, window))
+            continue
+        q, k, v = (x[0].unflatten(1, (count, length)).transpose(0, 1) for x in parts)
+        if softcap:
+            out = _attend_with_softcap(q, k, v, scale, window, softcap)
         else:
             out = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -154,22 +164,15 @@ def _attend_packed(
     return outputs[0].contiguous() if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-def _sequences(x: Tensor, start: int, count: int, length: int) -> Tensor:
-    """(1, heads, N, width) -> (count, heads, length, width)"""
-    rows: Tensor = x[0, :, start : start + count * length].unflatten(1, (count, length))
-    return rows.transpose(0, 1)
-
-
-def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float) -> Tensor:
-    """Softmax attention as plain matrix products; (B, heads, L, width), fewer heads in k and v with grouped queries.
+def _attend_with_softcap(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+    """As `attend_plainly`, with scores s bounded as softcap tanh(s / softcap) (Gemma-2); q, k, v (B, heads, L, width),
+    fewer heads in k and v with grouped queries.
 
     The queries of a group are stacked along the length, so that keys and values are read once and not repeated.
     """
     heads, length = k.shape[1], k.shape[2]
     grouped = q.unflatten(1, (heads, -1)).flatten(2, 3)  # (B, kv heads, group * L, width)
-    scores = (grouped * scale) @ k.transpose(-1, -2)
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = softcap * torch.tanh((grouped * scale) @ k.transpose(-1, -2) / softcap)
     distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
     hidden = (distance < 0) | (distance >= (window or length))
     weights = scores.unflatten(2, (-1, length)).masked_fill_(hidden, float("-inf")).softmax(-1)
@@ -215,6 +218,21 @@ def _mask_type(*args: Any, config: Any = None, local_size: int | None = None, **
     if local_size is None:
         return None
     return Window(local_size) if getattr(config, "sliding_window", None) == local_size else Chunks(local_size)
+
+
+@contextmanager
+def without_mask_search() -> Iterator[None]:
+    """Within this context transformers does not look in the positions for where sequences begin, to put that into a
+    mask: there is none (`_mask_type`), and to read the positions the host would wait for the device."""
+    search = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = _sequences_not_searched
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = search
+
+
+def _sequences_not_searched(position_ids: Tensor) -> None: ...
 
 
 def choose_attention(setting: AttentionSetting, dtype: torch.dtype, device: torch.device) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from fastppo.data import segment_offsets
+from fastppo.distributed import to_device
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class SequenceLayout:
             runs += [(start + i * length, 1, length) for i in range(count)] if apart else [(start, count, length)]
             start += count * length
         cu_seqlens = F.pad(torch.tensor(lengths, dtype=torch.int64).cumsum(0), (1, 0)).int()
-        return SequenceLayout(tuple(runs), cu_seqlens.to(device), max(lengths, default=0))
+        return SequenceLayout(tuple(runs), to_device(cu_seqlens, device), max(lengths, default=0))
 
 
 class ActiveRows(NamedTuple):
@@ -85,8 +86,9 @@ class Cache:
         device = self.lengths.device
         kept, at = torch.tensor(lengths[: len(rows)], dtype=torch.int64), torch.tensor(rows, dtype=torch.int64)
         self.layout = SequenceLayout.of(lengths, device, apart=device.type == "cpu")
-        self._places = at.repeat_interleave(kept).to(device), segment_offsets(kept).to(device)
-        self.lengths[at.to(device)] = kept.to(device)
+        places = at.repeat_interleave(kept), segment_offsets(kept)
+        self._places = to_device(places[0], device), to_device(places[1], device)
+        self.lengths[to_device(at, device)] = to_device(kept, device)
 
     def fill(self, layer: int | None, key: Tensor, value: Tensor) -> None:
         """Write a layer's keys and values of the packed prompts, (1, kv heads, N, width) each."""
@@ -102,11 +104,11 @@ class Cache:
         """Let the rows `targets` hold the first `length` positions of row `source`, and no more."""
         device, others = self.lengths.device, [row for row in targets if row != source]
         if others:
-            at = torch.tensor(others, device=device)
+            at = to_device(torch.tensor(others), device)
             for buffer in (self.keys, self.values):
                 part = buffer[:, :, :, :length]
                 part.index_copy_(1, at, part[:, source : source + 1].expand(-1, len(others), -1, -1, -1))
-        self.lengths[torch.tensor(targets, device=device)] = length
+        self.lengths.index_fill_(0, to_device(torch.tensor(targets), device), length)
 
     def begin_step(self, rows: Tensor) -> None:
         """Select the rows (active,) int64, ascending, whose next position is decoded."""

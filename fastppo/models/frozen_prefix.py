@@ -100,7 +100,7 @@ class PrefixStates:
         if any(index not in cached_states for index in indices):
             with torch.no_grad():
                 states = role.prefix(packed)
-            cached_states.update(zip(indices, states.split(packed.lengths.tolist()), strict=True))
+            cached_states.update(zip(indices, states.split(packed.lengths_on_host), strict=True))
         return torch.cat([cached_states[index] for index in indices])
 
     def clear(self) -> None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from fastppo import ops
 from fastppo.data import Packed, pack
 from fastppo.errors import ModelError as ModelError
-from fastppo.models.attention import attend_packed
+from fastppo.models.attention import attend_packed, without_mask_search
 from fastppo.models.cache import Cache, SequenceLayout, head_width
 from fastppo.models.frozen_prefix import layers_of, prefix_depth, skipping
 from fastppo.models.logit_scale import logit_scale
@@ -141,11 +141,11 @@ class Backbone(nn.Module):
         return cast(Tensor, first_upper_layer.received)[0]
 
     def _run(self, packed: Packed) -> Tensor:
-        with contextlib.nullcontext() if self.adapters else adapters_off(self.model):
+        with contextlib.nullcontext() if self.adapters else adapters_off(self.model), without_mask_search():
             output = self.model.base_model(
                 input_ids=packed.tokens[None],
                 position_ids=packed.positions[None],
-                packed=SequenceLayout.of(packed.lengths.tolist(), packed.tokens.device),
+                packed=SequenceLayout.of(packed.lengths_on_host, packed.tokens.device),
                 use_cache=False,
             )
         return cast(Tensor, output.last_hidden_state[0])
@@ -174,7 +174,8 @@ class Policy(Backbone):
         return self._decode(tokens[:, None], positions[:, None], cache)[:, 0]
 
     def _decode(self, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        output = self.model.base_model(input_ids=tokens, position_ids=positions, cache=cache, use_cache=False)
+        with without_mask_search():
+            output = self.model.base_model(input_ids=tokens, position_ids=positions, cache=cache, use_cache=False)
         return cast(Tensor, output.last_hidden_state)
 
 

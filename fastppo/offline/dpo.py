@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastppo.config import DPOConfig
 from fastppo.data import Examples, Packed
-from fastppo.distributed import World
+from fastppo.distributed import World, to_device
 from fastppo.models import PrefixStates
 from fastppo.offline.dpo_losses import dpo_loss, ipo_loss, loss_at_start, nll_term
 from fastppo.offline.model import TrainedModel
@@ -77,7 +77,7 @@ def direct_preference(config: DPOConfig, reference: Tensor) -> Objective:
         policy: Any, hidden: Tensor, *, packed: Packed, examples: Examples, part: Tensor
     ) -> tuple[Tensor, Tensor]:
         sums, lengths = answer_logprobs(policy, hidden, packed).view(-1, 2), packed.response_lengths.view(-1, 2)
-        figures = pair_figures(sums, reference[part].to(sums.device), lengths, config)
+        figures = pair_figures(sums, to_device(reference[part], sums.device), lengths, config)
         losses = figures.losses + config.nll_coef * nll_term(figures.chosen)
         return losses.sum().float(), figures.statistics().detach()
 

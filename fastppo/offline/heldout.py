@@ -50,7 +50,7 @@ def evaluation_of(
     def evaluate(
         trained: TrainedModel, examples: Examples, prefix: PrefixStates, config: OfflineConfig, world: World
     ) -> MeanEvaluation:
-        sums = torch.zeros(len(statistics), dtype=torch.float64)
+        sums = torch.zeros(len(statistics), dtype=torch.float64, device=world.device)
         with stop.together(world):
             for part in heldout_microbatches(examples, config, world):
                 shown = part if len(part) else torch.zeros(1, dtype=torch.int64)  # to keep in step with other ranks
@@ -58,7 +58,7 @@ def evaluation_of(
                 ask = partial(objective, packed=packed, examples=examples, part=shown)
                 _, found = trained.engine(packed, ask, prefix_states)
                 if len(part):
-                    sums += found.double().cpu()
+                    sums += found.double()
         means = all_sum(sums, world).cpu() / count(examples, torch.arange(len(examples)))
         return MeanEvaluation(dict(zip(statistics, means.tolist(), strict=True)))
 

@@ -39,7 +39,7 @@ def answer_logprobs(policy: Any, hidden: Tensor, packed: Packed) -> Tensor:
     so that the difference of two long answers keeps its digits.
     """
     logprobs = response_logprobs(policy, hidden, packed.responses).double()  # (M,)
-    return torch.stack([one.sum() for one in logprobs.split(packed.response_lengths.tolist())])
+    return torch.stack([one.sum() for one in logprobs.split(packed.response_lengths_on_host)])
 
 
 @torch.no_grad()

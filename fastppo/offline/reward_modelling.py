@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastppo.config import RewardTrainingConfig
 from fastppo.data import Examples, Packed
-from fastppo.distributed import World, all_gather, all_sum, stop
+from fastppo.distributed import World, all_gather, all_sum, stop, to_device
 from fastppo.models import PrefixStates, width_of
 from fastppo.offline.heldout import heldout_microbatches
 from fastppo.offline.model import TrainedModel
@@ -37,7 +37,7 @@ def bradley_terry(config: RewardTrainingConfig) -> Objective:
         reward_model: Any, hidden: Tensor, *, packed: Packed, examples: Examples, part: Tensor
     ) -> tuple[Tensor, Tensor]:
         chosen, rejected = reward_model.head(hidden).view(-1, 2).unbind(1)
-        losses = preference_loss(chosen, rejected, examples.margins[part].to(hidden.device) + config.margin)
+        losses = preference_loss(chosen, rejected, to_device(examples.margins[part], hidden.device) + config.margin)
         loss = losses + config.centre_coef * centring_loss(chosen, rejected)
         right = rightness(chosen - rejected)
         return loss.sum(), torch.stack([losses.sum(), right.sum(), chosen.sum(), rejected.sum()])

@@ -175,7 +175,7 @@ def update(
     rate: the learning rate; step: of the run, counted from 0, for messages; skipped: updates in a row before this one
     that were not applied. Raises TrainingFault when they become too many.
     """
-    engine, total = trained.engine, torch.zeros((), dtype=torch.float64)
+    engine, total = trained.engine, torch.zeros((), dtype=torch.float64, device=world.device)
     mine = microbatches_of(rows, examples, config, world)
     for i, part in enumerate(mine):
         stop.check(world)
@@ -183,7 +183,7 @@ def update(
         loss, sums = engine(packed, partial(objective, packed=packed, examples=examples, part=part), prefix_states)
         # engines average gradients over ranks, and the loss is to be a mean over the examples of all of them
         engine.backward(loss * world.ranks / normalizer, last=i + 1 == len(mine))
-        total = total + sums.detach().double().cpu()
+        total = total + sums.detach().double()
     norm, totals = engine.gradient_norm(), all_sum(total, world).cpu()
     finite = math.isfinite(norm) and bool(totals.isfinite().all())
     engine.step([rate, rate], apply=finite)

@@ -73,7 +73,7 @@ def evaluate(
 @torch.no_grad()
 def _log_ratios(packed: Packed, roles: Roles, config: OnlineConfig, world: World) -> Tensor:
     """(3,) fp64 sums over this rank's response tokens: log p - log p_ref, -log p_ref, entropy of p."""
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(3, dtype=torch.float64, device=world.device)
     parts = pack_alone(packed.lengths, config.microbatch_tokens)
     for part in even_passes(parts, config.zero, world):
         piece = (packed.select(part) if len(part) else IDLE).to(world.device)
@@ -84,8 +84,8 @@ def _log_ratios(packed: Packed, roles: Roles, config: OnlineConfig, world: World
         )
         if len(part):
             rows = (policy.logprobs - reference.logprobs, -reference.logprobs, policy.entropy)
-            sums += torch.stack([x.double().sum() for x in rows]).cpu()
-    return sums
+            sums += torch.stack([x.double().sum() for x in rows])
+    return sums.cpu()
 
 
 def samples(heldout: PromptSet, before: Evaluation, after: Evaluation) -> list[Sample]:

@@ -37,7 +37,8 @@ def measure(
         stop.check(world)
         cache = PrefixStates() if prefix_cache is None else prefix_cache
         rows = _measure(packed.select(sequences).to(world.device), sequences, roles, cache, config)
-        parts.append((sequences, {name: x.float().cpu() for name, x in rows.items()}))
+        parts.append((sequences, {name: x.float() for name, x in rows.items()}))
+    parts = [(sequences, {name: x.cpu() for name, x in rows.items()}) for sequences, rows in parts]
     return _assemble(packed, [part for rank in all_gather(parts, world) for part in rank])
 
 

@@ -55,6 +55,7 @@ from fastppo.ops.arguments import (
 from fastppo.ops.backend import by_eager
 from fastppo.ops.chunked_head import blocks as blocks
 from fastppo.ops.coefficients import numbers, overload
+from fastppo.ops.gradient_free import accumulate as accumulate
 from fastppo.ops.gradient_free import attend_cached as attend_cached
 from fastppo.ops.gradient_free import gae as gae
 from fastppo.ops.gradient_free import sample_tokens as sample_tokens

@@ -179,6 +179,22 @@ def sample_tokens(
     return tokens, logprobs
 
 
+@torch.no_grad()
+def accumulate(total: Tensor, part: Tensor) -> None:
+    """total += part, with one pass over each although their dtypes may differ: gradients of microbatches in a sum.
+
+    total: fp32, contiguous; part: fp32, bf16 or fp16, of the same shape and on the same device. Any number of
+    dimensions. Nothing of it is differentiable.
+    """
+    check_shape("part", part, tuple(total.shape), "that of total")
+    check_device("part", part, total, "total")
+    if total.device.type != "cpu" or part.dtype == total.dtype:
+        total.add_(part)  # on CUDA the kernel reads part as it is
+    else:  # on the CPU it would be copied to the dtype of the sum first
+        width = total.shape[-1] if total.ndim else 1
+        torch.ops.fastppo.accumulate(total.view(-1, width), part.reshape(-1, width))
+
+
 def attend_cached(
     query: Tensor,
     key: Tensor,

@@ -164,9 +164,7 @@ def reducing(role: Role, config: AnyConfig, ranks: int) -> Places:
             4 * part if zero.optimizer_on != "none" and b < 4 else 0
         )  # of all microbatches, before they are handed on
     elif summed_on_arrival(role, config):
-        # A gradient and its fp32 form on their way to the sum, then one copy of the sums of several small groups.
-        joined = 4 * size.trained if size.groups > 1 and size.trained <= REDUCE_BUCKET else 0
-        gpu = max((b + 4) * size.largest_trained, joined)
+        gpu = b * size.largest_trained  # a gradient on its way to the sum
     else:  # one flat copy of the gradients that are being reduced
         gpu = bucket * 4
     return prefetch(role, config) + Places(gpu=Bytes(gradients=sums, workspace=gpu))

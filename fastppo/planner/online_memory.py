@@ -95,10 +95,12 @@ def _made_once(role: Role, config: OnlineConfig) -> bool:
 
 
 def averaged(actor: Role, phase: str, config: OnlineConfig, ranks: int) -> Places:
-    """The average of what trains, in fp32, and while it is evaluated or exported the actor's own weights beside it."""
+    """The average of what trains, in fp32, and in the actor's dtype what is on its way there from a GPU; while the
+    average is evaluated or exported the actor's own weights beside it."""
     part = actor.size.trained // (ranks if config.zero.stage == 3 else 1)
     aside = part * actor.size.bytes if phase in (*EVALUATED, "export") else 0
-    return Places(host=Bytes(weights=4 * part + aside))
+    staged = 0 if actor.size.on_cpu else part * actor.size.bytes
+    return Places(host=Bytes(weights=4 * part + staged + aside))
 
 
 def _lasting(role: Role, phase: str, config: OnlineConfig, ranks: int, batch: Batch) -> Places:

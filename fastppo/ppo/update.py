@@ -15,7 +15,7 @@ from torch import Tensor
 from fastppo import ops
 from fastppo.config import Config
 from fastppo.data import Experience, Minibatch, Packed, Update
-from fastppo.distributed import Engine, World, all_max, all_sum, gathered, stop
+from fastppo.distributed import Engine, World, all_max, all_sum, gathered, stop, to_device
 from fastppo.models import Policy, PrefixStates, hidden_states
 from fastppo.monitor import note_fault
 from fastppo.ops import eager
@@ -106,6 +106,8 @@ def run_updates(
         update = replace(update, ptx_loss=ptx_loss)
         finite = _finite(update, norms, train_actor)
         stopped = finite and update.approx_kl > limit
+        if context.roles.average is not None:
+            context.roles.average.before_step()
         for job in jobs:  # all or none: a critic that learned alone would no longer fit the actor
             job.engine.step(job.rates, apply=finite and not stopped)
         if context.roles.average is not None and train_actor and finite and not stopped:
@@ -171,9 +173,9 @@ def loss_term(
     log_ratio = stats.logprobs.detach() - targets.old_logprobs
     ratio = eager.bounded_exp(log_ratio)
     clipped, dual_clipped = (
-        ratio.new_tensor(math.nan) if x is None else x.sum() for x in (tokens.clipped, tokens.dual_clipped)
+        ratio.new_full((), math.nan) if x is None else x.sum() for x in (tokens.clipped, tokens.dual_clipped)
     )
-    counts = (clipped, dual_clipped, ratio.sum(), ratio.new_tensor(float(len(ratio))))
+    counts = (clipped, dual_clipped, ratio.sum(), ratio.new_full((), len(ratio)))
     sums = torch.stack(
         [x.detach().to(ratio) for x in (surrogate, entropy, kl_sum, eager.exp_less_tangent(log_ratio).sum(), *counts)]
     )
@@ -222,7 +224,7 @@ def _accumulate(
     with weight 0 count too."""
     config, world, reference = context.config, context.world, context.roles.reference
     # Engines average gradients over ranks, and the loss is to be a mean over the tokens of all of them.
-    normalizer = torch.tensor(tokens / world.ranks, dtype=torch.float32, device=world.device)
+    normalizer = torch.full((), tokens / world.ranks, dtype=torch.float32, device=world.device)
     sums = Sums.zero(world.device)
     microbatches = minibatch.of_rank(world.rank, world.ranks)
     read = list(reference.module.head.parameters()) if config.ppo.loss_reads_reference else []
@@ -259,7 +261,7 @@ def _targets(
     packed = experience.packed.select(sequences).to(device)
 
     def rows(values: Tensor) -> Tensor:
-        return experience.packed.select_tokens(values, sequences).to(device)
+        return to_device(experience.packed.select_tokens(values, sequences), device)
 
     kl_reference: dict[str, Any] = {}
     if ppo.kl_in == "loss":

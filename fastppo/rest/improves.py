@@ -29,6 +29,8 @@ def improve(setup: RestSetup, grown: Measured, selection: Selection) -> Iterator
     for rows in batches_of_rows(setup, now):
         tokens = int(examples.response_lengths[rows].sum())
         rate = learning_rate(config, run.updates, run.step, number, now.updates / total)
+        if roles.average is not None:
+            roles.average.before_step()
         done = update(
             trained,
             examples,

@@ -84,10 +84,12 @@ class ModelSource:
     def scores(self, packed: Packed, texts: Sequence[str]) -> list[float]:
         """One number for each sequence; texts: the responses, to name one in an error. All ranks call it."""
         self.check(packed)
-        scores = torch.zeros(len(packed))
+        scores, parts = torch.zeros(len(packed)), []
         for part in even_passes(pack_alone(packed.lengths, self.budget), self.zero, self.world):
             piece = packed.select(part) if len(part) else IDLE
-            scores[part] = self.model(piece.to(self.world.device)).cpu()[: len(part)]
+            parts.append((part, self.model(piece.to(self.world.device))[: len(part)]))
+        for part, found in parts:  # after the last pass: the host waits for the device once
+            scores[part] = found.cpu()
         return checked(self.name, scores, texts)
 
     def check(self, packed: Packed) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastppo.config import ResponseSettings, SamplingConfig
 from fastppo.data import Prompts, Rollout, pack, segment_offsets
-from fastppo.distributed import World, stop
+from fastppo.distributed import World, stop, to_device
 from fastppo.models import Policy, SampledModel, SamplingWeights, attention, joined_projections
 from fastppo.rollout.decoder import Decoder, bucket
 
@@ -179,8 +179,8 @@ class _Decoding:
         self.due += count
         self.running |= zip(rows, due, strict=True)
         states = self._prefill(rows, [self.prompts.tokens[i] for i in due])
-        streams = self.prompts.streams[due.start : due.stop].to(self.device)
-        self.decoder.start(torch.tensor(rows, device=self.device), streams, states)
+        streams = to_device(self.prompts.streams[due.start : due.stop], self.device)
+        self.decoder.start(to_device(torch.tensor(rows), self.device), streams, states)
 
     def _prefill(self, rows: list[int], prompts: list[tuple[int, ...]]) -> Tensor:
         """Let each of these rows of the cache hold its prompt; hidden states (R, H) of the prompts' last tokens."""
@@ -207,13 +207,16 @@ class _Decoding:
         packed = [prompt for prompt, _ in prompts]
         missing = FEWEST_TOKENS - sum(map(len, packed))
         packed += packed[-1:] * max(0, -(-missing // len(packed[-1])))
-        tokens = torch.tensor([token for prompt in packed for token in prompt], device=self.device)
-        counts = torch.tensor([len(prompt) for prompt in packed], device=self.device)
+        tokens = torch.tensor([token for prompt in packed for token in prompt])
+        counts = torch.tensor([len(prompt) for prompt in packed])
+        tokens, positions, last = (
+            to_device(x, self.device) for x in (tokens, segment_offsets(counts), counts.cumsum(0) - 1)
+        )
         cache = self.decoder.cache
         cache.begin_prefill([len(prompt) for prompt in packed], [row for _, row in prompts])
-        hidden = self.decoder.policy.prefill(tokens, segment_offsets(counts), cache)
+        hidden = self.decoder.policy.prefill(tokens, positions, cache)
         cache.begin_decode()
-        states = hidden[counts.cumsum(0) - 1]
+        states = hidden[last]
         return [_Computed(prompt, row, state) for (prompt, row), state in zip(prompts, states, strict=False)]
 
     def _step(self) -> None:
@@ -221,7 +224,7 @@ class _Decoding:
         size = bucket(len(self.running))
         if size < len(self.batch):
             self.batch = sorted([*self.running, *self.free][:size])
-            self.active = torch.tensor(self.batch, device=self.device)
+            self.active = to_device(torch.tensor(self.batch), self.device)
         self.decoder.step(self.active)
         self.unread += 1
 
@@ -233,7 +236,7 @@ class _Decoding:
         rows = [row for row in self.running if complete[row]]
         if not rows:
             return
-        at = torch.tensor(rows, device=self.device)
+        at = to_device(torch.tensor(rows), self.device)
         tokens, logprobs = (x[at].tolist() for x in (decoder.tokens, decoder.logprobs))
         for row, t, p in zip(rows, tokens, logprobs, strict=True):
             self.responses[self.running.pop(row)] = (t[: counts[row]], p[: counts[row]], bool(ended[row]))

@@ -49,6 +49,25 @@ def test_an_engine_that_goes_on_from_a_checkpoint_ends_where_the_one_that_never_
         assert all(found[row]["resumed"].values()), found[row]["resumed"]
 
 
+def most_touched(row, ranks):
+    """Numbers read and written for each number of a gradient of one microbatch among others."""
+    stage, dtype, offload = row.split()
+    once = 3  # the gradient is read, its sum is read and written
+    if stage != "2":
+        return once
+    if (dtype, offload) == ("fp32", "cpu"):  # the sum is on the host, and comes to the device and goes back
+        return 2 + once + 2 if ranks == 1 else 14
+    return once if ranks == 1 else 2 + 2 + once / ranks  # into a bucket, reduced there, the rank's own part added
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("row", [row for row in ROWS if not row.startswith("3")])
+def test_a_microbatch_passes_over_each_gradient_and_over_its_sum_once(walked, row, ranks):
+    for found in walked[ranks]:  # beyond the passes: numbers of the loss, and a little for uneven partitions
+        assert found[row]["reads"] == 0  # the host waits for nothing
+        assert 3 <= found[row]["touched"] <= most_touched(row, ranks) + (0.2 if ranks == 1 else 0.5), row
+
+
 # What fastppo told DeepSpeed at stage 1 in bf16 before it added up gradients where they arrive.
 BEFORE = {"bf16": {"immediate_grad_update": False}, "communication_data_type": "bf16"}
 

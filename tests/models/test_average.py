@@ -31,12 +31,14 @@ def moved(policy, seed):
     return {n: p.detach().double() for n, p in policy.model.named_parameters() if p.requires_grad}
 
 
-def test_it_is_the_sum_of_all_weights_that_were_each_older_one_counting_less(policy, tmp_path):
+@pytest.mark.parametrize("staged", [False, True])  # as on the CPU, and as from a GPU
+def test_it_is_the_sum_of_all_weights_that_were_each_older_one_counting_less(policy, tmp_path, staged):
     weights = [{n: p.detach().double() for n, p in policy.model.named_parameters() if p.requires_grad}]
-    average = Average(policy, 0.75, WORLD)
+    average = Average(policy, 0.75, WORLD, staged=staged)
     for seed in range(3):
         weights.append(moved(policy, seed))
         average.update()
+        average.before_step()
     kept = {}
     average.save(tmp_path, "average", lambda state, path: kept.update(state))
     shares = [0.75**3, 0.25 * 0.75**2, 0.25 * 0.75, 0.25]
@@ -46,8 +48,9 @@ def test_it_is_the_sum_of_all_weights_that_were_each_older_one_counting_less(pol
         assert torch.allclose(value.double(), expected, rtol=1e-6, atol=1e-7)
 
 
-def test_it_takes_the_actors_place_and_leaves_it_as_it_was(policy):
-    average = Average(policy, 0.5, WORLD)
+@pytest.mark.parametrize("staged", [False, True])
+def test_it_takes_the_actors_place_and_leaves_it_as_it_was(policy, staged):
+    average = Average(policy, 0.5, WORLD, staged=staged)
     moved(policy, 1)
     average.update()
     before = {n: p.clone() for n, p in policy.named_parameters()}
@@ -56,6 +59,22 @@ def test_it_takes_the_actors_place_and_leaves_it_as_it_was(policy):
     for name, p in policy.named_parameters():
         assert torch.equal(p, before[name])
         assert torch.equal(inside[name], before[name]) != p.requires_grad
+
+
+def test_a_thread_makes_the_same_average_to_the_last_bit_and_passes_its_errors_on(policy, tmp_path):
+    kept = ({}, {})
+    averages = [Average(policy, 0.9, WORLD, staged=staged) for staged in (False, True)]
+    for seed in range(3):
+        moved(policy, seed)
+        for average in averages:
+            average.update()
+    for average, state in zip(averages, kept, strict=True):
+        average.save(tmp_path, "average", lambda found, path, state=state: state.update(found))
+    assert all(torch.equal(value, kept[1][name]) for name, value in kept[0].items())
+    averages[1]._average.clear()
+    averages[1].update()
+    with pytest.raises(KeyError), averages[1].in_place():
+        pass
 
 
 def exported(output, name):

@@ -19,6 +19,7 @@ from csrc_calls import (
 )
 from torch import Tensor
 
+from fastppo import ops
 from fastppo.ops import eager
 
 
@@ -151,6 +152,17 @@ def test_accumulate(shape, dtype, level):
     kernels.accumulate(total[:, :-1], part.t().contiguous().t())
     expected[:, :-1] += part
     assert torch.equal(total, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 3, 4), (0, 3)])
+def test_accumulate_takes_any_number_of_dimensions(shape, dtype):
+    part, total = torch.randn(shape).to(dtype), torch.randn(shape)
+    expected = total + part
+    ops.accumulate(total, part)
+    assert torch.equal(total, expected)
+    with pytest.raises(ValueError, match="part has shape"):
+        ops.accumulate(total, torch.zeros(7, 7, dtype=dtype))
 
 
 def chunk(a: dict[str, Any], rows: slice = slice(None)) -> list[Tensor]:
