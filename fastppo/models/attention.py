@@ -175,7 +175,8 @@ def _attend_with_softcap(q: Tensor, k: Tensor, v: Tensor, scale: float, window: 
     scores = softcap * torch.tanh((grouped * scale) @ k.transpose(-1, -2) / softcap)
     distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
     hidden = (distance < 0) | (distance >= (window or length))
-    weights = scores.unflatten(2, (-1, length)).masked_fill_(hidden, float("-inf")).softmax(-1)
+    mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, float("-inf"))
+    weights = scores.unflatten(2, (-1, length)).add_(mask).softmax(-1)  # added, it costs nothing in the backward pass
     out: Tensor = (weights.flatten(2, 3) @ v).reshape(q.shape)
     return out
 
