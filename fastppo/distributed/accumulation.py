@@ -48,8 +48,11 @@ def _clip_by_known_norm(optimizer: Any, sums: Sums) -> None:
     """For `BF16_Optimizer`, which takes the norm of each weight's sum, and scales those of other ranks' weights too."""
 
     def gradients(for_clipping: bool = False) -> Any:
-        own = optimizer.fp32_groups_gradient_flat_partition
-        return own if for_clipping else ([own[0].new_tensor([sums.norm])], {})
+        if for_clipping:
+            return []
+        norm = optimizer.fp32_groups_gradient_flat_partition[0].new_tensor([sums.norm])
+        _clip_in_step(optimizer.optimizer, norm, optimizer.clip_grad)
+        return [norm], {}
 
     optimizer.get_grads_for_norm = gradients
 
@@ -64,10 +67,17 @@ def _clip_partition_by_known_norm(optimizer: Any, sums: Sums) -> None:
 
     def clip_if_needed(gradients: Sequence[Tensor], total_norm: Tensor) -> None:
         assert optimizer.loss_scale == 1.0  # there is no fp16
-        if float(total_norm) + 1e-6 > optimizer.clip_grad:
+        if isinstance(optimizer.optimizer, torch.optim.AdamW):
+            _clip_in_step(optimizer.optimizer, total_norm, optimizer.clip_grad)
+        elif float(total_norm) + 1e-6 > optimizer.clip_grad:
             clip(gradients, total_norm)
 
     optimizer.scaled_global_norm, optimizer.unscale_and_clip_grads = norm, clip_if_needed
+
+
+def _clip_in_step(adam: Any, norm: Tensor, bound: float) -> None:
+    """Let the kernel of AdamW divide each gradient where it reads it: a pass of its own would read and write all."""
+    adam.grad_scale = (norm.float() + 1e-6) / bound if float(norm) + 1e-6 > bound else None
 
 
 def _sum_in_place(engine: Any, optimizer: Any) -> None:
