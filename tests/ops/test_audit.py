@@ -39,7 +39,7 @@ def audit():
 
 
 def test_no_kernel_moves_more_than_it_must(audit):
-    assert len(audit[0]) == 25 + 2 * 6
+    assert len(audit[0]) == 25 + 2 * (6 + 5 + 12 + 12)  # attention, rms_norm, glu, rotary
     for entry in audit[0]:
         assert 1.0 <= entry["ratio"] <= (1.02 if entry["op"].startswith("attention") else 1.01), entry
 
@@ -59,6 +59,13 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(audit):
     for entry in over_rows:
         assert len(entry["loops"]) == passes[entry["op"].split(",")[0]], entry
         assert all(access.endswith(".128") for loop in entry["loops"] for access in loop["memory"]), entry
+
+
+def test_gated_activations_and_rotations_are_read_and_written_16_bytes_at_a_time(audit):
+    of_layers = [entry for entry in audit[1] if entry["op"].startswith(("glu", "rotary"))]
+    assert len(of_layers) == 3 * (12 + 4 + 2 * 12)
+    for entry in of_layers:
+        assert entry["accesses"] and all(access.endswith(".128") for access in entry["accesses"]), entry
 
 
 def test_keys_and_values_are_on_their_way_to_shared_memory_16_bytes_at_a_time_while_others_are_computed(audit):
