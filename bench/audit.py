@@ -19,12 +19,23 @@ import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from audit_calls import WINDOW, Call, attention_calls, gradient_calls, layer_calls, row_calls, token_calls
+from audit_calls import (
+    WINDOW,
+    Call,
+    attention_calls,
+    glu_calls,
+    gradient_calls,
+    layer_calls,
+    rotary_calls,
+    row_calls,
+    token_calls,
+)
 from triton.backends.compiler import GPUTarget
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
@@ -75,7 +86,8 @@ def bytes_moved() -> list[dict[str, Any]]:
     made = []
     for dtype in (torch.bfloat16, torch.float32):
         calls = row_calls(dtype) + gradient_calls(dtype) + (token_calls() if dtype == torch.float32 else [])
-        for call in calls + attention_calls(dtype) + layer_calls(dtype):
+        of_layers = layer_calls(dtype) + glu_calls(dtype) + rotary_calls(dtype)
+        for call in calls + attention_calls(dtype) + of_layers:
             with Traffic() as traffic:
                 call.launch()
             ratio = round(traffic.bytes / call.least, 4)
@@ -174,6 +186,11 @@ def occupancy(architecture: int, registers: int, shared: int, warps: int) -> flo
     return min(by_registers, by_shared, WARPS // warps, BLOCKS) * warps / WARPS
 
 
+def accesses(program: Iterable[str]) -> list[str]:
+    """Loads and stores of global memory."""
+    return [text.split()[0] for text in program if re.match(r"(LDG|LDGSTS|STG)\.", text)]
+
+
 def inspect(kernel: Any, program: Program, architecture: int) -> dict[str, Any]:
     """What the machine code of a kernel shows."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -183,13 +200,14 @@ def inspect(kernel: Any, program: Program, architecture: int) -> dict[str, Any]:
         usage = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
     registers, shared, warps = int(re.search(r"REG:(\d+)", usage)[1]), kernel.metadata.shared, kernel.metadata.num_warps
     bodies = [body for body in loops(program) if any(re.match(r"(LDG|STG)", text) for text in body)]
-    memory = [[text.split()[0] for text in body if re.match(r"(LDG|LDGSTS|STG)\.", text)] for body in bodies]
+    memory = [accesses(body) for body in bodies]
     return {
         "registers": registers,
         "spills": sum(text.startswith(("STL", "LDL")) for _, text in program),
         "shared": shared,
         "warps": warps,
         "occupancy": occupancy(architecture, registers, shared, warps),
+        "accesses": sorted(set(accesses(text for _, text in program))),
         "loops": [{"instructions": len(b), "memory": m} for b, m in zip(bodies, memory, strict=True)],
     }
 
@@ -208,6 +226,8 @@ def machine_code() -> list[dict[str, Any]]:
             of_width = f", {width} columns"
             groups += [(f"bfloat16{of_width}", layer_calls(torch.bfloat16, width))]
             groups += [(f"float32{of_width}", layer_calls(torch.float32, width))]
+        groups += [("bfloat16", glu_calls(torch.bfloat16)), ("float32", glu_calls(torch.float32, ("silu",)))]
+        groups += [("bfloat16", rotary_calls(torch.bfloat16)), ("float32", rotary_calls(torch.float32))]
         entries, kernels = [], []
         for dtype, calls in groups:
             for call in calls:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from functools import partial
 from math import gcd
 from typing import Any, NamedTuple
 
@@ -11,7 +13,9 @@ import triton
 from torch import Tensor
 
 from fastppo.kernels.attend_cached import attend_cached
+from fastppo.kernels.layers.glu import glu, glu_backward
 from fastppo.kernels.layers.rms_norm import rms_norm, rms_norm_backward
+from fastppo.kernels.layers.rotary import rotary
 from fastppo.kernels.policy_loss import policy_loss
 from fastppo.kernels.policy_loss_in_chunk import policy_loss_in_chunk
 from fastppo.kernels.sample_tokens import sample_tokens
@@ -24,9 +28,20 @@ from fastppo.kernels.vocabulary_forward import vocabulary_forward
 
 ROWS, VOCABULARY, TOKENS = 2, 50_257, 8192
 POSITIONS, WINDOW = 8192, 4096  # of a row of the cache
-# Queries a kv head and their width, as in SmolLM2-135M, Llama-3 8B, Llama-3 70B, Gemma-2 9B, Phi-2, Qwen3 235B.
 LAYER_TOKENS = 256  # on two multiprocessors, as 16,384 tokens are on those of an H100
+# Queries a kv head and their width, as in SmolLM2-135M, Llama-3 8B, Llama-3 70B, Gemma-2 9B, Phi-2, Qwen3 235B.
 HEADS = ((3, 64), (4, 128), (8, 128), (2, 256), (1, 80), (16, 128))
+GLU_WIDTH = 1536  # of SmolLM2-135M
+# Heads, kv heads, numbers of a head and those that are turned, and whether as neighbours: Llama 1B, Llama-3 8B,
+# SmolLM2-135M, Phi-3, Phi-2, GLM-4.
+ROTARY = (
+    (32, 8, 64, 64, False),
+    (32, 8, 128, 128, False),
+    (9, 3, 64, 64, False),
+    (32, 32, 96, 96, False),
+    (32, 32, 80, 32, False),
+    (32, 2, 128, 64, True),
+)
 
 
 class Call(NamedTuple):
@@ -137,3 +152,30 @@ def layer_calls(dtype: torch.dtype, width: int = 2048) -> list[Call]:
         Call("rms_norm backward", lambda: backward(None, True), 3 * rows + 2 * weight.nbytes),
         Call("rms_norm backward, residual, frozen", lambda: backward(x, False), 4 * rows + weight.nbytes),
     ]
+
+
+def glu_calls(dtype: torch.dtype, activations: tuple[str, ...] = ("silu", "gelu", "gelu_tanh")) -> list[Call]:
+    """The gated activations, of gate and up apart and joined. least: as of `layer_calls`."""
+    gate, up, grad = (torch.randn(LAYER_TOKENS, GLU_WIDTH).to(dtype) for _ in range(3))
+    joined = torch.randn(LAYER_TOKENS, 2 * GLU_WIDTH).to(dtype)
+    inputs = {"glu": (gate, up), "glu joined": (joined, None)}
+    calls = []
+    for activation, (name, given) in itertools.product(activations, inputs.items()):
+        forward, backward = partial(glu, *given, activation), partial(glu_backward, grad, *given, activation)
+        calls.append(Call(f"{name}, {activation}", forward, 3 * gate.nbytes))
+        calls.append(Call(f"{name} backward, {activation}", backward, 5 * gate.nbytes))
+    return calls
+
+
+def rotary_calls(dtype: torch.dtype) -> list[Call]:
+    """Rotations of queries and keys, as the layers of a model hold them. least: as of `layer_calls`."""
+    calls = []
+    for heads, kv_heads, size, turned, interleaved in ROTARY:
+        q, k = (torch.randn(1, LAYER_TOKENS // 8, h, size).to(dtype).transpose(1, 2) for h in (heads, kv_heads))
+        cos, sin = (torch.randn(1, LAYER_TOKENS // 8, turned).to(dtype) for _ in range(2))
+        name = f"rotary, {heads}+{kv_heads} x {size}" + ", interleaved" * interleaved
+        least = 2 * (q.nbytes + k.nbytes) + cos.nbytes + sin.nbytes
+        for transposed in (False, True):
+            run = partial(rotary, q, k, cos, sin, interleaved, transposed)
+            calls.append(Call(name + ", transposed" * transposed, run, least))
+    return calls

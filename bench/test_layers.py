@@ -26,7 +26,8 @@ import pytest
 import torch
 from ceilings import seconds
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from torch.nn import functional
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from fastppo import ops
 from fastppo.ops import registration
@@ -46,6 +47,7 @@ class LayerCase(NamedTuple):
     inputs: Callable[[int, torch.dtype], tuple[Tensor, ...]]  # all of them get a gradient
     forward: int  # rows of TOKENS x width that must be read or written
     backward: int
+    widths: tuple[int, ...] = WIDTHS
 
 
 def random_rows(width: int, dtype: torch.dtype) -> Tensor:
@@ -60,6 +62,20 @@ def eager_add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor,
 def eager_norm(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     """The forward pass of transformers' module, on an object with its two attributes."""
     return (LlamaRMSNorm.forward(SimpleNamespace(weight=weight, variance_epsilon=EPS), x),)
+
+
+def heads_of(width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Queries and keys of `width` numbers together, as a model's projections make them: 9 + 3 or 32 + 8 heads."""
+    heads, kv_heads = {768: (9, 3), 2560: (32, 8)}[width]
+    q, k = (random_rows(64 * n, dtype).view(1, TOKENS, n, 64).transpose(1, 2) for n in (heads, kv_heads))
+    return q, k
+
+
+@functools.cache
+def factors(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin; they are not counted as bytes."""
+    angles = torch.rand(1, TOKENS, 32, device=DEVICE).repeat(1, 1, 2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 CASES = {
@@ -80,6 +96,30 @@ CASES = {
         lambda width, dtype: (random_rows(width, dtype), torch.randn(width, device=DEVICE).to(dtype)),
         forward=2,
         backward=3,
+    ),
+    "swiglu": LayerCase(
+        lambda gate, up: (functional.silu(gate) * up,),
+        lambda gate, up: (ops.swiglu(gate, up),),
+        lambda width, dtype: (random_rows(width, dtype), random_rows(width, dtype)),
+        forward=3,
+        backward=5,
+        widths=(1536, 8192),  # of the feed-forward layers
+    ),
+    "geglu": LayerCase(
+        lambda gate, up: (functional.gelu(gate, approximate="tanh") * up,),
+        lambda gate, up: (ops.geglu(gate, up, approximate="tanh"),),
+        lambda width, dtype: (random_rows(width, dtype), random_rows(width, dtype)),
+        forward=3,
+        backward=5,
+        widths=(1536, 8192),
+    ),
+    "rotary": LayerCase(
+        lambda q, k: apply_rotary_pos_emb(q, k, *factors(q.dtype)),
+        lambda q, k: ops.rotary(q, k, *factors(q.dtype)),
+        heads_of,
+        forward=2,
+        backward=2,
+        widths=(768, 2560),  # of queries and keys together
     ),
 }
 
@@ -105,7 +145,7 @@ def calls(case: LayerCase, width: int, dtype: torch.dtype, backward: bool) -> di
 ALL = [
     (name, width, dtype, backward)
     for name in CASES
-    for width in WIDTHS
+    for width in CASES[name].widths
     for dtype in DTYPES
     for backward in (False, True)
 ]

@@ -21,16 +21,35 @@ DIFFERENTIABLE: dict[str, tuple[int, ...]] = {
     "sample_tokens": (),
     "attend_cached": (),
     "rms_norm": (0, 1),
+    "swiglu": (0,),
+    "geglu": (0,),
+    "rotary": (0, 1),
 }
 OPS = tuple(DIFFERENTIABLE)
 TRAINED = tuple(op for op, outputs in DIFFERENTIABLE.items() if outputs)
-LEAVES = ("logits", "hidden", "weight", "bias", "logprobs", "entropy", "kl", "values", "x", "residual")
+LEAVES = (
+    "logits",
+    "hidden",
+    "weight",
+    "bias",
+    "logprobs",
+    "entropy",
+    "kl",
+    "values",
+    "x",
+    "residual",
+    "gate",
+    "up",
+    "q",
+    "k",
+)
 SOFTCAP = {"softcap": 5.0}
 CONSTANTS: dict[str, dict[str, Any]] = {  # of a model
     "token_logprobs": SOFTCAP,
     "linear_logprobs": SOFTCAP,
     "linear_policy_loss": SOFTCAP,
     "attend_cached": SOFTCAP | {"scale": 0.25, "window": 3},
+    "geglu": {"approximate": "tanh"},
     "rms_norm": {"eps": 1e-5, "offset": 1.0, "round_first": False},
 }
 CACHES = ("key_cache", "value_cache")
@@ -103,6 +122,12 @@ def make(op: str, tokens: int, vocabulary: int = 33, dtype: torch.dtype = torch.
     if op == "rms_norm":
         rows = {name: normal(tokens, 2, WIDTH) for name in ("x", "residual")}
         return Call(op, rows | {"weight": normal(WIDTH)} | CONSTANTS[op], {})
+    if op in ("swiglu", "geglu"):
+        rows = {name: normal(tokens, vocabulary) for name in ("gate", "up")}
+        return Call(op, rows | CONSTANTS.get(op, {}), {})
+    if op == "rotary":
+        given = {"q": normal(2, 3, tokens, 8), "k": normal(2, 1, tokens, 8)}
+        return Call(op, given | {"cos": normal(1, tokens, 6), "sin": normal(1, tokens, 6)}, {})
     assert op == "attend_cached"
     given = {"query": normal(tokens, 2 * KV_HEADS, 16), "key": normal(tokens, KV_HEADS, 16)}
     given |= {"value": normal(tokens, KV_HEADS, 16)}

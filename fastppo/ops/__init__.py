@@ -60,9 +60,11 @@ from fastppo.ops.gradient_free import attend_cached as attend_cached
 from fastppo.ops.gradient_free import gae as gae
 from fastppo.ops.gradient_free import sample_tokens as sample_tokens
 from fastppo.ops.layers import geglu as geglu
+from fastppo.ops.layers import geglu_joined as geglu_joined
 from fastppo.ops.layers import rms_norm as rms_norm
 from fastppo.ops.layers import rotary as rotary
 from fastppo.ops.layers import swiglu as swiglu
+from fastppo.ops.layers import swiglu_joined as swiglu_joined
 from fastppo.ops.stats import PolicyStats as PolicyStats
 from fastppo.ops.stats import TokenStats as TokenStats
 from fastppo.ops.stats import ValueStats as ValueStats

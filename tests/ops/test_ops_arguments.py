@@ -198,6 +198,10 @@ WHOLE: dict[str, dict[str, Any]] = {
     | {"key_cache": torch.zeros(3, 1, 5, 4), "value_cache": torch.zeros(3, 1, 5, 4), "lengths": TARGETS[:3]}
     | {"rows": torch.arange(2), "scale": 1.0, "softcap": 3.0},
     "rms_norm": {**GOOD["rms_norm"], "residual": HIDDEN},
+    "swiglu": {"gate": HIDDEN, "up": HIDDEN},
+    "geglu": {"gate": HIDDEN, "up": HIDDEN},
+    "rotary": {"q": torch.zeros(1, 2, 4, 6), "k": torch.zeros(1, 1, 4, 6)}
+    | {"cos": torch.zeros(1, 4, 6), "sin": torch.zeros(1, 4, 6)},
 }
 FLOATING = [
     (op, name)

@@ -17,6 +17,7 @@ WITH_CONSTANTS: dict[str, Any] = {
     "linear_logprobs": lambda **given: ops.linear_logprobs(**given, softcap=5.0),
     "linear_policy_loss": lambda **given: ops.linear_policy_loss(**given, softcap=5.0),
     "attend_cached": lambda **given: ops.attend_cached(**given, softcap=5.0, scale=0.25, window=3),
+    "geglu": lambda **given: ops.geglu(**given, approximate="tanh"),
     "rms_norm": lambda **given: ops.rms_norm(**given, eps=1e-5, offset=1.0, round_first=False),
 }
 

@@ -30,7 +30,7 @@ def leaf_of(call: Call) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-@pytest.mark.parametrize("op", TRAINED)
+@pytest.mark.parametrize("op", [op for op in TRAINED if op != "rotary"])  # which is linear: that one is zero
 @pytest.mark.usefixtures("backend")
 def test_a_second_derivative_is_refused(op, dtype):
     call = make(op, 5, dtype=dtype)

@@ -133,6 +133,22 @@ def arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "rms_norm, residual": (rows, of_column, 1e-5, rows.detach(), 1.0, False),
         "rms_norm_backward": (*[rows.detach()] * 3, of_column.detach(), 1e-5, 1.0, True),
         "rms_norm_backward, frozen weight": (rows.detach(), None, rows.detach(), of_column.detach(), 1e-5, 1.0, False),
+    } | layer_arguments(dtype)
+
+
+def layer_arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
+    gate, up, joined = (torch.randn(2, 3, width).to(dtype).requires_grad_() for width in (16, 16, 32))
+    grad = torch.randn(2, 3, 16).to(dtype)
+    q, k = (torch.randn(2, 5, heads, 8).to(dtype).transpose(1, 2).requires_grad_() for heads in (3, 1))
+    cos, sin = torch.randn(2, 1, 5, 6).to(dtype)
+    return {
+        "swiglu": (gate, up),
+        "swiglu, joined": (joined, None),
+        "geglu": (gate, up, "tanh"),
+        "glu_backward": (grad, gate.detach(), up.detach(), "gelu"),
+        "glu_backward, joined": (grad, joined.detach(), None, "silu"),
+        "rotary": (q, k, cos, sin, False, False),
+        "rotary, transposed": (q, k.detach().contiguous(), cos, sin, True, True),
     }
 
 

@@ -43,16 +43,20 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tensor:
     return (functional.gelu(_wide(gate), approximate=approximate) * _wide(up)).to(gate.dtype)
 
 
-def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """x cos + rotate_half(x) sin for q and k (Su et al., 2021, eq. 34, with the two halves as pairs), rounded once.
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> tuple[Tensor, Tensor]:
+    """x cos + turned(x) sin for q and k (Su et al., 2021, eq. 34), of each head's first numbers, as many as cos has.
 
-    rotate_half(x) = (-x2, x1) of the halves x1, x2 of the last dimension.
+    turned(x) = (-x2, x1) of the halves x1, x2 of these numbers; interleaved: (-x[1], x[0], -x[3], x[2], ...), as there.
+    Rounded once; the numbers after them are as they were.
     """
+    cos, sin = _wide(cos).unsqueeze(1), _wide(sin).unsqueeze(1)
 
     def rotate(x: Tensor) -> Tensor:
-        first, second = _wide(x).chunk(2, -1)
-        turned = torch.cat([-second, first], -1)
-        return (_wide(x) * _wide(cos) + turned * _wide(sin)).to(x.dtype)
+        part, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
+        wide = _wide(part)
+        first, second = (wide[..., ::2], wide[..., 1::2]) if interleaved else wide.chunk(2, -1)
+        turned = torch.stack([-second, first], -1).flatten(-2) if interleaved else torch.cat([-second, first], -1)
+        return torch.cat([(wide * cos + turned * sin).to(x.dtype), rest], -1)
 
     return rotate(q), rotate(k)
 

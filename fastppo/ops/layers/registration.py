@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastppo.ops.layers.glu import fake_glu, fake_glu_backward
 from fastppo.ops.layers.rms_norm import fake_rms_norm, fake_rms_norm_backward
+from fastppo.ops.layers.rotary import fake_rotary
 
 
 class LayerOp(NamedTuple):
@@ -24,6 +26,10 @@ class LayerOp(NamedTuple):
 OPS = {
     "rms_norm": LayerOp("rms_norm", fake_rms_norm),
     "rms_norm_backward": LayerOp("rms_norm", fake_rms_norm_backward),
+    "swiglu": LayerOp("glu", fake_glu),
+    "geglu": LayerOp("glu", fake_glu),
+    "glu_backward": LayerOp("glu", fake_glu_backward),
+    "rotary": LayerOp("rotary", fake_rotary),
 }
 
 _library = torch.library.Library("fastppo", "FRAGMENT")
