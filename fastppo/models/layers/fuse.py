@@ -50,7 +50,7 @@ def layers_are_fused() -> bool:
 
 
 def fuse_layers(model: PreTrainedModel) -> None:
-    """Let the modules of a model call the ops of `fastppo.ops.layers` that compute what they compute.
+    """Let the modules of a model call the ops of `fastppo.ops` that compute what they compute.
 
     Parameters, names and the classes' names stay as they are. One line is logged for each architecture. A model that
     has been fused stays as it is.

@@ -1,4 +1,4 @@
-"""Gated feed-forward layers: act(gate(x)) up(x) by `ops.layers.swiglu` or `geglu`, in plain layers and in experts."""
+"""Gated feed-forward layers: act(gate(x)) up(x) by `ops.swiglu` or `geglu`, in plain layers and in experts."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fastppo import ops
 from fastppo.models.layers.classes import is_plain, replace_functions, shell, weighted_children
-from fastppo.ops import layers
 
 WIDTH, INNER = 8, 64  # of the random input, and of what the stand-ins return
 
 ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "silu": layers.swiglu,
-    "gelu tanh": partial(layers.geglu, approximate="tanh"),
-    "gelu": partial(layers.geglu, approximate="none"),
+    "silu": ops.swiglu,
+    "gelu tanh": partial(ops.geglu, approximate="tanh"),
+    "gelu": partial(ops.geglu, approximate="none"),
 }
 # Relative and absolute difference from the module's own product: bf16 rounds it twice and the op once.
 TOLERANCES = {torch.float32: (1e-5, 1e-6), torch.bfloat16: (2**-7, 1e-3)}

@@ -1,4 +1,4 @@
-"""RMSNorm: modules that compute it, in the form of `ops.layers.rms_norm`, with the residual added before it."""
+"""RMSNorm: modules that compute it, in the form of `ops.rms_norm`, with the residual added before it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fastppo import ops
 from fastppo.models.layers.classes import replace_functions, shell
-from fastppo.ops import layers
 
 ROWS = 16  # of the random input
 # Of bf16 numbers that are not the module's own in the last bit: 1e-4 where sums round in another order, and a third
@@ -21,7 +21,7 @@ OTHERS = 0.02
 
 @dataclass(frozen=True)
 class NormForm:
-    """Arguments of `ops.layers.rms_norm` with which it computes what the module does."""
+    """Arguments of `ops.rms_norm` with which it computes what the module does."""
 
     eps: float
     offset: float
@@ -68,7 +68,7 @@ def _computes(module: nn.Module, width: int, form: NormForm) -> bool:
         x, w = rows.to(dtype), weight.to(dtype)
         with torch.no_grad():
             own = shell(module, {}, [("weight", w.clone())]).forward(x)
-            fused = cast(Tensor, layers.rms_norm(x, w, form.eps, offset=form.offset, round_first=form.round_first))
+            fused = cast(Tensor, ops.rms_norm(x, w, form.eps, offset=form.offset, round_first=form.round_first))
         if not isinstance(own, Tensor) or own.dtype != dtype or own.shape != x.shape:
             return False
         if dtype == torch.float32 and not torch.allclose(own, fused, rtol=1e-5, atol=1e-6):
@@ -88,6 +88,6 @@ def _functions(own: Any) -> Mapping[str, Callable[..., Any]]:
             total = x if residual is None else x + residual
             y: Tensor = own_forward(self, total)
             return y if residual is None else (y, total)
-        return layers.rms_norm(x, self.weight, form.eps, residual, form.offset, round_first=form.round_first)
+        return ops.rms_norm(x, self.weight, form.eps, residual, form.offset, round_first=form.round_first)
 
     return {"forward": forward}

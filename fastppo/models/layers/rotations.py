@@ -1,4 +1,4 @@
-"""Rotary positions: attention whose modelling code has a function that computes what `ops.layers.rotary` computes.
+"""Rotary positions: attention whose modelling code has a function that computes what `ops.rotary` computes.
 
 The attention's own forward pass is kept, as a function with other globals: those of its file, with the op in the place
 of that function. Nothing in transformers changes, so models that are not fused compute as before.
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastppo import ops
 from fastppo.models.layers.classes import replace_functions
-from fastppo.ops import layers
 
 WIDTH = 16  # of a head in the random input
 # Relative and absolute difference from the function's own output: in bf16 it rounds three times and the op once.
@@ -66,8 +66,8 @@ def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
     """q (B, heads, N, D) and k (B, kv heads, N, D), their first d numbers by cos and sin (B, N, d)."""
     width, cos, sin = cos.shape[-1], cos.unsqueeze(1), sin.unsqueeze(1)
     if width == q.shape[-1]:
-        return layers.rotary(q, k, cos, sin)
-    rotated = layers.rotary(q[..., :width], k[..., :width], cos, sin)
+        return ops.rotary(q, k, cos, sin)
+    rotated = ops.rotary(q[..., :width], k[..., :width], cos, sin)
     out_q, out_k = (torch.cat([x, own[..., width:]], -1) for x, own in zip(rotated, (q, k), strict=True))
     return out_q, out_k
 
