@@ -7,7 +7,9 @@ of that function. Nothing in transformers changes, so models that are not fused 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from types import FunctionType
 from typing import Any
 
@@ -22,6 +24,20 @@ WIDTH = 16  # of a head in the random input
 TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2**-6, 2**-5)}
 
 
+@dataclass(frozen=True)
+class RotaryForm:
+    """What a function with arguments (q, k, cos, sin) computes; q (B, heads, N, D), cos and sin (B, N, R)."""
+
+    interleaved: bool  # pairs are neighbours, and not the same places of two halves
+    repeats: bool  # only the first half of cos and sin is read, each number for two neighbours (GLM)
+    partial: bool  # R may be less than D: the numbers of a head after the first R stay
+
+    def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        if self.repeats:
+            cos, sin = (x[..., : x.shape[-1] // 2].repeat_interleave(2, dim=-1) for x in (cos, sin))
+        return ops.rotary(q, k, cos, sin, interleaved=self.interleaved)
+
+
 def fuse_rotary(module: nn.Module) -> bool:
     """Let the module rotate queries and keys by the op if its code has such a function; returns whether it has."""
     forward = type(module).forward
@@ -32,18 +48,24 @@ def fuse_rotary(module: nn.Module) -> bool:
 
 
 @cache
-def rotating(forward: FunctionType) -> dict[str, bool]:
-    """The functions in a function's code that rotate q and k, with arguments (q, k, cos, sin), by their name there.
-
-    Each with whether it rotates the first numbers of a head only where cos and sin are narrower than the head.
-    """
+def rotating(forward: FunctionType) -> dict[str, RotaryForm]:
+    """The functions in a function's code that rotate q and k, by their name there."""
     known = forward.__globals__
     names = [name for name in forward.__code__.co_names if "rot" in name and callable(known.get(name))]
-    return {name: _rotates(known[name], WIDTH // 2) for name in names if _rotates(known[name], WIDTH)}
+    found = {name: _form(known[name]) for name in names}
+    return {name: form for name, form in found.items() if form is not None}
 
 
-def _rotates(function: Callable[..., Any], width: int) -> bool:
-    """Whether the function computes `_rotate`, in fp32 and in bf16, with cos and sin (B, N, width)."""
+def _form(function: Callable[..., Any]) -> RotaryForm | None:
+    forms = [RotaryForm(interleaved, repeats, False) for interleaved, repeats in product((False, True), repeat=2)]
+    for form in forms:
+        if _computes(function, form, WIDTH):
+            return RotaryForm(form.interleaved, form.repeats, _computes(function, form, WIDTH // 2))
+    return None
+
+
+def _computes(function: Callable[..., Any], form: RotaryForm, width: int) -> bool:
+    """Whether the function's own output is that of the form, in fp32 and in bf16, with cos and sin (B, N, width)."""
     random = torch.Generator().manual_seed(0)
     shapes = ((2, 4, 5, WIDTH), (2, 2, 5, WIDTH), (2, 5, width), (2, 5, width))
     numbers = [torch.randn(shape, generator=random) for shape in shapes]
@@ -56,26 +78,16 @@ def _rotates(function: Callable[..., Any], width: int) -> bool:
             return False
         if not isinstance(own, tuple) or len(own) != 2 or not all(isinstance(x, Tensor) for x in own):
             return False
-        for one, other in zip(own, _rotate(q, k, cos, sin), strict=True):
+        for one, other in zip(own, form.rotate(q, k, cos, sin), strict=True):
             if one.shape != other.shape or one.dtype != dtype or not torch.allclose(one, other, *tolerance):
                 return False
     return True
 
 
-def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """q (B, heads, N, D) and k (B, kv heads, N, D), their first d numbers by cos and sin (B, N, d)."""
-    width, cos, sin = cos.shape[-1], cos.unsqueeze(1), sin.unsqueeze(1)
-    if width == q.shape[-1]:
-        return ops.rotary(q, k, cos, sin)
-    rotated = ops.rotary(q[..., :width], k[..., :width], cos, sin)
-    out_q, out_k = (torch.cat([x, own[..., width:]], -1) for x, own in zip(rotated, (q, k), strict=True))
-    return out_q, out_k
-
-
 def _functions(own: Any) -> Mapping[str, Callable[..., Any]]:
     forward = own.forward
     known = forward.__globals__
-    fused = {name: _fused(known[name], partial) for name, partial in rotating(forward).items()}
+    fused = {name: _fused(known[name], form) for name, form in rotating(forward).items()}
     # Without a name, torch.compile reads the functions in these globals and not those of the file of that name.
     others = {name: value for name, value in known.items() if name != "__name__"} | fused
     function = FunctionType(forward.__code__, others, forward.__name__, forward.__defaults__, forward.__closure__)
@@ -83,13 +95,11 @@ def _functions(own: Any) -> Mapping[str, Callable[..., Any]]:
     return {"forward": function}
 
 
-def _fused(own: Callable[..., tuple[Tensor, Tensor]], partial: bool) -> Callable[..., tuple[Tensor, Tensor]]:
-    """partial: whether the own function may be given cos and sin that are narrower than a head."""
-
+def _fused(own: Callable[..., tuple[Tensor, Tensor]], form: RotaryForm) -> Callable[..., tuple[Tensor, Tensor]]:
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        known = cos.dim() == 3 and (partial or cos.shape[-1] == q.shape[-1])
+        known = cos.dim() == 3 and (form.partial or cos.shape[-1] == q.shape[-1])
         if others or named or not known:  # heads after positions, for example
             return own(q, k, cos, sin, *others, **named)
-        return _rotate(q, k, cos, sin)
+        return form.rotate(q, k, cos, sin)
 
     return rotate
