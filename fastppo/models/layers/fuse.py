@@ -62,10 +62,13 @@ def fuse_layers(model: PreTrainedModel) -> None:
     for name, (kind, fuse) in PARTS.items():
         changed = [fuse(module) for module in modules if isinstance(module, kind) and not is_changed(module)]
         fused += [name] if any(changed) else []
-    missing = [name for name in PARTS if name not in fused]
-    kind_of_model = model.config.get_text_config().model_type
+    log_once(f"{model.config.get_text_config().model_type}: {_summary(fused)}")
+
+
+def _summary(fused: list[str]) -> str:
+    others = [name for name in PARTS if name not in fused]
     if not fused:
-        log_once(f"{kind_of_model}: no fused layers: its modules compute no {', '.join(missing)} in a known form")
-    else:
-        without = f"; not fused, where it has them: {', '.join(missing)}" if missing else ""
-        log_once(f"{kind_of_model}: fused layers: {', '.join(fused)}{without}")
+        return "no fused layers: it computes none of their parts in a known form"
+    return f"fused layers: {', '.join(fused)}" + (
+        f"; not fused, where it has them: {', '.join(others)}" if others else ""
+    )
