@@ -21,7 +21,7 @@ from fastppo.config import COMMANDS, ActorLoraConfig, LoraConfig
 from fastppo.data.batch import pack
 from fastppo.distributed.world import start_world
 from fastppo.errors import log_once
-from fastppo.models.layers import gated, norms
+from fastppo.models.layers import gated, norms, rotations
 from fastppo.models.layers.classes import is_changed
 from fastppo.models.layers.fuse import PARTS, fuse_layers, layers_as
 from fastppo.models.layers.gated import gated_form
@@ -356,6 +356,19 @@ def test_a_rotation_of_other_pairs_is_left_alone():
         scope: dict[str, Any] = {"apply_rotary_pos_emb": function}
         exec(code, scope)
         assert bool(rotating(scope["forward"])) == known
+
+
+def test_a_rotation_that_is_called_in_another_way_is_the_models_own():
+    """Qwen-4 rotates queries alone by the same function, and positions before heads."""
+
+    def apply_rotary_pos_emb(q: Tensor, k: Any = None, cos: Any = None, sin: Any = None, unsqueeze_dim: int = 1) -> Any:
+        return "own" if k is None or unsqueeze_dim != 1 else modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
+
+    rotate = rotations._fused(apply_rotary_pos_emb, rotations._form(apply_rotary_pos_emb))
+    q, cos = torch.randn(2, 4, 5, 16), torch.randn(2, 5, 16)
+    assert rotate(q, cos=cos, sin=cos) == "own" and rotate(q, q, cos, cos, unsqueeze_dim=2) == "own"
+    expected = modeling_llama.apply_rotary_pos_emb(q, q, cos, cos)
+    torch.testing.assert_close(rotate(q, q, cos, cos), expected)
 
 
 def test_a_model_that_fused_layers_would_change_is_refused_with_the_way_out(monkeypatch):

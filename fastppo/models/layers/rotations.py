@@ -96,10 +96,12 @@ def _functions(own: Any) -> Mapping[str, Callable[..., Any]]:
 
 
 def _fused(own: Callable[..., tuple[Tensor, Tensor]], form: RotaryForm) -> Callable[..., tuple[Tensor, Tensor]]:
-    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        known = cos.dim() == 3 and (form.partial or cos.shape[-1] == q.shape[-1])
-        if others or named or not known:  # heads after positions, for example
-            return own(q, k, cos, sin, *others, **named)
+    def rotate(*args: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        if named or len(args) != 4:  # heads after positions, for example
+            return own(*args, **named)
+        q, k, cos, sin = args
+        if cos.dim() != 3 or not (form.partial or cos.shape[-1] == q.shape[-1]):
+            return own(q, k, cos, sin)
         return form.rotate(q, k, cos, sin)
 
     return rotate
