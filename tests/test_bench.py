@@ -1,7 +1,8 @@
-"""The benches are run by hand: here is only seen that what they import is still there."""
+"""The benches are run by hand: here is seen that what they import is there, and what one counts without a machine."""
 
 import subprocess
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,13 @@ def test_what_benches_import_is_there():
     """In a process of its own, as some set the environment."""
     run = subprocess.run([sys.executable, "-c", LOAD_ALL, str(BENCH)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_a_layer_of_llama_launches_few_kernels():
+    """At most 16 and 30 are the aim; each copy and each sum of gradients that a change adds would be one more."""
+    spec = spec_from_file_location("bench_layer_kernels", BENCH / "layer_kernels.py")
+    bench = module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    own = [counted.total for counted in bench.kernels_of_a_layer(fused=False)]
+    fused = [counted.total for counted in bench.kernels_of_a_layer(fused=True)]
+    assert own == [38, 73] and fused[0] <= 13 and fused[1] <= 27

@@ -32,7 +32,7 @@ FREE = (
     *("plan", "resume", "optim.max_skipped"),
 )
 # ... or only in how it is rounded. A command's own are in its config class, as `free` and `rounding`.
-ROUNDING = ("attention", "threads", "optim.activation_checkpointing", "zero.deepspeed")
+ROUNDING = ("attention", "model.fused", "threads", "optim.activation_checkpointing", "zero.deepspeed")
 SOURCES = ("rewards", "health.judge", "judge")
 
 

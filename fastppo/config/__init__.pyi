@@ -53,6 +53,7 @@ from .models import ActorConfig as ActorConfig
 from .models import ActorLoraConfig as ActorLoraConfig
 from .models import AttentionSetting as AttentionSetting
 from .models import CriticConfig as CriticConfig
+from .models import LayersConfig as LayersConfig
 from .models import LoraConfig as LoraConfig
 from .models import ReferenceConfig as ReferenceConfig
 from .rewards import FIRST_WAIT as FIRST_WAIT

@@ -9,6 +9,16 @@ AttentionSetting = Literal["auto", "flash", "varlen", "sdpa"]
 
 
 @dataclass(frozen=True)
+class LayersConfig:
+    """How every model of the run is computed: actor, critic, reference, reward models."""
+
+    fused: bool = True
+    """Whether RMSNorm with the residual before it, rotary positions and gated activations (SwiGLU, GeGLU) are computed by
+    one kernel each, forward and backward, in every layer that computes them; the log says which. `false`: as transformers
+    computes them."""
+
+
+@dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters on frozen weights (Hu et al., 2021). There is no dropout: it would change the policy at every
     call, and the ratios would have no meaning."""

@@ -27,6 +27,7 @@ from fastppo.models import (
     check_embedded,
     check_sampled,
     choose_attention,
+    choose_layers,
     context_of,
     load_config,
     load_sampled,
@@ -131,6 +132,7 @@ def set_up(config: GenerateConfig, world: World) -> Setup | None:
         log.info("continuing after %d of %d responses", sum(work.counts[:done]), sum(work.counts))
     residency = Residency(world.device)
     choose_attention(config.attention, DTYPES[config.dtype], world.device)
+    choose_layers(fused=config.model.fused)
     model = Sampled(load_sampled(config, world.device), tokenizer, residency)
     sampler = make_sampler(planned, model, world)
     sources, judge = (load(config, tokenizer, world, residency) for load in (load_sources, load_judge))

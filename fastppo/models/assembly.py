@@ -10,6 +10,7 @@ from fastppo.config import OnlineConfig
 from fastppo.distributed import Engine, Frozen, Gradients, Residency, Saved, World, check_nvme
 from fastppo.models.attention import choose_attention
 from fastppo.models.average import Average
+from fastppo.models.layers.fuse import choose_layers
 from fastppo.models.loading.policies import load_policies
 from fastppo.models.loading.weights import DTYPES
 from fastppo.models.roles import Policy, attention_ratio
@@ -56,6 +57,7 @@ def assemble(config: OnlineConfig, world: World, tokenizer: PreTrainedTokenizerB
     zero, residency = config.zero, Residency(world.device, loss_reads_reference=config.loss_reads_reference)
     check_nvme(zero)
     choose_attention(config.attention, DTYPES[config.optim.dtype], world.device)
+    choose_layers(fused=config.model.fused)
     policy, critic, reference = load_policies(config, world.device)
     value_head = [] if policy.value_head is None else list(policy.value_head.parameters())
     frozen = Frozen(reference, config.optim, zero)

@@ -23,6 +23,7 @@ from fastppo.errors import ModelError as ModelError
 from fastppo.models.attention import attend_packed, without_mask_search
 from fastppo.models.cache import Cache, SequenceLayout, head_width
 from fastppo.models.frozen_prefix import layers_of, prefix_depth, skipping
+from fastppo.models.layers.fuse import fuse_layers
 from fastppo.models.logit_scale import logit_scale
 from fastppo.models.rotary import rotate_each_sequence
 from fastppo.ops import TokenStats
@@ -107,6 +108,7 @@ class Backbone(nn.Module):
         self.model = model
         attend_packed(self.model)
         rotate_each_sequence(self.model, self.model.config)
+        fuse_layers(self.model)
         self.prefix_depth = 0  # number of lowest layers whose states may be cached, see `enable_prefix_states`
         self.prefix_owner = id(model)  # roles with the same owner have the same frozen prefix
         self.adapters = True  # False: the role runs another role's model with its LoRA adapters off

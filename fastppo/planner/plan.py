@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar, cast
 
 from fastppo.config import AnyConfig, GenerateConfig, OfflineConfig, OnlineConfig, ResponseSettings
+from fastppo.models import layers_as
 from fastppo.planner import generation_memory, offline_memory, online_memory
 from fastppo.planner.machine import CONTEXT, Machine
 from fastppo.planner.memory import Change, Places, Role, Share, by_phase
@@ -68,7 +69,8 @@ def method_of(config: AnyConfig) -> Method:
 
 def measured_roles(config: AnyConfig, *, cpu: bool) -> list[Role]:
     """The roles of a run. cpu: whether it is on the CPU. Raises ModelError where a model's config cannot be read."""
-    return method_of(config).roles(config, cpu=cpu)
+    with layers_as(fused=config.model.fused):
+        return method_of(config).roles(config, cpu=cpu)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Which settings may change when a run is resumed: pinned for every setting of every command."""
 
 import logging
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ FREE = {
     "checkpoint.keep_best": "free",
     "checkpoint.keep_last": "free",
     "checkpoint.on_error": "free",
+    "model.fused": "rounding",
     "optim.activation_checkpointing": "rounding",
     "optim.max_skipped": "free",
     "output": "free",
@@ -117,3 +119,16 @@ def test_a_run_from_before_tokens_had_weights_goes_on_without_or_is_told_how(set
         CheckpointError, match=f'importance is "{now}", but .* was made with "none".*--ppo.importance "none"'
     ):
         resumes(config, WORLD)
+
+
+@pytest.mark.parametrize("kind", [Config, RewardTrainingConfig, SFTConfig, DPOConfig])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_run_from_before_layers_were_fused_goes_on_with_a_warning_or_as_it_was(kind, fused, caplog):
+    caplog.set_level(logging.WARNING, "fastppo")
+    then = {name: x for name, x in settings(kind()).items() if name != "model.fused"}
+    about: dict[str, Any] = {"ranks": 1, "config": then, "versions": versions()}
+    config = kind()
+    config = replace(config, model=replace(config.model, fused=fused))
+    _check_fit(Path("runs/ppo/checkpoints/step-00000001"), about, config, WORLD)
+    warning = "model.fused was False and is True: the result will not be the same bit for bit"
+    assert [record.getMessage() for record in caplog.records] == ([warning] if fused else [])

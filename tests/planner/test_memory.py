@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from architectures import ACTORS, directory
+from architectures import ACTORS, LLAMA_8B, directory
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from fastppo.data.microbatches import pack_even
 from fastppo.distributed.engine import Engine
 from fastppo.distributed.world import start_world
 from fastppo.models.cache import Cache, SequenceLayout
+from fastppo.models.layers.fuse import layers_as
 from fastppo.models.loading.policies import load_causal
 from fastppo.models.loading.source import Source
 from fastppo.models.loading.trained import set_trainable
@@ -181,6 +182,20 @@ def test_activations_are_those_of_a_real_pass(tmp_path, family, checkpointing):
     grads = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
     assert flow.kept == pytest.approx(kept, rel=0.02)
     assert flow.peak <= live.peak <= flow.peak + grads
+
+
+def test_activations_are_fewer_where_layers_are_fused(tmp_path):
+    """Of a token in a layer, in numbers of 2 bytes: states, queries, keys, values, gate and up, and nothing twice."""
+    folder = directory(tmp_path, "llama", LLAMA_8B)
+    kept = {}
+    for fused in (False, True):
+        with layers_as(fused=fused):
+            role = Policy(_outline(folder))
+        size = Footprint(role, torch.bfloat16, cpu=False)
+        kept[fused] = size.passes(8, 512, gradient=True).kept / (8 * 512 * size.layers * 2 * size.width)
+    hidden, feed_forward, key_value = 1.0, LLAMA_8B["intermediate_size"] / LLAMA_8B["hidden_size"], 2 / 4
+    products = 4 * hidden + 3 * feed_forward + key_value + hidden  # inputs of the products, and attention's
+    assert products < kept[True] < products + 2.5 * hidden and kept[False] > kept[True] + 7 * hidden
 
 
 def test_parameters_tied_to_each_other_are_counted_once(tmp_path):

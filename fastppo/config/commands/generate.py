@@ -23,6 +23,10 @@ class SampledConfig:
     """Name of a GGUF file inside `path`; its weights are dequantized when they are loaded."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+    fused: bool = True
+    """Whether RMSNorm with the residual before it, rotary positions and gated activations (SwiGLU, GeGLU) are computed by
+    one kernel each, forward and backward, in every layer that computes them, in reward models and judges too;
+    the log says which. `false`: as transformers computes them."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,9 @@ class GenerateConfig:
 
     @property
     def done_before(self) -> dict[str, tuple[Any, Any]]:
-        """Settings that do by default what runs did not do before there was the setting; none."""
-        return {}
+        """Settings that do by default what runs did not do before there was the setting: by name, what was done then and
+        what these settings do."""
+        return {"model.fused": (False, self.model.fused)}
 
     @property
     def trained(self) -> dict[str, ActorConfig]:

@@ -21,6 +21,10 @@ class ModelConfig:
     """Name of a GGUF file inside `path`; its weights are dequantized when they are loaded."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+    fused: bool = True
+    """Whether RMSNorm with the residual before it, rotary positions and gated activations (SwiGLU, GeGLU) are computed by
+    one kernel each, forward and backward, in every layer that computes them, in the reference of DPO too;
+    the log says which. `false`: as transformers computes them."""
     train: int | str = "all"
     """Parameters to train: `all`, an integer k for the last k layers, comma-separated name patterns (`*.mlp.*`), or, for
     a reward model, `head`. With LoRA: the layers that may have adapters. The head of a reward model is always trained."""
@@ -212,8 +216,9 @@ class OfflineConfig:
 
     @property
     def done_before(self) -> dict[str, tuple[Any, Any]]:
-        """Settings that do by default what runs did not do before there was the setting; none."""
-        return {}
+        """Settings that do by default what runs did not do before there was the setting: by name, what was done then and
+        what these settings do."""
+        return {"model.fused": (False, self.model.fused)}
 
     @property
     def frozen_model(self) -> ReferenceConfig | None:

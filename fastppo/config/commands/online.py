@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Protocol
 from fastppo.config.data import SAMPLER_ROUNDING, DataConfig, RolloutConfig, SamplingConfig
 from fastppo.config.health import HealthConfig
 from fastppo.config.learning import OptimConfig, ZeroConfig
-from fastppo.config.models import ActorConfig, AttentionSetting, CriticConfig, ReferenceConfig
+from fastppo.config.models import ActorConfig, AttentionSetting, CriticConfig, LayersConfig, ReferenceConfig
 from fastppo.config.rewards import RewardConfig
 from fastppo.config.run import CheckpointConfig, EvalConfig, Names, TrackConfig
 
@@ -78,6 +78,7 @@ class OnlineConfig:
     plan: Literal["check", "warn", "off"] = "check"
     """Whether to compute and show, before the models are loaded, the memory that each role needs in each phase. `check`
     stops a run that does not fit, `warn` warns and continues, `off` skips the computation."""
+    model: LayersConfig = field(default_factory=LayersConfig)
     actor: ActorConfig = field(default_factory=ActorConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     rewards: tuple[RewardConfig, ...] = ()
@@ -100,7 +101,7 @@ class OnlineConfig:
     def done_before(self) -> dict[str, tuple[Any, Any]]:
         """Settings that do by default what runs did not do before there was the setting: by name, what was done then and
         what these settings do."""
-        return {}
+        return {"model.fused": (False, self.model.fused)}
 
     @property
     def value_function(self) -> CriticConfig | None:

@@ -84,7 +84,7 @@ class Config(OnlineConfig):
 
     @property
     def done_before(self) -> dict[str, tuple[Any, Any]]:
-        return {"ppo.importance": ("none", self.importance.kind)}
+        return super().done_before | {"ppo.importance": ("none", self.importance.kind)}
 
     @property
     def learns_as_measured(self) -> bool:

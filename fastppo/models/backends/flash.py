@@ -47,7 +47,7 @@ class FlashAttention:
         window: int,
         softcap: float,
     ) -> Tensor:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, width)
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (N, heads, width)
         out = self.varlen(
             q,
             k,

@@ -51,7 +51,7 @@ class VarlenAttention:
         softcap: float,
     ) -> Tensor:
         assert not softcap  # see `lacks`
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, width)
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (N, heads, width)
         out = self.function(
             q,
             k,

@@ -23,6 +23,7 @@ from fastppo.errors import FastPPOError
 from fastppo.models.attention import ATTENTION, backend_in_use, without_backend
 from fastppo.models.cache import Cache
 from fastppo.models.frozen_prefix import layers_of
+from fastppo.models.layers.fuse import layers_are_fused, layers_as
 from fastppo.models.loading.demands import WORKS, check_demands, check_interface
 from fastppo.models.loading.miniature import MINIATURE_ERRORS, miniature
 from fastppo.models.loading.model_code import place_of, summary_of
@@ -51,7 +52,11 @@ def check_architecture(
     """
     backend = backend_in_use()
     computed_by = "PyTorch" if backend is None else backend.name
-    key = (getattr(auto, "__name__", str(auto)), config.to_json_string(), f"{device} {dtype} {computed_by}")
+    key = (
+        getattr(auto, "__name__", str(auto)),
+        config.to_json_string(),
+        f"{device} {dtype} {computed_by} {layers_are_fused()}",
+    )
     if key in _passed:
         return
     model_class = getattr(auto, "_model_mapping", {}).get(type(config), None)
@@ -59,10 +64,24 @@ def check_architecture(
         check_interface(model_class)  # first, because some of these architectures cannot be made small
     with torch.random.fork_rng():  # the check must not change the random numbers of the run
         with without_backend():
-            check_model(_small_model(auto, config, torch.float32, device))
+            _check_layers(auto, config, torch.float32, device)
         if backend is not None and dtype != torch.float32:
-            check_model(_small_model(auto, config, dtype, device))
+            _check_layers(auto, config, dtype, device)
     _passed.add(key)
+
+
+def _check_layers(auto: Any, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Check a small model, with fused layers where it has them; if these are what is wrong, the error says so."""
+    try:
+        check_model(_small_model(auto, config, dtype, device))
+    except ModelError as error:
+        if not layers_are_fused():
+            raise
+        with layers_as(fused=False):
+            check_model(_small_model(auto, config, dtype, device))
+        raise ModelError(
+            f"{error} Its fused layers compute something else than its own: with model.fused false it can be trained."
+        ) from error
 
 
 def _small_model(auto: Any, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
