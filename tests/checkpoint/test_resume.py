@@ -30,7 +30,7 @@ FREE = {
     "checkpoint.keep_best": "free",
     "checkpoint.keep_last": "free",
     "checkpoint.on_error": "free",
-    "optim.activation_checkpointing": "rounding",
+    "optim.activation_checkpointing": "free",
     "optim.max_skipped": "free",
     "output": "free",
     "plan": "free",
