@@ -76,7 +76,7 @@ def ppo_step(setup: PPOSetup, prompts: Prompts) -> Step:
     if experience is None:
         experience = make_experience(setup, prompts, prefix_cache, context)
     else:  # the run was stopped while it learned from it, and goes on with that
-        with timed("experience"), holding("experience"):
+        with timed("experience"), holding("experience", then="learning"):
             recompute_prefix(experience, len(run.updates), prefix_cache, context)
     with timed("learning"), holding("learning"):
         plan = plan_step(experience.packed.lengths, config, run.step, world.ranks, roles.attention)
@@ -95,9 +95,9 @@ def make_experience(setup: PPOSetup, prompts: Prompts, prefix_cache: PrefixState
     with timed("sampling"), holding("sampling"), together(world):
         setup.sampler.sync()
         rollout = setup.sampler.sample(prompts.of_rank(world.rank, world.ranks))
-    with timed("feedback"), holding("feedback"):
+    with timed("feedback"), holding("feedback", then="experience"):
         scored = score(rollout, setup.data, setup.sources, roles.tokenizer, world, setup.judge)
-    with timed("experience"), holding("experience"):
+    with timed("experience"), holding("experience", then="learning"):
         first_epoch = plan_step(scored.rollout.packed.lengths, config, run.step, world.ranks, roles.attention)[0]
         moments = run.moments.add(scored.scores)
         experience = compute_experience(scored, moments, first_epoch, prefix_cache, context)

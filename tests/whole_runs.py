@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import tiny
 import torch
 from forks import Run
 
-from fastppo.distributed import Residency
+from fastppo.distributed import Placement, Residency, uses
 
 REWARD = """
 import random
@@ -134,19 +135,24 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert (one / name).read_text() == (other / name).read_text()
 
 
-def move_on_the_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of a run leave and come back with their phases, as on a GPU; what moves are the same storages."""
-    made, enter = Residency.__init__, Residency.enter
+def move_on_the_cpu_too(monkeypatch: pytest.MonkeyPatch, **placement: Any) -> set[str]:
+    """Parts of a run leave and come back with their phases, as on a GPU; what moves are the same storages.
 
-    def moving(self: Residency, *args: Any, **options: Any) -> None:
-        made(self, *args, **options)
+    placement: fields of a `Placement` that are others than those of the run. Returns the kinds that have left.
+    """
+    made, enter, left = Residency.__init__, Residency.enter, set[str]()
+
+    def moving(self: Residency, device: torch.device, given: Placement | None = None) -> None:
+        made(self, device, replace(given or Placement(uses(loss_reads_reference=False)), **placement))
         self._moves = True
 
-    def entering(self: Residency, phase: str) -> None:
+    def entering(self: Residency, phase: str, then: str | None = None) -> None:
         for x in (x for part in self._parts if not part.moved_out for x in part.states()):
             if not x.untyped_storage().resizable():  # on the CPU a state that was loaded is mapped from its file
                 x.data = x.data.clone()
-        enter(self, phase)
+        enter(self, phase, then)
+        left.update(part.name[0] for part in self._parts if part.moved_out and getattr(part, "_storages", ()))
 
     monkeypatch.setattr(Residency, "__init__", moving)
     monkeypatch.setattr(Residency, "enter", entering)
+    return left

@@ -29,10 +29,10 @@ NAME = re.compile(r"step-\d{8}(-update-\d{4}|-(grow|update)-\d{6})?")
 # Settings of every command that may change on resuming, because the result does not depend on them.
 FREE = (
     *("output", "timeout", "checkpoint.", "track.", "zero.nvme_path", "zero.offload_frozen"),
-    *("plan", "resume", "optim.max_skipped"),
+    *("plan", "resume", "optim.max_skipped", "optim.activation_checkpointing"),
 )
 # ... or only in how it is rounded. A command's own are in its config class, as `free` and `rounding`.
-ROUNDING = ("attention", "model.fused", "threads", "optim.activation_checkpointing", "zero.deepspeed")
+ROUNDING = ("attention", "model.fused", "threads", "zero.deepspeed")
 SOURCES = ("rewards", "health.judge", "judge")
 
 

@@ -122,8 +122,17 @@ class OptimConfig:
     max_skipped: int = 5
     """Number of consecutive updates that may be skipped because their loss or gradient is not finite; after more the run
     stops."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    activation_checkpointing: bool | int | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass: less memory, a third more time. `true`: those of all layers; a number:
+    of so many layers, the lowest; `false`: none. `auto`: of as few as the memory plan has room for, none without a plan.
+    The result is the same, bit for bit."""
+
+    def recomputed_layers(self, depth: int) -> int:
+        """How many of so many layers recompute their activations; `auto` is settled by the plan before it is asked."""
+        setting = self.activation_checkpointing
+        if setting is True:
+            return depth
+        return 0 if isinstance(setting, str) else min(int(setting), depth)
 
 
 Place = Literal["none", "cpu", "nvme"]  # where a role's states are stored while not in use; none: on the GPU

@@ -9,11 +9,14 @@ from .engine import Saved as Saved
 from .engine import check_nvme as check_nvme
 from .engine import even_passes as even_passes
 from .engine import gathered as gathered
+from .moves import PartName as PartName
+from .moves import Sleeper as Sleeper
 from .neighbours import Neighbours as Neighbours
 from .neighbours import neighbours_of as neighbours_of
+from .residency import FROZEN as FROZEN
 from .residency import REMADE as REMADE
+from .residency import Placement as Placement
 from .residency import Residency as Residency
-from .residency import Sleeper as Sleeper
 from .residency import uses as uses
 from .stop import Stopped as Stopped
 from .stop import together as together

@@ -1,24 +1,32 @@
-"""The parts of a run that are in GPU memory in each phase of a step, by the table in `uses`.
+"""The parts of a run that are in GPU memory in each phase of a step, by the table in `uses` and the plan's choice.
 
-The memory plan (`fastppo.planner.online_memory`) uses the same table. A part that a phase does not use is moved to host
-memory until a phase needs it again; the kinds in `REMADE` are freed instead, because they are computed again each time.
-Moving out frees the storage of a tensor and moving in fills a new one, so all views of the tensor in DeepSpeed and
-autograd remain valid.
+A part that a phase uses is there. Whether it is there in the other phases too is the plan's choice, a `Placement`
+(`fastppo.planner.placement`), of which plan and run have the same one: where all parts fit at once nothing is moved.
+Without a plan a part is there only in the phases that use it. Kinds in `REMADE` are freed rather than moved, as they
+are computed again each time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from fastppo.distributed.moves import HasStates, MovedPart, PartName, SideStream, Sleeper, SleepingPart
+
 # The kinds of `uses` whose values are not preserved outside of their phases, and that are zeros when they are moved in:
 # sampling first fills the gathered copy of the actor, and every update sums its gradients from zero.
 REMADE = frozenset({"sampling_weights", "gradients"})
+# The kinds whose values never change. Their copy in the host's memory stays there.
+FROZEN = frozenset({"reference", "rewards", "sampled"})
+# The kinds that give their own memory up, and take it again; they do so wherever there is room or not.
+SLEEPING = frozenset({"sampler"})
+
+# The phase after one that is followed by no other; after the others `Residency.enter` is told if it is known.
+NEXT = {"sampling": "feedback"}
 
 
 def uses(*, loss_reads_reference: bool) -> dict[str, set[str]]:
@@ -40,117 +48,94 @@ def uses(*, loss_reads_reference: bool) -> dict[str, set[str]]:
     }
 
 
-class HasStates(Protocol):
-    """A role, or a part of one, whose tensors can be moved out of the GPU."""
+@dataclass(frozen=True)
+class Placement:
+    """The phases in which each part is on the GPU."""
 
-    def states(self) -> Iterable[Tensor]: ...
+    uses: Mapping[str, set[str]]  # as the function gives it
+    # Parts that are there in some phases only; None: all of them, in the phases that use them.
+    moved: frozenset[PartName] | None = None
+    # By phase the moved parts that are there though it does not use them: the next phase does, or the last one did, and
+    # there is room to copy them while this one computes.
+    beside: Mapping[str, frozenset[PartName]] = field(default_factory=dict)
 
+    def uses_in(self, phase: str, part: PartName) -> bool:
+        return part[0] in self.uses[phase]
 
-@runtime_checkable
-class Sleeper(Protocol):
-    """A part of a run that manages memory of its own on the GPU."""
+    def holds(self, phase: str, part: PartName) -> bool:
+        """Whether the part may be on the GPU in this phase."""
+        if self.uses_in(phase, part) or part in self.beside.get(phase, ()):
+            return True
+        return self.moved is not None and part not in self.moved and part[0] not in SLEEPING
 
-    def sleep(self) -> None:
-        """Give the memory up, and with it what it holds."""
-
-    def wake(self) -> None:
-        """Take memory again."""
-
-
-@dataclass
-class _Part:
-    kind: str
-    states: Callable[[], Iterable[Tensor]]
-    preserve: bool  # whether its values are preserved when it is moved out; else it contains zeros afterwards
-    # while it is moved out: (host copy, storage, bytes of the storage) of each tensor
-    moved_out: list[tuple[Tensor, torch.UntypedStorage, int]] | None = None
-
-    def move_out(self) -> None:
-        self.moved_out = []
-        seen: set[int] = set()
-        for tensor in self.states():
-            storage = tensor.untyped_storage()
-            if not storage.nbytes() or storage.data_ptr() in seen:  # an empty partition, or a tied parameter
-                continue
-            seen.add(storage.data_ptr())
-            host = torch.empty(storage.nbytes() if self.preserve else 0, dtype=torch.uint8, pin_memory=tensor.is_cuda)
-            if self.preserve:
-                host.copy_(_bytes(storage))
-            self.moved_out.append((host, storage, storage.nbytes()))
-            storage.resize_(0)
-
-    def move_in(self) -> None:
-        assert self.moved_out is not None
-        for host, storage, size in self.moved_out:
-            storage.resize_(size)
-            if self.preserve:
-                _bytes(storage).copy_(host, non_blocking=True)
-            else:
-                _bytes(storage).zero_()
-        self.moved_out = None
-
-
-@dataclass
-class _SleepingPart:
-    """As `_Part`, for an owner that moves its own memory."""
-
-    kind: str
-    owner: Sleeper
-    moved_out: list[object] | None = None
-
-    def states(self) -> list[Tensor]:
-        return []
-
-    def move_out(self) -> None:
-        self.owner.sleep()
-        self.moved_out = []
-
-    def move_in(self) -> None:
-        self.owner.wake()
-        self.moved_out = None
+    def copied(self, part: PartName) -> bool:
+        """Whether the host has memory for the part's values, in all phases."""
+        return part[0] not in REMADE and (self.moved is None or part in self.moved)
 
 
 class Residency:
     """Moves the parts of a run between GPU and host when a phase begins. Without a GPU nothing is moved."""
 
-    def __init__(self, device: torch.device, *, loss_reads_reference: bool = False):
-        self._uses, self._device = uses(loss_reads_reference=loss_reads_reference), device
+    def __init__(self, device: torch.device, placement: Placement | None = None):
+        """placement: of the plan; without one a part is there only while it is used, and no loss reads a reference."""
+        self._placement, self._device = placement or Placement(uses(loss_reads_reference=False)), device
         self._moves = device.type != "cpu"
-        self._parts: list[_Part | _SleepingPart] = []
+        self._side = SideStream(device)
+        self._parts: list[MovedPart | SleepingPart] = []
         self.phase = "loading"  # whose parts are on the GPU
 
-    def add(self, kind: str, owner: HasStates) -> None:
-        """Add a part of a kind of `uses`. If the current phase does not use it, it is moved out at once."""
+    def add(self, kind: str, owner: HasStates, role: str) -> None:
+        """Add a part of a kind of `uses`, of a role as the plan names it. If it is not to be on the GPU in the current
+        phase, it is moved out at once."""
 
         def on_device() -> list[Tensor]:
             return [x for x in owner.states() if x.device.type == self._device.type]
 
-        self._parts.append(_Part(kind, on_device, kind not in REMADE))
+        part = MovedPart((kind, role), on_device, self._side, preserve=kind not in REMADE, frozen=kind in FROZEN)
+        self._parts.append(part)
         self.enter(self.phase)
 
     def add_sleeper(self, kind: str, owner: Sleeper) -> None:
         """As `add`, for an owner that moves its own memory; it sleeps at once if the current phase does not use it."""
-        self._parts.append(_SleepingPart(kind, owner))
+        self._parts.append(SleepingPart((kind, ""), owner))
         self.enter(self.phase)
 
     @contextmanager
-    def holding(self, phase: str) -> Iterator[None]:
-        """Within this context the parts that the phase uses are on the GPU; they stay until another phase begins."""
-        self.enter(phase)
+    def holding(self, phase: str, then: str | None = None) -> Iterator[None]:
+        """Within this context the parts that the phase uses are on the GPU; they stay until another phase begins.
+
+        then: the phase that follows, if it is known. What that one uses is brought in while this one computes, if the
+        placement has room for it.
+        """
+        self.enter(phase, then)
         yield
 
-    def enter(self, phase: str) -> None:
-        """Move the parts that this phase uses to the GPU, and all others out of it."""
-        self.phase = phase
+    def enter(self, phase: str, then: str | None = None) -> None:
+        """Bring the parts that this phase uses to the GPU, and move out those that have no room beside them.
+
+        then: see `holding`.
+        """
+        self.phase, table, following = phase, self._placement, then or NEXT.get(phase)
         if not self._moves:
             return
         for part in self._parts:  # first out, to free memory
-            if part.kind not in self._uses[phase] and part.moved_out is None:
+            if not part.moved_out and not table.holds(phase, part.name):
                 part.move_out()
+        used = [part for part in self._parts if table.uses_in(phase, part.name)]
+        for part in used:
+            if part.moved_out:
+                part.move_in(beside=False)
+            part.use()
+        if following is not None:
+            self._begin_copies(phase, following)
+
+    def _begin_copies(self, phase: str, following: str) -> None:
+        """Begin to copy, while this phase computes, what the phase that follows uses or has no room for."""
+        table = self._placement
         for part in self._parts:
-            if part.kind in self._uses[phase] and part.moved_out is not None:
-                part.move_in()
-
-
-def _bytes(storage: torch.UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+            if table.uses_in(phase, part.name) or not table.holds(phase, part.name):
+                continue
+            if part.moved_out and table.uses_in(following, part.name):
+                part.move_in(beside=True)
+            elif not part.moved_out and not table.holds(following, part.name):
+                part.copy_out(beside=True)

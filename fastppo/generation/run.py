@@ -49,7 +49,7 @@ class Sampled:
     def __init__(self, policy: Policy, tokenizer: PreTrainedTokenizerBase, residency: Residency):
         self.policy, self.tokenizer, self.residency = policy, tokenizer, residency
         self.sampling_weights = SamplingWeights(policy, stage=0)
-        residency.add("sampled", self)
+        residency.add("sampled", self, "model")
 
     def states(self) -> list[torch.Tensor]:
         return list(self.policy.parameters())
@@ -130,11 +130,11 @@ def set_up(config: GenerateConfig, world: World) -> Setup | None:
     if about is not None:
         store.keep(done)
         log.info("continuing after %d of %d responses", sum(work.counts[:done]), sum(work.counts))
-    residency = Residency(world.device)
+    residency = Residency(world.device, planned.placement)
     choose_attention(config.attention, DTYPES[config.dtype], world.device)
     choose_layers(fused=config.model.fused)
     model = Sampled(load_sampled(config, world.device), tokenizer, residency)
-    sampler = make_sampler(planned, model, world)
+    sampler = make_sampler(planned.config, model, world)
     sources, judge = (load(config, tokenizer, world, residency) for load in (load_sources, load_judge))
     return Setup(config, world, work, store, done, model, sampler, sources, judge)
 
@@ -174,7 +174,7 @@ def draw(setup: Setup, number: int, phases: Phases) -> tuple[Prompts, Scored]:
         setup.sampler.sync()
         rollout = setup.sampler.sample(prompts.of_rank(world.rank, world.ranks))
     seed_random(f"{config.seed}/{number}", world.rank)
-    with phases("feedback"), holding("feedback"):
+    with phases("feedback"), holding("feedback", then="sampling"):
         scored = score(
             rollout,
             setup.work.data,

@@ -40,6 +40,7 @@ from .loading.policies import load_actor_tokenizer as load_actor_tokenizer
 from .loading.policies import load_reward as load_reward
 from .loading.policies import trained_partitions as trained_partitions
 from .loading.source import Source as Source
+from .loading.trained import recompute_layers as recompute_layers
 from .loading.trained import set_trainable as set_trainable
 from .loading.weights import DTYPES as DTYPES
 from .loading.weights import check_embedded as check_embedded

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.config import OnlineConfig
-from fastppo.distributed import Engine, Frozen, Gradients, Residency, Saved, World, check_nvme
+from fastppo.distributed import Engine, Frozen, Gradients, Placement, Residency, Saved, World, check_nvme, uses
 from fastppo.models.attention import choose_attention
 from fastppo.models.average import Average
 from fastppo.models.layers.fuse import choose_layers
@@ -52,28 +52,32 @@ class Roles:
         return attention_ratio(self.policy.model)
 
 
-def assemble(config: OnlineConfig, world: World, tokenizer: PreTrainedTokenizerBase) -> Roles:
-    """Load the models of a run and make an engine for each. tokenizer: from `load_actor_tokenizer`."""
-    zero, residency = config.zero, Residency(world.device, loss_reads_reference=config.loss_reads_reference)
+def assemble(
+    config: OnlineConfig, world: World, tokenizer: PreTrainedTokenizerBase, placement: Placement | None = None
+) -> Roles:
+    """Load the models of a run and make an engine for each. tokenizer: from `load_actor_tokenizer`; placement: the
+    plan's, without one each part is on the GPU only while it is used."""
+    placement = placement or Placement(uses(loss_reads_reference=config.loss_reads_reference))
+    zero, residency = config.zero, Residency(world.device, placement)
     check_nvme(zero)
     choose_attention(config.attention, DTYPES[config.optim.dtype], world.device)
     choose_layers(fused=config.model.fused)
     policy, critic, reference = load_policies(config, world.device)
     value_head = [] if policy.value_head is None else list(policy.value_head.parameters())
     frozen = Frozen(reference, config.optim, zero)
-    residency.add("reference", frozen)
+    residency.add("reference", frozen, "reference")
     sampling_weights = SamplingWeights(policy, zero.stage)  # before the actor is passed to DeepSpeed
-    residency.add("sampling_weights", sampling_weights)
+    residency.add("sampling_weights", sampling_weights, "actor")
     actor = Engine(policy, [list(policy.model.parameters()), value_head], config.optim, zero)
-    _move_out_until_learning(actor, residency)
+    _add_learned(actor, "actor", residency)
     trained_critic = None if critic is None else Engine(critic, [list(critic.parameters())], config.optim, zero)
     if trained_critic is not None:
-        _move_out_until_learning(trained_critic, residency)
+        _add_learned(trained_critic, "critic", residency)
     average = None if config.actor.average is None else Average(policy, config.actor.average, world)
     return Roles(actor, trained_critic, frozen, sampling_weights, tokenizer, residency, average)
 
 
-def _move_out_until_learning(engine: Engine, residency: Residency) -> None:
-    """Move everything that only the learning phase uses from the GPU to the host until that phase."""
-    residency.add("optimizers", engine)
-    residency.add("gradients", Gradients(engine))
+def _add_learned(engine: Engine, role: str, residency: Residency) -> None:
+    """Everything that only the learning phase uses."""
+    residency.add("optimizers", engine, role)
+    residency.add("gradients", Gradients(engine), role)

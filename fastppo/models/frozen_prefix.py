@@ -20,12 +20,18 @@ from fastppo.data import Packed
 
 def layers_of(model: PreTrainedModel) -> tuple[nn.Module, str] | None:
     """The module that contains the model's list of layers, and the name of the list; None without such a list."""
-    depth = model.config.get_text_config().num_hidden_layers
+    depth = depth_of(model)
     for parent in model.base_model.modules():
         for name, child in parent.named_children():
             if isinstance(child, nn.ModuleList) and len(child) == depth:
                 return parent, name
     return None
+
+
+def depth_of(model: PreTrainedModel) -> int:
+    """The number of layers."""
+    depth: int = model.config.get_text_config().num_hidden_layers
+    return depth
 
 
 def after_layers(parent: nn.Module) -> list[nn.Module]:

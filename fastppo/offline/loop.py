@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -91,7 +91,7 @@ def set_up(
     model's tokenizer; before: what is computed of the training and held-out examples before the model is loaded.
     """
     found = find_run(config, world)
-    check_plan(config if found is None else config.once_resumed, world)
+    planned = check_plan(config if found is None else config.once_resumed, world).config
     model = config.model
     tokenizer = load_tokenizer("model.path", model.path, model.gguf_file, model.revision)
     context = context_of(load_config(model_source(model)))
@@ -103,7 +103,7 @@ def set_up(
     open_folder(config, found, world)
     if found is None and before is not None:
         before(config, examples, heldout)
-    trained = assemble(config, world, tokenizer)
+    trained = assemble(replace(config, optim=planned.optim), world, tokenizer)
     parts: dict[str, Saved] = {"model": trained.engine, **(saved or {})}
     checkpoints = Checkpoints(config, parts, (examples.tokens, heldout.tokens), world)
     progress = checkpoints.load(found, Training.begin(config.seed, world.rank))

@@ -48,7 +48,7 @@ def evaluate(
     with holding("sampling"), stop.together(world):
         sampler.sync()
         rollout = sampler.sample(prompts, temperature=config.eval.temperature, seed=config.eval.seed)
-    with holding("feedback"):
+    with holding("feedback", then="experience"):
         scored = score(rollout, heldout, sources, roles.tokenizer, world, judge)
     with holding("experience"):
         of_rank = _log_ratios(rollout.packed, roles, config, world)

@@ -122,8 +122,8 @@ def set_up(
     if texts is not None:
         check_actor_tokens(config, tokenizer, texts.tokens, texts_setting)
     open_folder(config, checkpoint, world)
-    roles = assemble(config, world, tokenizer)
-    sampler = make_sampler(planned, roles, world)
+    roles = assemble(planned.config, world, tokenizer, planned.placement)
+    sampler = make_sampler(planned.config, roles, world)
     sources, judge = (load(config, tokenizer, world, roles.residency) for load in (load_sources, load_judge))
     learned = [data.tokens, heldout.tokens, *([] if texts is None else [texts.tokens])]
     checkpoints = Checkpoints(config, roles.saved, learned, world, holding=roles.residency.holding)

@@ -1,5 +1,6 @@
 from .changes import advice as advice
 from .check import PlanError as PlanError
+from .check import Planned as Planned
 from .check import check_plan as check_plan
 from .check import show as show
 from .check import table_console as table_console

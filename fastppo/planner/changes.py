@@ -15,6 +15,9 @@ from fastppo.planner.memory import Change, Role
 from fastppo.planner.plan import FILLED, PROCESS_GPU, PROCESS_HOST, VLLM, Plan, make_plan, measured_roles, method_of
 
 RANKS = "rollout.vllm.tensor_parallel_size"
+# A pass over so many tokens forward takes as long as gathering all weights for a pass and for its backward pass, as
+# modelled for H100s: 2 bytes x 2 gathers at 300 GB/s against 2 FLOP a token at 400 TFLOP/s, less what is overlapped.
+GATHERED_TOKENS = 2_500
 
 
 def smallest_change(plan: Plan) -> Change | None:
@@ -31,7 +34,7 @@ def smallest_change(plan: Plan) -> Change | None:
             else:
                 config = _changed(config, name.split("."), value)
         machine = replace(plan.machine, nodes=nodes)
-        key = (*config.trained.values(), config.optim, config.zero.stage == 3)
+        key = (*config.trained.values(), config.optim.dtype, config.zero.stage == 3)
         try:
             command_of(config).check(config, machine.ranks)
             if key not in roles:
@@ -60,8 +63,34 @@ def smallest_change(plan: Plan) -> Change | None:
                     fewer = {key: value for key, value in several.items() if key != setting}
                     if fewer and fits(fewer):
                         several = fewer
+                for stage in range(plan.config.zero.stage + 1, several.get("zero.stage", 0)):
+                    if fits(lower := several | {"zero.stage": stage}):
+                        return lower
                 return several
     return None
+
+
+def lower_stage(plan: Plan) -> Change | None:
+    """ZeRO stage 2 for a run at stage 3 that fits, where it would fit as well and take less time.
+
+    At stage 3 weights are gathered from all ranks in each pass, and once more to sample from. At stage 2 more layers
+    may recompute their activations, which takes their share of a forward pass.
+    """
+    config, zero = plan.config, plan.config.zero
+    whole = zero.stage == 3 and "none" == zero.parameters_on == zero.frozen_on and plan.machine.ranks > 1
+    if not config.trained or not whole or not plan.fits:
+        return None
+    change: Change = {"zero.stage": 2}
+    given = config if plan.recomputed is None else _changed(config, ["optim", "activation_checkpointing"], "auto")
+    lower = _changed(given, ["zero", "stage"], 2)
+    try:
+        command_of(lower).check(lower, plan.machine.ranks)
+    except ConfigError:
+        return None
+    found = make_plan(lower, plan.machine, plan.roles)
+    (more, depth), (present, _) = found.recomputed or (0, 1), plan.recomputed or (0, 1)
+    tokens = config.microbatch_tokens * (more - present) / max(depth, 1)
+    return change if found.fits and tokens <= GATHERED_TOKENS else None
 
 
 def _samplers(plan: Plan) -> Iterator[Change]:
@@ -105,8 +134,8 @@ def _options(config: AnyConfig, machine: Machine) -> Iterator[Change]:
     if not config.trained:  # it has neither an optimizer nor a gradient
         yield from method.smaller_passes(config)
         return
-    if not config.optim.activation_checkpointing:
-        yield {"optim.activation_checkpointing": True}
+    if config.optim.activation_checkpointing not in ("auto", True):
+        yield {"optim.activation_checkpointing": "auto"}
     yield from method.smaller_passes(config)
     if machine.ranks > 1:
         for stage in (1, 2, 3):
@@ -115,6 +144,8 @@ def _options(config: AnyConfig, machine: Machine) -> Iterator[Change]:
     if gpu:
         if zero.optimizer_on == "none":
             yield {"zero.offload_optimizer": "cpu"}
+            if machine.ranks > 1 and zero.stage < 2:
+                yield {"zero.stage": 2, "zero.offload_optimizer": "cpu"}
         if zero.frozen_on == "none" and method.asks_frozen_roles(config):
             yield {"zero.stage": 3, "zero.offload_frozen": "cpu"}
         if zero.parameters_on == "none":

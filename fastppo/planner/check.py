@@ -5,24 +5,22 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from dataclasses import replace
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar, cast
 
 from rich.console import Console
 from rich.table import Table
 
 from fastppo.config import AnyConfig
-from fastppo.distributed import World, all_gather
+from fastppo.distributed import Placement, World, all_gather
 from fastppo.errors import FastPPOError
-from fastppo.planner.changes import advice
-from fastppo.planner.machine import in_gb, this_machine
-from fastppo.planner.plan import Plan, make_plan, measured_roles, rows_are_open, with_rows
+from fastppo.planner.changes import advice, flags, lower_stage
+from fastppo.planner.machine import in_gb, least_machine, this_machine
+from fastppo.planner.plan import Plan, make_plan, rows_are_open, with_recomputed
 
 log = logging.getLogger("fastppo")
 
 C = TypeVar("C", bound=AnyConfig)
-
-CHOSEN = "sampling.rows: %d, chosen by the memory that there is"
 
 
 class PlanError(FastPPOError):
@@ -55,8 +53,8 @@ def show(plan: Plan, console: Console) -> None:
     for row, before in zip(rows, [None, *rows[:-1]], strict=True):
         table.add_row("" if before and before[0] == row[0] else row[0], *row[1:])
     console.print(table)
-    if plan.rows is not None:
-        console.print(CHOSEN % plan.rows, highlight=False)
+    for line in plan.choices:
+        console.print(line, highlight=False, soft_wrap=True)
     phase, _ = plan.peak
     for line in [] if plan.vllm is None else plan.vllm.lines():
         console.print(line, highlight=False, soft_wrap=True)
@@ -64,34 +62,43 @@ def show(plan: Plan, console: Console) -> None:
         verdict = "fits" if needed <= there else "does not fit"
         console.print(f"{name}: {in_gb(needed)} of {in_gb(there)} GB, {verdict}", highlight=False)
     console.print(f"highest in {phase}", highlight=False)
+    if (change := lower_stage(plan)) is not None:
+        line = f"{flags(change)} fits as well: weights are then whole on each GPU, and not gathered in each pass"
+        console.print(line, highlight=False, soft_wrap=True)
 
 
-def check_plan(config: C, world: World) -> C:
+@dataclass(frozen=True)
+class Planned(Generic[C]):
+    """What a run takes from its plan."""
+
+    config: C  # the settings, where something is `auto` with what the plan has chosen
+    placement: Placement | None  # of its parts; None: there is no plan, or nothing that may be moved
+
+
+def check_plan(config: C, world: World) -> Planned[C]:
     """Show the plan of a run that begins here; raises PlanError where it does not fit and `plan` is check.
 
-    Returns the settings, with the number of rows where `sampling.rows` is auto: the same on all ranks, which all call
-    this. A resumed run chooses again, as no response depends on it.
+    The choices are the same on all ranks, which all call this: they are made for the least memory that a rank has. A
+    resumed run chooses again, as no result depends on them.
     """
+    if config.plan == "off" and config.trained and config.optim.activation_checkpointing == "auto":
+        config = with_recomputed(config, 0)
     if config.plan == "off" and not rows_are_open(config):
-        return config
+        return Planned(config, None)
     nodes = max(world.ranks // int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1), 1)
-    machine = this_machine(world.ranks // nodes, nodes, cpu=world.device.type == "cpu")
-    roles = measured_roles(config, cpu=machine.gpu is None)
-    plan = make_plan(config, machine, roles)
-    if plan.rows is not None:  # other processes may hold more of another rank's memory
-        rows = min(all_gather(plan.rows, world))
-        config = with_rows(config, rows)
-        plan = replace(make_plan(config, machine, roles), rows=rows)
-        if config.plan == "off":
-            log.info(CHOSEN, rows)
-            return config
+    machines = all_gather(this_machine(world.ranks // nodes, nodes, cpu=world.device.type == "cpu"), world)
+    plan = make_plan(config, least_machine(machines))
+    planned = cast(C, plan.config)
+    if config.plan == "off":
+        log.info(plan.choices[0])
+        return Planned(planned, None)
     console = table_console()
     if world.rank == 0:
         show(plan, console)
     if plan.fits:
-        return config
+        return Planned(planned, plan.placement)
     if config.plan == "check":
         raise PlanError(f"{advice(plan)} To try it all the same: --plan warn")
     if world.rank == 0:
         console.print(advice(plan))
-    return config
+    return Planned(planned, plan.placement)

@@ -38,6 +38,7 @@ from fastppo.models import (
     miniature,
     prefix_depth,
     raised_by_a_model,
+    recompute_layers,
     summary_of,
     width_of,
 )
@@ -54,7 +55,7 @@ class Pass:
 class Footprint:
     """Sizes of one role's model. Counts are parameters, not bytes."""
 
-    def __init__(self, role: Backbone, dtype: torch.dtype, *, cpu: bool, checkpointing: bool = False):
+    def __init__(self, role: Backbone, dtype: torch.dtype, *, cpu: bool):
         """role: on the meta device, with `requires_grad` as in the run. cpu: whether the run is on the CPU."""
         model, config = role.model, role.model.config.get_text_config()
         parameters = list(role.parameters())
@@ -87,7 +88,8 @@ class Footprint:
         read = getattr(config, "hidden_size", self.width)
         self._key_value_weights = 2 * self.layers * self.key_value_heads * head_width * read
         self.on_cpu = cpu
-        self._model, self._checkpointing = model, checkpointing
+        self.can_recompute = model.supports_gradient_checkpointing
+        self._model = model
         self._passes = cache(self._measure)
 
     def part(self, ranks: int) -> int:
@@ -99,15 +101,30 @@ class Footprint:
         key_value = self._key_value_weights if ranks > self.key_value_heads else 0
         return -(-(self._matrices - key_value) // ranks) + key_value // self.key_value_heads + self._vectors
 
-    def passes(self, sequences: int, length: int, *, gradient: bool) -> Pass:
-        """One pass over `sequences` sequences of `length` tokens each."""
+    def passes(self, sequences: int, length: int, *, gradient: bool, recomputed: int = 0) -> Pass:
+        """One pass over `sequences` sequences of `length` tokens each.
+
+        recomputed: how many of the layers that the backward pass goes through, from the lowest upwards, keep their
+        input alone. Backward, the layers above are done with, and what they kept is free, before one is recomputed.
+        """
+        depth = _layers_in_graph(self._model)
+        if not gradient or not recomputed or not depth:
+            return self._pass(sequences, length, gradient, checkpointing=False)
+        every = self._pass(sequences, length, gradient, checkpointing=True)
+        if recomputed >= depth:
+            return every
+        none = self._pass(sequences, length, gradient, checkpointing=False)
+        saved = recomputed * (none.kept - every.kept) // depth
+        return Pass(none.kept - saved, max(none.peak - saved, every.peak))
+
+    def _pass(self, sequences: int, length: int, gradient: bool, *, checkpointing: bool) -> Pass:
         try:
-            return self._from_two_layers(sequences, length, gradient)
+            return self._from_two_layers(sequences, length, gradient, checkpointing)
         except Exception as error:
             if isinstance(error, FastPPOError) or not raised_by_a_model(error):
                 raise
         try:  # layers that do not run without the others, as where they share keys
-            one, two = (self._passes(self.layers, n, length, gradient) for n in (1, 2))
+            one, two = (self._passes(self.layers, n, length, gradient, checkpointing) for n in (1, 2))
             more = sequences - 1
             return Pass(one.kept + more * (two.kept - one.kept), one.peak + more * (two.peak - one.peak))
         except Exception as error:
@@ -115,13 +132,13 @@ class Footprint:
                 raise
             raise _why_not_counted(self._model, error) from error
 
-    def _from_two_layers(self, sequences: int, length: int, gradient: bool) -> Pass:
+    def _from_two_layers(self, sequences: int, length: int, gradient: bool, checkpointing: bool) -> Pass:
         """The uppermost two layers are run, and those below taken for the same again."""
         depth = _layers_in_graph(self._model) if gradient else 1
         if depth == 0:  # nothing trains but a head on detached states
             gradient, depth = False, 1
-        one, two = (self._passes(min(depth, 2), n, length, gradient) for n in (1, 2))
-        least = self._passes(1, 1, length, gradient), self._passes(1, 2, length, gradient)
+        one, two = (self._passes(min(depth, 2), n, length, gradient, checkpointing) for n in (1, 2))
+        least = tuple(self._passes(1, n, length, gradient, checkpointing) for n in (1, 2))
 
         def extended(shallow: tuple[int, int], deep: tuple[int, int], more: int) -> int:
             """Linear in sequences, and in layers beyond two."""
@@ -134,15 +151,15 @@ class Footprint:
         peak = extended((least[0].peak, least[1].peak), (one.peak, two.peak), 0) + layer_kept
         return Pass(kept, max(peak, kept))
 
-    def _measure(self, layers: int, sequences: int, length: int, gradient: bool) -> Pass:
+    def _measure(self, layers: int, sequences: int, length: int, gradient: bool, checkpointing: bool) -> Pass:
         # On a GPU attention is fused for every length; on the CPU short sequences go through plain products.
         length = length if self.on_cpu else max(length, PLAIN_ATTENTION_MAX + 1)
         tokens = sequences * length
         model = _top(self._model, layers)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
-            if self._checkpointing and gradient:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+            if checkpointing and gradient:
+                recompute_layers(model, layers)
                 for module in model.modules():  # not the whole model: OPT's draws a number in train mode and reads it
                     module.training = isinstance(module, GradientCheckpointingLayer)
             for parameter in (p for p in model.parameters() if p.requires_grad):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,6 +38,12 @@ def this_machine(gpus: int | None, nodes: int, *, cpu: bool) -> Machine:
     if cpu:
         return Machine(gpus or 1, nodes, None, _host_memory())
     return Machine(gpus or torch.cuda.device_count(), nodes, _gpu_memory(), _host_memory())
+
+
+def least_machine(machines: Sequence[Machine]) -> Machine:
+    """What all ranks have, if each has found its own: other processes may hold more of one GPU than of another."""
+    gpus = [machine.gpu for machine in machines if machine.gpu is not None]
+    return replace(machines[0], gpu=min(gpus, default=None), host=min(machine.host for machine in machines))
 
 
 def _gpu_memory() -> int:

@@ -22,10 +22,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from fastppo.config import AnyConfig, OnlineConfig, ResponseSettings
+from fastppo.config import AnyConfig, OptimConfig, ResponseSettings
+from fastppo.distributed import PartName, Placement
 from fastppo.ops import blocks, workspace_bytes
+from fastppo.planner.batch import Batch
 from fastppo.planner.footprint import Footprint
-from fastppo.rollout import bucket
 
 # DeepSpeed's defaults, in elements.
 REDUCE_BUCKET = 500_000_000  # gradients on their way to the other ranks
@@ -107,6 +108,14 @@ def on(place: str, amount: Bytes) -> Places:
     return Places(**{{"none": "gpu", "cpu": "host", "nvme": "nvme"}[place]: amount})
 
 
+def placed(part: PartName, amount: Bytes, phase: str, placement: Placement, *, cpu: bool) -> Places:
+    """Where a part is in a phase. cpu: whether the run is on the CPU, where there is one memory and nothing moves."""
+    if cpu:
+        return Places(gpu=amount)
+    gpu = Places(gpu=amount) if placement.holds(phase, part) else Places()
+    return gpu + (Places(host=amount) if placement.copied(part) else Places())
+
+
 def model_states(role: Role, config: AnyConfig, ranks: int) -> Places:
     """Weights, gradients and optimizer states of one rank while the role learns, or is asked if it never does."""
     zero, size = config.zero, role.size
@@ -152,8 +161,10 @@ def buffers(role: Role, config: AnyConfig, ranks: int) -> Places:
     return Places(gpu=Bytes(buffers=gpu), host=Bytes(buffers=host))
 
 
-def reducing(role: Role, config: AnyConfig, ranks: int) -> Places:
-    """What DeepSpeed needs while a role learns, to fetch weights and to bring gradients together."""
+def reducing(role: Role, config: AnyConfig, ranks: int, needs: Bytes | None = None) -> Places:
+    """What DeepSpeed needs while a role learns, to fetch weights and to bring gradients together, with what a
+    microbatch needs: one after the other or together."""
+    needs = needs or Bytes()
     zero, size, b, sums = config.zero, role.size, role.size.bytes, 0
     bucket, part = min(size.trained, REDUCE_BUCKET), size.trained // ranks
     if zero.stage == 3:  # the gradients that wait for the bucket, and their sum in fp32 before it is added
@@ -165,9 +176,12 @@ def reducing(role: Role, config: AnyConfig, ranks: int) -> Places:
         )  # of all microbatches, before they are handed on
     elif summed_on_arrival(role, config):
         gpu = b * size.largest_trained  # a gradient on its way to the sum
-    else:  # one flat copy of the gradients that are being reduced
-        gpu = bucket * 4
-    return prefetch(role, config) + Places(gpu=Bytes(gradients=sums, workspace=gpu))
+    else:
+        # When the last backward pass is over, so that all it needed is free: one flat copy of the gradients that are
+        # being reduced, and then of the rank's part, which the optimizer is handed.
+        gpu, flat = 0, Bytes(workspace=4 * max(bucket, part))
+        needs = max(needs, flat, key=lambda amount: amount.total)
+    return prefetch(role, config) + Places(gpu=needs + Bytes(gradients=sums, workspace=gpu))
 
 
 def summed_on_arrival(role: Role, config: AnyConfig) -> bool:
@@ -178,68 +192,6 @@ def summed_on_arrival(role: Role, config: AnyConfig) -> bool:
 def _reduce_bucket(size: Footprint) -> int:
     """Its elements: it is allocated whole. On the CPU only those of its pages are in memory that were written to."""
     return min(size.trained, REDUCE_BUCKET) if size.on_cpu else REDUCE_BUCKET
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one rank computes at once when every prompt and response is as long as it may be."""
-
-    sequences: int  # of a microbatch
-    length: int  # tokens of a sequence
-    responses: int  # response tokens of a microbatch, or scored ones
-    tokens: int = 0  # of the rank's part of the batch, whose prefix is kept
-    rows: int = 0  # of the sampler's cache
-    prompt: int = 0  # tokens
-    prefilled: int = 0  # prompts that the sampler computes at once
-
-    @staticmethod
-    def of(config: OnlineConfig, ranks: int) -> Batch:
-        prompt = config.data.first_tokens or config.data.max_prompt_tokens
-        new = config.sampling.max_new_tokens
-        length = prompt + new
-        sequences = in_microbatch(-(-config.learned_together // ranks), length, config)
-        mine, heldout = -(-config.drawn_together // ranks), -(-config.eval.prompts // ranks)
-        rows = rows_of(config, max(mine, heldout))
-        drawn = prompts_of(min(rows, mine), config.sampling.samples_per_prompt)
-        prefilled = max(drawn, min(rows, heldout))  # held-out prompts get one response each
-        return Batch(sequences, length, sequences * new, mine * length, rows, prompt, prefilled)
-
-    def asked(self, phase: str, config: OnlineConfig, ranks: int) -> Batch:
-        """The same rank's microbatch in a phase that computes no gradient, in a step or in an evaluation.
-
-        Responses are scored, and held-out ones read, in as few microbatches as a rank's whole batch fits into; they are
-        measured so too where that is not done in the microbatches of learning.
-        """
-        heldout = in_microbatch(-(-config.eval.prompts // ranks), self.length, config)
-        mine = in_microbatch(-(-config.drawn_together // ranks), self.length, config)
-        together = phase == "feedback" or not config.learns_as_measured
-        sequences = max(heldout, mine if together else self.sequences)
-        return replace(self, sequences=sequences, responses=sequences * (self.length - self.prompt))
-
-    def with_texts(self, count: int, length: int, config: OnlineConfig, ranks: int) -> Batch:
-        """The same rank's batch while a microbatch of given texts is computed, of whose tokens each is a response's.
-
-        count: texts of all ranks in an update; length: the most tokens of one.
-        """
-        sequences = in_microbatch(-(-count // ranks), length, config)
-        return replace(self, sequences=sequences, length=length, responses=sequences * length)
-
-
-def rows_of(config: ResponseSettings, drawn: int) -> int:
-    """Rows that the sampler decodes together if it is to draw so many responses; all of them where none are chosen."""
-    rows = config.sampling.rows
-    return bucket(drawn if rows == "auto" else min(rows, drawn))
-
-
-def prompts_of(responses: int, samples: int) -> int:
-    """The most prompts that consecutive responses belong to, `samples` to a prompt: the first may not be all there."""
-    return min(responses, -(-(responses - 1) // samples) + 1)
-
-
-def in_microbatch(sequences: int, length: int, config: ResponseSettings) -> int:
-    """How many of a rank's sequences of one update share a microbatch, as `microbatch.pack_even` spreads them."""
-    mine, fit = sequences or 1, max(config.microbatch_tokens // length, 1)
-    return -(-mine // -(-mine // fit))
 
 
 def head_workspace(size: Footprint, tokens: int, *, reference: bool, gradient: bool) -> tuple[int, int]:
@@ -289,13 +241,14 @@ def prefix_states(role: Role, batch: Batch) -> int:
     return batch.tokens * role.size.width * role.size.bytes if role.trains and role.size.prefix else 0
 
 
-def learning_needs(role: Role, batch: Batch, *, head: bool, reference: bool = False) -> Bytes:
+def learning_needs(role: Role, batch: Batch, optim: OptimConfig, *, head: bool, reference: bool = False) -> Bytes:
     """Activations and the workspace of a vocabulary head of one microbatch, forward and backward.
 
     head: whether there is one, else one number comes from each state; reference: whether it reads the reference's too.
     """
     size = role.size
-    flow = size.passes(batch.sequences, batch.length, gradient=True)
+    recomputed = optim.recomputed_layers(size.layers)
+    flow = size.passes(batch.sequences, batch.length, gradient=True, recomputed=recomputed)
     states = batch.responses * size.width * size.bytes  # hidden states at the response tokens
     if not head:
         values = batch.responses * size.width * 4  # such a head computes in fp32

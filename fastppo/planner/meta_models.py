@@ -52,8 +52,7 @@ def offline_roles(config: OfflineConfig, *, cpu: bool) -> list[Role]:
 def _measured(
     name: str, role: Backbone, config: AnyConfig, *, cpu: bool, trains: bool = False, shared: int = 0
 ) -> Role:
-    checkpointing = config.optim.activation_checkpointing and trains
-    size = Footprint(role, DTYPES[config.optim.dtype], cpu=cpu, checkpointing=checkpointing)
+    size = Footprint(role, DTYPES[config.optim.dtype], cpu=cpu)
     return Role(name, size, trains, size.parameters - shared)
 
 

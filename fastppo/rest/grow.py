@@ -28,7 +28,7 @@ def grow_batch(setup: RestSetup, prompts: Prompts) -> tuple[Scored, Measured]:
     with timed("sampling"), holding("sampling"), together(world):
         setup.sampler.sync()
         rollout = setup.sampler.sample(prompts.of_rank(world.rank, world.ranks))
-    with timed("feedback"), holding("feedback"):
+    with timed("feedback"), holding("feedback", then="experience"):
         scored = score(rollout, setup.data, setup.sources, roles.tokenizer, world, setup.judge)
     with timed("experience"), holding("experience"):
         packed = scored.rollout.packed

@@ -68,7 +68,8 @@ def load_sources(
     config: ResponseSettings, tokenizer: PreTrainedTokenizerBase, world: World, residency: Residency
 ) -> list[tuple[Source, float]]:
     """Load every source in `rewards`, in order; returns each with its weight. tokenizer: the actor's."""
-    return [(_load(r, "rewards", config, tokenizer, world, residency), r.weight) for r in config.rewards]
+    numbered = enumerate(config.rewards, start=1)
+    return [(_load(r, "rewards", f"reward {i}", config, tokenizer, world, residency), r.weight) for i, r in numbered]
 
 
 def load_judge(
@@ -83,7 +84,8 @@ def load_judge(
                 " hacking. Use another model or function as judge.",
                 *(where, name),
             )
-    return [(_load(r, where, config, tokenizer, world, residency), r.weight) for r in config.judge]
+    numbered = enumerate(config.judge, start=1)
+    return [(_load(r, where, f"judge {i}", config, tokenizer, world, residency), r.weight) for i, r in numbered]
 
 
 def shared_sources(config: ResponseSettings) -> list[str]:
@@ -102,12 +104,13 @@ def _names(reward: RewardConfig) -> list[str]:
 def _load(
     reward: RewardConfig,
     where: str,
+    role: str,
     config: ResponseSettings,
     tokenizer: PreTrainedTokenizerBase,
     world: World,
     residency: Residency,
 ) -> Source:
-    """Load one source. where: the setting with it, for errors."""
+    """Load one source. where: the setting with it, for errors; role: its name in the memory plan."""
     if reward.function is not None:
         return function_source(reward.function, where)
     if reward.pattern is not None:
@@ -119,7 +122,7 @@ def _load(
         dtype = DTYPES[config.optim.dtype]
         loaded, reward_tokenizer = load_reward(name, dtype, world.device, frozen_partitions(config), setting)
         frozen = Frozen(loaded, config.optim, config.zero)
-        residency.add("rewards", frozen)
+        residency.add("rewards", frozen, role)
         return ModelSource(
             frozen,
             reward_tokenizer,

@@ -32,7 +32,7 @@ FREE = {
     "checkpoint.keep_last": "free",
     "checkpoint.on_error": "free",
     "model.fused": "rounding",
-    "optim.activation_checkpointing": "rounding",
+    "optim.activation_checkpointing": "free",
     "optim.max_skipped": "free",
     "output": "free",
     "plan": "free",

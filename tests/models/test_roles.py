@@ -7,7 +7,7 @@ from fastppo import ops
 from fastppo.data.batch import pack
 from fastppo.errors import FastPPOError
 from fastppo.models.loading.model_check import check_model
-from fastppo.models.loading.trained import set_trainable
+from fastppo.models.loading.trained import recompute_layers, set_trainable
 from fastppo.models.logit_scale import logit_scale
 from fastppo.models.roles import Critic, ModelError, Policy, ValueHead, copy_backbone, fuse_head
 from fastppo.ops import eager
@@ -170,13 +170,34 @@ def test_a_choice_of_nothing_is_an_error(train, words):
         trained(train)
 
 
-def test_activation_checkpointing_changes_no_gradient():
-    def gradients(checkpointing):
-        model = fuse_head(tiny.causal())
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        Policy(model).train()(PACKED, objective).sum().backward()
-        return [p.grad for p in model.parameters()]
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gemma2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_recomputed_activations_give_the_same_gradients_bit_for_bit(family, dtype):
+    """However many layers recompute, so that a run may be resumed where there is room for others."""
 
-    for plain, recomputed in zip(gradients(False), gradients(True), strict=True):
-        torch.testing.assert_close(plain, recomputed)
+    def gradients(count):
+        policy = Policy(fuse_head(tiny.causal(family, num_hidden_layers=3)).to(dtype))
+        set_trainable(policy, "all")
+        recompute_layers(policy.model, count)
+        policy.train()(PACKED, objective).sum().backward()
+        return [p.grad for p in policy.model.parameters()]
+
+    plain = gradients(0)
+    assert all(gradient is not None for gradient in plain)
+    for count in (1, 2, 3):
+        for kept, recomputed in zip(plain, gradients(count), strict=True):
+            assert torch.equal(kept, recomputed)
+
+
+@pytest.mark.parametrize(
+    ("train", "count", "recomputing"), [("all", 2, {0, 1}), (2, 1, {0, 1}), (2, 2, {0, 1, 2}), ("all", 9, {0, 1, 2})]
+)
+def test_the_lowest_layers_that_the_backward_pass_goes_through_recompute(train, count, recomputing):
+    """Frozen ones below may too: they keep nothing."""
+    policy = Policy(fuse_head(tiny.causal(num_hidden_layers=3)))
+    set_trainable(policy, train)
+    recompute_layers(policy.model, count)
+    layers = policy.train().model.model.layers
+    assert {i for i, layer in enumerate(layers) if layer.gradient_checkpointing and layer.training} == recomputing
+    hidden = policy.model.get_input_embeddings()(torch.tensor([1]))
+    assert hidden.requires_grad == (train == "all")  # else frozen layers would be part of the graph

@@ -23,7 +23,7 @@ from fastppo.models import Policy
 from fastppo.planner import check
 from fastppo.planner.changes import advice, smallest_change
 from fastppo.planner.machine import Machine
-from fastppo.planner.plan import Plan, make_plan, measured_roles
+from fastppo.planner.plan import FILLED, PROCESS_GPU, Plan, make_plan, measured_roles
 from fastppo.rollout import bucket
 
 GB = 10**9
@@ -47,12 +47,21 @@ def places(found: Plan, role: str, phase: str) -> Any:
     return next(share.places for share in found.shares if (share.role, share.phase) == (role, phase))
 
 
-def test_on_a_gpu_each_model_waits_in_the_host_s_memory_for_its_phase(models):
-    found = make_plan(config_of(models, sampling__cuda_graphs="false"), LARGE)
+def test_where_both_models_do_not_fit_one_waits_in_the_host_s_memory_for_its_phase(models):
+    config = config_of(models, sampling__cuda_graphs="false")
+    roles = measured_roles(config, cpu=False)
+    found = make_plan(config, LARGE, roles)
     assert {share.phase for share in found.shares} == {"sampling", "feedback"} and found.fits
-    for role, phase, other in (("model", "sampling", "feedback"), ("reward 1", "feedback", "sampling")):
-        there, waiting = places(found, role, phase), places(found, role, other)
-        assert there.gpu.weights == waiting.host.weights > 0 == waiting.gpu.total == there.host.total
+    for role in ("model", "reward 1"):
+        (weights,) = {places(found, role, phase).gpu.weights for phase in ("sampling", "feedback")}
+        assert weights > 0 and all(places(found, role, phase).host.total == 0 for phase in ("sampling", "feedback"))
+    assert found.choices == ["moved between GPU and host: nothing, as all parts fit at once"]
+    sampled = places(found, "model", "sampling").gpu.total
+    tight = make_plan(config, replace(LARGE, gpu=int(sampled / FILLED) + PROCESS_GPU + 1), roles)
+    there, waiting = places(tight, "reward 1", "feedback"), places(tight, "reward 1", "sampling")
+    assert there.gpu.weights == waiting.host.weights == there.host.weights > 0 == waiting.gpu.total
+    assert places(tight, "model", "feedback") == places(found, "model", "feedback")  # for both there is room here
+    assert tight.fits and "moved between GPU and host: reward 1" in tight.choices[0]
     assert places(found, "model", "sampling").gpu.cache > 0 == places(found, "reward 1", "feedback").gpu.cache
     assert all(share.places.gpu.optimizer == share.places.gpu.gradients == 0 for share in found.shares)
 
@@ -113,18 +122,24 @@ def test_where_nothing_fits_auto_takes_the_fewest_rows_and_the_advice_names_some
 def test_all_ranks_take_the_fewest_rows_that_one_of_them_chose_and_a_line_says_how_many(
     models, monkeypatch, caplog, capsys
 ):
+    """Another process holds most of its GPU."""
+    least, first = replace(LARGE, gpu=8 * GB), World(0, 3, torch.device("cpu"))
     monkeypatch.setattr(check, "this_machine", lambda *args, **kwargs: LARGE)
-    monkeypatch.setattr(check, "all_gather", lambda rows, world: [rows, 16, rows])
-    first = World(0, 3, torch.device("cpu"))
+    monkeypatch.setattr(check, "all_gather", lambda machine, world: [machine, least, machine])
     config = config_of(models, sampling__rows="auto")
+    alone = make_plan(config, least)
+    assert alone.rows is not None and alone.rows < (make_plan(config, LARGE).rows or 0)
+    line = f"sampling.rows: {alone.rows}, chosen by the memory that there is"
     planned = check.check_plan(config, first)
-    assert planned == replace(config, sampling=replace(config.sampling, rows=16))
-    assert "sampling.rows: 16, chosen by the memory that there is" in capsys.readouterr().out
+    assert planned.config == replace(config, sampling=replace(config.sampling, rows=alone.rows))
+    assert planned.placement == alone.placement
+    assert line in capsys.readouterr().out
     with caplog.at_level(logging.INFO, "fastppo"):
-        assert check.check_plan(replace(config, plan="off"), first).sampling.rows == 16
-    assert [r.getMessage() for r in caplog.records] == ["sampling.rows: 16, chosen by the memory that there is"]
+        off = check.check_plan(replace(config, plan="off"), first)
+    assert off.config.sampling.rows == alone.rows and off.placement is None
+    assert [r.getMessage() for r in caplog.records] == [line]
     fixed = config_of(models, sampling__rows=32, plan="off")
-    assert check.check_plan(fixed, first) is fixed
+    assert check.check_plan(fixed, first) == check.Planned(fixed, None)
 
 
 def test_the_command_plans_a_run_of_generate(models, capsys):
@@ -132,7 +147,7 @@ def test_the_command_plans_a_run_of_generate(models, capsys):
     argv += ["--model.path", models[0], "--data.path", "x.jsonl"]
     plan.main(argv)
     said = capsys.readouterr().out
-    assert "sampling" in said and "feedback" in said and "GPU: " in said and "chosen" not in said
+    assert "sampling" in said and "feedback" in said and "GPU: " in said and "rows" not in said
     plan.main([*argv, "--sampling.rows", "auto"])
     assert "sampling.rows: 256, chosen by the memory that there is" in capsys.readouterr().out  # 512 for two
 

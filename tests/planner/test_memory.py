@@ -35,14 +35,14 @@ from fastppo.models.cache import Cache, SequenceLayout
 from fastppo.models.layers.fuse import layers_as
 from fastppo.models.loading.policies import load_causal
 from fastppo.models.loading.source import Source
-from fastppo.models.loading.trained import set_trainable
+from fastppo.models.loading.trained import recompute_layers, set_trainable
 from fastppo.models.loading.weights import DTYPES, outline
 from fastppo.models.lora import add_adapters
 from fastppo.models.roles import Policy, fuse_head
 from fastppo.ops import GPU_WORKSPACE_BYTES
+from fastppo.planner.batch import Batch
 from fastppo.planner.footprint import Footprint, _Live
 from fastppo.planner.memory import (
-    Batch,
     Bytes,
     Places,
     Role,
@@ -52,7 +52,7 @@ from fastppo.planner.memory import (
     reducing,
     sampling_needs,
 )
-from fastppo.planner.online_memory import shares
+from fastppo.planner.methods.online import PHASES, shares
 from fastppo.rollout.inprocess import sample
 
 CPU = torch.device("cpu")
@@ -166,7 +166,7 @@ def test_activations_are_those_of_a_real_pass(tmp_path, family, checkpointing):
     role = Policy(model)
     set_trainable(role, 5 if checkpointing else 4)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_layers(model, 5)
         model.train()
     live = _Live(*model.parameters(), *model.buffers())
     tokens, positions = torch.zeros(1, 60, dtype=torch.int64), torch.arange(20).repeat(3)[None]
@@ -178,7 +178,8 @@ def test_activations_are_those_of_a_real_pass(tmp_path, family, checkpointing):
         states.backward(torch.zeros_like(states))
     planned = Policy(_outline(folder, torch.float32))
     set_trainable(planned, 5 if checkpointing else 4)
-    flow = Footprint(planned, torch.float32, cpu=True, checkpointing=checkpointing).passes(3, 20, gradient=True)
+    recomputed = 5 if checkpointing else 0
+    flow = Footprint(planned, torch.float32, cpu=True).passes(3, 20, gradient=True, recomputed=recomputed)
     grads = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
     assert flow.kept == pytest.approx(kept, rel=0.02)
     assert flow.peak <= live.peak <= flow.peak + grads
@@ -256,6 +257,8 @@ def test_what_a_stage_does_not_use_has_left_the_gpu(seven_billion):
     assert found["reference", "learning"].host.weights == found["reference", "experience"].gpu.weights > 0
     assert found["actor", "sampling"].gpu.optimizer == 0
     assert found["actor", "sampling"].host.optimizer == found["actor", "learning"].gpu.optimizer > 0
+    for role, kind in (("reference", "weights"), ("actor", "optimizer")):  # the copy on the host stays
+        assert len({getattr(found[role, phase].host, kind) for phase in PHASES}) == 1
 
 
 def test_top_k_and_top_p_need_no_memory(seven_billion):

@@ -55,9 +55,10 @@ def test_zero_and_adapters_take_memory_away(seven_billion, kind):
 
 
 def test_only_a_language_model_has_logits_and_a_trained_head_alone_no_activations(seven_billion):
-    scored, written = (held(make_plan(config_of(kind, seven_billion), LARGE)) for kind in ("pairs", "answers"))
+    fixed = {"optim__activation_checkpointing": "false"}
+    scored, written = (held(make_plan(config_of(kind, seven_billion, **fixed), LARGE)) for kind in ("pairs", "answers"))
     assert written.workspace - scored.workspace > 2 * 8192 * 3584  # of the head: gradients of its states at least
-    head = held(make_plan(config_of("pairs", seven_billion, model__train="head", keep_trunk_gb=0), LARGE))
+    head = held(make_plan(config_of("pairs", seven_billion, model__train="head", keep_trunk_gb=0, **fixed), LARGE))
     assert head.optimizer == 12 * 3584 // 8 and head.activations < scored.activations / 20
 
 
@@ -158,6 +159,6 @@ def test_the_preset_of_dpo_fits_the_machine_it_is_for_also_with_another_referenc
     argv = ["--command", "dpo", "--config", "8b-dpo", "--model.path", model]
     machine = ["--gpus", "8", "--gpu-memory", "80GB", "--host-memory", "1TB"]
     plan.main([*argv, *machine])
-    assert "GPU: 43.9 of 75.0 GB, fits" in (shown := capsys.readouterr().out) and "highest in learning" in shown
+    assert "GPU: 66.0 of 75.0 GB, fits" in (shown := capsys.readouterr().out) and "highest in learning" in shown
     plan.main([*argv, *machine, "--reference.model", model])
-    assert "GPU: 43.9 of 75.0 GB, fits" in capsys.readouterr().out
+    assert "GPU: 66.0 of 75.0 GB, fits" in capsys.readouterr().out

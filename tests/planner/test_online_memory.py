@@ -40,9 +40,9 @@ from fastppo.online import evaluation
 from fastppo.planner import memory
 from fastppo.planner.footprint import Footprint, Pass
 from fastppo.planner.machine import Machine
-from fastppo.planner.memory import Bytes, Role, by_phase
-from fastppo.planner.online_memory import PHASES, _live, averaged, kinds, placed, shares, smaller_passes
-from fastppo.planner.plan import make_plan, measured_roles
+from fastppo.planner.memory import Bytes, Role, by_phase, placed
+from fastppo.planner.methods.online import PHASES, _live, averaged, least, parts, shares, smaller_passes
+from fastppo.planner.plan import PROCESS_GPU, make_plan, measured_roles
 from fastppo.ppo.experience import compute_experience
 from fastppo.ppo.update import run_updates
 from fastppo.rewards import load_sources
@@ -127,24 +127,36 @@ def on_device(residency: Residency) -> dict[str, int]:
     found: dict[str, int] = {}
     for part in residency._parts:
         storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in part.states()}
-        found[part.kind] = found.get(part.kind, 0) + sum(storages.values())
+        found[part.name[0]] = found.get(part.name[0], 0) + sum(storages.values())
     return found
+
+
+# What else than the phases that use it a part is on the GPU in: nothing; all of them; some as they are moved.
+SOME = frozenset({("optimizers", "actor"), ("rewards", "reward 1"), ("gradients", "critic")})
+PLACEMENTS = [
+    {},
+    {"moved": frozenset()},
+    {"moved": SOME, "beside": {"sampling": {("rewards", "reward 1")}, "experience": {("optimizers", "actor")}}},
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_in_each_stage_residency_keeps_what_the_plan_counts(models, world, small, monkeypatch, case):
-    whole_runs.move_on_the_cpu_too(monkeypatch)
+    given = PLACEMENTS[CASES.index(case) % len(PLACEMENTS)]
+    whole_runs.move_on_the_cpu_too(monkeypatch, **given)
     config = settings(models, case, small)
     roles, members, zero = after_a_step(config, world), measured_roles(config, cpu=False), config.zero
-    homes = {"optimizers": zero.optimizer_on, "reference": zero.frozen_on, "rewards": zero.frozen_on}
+    homes, placement = dict.fromkeys(("reference", "rewards"), zero.frozen_on), replace(least(config), **given)
+    homes["optimizers"] = zero.optimizer_on
+    then = dict(zip(PHASES, (*PHASES[1:], PHASES[0]), strict=True))
     for phase in ("sampling", "feedback", "experience", "learning"):
-        roles.residency.enter(phase)
+        roles.residency.enter(phase, then[phase])
         held, counted = on_device(roles.residency), dict.fromkeys(KINDS, 0)
-        if zero.stage == 3 and zero.optimizer_on != "none" and phase == "learning":  # the sums are on the host
+        sums_on_host = zero.stage == 3 and zero.optimizer_on != "none"
+        if sums_on_host and placement.holds(phase, ("gradients", "actor")):
             held["gradients"] -= 4 * sum(member.size.trained for member in members if member.trains)
-        for member in members:
-            for kind, amount in kinds(member, config, 1).items():
-                counted[kind] += placed(kind, amount, phase, config, cpu=False).gpu.total
+        for name, amount in parts(members, config, 1).items():
+            counted[name[0]] += placed(name, amount, phase, placement, cpu=False).gpu.total
         for kind, planned in counted.items():
             if homes.get(kind, "none") == "none":
                 assert planned == pytest.approx(held.get(kind, 0), rel=0.02), (phase, kind)
@@ -196,14 +208,20 @@ class OwnWeights:
 
 
 @pytest.mark.parametrize("engine", ["inprocess", "vllm"])
+@pytest.mark.parametrize("room", ["a GPU for all", "a GPU for little"])
 @pytest.mark.parametrize("case", [CASES[i] for i in (0, 3, 4, 7, 9, 11)], ids=str)
 def test_every_copy_of_weights_is_counted_in_every_phase_in_which_it_stays(
-    models, world, small, monkeypatch, case, engine
+    models, world, small, monkeypatch, case, room, engine
 ):
-    """The weights of all roles and those to sample from, in two steps."""
+    """The weights of all roles and those to sample from, in two steps, as the plan of such a machine places them."""
     monkeypatch.setattr(Footprint, "passes", nothing_passes)
-    whole_runs.move_on_the_cpu_too(monkeypatch)
     config = replace(settings(models, case, small), rollout=RolloutConfig(engine=engine))
+    members, machine = measured_roles(config, cpu=False), Machine(1, 1, 10**10, 10**12)
+    if room == "a GPU for little":  # none at all, so that all leaves
+        machine = replace(machine, gpu=PROCESS_GPU + 1)
+    planned = make_plan(config, machine, members)
+    assert planned.placement.moved == (set() if room == "a GPU for all" else set(planned.parts))
+    whole_runs.move_on_the_cpu_too(monkeypatch, moved=planned.placement.moved, beside=planned.placement.beside)
     roles = roles_of(config, world)
     load_sources(config, roles.tokenizer, world, roles.residency)
     own = OwnWeights(roles)
@@ -212,11 +230,13 @@ def test_every_copy_of_weights_is_counted_in_every_phase_in_which_it_stays(
     roles.residency.add_sleeper("sampler", sampler)
     trained = [*roles.actor.module.parameters()]
     trained += [] if roles.critic is None else [*roles.critic.module.parameters()]
-    members, each = measured_roles(config, cpu=False), {}
-    for share in make_plan(config, Machine(1, 1, 10**10, 10**12), members).shares:
+    each: dict[str, int] = {}
+    for share in planned.shares:
         role = next((m for m in members if m.name == share.role), None)  # none: vLLM, the average
         live = 0 if role is None else _live(role, share.phase, config).gpu.weights
         each[share.phase] = each.get(share.phase, 0) + share.places.gpu.weights - live
+    roles.residency.enter("sampling")
+    sampler.sync()  # before it there is no copy to sample from
     for phase in PHASES * 2:
         roles.residency.enter(phase)
         if phase == "sampling":
@@ -227,7 +247,7 @@ def test_every_copy_of_weights_is_counted_in_every_phase_in_which_it_stays(
         assert held + sum(x.nbytes for x in own.held) == pytest.approx(each[phase], rel=0.02), phase
 
 
-def nothing_passes(self: Footprint, sequences: int, length: int, *, gradient: bool) -> Pass:
+def nothing_passes(self: Footprint, sequences: int, length: int, *, gradient: bool, recomputed: int = 0) -> Pass:
     """Activations take time to be counted, and are not asked for."""
     return Pass(0, 0)
 
@@ -265,7 +285,7 @@ def seven_billion(tmp_path_factory):
     """The actor on a GPU, and on the CPU."""
     folder = directory(tmp_path_factory.mktemp("7b"), *ACTORS["7b"])
     model = fuse_head(outline(AutoModelForCausalLM, Source("actor.model", folder), torch.bfloat16))
-    sizes = {cpu: Footprint(Policy(model), torch.bfloat16, cpu=cpu, checkpointing=True) for cpu in (False, True)}
+    sizes = {cpu: Footprint(Policy(model), torch.bfloat16, cpu=cpu) for cpu in (False, True)}
     return {cpu: [Role("actor", size, trains=True, weights=size.parameters)] for cpu, size in sizes.items()}
 
 
@@ -314,7 +334,7 @@ def test_the_buffers_that_deepspeed_keeps_are_counted_of_each_role_where_they_do
 
 def test_what_recorded_decode_steps_hold_is_counted_of_the_actor_in_every_phase(seven_billion, monkeypatch):
     """On a GPU: logits and activations of the largest step, and what each row has written. The cache leaves."""
-    monkeypatch.setattr(Footprint, "passes", lambda self, n, length, *, gradient: Pass(0, 5 * n * length))
+    monkeypatch.setattr(Footprint, "passes", lambda self, n, length, **how: Pass(0, 5 * n * length))
     for cpu, members in seven_billion.items():
         size, both = members[0].size, [members[0], replace(members[0], name="critic")]
         sampling = SamplingConfig(max_new_tokens=128, rows=96, top_k=9)

@@ -91,7 +91,7 @@ def test_a_preset_fits_the_machine_it_is_for(tmp_path, name, gpus, gpu, host):
 def test_the_preset_of_rest_fits_the_machine_it_is_for(tmp_path, capsys):
     machine = ["--gpus", "8", "--gpu-memory", "80GB", "--host-memory", "1TB"]
     code, out, _ = run(["--command", "rest", *preset(tmp_path, "8b-rest"), *machine], capsys)
-    assert code == 0 and "critic" not in out and "highest in sampling" in out, out
+    assert code == 0 and "critic" not in out and "highest in learning" in out, out
 
 
 def test_with_adapters_there_is_no_reference(settings):

@@ -17,7 +17,8 @@ RANGES: Ranges = (
         "0 or more",
         lambda x: 0 <= x < math.inf,
         "seed steps model.lr model.lora.rank data.split_seed optim.warmup_steps optim.weight_decay optim.max_grad_norm"
-        " optim.max_skipped eval.every eval.examples checkpoint.every checkpoint.keep_best keep_trunk_gb"
+        " optim.max_skipped optim.activation_checkpointing eval.every eval.examples checkpoint.every checkpoint.keep_best"
+        " keep_trunk_gb"
         " track.responses",
     ),
     (

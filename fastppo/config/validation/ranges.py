@@ -19,8 +19,8 @@ ONLINE_RANGES: Ranges = (
         "0 or more",
         lambda x: 0 <= x < math.inf,
         "seed steps actor.lr actor.lora.rank data.split_seed sampling.top_k sampling.min_new_tokens optim.warmup_steps"
-        " optim.weight_decay optim.max_grad_norm optim.max_skipped eval.every eval.prompts eval.seed eval.show"
-        " track.responses checkpoint.every checkpoint.keep_best health.roll_backs",
+        " optim.weight_decay optim.max_grad_norm optim.max_skipped optim.activation_checkpointing eval.every"
+        " eval.prompts eval.seed eval.show track.responses checkpoint.every checkpoint.keep_best health.roll_backs",
     ),
     (
         "1 or more",

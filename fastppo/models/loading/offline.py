@@ -28,10 +28,10 @@ from fastppo.config import (
     SampledConfig,
 )
 from fastppo.errors import ModelError
-from fastppo.models.frozen_prefix import prefix_depth
+from fastppo.models.frozen_prefix import depth_of, prefix_depth
 from fastppo.models.loading.policies import Texts, check_reader, check_reward_models, check_switch, load_causal
 from fastppo.models.loading.source import Source
-from fastppo.models.loading.trained import choose_trained
+from fastppo.models.loading.trained import choose_trained, recompute_layers
 from fastppo.models.loading.weights import (
     DTYPES,
     Partitions,
@@ -205,8 +205,7 @@ def _prepare(role: Policy | RewardModel, optim: OptimConfig, partitions: Partiti
         enable_prefix_states(role)
     elif prefix_depth(role.model):
         log.info("zero.stage is 3: frozen layers are computed in every pass")
-    if optim.activation_checkpointing:
-        role.model.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute_layers(role.model, optim.recomputed_layers(depth_of(role.model)))
 
 
 def initial_head(width: int, seed: int) -> Tensor:

@@ -19,10 +19,10 @@ from transformers import (
 
 from fastppo.config import AnyConfig, CriticConfig, OnlineConfig, Place, ResponseSettings
 from fastppo.distributed import gathered
-from fastppo.models.frozen_prefix import prefix_depth
+from fastppo.models.frozen_prefix import depth_of, prefix_depth
 from fastppo.models.loading.source import Source
 from fastppo.models.loading.streams import copy_parts, partition_config
-from fastppo.models.loading.trained import choose_trained
+from fastppo.models.loading.trained import choose_trained, recompute_layers
 from fastppo.models.loading.weights import (
     DTYPES,
     Partitions,
@@ -74,9 +74,8 @@ def load_policies(config: OnlineConfig, device: torch.device) -> tuple[Policy, C
             enable_prefix_states(value_model)
     elif prefix_depth(policy.model):  # DeepSpeed prefetches the weights of all layers, in their order
         log.info("zero.stage is 3: frozen layers are computed in every pass")
-    if config.optim.activation_checkpointing:
-        for role in filter(None, (policy, value_model)):
-            role.model.gradient_checkpointing_enable({"use_reentrant": False})
+    for role in filter(None, (policy, value_model)):
+        recompute_layers(role.model, config.optim.recomputed_layers(depth_of(role.model)))
     return policy, value_model, reference
 
 

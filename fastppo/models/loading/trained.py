@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from fastppo.config import ActorConfig, CriticConfig, ModelConfig
 from fastppo.data import locate
 from fastppo.errors import ModelError
-from fastppo.models.frozen_prefix import after_layers, layers_of
+from fastppo.models.frozen_prefix import after_layers, layers_of, prefix_depth
 from fastppo.models.lora import add_adapters
 from fastppo.models.roles import Backbone
 
@@ -49,6 +49,29 @@ def set_trainable(role: Backbone, train: str | int) -> None:
             )
     for name, parameter in named.items():
         parameter.requires_grad_(name in chosen)
+
+
+def recompute_layers(model: PreTrainedModel, count: int) -> None:
+    """Let the backward pass recompute the activations of the `count` lowest of the layers that it goes through.
+
+    The layers below these, where they are frozen, keep nothing. All layers recompute where the model has no list of
+    layers. Backward, the layers above have been passed and what they kept is free before the first one is recomputed:
+    recomputing the lower ones and not the upper ones needs the least memory.
+    """
+    if count == 0:
+        return
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # It lets the embeddings' output have a gradient, which the other way to recompute needs: frozen layers would keep
+    # activations.
+    model.disable_input_require_grads()
+    parent_and_name = layers_of(model)
+    if parent_and_name is None:
+        return
+    parent, name = parent_and_name
+    for layer in list(getattr(parent, name))[prefix_depth(model) + count :]:
+        for module in layer.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.gradient_checkpointing = False
 
 
 def _upper_layers(model: PreTrainedModel, count: int) -> set[str]:

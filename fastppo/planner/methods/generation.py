@@ -1,7 +1,7 @@
 """Bytes that the models of `fastppo.generate` hold while responses are drawn and while they are scored.
 
-Nothing trains, so that there are weights and what a pass needs. What is on the GPU when is decided by the table of
-`residency`.
+Nothing trains, so that there are weights and what a pass needs. What is on the GPU when is said by a `Placement`, the
+same that `Residency` has.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from fastppo.config import GenerateConfig
-from fastppo.distributed import uses
+from fastppo.distributed import PartName, Placement, uses
+from fastppo.planner.batch import Batch, in_microbatch, prompts_of, rows_of
 from fastppo.planner.memory import (
-    Batch,
     Bytes,
     Change,
     Places,
@@ -20,12 +20,10 @@ from fastppo.planner.memory import (
     Share,
     asking_needs,
     buffers,
-    in_microbatch,
     model_states,
+    placed,
     prefetch,
-    prompts_of,
     recording_holds,
-    rows_of,
     sampling_needs,
 )
 from fastppo.planner.vllm_memory import samples_with_vllm, streaming_needs
@@ -34,15 +32,17 @@ PHASES = ("sampling", "feedback")
 SAMPLED = "model"  # the name of the model that responses are drawn from; all others score
 
 
-def shares(roles: list[Role], config: GenerateConfig, ranks: int) -> list[Share]:
-    """Every model in both phases on one rank, with prompts and responses as long as they may be."""
-    batch, table = batch_of(config, ranks), uses(loss_reads_reference=False)
+def shares(roles: list[Role], config: GenerateConfig, ranks: int, placement: Placement | None = None) -> list[Share]:
+    """Every model in both phases on one rank, with prompts and responses as long as they may be.
+
+    placement: without one each model is on the GPU only while it is used.
+    """
+    batch, placement = batch_of(config, ranks), placement or least(config)
     found = []
     for phase in PHASES:
         for role in roles:
-            sampled = role.name == SAMPLED
-            used = ("sampled" if sampled else "rewards") in table[phase]
-            places = _weights(role, config, ranks, sampled=sampled, used=used)
+            sampled, used = role.name == SAMPLED, placement.uses_in(phase, _name(role))
+            places = _weights(role, phase, config, ranks, placement)
             if sampled:
                 places += Places(gpu=recording_holds(role.size, config, batch))
             if used and sampled:
@@ -66,15 +66,40 @@ def batch_of(config: GenerateConfig, ranks: int) -> Batch:
     return Batch(sequences, length, responses=sequences, rows=rows, prompt=prompt, prefilled=prefilled)
 
 
-def _weights(role: Role, config: GenerateConfig, ranks: int, *, sampled: bool, used: bool) -> Places:
-    """Its weights: those of a model that waits for its phase are in the host's memory, where there is a GPU."""
-    states = model_states(role, replace(config, rewards_on="gpu") if sampled else config, ranks)
-    states += Places() if sampled else buffers(role, config, ranks)
-    if used or role.size.on_cpu:
+def least(config: GenerateConfig) -> Placement:
+    """Each model is on the GPU only while it is used."""
+    return Placement(uses(loss_reads_reference=False))
+
+
+def parts(roles: list[Role], config: GenerateConfig, ranks: int) -> dict[PartName, Bytes]:
+    """What may be moved, with what each part has on the GPU in the phases that use it."""
+    found: dict[PartName, Bytes] = {}
+    for role in roles:
+        states, live = _states(role, config, ranks)
+        amount = Bytes(weights=states.gpu.weights - live)
+        found[_name(role)] = found.get(_name(role), Bytes()) + amount  # an ensemble has one name
+    return found
+
+
+def _name(role: Role) -> PartName:
+    return "sampled" if role.name == SAMPLED else "rewards", role.name
+
+
+def _states(role: Role, config: GenerateConfig, ranks: int) -> tuple[Places, int]:
+    """Its weights, and how many bytes of them are those of the module that is whole while it is asked."""
+    if role.name == SAMPLED:
+        return model_states(role, replace(config, rewards_on="gpu"), ranks), 0
+    states = model_states(role, config, ranks) + buffers(role, config, ranks)
+    return states, role.size.largest * role.size.bytes if config.zero.stage == 3 else 0
+
+
+def _weights(role: Role, phase: str, config: GenerateConfig, ranks: int, placement: Placement) -> Places:
+    states, live = _states(role, config, ranks)
+    if role.size.on_cpu:
         return states
-    live = role.size.largest * role.size.bytes if config.zero.stage == 3 and not sampled else 0
-    waiting = Bytes(weights=states.gpu.weights - live)  # nothing is gathered while it waits
-    return replace(states, gpu=Bytes(), host=states.host + waiting)
+    moved = placed(_name(role), Bytes(weights=states.gpu.weights - live), phase, placement, cpu=False)
+    gathered = live if placement.uses_in(phase, _name(role)) else 0  # nothing is gathered while it waits
+    return replace(states, gpu=Bytes(weights=gathered)) + moved
 
 
 def smaller_passes(config: GenerateConfig) -> Iterator[Change]:

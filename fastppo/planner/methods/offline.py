@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fastppo.config import OfflineConfig
+from fastppo.distributed import Placement
+from fastppo.planner.batch import Batch
 from fastppo.planner.footprint import Footprint
 from fastppo.planner.memory import (
-    Batch,
     Bytes,
     Change,
     Places,
@@ -22,7 +23,7 @@ from fastppo.planner.memory import (
 )
 
 
-def shares(roles: list[Role], config: OfflineConfig, ranks: int) -> list[Share]:
+def shares(roles: list[Role], config: OfflineConfig, ranks: int, _: Placement | None = None) -> list[Share]:
     """The one model in both phases on one rank, every example as long as it may be. All of it stays on the GPU.
 
     A model that is asked before it is loaded has a phase of its own.
@@ -31,11 +32,11 @@ def shares(roles: list[Role], config: OfflineConfig, ranks: int) -> list[Share]:
     states = model_states(role, config, ranks) + buffers(role, config, ranks)
     kept = Places(gpu=Bytes(buffers=_kept_prefix_states(role.size, config)))
     head = config.role == "policy"
-    learning = learning_needs(role, _batch(config, config.batch_size // ranks), head=head)
+    learning = learning_needs(role, _batch(config, config.batch_size // ranks), config.optim, head=head)
     asking = asking_needs(role, _batch(config, config.eval.examples or config.batch_size), head=head)
     return [
         *(Share(other.name, other.name, _asked_alone(other, config, ranks)) for other in frozen),
-        Share(role.name, "learning", states + reducing(role, config, ranks) + kept + Places(gpu=learning)),
+        Share(role.name, "learning", states + reducing(role, config, ranks, learning) + kept),
         Share(role.name, "evaluation", states + prefetch(role, config) + kept + Places(gpu=asking)),
     ]
 

@@ -1,6 +1,7 @@
 """Bytes that each role of an online run holds in each of its phases, as `memory` counts them.
 
-What is on the GPU when is decided by the table of `residency`; here stands only how much there is of each kind.
+What is on the GPU when is said by a `Placement`, the same that `Residency` has; here stands only how much there is of
+each part.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from fastppo.config import OnlineConfig
-from fastppo.distributed import REMADE, uses
+from fastppo.distributed import PartName, Placement, uses
+from fastppo.planner.batch import Batch
 from fastppo.planner.memory import (
-    Batch,
     Bytes,
     Change,
     Places,
@@ -21,6 +22,7 @@ from fastppo.planner.memory import (
     buffers,
     learning_needs,
     model_states,
+    placed,
     prefetch,
     prefix_states,
     recording_holds,
@@ -34,16 +36,20 @@ PHASES = ("sampling", "feedback", "experience", "learning")
 EVALUATED = ("sampling", "feedback", "experience")  # the phases of an evaluation
 
 
-def shares(roles: list[Role], config: OnlineConfig, ranks: int) -> list[Share]:
-    """Every role in every phase on one rank, and the moving average of the actor's weights where there is one."""
+def shares(roles: list[Role], config: OnlineConfig, ranks: int, placement: Placement | None = None) -> list[Share]:
+    """Every role in every phase on one rank, and the moving average of the actor's weights where there is one.
+
+    placement: without one each part is on the GPU only while it is used.
+    """
     batch, table = Batch.of(config, ranks), _uses(config)
+    placement = placement or least(config)
     lone = not any(role.name == "reference" for role in roles)  # it is the actor, adapters off
     # At stage 3 an actor that is sampled from nowhere in this process is gathered at the end, to be exported.
     exports = config.zero.stage == 3 and samples_with_vllm(config)
     found = []
     for phase in (*PHASES, "export") if exports else PHASES:
         for role in roles:
-            places = _lasting(role, phase, config, ranks, batch) + _live(role, phase, config)
+            places = _lasting(role, phase, config, ranks, batch, placement) + _live(role, phase, config)
             if phase in _computed(role, table):
                 places += _needs(role, phase, config, ranks, batch, lone=lone)
             found.append(Share(role.name, phase, places))
@@ -57,6 +63,11 @@ def shares(roles: list[Role], config: OnlineConfig, ranks: int) -> list[Share]:
     return found
 
 
+def least(config: OnlineConfig) -> Placement:
+    """Each part is on the GPU only while it is used."""
+    return Placement(_uses(config))
+
+
 def _uses(config: OnlineConfig) -> dict[str, set[str]]:
     return uses(loss_reads_reference=config.loss_reads_reference)
 
@@ -66,8 +77,17 @@ def kind_of(role: Role) -> str:
     return "optimizers" if role.trains else "reference" if role.name == "reference" else "rewards"
 
 
-def kinds(role: Role, config: OnlineConfig, ranks: int) -> dict[str, Bytes]:
-    """What a role has on the GPU in the phases that use it, by kind as in `residency.uses`."""
+def parts(roles: list[Role], config: OnlineConfig, ranks: int) -> dict[PartName, Bytes]:
+    """What may be moved, with what each part has on the GPU in the phases that use it."""
+    found: dict[PartName, Bytes] = {}
+    for role in roles:
+        for kind, amount in _kinds(role, config, ranks).items():
+            found[kind, role.name] = found.get((kind, role.name), Bytes()) + amount  # an ensemble has one name
+    return found
+
+
+def _kinds(role: Role, config: OnlineConfig, ranks: int) -> dict[str, Bytes]:
+    """By kind as in `residency.uses`."""
     gpu, b = model_states(role, config, ranks).gpu, role.size.bytes
     live = role.size.largest * b if config.zero.stage == 3 else 0  # of one module, while the role is computed
     if not role.trains:
@@ -80,13 +100,6 @@ def kinds(role: Role, config: OnlineConfig, ranks: int) -> dict[str, Bytes]:
     if config.zero.stage == 3 and role.name == "actor" and not samples_with_vllm(config):
         found["sampling_weights"] = Bytes(weights=role.size.parameters * b)
     return found
-
-
-def placed(kind: str, amount: Bytes, phase: str, config: OnlineConfig, *, cpu: bool) -> Places:
-    """Where it is in a phase. cpu: whether the run is on the CPU, where there is one memory and nothing moves."""
-    if cpu or kind in _uses(config)[phase]:
-        return Places(gpu=amount)
-    return Places() if kind in REMADE else Places(host=amount)
 
 
 def _made_once(role: Role, config: OnlineConfig) -> bool:
@@ -103,12 +116,12 @@ def averaged(actor: Role, phase: str, config: OnlineConfig, ranks: int) -> Place
     return Places(host=Bytes(weights=4 * part + staged + aside))
 
 
-def _lasting(role: Role, phase: str, config: OnlineConfig, ranks: int, batch: Batch) -> Places:
+def _lasting(role: Role, phase: str, config: OnlineConfig, ranks: int, batch: Batch, placement: Placement) -> Places:
     """What a role has in a phase whether it is computed there or not."""
     states, cpu = model_states(role, config, ranks), role.size.on_cpu
     found = Places(host=states.host + buffers(role, config, ranks).host, nvme=states.nvme)
-    for kind, amount in kinds(role, config, ranks).items():
-        found += placed(kind, amount, phase, config, cpu=cpu)
+    for kind, amount in _kinds(role, config, ranks).items():
+        found += placed((kind, role.name), amount, phase, placement, cpu=cpu)
     if role.trains:
         live = role.size.largest * role.size.bytes if config.zero.stage == 3 else 0
         found += Places(gpu=Bytes(weights=states.gpu.weights - live))
@@ -149,11 +162,12 @@ def _needs(role: Role, phase: str, config: OnlineConfig, ranks: int, batch: Batc
     policy, exact = role.name in ("actor", "reference"), config.exact_kl
     if phase == "learning" and role.trains:
         actor, reads = role.name == "actor", config.loss_reads_reference
-        found = [learning_needs(role, batch, head=actor, reference=reads)]
+        found = [learning_needs(role, batch, config.optim, head=actor, reference=reads)]
         if actor and config.mixed_in is not None:
-            found.append(learning_needs(role, batch.with_texts(*config.mixed_in, config, ranks), head=True))
+            texts = batch.with_texts(*config.mixed_in, config, ranks)
+            found.append(learning_needs(role, texts, config.optim, head=True))
         needs = max(found, key=lambda amount: amount.total)
-        return reducing(role, config, ranks) + Places(gpu=needs + _whole_head(role, config, lone and reads))
+        return reducing(role, config, ranks, needs + _whole_head(role, config, lone and reads))
     asked = batch if phase == "learning" else batch.asked(phase, config, ranks)
     needs = asking_needs(role, asked, head=policy, reference=exact)
     return prefetch(role, config) + Places(gpu=needs + _whole_head(role, config, lone and exact))
