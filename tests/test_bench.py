@@ -1,5 +1,6 @@
 """The benches are run by hand: here is seen that what they import is there, and what one counts without a machine."""
 
+import json
 import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -37,3 +38,19 @@ def test_a_layer_of_llama_launches_few_kernels():
     own = [counted.total for counted in bench.kernels_of_a_layer(fused=False)]
     fused = [counted.total for counted in bench.kernels_of_a_layer(fused=True)]
     assert own == [38, 73] and fused[0] <= 13 and fused[1] <= 27
+
+
+@pytest.mark.slow
+def test_a_step_is_modelled_from_its_kernels():
+    """In a process of its own, as it changes what attention is computed with."""
+    run = subprocess.run([sys.executable, BENCH / "modelled_step.py", "tiny"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    step = json.loads(run.stdout.splitlines()[-1])["tiny"]
+    assert set(step["fused"]) == set(step["moves"]) == {"sampling", "feedback", "experience", "learning"}
+    for phase, fused in step["fused"].items():
+        before = step["before"][phase]
+        assert 0 < fused["roofline"] < fused["modelled"] < before["modelled"], phase
+        assert 0 < fused["kernels"] < before["kernels"], phase
+    for name, modelled in step["step"].items():
+        phases = sum(phase["modelled"] for phase in step[name].values())
+        assert modelled == pytest.approx(phases + sum(step["moves"].values()))
