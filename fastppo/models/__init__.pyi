@@ -10,9 +10,9 @@ from .cache import SequenceLayout as SequenceLayout
 from .frozen_prefix import PrefixStates as PrefixStates
 from .frozen_prefix import layers_of as layers_of
 from .frozen_prefix import prefix_depth as prefix_depth
-from .joined import joined_projections as joined_projections
 from .layers.fuse import choose_layers as choose_layers
 from .layers.fuse import layers_as as layers_as
+from .layers.joined import joined_projections as joined_projections
 from .loading.miniature import MINIATURE_ERRORS as MINIATURE_ERRORS
 from .loading.miniature import miniature as miniature
 from .loading.model_check import check_model as check_model
