@@ -40,7 +40,8 @@ inline LayerRows layer_rows(const Tensor& x) {
   const int64_t dims = x.dim(), width = x.size(dims - 1), inner = dims > 1 ? x.size(dims - 2) : 1;
   const int64_t bytes = static_cast<int64_t>(x.element_size()), rows = width == 0 ? 0 : x.numel() / width;
   int64_t outer = 0;
-  if ((width > 1 && x.stride(dims - 1) != 1) || (dims > 2 && !in_two_strides(x, outer))) {
+  const bool in_place = (width <= 1 || x.stride(dims - 1) == 1) && (dims <= 2 || in_two_strides(x, outer));
+  if (rows > 0 && !in_place) {  // `contiguous` leaves the strides of an empty tensor as they are
     return layer_rows(torch::stable::contiguous(x));
   }
   int64_t step = dims > 1 ? x.stride(dims - 2) : width;

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import op_calls
 import pytest
 import torch
 from cases import LINEAR_CASES, VOCABULARY_CASES, LinearCase, VocabularyCase, assert_as_good, gradients, in_fp64
@@ -358,6 +359,17 @@ def test_backward_can_run_twice_over_a_kept_graph():
     (first,) = torch.autograd.grad(2 * loss, hidden, retain_graph=True)
     (second,) = torch.autograd.grad(loss, hidden)
     torch.testing.assert_close(first, 2 * second)
+
+
+@pytest.mark.parametrize("op", op_calls.TRAINED)
+def test_a_sum_over_no_tokens_has_gradients_of_zero(op):
+    """The gradient that arrives is one number, expanded: no memory layout that a kernel writes."""
+    call = op_calls.make(op, tokens=0)
+    given = call.all() | ({"normalizer": 1.0} if "normalizer" in call.arguments else {})
+    outputs = getattr(ops, op)(**given)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    sum(outputs[i].sum() for i in op_calls.DIFFERENTIABLE[op]).backward()
+    assert all(given[name].grad is None or not given[name].grad.any() for name in call.leaves())
 
 
 @pytest.mark.slow
