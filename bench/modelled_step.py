@@ -4,9 +4,9 @@
 
 The models of a step run on the meta device, on shapes alone. Each kernel takes its bytes over the bandwidth or its
 products over the peak, whichever is longer, and what lies between kernels. `roofline` has the products, attention and
-the passes over logits alone, with nothing between them; `as written` the model's own layers, and activations computed
-again where they did not fit; `fused` the fused layers (`model.fused`), whose activations fit. Moves between GPU and
-host are those of the table in `fastppo.distributed.residency`, with the bytes that the memory plan has. The constants
+the passes over logits alone, with nothing between them; `as written` the model's own layers, activations computed again
+where they did not fit, and every part of the run moved out of the GPU where a phase does not use it; `now` the fused
+layers (`model.fused`), and what the memory plan chooses to compute again and to move on GPUs of 80 GB. The constants
 are printed. The last line is JSON.
 """
 
@@ -17,8 +17,9 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,15 +29,25 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fastppo import ops
-from fastppo.config import ActorConfig, Config, CriticConfig, PPOConfig, RewardConfig, ZeroConfig
-from fastppo.distributed import REMADE, uses
+from fastppo.config import (
+    ActorConfig,
+    Config,
+    CriticConfig,
+    DataConfig,
+    LayersConfig,
+    PPOConfig,
+    RewardConfig,
+    SamplingConfig,
+    ZeroConfig,
+)
+from fastppo.distributed import FROZEN, Placement
 from fastppo.models import Cache, Critic, Policy, RewardModel, ValueHead, fuse_head
 from fastppo.models.attention import compute_with
 from fastppo.models.backends.varlen import VarlenAttention
 from fastppo.models.cache import SequenceLayout
 from fastppo.models.layers.fuse import layers_as
-from fastppo.planner.online_memory import kinds
-from fastppo.planner.plan import measured_roles
+from fastppo.planner.machine import Machine
+from fastppo.planner.plan import Plan, make_plan
 
 META, DTYPE = torch.device("meta"), torch.bfloat16
 
@@ -51,6 +62,7 @@ class Case(NamedTuple):
     response: int
     shared: bool  # whether actor and critic share the backbone
     checkpointed: bool  # whether activations had to be computed again before layers were fused
+    stage: Literal[1, 2]  # of ZeRO
 
     @property
     def length(self) -> int:
@@ -64,9 +76,9 @@ def llama(hidden: int, inner: int, layers: int, heads: int, vocabulary: int, *, 
 
 
 CASES = {
-    "1b": Case(llama(2048, 8192, 16, 32, 128_256, tied=True), 1, 128, 128, 256, False, False),  # Llama-3.2-1B
-    "8b": Case(llama(4096, 14_336, 32, 32, 128_256, tied=False), 8, 512, 512, 512, True, True),  # Llama-3.1-8B
-    "tiny": Case(llama(64, 128, 2, 4, 512, tied=False), 2, 8, 16, 16, True, True),
+    "1b": Case(llama(2048, 8192, 16, 32, 128_256, tied=True), 1, 128, 128, 256, False, False, 1),  # Llama-3.2-1B
+    "8b": Case(llama(4096, 14_336, 32, 32, 128_256, tied=False), 8, 512, 512, 512, True, True, 2),  # Llama-3.1-8B
+    "tiny": Case(llama(64, 128, 2, 4, 512, tied=False), 2, 8, 16, 16, True, True, 1),
 }
 
 # Bytes of an optimizer step for each parameter: gradient, weight in fp32, two moments, each but the first also written,
@@ -99,7 +111,7 @@ class Step(NamedTuple):
     case: Case
     gpu: Gpu
     fused: bool
-    checkpointing: bool
+    recomputed: float  # share of the layers whose activations are computed again
     ppo: PPOConfig = PPOConfig()
 
     def passes(self, compute: Callable[[], Any], length: int, *, in_graph: bool = False) -> Seconds:
@@ -128,9 +140,10 @@ class Step(NamedTuple):
         found["experience"] = asked * microbatches
         roles = [policy] if case.shared else [policy, critic]
         learnt = self.passes(lambda: self.learn(roles, each), case.length)
-        if self.checkpointing:
+        if self.recomputed:
             with torch.no_grad():
-                learnt += self.passes(lambda: [states(role, each, case.length) for role in roles], case.length)
+                again = self.passes(lambda: [states(role, each, case.length) for role in roles], case.length)
+            learnt += again * self.recomputed
         updates, times = self.ppo.epochs * self.ppo.minibatches, self.ppo.epochs * microbatches
         weights = sum(p.numel() for role in roles for p in role.parameters())
         found["learning"] = learnt * times + self.optimizer(weights, times, updates)
@@ -180,11 +193,14 @@ class Step(NamedTuple):
 
     def optimizer(self, weights: int, microbatches: float, updates: int) -> Seconds:
         """Sums of gradients, their mean over ranks, and Adam on a rank's part of the states."""
-        case, gpu = self.case, self.gpu
+        case, gpu, others = self.case, self.gpu, (self.case.ranks - 1) / self.case.ranks
         adam = weights / case.ranks * ADAM_BYTES / (gpu.bandwidth * gpu.bandwidth_share)
-        exchanged = (case.ranks - 1) / case.ranks * weights * (4 + 2) / gpu.link  # scattered in fp32, gathered in bf16
-        added = weights * ADD_BYTES / (gpu.bandwidth * gpu.bandwidth_share)
-        return Seconds(added * microbatches + (adam + exchanged) * updates, (adam + exchanged) * updates)
+        gathered = others * weights * 2 / gpu.link  # weights in bf16
+        # Stage 1 scatters the sums in fp32 once an update, stage 2 the gradients in bf16 once a microbatch.
+        scattered = others * weights * (4 * updates if case.stage == 1 else 2 * microbatches) / gpu.link
+        added = weights / (1 if case.stage == 1 else case.ranks) * ADD_BYTES / (gpu.bandwidth * gpu.bandwidth_share)
+        roofline = (adam + gathered) * updates + scattered
+        return Seconds(added * microbatches + roofline, roofline)
 
 
 def make_roles(shape: dict[str, Any]) -> tuple[Policy, Critic, RewardModel]:
@@ -205,9 +221,11 @@ def states(role: Any, sequences: int, length: int) -> Tensor:
     return output.last_hidden_state[0]
 
 
-def moves(case: Case, gpu: Gpu) -> dict[str, float]:
-    """Seconds of moves at the beginning of each phase, one step after another."""
-    order = ("sampling", "feedback", "experience", "learning")
+ORDER = ("sampling", "feedback", "experience", "learning")
+
+
+def plan_of(case: Case, *, fused: bool) -> Plan:
+    """The plan of such a run on GPUs of 80 GB."""
     with tempfile.TemporaryDirectory() as folder:
         config = AutoConfig.for_model("llama", **case.model)
         for name, head in (("actor", "ForCausalLM"), ("reward", "ForSequenceClassification")):
@@ -217,34 +235,56 @@ def moves(case: Case, gpu: Gpu) -> dict[str, float]:
             actor=ActorConfig(model=f"{folder}/actor"),
             critic=CriticConfig(kind="shared" if case.shared else "separate"),
             rewards=(RewardConfig(model=f"{folder}/reward"),),
-            zero=ZeroConfig(stage=1),
+            data=DataConfig(max_prompt_tokens=case.prompt),
+            sampling=SamplingConfig(max_new_tokens=case.response, rows=case.sequences // case.ranks),
+            ppo=PPOConfig(batch_size=case.sequences),
+            zero=ZeroConfig(stage=case.stage),
+            model=LayersConfig(fused=fused),
         )
-        roles = measured_roles(run, cpu=False)
-    table = uses(loss_reads_reference=run.loss_reads_reference)
-    moved = Counter(dict.fromkeys(order, 0.0))
-    for role in roles:
-        for kind, amount in kinds(role, run, case.ranks).items():
-            for before, phase in zip((order[-1], *order[:-1]), order, strict=True):
-                if kind not in REMADE and (kind in table[before]) != (kind in table[phase]):
-                    moved[phase] += amount.total / gpu.host
+        return make_plan(run, Machine(gpus=case.ranks, nodes=1, gpu=80 * 10**9, host=2 * 10**12))
+
+
+def moves(plan: Plan, placement: Placement, gpu: Gpu, *, back: bool) -> dict[str, float]:
+    """Seconds of moves at the beginning of each phase, one step after another, without those beside computing.
+
+    back: frozen weights are copied to the host, too, each time that they leave.
+    """
+    moved = Counter(dict.fromkeys(ORDER, 0.0))
+    for part, size in plan.parts.items():
+        for before, phase in zip((ORDER[-1], *ORDER[:-1]), ORDER, strict=True):
+            comes = placement.holds(phase, part) and not placement.holds(before, part)
+            goes = placement.holds(before, part) and not placement.holds(phase, part)
+            if (placement.uses_in(phase, part) and comes) or (placement.uses_in(before, part) and goes):
+                copied = placement.copied(part) and (comes or back or part[0] not in FROZEN)
+                moved[phase] += size / gpu.host if copied else 0.0
     return dict(moved)
 
 
 def table(case: Case, gpu: Gpu) -> dict[str, Any]:
     """Print and return the seconds of each phase."""
-    before = Step(case, gpu, fused=False, checkpointing=case.checkpointed).phases()
-    fused, moved = Step(case, gpu, fused=True, checkpointing=False).phases(), moves(case, gpu)
-    print(f"{'seconds':12} {'roofline':>9} {'as written':>11} {'fused':>9} {'moves':>9}   kernels")
+    plan = plan_of(case, fused=True)
+    recomputed, depth = plan.recomputed or (0, 1)
+    before = Step(case, gpu, fused=False, recomputed=float(case.checkpointed)).phases()
+    fused = Step(case, gpu, fused=True, recomputed=recomputed / depth).phases()
+    every = replace(plan.placement, moved=None, beside={})
+    moved_before, moved = moves(plan, every, gpu, back=True), moves(plan, plan.placement, gpu, back=False)
+    print("\n".join(plan.choices))
+    print(f"{'seconds':12} {'roofline':>9} {'as written':>11} {'moves':>9} {'now':>9} {'moves':>9}   kernels")
     for phase, own in before.items():
-        seconds = f"{fused[phase].roofline:9.3f} {own.modelled:11.3f} {fused[phase].modelled:9.3f} {moved[phase]:9.3f}"
-        print(f"{phase:12} {seconds}   {own.kernels:,} -> {fused[phase].kernels:,}")
+        now = fused[phase]
+        seconds = f"{now.roofline:9.3f} {own.modelled:11.3f} {moved_before[phase]:9.3f}"
+        seconds += f" {now.modelled:9.3f} {moved[phase]:9.3f}"
+        print(f"{phase:12} {seconds}   {own.kernels:,} -> {now.kernels:,}")
     roofline = sum(x.roofline for x in fused.values())
-    totals = [sum(x.modelled for x in step.values()) + sum(moved.values()) for step in (before, fused)]
+    sums = [sum(moved_before.values()), sum(moved.values())]
+    totals = [sum(x.modelled for x in step.values()) + m for step, m in zip((before, fused), sums, strict=True)]
     print(
-        f"{'with moves':12} {roofline:9.3f} {totals[0]:11.3f} {totals[1]:9.3f} {sum(moved.values()):9.3f}", flush=True
+        f"{'with moves':12} {roofline:9.3f} {totals[0]:11.3f} {sums[0]:9.3f} {totals[1]:9.3f} {sums[1]:9.3f}",
+        flush=True,
     )
     phases = {name: {p: x._asdict() for p, x in step.items()} for name, step in (("before", before), ("fused", fused))}
-    return phases | {"moves": moved, "step": dict(zip(("before", "fused"), totals, strict=True))}
+    found = {"moves": moved, "moves_before": moved_before, "recomputed": recomputed}
+    return phases | found | {"step": dict(zip(("before", "fused"), totals, strict=True))}
 
 
 def main(names: list[str]) -> None:
