@@ -87,15 +87,23 @@ class Head(NamedTuple):
         """Write the logits of the rows to `out`, (rows, V)."""
         assert self.hidden is not None and self.weight is not None
         hidden = self.hidden[rows]
+        if hidden.device.type == "cpu":
+            hidden = hidden.contiguous()  # see `buffer`: a caller's rows may have NaNs between them
         if self.bias is None:
             return torch.mm(hidden, self.weight.t(), out=out)
         return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
 
     def buffer(self, rows: int) -> Tensor:
-        """Memory for logits, (rows, V), not initialised."""
+        """Memory for logits, (rows, V), not initialised; zeros between the rows.
+
+        oneDNN's bf16 product with AMX reads a row of its first factor up to a multiple of 32 and multiplies what it
+        finds behind the row by zero: a NaN there, which any memory may hold, is then in the whole product.
+        """
         assert self.hidden is not None and self.weight is not None
         vocabulary = len(self.weight)
-        return self.hidden.new_empty(rows, stride(vocabulary, self.hidden.element_size()))[:, :vocabulary]
+        whole = self.hidden.new_empty(rows, stride(vocabulary, self.hidden.element_size()))
+        whole[:, vocabulary:] = 0
+        return whole[:, :vocabulary]
 
     def blocks(self, workspace: int, *, summed: bool = False) -> Blocks:
         assert self.hidden is not None and self.weight is not None

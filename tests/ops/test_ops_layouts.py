@@ -1,7 +1,8 @@
 """Every layout of every tensor that an op takes, forward and backward, against the same numbers side by side."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -69,6 +70,35 @@ SUPPORTED = [(op, dtype) for op in OPS for dtype in (DTYPES[:3] if op == "attend
 @pytest.mark.parametrize(("op", "dtype"), SUPPORTED, ids=str)
 def test_each_tensor_in_each_layout(op, layout, dtype):
     walk(make(op, 6, vocabulary=19, dtype=dtype), layout, dtype)
+
+
+@contextmanager
+def new_memory_holds_nans() -> Iterator[None]:
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# Of sizes at which oneDNN computes bf16 products with AMX, and reads behind the rows of its first factor.
+def wide(op: str, dtype: torch.dtype) -> Call:
+    return make(op, 24, vocabulary=101, dtype=dtype)
+
+
+@pytest.mark.parametrize("layout", ["padded rows", "at an odd address"])
+@pytest.mark.parametrize("op", ["linear_logprobs", "linear_policy_loss"])
+def test_nans_behind_the_rows_of_a_larger_product(op, layout):
+    walk(wide(op, torch.bfloat16), layout, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("op", "dtype"), SUPPORTED, ids=str)
+def test_what_new_memory_holds_is_in_no_result(op, dtype):
+    with new_memory_holds_nans():
+        assert torch.empty(1).isnan()
+        made = results(wide(op, dtype))
+    torch.testing.assert_close(made, results(wide(op, dtype)), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.slow

@@ -165,9 +165,9 @@ def test_in_each_stage_residency_keeps_what_the_plan_counts(models, world, small
     if roles.average is not None:
         actor, own = members[0], sum(p.nbytes for p in roles.average._average.values())
         planned = {phase: averaged(actor, phase, config, 1).host.total for phase in PHASES}
-        assert planned["learning"] == pytest.approx(own, rel=0.02)
-        swapped = own + own * actor.size.bytes // 4
-        assert planned["sampling"] == planned["experience"] == pytest.approx(swapped, rel=0.02)
+        copy = own * actor.size.bytes // 4  # of weights on their way from a GPU; another of what the average stands for
+        assert planned["learning"] == pytest.approx(own + copy, rel=0.02)
+        assert planned["sampling"] == planned["experience"] == pytest.approx(own + 2 * copy, rel=0.02)
 
 
 @pytest.mark.parametrize("case", [CASES[i] for i in (1, 3, 5, 6, 8, 11, 13)], ids=str)
