@@ -73,7 +73,7 @@ def eager_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
-    return layers.rotary(q, k, cos[:, None], sin[:, None])
+    return layers.rotary(q, k, cos, sin)
 
 
 def liger_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
@@ -109,6 +109,21 @@ def liger_geglu(gate: Tensor, up: Tensor) -> Any:
     return LigerGELUMulFunction.apply(gate, up)
 
 
+# The same of gate and up in one tensor, as one projection writes them
+
+
+def eager_swiglu_joined(both: Tensor) -> Tensor:
+    return eager_swiglu(*both.chunk(2, -1))
+
+
+def eager_geglu_joined(both: Tensor) -> Tensor:
+    return eager_geglu(*both.chunk(2, -1))
+
+
+def geglu_joined(both: Tensor) -> Any:
+    return layers.geglu_joined(both, approximate="tanh")
+
+
 def random(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(*shape, device=DEVICE).to(dtype)
 
@@ -135,6 +150,11 @@ def for_glu(sizes: Sizes, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple
     return (make(), make()), (make(),), ()
 
 
+def for_joined(sizes: Sizes, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+    make = functools.partial(random, sizes.tokens, dtype=dtype)
+    return (make(2 * sizes.intermediate),), (make(sizes.intermediate),), ()
+
+
 class Op(NamedTuple):
     """An op: ways to compute it, their inputs, and the elements moved in a forward pass and in both."""
 
@@ -155,6 +175,9 @@ def ops_of(sizes: Sizes) -> list[Op]:
         Op("swiglu", {"eager": eager_swiglu, "fastppo": layers.swiglu, "liger": liger_swiglu}, for_glu,
            3 * inner, 8 * inner),
         Op("geglu", {"eager": eager_geglu, "fastppo": geglu, "liger": liger_geglu}, for_glu, 3 * inner, 8 * inner),
+        Op("swiglu_joined", {"eager": eager_swiglu_joined, "fastppo": layers.swiglu_joined}, for_joined,
+           3 * inner, 8 * inner),
+        Op("geglu_joined", {"eager": eager_geglu_joined, "fastppo": geglu_joined}, for_joined, 3 * inner, 8 * inner),
     ]  # fmt: skip
 
 
@@ -165,7 +188,7 @@ def op_cases(*, small: bool = False) -> list[OpCase]:
     for op in ops_of(sizes):
         ways = {"eager": op.ways["eager"], "compiled": torch.compile(op.ways["eager"], dynamic=False)} | op.ways
         if not find_spec("liger_kernel") or DEVICE.type == "cpu":
-            ways.pop("liger")
+            ways.pop("liger", None)
         title = {"rms_norm": "rms_norm with residual"}.get(op.name, op.name) + f", {sizes.tokens:,} tokens"
         forwards = {name: functools.partial(without_gradient, way) for name, way in ways.items()}
         both = {name: functools.partial(gradients, way) for name, way in ways.items()}

@@ -53,4 +53,5 @@ def test_a_step_is_modelled_from_its_kernels():
         assert 0 < fused["kernels"] < before["kernels"], phase
     for name, modelled in step["step"].items():
         phases = sum(phase["modelled"] for phase in step[name].values())
-        assert modelled == pytest.approx(phases + sum(step["moves"].values()))
+        moves = step["moves_before" if name == "before" else "moves"]
+        assert modelled == pytest.approx(phases + sum(moves.values()))

@@ -159,6 +159,6 @@ def test_the_preset_of_dpo_fits_the_machine_it_is_for_also_with_another_referenc
     argv = ["--command", "dpo", "--config", "8b-dpo", "--model.path", model]
     machine = ["--gpus", "8", "--gpu-memory", "80GB", "--host-memory", "1TB"]
     plan.main([*argv, *machine])
-    assert "GPU: 66.0 of 75.0 GB, fits" in (shown := capsys.readouterr().out) and "highest in learning" in shown
+    assert "GPU: 67.3 of 75.0 GB, fits" in (shown := capsys.readouterr().out) and "highest in learning" in shown
     plan.main([*argv, *machine, "--reference.model", model])
-    assert "GPU: 66.0 of 75.0 GB, fits" in capsys.readouterr().out
+    assert "GPU: 67.3 of 75.0 GB, fits" in capsys.readouterr().out
