@@ -1,27 +1,23 @@
 """The ops of a layer, beside what transformers' models compute, torch.compile and, if installed, Liger-Kernel.
 
-    python bench/layer_ops.py [ROUNDS]         # a table of paired ratios, and one line of JSON
-
-The ceiling is one read of each input and one write of each output; backward reads what forward kept once more. On the
-CPU the sizes are SmolLM2's, with 2,048 tokens; on a GPU those of an 8B Llama, with 8,192.
+The least is one read of each input and one write of each output; backward reads what forward kept once more. `add` is
+torch.add over as many bytes. On the CPU the sizes are those of SmolLM2 and of a 1B Llama, with 2,048 tokens; on a GPU
+those of an 8B Llama, with 8,192.
 """
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # read by torch when it is imported
-
 import functools
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from op_case import OpCase, gradients, print_all
+from op_case import OpCase, gradients
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from fastppo.ops import layers
 
@@ -36,22 +32,27 @@ class Sizes(NamedTuple):
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SIZES = Sizes(2048, 576, 1536, 9, 3, 64) if DEVICE.type == "cpu" else Sizes(8192, 4096, 14336, 32, 8, 128)
+ON_CPU = (Sizes(2048, 576, 1536, 9, 3, 64), Sizes(2048, 2048, 8192, 32, 8, 64))
+SIZES = ON_CPU if DEVICE.type == "cpu" else (Sizes(8192, 4096, 14336, 32, 8, 128),)
 SMALL = Sizes(8, 32, 64, 4, 2, 8)
 EPS = 1e-5
 Ways = dict[str, Callable[..., Any]]
 
 
-# RMSNorm of the sum of two branches
+# RMSNorm, of the sum of two branches or of one
 
 
-def eager_norm(x: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+def eager_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """The forward pass of transformers' module, on an object with its two attributes."""
+    return LlamaRMSNorm.forward(SimpleNamespace(weight=weight, variance_epsilon=EPS), x)
+
+
+def eager_norm_of_sum(x: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     total = x + residual
-    wide = total.float()
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype), total
+    return eager_norm(total, weight), total
 
 
-def norm(x: Tensor, weight: Tensor, residual: Tensor) -> Any:
+def norm(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Any:
     return layers.rms_norm(x, weight, EPS, residual)
 
 
@@ -62,18 +63,6 @@ def liger_norm(x: Tensor, weight: Tensor, residual: Tensor) -> Any:
 
 
 # Rotary positions of queries and keys
-
-
-def eager_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    def turned(x: Tensor) -> Tensor:
-        first, second = x.chunk(2, -1)
-        return torch.cat((-second, first), -1)
-
-    return q * cos[:, None] + turned(q) * sin[:, None], k * cos[:, None] + turned(k) * sin[:, None]
-
-
-def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
-    return layers.rotary(q, k, cos, sin)
 
 
 def liger_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
@@ -134,6 +123,13 @@ def for_norm(sizes: Sizes, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tupl
     return (make(), random(sizes.hidden, dtype=dtype), make()), (make(), make()), ()
 
 
+def for_norm_alone(
+    sizes: Sizes, dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+    (x, weight, _), (grad, _), _ = for_norm(sizes, dtype)
+    return (x, weight), (grad,), ()
+
+
 def for_rotary(sizes: Sizes, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
     """As models have them: (1, heads, N, width) are views of what the projections wrote, tokens first."""
 
@@ -163,14 +159,17 @@ class Op(NamedTuple):
     inputs: Callable[[Sizes, torch.dtype], Any]
     forward: int
     both: int
+    form: str = ""  # in the title
 
 
 def ops_of(sizes: Sizes) -> list[Op]:
     tokens, hidden, intermediate, heads, kv_heads, width = sizes
     wide, inner, turned = tokens * hidden, tokens * intermediate, tokens * (heads + kv_heads) * width
     return [
-        Op("rms_norm", {"eager": eager_norm, "fastppo": norm, "liger": liger_norm}, for_norm, 4 * wide, 8 * wide),
-        Op("rotary", {"eager": eager_rotary, "fastppo": rotary, "liger": liger_rotary}, for_rotary,
+        Op("rms_norm", {"eager": eager_norm_of_sum, "fastppo": norm, "liger": liger_norm}, for_norm,
+           4 * wide, 8 * wide, " with residual"),
+        Op("rms_norm", {"eager": eager_norm, "fastppo": norm}, for_norm_alone, 2 * wide, 5 * wide),
+        Op("rotary", {"eager": apply_rotary_pos_emb, "fastppo": layers.rotary, "liger": liger_rotary}, for_rotary,
            2 * turned, 4 * turned),
         Op("swiglu", {"eager": eager_swiglu, "fastppo": layers.swiglu, "liger": liger_swiglu}, for_glu,
            3 * inner, 8 * inner),
@@ -183,22 +182,38 @@ def ops_of(sizes: Sizes) -> list[Op]:
 
 def op_cases(*, small: bool = False) -> list[OpCase]:
     """small: only to see that they run."""
-    sizes = SMALL if small else SIZES
-    cases = []
-    for op in ops_of(sizes):
-        ways = {"eager": op.ways["eager"], "compiled": torch.compile(op.ways["eager"], dynamic=False)} | op.ways
-        if not find_spec("liger_kernel") or DEVICE.type == "cpu":
-            ways.pop("liger", None)
-        title = {"rms_norm": "rms_norm with residual"}.get(op.name, op.name) + f", {sizes.tokens:,} tokens"
-        forwards = {name: functools.partial(without_gradient, way) for name, way in ways.items()}
-        both = {name: functools.partial(gradients, way) for name, way in ways.items()}
-        cases += [
-            OpCase(op.name, f"{title}, forward", forwards, functools.partial(arguments, op, sizes, False),
-                   functools.partial(int.__mul__, op.forward)),
-            OpCase(op.name, f"{title}, forward and backward", both, functools.partial(arguments, op, sizes, True),
-                   functools.partial(int.__mul__, op.both)),
-        ]  # fmt: skip
-    return cases
+    return [case for sizes in ((SMALL,) if small else SIZES) for op in ops_of(sizes) for case in cases_of(op, sizes)]
+
+
+def cases_of(op: Op, sizes: Sizes) -> list[OpCase]:
+    """A forward pass, and one with its backward pass."""
+    ways = {"eager": op.ways["eager"], "compiled": torch.compile(op.ways["eager"], dynamic=False)} | op.ways
+    if not find_spec("liger_kernel") or DEVICE.type == "cpu":
+        ways.pop("liger", None)
+    found = []
+    for differentiated, elements in ((False, op.forward), (True, op.both)):
+        called = gradients if differentiated else without_gradient
+        candidates = {name: functools.partial(called, way) for name, way in ways.items()}
+        found.append(
+            OpCase(
+                op.name,
+                f"{op.name}{op.form}, {sizes.tokens:,} x {sizes.hidden:,}, forward" + " and backward" * differentiated,
+                candidates | {"add": adding(elements)},
+                functools.partial(arguments, op, sizes, differentiated),
+                functools.partial(int.__mul__, elements),
+            )
+        )
+    return found
+
+
+def adding(elements: int) -> Callable[..., Tensor]:
+    """torch.add that moves so many elements, of the dtype of what it is called with."""
+    terms = functools.cache(lambda dtype: random(2, elements // 3, dtype=dtype))
+
+    def add(first: Any, *rest: Any) -> Tensor:
+        return torch.add(*terms((first[0] if isinstance(first, tuple) else first).dtype))
+
+    return add
 
 
 def arguments(op: Op, sizes: Sizes, differentiated: bool, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -213,7 +228,3 @@ def arguments(op: Op, sizes: Sizes, differentiated: bool, dtype: torch.dtype) ->
 @torch.no_grad()
 def without_gradient(way: Callable[..., Any], *inputs: Tensor) -> Any:
     return way(*inputs)
-
-
-if __name__ == "__main__":
-    print_all(op_cases(), *map(int, sys.argv[1:]), device=DEVICE)
