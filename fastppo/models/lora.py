@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fastppo.config import LoraConfig
+from fastppo.models.layers.classes import own_class
 from fastppo.models.roles import ModelError
 
 log = logging.getLogger("fastppo")
@@ -75,7 +76,7 @@ def add_adapters(
 def _targets(model: PreTrainedModel, role: str, targets: str) -> dict[str, nn.Linear | Conv1D]:
     """The linear layers that the setting names. The vocabulary head is excluded: it is a `roles.FusedHead`."""
     linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
-    linear = {name: layer for name, layer in linear.items() if type(layer).forward in PLAIN_FORWARDS}
+    linear = {name: layer for name, layer in linear.items() if own_class(layer).forward in PLAIN_FORWARDS}
     if targets == "all-linear":
         return linear
     target_names: set[str] = set()

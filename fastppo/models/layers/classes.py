@@ -28,6 +28,12 @@ def is_changed(module: nn.Module) -> bool:
     return hasattr(module, "own_class")
 
 
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class, or the one that it had before `replace_functions`."""
+    own: type[nn.Module] = getattr(module, "own_class", type(module))
+    return own
+
+
 @cache
 def with_functions(own: Any, functions: Functions) -> Any:
     """The subclass of `own` with these functions, under its name; `own_class` is `own`."""

@@ -13,6 +13,7 @@ from fastppo.errors import log_once
 from fastppo.models.layers.classes import is_changed
 from fastppo.models.layers.gated import fuse_gated
 from fastppo.models.layers.norms import fuse_norm
+from fastppo.models.layers.products import choose_products
 from fastppo.models.layers.residuals import fuse_residual
 from fastppo.models.layers.rotations import fuse_rotary
 
@@ -63,6 +64,8 @@ def fuse_layers(model: PreTrainedModel) -> None:
         changed = [fuse(module) for module in modules if isinstance(module, kind) and not is_changed(module)]
         fused += [name] if any(changed) else []
     log_once(f"{model.config.get_text_config().model_type}: {_summary(fused)}")
+    if any([choose_products(module) for module in modules if isinstance(module, nn.Linear)]):
+        log_once("fp32 products of linear layers: oneDNN, because MKL does not use this processor's AVX-512")
 
 
 def _summary(fused: list[str]) -> str:

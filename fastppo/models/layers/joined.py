@@ -17,11 +17,12 @@ from itertools import groupby
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastppo.data import pack
 from fastppo.errors import log_once
+from fastppo.models.layers.classes import own_class
+from fastppo.models.layers.products import linear
 from fastppo.models.roles import Policy
 
 OBSERVED = pack([(0,) * 16], [1])  # tokens of the pass that shows what reads what
@@ -71,7 +72,7 @@ class _Product:
         """What module i computes from states (..., H): (..., rows of its weight), not contiguous."""
         if self._states is not states or self._parts[i] is None:
             self._states = states
-            self._parts = list(F.linear(states, self._weight).split(self._rows, -1))
+            self._parts = list(linear(states, self._weight).split(self._rows, -1))
         part, self._parts[i] = self._parts[i], None
         if all(other is None for other in self._parts):
             self._states = None  # it is kept no longer than it is needed
@@ -105,7 +106,7 @@ def _readers_of_the_same(policy: Policy) -> Iterator[list[nn.Linear]]:
 
 def _may_be_joined(name: str, module: nn.Module) -> bool:
     """Whether it is a plain linear module without bias, and not one of a list within a layer, as experts are."""
-    plain = type(module) is nn.Linear and getattr(module, "bias", None) is None and "forward" not in vars(module)
+    plain = own_class(module) is nn.Linear and getattr(module, "bias", None) is None and "forward" not in vars(module)
     return plain and not module._forward_hooks and sum(part.isdigit() for part in name.split(".")) <= 1
 
 
