@@ -171,6 +171,8 @@ def reducing(role: Role, config: AnyConfig, ranks: int, needs: Bytes | None = No
         gpu = bucket * b + 4 * (bucket // ranks)
     elif zero.stage == 2:  # the bucket, and the gradients that wait for it beyond the rank's own part
         gpu = (_reduce_bucket(size) + max(bucket - part, 0)) * b
+        if ranks == 1 and size.on_cpu:  # nothing is written to the bucket: a gradient is added where it arrives
+            gpu = size.largest_trained * b
         sums = (
             4 * part if zero.optimizer_on != "none" and b < 4 else 0
         )  # of all microbatches, before they are handed on
