@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import os
 import secrets
@@ -36,6 +37,8 @@ from fastppo.errors import FastPPOError, exit_with_message
 
 T = TypeVar("T")
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
 # DeepSpeed calls collectives by names that torch has deprecated; users of fastppo cannot change that.
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\..* is deprecated", category=FutureWarning)
 
@@ -68,6 +71,7 @@ def start_world(threads: int | None, timeout: float = 1800.0) -> World:
     if device.type == "cpu":
         local_ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
         torch.set_num_threads(threads or max(len(os.sched_getaffinity(0)) // local_ranks, 1))
+        _keep_freed_memory()
     else:
         with exit_with_message(int(os.environ["RANK"])):
             _set_device(local_rank)
@@ -79,6 +83,17 @@ def start_world(threads: int | None, timeout: float = 1800.0) -> World:
     # Reducing a flag over gloo does not involve the GPU; over NCCL the host would wait for the queued kernels.
     control = None if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
     return World(dist.get_rank(), dist.get_world_size(), device, launcher, control)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep up to 1 GiB that was freed last, for the next microbatch, which otherwise waits for the kernel to
+    clear the same pages again. Peak memory stays what it is: blocks above 32 MiB have a mapping of their own, as ever.
+    What the user has set (`MALLOC_...`, `GLIBC_TUNABLES`) stays.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)  # where glibc would move it to, but does not once the other is set
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 def _join(backend: str, timeout: timedelta) -> None:

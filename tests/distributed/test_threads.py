@@ -1,4 +1,4 @@
-"""How OpenMP's threads wait, which is decided before torch is imported."""
+"""How OpenMP's threads wait, which is decided before torch is imported, and how malloc keeps memory."""
 
 import os
 import subprocess
@@ -20,6 +20,23 @@ for _ in range(300):
     torch.add(ones, ones, out=out)
     time.sleep(2e-3)
 print(time.process_time() - start)
+"""
+# Page faults of tensors that were allocated and freed once before.
+AGAIN = """
+import resource, torch
+from fastppo.distributed.world import start_world, stop_world
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def allocate():
+    tensors = [torch.ones(1 << 22) for _ in range(20)]  # 16 MiB each
+
+{start}
+allocate()
+before = faults()
+allocate()
+print(faults() - before)
 """
 ON_CPU = pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="with a GPU the library's own bound stays")
 
@@ -52,3 +69,11 @@ def test_threads_that_wait_take_little_time_from_others():
     """In seconds of the processor, which other work beside it does not stretch."""
     bounded, as_ever = (float(seen(PAUSES, **environment)[0]) for environment in ({}, {"GOMP_SPINCOUNT": "300000"}))
     assert bounded < as_ever / 2
+
+
+@ON_CPU
+def test_memory_that_was_freed_is_kept_for_the_next_microbatch():
+    pages = 20 * (16 << 20) // 4096
+    kept, as_ever = (int(seen(AGAIN.format(start=start))[-1]) for start in ("start_world(1)", ""))
+    assert kept < pages / 2 < as_ever
+    assert int(seen(AGAIN.format(start="start_world(1)"), MALLOC_MMAP_THRESHOLD_="65536")[-1]) > pages / 2
