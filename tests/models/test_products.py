@@ -156,16 +156,17 @@ def test_plain_linear_modules_take_it_and_keep_all_else(faster, caplog):
         assert calls.count == 1
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_a_model_takes_it_with_fused_layers_and_says_so_once(faster, caplog, fused):
+@pytest.mark.parametrize(("fused", "dtype"), [(True, torch.float32), (True, torch.bfloat16), (False, torch.float32)])
+def test_a_model_in_fp32_takes_it_with_fused_layers_and_says_so_once(faster, caplog, fused, dtype):
     log_once.cache_clear()
     with layers_as(fused=fused), caplog.at_level(logging.INFO, logger="fastppo"):
         for _ in range(2):
-            model = tiny.causal("llama")
+            model = tiny.causal("llama").to(dtype)
             fuse_layers(model)
+    expected = fused and dtype == torch.float32
     lines = [record.getMessage() for record in caplog.records if "oneDNN" in record.getMessage()]
-    assert len(lines) == fused and all("AVX-512" in line for line in lines)
-    assert all(is_changed(m) == fused for m in model.modules() if type(m).__name__ == "Linear")
+    assert len(lines) == expected and all("AVX-512" in line for line in lines)
+    assert all(is_changed(m) == expected for m in model.modules() if type(m).__name__ == "Linear")
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -41,8 +41,12 @@ def onednn_is_faster() -> bool:
 
 
 def choose_products(module: nn.Linear) -> bool:
-    """Let a plain linear module compute its fp32 products by oneDNN where this is faster; returns whether it does."""
-    chosen = onednn_is_faster() and own_class(module) is nn.Linear
+    """Let a plain linear module in fp32 compute its products by oneDNN where that is faster.
+
+    Returns whether it does.
+    """
+    fp32_on_cpu = module.weight.dtype == torch.float32 and module.weight.device.type == "cpu"
+    chosen = fp32_on_cpu and own_class(module) is nn.Linear and onednn_is_faster()
     if chosen:
         replace_functions(module, _functions)
     return chosen
