@@ -55,7 +55,8 @@ def choose_products(module: nn.Linear) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias, as `torch.nn.functional.linear`; x (..., H), weight (V, H), bias (V,), result (..., V)."""
     fp32_on_cpu = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
-    if not fp32_on_cpu or weight.numel() < SMALLEST or x.numel() == 0 or not onednn_is_faster():
+    rows = x.dim() > 1 and x.numel() > 0
+    if not fp32_on_cpu or not rows or weight.numel() < SMALLEST or not onednn_is_faster():
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
         return _product(x, weight, bias)
