@@ -39,8 +39,14 @@ class PPOConfig:
     """Estimator of the advantages: gae, or your own function as `module:function` or `file.py:function`."""
     gamma: float = 1.0
     """Discount factor, in [0, 1]."""
-    lam: float = 0.95
-    """GAE's lambda, in [0, 1] (Schulman et al., 2016)."""
+    lam: float | Literal["adaptive"] = 0.95
+    """GAE's lambda, in [0, 1] (Schulman et al., 2016); `adaptive`: max(0, 1 - 1 / (`lam_alpha` l)) for a response of l
+    tokens (VAPO; Yue et al., 2025)."""
+    lam_alpha: float = 0.05
+    """With `lam: adaptive`: lambda is 0 for responses of up to 1 / lam_alpha tokens, and nearer to 1 for longer ones."""
+    lam_critic: float | None = None
+    """Lambda of the returns that the critic learns, in [0, 1]; 1, the sum of all rewards to come, in VC-PPO (Yuan et al.,
+    2025) and VAPO. Default: that of the advantages."""
     whiten_advantages: bool = True
     """Normalise the advantages of the batch, over all ranks, to mean 0 and variance 1."""
     loss: str = "clip"

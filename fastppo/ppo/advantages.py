@@ -34,11 +34,39 @@ Estimator = Callable[[Tensor, Tensor | None, Tensor, Tensor, PPOConfig], Advanta
 def gae(rewards: Tensor, values: Tensor | None, groups: Tensor, cu_seqlens: Tensor, ppo: PPOConfig) -> Advantages:
     """Generalised advantage estimation (Schulman et al., 2016), with `ppo.gamma` and `ppo.lam`.
 
-    A response that was cut ends like any other: there is no value after its last token.
+    Returns are advantages + values, both of `ppo.lam_critic` where it is given (VC-PPO; Yuan et al., 2025). A response
+    that was cut ends like any other: there is no value after its last token.
     """
     if values is None:
         raise FunctionError("ppo.estimator is gae, which needs a critic's values, and there is no critic.")
-    return Advantages(*ops.gae(rewards, values, cu_seqlens, gamma=ppo.gamma, lam=ppo.lam))
+    if ppo.lam == "adaptive":
+        estimated = _gae_by_length(rewards, values, cu_seqlens, ppo)
+    else:
+        estimated = Advantages(*ops.gae(rewards, values, cu_seqlens, gamma=ppo.gamma, lam=ppo.lam))
+    if ppo.lam_critic is None:
+        return estimated
+    return estimated._replace(returns=ops.gae(rewards, values, cu_seqlens, gamma=ppo.gamma, lam=ppo.lam_critic)[1])
+
+
+def adaptive_lambda(length: int, alpha: float) -> float:
+    """Lambda for a response of so many tokens (VAPO; Yue et al., 2025), 0 where the formula is negative."""
+    return max(0.0, 1.0 - 1.0 / (alpha * length))
+
+
+def _gae_by_length(rewards: Tensor, values: Tensor, cu_seqlens: Tensor, ppo: PPOConfig) -> Advantages:
+    """GAE with a lambda for each length: the responses of one length at a time."""
+    found = Advantages(torch.empty_like(rewards), torch.empty_like(rewards))
+    lengths = cu_seqlens.diff().long()
+    of_token = lengths.repeat_interleave(lengths)  # (M,), the length of each token's response
+    for length in lengths.unique().tolist():
+        chosen = of_token == length
+        starts = torch.arange(0, int(chosen.sum()) + 1, max(length, 1), dtype=torch.int32)
+        lam = adaptive_lambda(length, ppo.lam_alpha) if length else 0.0
+        parts = ops.gae(rewards[chosen], values[chosen], starts, gamma=ppo.gamma, lam=lam)
+        for whole, part in zip(found, parts, strict=True):
+            assert whole is not None
+            whole[chosen] = part
+    return found
 
 
 ESTIMATORS: dict[str, Estimator] = {"gae": gae}

@@ -336,6 +336,8 @@ def test_a_number_out_of_its_range_is_named_with_its_value(name):
         ("sampling.top_p", 1.01),
         ("ppo.gamma", 1.01),
         ("ppo.lam", 1.01),
+        ("ppo.lam_critic", -0.1),
+        ("ppo.lam_alpha", 0.0),
         ("ppo.clip_low", 0.0),
         ("ppo.clip_low", 1.0),
         ("ppo.clip_high", 0.0),

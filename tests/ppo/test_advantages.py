@@ -12,7 +12,15 @@ from fastppo.config import Config, PPOConfig
 from fastppo.config.command_line import parse
 from fastppo.distributed.world import start_world
 from fastppo.errors import FunctionError
-from fastppo.ppo.advantages import ESTIMATORS, Advantages, estimate_advantages, gae, load_estimator, whitened
+from fastppo.ppo.advantages import (
+    ESTIMATORS,
+    Advantages,
+    adaptive_lambda,
+    estimate_advantages,
+    gae,
+    load_estimator,
+    whitened,
+)
 from fastppo.ppo.run import set_up
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "estimator.md"
@@ -37,6 +45,42 @@ def test_gae_is_the_op_with_the_configured_gamma_and_lambda():
     expected = ops.gae(rewards, values, CU_SEQLENS, gamma=0.9, lam=0.8)
     estimated = gae(rewards, values, GROUPS, CU_SEQLENS, PPOConfig(gamma=0.9, lam=0.8))
     assert all(torch.equal(one, other) for one, other in zip(estimated, expected, strict=True))
+
+
+def random_batch(*lengths):
+    rewards, values = torch.randn(2, sum(lengths), generator=torch.Generator().manual_seed(0))
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    return rewards, values, torch.zeros(len(lengths), dtype=torch.long), starts
+
+
+def test_the_critic_learns_returns_of_its_own_lambda():
+    batch = random_batch(2, 3, 1)
+    both, of_actor, of_critic = (
+        gae(*batch, PPOConfig(gamma=0.9, **lambdas))
+        for lambdas in ({"lam": 0.8, "lam_critic": 1.0}, {"lam": 0.8}, {"lam": 1.0})
+    )
+    assert torch.equal(both.advantages, of_actor.advantages) and torch.equal(both.returns, of_critic.returns)
+    assert not torch.equal(of_actor.returns, of_critic.returns)
+
+
+def test_an_adaptive_lambda_grows_with_the_length():
+    assert [adaptive_lambda(length, 0.05) for length in (1, 20, 40, 1000)] == pytest.approx([0, 0, 0.5, 0.98])
+
+
+@pytest.mark.parametrize("lam_critic", [None, 1.0])
+def test_with_an_adaptive_lambda_each_response_has_that_of_its_length(lam_critic):
+    lengths = (1, 40, 7, 40, 300)
+    rewards, values, groups, starts = random_batch(*lengths)
+    ppo = PPOConfig(gamma=0.99, lam="adaptive", lam_critic=lam_critic)
+    advantages, returns = gae(rewards, values, groups, starts, ppo)
+    for i, length in enumerate(lengths):
+        some, alone = slice(int(starts[i]), int(starts[i + 1])), torch.tensor([0, length], dtype=torch.int32)
+        lam = max(0.0, 1 - 1 / (0.05 * length))
+        own, own_returns = ops.gae(rewards[some], values[some], alone, gamma=0.99, lam=lam)
+        if lam_critic is not None:
+            own_returns = ops.gae(rewards[some], values[some], alone, gamma=0.99, lam=lam_critic)[1]
+        torch.testing.assert_close(advantages[some], own)
+        torch.testing.assert_close(returns[some], own_returns)
 
 
 def test_gae_without_a_critic_is_an_error():

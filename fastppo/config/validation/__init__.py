@@ -40,10 +40,10 @@ RANGES: Ranges = (
     (
         "greater than 0",
         lambda x: 0 < x < math.inf,
-        "ppo.clip_high ppo.value_clip ppo.kl_target ppo.kl_horizon ppo.score_clip critic.lora.alpha",
+        "ppo.clip_high ppo.value_clip ppo.kl_target ppo.kl_horizon ppo.score_clip ppo.lam_alpha critic.lora.alpha",
     ),
     ("greater than 1", lambda x: 1 < x < math.inf, "ppo.dual_clip ppo.importance_high"),
-    ("between 0 and 1", lambda x: 0 <= x <= 1, "ppo.gamma ppo.lam"),
+    ("between 0 and 1", lambda x: 0 <= x <= 1, "ppo.gamma ppo.lam ppo.lam_critic"),
     ("greater than 0 and less than 1", lambda x: 0 < x < 1, "ppo.clip_low ppo.importance_low"),
 )
 

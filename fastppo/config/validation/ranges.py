@@ -43,7 +43,7 @@ def check_ranges(config: Any, ranges: Ranges) -> None:
     for meaning, holds, names in ranges:
         for name in names.split():
             value = attrgetter(name)(config)
-            if value is None or value == "auto":  # where a setting may be that, its type says so
+            if value is None or value in ("auto", "adaptive"):  # where a setting may be that, its type says so
                 continue
             if not holds(value):
                 raise ConfigError(f"{name} is {value}; it must be {meaning}.")
