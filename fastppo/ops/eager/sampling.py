@@ -1,4 +1,4 @@
-"""The oracle of `sample_tokens`: what top_k and top_p keep, and the draw. `fastppo.ops.eager` hands both out."""
+"""The oracle of `sample_tokens`: what top_k and top_p keep, and the draw."""
 
 from __future__ import annotations
 

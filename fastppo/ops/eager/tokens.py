@@ -1,9 +1,4 @@
-"""Every op in plain PyTorch, as in its paper: the oracle against which kernels are tested, written for clarity.
-
-Each function works in fp32, bf16, fp16 and fp64; statistics are fp32, or fp64 for fp64 inputs, so that gradients
-can be checked against finite differences. Arguments are not checked here: `fastppo.ops` checks them.
-M tokens, vocabulary V, hidden size H, B sequences, R rows.
-"""
+"""The oracles of the ops on tokens: advantages, logprobs, losses, attention of one new position."""
 
 from __future__ import annotations
 
@@ -12,8 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from fastppo.ops.eager_sampling import restrict as restrict
-from fastppo.ops.eager_sampling import sample_tokens as sample_tokens
 from fastppo.ops.stats import PolicyStats, TokenStats, ValueStats
 
 
