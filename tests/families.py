@@ -29,7 +29,7 @@ from fastppo.models.roles import Critic, Policy
 from fastppo.models.sampling_weights import SamplingWeights
 from fastppo.planner.machine import Machine
 from fastppo.planner.plan import make_plan
-from fastppo.ppo.update import Targets, clip_term, value_term
+from fastppo.ppo.terms import Targets, clip_term, value_term
 from fastppo.rollout import InProcess
 
 FAMILIES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))

@@ -1,7 +1,7 @@
 """Losses of the policy, behind `ppo.loss`: one function and one entry of the table each.
 
 A loss says what each token's part of the surrogate objective is. What stands beside it for every loss is the
-trainer's (`fastppo.ppo.update`): the entropy bonus, the KL term, the mean over the tokens of a minibatch, and the
+trainer's (`fastppo.ppo.terms`): the entropy bonus, the KL term, the mean over the tokens of a minibatch, and the
 statistics of ratio, entropy and KL. For `ppo.loss: clip`, the default, one fused op computes the vocabulary head and
 this formula together (`ops.linear_policy_loss`). Any other loss is a function of the logprobs that
 `ops.linear_logprobs` computes; with `ppo.loss: fastppo.ppo.losses:clip` the function below runs in that way.

@@ -27,7 +27,8 @@ from fastppo.ops.eager import restrict
 from fastppo.ppo.experience import compute_experience
 from fastppo.ppo.importance import importance_metrics, importance_weights
 from fastppo.ppo.losses import TokenLoss, clip
-from fastppo.ppo.update import Targets, clip_term, loss_term, run_updates
+from fastppo.ppo.terms import Targets, clip_term, loss_term
+from fastppo.ppo.update import run_updates
 
 # A policy over four tokens that sees the token before: logits by token and token before (V, V + 1), the last column at
 # the start of a response. The sampler is another such table, with the same tokens.

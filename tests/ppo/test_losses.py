@@ -23,7 +23,7 @@ from fastppo.errors import FunctionError
 from fastppo.models.roles import FusedHead
 from fastppo.ppo.losses import LOSSES, TokenLoss, checked_loss, clip, load_loss
 from fastppo.ppo.run import set_up
-from fastppo.ppo.update import Targets, clip_term, loss_term
+from fastppo.ppo.terms import Targets, clip_term, loss_term
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "loss.md"
 PACKED = pack([[1] * (3 + n) for n in (1, 5, 9, 17)], [1, 5, 9, 17])
