@@ -29,7 +29,7 @@ from fastppo.models.roles import Critic, Policy
 from fastppo.models.sampling_weights import SamplingWeights
 from fastppo.planner.machine import Machine
 from fastppo.planner.plan import make_plan
-from fastppo.ppo.terms import Targets, clip_term, value_term
+from fastppo.ppo.terms import Targets, Totals, clip_term, value_term
 from fastppo.rollout import InProcess
 
 FAMILIES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
@@ -295,7 +295,7 @@ def update(actor: Policy, critic: Critic, config: Config) -> None:
     count = len(PACKED.responses)
     advantages, values = torch.linspace(-1, 1, count), torch.zeros(count)
     old = logprobs(actor, PACKED)
-    targets = Targets(PACKED, old, advantages, values, advantages, torch.tensor(float(count)), {})
+    targets = Targets(PACKED, old, advantages, values, advantages, Totals(count, count, 0), {})
     for role, term in ((actor, clip_term), (critic, value_term)):
         role.train()
         optimizer = torch.optim.SGD([p for p in role.parameters() if p.requires_grad], lr=0.1)

@@ -51,10 +51,10 @@ def roles_of(config: Config, world: World) -> Roles:
     return assemble(config, world, load_actor_tokenizer(config))
 
 
-def responses(roles: Roles) -> Scored:
-    """Responses of many lengths and a made-up score for each."""
+def responses(roles: Roles, samples: int = 1) -> Scored:
+    """Responses of many lengths and a made-up score for each; samples: to a prompt."""
     config = config_of("none").sampling
-    prompts = Prompts.of(PROMPTS, range(len(PROMPTS)))
+    prompts = Prompts.of(PROMPTS, range(len(PROMPTS) // samples), samples=samples)
     sampler = InProcess(roles.sampling_weights, config, stop_ids=range(0, 257, 9))
     sampler.sync()
     rollout: Rollout = sampler.sample(prompts, temperature=config.temperature, seed=7)
@@ -71,7 +71,7 @@ def context_of(config: Config, roles: Roles, world: World, *, step: int = 0) -> 
 def step(config: Config, world: World, *, plan: list[list[Minibatch]] | None = None) -> Step:
     roles = roles_of(config, world)
     roles.residency.enter("sampling")
-    scored = responses(roles)
+    scored = responses(roles, config.sampling.samples_per_prompt)
     plan = plan or plan_step(scored.rollout.packed.lengths, config, 0, world.ranks, roles.attention)
     context, prefix_cache = context_of(config, roles, world), PrefixStates()
     roles.residency.enter("experience")

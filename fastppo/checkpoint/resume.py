@@ -181,7 +181,8 @@ def _scoring_part(sources: Any) -> list[dict[str, Any]]:
 
 
 def settings(config: AnyConfig) -> dict[str, Any]:
-    """Every setting by its dotted name, as values that JSON can represent."""
+    """Every setting by its dotted name, as values that JSON can represent, with what `auto` stands for where the result
+    depends on it."""
 
     def flatten(group: Any, values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
         for name, value in values.items():
@@ -191,7 +192,7 @@ def settings(config: AnyConfig) -> dict[str, Any]:
             else:  # a setting; its value may be a mapping
                 yield prefix + name, json.loads(json.dumps(value))
 
-    return dict(flatten(config, dataclasses.asdict(config), ""))
+    return dict(flatten(config, dataclasses.asdict(config), "")) | config.settled
 
 
 def alarm_settings(config: OnlineConfig) -> dict[str, Any]:

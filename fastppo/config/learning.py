@@ -14,6 +14,30 @@ IMPORTANCE_BOUNDS: dict[ImportanceKind, tuple[float, float]] = {
 }
 
 
+Aggregate = Literal["token", "sequence", "constant"]
+
+
+class EstimatorRule(NamedTuple):
+    """What an estimator of fastppo needs, and the settings that make it the one that was published."""
+
+    critic: bool = False  # whether it reads a critic's values
+    group: bool = False  # whether it compares a prompt's responses with each other
+    outcome: bool = False  # whether a response has one advantage, from the sum of its rewards
+    whiten: bool = False  # what `ppo.whiten_advantages: auto` is
+    aggregate: Aggregate = "token"  # what `ppo.aggregate: auto` is
+
+
+ESTIMATOR_RULES: dict[str, EstimatorRule] = {
+    "gae": EstimatorRule(critic=True, whiten=True),
+    "grpo": EstimatorRule(group=True, outcome=True, aggregate="sequence"),
+    "dr_grpo": EstimatorRule(group=True, outcome=True, aggregate="constant"),
+    "rloo": EstimatorRule(group=True, outcome=True),
+    "reinforce++": EstimatorRule(whiten=True),
+    "reinforce++_baseline": EstimatorRule(group=True, whiten=True),
+}
+OWN_ESTIMATOR = EstimatorRule(critic=True, whiten=True)  # a function of the user's
+
+
 class Importance(NamedTuple):
     """How a token's policy loss is weighted where the sampler is not the trainer, and the bounds of its weight."""
 
@@ -36,9 +60,12 @@ class PPOConfig:
     """Maximum number of tokens (prompts and responses) in one forward and backward pass on one rank. The update does
     not depend on it."""
     estimator: str = "gae"
-    """Estimator of the advantages: gae, or your own function as `module:function` or `file.py:function`."""
+    """Estimator of the advantages: `gae` with a critic's values (Schulman et al., 2016); without a critic `grpo` (Shao et
+    al., 2024), `dr_grpo` (Liu et al., 2025) and `rloo` (Ahmadian et al., 2024), which compare a prompt's responses,
+    `reinforce++`, which compares all of the batch, and `reinforce++_baseline`, which does both (Hu et al., 2025); or your
+    own function as `module:function` or `file.py:function`."""
     gamma: float = 1.0
-    """Discount factor, in [0, 1]."""
+    """Discount factor, in [0, 1]; 1 for grpo, dr_grpo and rloo, which see the sum of a response's rewards."""
     lam: float | Literal["adaptive"] = 0.95
     """GAE's lambda, in [0, 1] (Schulman et al., 2016); `adaptive`: max(0, 1 - 1 / (`lam_alpha` l)) for a response of l
     tokens (VAPO; Yue et al., 2025)."""
@@ -47,17 +74,35 @@ class PPOConfig:
     lam_critic: float | None = None
     """Lambda of the returns that the critic learns, in [0, 1]; 1, the sum of all rewards to come, in VC-PPO (Yuan et al.,
     2025) and VAPO. Default: that of the advantages."""
-    whiten_advantages: bool = True
-    """Normalise the advantages of the batch, over all ranks, to mean 0 and variance 1."""
+    whiten_advantages: bool | Literal["auto"] = "auto"
+    """Normalise the advantages of the batch, over all ranks, to mean 0 and variance 1. `auto`: as the estimator was
+    published; not for grpo, dr_grpo and rloo, which have a scale of their own."""
     loss: str = "clip"
-    """Policy loss: clip, or your own function as `module:function` or `file.py:function`. The entropy bonus and the KL
-    term are added to any loss."""
+    """Policy loss: `clip` (Schulman et al., 2017), `gspo`, which clips the ratio of whole responses (Zheng et al., 2025),
+    `cispo`, which clips the weight of a token's gradient (MiniMax, 2025), or your own function as `module:function` or
+    `file.py:function`. The entropy bonus and the KL term are added to any loss."""
+    aggregate: Aggregate | Literal["auto"] = "auto"
+    """How the tokens of a minibatch add up to its loss, entropy bonus and KL term. `token`: their mean; `sequence`: the
+    mean over responses of the mean over a response's tokens; `constant`: their sum over the number of responses times
+    `sampling.max_new_tokens`, by which no token counts less for standing in a longer response. `auto`: as it was
+    published: `sequence` for grpo and for gspo, `constant` for dr_grpo, `token` otherwise."""
     clip_low: float = 0.2
-    """The ratio is clipped at 1 - clip_low."""
+    """The ratio is clipped at 1 - clip_low, by clip and cispo."""
     clip_high: float = 0.2
-    """The ratio is clipped at 1 + clip_high."""
+    """The ratio is clipped at 1 + clip_high, by clip and cispo. A higher one than clip_low (DAPO's clip-higher; Yu et al.,
+    2025) lets unlikely tokens become likelier."""
+    gspo_clip_low: float = 3e-4
+    """The ratio of a response, the geometric mean of its tokens' ratios, is clipped at 1 - gspo_clip_low."""
+    gspo_clip_high: float = 4e-4
+    """The ratio of a response is clipped at 1 + gspo_clip_high."""
     dual_clip: float | None = None
-    """Bound c > 1 on the loss of tokens with negative advantage (dual clip; Ye et al., 2020). Default: no bound."""
+    """Bound c > 1 on the loss of tokens with negative advantage (dual clip; Ye et al., 2020), of clip and gspo. Default: no
+    bound."""
+    nll_coef: float = 0.0
+    """Coefficient of the mean negative log likelihood of the tokens of good responses, as a term of the loss; 0.1 in VAPO
+    (Yue et al., 2025). Good are responses with a score above `nll_above`."""
+    nll_above: float = 0.0
+    """The score, before it is normalised, that a response must exceed for `nll_coef`."""
     importance: Literal["auto", "none", "token", "sequence", "icepop"] = "auto"
     """Weight of a token's policy loss, from rho = the probability that the trainer gives it / that with which it was
     drawn. `token`: min(rho, `importance_high`) (Yao et al., 2025); `icepop`: rho within the bounds, 0 outside;
@@ -99,6 +144,23 @@ class PPOConfig:
     """Soft limit of the response length, in tokens; each token beyond it costs `length_penalty`. Default: no limit."""
     length_penalty: float = 0.0
     """Subtracted from the score for each token beyond `length_limit`."""
+
+    @property
+    def rule(self) -> EstimatorRule:
+        """That of the estimator."""
+        return ESTIMATOR_RULES.get(self.estimator, OWN_ESTIMATOR)
+
+    @property
+    def whitens(self) -> bool:
+        """`whiten_advantages`, with what `auto` stands for."""
+        return self.rule.whiten if self.whiten_advantages == "auto" else self.whiten_advantages
+
+    @property
+    def aggregation(self) -> Aggregate:
+        """`aggregate`, with what `auto` stands for."""
+        if self.aggregate != "auto":
+            return self.aggregate
+        return "sequence" if self.loss == "gspo" else self.rule.aggregate
 
     @property
     def loss_reads_reference(self) -> bool:

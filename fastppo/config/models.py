@@ -75,8 +75,9 @@ class ActorConfig:
 class CriticConfig:
     """The value function V(s): one value for each response token."""
 
-    kind: Literal["separate", "shared"] = "separate"
-    """`separate`: a second model; `shared`: a value head on the actor's backbone (one engine, less memory)."""
+    kind: Literal["auto", "separate", "shared", "none"] = "auto"
+    """`separate`: a second model; `shared`: a value head on the actor's backbone (one engine, less memory); `none`: no
+    critic, for an estimator that reads no values; `auto`: `none` for these, `separate` otherwise."""
     model: str | None = None
     """Initial weights of a separate critic: hub name, directory or `package:NAME`; it must have the actor's tokenizer.
     Default: the actor's initial weights."""
@@ -87,7 +88,8 @@ class CriticConfig:
     lr: float = 3e-6
     """Peak learning rate of a separate critic, or of the value head of a shared one."""
     warmup_steps: int = 0
-    """Number of PPO steps at the start that train only the critic (shared: only the value head)."""
+    """Number of PPO steps at the start that train only the critic (shared: only the value head), on the discounted sum of
+    the rewards to come, whatever lambda is (value pretraining; Yuan et al., 2025)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 

@@ -11,6 +11,8 @@ from .batch import end_to_end as end_to_end
 from .batch import pack as pack
 from .batch import segment_offsets as segment_offsets
 from .batch import segment_rows as segment_rows
+from .batch import spread as spread
+from .batch import written_starts as written_starts
 from .continuation import decode_after as decode_after
 from .continuation import decode_pieces as decode_pieces
 from .continuation import encode_after as encode_after

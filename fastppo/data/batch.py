@@ -185,9 +185,10 @@ class Experience(Measured):
     """The input of learning in PPO."""
 
     rewards: Tensor  # (M,) fp32, the shaped score on the last token, and the KL penalty on each token
-    values: Tensor  # (M,) fp32
+    values: Tensor | None  # (M,) fp32; None without a critic
     advantages: Tensor  # (M,) fp32, whitened if so configured
-    returns: Tensor  # (M,) fp32, before whitening
+    returns: Tensor | None  # (M,) fp32, before whitening; None without a critic
+    advantage_std: float = math.nan  # before whitening, over the M tokens
 
 
 def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
@@ -209,6 +210,16 @@ def end_to_end(parts: Sequence[Packed]) -> Packed:
 def cumulative(lengths: Tensor) -> Tensor:
     """(B,) lengths -> (B+1,) int32 starts, from 0 to the total."""
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def written_starts(mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Where each segment starts once the tokens that mask, (M,) bool, leaves out are gone: (B+1,) int32."""
+    return torch.nn.functional.pad(mask.cumsum(0), (1, 0))[cu_seqlens.long()].to(torch.int32)
+
+
+def spread(x: Tensor, mask: Tensor) -> Tensor:
+    """Numbers of the tokens of a mask back to their places, (M,); 0, or False, between them."""
+    return x.new_zeros(len(mask)).masked_scatter(mask, x)
 
 
 def segment_offsets(lengths: Tensor) -> Tensor:
@@ -234,10 +245,10 @@ def pack(sequences: Sequence[Sequence[int]], response_lengths: Sequence[int]) ->
 @dataclass(frozen=True)
 class Update:
     """Metrics of the update by one minibatch: means over its tokens on all ranks; those of the policy are NaN during
-    critic warm-up."""
+    critic warm-up, those of the critic without one."""
 
     epoch: int
-    policy_loss: float
+    policy_loss: float  # as `ppo.aggregate` has it
     entropy: float  # nats a token
     kl_loss: float  # the KL term of the loss before its coefficient, nats a token; 0 if the penalty is in the reward
     approx_kl: float  # k3 between the policy before and after, nats a token
@@ -250,5 +261,6 @@ class Update:
     actor_grad_norm: float  # before clipping; of both if actor and critic share a backbone
     critic_grad_norm: float
     ptx_loss: float = 0.0  # of the PPO-ptx text, before its coefficient, nats a token; 0 without such text
+    nll_loss: float = 0.0  # of good responses, before its coefficient, nats a token; 0 without `ppo.nll_coef`
     skipped: int = 0  # consecutive updates, up to this one, that were not applied: loss or gradient was not finite
     stopped: bool = False  # not applied, and the last of its batch: its approx_kl exceeds `health.kl_limit`

@@ -11,7 +11,7 @@ the host to wait: about as long, and nothing gained.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,7 +20,7 @@ from fastppo.data import Experience, Minibatch, Moments, Scored, plan_step
 from fastppo.distributed import World
 from fastppo.models import PrefixStates, Roles
 from fastppo.online import measure
-from fastppo.ppo.advantages import Estimator, estimate_advantages
+from fastppo.ppo.advantages import Estimator, estimate_advantages, whitened
 from fastppo.ppo.losses import PolicyLoss
 from fastppo.ppo.ptx import Texts
 from fastppo.ppo.schedule import kl_estimate, token_rewards
@@ -63,14 +63,14 @@ def compute_experience(
     if config.ppo.kl_kind != "exact":
         measured["kl"] = kl_estimate(measured["old_logprobs"], measured["ref_logprobs"], config.ppo.kl_kind)
 
-    kl_coef = context.kl_coef if config.ppo.kl_in == "reward" else 0.0
-    shaped = shape(scored, moments, config.ppo)
+    ppo, values = config.ppo, measured.pop("values", None)
+    kl_coef = context.kl_coef if ppo.kl_in == "reward" else 0.0
+    shaped = shape(scored, moments, ppo)
     rewards = token_rewards(measured["kl"], shaped, packed.last_response_tokens, kl_coef)
     groups = scored.rollout.sources.unique(return_inverse=True)[1]  # (B,), from 0 on
-    advantages, returns = estimate_advantages(
-        context.estimator, rewards, measured["values"], groups, packed.response_cu_seqlens, config.ppo
-    )
-    assert returns is not None  # there are values
+    if context.step < config.critic_steps:  # the critic learns alone, from what did follow: it knows nothing yet
+        ppo = replace(ppo, lam_critic=1.0)
+    estimated = estimate_advantages(context.estimator, rewards, values, groups, packed.response_cu_seqlens, ppo)
     return Experience(
         packed=packed,
         scores=scored.scores,
@@ -79,8 +79,10 @@ def compute_experience(
         ended=scored.rollout.ended,
         sampler_logprobs=scored.rollout.logprobs,
         rewards=rewards,
-        advantages=advantages,
-        returns=returns,
+        values=values,
+        advantages=whitened(estimated.advantages) if ppo.whitens else estimated.advantages,
+        returns=None if values is None else estimated.returns,
+        advantage_std=float(estimated.advantages.double().std(correction=0)),
         **measured,
     )
 

@@ -1,10 +1,11 @@
 """Losses of the policy, behind `ppo.loss`: one function and one entry of the table each.
 
 A loss says what each token's part of the surrogate objective is. What stands beside it for every loss is the
-trainer's (`fastppo.ppo.terms`): the entropy bonus, the KL term, the mean over the tokens of a minibatch, and the
-statistics of ratio, entropy and KL. For `ppo.loss: clip`, the default, one fused op computes the vocabulary head and
-this formula together (`ops.linear_policy_loss`). Any other loss is a function of the logprobs that
-`ops.linear_logprobs` computes; with `ppo.loss: fastppo.ppo.losses:clip` the function below runs in that way.
+trainer's (`fastppo.ppo.terms`): how the tokens of a minibatch add up (`ppo.aggregate`), the entropy bonus, the KL term,
+the likelihood of good responses, and the statistics of ratio, entropy and KL. For `ppo.loss: clip`, the default, one
+fused op computes the vocabulary head and this formula together (`ops.linear_policy_loss`). Any other loss is a function
+of the logprobs that `ops.linear_logprobs` computes; with `ppo.loss: fastppo.ppo.losses:clip` the function below runs in
+that way.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastppo.config import PPOConfig
+from fastppo.data import spread, written_starts
 from fastppo.errors import FunctionError, named_function
 from fastppo.ops import eager
 
@@ -37,18 +39,43 @@ PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor, PPOConfig], TokenLoss]
 def clip(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cu_seqlens: Tensor, ppo: PPOConfig) -> TokenLoss:
     """PPO's clipped surrogate (Schulman et al., 2017, eq. 7), with dual clip (Ye et al., 2020, eq. 5) if so set."""
     ratio = eager.bounded_exp(logprobs - old_logprobs)
+    return _clipped(ratio, advantages, ppo.clip_low, ppo.clip_high, ppo.dual_clip)
+
+
+def gspo(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cu_seqlens: Tensor, ppo: PPOConfig) -> TokenLoss:
+    """`clip` with one ratio for a response, the geometric mean of its tokens' (GSPO; Zheng et al., 2025, eq. 5 and 7).
+
+    In the form for advantages of each token (GSPO-token, eq. 15): the ratio of token t is s p_t / sg(p_t), s the
+    response's without gradient. Where a response has one advantage, the mean over its tokens is GSPO itself.
+    """
+    lengths = cu_seqlens.diff().long()
+    means = torch.segment_reduce((logprobs - old_logprobs).detach(), "mean", lengths=lengths, unsafe=True)
+    of_response = means.repeat_interleave(lengths, output_size=len(logprobs))
+    ratio = eager.bounded_exp(of_response + (logprobs - logprobs.detach()))
+    return _clipped(ratio, advantages, ppo.gspo_clip_low, ppo.gspo_clip_high, ppo.dual_clip)
+
+
+def cispo(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cu_seqlens: Tensor, ppo: PPOConfig) -> TokenLoss:
+    """-sg(clip(ratio)) A log p (CISPO; MiniMax, 2025, eq. 4 and 5): a clipped token keeps its gradient, with the weight
+    of the bound. Its value is no measure of progress; its gradient is what counts."""
+    ratio = eager.bounded_exp((logprobs - old_logprobs).detach())
+    weight = ratio.clamp(1.0 - ppo.clip_low, 1.0 + ppo.clip_high)
+    return TokenLoss(-weight * advantages * logprobs, weight != ratio, torch.zeros_like(ratio, dtype=torch.bool))
+
+
+def _clipped(ratio: Tensor, advantages: Tensor, low: float, high: float, dual_clip: float | None) -> TokenLoss:
     unclipped = ratio * advantages
-    bounded = ratio.clamp(1.0 - ppo.clip_low, 1.0 + ppo.clip_high) * advantages
+    bounded = ratio.clamp(1.0 - low, 1.0 + high) * advantages
     clipped = bounded < unclipped
     objective = torch.where(clipped, bounded, unclipped)
-    if ppo.dual_clip is None:
+    if dual_clip is None:
         return TokenLoss(-objective, clipped, torch.zeros_like(clipped))
-    floor = ppo.dual_clip * advantages
+    floor = dual_clip * advantages
     dual_clipped = (advantages < 0) & (objective < floor)
     return TokenLoss(-torch.where(dual_clipped, floor, objective), clipped, dual_clipped)
 
 
-LOSSES: dict[str, PolicyLoss] = {"clip": clip}
+LOSSES: dict[str, PolicyLoss] = {"clip": clip, "gspo": gspo, "cispo": cispo}
 
 
 def load_loss(ppo: PPOConfig) -> PolicyLoss:
@@ -69,8 +96,17 @@ def checked_loss(
     advantages: Tensor,
     cu_seqlens: Tensor,
     ppo: PPOConfig,
+    mask: Tensor | None = None,
 ) -> TokenLoss:
-    """What the loss returns, if it can be minimised. Arguments as for a `PolicyLoss`. Raises FunctionError."""
+    """What the loss returns, if it can be minimised. Arguments as for a `PolicyLoss`. Raises FunctionError.
+
+    mask (m,) bool: the tokens that the policy wrote; the loss sees these alone, end to end, and the others have none.
+    """
+    if mask is not None:
+        seen = (logprobs[mask], old_logprobs[mask], advantages[mask], written_starts(mask, cu_seqlens))
+        tokens = checked_loss(loss, *seen, ppo)
+        clips = (None if x is None else spread(x, mask) for x in (tokens.clipped, tokens.dual_clipped))
+        return TokenLoss(spread(tokens.loss, mask), *clips)
     tokens = loss(logprobs, old_logprobs, advantages, cu_seqlens, ppo)
     setting = f"ppo.loss = {ppo.loss}"
     if not isinstance(tokens, TokenLoss):

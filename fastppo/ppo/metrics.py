@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from fastppo.config import Importance
-from fastppo.data import Experience, Update
+from fastppo.data import Experience, Update, segment_offsets
 from fastppo.ppo.importance import importance_metrics
 from fastppo.ppo.schedule import explained_variance
 
@@ -36,8 +37,7 @@ def step_metrics(
         "entropy": float(experience.entropy.mean()),
         "response_length": tokens / responses,
         "ended": float(experience.ended.float().mean()),
-        "value": float(experience.values.mean()),
-        "explained_variance": explained_variance(experience.values, experience.returns),
+        **critic_metrics(experience),
         "skipped_updates": skipped,
         **importance_metrics(experience, importance),
     }
@@ -45,8 +45,11 @@ def step_metrics(
         metrics |= {f"score/{i}": float(x) for i, x in enumerate(experience.by_source.mean(0))}
     for name in ("policy_loss", "kl_loss", "approx_kl", "clip_fraction", "dual_clip_fraction", "ratio_mean"):
         metrics[name] = fmean(getattr(u, name) for u in updates)
-    for name in ("value_loss", "value_clip_fraction", "actor_grad_norm", "critic_grad_norm"):
+    of_critic = () if experience.values is None else ("value_loss", "value_clip_fraction", "critic_grad_norm")
+    for name in ("actor_grad_norm", *of_critic):
         metrics[name] = fmean(getattr(u, name) for u in updates)
+    if any(u.nll_loss for u in updates):
+        metrics["nll_loss"] = fmean(u.nll_loss for u in updates)
     if any(u.ptx_loss for u in updates):  # else no text is mixed in
         metrics["ptx_loss"] = fmean(u.ptx_loss for u in updates)
     metrics["ratio_max"] = max(u.ratio_max for u in updates)
@@ -56,6 +59,29 @@ def step_metrics(
             metrics[f"epoch{epoch + 1}/{name}"] = fmean(getattr(u, name) for u in of_epoch)
         metrics[f"epoch{epoch + 1}/ratio_max"] = max(u.ratio_max for u in of_epoch)
     return metrics | dict(seconds) | _speeds(seconds, experience, epochs)
+
+
+def critic_metrics(experience: Experience) -> dict[str, float]:
+    """How good the critic was on responses that it had not learned from; nothing without a critic.
+
+    `value`: mean V. `explained_variance`, of the returns, 1 at best. By the quarter of a response that a token is in,
+    Q from 1 to 4, `explained_variance/Q` and `value_bias/Q`, the mean of V - return, 0 where V is calibrated.
+    `advantage_share`: the variance of the advantages, before whitening, over that of the returns: what V leaves of the
+    noise that the policy learns from.
+    """
+    values, returns = experience.values, experience.returns
+    if values is None or returns is None:
+        return {}
+    metrics = {"value": float(values.mean()), "explained_variance": explained_variance(values, returns)}
+    variance = float(returns.double().var(correction=0))
+    metrics["advantage_share"] = experience.advantage_std**2 / variance if variance > 0 else math.nan
+    lengths = experience.packed.response_lengths
+    quarters = (4 * segment_offsets(lengths)).div(lengths.repeat_interleave(lengths), rounding_mode="floor")
+    for quarter in range(4):
+        v, r = values[quarters == quarter], returns[quarters == quarter]
+        metrics[f"explained_variance/{quarter + 1}"] = explained_variance(v, r)
+        metrics[f"value_bias/{quarter + 1}"] = float((v.double() - r.double()).mean())  # a NaN where no token is
+    return metrics
 
 
 def _speeds(seconds: Mapping[str, float], experience: Experience, epochs: int) -> dict[str, float]:

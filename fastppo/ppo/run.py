@@ -21,6 +21,7 @@ from fastppo.ppo.metrics import step_metrics
 from fastppo.ppo.progress import PPOProgress
 from fastppo.ppo.ptx import Texts, read_texts
 from fastppo.ppo.schedule import step_rates
+from fastppo.ppo.terms import is_fused
 
 log = logging.getLogger("fastppo")
 
@@ -67,6 +68,10 @@ def set_up(config: Config, world: World) -> PPOSetup | None:
     progress = PPOProgress.begin(config, world.rank)
     if config.ppo.importance == "auto" and config.other_sampler:
         log.info("ppo.importance auto is %s, for %s", config.importance.kind, ", ".join(config.other_sampler))
+    if config.ppo.loss == "clip" and not is_fused(config.ppo):
+        log.info(
+            "with these settings ppo.loss clip is not computed in one op with the vocabulary head: see ppo.aggregate"
+        )
     setup = set_up_online(config, world, progress, partial(read_texts, config), "ptx.path")
     return None if setup is None else PPOSetup(**vars(setup), estimator=estimator, loss=loss)
 
@@ -76,6 +81,8 @@ def log_step(setup: PPOSetup, done: Step, tracker: Tracker) -> None:
     config, run, attention = setup.config, setup.progress, setup.roles.attention
     number, lengths = run.step + 1, done.experience.packed.lengths
     rates = dict(zip(("actor_lr", "critic_lr"), step_rates(config, run.step)[-1], strict=True))
+    if config.value_function is None:
+        del rates["critic_lr"]
     spread = imbalance(done.plan, lengths, setup.world.ranks, attention)
     metrics = step_metrics(done.experience, done.updates, setup.phases.take(), config.importance)
     metrics |= done.health | rates

@@ -65,7 +65,7 @@ def step_rates(config: Config, step: int) -> list[tuple[float, float]]:
     The actor's schedule begins with its first update; while the critic warms up, its rate is 0.
     """
     optim, each = config.optim, config.ppo.epochs * config.ppo.minibatches
-    total, first = config.steps * each, config.critic.warmup_steps * each
+    total, first = config.steps * each, config.critic_steps * each
 
     def rate(peak: float, update: int, begin: int) -> float:
         if update < begin:
@@ -77,6 +77,7 @@ def step_rates(config: Config, step: int) -> list[tuple[float, float]]:
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 one that knows the mean alone."""
-    spread = returns.double().var(correction=0)
-    return float(1 - (returns.double() - values.double()).var(correction=0) / spread) if spread > 0 else float("nan")
+    """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 one that knows the mean alone; NaN where all
+    returns are equal, or none is there."""
+    spread = float(returns.double().var(correction=0)) if len(returns) else 0.0
+    return 1 - float((returns.double() - values.double()).var(correction=0)) / spread if spread > 0 else float("nan")

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from fastppo import ops
-from fastppo.config import Config
-from fastppo.data import Experience, Packed
+from fastppo.config import Config, PPOConfig
+from fastppo.data import Experience, Minibatch, Packed
 from fastppo.distributed import Engine, to_device
 from fastppo.models import Policy, PrefixStates, hidden_states
-from fastppo.ops import eager
+from fastppo.ops import TokenStats, eager
 from fastppo.ppo.experience import StepContext
-from fastppo.ppo.losses import PolicyLoss, checked_loss, weighted
+from fastppo.ppo.losses import PolicyLoss, TokenLoss, checked_loss, weighted
 
 
 class Sums(NamedTuple):
@@ -27,31 +27,57 @@ class Sums(NamedTuple):
     policy: Tensor  # (8,) as in ops.PolicyStats
     ratio_max: Tensor  # ()
     value: Tensor  # (7,) as in ops.ValueStats
+    nll: Tensor  # () of the tokens of good responses, nats
 
     @staticmethod
     def zero(device: torch.device) -> Sums:
-        return Sums(torch.zeros(8, device=device), torch.zeros((), device=device), torch.zeros(7, device=device))
+        policy, ratio_max, value, nll = (torch.zeros(shape, device=device) for shape in (8, (), 7, ()))
+        return Sums(policy, ratio_max, value, nll)
 
     def __add__(self, other: Any) -> Sums:
         return Sums(
             self.policy + other.policy.detach(),
             torch.maximum(self.ratio_max, other.ratio_max.detach()),
             self.value + other.value.detach(),
+            self.nll + other.nll.detach(),
         )
+
+
+class Totals(NamedTuple):
+    """What the sums of a minibatch are divided by, over all ranks: tokens with weight 0 count too."""
+
+    policy: float  # in the policy's loss, as `ppo.aggregate` has it
+    tokens: float
+    good: float  # tokens of good responses, for `ppo.nll_coef`
+
+    @staticmethod
+    def of(experience: Experience, minibatch: Minibatch, config: Config) -> Totals:
+        sequences = torch.cat(minibatch.microbatches)
+        lengths = experience.packed.response_lengths[sequences]
+        tokens, good = int(lengths.sum()), lengths[experience.scores[sequences] > config.ppo.nll_above]
+        of_policy = {
+            "token": tokens,
+            "sequence": len(sequences),
+            "constant": len(sequences) * config.sampling.max_new_tokens,
+        }
+        return Totals(of_policy[config.ppo.aggregation], tokens, int(good.sum()))
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What a microbatch learns from, on the device. The loss sums over its tokens and divides by `normalizer`."""
+    """What a microbatch learns from, on the device. Each part of the loss is a sum over its tokens, divided by a number
+    of the whole minibatch."""
 
     packed: Packed
     old_logprobs: Tensor  # (m,) fp32, as all of the following
     advantages: Tensor
-    old_values: Tensor
-    returns: Tensor
-    normalizer: Tensor  # () fp32
+    old_values: Tensor | None  # None: there is no critic, and no returns
+    returns: Tensor | None
+    divisors: Totals  # of the minibatch; over the number of ranks, over which engines average gradients
     kl_reference: dict[str, Any]  # arguments of the loss's KL term; empty if the penalty is in the reward
     weights: Tensor | None = None  # of the policy loss alone, 0 or more; None: all 1
+    shares: Tensor | None = None  # of a token in its response, for the mean over responses; None: all 1
+    good: Tensor | None = None  # 1 where the response is good, else 0; None: without `ppo.nll_coef`
 
 
 Term = Callable[[Any, Tensor, Targets, Config], tuple[Tensor, Sums]]  # (role, hidden (m, H), ...) -> its loss
@@ -70,22 +96,31 @@ def clip_term(policy: Policy, hidden: Tensor, targets: Targets, config: Config) 
 
     A weight w >= 0 goes into the advantage: w min(r A, clip(r) A) = min(r wA, clip(r) wA), and so for the dual clip.
     """
-    ppo, weights = config.ppo, targets.weights
+    ppo, advantages = config.ppo, targets.advantages
+    for weights in (targets.weights, targets.shares):
+        advantages = advantages if weights is None else weights * advantages
     loss, stats = policy.head(
         hidden,
         ops.linear_policy_loss,
         targets.packed.responses,
         targets.old_logprobs,
-        targets.advantages if weights is None else weights * targets.advantages,
+        advantages,
         temperature=config.sampling.temperature,
         clip_low=ppo.clip_low,
         clip_high=ppo.clip_high,
         dual_clip=ppo.dual_clip,
         entropy_coef=ppo.entropy_coef,
-        normalizer=targets.normalizer,
+        normalizer=targets.divisors.policy,
         **targets.kl_reference,
     )
-    return loss, Sums(stats.sums, stats.ratio_max, stats.sums.new_zeros(7))
+    return loss, Sums(stats.sums, stats.ratio_max, stats.sums.new_zeros(7), stats.sums.new_zeros(()))
+
+
+def is_fused(ppo: PPOConfig) -> bool:
+    """Whether `clip_term` computes the loss of these settings: the op has one weight a token, for its advantage alone,
+    and no other term than entropy and KL."""
+    alone = ppo.entropy_coef == 0 and ppo.kl_in == "reward"
+    return ppo.loss == "clip" and ppo.nll_coef == 0 and (alone or ppo.aggregation != "sequence")
 
 
 def loss_term(
@@ -104,31 +139,48 @@ def loss_term(
         tokens = weighted(tokens, targets.weights)
     kl = stats.kl if ref_logprobs is None else eager.kl_estimate(stats.logprobs, ref_logprobs, kl_kind)
 
-    surrogate, entropy = tokens.loss.sum(), stats.entropy.sum()
-    kl_sum = torch.zeros_like(surrogate) if kl is None else kl.sum()
-    total = surrogate - eager.term(ppo.entropy_coef, entropy) + eager.term(kl_coef, kl_sum)
+    def summed(x: Tensor) -> Tensor:
+        return x.sum() if targets.shares is None else (targets.shares * x).sum()
+
+    surrogate = summed(tokens.loss)
+    total = surrogate - eager.term(ppo.entropy_coef, summed(stats.entropy))
+    if kl is not None:
+        total = total + eager.term(kl_coef, summed(kl))
+    loss_of_tokens, nll = total / targets.divisors.policy, torch.zeros_like(surrogate)
+    if targets.good is not None:
+        nll = -(targets.good * stats.logprobs).sum()
+        loss_of_tokens = loss_of_tokens + ppo.nll_coef * nll / targets.divisors.good
+    return loss_of_tokens, _sums(surrogate, stats, kl, tokens, targets, nll)
+
+
+def _sums(
+    surrogate: Tensor, stats: TokenStats, kl: Tensor | None, tokens: TokenLoss, targets: Targets, nll: Tensor
+) -> Sums:
+    """The statistics that the fused op has, and in its order."""
     log_ratio = stats.logprobs.detach() - targets.old_logprobs
     ratio = eager.bounded_exp(log_ratio)
     clipped, dual_clipped = (
         ratio.new_full((), math.nan) if x is None else x.sum() for x in (tokens.clipped, tokens.dual_clipped)
     )
     counts = (clipped, dual_clipped, ratio.sum(), ratio.new_full((), len(ratio)))
-    sums = torch.stack(
-        [x.detach().to(ratio) for x in (surrogate, entropy, kl_sum, eager.exp_less_tangent(log_ratio).sum(), *counts)]
-    )
-    return total / targets.normalizer, Sums(sums, ratio.max(), sums.new_zeros(7))
+    kl_sum = torch.zeros_like(surrogate) if kl is None else kl.sum()
+    of_tokens = (surrogate, stats.entropy.sum(), kl_sum, eager.exp_less_tangent(log_ratio).sum())
+    sums = torch.stack([x.detach().to(ratio) for x in (*of_tokens, *counts)])
+    return Sums(sums, ratio.max(), sums.new_zeros(7), nll.to(ratio))
 
 
 def value_term(role: Any, hidden: Tensor, targets: Targets, config: Config) -> tuple[Tensor, Sums]:
-    """The clipped squared error of V, times its coefficient."""
+    """The clipped squared error of V, the mean over tokens, times its coefficient."""
+    assert targets.old_values is not None and targets.returns is not None
     loss, stats = ops.value_loss(
         role.value_head(hidden),
         targets.old_values,
         targets.returns,
         clip=config.ppo.value_clip,
-        normalizer=targets.normalizer,
+        normalizer=targets.divisors.tokens,
     )
-    return config.ppo.value_coef * loss, Sums(stats.sums.new_zeros(8), stats.sums.new_zeros(()), stats.sums)
+    nothing = stats.sums.new_zeros
+    return config.ppo.value_coef * loss, Sums(nothing(8), nothing(()), stats.sums, nothing(()))
 
 
 def value_head_term(role: Any, hidden: Tensor, targets: Targets, config: Config) -> tuple[Tensor, Sums]:
@@ -139,7 +191,9 @@ def value_head_term(role: Any, hidden: Tensor, targets: Targets, config: Config)
 def jobs_of(context: StepContext, actor_rate: float, critic_rate: float, train_actor: bool) -> list[Job]:
     """Which engines learn from which terms of the loss, at which rates."""
     actor, critic = context.roles.actor, context.roles.critic
-    policy_term: Term = clip_term if context.config.ppo.loss == "clip" else partial(loss_term, context.loss)
+    policy_term: Term = clip_term if is_fused(context.config.ppo) else partial(loss_term, context.loss)
+    if context.config.value_function is None:
+        return [Job(actor, [policy_term], [actor_rate, critic_rate])]
     if critic is None and train_actor:
         return [Job(actor, [policy_term, value_term], [actor_rate, critic_rate])]
     if critic is None:
@@ -160,16 +214,20 @@ def targets_of(
     experience: Experience,
     weights: Tensor | None,
     sequences: Tensor,
-    normalizer: Tensor,
+    divisors: Totals,
     prefix_cache: PrefixStates,
     context: StepContext,
 ) -> Targets:
     """What a microbatch learns from, with the reference as the loss reads it."""
     ppo, device, reference = context.config.ppo, context.world.device, context.roles.reference
     packed = experience.packed.select(sequences).to(device)
+    lengths = experience.packed.response_lengths[sequences]
 
     def rows(values: Tensor) -> Tensor:
         return to_device(experience.packed.select_tokens(values, sequences), device)
+
+    def of_responses(values: Tensor) -> Tensor:
+        return to_device(values.float().repeat_interleave(lengths), device)
 
     kl_reference: dict[str, Any] = {}
     if ppo.kl_in == "loss":
@@ -183,9 +241,11 @@ def targets_of(
         packed=packed,
         old_logprobs=rows(experience.old_logprobs),
         advantages=rows(experience.advantages),
-        old_values=rows(experience.values),
-        returns=rows(experience.returns),
-        normalizer=normalizer,
+        old_values=None if experience.values is None else rows(experience.values),
+        returns=None if experience.returns is None else rows(experience.returns),
+        divisors=divisors,
         kl_reference=kl_reference,
         weights=None if weights is None else rows(weights),
+        shares=of_responses(1.0 / lengths) if ppo.aggregation == "sequence" else None,
+        good=of_responses(experience.scores[sequences] > ppo.nll_above) if ppo.nll_coef else None,
     )

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from fastppo.data import Experience, Minibatch, Update
@@ -19,7 +18,7 @@ from fastppo.ppo.experience import StepContext
 from fastppo.ppo.importance import importance_weights
 from fastppo.ppo.ptx import add_gradient
 from fastppo.ppo.schedule import step_rates
-from fastppo.ppo.terms import Job, Sums, add_terms, jobs_of, targets_of
+from fastppo.ppo.terms import Job, Sums, Totals, add_terms, jobs_of, targets_of
 
 log = logging.getLogger("fastppo")
 
@@ -42,7 +41,7 @@ def run_updates(
     """
     config, world, step, updates = context.config, context.world, context.step, list(done)
     limit, weights = config.health.kl_limit, importance_weights(experience, config.importance)
-    rates, train_actor = step_rates(config, step), step >= config.critic.warmup_steps
+    rates, train_actor = step_rates(config, step), step >= config.critic_steps
     texts = context.texts if train_actor else None
     batches_of_texts = iter(()) if texts is None else texts.from_update(step * len(rates) + len(updates))
     minibatches = [(epoch, minibatch) for epoch, part in enumerate(plan) for minibatch in part]
@@ -50,13 +49,14 @@ def run_updates(
         if updates and updates[-1].stopped:
             break
         jobs = jobs_of(context, *rates[len(updates)], train_actor)
-        tokens = int(experience.packed.response_lengths[torch.cat(minibatch.microbatches)].sum())
+        totals = Totals.of(experience, minibatch, config)
         ptx_loss = 0.0 if texts is None else add_gradient(texts, next(batches_of_texts), context.roles.actor, world)
-        sums = _accumulate(jobs, experience, weights, minibatch, tokens, prefix_cache, context)
+        sums = _accumulate(jobs, experience, weights, minibatch, totals, prefix_cache, context)
         norms = [job.engine.gradient_norm() for job in jobs]
-        update = _summarise(epoch, sums, tokens, norms[0] if train_actor else math.nan, norms[-1], world)
+        critic_norm = None if config.value_function is None else norms[-1]
+        update = _summarise(epoch, sums, totals, norms[0] if train_actor else math.nan, critic_norm, world)
         update = replace(update, ptx_loss=ptx_loss)
-        finite = _finite(update, norms, train_actor)
+        finite = _finite(update, norms, actor=train_actor, critic=config.value_function is not None)
         stopped = finite and update.approx_kl > limit
         if context.roles.average is not None:
             context.roles.average.before_step()
@@ -74,10 +74,12 @@ def run_updates(
         yield updates[-1]
 
 
-def _finite(update: Update, norms: list[float], train_actor: bool) -> bool:
-    """Whether loss and gradients are numbers. Both are sums over all ranks, so the ranks agree."""
-    losses = [update.value_loss, update.policy_loss, update.kl_loss] if train_actor else [update.value_loss]
-    return all(math.isfinite(x) for x in (*losses, update.ptx_loss, *norms))
+def _finite(update: Update, norms: list[float], *, actor: bool, critic: bool) -> bool:
+    """Whether loss and gradients are numbers. Both are sums over all ranks, so the ranks agree. actor, critic: whether
+    there is one that learns."""
+    losses = [update.policy_loss, update.kl_loss] if actor else []
+    losses += [update.value_loss] if critic else []
+    return all(math.isfinite(x) for x in (*losses, update.ptx_loss, update.nll_loss, *norms))
 
 
 def _accumulate(
@@ -85,21 +87,21 @@ def _accumulate(
     experience: Experience,
     weights: Tensor | None,
     minibatch: Minibatch,
-    tokens: int,
+    totals: Totals,
     prefix_cache: PrefixStates,
     context: StepContext,
 ) -> Sums:
-    """Gradients and statistics of this rank's share of a minibatch, which has `tokens` response tokens in all: those
-    with weight 0 count too."""
+    """Gradients and statistics of this rank's share of a minibatch."""
     config, world, reference = context.config, context.world, context.roles.reference
-    # Engines average gradients over ranks, and the loss is to be a mean over the tokens of all of them.
-    normalizer = torch.full((), tokens / world.ranks, dtype=torch.float32, device=world.device)
+    # Engines average gradients over ranks, and the loss is to be a mean over all of them. Without a good response there
+    # is nothing to divide.
+    divisors = Totals(*(max(x, 1) / world.ranks for x in totals))
     sums = Sums.zero(world.device)
     microbatches = minibatch.of_rank(world.rank, world.ranks)
     read = list(reference.module.head.parameters()) if config.ppo.loss_reads_reference else []
     for i, sequences in enumerate(microbatches):
         stop.check(world)
-        targets = targets_of(experience, weights, sequences, normalizer, prefix_cache, context)
+        targets = targets_of(experience, weights, sequences, divisors, prefix_cache, context)
         for job in jobs:
             prefix_states = prefix_cache(job.engine.module, targets.packed, sequences)
             with gathered(read):  # the reference's head beside the actor's own
@@ -109,13 +111,16 @@ def _accumulate(
     return sums
 
 
-def _summarise(epoch: int, sums: Sums, tokens: int, actor_norm: float, critic_norm: float, world: World) -> Update:
-    policy, value = all_sum(sums.policy.double(), world), all_sum(sums.value.double(), world)
+def _summarise(
+    epoch: int, sums: Sums, totals: Totals, actor_norm: float, critic_norm: float | None, world: World
+) -> Update:
+    policy, value, nll = (all_sum(x.double(), world) for x in (sums.policy, sums.value, sums.nll))
     count = policy[7]  # 0 while the critic warms up, and 0/0 is NaN
-    loss, entropy, kl, approx_kl, clipped, dual_clipped, ratio = (policy[:7] / count).tolist()
+    policy_loss = float(policy[0]) / totals.policy if count else math.nan
+    _, entropy, kl, approx_kl, clipped, dual_clipped, ratio = (policy[:7] / count).tolist()
     return Update(
         epoch=epoch,
-        policy_loss=loss,
+        policy_loss=policy_loss,
         entropy=entropy,
         kl_loss=kl,
         approx_kl=approx_kl,
@@ -123,10 +128,11 @@ def _summarise(epoch: int, sums: Sums, tokens: int, actor_norm: float, critic_no
         dual_clip_fraction=dual_clipped,
         ratio_mean=ratio,
         ratio_max=float(all_max(sums.ratio_max, world)) if count else float("nan"),
-        value_loss=float(value[0]) / tokens,
-        value_clip_fraction=float(value[1]) / tokens,
+        value_loss=math.nan if critic_norm is None else float(value[0]) / totals.tokens,
+        value_clip_fraction=math.nan if critic_norm is None else float(value[1]) / totals.tokens,
         actor_grad_norm=actor_norm,
-        critic_grad_norm=critic_norm,
+        critic_grad_norm=math.nan if critic_norm is None else critic_norm,
+        nll_loss=float(nll) / max(totals.good, 1),
     )
 
 

@@ -26,6 +26,7 @@ SMALL = (
     "policy_loss",
     "value_loss",
     "ptx_loss",
+    "nll_loss",
     "actor_grad_norm",
     "critic_grad_norm",
     "kl_coef",

@@ -58,6 +58,16 @@ LEARNING = {
     "ended": _share("Ended", "share of responses that are not truncated"),
     "value": Quantity("Value", "of the critic, mean over tokens"),
     "explained_variance": Quantity("Explained variance", "of the returns, by the critic", high=1.0),
+    **{
+        f"explained_variance/{quarter}": Quantity("Explained variance", f"of the returns, quarter {quarter}", high=1.0)
+        for quarter in range(1, 5)
+    },
+    **{
+        f"value_bias/{quarter}": Quantity("Value less return", f"mean over tokens of quarter {quarter} of a response")
+        for quarter in range(1, 5)
+    },
+    "advantage_share": _size("Variance of advantages", "over that of the returns, before whitening"),
+    "nll_loss": _size("NLL of good responses", "nats per token"),
     "skipped_updates": _size("Skipped updates", "per step, loss or gradient not finite"),
     "sampler_error_max": _size("Largest sampler error", "difference from the trainer's logprob, nats"),
     "sampler_kl": _size("KL of the sampler to the trainer", "nats per token"),

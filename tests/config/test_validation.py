@@ -322,7 +322,7 @@ def test_every_number_has_a_range():
 
 @pytest.mark.parametrize("name", numbers(Config))
 def test_a_number_out_of_its_range_is_named_with_its_value(name):
-    for value in (-1, float("nan")):
+    for value in (float("nan"),) if name == "ppo.nll_above" else (-1, float("nan")):
         with pytest.raises(ConfigError, match=rf"{name} is {value}; it must be "):
             validate(changed(**{name.replace(".", "__"): value}))
 

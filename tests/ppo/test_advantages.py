@@ -95,13 +95,18 @@ def test_whitening_survives_a_large_mean():
     assert float(white.var(correction=0)) == pytest.approx(1.0, rel=1e-3)
 
 
-def test_advantages_are_whitened_and_returns_are_not():
-    rewards, values = torch.tensor([0.0, 0.0, 5.0]), torch.tensor([1.0, 2.0, 3.0])
-    batch = (rewards, values, torch.tensor([0]), torch.tensor([0, 3], dtype=torch.int32))
-    plain, returns = estimate_advantages(gae, *batch, PPOConfig(gamma=1, lam=0, whiten_advantages=False))
-    white, same_returns = estimate_advantages(gae, *batch, PPOConfig(gamma=1, lam=0, whiten_advantages=True))
-    assert plain.tolist() == [1, 1, 2] and returns.tolist() == same_returns.tolist() == [2, 3, 5]
-    torch.testing.assert_close(white, (plain - plain.mean()) / plain.std(correction=0))
+@pytest.mark.parametrize(
+    ("setting", "estimator", "whitens"),
+    [
+        ("auto", "gae", True),
+        ("auto", "mine.py:f", True),
+        ("auto", "grpo", False),
+        (False, "gae", False),
+        (True, "grpo", True),
+    ],
+)
+def test_whitening_is_for_estimators_without_a_scale_of_their_own_unless_it_is_set(setting, estimator, whitens):
+    assert PPOConfig(estimator=estimator, whiten_advantages=setting).whitens == whitens
 
 
 def test_a_response_that_was_cut_is_terminal():
@@ -132,7 +137,7 @@ def test_what_cannot_be_learned_from_is_an_error_that_names_the_setting(returned
 def test_without_a_critic_returns_may_be_missing():
     estimated = Advantages(torch.arange(5.0).double(), None)
     advantages, returns = estimate_advantages(
-        lambda *_: estimated, torch.zeros(5), None, GROUPS, CU_SEQLENS, PPOConfig(whiten_advantages=False)
+        lambda *_: estimated, torch.zeros(5), None, GROUPS, CU_SEQLENS, PPOConfig()
     )
     assert returns is None and advantages.dtype == torch.float32 and advantages.tolist() == [0, 1, 2, 3, 4]
 
@@ -166,7 +171,7 @@ def test_an_estimator_is_one_file_of_the_users(world, folder, tmp_path, critic):
     [
         (
             "gea",
-            f"ppo.estimator = gea: there is no such name. Use one of {', '.join(ESTIMATORS)}, or your own function",
+            f"ppo.estimator = gea: there is no such name. Use one of {re.escape(', '.join(ESTIMATORS))}, or your own",
         ),
         ("nowhere.py:f", r"ppo.estimator = nowhere.py:f: nowhere.py could not be imported \(FileNotFoundError"),
         ("fastppo.ppo.advantages:nothing", "has no function nothing; it has: .*gae"),

@@ -24,6 +24,7 @@ from fastppo.models.roles import copy_backbone
 from fastppo.online.token_rows import _measure
 from fastppo.ppo import update
 from fastppo.ppo.losses import load_loss
+from fastppo.ppo.terms import Totals, jobs_of
 
 META = torch.device("meta")
 DATA_DEPENDENT = ("nonzero", "masked_select", "unique", "bincount", "_local_scalar_dense", "is_nonzero", "equal")
@@ -95,15 +96,20 @@ def context_of(actor, critic=None, *arguments):
 
 def learned(experience, context):
     """Two microbatches of an update."""
-    jobs = update._jobs(context, 1e-3, 1e-3, True)
+    jobs = jobs_of(context, 1e-3, 1e-3, True)
     minibatch = Minibatch(torch.arange(len(experience.packed)).chunk(2))
-    update._accumulate(jobs, experience, None, minibatch, 100, PrefixStates(), context)
+    totals = Totals.of(experience, minibatch, context.config)
+    update._accumulate(jobs, experience, None, minibatch, totals, PrefixStates(), context)
 
 
 SETTINGS = {
     "any loss": ("--ppo.loss", "fastppo.ppo.losses:clip"),
     "KL in the loss": ("--ppo.kl_in", "loss", "--ppo.kl_kind", "k3"),
     "exact KL in the loss": ("--ppo.kl_in", "loss", "--ppo.kl_kind", "exact"),
+    "gspo": ("--ppo.loss", "gspo"),
+    "cispo": ("--ppo.loss", "cispo"),
+    "a mean over responses": ("--ppo.aggregate", "sequence"),
+    "good responses": ("--ppo.nll_coef", "0.1"),
 }
 
 

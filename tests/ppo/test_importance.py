@@ -27,7 +27,7 @@ from fastppo.ops.eager import restrict
 from fastppo.ppo.experience import compute_experience
 from fastppo.ppo.importance import importance_metrics, importance_weights
 from fastppo.ppo.losses import TokenLoss, clip
-from fastppo.ppo.terms import Targets, clip_term, loss_term
+from fastppo.ppo.terms import Targets, Totals, clip_term, loss_term
 from fastppo.ppo.update import run_updates
 
 # A policy over four tokens that sees the token before: logits by token and token before (V, V + 1), the last column at
@@ -65,7 +65,7 @@ def gradient(term, experience, before, advantages, importance, normalizer=1.0, c
         advantages=advantages,
         old_values=advantages,
         returns=advantages,
-        normalizer=torch.tensor(normalizer, dtype=torch.float64),
+        divisors=Totals(normalizer, normalizer, 0),
         kl_reference={},
         weights=importance_weights(experience, importance),
     )
@@ -224,9 +224,9 @@ def model(tmp_path_factory):
 real = ppo_step.responses
 
 
-def responses_of_another(roles, spread):
+def responses_of_another(roles, samples=1, *, spread):
     """What the actor drew, with logprobs as of another sampler."""
-    scored = real(roles)
+    scored = real(roles, samples)
     noise = torch.randn(len(scored.rollout.logprobs), generator=torch.Generator().manual_seed(0))
     rollout = dataclasses.replace(scored.rollout, logprobs=scored.rollout.logprobs + spread * noise)
     return dataclasses.replace(scored, rollout=rollout)

@@ -23,7 +23,7 @@ from fastppo.errors import FunctionError
 from fastppo.models.roles import FusedHead
 from fastppo.ppo.losses import LOSSES, TokenLoss, checked_loss, clip, load_loss
 from fastppo.ppo.run import set_up
-from fastppo.ppo.terms import Targets, clip_term, loss_term
+from fastppo.ppo.terms import Targets, Totals, clip_term, loss_term
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "loss.md"
 PACKED = pack([[1] * (3 + n) for n in (1, 5, 9, 17)], [1, 5, 9, 17])
@@ -67,8 +67,8 @@ def batch(dtype, seed=0):
 def measured(term, made, against, config, weights=None):
     """Loss, sums and gradients of a term of the update."""
     packed = SimpleNamespace(responses=made.targets, response_cu_seqlens=PACKED.response_cu_seqlens)
-    normalizer = torch.tensor(TOKENS / 2)
-    targets = Targets(packed, made.old, made.advantages, made.old, made.old, normalizer, against, weights)
+    divisors = Totals(TOKENS / 2, TOKENS, 0)
+    targets = Targets(packed, made.old, made.advantages, made.old, made.old, divisors, against, weights)
     loss, sums = term(SimpleNamespace(head=made.head), made.hidden, targets, config)
     gradients = torch.autograd.grad(loss, [made.hidden, made.head.weight, made.head.bias])
     return loss.detach(), sums.policy, sums.ratio_max, *gradients

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import logging
+import math
 import os
 from pathlib import Path
 
@@ -15,7 +16,10 @@ from fastppo.distributed.engine import gathered
 from fastppo.distributed.world import start_world
 from fastppo.models.frozen_prefix import PrefixStates
 from fastppo.ppo.experience import compute_experience
+from fastppo.ppo.metrics import step_metrics
 from fastppo.ppo.update import check_first_ratio, run_updates
+
+SECONDS = {f"time/{phase}": 1.0 for phase in ("sampling", "feedback", "experience", "learning")}
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +41,16 @@ def change(after, model, world):
     return {name: float((after[name] - before[name]).abs().max()) for name in before if name in after}
 
 
+def change_nothing(model, world):
+    """Parameters of an actor that has not learned, and its critic's."""
+    before = step(config_of(model, "--actor.lr", "0", "--critic.lr", "0"), world).parameters
+    return {name: x for name, x in before.items() if name.startswith("actor.")}
+
+
+def metrics_of(done, config):
+    return step_metrics(done.experience, done.updates, SECONDS, config.importance)
+
+
 @pytest.mark.parametrize("budget", [25, 40, 70])
 def test_the_update_does_not_depend_on_the_microbatch_size(model, world, budget):
     whole = step(config_of(model), world)
@@ -51,6 +65,38 @@ def test_the_update_does_not_depend_on_order_or_packing(model, world):
     whole = step(config, world)
     shuffled = [[Minibatch((torch.tensor([7, 2]), torch.tensor([0, 5, 4]), torch.tensor([6, 1, 3])))]]
     assert difference(whole.parameters, step(config, world, plan=shuffled).parameters) < 2e-5
+
+
+# Every estimator and every loss, with what stands beside them; samples of a prompt, two updates of two epochs.
+GROUPS = ["--sampling.samples_per_prompt", "4"]
+METHODS = {
+    "grpo": ["--ppo.estimator", "grpo", *GROUPS],
+    "grpo, entropy and KL in the loss": [
+        *["--ppo.estimator", "grpo", *GROUPS, "--ppo.entropy_coef", "0.1"],
+        *["--ppo.kl_in", "loss", "--ppo.kl_kind", "k3", "--ppo.kl_coef", "1"],
+    ],
+    "dr_grpo": ["--ppo.estimator", "dr_grpo", *GROUPS],
+    "rloo": ["--ppo.estimator", "rloo", *GROUPS],
+    "reinforce++": ["--ppo.estimator", "reinforce++"],
+    "reinforce++_baseline": ["--ppo.estimator", "reinforce++_baseline", *GROUPS],
+    "gspo": ["--ppo.estimator", "grpo", "--ppo.loss", "gspo", *GROUPS],
+    "cispo": ["--ppo.estimator", "rloo", "--ppo.loss", "cispo", *GROUPS],
+    "gae of VAPO": [
+        *["--ppo.lam", "adaptive", "--ppo.lam_critic", "1", "--ppo.clip_high", "0.28"],
+        *["--ppo.nll_coef", "0.1", "--ppo.nll_above", "0.2", "--critic.kind", "shared"],
+    ],
+}
+SEVERAL = ["--ppo.minibatches", "2", "--ppo.epochs", "2"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_estimator_or_loss_depends_on_microbatches(model, world, method):
+    settings = [*METHODS[method], *SEVERAL]
+    whole = step(config_of(model, *settings), world)
+    cut = step(config_of(model, *settings, "--ppo.microbatch_tokens", "30", "--data.max_prompt_tokens", "15"), world)
+    assert difference(whole.parameters, cut.parameters) < 5e-5
+    for one, other in zip(whole.updates, cut.updates, strict=True):
+        assert dataclasses.asdict(one) == pytest.approx(dataclasses.asdict(other), rel=1e-3, abs=1e-5, nan_ok=True)
 
 
 def test_no_shared_memory_stays_behind(world):
@@ -83,6 +129,7 @@ RANK_CASES = {
     "shared, text mixed in, stage 2": ["--critic.kind", "shared", *TEXT, "--zero.stage", "2"],
     "shared, text mixed in, stage 3": ["--critic.kind", "shared", *TEXT, "--zero.stage", "3"],
     "separate, text mixed in, LoRA, stage 3": [*TEXT, "--zero.stage", "3", "--actor.lora.rank", "4"],
+    **{f"{method}, stage 3": [*settings, "--zero.stage", "3"] for method, settings in METHODS.items()},
     "recomputed activations, stage 3": ["--optim.activation_checkpointing", "true", "--zero.stage", "3"],
 }
 
@@ -122,7 +169,7 @@ def test_the_update_is_the_same_on_two_ranks_as_on_one_at_stage_0(model, folder,
     parameters, updates = on_two_ranks[case]
     assert difference(alone.parameters, parameters) < 5e-5
     for one, two in zip(alone.updates, updates, strict=True):
-        assert two == pytest.approx(dataclasses.asdict(one), rel=1e-3, abs=1e-5)
+        assert two == pytest.approx(dataclasses.asdict(one), rel=1e-3, abs=1e-5, nan_ok=True)
 
 
 def test_on_the_first_update_the_ratio_is_one_and_the_approximate_kl_zero(model, world):
@@ -194,6 +241,49 @@ def test_the_actors_first_update_after_a_shared_critics_warm_up_is_adams_first(m
     with gathered([weight]):
         moved = float((weight.detach() - before).abs().max())
     assert moved == pytest.approx(config.actor.lr, rel=1e-3)
+
+
+def test_while_the_critic_warms_up_it_learns_what_did_follow(model, world):
+    """Whatever lambda is: from values that mean nothing yet nothing is to be learned."""
+    settings = ["--ppo.lam", "0.5", "--ppo.gamma", "0.9", "--steps", "2"]
+    warm = step(config_of(model, *settings, "--critic.warmup_steps", "1"), world).experience
+    lengths = warm.packed.response_lengths.tolist()
+    for rewards, returns in zip(warm.rewards.split(lengths), warm.returns.split(lengths), strict=True):
+        to_go = [sum(0.9**i * r for i, r in enumerate(rewards[t:].tolist())) for t in range(len(rewards))]
+        torch.testing.assert_close(returns, torch.tensor(to_go), rtol=1e-4, atol=1e-5)
+    later = step(config_of(model, *settings), world).experience
+    assert not torch.allclose(later.returns, warm.returns, atol=1e-3)
+
+
+def test_two_lambdas_are_two_runs_of_one_each(model, world):
+    """The actor learns as with the one for both, the critic as with the other."""
+    both = step(config_of(model, "--ppo.lam", "0.7", "--ppo.lam_critic", "1"), world)
+    of_actor, of_critic = (step(config_of(model, "--ppo.lam", lam), world) for lam in ("0.7", "1"))
+    for name, parameter in both.parameters.items():
+        other = of_actor if name.startswith("actor.") else of_critic
+        assert torch.equal(parameter, other.parameters[name]), name
+    assert difference(of_actor.parameters, of_critic.parameters) > 1e-4
+
+
+def test_without_a_critic_there_is_none_to_train_or_save(model, world):
+    config = config_of(model, "--ppo.estimator", "reinforce++")
+    roles = roles_of(config, world)
+    assert roles.critic is None and roles.policy.value_head is None and set(roles.saved) == {"actor"}
+    done = step(config, world)
+    assert done.experience.values is None and done.experience.returns is None
+    assert math.isnan(done.updates[0].value_loss) and done.updates[0].skipped == 0
+    assert not any("value" in name or "critic" in name for name in metrics_of(done, config))
+    assert difference(done.parameters, change_nothing(model, world)) > 1e-4
+
+
+def test_good_responses_become_likelier(model, world):
+    """Without advantages: the NLL term alone moves the policy towards those with a score above the bound."""
+    settings = ["--ppo.estimator", "reinforce++", "--ppo.nll_coef", "1", "--ppo.nll_above", "0.5", "--actor.lr", "1e-3"]
+    done = step(config_of(model, *settings, "--ppo.epochs", "4"), world)
+    losses = [update.nll_loss for update in done.updates]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.1
+    none_good = step(config_of(model, *settings[:4], "--ppo.nll_above", "5"), world).updates[0]
+    assert none_good.nll_loss == 0.0 and none_good.skipped == 0
 
 
 def test_actor_and_critic_learn_at_rates_of_their_own(model, world):

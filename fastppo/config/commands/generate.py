@@ -120,6 +120,11 @@ class GenerateConfig:
         return {"model.fused": (False, self.model.fused)}
 
     @property
+    def settled(self) -> dict[str, Any]:
+        """Settings that may be left to others, by name, with what they then are."""
+        return {}
+
+    @property
     def trained(self) -> dict[str, ActorConfig]:
         """Nothing."""
         return {}

@@ -221,6 +221,11 @@ class OfflineConfig:
         return {"model.fused": (False, self.model.fused)}
 
     @property
+    def settled(self) -> dict[str, Any]:
+        """Settings that may be left to others, by name, with what they then are."""
+        return {}
+
+    @property
     def frozen_model(self) -> ReferenceConfig | None:
         """A second model of the run, which is asked and let go before the one that trains is loaded."""
         return None

@@ -104,6 +104,11 @@ class OnlineConfig:
         return {"model.fused": (False, self.model.fused)}
 
     @property
+    def settled(self) -> dict[str, Any]:
+        """Settings that may be left to others, by name, with what they then are."""
+        return {}
+
+    @property
     def value_function(self) -> CriticConfig | None:
         """None for a method without a critic."""
         return None

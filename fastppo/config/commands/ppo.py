@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from fastppo.config.commands.generate import GenerateConfig
@@ -30,8 +30,16 @@ class Config(OnlineConfig):
     ptx: PtxConfig = field(default_factory=PtxConfig)
 
     @property
-    def value_function(self) -> CriticConfig:
-        return self.critic
+    def value_function(self) -> CriticConfig | None:
+        kind = self.critic.kind
+        if kind == "auto":
+            kind = "separate" if self.ppo.rule.critic else "none"
+        return None if kind == "none" else replace(self.critic, kind=kind)
+
+    @property
+    def critic_steps(self) -> int:
+        """How many steps at the start train the critic alone."""
+        return 0 if self.value_function is None else self.critic.warmup_steps
 
     @property
     def microbatch_tokens(self) -> int:
@@ -85,6 +93,15 @@ class Config(OnlineConfig):
     @property
     def done_before(self) -> dict[str, tuple[Any, Any]]:
         return super().done_before | {"ppo.importance": ("none", self.importance.kind)}
+
+    @property
+    def settled(self) -> dict[str, Any]:
+        critic = self.value_function
+        return super().settled | {
+            "critic.kind": "none" if critic is None else critic.kind,
+            "ppo.whiten_advantages": self.ppo.whitens,
+            "ppo.aggregate": self.ppo.aggregation,
+        }
 
     @property
     def learns_as_measured(self) -> bool:

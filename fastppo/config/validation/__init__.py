@@ -10,6 +10,7 @@ import math
 
 from fastppo.config.commands.ppo import Config
 from fastppo.config.validation.data import check_data, check_rollout, check_sampling
+from fastppo.config.validation.estimators import check_critic_kind, check_estimator, check_loss
 from fastppo.config.validation.health import check_health, check_kl_alarms
 from fastppo.config.validation.learning import (
     check_batch,
@@ -29,7 +30,7 @@ RANGES: Ranges = (
         "0 or more",
         lambda x: 0 <= x < math.inf,
         "critic.lr critic.lora.rank critic.warmup_steps ptx.coef ppo.entropy_coef ppo.value_coef ppo.kl_coef"
-        " ppo.truncation_penalty ppo.length_penalty",
+        " ppo.nll_coef ppo.truncation_penalty ppo.length_penalty",
     ),
     (
         "1 or more",
@@ -40,11 +41,13 @@ RANGES: Ranges = (
     (
         "greater than 0",
         lambda x: 0 < x < math.inf,
-        "ppo.clip_high ppo.value_clip ppo.kl_target ppo.kl_horizon ppo.score_clip ppo.lam_alpha critic.lora.alpha",
+        "ppo.clip_high ppo.gspo_clip_high ppo.value_clip ppo.kl_target ppo.kl_horizon ppo.score_clip ppo.lam_alpha"
+        " critic.lora.alpha",
     ),
     ("greater than 1", lambda x: 1 < x < math.inf, "ppo.dual_clip ppo.importance_high"),
+    ("a number", math.isfinite, "ppo.nll_above"),
     ("between 0 and 1", lambda x: 0 <= x <= 1, "ppo.gamma ppo.lam ppo.lam_critic"),
-    ("greater than 0 and less than 1", lambda x: 0 < x < 1, "ppo.clip_low ppo.importance_low"),
+    ("greater than 0 and less than 1", lambda x: 0 < x < 1, "ppo.clip_low ppo.gspo_clip_low ppo.importance_low"),
 )
 
 
@@ -55,6 +58,7 @@ def validate(config: Config, ranks: int = 1) -> None:
     check_train("actor.train", config.actor.train)
     check_train("critic.train", config.critic.train)
     check_models(config)
+    check_critic_kind(config.critic, config.ppo)
     check_critic(config.critic)
     check_rewards(config)
     check_shaping(config)
@@ -66,6 +70,8 @@ def validate(config: Config, ranks: int = 1) -> None:
     check_zero(config)
     check_kl(config)
     check_importance(config)
+    check_estimator(config)
+    check_loss(config.ppo)
     check_schedule(config)
     check_checkpoints(config)
     check_tracking(config)

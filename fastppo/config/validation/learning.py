@@ -129,7 +129,7 @@ def check_importance(config: Config) -> None:
 
 
 def check_schedule(config: Config) -> None:
-    steps, critic_steps, warmup = config.steps, config.critic.warmup_steps, config.optim.warmup_steps
+    steps, critic_steps, warmup = config.steps, config.critic_steps, config.optim.warmup_steps
     # updates of the actor; 0 in a run that only evaluates
     updates = (steps - critic_steps) * config.ppo.epochs * config.ppo.minibatches
     if 0 < steps <= critic_steps:

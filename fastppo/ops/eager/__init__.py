@@ -3,8 +3,12 @@
 Each function works in fp32, bf16, fp16 and fp64; statistics are fp32, or fp64 for fp64 inputs, so that gradients
 can be checked against finite differences. Arguments are not checked here: `fastppo.ops` checks them.
 M tokens, vocabulary V, hidden size H, B sequences, R rows.
+
+`estimators` and `losses` are oracles of what is no op: estimators of advantages and policy losses.
 """
 
+from fastppo.ops.eager import estimators as estimators
+from fastppo.ops.eager import losses as losses
 from fastppo.ops.eager.sampling import restrict as restrict
 from fastppo.ops.eager.sampling import sample_tokens as sample_tokens
 from fastppo.ops.eager.tokens import at_targets as at_targets

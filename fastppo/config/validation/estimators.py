@@ -1,0 +1,95 @@
+"""Rules about the estimator of advantages, the critic that it needs or not, and the policy loss."""
+
+from __future__ import annotations
+
+from fastppo.config.commands.ppo import Config
+from fastppo.config.learning import ESTIMATOR_RULES, PPOConfig
+from fastppo.config.models import CriticConfig
+from fastppo.errors import ConfigError
+
+WITHOUT_CRITIC = ", ".join(name for name, rule in ESTIMATOR_RULES.items() if not rule.critic)
+NO_LOSS_OF_ITS_OWN = ("clip", "gspo", "cispo")  # others are the user's, and may read any setting
+
+
+def check_estimator(config: Config) -> None:
+    """Refuse an estimator without what it compares responses by, and settings that would have no effect with it."""
+    ppo, samples = config.ppo, config.sampling.samples_per_prompt
+    name, rule = ppo.estimator, ppo.rule
+    if name not in ESTIMATOR_RULES:
+        return
+    if rule.group and samples < 2:
+        raise ConfigError(
+            f"ppo.estimator is {name} and sampling.samples_per_prompt {samples}: {name} compares the responses to one"
+            " prompt with each other, and one response has nothing to be compared with. Set samples_per_prompt to 2 or"
+            " more, usually 8 or 16, or ppo.estimator to gae or reinforce++."
+        )
+    if rule.outcome and ppo.gamma != 1.0:
+        raise ConfigError(
+            f"ppo.gamma is {ppo.gamma} and ppo.estimator {name}, which sees the sum of a response's rewards, so that"
+            " nothing would be discounted. Set gamma to 1, or ppo.estimator to gae or reinforce++."
+        )
+    lambdas = {"lam": ("adaptive", ppo.lam == "adaptive"), "lam_critic": (ppo.lam_critic, ppo.lam_critic is not None)}
+    for setting, (value, is_set) in lambdas.items():
+        if is_set and not rule.critic:
+            raise ConfigError(
+                f"ppo.{setting} is {value} and ppo.estimator {name}, which has no lambda: it would have no effect. Leave"
+                f" out ppo.{setting}, or set ppo.estimator to gae."
+            )
+
+
+def check_critic_kind(critic: CriticConfig, ppo: PPOConfig) -> None:
+    """Refuse a critic that nothing reads, an estimator without the critic that it reads, and settings of no critic."""
+    name = ppo.estimator
+    if name in ESTIMATOR_RULES and not ppo.rule.critic and critic.kind not in ("auto", "none"):
+        raise ConfigError(
+            f"critic.kind is {critic.kind} and ppo.estimator {name}, which reads no values: the critic would be trained"
+            " for nothing. Set critic.kind to none, or ppo.estimator to gae."
+        )
+    if critic.kind == "none" and name in ESTIMATOR_RULES and ppo.rule.critic:
+        raise ConfigError(
+            f"critic.kind is none and ppo.estimator {name}, which is computed from a critic's values. Set critic.kind to"
+            f" separate or shared, or ppo.estimator to one without a critic: {WITHOUT_CRITIC}."
+        )
+    if critic.kind == "none" or (critic.kind == "auto" and not ppo.rule.critic):
+        given = {
+            "model": (critic.model, None),
+            "gguf_file": (critic.gguf_file, None),
+            "train": (critic.train, "all"),
+            "lora.rank": (critic.lora.rank, 0),
+            "warmup_steps": (critic.warmup_steps, 0),
+        }
+        why = "critic.kind is none" if critic.kind == "none" else f"ppo.estimator {name} needs no critic"
+        for field, (value, default) in given.items():
+            if value != default:
+                raise ConfigError(
+                    f"critic.{field} is {value} but {why}: it would have no effect. Leave out critic.{field}, or set"
+                    " ppo.estimator to gae and critic.kind to separate or shared."
+                )
+
+
+def check_loss(ppo: PPOConfig) -> None:
+    """Refuse settings that have no effect with the loss."""
+    if ppo.loss not in NO_LOSS_OF_ITS_OWN:
+        return
+    others = {
+        "dual_clip": ("clip", "gspo"),
+        "clip_low": ("clip", "cispo"),
+        "clip_high": ("clip", "cispo"),
+        "gspo_clip_low": ("gspo",),
+        "gspo_clip_high": ("gspo",),
+    }
+    default = PPOConfig()
+    for name, losses in others.items():
+        value = getattr(ppo, name)
+        if value == getattr(default, name) or ppo.loss in losses:
+            continue
+        instead = f"; the clip of gspo is ppo.gspo_{name}" if name in ("clip_low", "clip_high") else ""
+        raise ConfigError(
+            f"ppo.{name} is {value} and ppo.loss {ppo.loss}: it would have no effect{instead}. Leave out ppo.{name}, or"
+            f" set ppo.loss to {' or '.join(losses)}."
+        )
+    if ppo.nll_above != default.nll_above and ppo.nll_coef == 0:
+        raise ConfigError(
+            f"ppo.nll_above is {ppo.nll_above} and ppo.nll_coef 0: it would have no effect. Set ppo.nll_coef above 0, or"
+            " leave out ppo.nll_above."
+        )
