@@ -28,6 +28,17 @@ CASES: dict[str, tuple[str, dict[str, int], dict[str, object]]] = {
         {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 8192},
         {"optim.dtype": "fp32", "zero.stage": 1, "ppo.microbatch_tokens": 512, "data.max_prompt_tokens": 96},
     ),
+    "fp32, no critic": (
+        "llama",
+        {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 8192},
+        {
+            "optim.dtype": "fp32",
+            "zero.stage": 1,
+            "ppo.microbatch_tokens": 512,
+            "data.max_prompt_tokens": 96,
+            "ppo.estimator": "reinforce++",
+        },
+    ),
     "bf16, shared critic, large vocabulary": (
         "qwen2",
         {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "vocab_size": 65536},

@@ -29,6 +29,14 @@ ROLES = {
     "shared critic, bf16, stage 1": {"critic__kind": "shared", "zero__stage": 1, "ppo__microbatch_tokens": 60},
     "LoRA, bf16, stage 1": {"actor__lora__rank": 4, "critic__lora__rank": 2, "zero__stage": 1},
     "separate critic, bf16, stage 3": {"optim__dtype": "bf16", "zero__stage": 3, "zero__offload": "cpu"},
+    "no critic, GRPO and GSPO, bf16, stage 1": {
+        **{"ppo__estimator": "grpo", "ppo__loss": "gspo", "sampling__samples_per_prompt": 4, "ppo__kl_in": "loss"},
+        **{"ppo__kl_kind": "k3", "zero__stage": 1},
+    },
+    "VAPO, fp32, stage 1": {
+        **{"critic__warmup_steps": 1, "ppo__lam": "adaptive", "ppo__lam_critic": 1, "ppo__lam_alpha": 0.5},
+        **{"ppo__nll_coef": 0.1, "ppo__nll_above": 0.5, "optim__dtype": "fp32", "zero__stage": 1},
+    },
     # A sampler that is not the trainer; responses of many lengths, of which four rows are filled anew.
     "top_p, token weights, fp32, stage 1": {
         **{"sampling__top_p": 0.7, "ppo__importance": "token", "ppo__importance_high": 1.2, "optim__dtype": "fp32"},
@@ -78,6 +86,8 @@ def straight(folder, forks):
         (2, "separate critic, bf16, stage 3"),
         (1, "top_p, token weights, fp32, stage 1"),
         (2, "top_k, icepop, bf16, stage 2"),
+        (2, "no critic, GRPO and GSPO, bf16, stage 1"),
+        (1, "VAPO, fp32, stage 1"),
     ],
 )
 def test_a_run_that_stops_anywhere_and_goes_on_equals_the_one_that_did_not(folder, forks, straight, ranks, roles):

@@ -54,6 +54,7 @@ KINDS = ("sampling_weights", "reference", "rewards", "optimizers", "gradients")
 
 CASES = [
     {"stage": 0, "critic": "shared"},
+    {"stage": 0, "critic": "none"},
     {"stage": 1, "average": 0.9},
     {"stage": 1, "lora": 2, "offload": "offload_optimizer"},
     {"stage": 1, "dtype": "bf16"},
@@ -64,6 +65,8 @@ CASES = [
     {"stage": 2, "dtype": "bf16", "offload": "offload_optimizer"},
     {"stage": 3, "dtype": "bf16", "average": 0.9, "exact": True},
     {"stage": 3, "critic": "shared"},
+    {"stage": 1, "dtype": "bf16", "critic": "none", "lora": 2},
+    {"stage": 3, "dtype": "bf16", "critic": "none"},
     {"stage": 3, "dtype": "bf16", "lora": 2, "exact": True},
     {"stage": 3, "dtype": "bf16", "offload": "offload_parameters"},
     {"stage": 3, "critic": "shared", "lora": 2, "average": 0.9, "offload": "offload"},
@@ -85,10 +88,11 @@ def world():
 def settings(models: tuple[str, str], case: dict[str, Any], deepspeed: str) -> Config:
     actor, reward = models
     argv = ["--zero.stage", str(case["stage"]), "--critic.kind", case.get("critic", "separate")]
+    argv += ["--ppo.estimator", "reinforce++"] if case.get("critic") == "none" else []
     argv += ["--rewards", json.dumps([{"model": reward}]), "--optim.dtype", case.get("dtype", "fp32")]
     if "lora" in case:
         argv += ["--actor.lora.rank", str(case["lora"])]
-        argv += [] if case.get("critic") == "shared" else ["--critic.lora.rank", str(case["lora"])]
+        argv += [] if case.get("critic") in ("shared", "none") else ["--critic.lora.rank", str(case["lora"])]
     if "average" in case:
         argv += ["--actor.average", str(case["average"])]
     if "offload" in case:
@@ -209,7 +213,7 @@ class OwnWeights:
 
 @pytest.mark.parametrize("engine", ["inprocess", "vllm"])
 @pytest.mark.parametrize("room", ["a GPU for all", "a GPU for little"])
-@pytest.mark.parametrize("case", [CASES[i] for i in (0, 3, 4, 7, 9, 11)], ids=str)
+@pytest.mark.parametrize("case", [CASES[i] for i in (0, 1, 4, 5, 8, 10, 14)], ids=str)
 def test_every_copy_of_weights_is_counted_in_every_phase_in_which_it_stays(
     models, world, small, monkeypatch, case, room, engine
 ):
@@ -487,6 +491,20 @@ def test_a_run_samples_with_the_rows_that_the_plan_has_chosen(tmp_path, world, m
     config = parse(argv)
     train.train(config, world)
     assert found == [bucket(config.ppo.batch_size)]
+
+
+def test_without_a_critic_the_plan_falls_by_what_the_critic_was(tmp_path):
+    model = tiny.saved(tmp_path, tiny.causal())
+    machine = Machine(1, 2, 10**10, 10**12)
+    for stage in ("1", "3"):
+        with_one = config_of(model, "--zero.stage", stage, "--optim.dtype", "bf16")
+        without = config_of(model, "--zero.stage", stage, "--optim.dtype", "bf16", "--ppo.estimator", "reinforce++")
+        plans = [make_plan(config, machine, measured_roles(config, cpu=False)) for config in (with_one, without)]
+        assert {share.role for share in plans[0].shares} - {share.role for share in plans[1].shares} == {"critic"}
+        for phase in PHASES:
+            critic = sum(s.places.gpu.total for s in plans[0].shares if (s.role, s.phase) == ("critic", phase))
+            totals = [sum(s.places.gpu.total for s in plan.shares if s.phase == phase) for plan in plans]
+            assert totals[0] - totals[1] == critic > 0
 
 
 def test_rest_counts_its_batches_of_a_grow_and_no_critic(seven_billion):
