@@ -47,7 +47,12 @@ SMALL = (
 )
 TRAINING_NAMES = {"judge": "health/judge"}  # metrics that have another name in training than in evaluations
 OTHER_SECTIONS = ("time/", "health/", "tokens_per_second")  # prefixes of the metrics that other sections show
+QUARTERS = range(1, 5)
 BAR_ENDS = ("_error", "_low", "_high")  # suffixes of metrics that are drawn as error bars of another metric
+BY_QUARTER = {  # means over the second half of the steps, by the quarter of a response
+    "explained_variance": Quantity("The critic by position", "explained variance of the returns", high=1.0),
+    "value_bias": Quantity("Calibration of the critic", "value less return, mean over tokens"),
+}
 CALIBRATION = Quantity("Calibration", "share of correctly ordered pairs; bars: 95%", 0.0, 1.0)
 
 
@@ -55,10 +60,16 @@ def learning(runs: Sequence[Run], charts: Charts) -> str:
     """The charts of training and evaluation, the most important first; the rest is in a closed `<details>`."""
     names = dict.fromkeys(name.removeprefix("eval/") for run in runs for name in run.names)
     improves = [name for name in names if name.startswith("improve")]
-    rest = [name for name in names if name not in (*MAIN, *SMALL, *improves) and not name.startswith(OTHER_SECTIONS)]
+    quarters = [f"{name}/{quarter}" for name in BY_QUARTER for quarter in QUARTERS]
+    rest = [
+        name
+        for name in names
+        if name not in (*MAIN, *SMALL, *improves, *quarters) and not name.startswith(OTHER_SECTIONS)
+    ]
     rest = [name for name in rest if not any(name.removesuffix(end) in names for end in BAR_ENDS if name.endswith(end))]
     main = grid("".join(_chart(runs, charts, name, "large") for name in MAIN), "large")
     small = grid(_calibration(runs, charts) + "".join(_chart(runs, charts, name) for name in (*SMALL, *improves)))
+    small += grid("".join(_by_quarter(runs, charts, name) for name in BY_QUARTER))
     more = grid("".join(_chart(runs, charts, name) for name in rest))
     if (main or small) and more:
         return f"{main}{small}<details><summary>More metrics</summary>{more}</details>"
@@ -100,6 +111,17 @@ def _calibration(runs: Sequence[Run], charts: Charts) -> str:
         bars = {x: (low, high) for x, (low, high) in ends.items() if low is not None and high is not None}
         lines.append(Line(f"{run.name}, held-out" if len(runs) > 1 else "held-out", curve, i, dots=True, bars=bars))
     return charts.draw(CALIBRATION, lines, x_title="predicted probability", x_range=(0.5, 1.0), diagonal=True)
+
+
+def _by_quarter(runs: Sequence[Run], charts: Charts, name: str) -> str:
+    """A chart of a metric of the critic against the position in a response."""
+    lines = []
+    for i, run in enumerate(runs):
+        curves = {quarter: run.curve(f"{name}/{quarter}").points for quarter in QUARTERS}
+        late = {quarter: [y for _, y in points[len(points) // 2 :]] for quarter, points in curves.items() if points}
+        curve = Curve([float(quarter) for quarter in late], [fmean(ys) for ys in late.values()])
+        lines.append(Line(run.name if len(runs) > 1 else "training", curve, i))
+    return charts.draw(BY_QUARTER[name], lines, x_title="quarter of a response", counted="quarter", x_range=(1.0, 4.0))
 
 
 def times(runs: Sequence[Run], charts: Charts) -> str:

@@ -111,7 +111,7 @@ def _legend(scale: float) -> str:
     return (
         f'<p class="scale">advantage <span>{_signed(-scale)}</span>'
         f'<span class="cells" aria-hidden="true">{cells}</span><span>{_signed(scale)}</span>'
-        " <small>dashed underline: worse than the critic expected; solid underline: better</small>"
+        " <small>dashed underline: worse than expected; solid underline: better</small>"
         '<output class="token" aria-live="polite"></output></p>'
     )
 

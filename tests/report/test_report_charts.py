@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -9,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from made_up_batches import healthy, update
+from report_page import charts, shown
 
 from fastppo.config import Importance
 from fastppo.config.health import FIGURES
@@ -117,3 +119,18 @@ def test_every_metric_of_the_trainer_has_a_title_and_a_note():
 
 def test_a_metric_that_is_not_known_goes_by_its_name():
     assert quantity("eval/my_own") == quantity("health/my_own") == Quantity("My own")
+
+
+def test_the_critics_quality_is_drawn_by_the_position_in_a_response(tmp_path):
+    """Means of the second half of the steps."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    rows = [
+        {"step": step, "score": 0.1} | {f"value_bias/{q}": (step >= 3) * q / 10 for q in (1, 2, 3, 4)}
+        for step in range(1, 5)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chart = charts(shown(folder))["Calibration of the critic"]
+    [line] = chart["lines"]
+    assert chart["x"] == "quarter of a response" and chart["range"] == [1.0, 4.0]
+    assert line["x"] == [1, 2, 3, 4] and line["y"] == pytest.approx([0.1, 0.2, 0.3, 0.4])
