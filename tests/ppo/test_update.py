@@ -90,6 +90,14 @@ SEVERAL = ["--ppo.minibatches", "2", "--ppo.epochs", "2"]
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_no_estimator_or_loss_depends_on_order_or_packing(model, world, method):
+    config = config_of(model, *METHODS[method])
+    whole = step(config, world)
+    shuffled = [[Minibatch((torch.tensor([7, 2]), torch.tensor([0, 5, 4]), torch.tensor([6, 1, 3])))]]
+    assert difference(whole.parameters, step(config, world, plan=shuffled).parameters) < 2e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_no_estimator_or_loss_depends_on_microbatches(model, world, method):
     settings = [*METHODS[method], *SEVERAL]
     whole = step(config_of(model, *settings), world)
@@ -129,6 +137,8 @@ RANK_CASES = {
     "shared, text mixed in, stage 2": ["--critic.kind", "shared", *TEXT, "--zero.stage", "2"],
     "shared, text mixed in, stage 3": ["--critic.kind", "shared", *TEXT, "--zero.stage", "3"],
     "separate, text mixed in, LoRA, stage 3": [*TEXT, "--zero.stage", "3", "--actor.lora.rank", "4"],
+    "reinforce++, stage 2, offloaded": ["--ppo.estimator", "reinforce++", "--zero.stage", "2", "--zero.offload", "cpu"],
+    "rloo, LoRA, stage 1": ["--ppo.estimator", "rloo", *GROUPS, "--actor.lora.rank", "4", "--zero.stage", "1"],
     **{f"{method}, stage 3": [*settings, "--zero.stage", "3"] for method, settings in METHODS.items()},
     "recomputed activations, stage 3": ["--optim.activation_checkpointing", "true", "--zero.stage", "3"],
 }
