@@ -18,7 +18,7 @@ import whole_runs
 from fastppo.config import RewardConfig, parse
 from fastppo.data import pack
 from fastppo.rewards import Responses, RewardError
-from fastppo.rewards.function import function_source
+from fastppo.rewards.functions.function import function_source
 from fastppo.rewards.remote import remote_source
 
 REPOSITORY = Path(__file__).parent.parent

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from fastppo.config import PPOConfig
 from fastppo.data import Moments, Packed, PromptSet, Rollout, Scored, concatenate, decode_after
 from fastppo.distributed import World, all_gather
-from fastppo.rewards.function import FunctionSource, score_concurrently
+from fastppo.rewards.functions.function import FunctionSource, score_concurrently
 from fastppo.rewards.responses import LARGEST, Responses, RewardError, Source
 
 SMALLEST_STD = 1e-6  # avoids a division by 0 if all scores are equal

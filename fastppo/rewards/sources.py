@@ -13,7 +13,7 @@ from fastppo.config import ResponseSettings, RewardConfig
 from fastppo.data import NO_ARGUMENTS, PromptSet
 from fastppo.distributed import Frozen, Residency, World
 from fastppo.models import DTYPES, frozen_partitions, load_reward, load_tokenizer
-from fastppo.rewards.function import function_source
+from fastppo.rewards.functions.function import function_source
 from fastppo.rewards.model import ModelSource, chat_tokens, ensemble
 from fastppo.rewards.pattern import pattern_source
 from fastppo.rewards.remote import remote_source

@@ -12,8 +12,8 @@ import torch
 from fastppo.config import RewardConfig
 from fastppo.data.batch import pack
 from fastppo.rewards import Responses, RewardError, load_functions
-from fastppo.rewards.function import function_source, score_concurrently
-from fastppo.rewards.process_state import SETTINGS
+from fastppo.rewards.functions.function import function_source, score_concurrently
+from fastppo.rewards.functions.process_state import SETTINGS
 
 RESPONSES = Responses(
     prompts=["one", "two"],

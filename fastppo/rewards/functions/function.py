@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from fastppo.errors import RAISED, import_user_code, line_of
-from fastppo.rewards import event_loop
-from fastppo.rewards.process_state import module_state
+from fastppo.rewards.functions import event_loop
+from fastppo.rewards.functions.process_state import module_state
 from fastppo.rewards.responses import Responses, RewardError, checked
 
 Function = Callable[..., Any]
