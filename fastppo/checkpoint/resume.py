@@ -17,7 +17,7 @@ import torch
 from fastppo import __version__
 from fastppo.checkpoint import atomic_dir
 from fastppo.checkpoint.rollback_record import RollbackRecord, read_rollback_record
-from fastppo.config import SERVICE_SETTINGS, AnyConfig, OnlineConfig, TrainingConfig
+from fastppo.config import SERVICE_SETTINGS, AnyConfig, OnlineConfig, RewardConfig, TrainingConfig
 from fastppo.distributed import World, all_gather
 from fastppo.errors import FastPPOError
 from fastppo.monitor import JSONL_FILES
@@ -176,8 +176,10 @@ def _matches(name: str, settings: tuple[str, ...]) -> bool:
 
 def _scoring_part(sources: Any) -> list[dict[str, Any]]:
     """The sources without the URL of a service and its request settings: a service may move without changing its
-    scores."""
-    return [{k: v is not None if k == "url" else v for k, v in r.items() if k not in SERVICE_SETTINGS} for r in sources]
+    scores. Settings that earlier versions did not have are at their defaults."""
+    defaults = dataclasses.asdict(RewardConfig())
+    full = [json.loads(json.dumps(defaults | source)) for source in sources]
+    return [{k: v is not None if k == "url" else v for k, v in r.items() if k not in SERVICE_SETTINGS} for r in full]
 
 
 def settings(config: AnyConfig) -> dict[str, Any]:

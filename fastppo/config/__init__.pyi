@@ -58,6 +58,7 @@ from .models import LoraConfig as LoraConfig
 from .models import ReferenceConfig as ReferenceConfig
 from .rewards import FIRST_WAIT as FIRST_WAIT
 from .rewards import LONGEST_WAIT as LONGEST_WAIT
+from .rewards import MOST_VERIFIERS as MOST_VERIFIERS
 from .rewards import SERVICE_SETTINGS as SERVICE_SETTINGS
 from .rewards import RewardConfig as RewardConfig
 from .run import CheckpointConfig as CheckpointConfig

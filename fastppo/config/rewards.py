@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before a failed request is retried: the first time, and at most
@@ -11,14 +11,16 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before a failed request is retri
 SERVICE_SETTINGS = {
     "timeout": (0.001, 86400),
     "retries": (0, 1000),
-    "request_size": (1, math.inf),
+    "request_size": (1, inf),
     "concurrency": (1, 1000),
 }
+TIME_LIMIT = (0.1, 3600)  # seconds, the least and the largest value of `time_limit`
+MOST_VERIFIERS = 4  # processes of a rank that compare answers for `math`
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """One source of reward. Exactly one of function, model, ensemble, pattern and url is set."""
+    """One source of reward. Exactly one of function, model, ensemble, pattern, math and url is set."""
 
     function: str | None = None
     """`module:function` or `file.py:function`; a file may import modules from its folder. The function is called with
@@ -37,6 +39,13 @@ class RewardConfig:
     pattern: str | None = None
     """Regular expression: a response that contains a match gets 1, otherwise 0. `{column}` stands for the literal text
     of that column of the data; if it is null or empty, the response gets 0. `\\{column}` stands for literal braces."""
+    math: str | None = None
+    """Column of the data with the reference answers: a response whose final answer equals its reference gets 1,
+    otherwise 0. The final answer is in the last `\\boxed{...}`, else behind the last `####` or "the answer is", else
+    the last expression. A reference is a number, an expression in LaTeX, or a solution with its answer behind `####` or
+    in `\\boxed{...}`. Needs `pip install 'fastppo[math]'`."""
+    time_limit: float = 5.0
+    """Seconds of processor time in which `math` compares one answer; a response for which that is not enough gets 0."""
     url: str | None = None
     """URL of a service. It receives prompts, responses, whether they are complete, columns and chats as JSON, and
     returns scores; `python -m fastppo.serve_reward` is such a service."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterator, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fastppo.config import DataConfig
@@ -29,12 +29,18 @@ class PromptSet:
     texts: tuple[str, ...]  # P; as in the data; truncated ones decoded, without BOS; chat as rendered by the template
     columns: dict[str, list[Any]]  # every column of the data, P raw values each: chat as messages, CSV as text
     messages: tuple[Messages | None, ...] = ()  # P, None for a plain prompt; empty if all prompts are plain
+    table: Table | None = field(default=None, repr=False, compare=False)  # where the prompts are from, for messages
+    rows: tuple[int, ...] = field(default=(), repr=False, compare=False)  # P rows of it
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def messages_of(self, rows: Sequence[int]) -> list[Messages | None]:
         return [self.messages[row] if self.messages else None for row in rows]
+
+    def where(self, prompt: int) -> str:
+        """The place of a prompt in the data, for a message."""
+        return f"prompt {prompt}" if self.table is None else self.table.where(self.rows[prompt])
 
 
 @dataclass(frozen=True)
@@ -130,7 +136,8 @@ def _prompt_set(table: Table, prompts: list[_Prompt]) -> PromptSet:
         if name not in RESERVED
     }
     tokens, texts = tuple(prompt.tokens for prompt in prompts), tuple(prompt.text for prompt in prompts)
-    return PromptSet(tokens, texts, columns, tuple(prompt.messages for prompt in prompts))
+    messages, rows = tuple(prompt.messages for prompt in prompts), tuple(prompt.row for prompt in prompts)
+    return PromptSet(tokens, texts, columns, messages, table, rows)
 
 
 def _prompts(table: Table, rows: list[int], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[_Prompt]:

@@ -35,7 +35,7 @@ from fastppo.models import (
 )
 from fastppo.monitor import METRICS, Phases, Tracker, distinct, ngrams, read_lines
 from fastppo.planner import check_plan
-from fastppo.rewards import Source, check_chats, load_functions, load_judge, load_sources, score
+from fastppo.rewards import Source, check_chats, check_imports, check_references, load_judge, load_sources, score
 from fastppo.rollout import ActorSampler, check_sampled_model, find_engine, make_sampler, named_stop_ids
 
 log = logging.getLogger("fastppo")
@@ -111,8 +111,8 @@ def set_up(config: GenerateConfig, world: World) -> Setup | None:
     What can be wrong is looked at in the order of what it costs to find out. An earlier run in the folder is moved
     aside when only the weights are left to be read.
     """
-    load_functions(config.rewards)
-    load_functions(config.judge, config.judge_setting)
+    check_imports(config.rewards)
+    check_imports(config.judge, config.judge_setting)
     find_engine(config)
     about = find_generation(config, world)
     planned = check_plan(config, world)
@@ -120,6 +120,7 @@ def set_up(config: GenerateConfig, world: World) -> Setup | None:
     check_sampled_model(config, load_config(sampled_source(config.model)))
     named_stop_ids(tokenizer, config.sampling)
     data = _prompts(config, tokenizer)
+    check_references(config, world, data)
     check_data(about, data, config)
     work, store = Work.of(data, config), _store(config, data, world)
     done = 0 if about is None else store.whole(work.counts)

@@ -37,7 +37,7 @@ from fastppo.monitor import TERMINAL, Phases, Tracker, heldout_responses, show_s
 from fastppo.online.evaluation import evaluate, samples
 from fastppo.online.progress import Progress
 from fastppo.planner import check_plan
-from fastppo.rewards import Source, check_chats, load_functions, load_judge, load_sources
+from fastppo.rewards import Source, check_chats, check_imports, check_references, load_judge, load_sources
 from fastppo.rollout import ActorSampler, check_sampled_model, find_engine, make_sampler, named_stop_ids
 
 C = TypeVar("C", bound=OnlineConfig)
@@ -96,8 +96,8 @@ def set_up(
     progress: of a new run; load_texts: reads given texts to learn from; texts_setting: where they are, for messages;
     check_prompts: what else the method asks of its prompts.
     """
-    load_functions(config.rewards)  # a typo in a function's name should not cost the minutes of loading models
-    load_functions(config.judge, config.judge_setting)
+    check_imports(config.rewards)  # a typo in a function's name should not cost the minutes of loading models
+    check_imports(config.judge, config.judge_setting)
     find_engine(config)
     checkpoint = find_run(config, world)
     if checkpoint is not None and checkpoint.ended(config, world):
@@ -115,6 +115,7 @@ def set_up(
         reserve=config.sampling.max_new_tokens,
     )
     check_chats(config, tokenizer, data, heldout)
+    check_references(config, world, data, heldout)
     check_actor_tokens(config, tokenizer, (*data.tokens, *heldout.tokens), "data.path")
     if check_prompts is not None:
         check_prompts(data)

@@ -1,4 +1,4 @@
-"""Sources of reward: reward models, Python functions, patterns and remote services, and the score of a response."""
+"""Sources of reward, from reward models to reference answers and remote services, and the score of a response."""
 
 import lazy_loader
 

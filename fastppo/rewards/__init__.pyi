@@ -20,6 +20,7 @@ from .scoring import response_texts as response_texts
 from .scoring import score as score
 from .scoring import shape as shape
 from .sources import check_chats as check_chats
-from .sources import load_functions as load_functions
+from .sources import check_imports as check_imports
+from .sources import check_references as check_references
 from .sources import load_judge as load_judge
 from .sources import load_sources as load_sources

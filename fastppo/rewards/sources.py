@@ -18,18 +18,31 @@ from fastppo.rewards.model import ModelSource, chat_tokens, ensemble
 from fastppo.rewards.pattern import pattern_source
 from fastppo.rewards.remote import remote_source
 from fastppo.rewards.responses import Source
+from fastppo.rewards.verify.source import MathSource, check_column, check_installed
 
 log = logging.getLogger("fastppo")
 
 
-def load_functions(rewards: Sequence[RewardConfig], where: str = "rewards") -> None:
-    """Import the Python functions among the sources, to find errors before a model is loaded, which takes minutes.
+def check_imports(rewards: Sequence[RewardConfig], where: str = "rewards") -> None:
+    """Import the Python functions among the sources, and look for the packages that others need, to find errors before
+    a model is loaded, which takes minutes.
 
     where: the setting with the sources, for errors. Raises RewardError.
     """
     for reward in rewards:
         if reward.function is not None:
             function_source(reward.function, where)
+        if reward.math is not None:
+            check_installed(reward, where)
+
+
+def check_references(config: ResponseSettings, world: World, *prompts: PromptSet) -> None:
+    """Check, before a model is loaded, that the data has the columns with reference answers, and that these can be
+    read. All ranks call it. Raises RewardError."""
+    for where, rewards in (("rewards", config.rewards), (config.judge_setting, config.judge)):
+        for reward in rewards:
+            if reward.math is not None:
+                check_column(reward, where, world, *prompts)
 
 
 def check_chats(config: ResponseSettings, tokenizer: PreTrainedTokenizerBase, *prompts: PromptSet) -> None:
@@ -98,7 +111,8 @@ def _names(reward: RewardConfig) -> list[str]:
     models = [name for name in (reward.model, *reward.ensemble) if name is not None]
     paths = [str(Path(name).resolve()) if Path(name).exists() else name for name in models]
     others = (reward.function, reward.pattern, reward.url)
-    return [*paths, *(name for name in others if name is not None)]
+    columns = [] if reward.math is None else [f"math = {reward.math}"]
+    return [*paths, *(name for name in others if name is not None), *columns]
 
 
 def _load(
@@ -115,6 +129,8 @@ def _load(
         return function_source(reward.function, where)
     if reward.pattern is not None:
         return pattern_source(reward.pattern, where)
+    if reward.math is not None:
+        return MathSource(reward, where)
     if reward.url is not None:
         return remote_source(reward, where)
 

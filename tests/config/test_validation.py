@@ -71,6 +71,10 @@ def test_the_defaults_and_the_quickstart_are_allowed():
         (dict(rewards=(RewardConfig(model="m", combine="min"),)), ["combine is min", "belongs to ensemble"]),
         (dict(rewards=(RewardConfig(ensemble=("m",)),)), ["rewards[0].ensemble has one model, m"]),
         (dict(rewards=(RewardConfig(pattern="("),)), ["rewards[0].pattern is (", "not a regular expression"]),
+        (dict(rewards=(RewardConfig(math="a", pattern="b"),)), ["exactly one of", "pattern is b and math is a"]),
+        (dict(rewards=(RewardConfig(math="a", time_limit=0.0),)), ["rewards[0].time_limit is 0.0", "0.1 to 3600"]),
+        (dict(rewards=(RewardConfig(model="m", time_limit=9.0),)), ["time_limit is 9.0", "belongs to math"]),
+        (dict(rewards=(RewardConfig(math="a", timeout=9.0),)), ["rewards[0].timeout is 9.0", "belongs to url"]),
         (dict(rewards=(RewardConfig(url="host:80"),)), ["rewards[0].url is host:80", "http://"]),
         (dict(rewards=(RewardConfig(url="http://:80"),)), ["rewards[0].url is http://:80", "contain a host name"]),
         (
@@ -193,6 +197,7 @@ def test_settings_that_cannot_work_are_refused_with_a_reason(settings, words):
         dict(critic__gguf_file="g", critic__model="m"),
         dict(actor__train="*.mlp.*,*.norm.*"),
         dict(rewards=(RewardConfig(model="m", weight=0.0), RewardConfig(pattern="a", weight=1e-9))),
+        dict(rewards=(RewardConfig(math="answer", time_limit=0.1),)),
         dict(rewards=(RewardConfig(model="m", weight=-0.5), RewardConfig(function="dir/file.py:f"))),
         dict(ppo__value_clip=None, ppo__dual_clip=3.0, ppo__score_clip=5.0),
         dict(ppo__importance_high=3.0, sampling__top_k=5),
@@ -293,6 +298,17 @@ def test_the_tries_of_a_request_take_no_longer_than_other_ranks_wait():
     validate(changed(health__judge=judge, timeout=29.0), ranks=2)
     with pytest.raises(ConfigError, match=r"health.judge\[0\].timeout is 9 .*retries 2: .* 28.5 s .* timeout = 28.5"):
         validate(config, ranks=2)
+
+
+def test_a_batch_of_answers_that_all_take_their_limit_takes_no_longer_than_other_ranks_wait():
+    source = (RewardConfig(math="answer", time_limit=10.0),)  # 512 responses: 64 for each of 4 processes of 2 ranks
+    for settings, ranks in ((dict(timeout=640.0), 1), (dict(timeout=641.0), 2), (dict(timeout=1281.0, threads=2), 2)):
+        validate(changed(rewards=source, **settings), ranks)
+    for settings in (dict(timeout=640.0), dict(timeout=1280.0, threads=2), dict(timeout=2560.0, threads=1)):
+        with pytest.raises(
+            ConfigError, match=r"rewards\[0\].time_limit is 10: .* wait only timeout = .* lower time_limit"
+        ):
+            validate(changed(rewards=source, **settings), ranks=2)
 
 
 def test_each_rank_takes_as_many_texts():

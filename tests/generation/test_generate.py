@@ -26,7 +26,7 @@ from fastppo.distributed.world import start_world
 from fastppo.errors import ModelError
 from fastppo.monitor import RunFolderError
 from fastppo.report import __main__ as report
-from fastppo.rewards import RewardError
+from fastppo.rewards import RewardError, scoring
 
 FORMATS = ("jsonl", "parquet")
 
@@ -151,6 +151,15 @@ def test_scores_by_source_and_a_judge(folder, world, tmp_path):
         assert row["score"] == pytest.approx(row["score/0"] + row["score/1"], abs=1e-6)
         assert row["judge"] == row["score/1"] == pytest.approx(len(row["response"]) / 10)
     assert {"score", "score/0", "score/1", "judge", "distinct_2", "ended"} <= set(metrics(output)[0])
+
+
+def test_reference_answers_score_and_judge(folder, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "response_texts", lambda packed, tokenizer: ["#### 1"] * len(packed))
+    math = '[{"math": "answer", "weight": 2}]'
+    found = rows(run(folder, tmp_path / "a", world, rewards=math, judge=math, data__limit=5))
+    assert [(row["score"], row["judge"]) for row in found] == [(2 * (row["answer"] == 1),) * 2 for row in found]
+    with pytest.raises(RewardError, match=r"judge.math = solution names a column .*it has: prompt, answer, score"):
+        run(folder, tmp_path / "b", world, judge='[{"math": "solution"}]')
 
 
 def test_a_judge_alone(folder, world, tmp_path):

@@ -11,7 +11,7 @@ import torch
 
 from fastppo.config import RewardConfig
 from fastppo.data.batch import pack
-from fastppo.rewards import Responses, RewardError, load_functions
+from fastppo.rewards import Responses, RewardError, check_imports
 from fastppo.rewards.functions.function import function_source, score_concurrently
 from fastppo.rewards.functions.process_state import SETTINGS
 
@@ -60,7 +60,7 @@ def ask(name="own_reward.py:reward"):
 )
 def test_a_function_that_is_not_there_is_an_error_before_anything_loads(name, words):
     with pytest.raises(RewardError, match=words):
-        load_functions([RewardConfig(function=name)])
+        check_imports([RewardConfig(function=name)])
 
 
 def test_a_function_is_found_in_the_folder_of_the_run(write):
@@ -133,7 +133,7 @@ def test_a_file_is_imported_once_however_many_name_it(write):
         own_reward="import counted\ncounted.times += 1\ndef reward(**_): return [counted.times] * 2",
         counted="times = 0",
     )
-    load_functions([RewardConfig(function="own_reward.py:reward")] * 2)
+    check_imports([RewardConfig(function="own_reward.py:reward")] * 2)
     assert ask() == ask("./own_reward.py:reward") == [1, 1]
 
 

@@ -172,3 +172,55 @@ def test_a_coroutine_function_that_fails_on_one_rank_ends_both_with_the_reason_a
         assert f"{where}.function = {folder}/fails.py:letters raised SystemExit: no key (fails.py:9)" in said
         assert "Traceback" not in said
     assert whole_runs.checkpoints(output)[-1] == "step-00000001"
+
+
+# Reference answers
+
+REFERENCES = ["5", "#### 1,000", r"\boxed{\frac{1}{2}}"]
+
+
+def with_references(folder, references=REFERENCES):
+    rows = [{"prompt": f"prompt {i}", "answer": references[i % len(references)]} for i in range(40)]
+    (folder / "answers.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = {"math": "answer", "time_limit": 0.2}
+    rewards = json.dumps([source, {"function": f"{folder}/reward.py:letters"}])
+    judge = json.dumps([source])
+    return {"data__path": folder / "answers.jsonl", "rewards": rewards, "health__judge": judge, "optim__dtype": "fp32"}
+
+
+# Responses of an actor that has learned nothing, each with an answer: right for some prompts, or one without end.
+ANSWERING = r"""
+from fastppo.rewards import scoring
+
+texts = scoring.response_texts
+said = ["so it is \\boxed{5.0}", "the answer is $1000.", "#### 1/2", "#### 2/4"] * 2 + ["\\boxed{9^{9^{9^9}}}"]
+
+def answering(packed, tokenizer):
+    return [f"{text} {said[sum(map(ord, text)) % len(said)]}" for text in texts(packed, tokenizer)]
+
+scoring.response_texts = answering
+"""
+
+
+def test_reference_answers_are_a_reward_that_resumes_bit_for_bit(folder, forks):
+    changes = with_references(folder) | {"steps": 3, "eval__every": 0}
+    whole, parts = (whole_runs.settings(folder, folder / name, **changes) for name in ("whole", "parts"))
+    forks.run(whole, 2, ANSWERING)
+    forks.run(parts, 2, ANSWERING + whole_runs.STOP_AT.format(kind="check", n=9))
+    assert 0 < len(whole_runs.records(folder / "parts")) < len(whole_runs.records(folder / "whole"))
+    forks.run([*parts, "--resume", "auto"], 2, ANSWERING)
+    whole_runs.assert_same_run(folder / "whole", folder / "parts")
+    right = [record["score/0"] for record in whole_runs.records(folder / "whole") if "score/0" in record]
+    assert len(right) == 3 and all(0 < share < 1 for share in right)
+
+
+@pytest.mark.parametrize("references", [["5", "???"], [None]])
+def test_a_reference_that_cannot_be_read_ends_all_ranks_before_a_model_is_loaded(folder, forks, references):
+    output = folder / "unread"
+    run = forks.start(whole_runs.settings(folder, output, **with_references(folder, references)), 2)
+    assert forks.wait(run) == [1, 1], run.text()
+    for log in run.logs:
+        said = log.read_text()
+        assert "rewards.math = answer: these reference answers cannot be read as mathematics: " in said
+        assert "Traceback" not in said
+    assert not (output / "metrics.jsonl").exists()

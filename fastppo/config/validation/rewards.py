@@ -10,7 +10,14 @@ from urllib.parse import urlsplit
 from fastppo.config.commands.generate import GenerateConfig
 from fastppo.config.commands.online import OnlineConfig
 from fastppo.config.commands.ppo import Config
-from fastppo.config.rewards import FIRST_WAIT, LONGEST_WAIT, SERVICE_SETTINGS, RewardConfig
+from fastppo.config.rewards import (
+    FIRST_WAIT,
+    LONGEST_WAIT,
+    MOST_VERIFIERS,
+    SERVICE_SETTINGS,
+    TIME_LIMIT,
+    RewardConfig,
+)
 from fastppo.errors import ConfigError
 
 
@@ -46,7 +53,7 @@ def check_shaping(config: Config) -> None:
         )
 
 
-KINDS = ("function", "model", "ensemble", "pattern", "url")
+KINDS = ("function", "model", "ensemble", "pattern", "math", "url")
 LARGEST_WEIGHT = (2 - 2**-23) * 2.0**127  # the largest number in fp32
 
 
@@ -70,7 +77,7 @@ def _check_kind(where: str, source: RewardConfig) -> None:
         what = " and ".join(f"{kind} is {getattr(source, kind)}" for kind in given) or "none is set"
         raise ConfigError(f"{where} needs exactly one of {', '.join(KINDS)}; {what}.")
     kind, default = given[0], RewardConfig()
-    for names, owner in ((("combine",), "ensemble"), (SERVICE_SETTINGS, "url")):
+    for names, owner in ((("combine",), "ensemble"), (("time_limit",), "math"), (SERVICE_SETTINGS, "url")):
         for name in names:
             value = getattr(source, name)
             if kind != owner and value != getattr(default, name):
@@ -84,7 +91,7 @@ def _check_kind(where: str, source: RewardConfig) -> None:
             raise ConfigError(f"{where}.pattern is {source.pattern}, not a regular expression: {error}.") from None
     if source.url is not None:
         _check_url(f"{where}.url", source.url)
-    for name, (least, most) in SERVICE_SETTINGS.items():
+    for name, (least, most) in (*SERVICE_SETTINGS.items(), ("time_limit", TIME_LIMIT)):
         if not least <= getattr(source, name) <= most:
             range_ = f"{least} or more" if most == math.inf else f"{least} to {most}"
             raise ConfigError(f"{where}.{name} is {getattr(source, name)}; it must be {range_}.")
@@ -101,14 +108,35 @@ def _check_url(name: str, url: str) -> None:
 
 
 def check_waiting(config: OnlineConfig | GenerateConfig, ranks: int) -> None:
-    """Check that all attempts of one request take less time than the ranks wait for each other (`timeout`)."""
-    groups = (("rewards", config.rewards), (config.judge_setting, config.judge))
+    """Check that no source takes longer than the ranks wait for each other (`timeout`): a service for all attempts of
+    one request, the comparison of answers for a batch in which none can be compared."""
+    groups = (("rewards", config.rewards), (config.judge_setting, config.judge)) if ranks > 1 else ()
     for name, source in ((f"{where}[{i}]", source) for where, group in groups for i, source in enumerate(group)):
-        pauses = sum(min(FIRST_WAIT * 2**n, LONGEST_WAIT) for n in range(source.retries))
-        longest = source.timeout * (source.retries + 1) + pauses
-        if ranks > 1 and source.url is not None and longest >= config.timeout:
-            raise ConfigError(
-                f"{name}.timeout is {source.timeout:g} and {name}.retries {source.retries}: one request may take"
-                f" {longest:g} s with its retries and pauses, but the other ranks wait only timeout = "
-                f"{config.timeout:g} s. Raise timeout above {longest:g}, or lower one of these."
-            )
+        if source.url is not None:
+            _check_service_time(name, source, config.timeout)
+        if source.math is not None:
+            drawn = config.batch_size if isinstance(config, GenerateConfig) else config.drawn_together
+            processes = min(MOST_VERIFIERS, config.threads or MOST_VERIFIERS)
+            _check_math_time(name, source, config.timeout, math.ceil(drawn / ranks / processes))
+
+
+def _check_service_time(name: str, source: RewardConfig, timeout: float) -> None:
+    pauses = sum(min(FIRST_WAIT * 2**n, LONGEST_WAIT) for n in range(source.retries))
+    longest = source.timeout * (source.retries + 1) + pauses
+    if longest >= timeout:
+        raise ConfigError(
+            f"{name}.timeout is {source.timeout:g} and {name}.retries {source.retries}: one request may take"
+            f" {longest:g} s with its retries and pauses, but the other ranks wait only timeout = "
+            f"{timeout:g} s. Raise timeout above {longest:g}, or lower one of these."
+        )
+
+
+def _check_math_time(name: str, source: RewardConfig, timeout: float, answers: int) -> None:
+    """answers: the most that one process of a rank compares in a batch."""
+    longest = answers * source.time_limit
+    if longest >= timeout:
+        raise ConfigError(
+            f"{name}.time_limit is {source.time_limit:g}: a rank may take {longest:g} s for a batch, {answers} answers"
+            f" in each of its processes, but the other ranks wait only timeout = {timeout:g} s. Raise timeout above"
+            f" {longest:g}, or lower time_limit."
+        )
