@@ -1,0 +1,208 @@
+"""A task with a checkable answer: two-digit addition, `23+45=` -> `68`, learned by RL after a short SFT. Minutes per run.
+
+    python bench/arithmetic.py --seeds 1 2 3 --estimators gae group_mean
+
+SFT on few demonstrations teaches SmolLM2-135M-Instruct how an answer looks, and hardly to add; RL draws eight answers to
+each prompt, and an answer is worth 1 if it is right and 0 if not. What is held out are pairs of operands: in either
+order they are neither in a demonstration nor in a training prompt. On these prompts, before and after RL: the share of
+responses that are a number and then end (format), and the share that is right, of all responses and of those with the
+right format, drawn at temperature 1 with eight to a prompt; the share of prompts with a right one among the eight; and
+the share that is right of the most likely responses. Settings that this program does not know go to RL's run.
+"""
+
+import argparse
+import json
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastppo.monitor import METRICS, read_lines
+from fastppo.ppo import Advantages
+
+HERE = Path(__file__)
+SFT, RL = HERE.with_name("arithmetic-sft.yaml"), HERE.with_name("arithmetic.yaml")
+OPERANDS = 4  # of a prompt
+DEMONSTRATIONS, TRAINING, HELDOUT = 192, 4096, 256  # prompts
+HELDOUT_NUMBERS = 20
+SAMPLES = 8  # of each held-out prompt
+
+# What each estimator needs beside the settings of `arithmetic.yaml`.
+ESTIMATORS: dict[str, tuple[str, ...]] = {
+    "gae": (),
+    "group_mean": ("--ppo.estimator", f"{HERE}:group_mean"),
+}
+
+
+def right(responses: list[str], answer: list[str]) -> list[bool]:
+    """The reward. A response that was cut has more digits than any answer."""
+    return [response == a for response, a in zip(responses, answer, strict=True)]
+
+
+def number(responses: list[str]) -> list[bool]:
+    """Whether the format is right: a number of at most three digits, and the end."""
+    return [re.fullmatch(r"[0-9]{2}", response) is not None for response in responses]
+
+
+def group_mean(rewards: Tensor, values: Tensor | None, groups: Tensor, cu_seqlens: Tensor, ppo: Any) -> Advantages:
+    """Each response's reward, less the mean over all responses to its prompt, as in docs/how-to/estimator.md."""
+    lengths = cu_seqlens.diff().long()
+    response = torch.arange(len(lengths)).repeat_interleave(lengths)  # (M,), to which each token belongs
+    total = torch.zeros(len(lengths)).index_add(0, response, rewards)  # (B,), the reward of each response
+    mean = groups.bincount(weights=total) / groups.bincount()  # of each prompt
+    return Advantages(advantages=(total - mean[groups])[response], returns=total[response])
+
+
+@dataclass(frozen=True)
+class Data:
+    """Files of rows with `prompt`, `answer` and, in demonstrations, the answer as `response`, too."""
+
+    demonstrations: Path
+    training: Path
+    heldout: Path
+
+
+def write_data(folder: Path, seed: int = 0) -> Data:
+    """The numbers of held-out prompts are in no other file; the answer of a demonstration is any of its numbers."""
+    chance = random.Random(seed)
+    numbers = list(range(10, 100))
+    chance.shuffle(numbers)
+    apart, others = numbers[:HELDOUT_NUMBERS], numbers[HELDOUT_NUMBERS:]
+    folder.mkdir(parents=True, exist_ok=True)
+    data = Data(*(folder / f"{name}.jsonl" for name in ("demonstrations", "training", "heldout")))
+    _write(data.heldout, HELDOUT, apart, chance)
+    _write(data.training, TRAINING, others, chance)
+    _write(data.demonstrations, DEMONSTRATIONS, others, chance)
+    return data
+
+
+def _write(path: Path, count: int, numbers: Sequence[int], chance: random.Random) -> None:
+    drawn = (chance.sample(numbers, OPERANDS) for _ in range(count))
+    rows = (
+        {"prompt": f"max({','.join(map(str, x))})=", "answer": str(max(x)), "response": str(chance.choice(x))}
+        for x in drawn
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Of a model on the held-out prompts; shares."""
+
+    format: float  # of the responses at temperature 1
+    right: float
+    any_right: float  # of the prompts
+    greedy: float  # right, of the most likely responses
+
+    @property
+    def right_in_format(self) -> float:
+        return self.right / self.format if self.format else 0.0
+
+
+def ran(script: str, *settings: object) -> None:
+    subprocess.run(["deepspeed", f"fastppo/{script}.py", *map(str, settings)], stdout=sys.stderr, check=True)
+
+
+def sft(folder: Path, data: Data, *settings: object) -> Path:
+    """The model that RL starts from; the one that is there already, if it is."""
+    output = folder / "sft"
+    if not (output / "model").exists():
+        ran("train_sft", "--config", SFT, "--data.path", data.demonstrations, "--output", output, *settings)
+    return output / "model"
+
+
+def reinforce(seed: int, estimator: str, model: Path, data: Data, output: Path, *settings: object) -> Path:
+    """RL from this model; the model that it leaves."""
+    ran(
+        *("train", "--config", RL, "--seed", seed, "--output", output, "--actor.model", model),
+        *("--data.path", data.training, "--data.eval_path", data.heldout, "--eval.prompts", HELDOUT),
+        *("--rewards", functions("right"), "--health.judge", functions("number")),
+        *(*ESTIMATORS[estimator], *settings),
+    )
+    return output / "actor"
+
+
+def functions(name: str) -> str:
+    return json.dumps([{"function": f"{HERE}:{name}"}])
+
+
+def measure(model: Path, data: Data, output: Path) -> Accuracy:
+    drawn, likeliest = output / "drawn", output / "likeliest"
+    _generate(model, data, drawn, "--sampling.samples_per_prompt", SAMPLES)
+    _generate(model, data, likeliest, "--sampling.top_k", 1)
+    rows = read_lines(drawn / "responses.jsonl")
+    prompts = {row["prompt_index"] for row in rows if row["score"]}
+    return Accuracy(
+        format=fmean(row["judge"] for row in rows),
+        right=fmean(row["score"] for row in rows),
+        any_right=len(prompts) * SAMPLES / len(rows),
+        greedy=fmean(row["score"] for row in read_lines(likeliest / "responses.jsonl")),
+    )
+
+
+def _generate(model: Path, data: Data, output: Path, *settings: object) -> None:
+    ran(
+        *("generate", "--model.path", model, "--data.path", data.heldout, "--output", output),
+        *("--rewards", functions("right"), "--judge", functions("number"), "--sampling.max_new_tokens", 5, *settings),
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A row of the table."""
+
+    estimator: str
+    seed: int
+    before: Accuracy
+    after: Accuracy
+    curve: tuple[tuple[int, float], ...]  # (step, share of held-out prompts answered right, one response each)
+    seconds: float  # of RL's steps, without loading and evaluation
+
+
+def run(seed: int, estimator: str, model: Path, before: Accuracy, data: Data, folder: Path, settings: Sequence[str]) -> Run:
+    output = folder / f"{estimator}-{seed}"
+    after = measure(reinforce(seed, estimator, model, data, output, *settings), data, output / "measured")
+    lines = read_lines(output / METRICS)
+    curve = tuple((line["step"], line["eval/score"]) for line in lines if "eval/score" in line)
+    return Run(estimator, seed, before, after, curve, sum(line.get("time/step", 0.0) for line in lines))
+
+
+def table(runs: Sequence[Run]) -> str:
+    names = ("format", "right", "right of those with the format", "one of 8 right", "most likely right")
+    heads = ["estimator", "seed", *(f"{name}, before / after" for name in names), "curve", "seconds"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for r in runs:
+        figures = ("format", "right", "right_in_format", "any_right", "greedy")
+        cells = [f"{getattr(r.before, name):.3f} / {getattr(r.after, name):.3f}" for name in figures]
+        curve = ", ".join(f"{step}: {score:.2f}" for step, score in r.curve)
+        lines.append("| " + " | ".join([r.estimator, str(r.seed), *cells, curve, f"{r.seconds:.0f}"]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Two-digit addition, learned by RL.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--estimators", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS))
+    parser.add_argument("--output", type=Path, default=Path("runs/arithmetic"))
+    options, settings = parser.parse_known_args()
+    data = write_data(options.output)
+    model = sft(options.output, data)
+    before = measure(model, data, options.output / "sft-measured")
+    runs = []
+    for seed in options.seeds:
+        for estimator in options.estimators:
+            runs.append(run(seed, estimator, model, before, data, options.output, settings))
+            print(table(runs[-1:]), file=sys.stderr)
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    main()
