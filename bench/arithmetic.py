@@ -1,13 +1,14 @@
-"""A task with a checkable answer: two-digit addition, `23+45=` -> `68`, learned by RL after a short SFT. Minutes per run.
+"""A task with a checkable answer: the largest of four numbers, `max(23,45,67,12)=` -> `67`, by RL after a short SFT.
 
     python bench/arithmetic.py --seeds 1 2 3 --estimators gae group_mean
 
-SFT on few demonstrations teaches SmolLM2-135M-Instruct how an answer looks, and hardly to add; RL draws eight answers to
-each prompt, and an answer is worth 1 if it is right and 0 if not. What is held out are pairs of operands: in either
-order they are neither in a demonstration nor in a training prompt. On these prompts, before and after RL: the share of
-responses that are a number and then end (format), and the share that is right, of all responses and of those with the
-right format, drawn at temperature 1 with eight to a prompt; the share of prompts with a right one among the eight; and
-the share that is right of the most likely responses. Settings that this program does not know go to RL's run.
+SmolLM2-135M-Instruct. The answer of a demonstration is any of its four numbers, so that SFT teaches what an answer
+looks like, and a quarter of its answers are right; RL draws eight answers to a prompt, each worth 1 if it is right and
+0 if not. The numbers of held-out prompts are in no demonstration and in no training prompt. On these prompts, before
+and after RL: the share of responses that are a number of two digits and then end (format), and the share that is right,
+of all responses and of those with the format, at temperature 1, eight to a prompt; the share of prompts with a right
+one among the eight; and the share of prompts whose most likely response is right. Settings that this program does not
+know go to the RL runs. A run takes three minutes on two CPU cores, SFT one.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -35,20 +36,19 @@ DEMONSTRATIONS, TRAINING, HELDOUT = 192, 4096, 256  # prompts
 HELDOUT_NUMBERS = 20
 SAMPLES = 8  # of each held-out prompt
 
-# What each estimator needs beside the settings of `arithmetic.yaml`.
-ESTIMATORS: dict[str, tuple[str, ...]] = {
+ESTIMATORS: dict[str, tuple[str, ...]] = {  # the settings of each beside those of arithmetic.yaml
     "gae": (),
     "group_mean": ("--ppo.estimator", f"{HERE}:group_mean"),
 }
 
 
 def right(responses: list[str], answer: list[str]) -> list[bool]:
-    """The reward. A response that was cut has more digits than any answer."""
+    """The reward. A response that was cut is longer than any answer."""
     return [response == a for response, a in zip(responses, answer, strict=True)]
 
 
 def number(responses: list[str]) -> list[bool]:
-    """Whether the format is right: a number of at most three digits, and the end."""
+    """Whether a response has the format: a number of two digits, and the end."""
     return [re.fullmatch(r"[0-9]{2}", response) is not None for response in responses]
 
 
@@ -63,7 +63,7 @@ def group_mean(rewards: Tensor, values: Tensor | None, groups: Tensor, cu_seqlen
 
 @dataclass(frozen=True)
 class Data:
-    """Files of rows with `prompt`, `answer` and, in demonstrations, the answer as `response`, too."""
+    """Files of rows with a prompt, its `answer`, and a `response` that is any of the prompt's numbers."""
 
     demonstrations: Path
     training: Path
@@ -119,13 +119,13 @@ def sft(folder: Path, data: Data, *settings: object) -> Path:
     return output / "model"
 
 
-def reinforce(seed: int, estimator: str, model: Path, data: Data, output: Path, *settings: object) -> Path:
-    """RL from this model; the model that it leaves."""
+def reinforce(seed: int, model: Path, data: Data, output: Path, *settings: object) -> Path:
+    """The model that RL makes of this one."""
     ran(
         *("train", "--config", RL, "--seed", seed, "--output", output, "--actor.model", model),
         *("--data.path", data.training, "--data.eval_path", data.heldout, "--eval.prompts", HELDOUT),
         *("--rewards", functions("right"), "--health.judge", functions("number")),
-        *(*ESTIMATORS[estimator], *settings),
+        *settings,
     )
     return output / "actor"
 
@@ -150,7 +150,7 @@ def measure(model: Path, data: Data, output: Path) -> Accuracy:
 
 def _generate(model: Path, data: Data, output: Path, *settings: object) -> None:
     ran(
-        *("generate", "--model.path", model, "--data.path", data.heldout, "--output", output),
+        *("generate", "--model.path", model, "--data.path", data.heldout, "--output", output, "--resume", "auto"),
         *("--rewards", functions("right"), "--judge", functions("number"), "--sampling.max_new_tokens", 5, *settings),
     )
 
@@ -167,9 +167,12 @@ class Run:
     seconds: float  # of RL's steps, without loading and evaluation
 
 
-def run(seed: int, estimator: str, model: Path, before: Accuracy, data: Data, folder: Path, settings: Sequence[str]) -> Run:
+def run(
+    seed: int, estimator: str, model: Path, before: Accuracy, data: Data, folder: Path, settings: Sequence[str]
+) -> Run:
     output = folder / f"{estimator}-{seed}"
-    after = measure(reinforce(seed, estimator, model, data, output, *settings), data, output / "measured")
+    actor = reinforce(seed, model, data, output, *ESTIMATORS[estimator], *settings)
+    after = measure(actor, data, output / "measured")
     lines = read_lines(output / METRICS)
     curve = tuple((line["step"], line["eval/score"]) for line in lines if "eval/score" in line)
     return Run(estimator, seed, before, after, curve, sum(line.get("time/step", 0.0) for line in lines))
@@ -188,7 +191,7 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Two-digit addition, learned by RL.")
+    parser = argparse.ArgumentParser(description="The largest of four numbers, learned by RL.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--estimators", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS))
     parser.add_argument("--output", type=Path, default=Path("runs/arithmetic"))

@@ -1,6 +1,7 @@
 """The benches are run by hand: here is seen that what they import is there, and what one counts without a machine."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -23,6 +24,13 @@ for path in sorted(Path(sys.argv[1]).glob("*.py")):
 """
 
 
+def loaded(name):
+    spec = spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
+    bench = sys.modules[spec.name] = module_from_spec(spec)  # a dataclass looks for its module there
+    spec.loader.exec_module(bench)
+    return bench
+
+
 @pytest.mark.slow
 def test_what_benches_import_is_there():
     """In a process of its own, as some set the environment."""
@@ -32,12 +40,36 @@ def test_what_benches_import_is_there():
 
 def test_a_layer_of_llama_launches_few_kernels():
     """At most 16 and 30 are the aim; each copy and each sum of gradients that a change adds would be one more."""
-    spec = spec_from_file_location("bench_layer_kernels", BENCH / "layer_kernels.py")
-    bench = module_from_spec(spec)
-    spec.loader.exec_module(bench)
+    bench = loaded("layer_kernels")
     own = [counted.total for counted in bench.kernels_of_a_layer(fused=False)]
     fused = [counted.total for counted in bench.kernels_of_a_layer(fused=True)]
     assert own == [38, 73] and fused[0] <= 13 and fused[1] <= 27
+
+
+def test_numbers_of_held_out_prompts_are_in_no_other_prompt(tmp_path):
+    bench = loaded("arithmetic")
+    data = bench.write_data(tmp_path)
+    shown, trained, heldout = (
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (data.demonstrations, data.training, data.heldout)
+    )
+    assert [len(rows) for rows in (shown, trained, heldout)] == [192, 4096, 256]
+    assert not numbers(heldout) & numbers(shown + trained)
+    for row in shown + trained + heldout:
+        four = numbers([row])
+        assert len(four) == 4 and int(row["answer"]) == max(four) and int(row["response"]) in four
+    assert 0.2 < sum(row["response"] == row["answer"] for row in shown) / len(shown) < 0.3  # nothing is given away
+
+
+def numbers(rows):
+    return {int(x) for row in rows for x in re.findall("[0-9]+", row["prompt"])}
+
+
+def test_an_answer_is_right_or_has_only_the_format():
+    bench = loaded("arithmetic")
+    responses = ["67", "45", " 67", "6789", "", "max"]
+    assert bench.right(responses, ["67"] * 6) == [True, False, False, False, False, False]
+    assert bench.number(responses) == [True, True, False, False, False, False]
 
 
 @pytest.mark.slow
