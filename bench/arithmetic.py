@@ -1,6 +1,6 @@
 """A task with a checkable answer: the largest of four numbers, `max(23,45,67,12)=` -> `67`, by RL after a short SFT.
 
-    python bench/arithmetic.py --seeds 1 2 3 --estimators gae group_mean
+    python bench/arithmetic.py --seeds 1 2 3 --estimators gae grpo
 
 SmolLM2-135M-Instruct. The answer of a demonstration is any of its four numbers, so that SFT teaches what an answer
 looks like, and a quarter of its answers are right; RL draws eight answers to a prompt, each worth 1 if it is right and
@@ -21,13 +21,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-import torch
-from torch import Tensor
-
+from fastppo.config.learning import ESTIMATOR_RULES
 from fastppo.monitor import METRICS, read_lines
-from fastppo.ppo import Advantages
 
 HERE = Path(__file__)
 SFT, RL = HERE.with_name("arithmetic-sft.yaml"), HERE.with_name("arithmetic.yaml")
@@ -35,11 +31,6 @@ OPERANDS = 4  # of a prompt
 DEMONSTRATIONS, TRAINING, HELDOUT = 192, 4096, 256  # prompts
 HELDOUT_NUMBERS = 20
 SAMPLES = 8  # of each held-out prompt
-
-ESTIMATORS: dict[str, tuple[str, ...]] = {  # the settings of each beside those of arithmetic.yaml
-    "gae": (),
-    "group_mean": ("--ppo.estimator", f"{HERE}:group_mean"),
-}
 
 
 def right(responses: list[str], answer: list[str]) -> list[bool]:
@@ -50,15 +41,6 @@ def right(responses: list[str], answer: list[str]) -> list[bool]:
 def number(responses: list[str]) -> list[bool]:
     """Whether a response has the format: a number of two digits, and the end."""
     return [re.fullmatch(r"[0-9]{2}", response) is not None for response in responses]
-
-
-def group_mean(rewards: Tensor, values: Tensor | None, groups: Tensor, cu_seqlens: Tensor, ppo: Any) -> Advantages:
-    """Each response's reward, less the mean over all responses to its prompt, as in docs/how-to/estimator.md."""
-    lengths = cu_seqlens.diff().long()
-    response = torch.arange(len(lengths)).repeat_interleave(lengths)  # (M,), to which each token belongs
-    total = torch.zeros(len(lengths)).index_add(0, response, rewards)  # (B,), the reward of each response
-    mean = groups.bincount(weights=total) / groups.bincount()  # of each prompt
-    return Advantages(advantages=(total - mean[groups])[response], returns=total[response])
 
 
 @dataclass(frozen=True)
@@ -119,12 +101,13 @@ def sft(folder: Path, data: Data, *settings: object) -> Path:
     return output / "model"
 
 
-def reinforce(seed: int, model: Path, data: Data, output: Path, *settings: object) -> Path:
-    """The model that RL makes of this one."""
+def reinforce(estimator: str, seed: int, model: Path, data: Data, output: Path, *settings: object) -> Path:
+    """The model that RL makes of this one, without a critic if the estimator needs none."""
     ran(
         *("train", "--config", RL, "--seed", seed, "--output", output, "--actor.model", model),
         *("--data.path", data.training, "--data.eval_path", data.heldout, "--eval.prompts", HELDOUT),
         *("--rewards", functions("right"), "--health.judge", functions("number")),
+        *("--ppo.estimator", estimator, *(() if ESTIMATOR_RULES[estimator].critic else ("--critic.kind", "none"))),
         *settings,
     )
     return output / "actor"
@@ -168,11 +151,10 @@ class Run:
 
 
 def run(
-    seed: int, estimator: str, model: Path, before: Accuracy, data: Data, folder: Path, settings: Sequence[str]
+    estimator: str, seed: int, model: Path, before: Accuracy, data: Data, folder: Path, settings: Sequence[str]
 ) -> Run:
     output = folder / f"{estimator}-{seed}"
-    actor = reinforce(seed, model, data, output, *ESTIMATORS[estimator], *settings)
-    after = measure(actor, data, output / "measured")
+    after = measure(reinforce(estimator, seed, model, data, output, *settings), data, output / "measured")
     lines = read_lines(output / METRICS)
     curve = tuple((line["step"], line["eval/score"]) for line in lines if "eval/score" in line)
     return Run(estimator, seed, before, after, curve, sum(line.get("time/step", 0.0) for line in lines))
@@ -193,7 +175,7 @@ def table(runs: Sequence[Run]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="The largest of four numbers, learned by RL.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--estimators", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS))
+    parser.add_argument("--estimators", nargs="+", choices=ESTIMATOR_RULES, default=list(ESTIMATOR_RULES))
     parser.add_argument("--output", type=Path, default=Path("runs/arithmetic"))
     options, settings = parser.parse_known_args()
     data = write_data(options.output)
@@ -202,7 +184,7 @@ def main() -> None:
     runs = []
     for seed in options.seeds:
         for estimator in options.estimators:
-            runs.append(run(seed, estimator, model, before, data, options.output, settings))
+            runs.append(run(estimator, seed, model, before, data, options.output, settings))
             print(table(runs[-1:]), file=sys.stderr)
     print(table(runs))
 
