@@ -103,14 +103,18 @@ def sft(folder: Path, data: Data, *settings: object) -> Path:
 
 def reinforce(estimator: str, seed: int, model: Path, data: Data, output: Path, *settings: object) -> Path:
     """The model that RL makes of this one, without a critic if the estimator needs none."""
-    ran(
-        *("train", "--config", RL, "--seed", seed, "--output", output, "--actor.model", model),
+    critic = () if ESTIMATOR_RULES[estimator].critic else ("--critic.kind", "none")
+    ran("train", *rl(seed, model, data, output), "--ppo.estimator", estimator, *critic, *settings)
+    return output / "actor"
+
+
+def rl(seed: int, model: Path, data: Data, output: Path) -> list[object]:
+    """The settings of `train`, but for the estimator's."""
+    return [
+        *("--config", RL, "--seed", seed, "--output", output, "--actor.model", model),
         *("--data.path", data.training, "--data.eval_path", data.heldout, "--eval.prompts", HELDOUT),
         *("--rewards", functions("right"), "--health.judge", functions("number")),
-        *("--ppo.estimator", estimator, *(() if ESTIMATOR_RULES[estimator].critic else ("--critic.kind", "none"))),
-        *settings,
-    )
-    return output / "actor"
+    ]
 
 
 def functions(name: str) -> str:

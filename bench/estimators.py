@@ -24,6 +24,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from arithmetic import measure, rl, sft, write_data
+
 from fastppo.config.learning import ESTIMATOR_RULES
 from fastppo.monitor import METRICS, read_lines
 
@@ -78,7 +80,23 @@ def quickstart(estimator: str, seed: int, output: Path, short: Sequence[object])
     return Result(estimator, seed, figures, seconds_of(output), memory)
 
 
-TASKS: dict[str, Callable[[str, int, Path, Sequence[object]], Result]] = {"quickstart": quickstart}
+def arithmetic(estimator: str, seed: int, output: Path, short: Sequence[object]) -> Result:
+    """`bench/arithmetic.py`; eight responses to a prompt for every estimator."""
+    data = write_data(output.parent)
+    model = sft(output.parent, data)
+    settings = (*rl(seed, model, data, output), *settings_of(estimator, samples=8), *short)
+    before = measure(model, data, output.parent / "sft-measured")
+    memory = ran("train", *settings)
+    after = measure(output / "actor", data, output / "measured")
+    figures = {"format before": before.format, "format": after.format, "right before": before.right}
+    figures |= {"right": after.right, "right greedily": after.greedy, "kl": evaluations(output)[-1]["eval/kl"]}
+    return Result(estimator, seed, figures, seconds_of(output), memory)
+
+
+TASKS: dict[str, Callable[[str, int, Path, Sequence[object]], Result]] = {
+    "quickstart": quickstart,
+    "arithmetic": arithmetic,
+}
 
 
 def table(results: Iterable[Result]) -> str:
