@@ -2,12 +2,14 @@
 
 Four phases repeat: sampling (the actor writes a response to each prompt), feedback (a score for each response),
 experience (rewards, values and advantages for each token) and learning (several epochs of clipped updates on the same
-batch). Each is timed, and holds on the GPU what it uses.
+batch). Each is timed, and holds on the GPU what it uses. With `sampling.until_informative` the first two may repeat
+within a step.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: Python would look for modules in the folder fastppo/ first
@@ -18,7 +20,7 @@ from fastppo.data import Experience, Prompts, plan_step
 from fastppo.distributed import World, together, watching
 from fastppo.models import PrefixStates
 from fastppo.monitor import lock_run_dir, watch
-from fastppo.online import ENDED, act_on_alarms, evaluate_if_due, finish
+from fastppo.online import ENDED, Draws, act_on_alarms, evaluate_if_due, finish
 from fastppo.ppo import (
     PPOSetup,
     Step,
@@ -51,7 +53,7 @@ def train(config: Config, world: World) -> bool:
                 evaluate_if_due(setup, tracker)
                 while run.step < config.steps:
                     with tracker.profile(run.step + 1):
-                        done = ppo_step(setup, next(prompts))
+                        done = ppo_step(setup, prompts)
                     log_step(setup, done, tracker)
                     run.kl_coef = next_kl_coef(run.kl_coef, mean_kl(done.experience), config.ppo)
                     match act_on_alarms(done.alarms, run, checkpoints, tracker, config, world):
@@ -67,8 +69,8 @@ def train(config: Config, world: World) -> bool:
     return run.step == config.steps
 
 
-def ppo_step(setup: PPOSetup, prompts: Prompts) -> Step:
-    """Experience from a batch of prompts, several epochs of updates on it, and a look at how the policy is doing."""
+def ppo_step(setup: PPOSetup, prompts: Iterator[Prompts]) -> Step:
+    """Experience from the next prompts, several epochs of updates on it, and a look at how the policy is doing."""
     config, roles, run, world = setup.config, setup.roles, setup.progress, setup.world
     timed, holding = setup.phases, roles.residency.holding
     context, prefix_cache = setup.step_context(), PrefixStates()
@@ -88,20 +90,25 @@ def ppo_step(setup: PPOSetup, prompts: Prompts) -> Step:
     return Step(experience, plan, run.updates, health.metrics, health.alarms)
 
 
-def make_experience(setup: PPOSetup, prompts: Prompts, prefix_cache: PrefixStates, context: StepContext) -> Experience:
+def make_experience(
+    setup: PPOSetup, prompts: Iterator[Prompts], prefix_cache: PrefixStates, context: StepContext
+) -> Experience:
     """The actor's responses, their scores, and from these the advantage of every token."""
     config, roles, run, world = setup.config, setup.roles, setup.progress, setup.world
     timed, holding = setup.phases, roles.residency.holding
-    with timed("sampling"), holding("sampling"), together(world):
-        setup.sampler.sync()
-        rollout = setup.sampler.sample(prompts.of_rank(world.rank, world.ranks))
-    with timed("feedback"), holding("feedback", then="experience"):
-        scored = score(rollout, setup.data, setup.sources, roles.tokenizer, world, setup.judge)
+    draws = Draws(config)
+    while not draws.done:  # once, unless `sampling.until_informative` asks for more
+        with timed("sampling"), holding("sampling"), together(world):
+            setup.sampler.sync()
+            rollout = setup.sampler.sample(next(prompts).of_rank(world.rank, world.ranks))
+        with timed("feedback"), holding("feedback", then="experience"):
+            draws.add(score(rollout, setup.data, setup.sources, roles.tokenizer, world, setup.judge))
     with timed("experience"), holding("experience", then="learning"):
+        scored, drawn = draws.batch()
         first_epoch = plan_step(scored.rollout.packed.lengths, config, run.step, world.ranks, roles.attention)[0]
-        moments = run.moments.add(scored.scores)
+        moments = run.moments.add(draws.scores)
         experience = compute_experience(scored, moments, first_epoch, prefix_cache, context)
-        run.add_experience(experience, moments)
+        run.add_experience(experience, moments, draws.batches, drawn)
     return experience
 
 

@@ -80,7 +80,7 @@ def run(report: Report) -> None:
     prompts, tokens = setup.batches(), size_of(report).prompts * size_of(report).response_tokens
 
     def one_step() -> dict[str, float]:
-        done = ppo_step(setup, next(prompts))
+        done = ppo_step(setup, prompts)
         setup.progress.end_step()
         update = done.updates[0]
         record["first_update"] = {"ratio_mean": update.ratio_mean, "approx_kl": update.approx_kl}

@@ -133,6 +133,11 @@ class Rollout:
     ended: Tensor  # (B,) bool, False where the response was cut at the maximum length
     sources: Tensor  # (B,) int64, the row of each prompt in its prompt set
 
+    def select(self, sequences: Tensor) -> Rollout:
+        """The given responses (an int64 tensor of indices), in the given order."""
+        logprobs = self.packed.select_tokens(self.logprobs, sequences)
+        return Rollout(self.packed.select(sequences), logprobs, self.ended[sequences], self.sources[sequences])
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -162,6 +167,11 @@ class Scored:
     by_source: Tensor  # (B, S) fp32, the score of each of the S reward sources
     scores: Tensor  # (B,) fp32, their weighted sum
     judged: Tensor  # (B,) fp32, the score of the held-out judge; NaN without a judge
+
+    def select(self, sequences: Tensor) -> Scored:
+        """The given responses (an int64 tensor of indices), in the given order."""
+        rows = (self.by_source[sequences], self.scores[sequences], self.judged[sequences])
+        return Scored(self.rollout.select(sequences), *rows)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 from .alarm_actions import ENDED as ENDED
 from .alarm_actions import act_on_alarms as act_on_alarms
+from .dynamic_sampling import Drawn as Drawn
+from .dynamic_sampling import Draws as Draws
 from .evaluation import Evaluation as Evaluation
 from .progress import Progress as Progress
 from .run import Setup as Setup

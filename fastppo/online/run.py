@@ -67,12 +67,14 @@ class Setup(Generic[C, P]):
     def output(self) -> Path:
         return Path(self.config.output)
 
-    def prompts(self, count: int) -> Iterator[Prompts]:
-        """The global batches of the steps from here on: `count` prompts each, every one of them with its samples."""
-        samples, step = self.config.sampling.samples_per_prompt, self.progress.step
-        shuffle = self.config.data.shuffle
-        rows_of_steps = batches(self.data, size=count, seed=self.config.seed, shuffle=shuffle, start=step)
-        for number, rows in enumerate(rows_of_steps, start=step):
+    def prompts(self, count: int, start: int) -> Iterator[Prompts]:
+        """The global batches of the run from number `start` on: `count` prompts each, every one with its samples.
+
+        A prompt's index is its place in the run's order of prompts, so that no two batches share random numbers.
+        """
+        samples, shuffle = self.config.sampling.samples_per_prompt, self.config.data.shuffle
+        rows_of_batches = batches(self.data, size=count, seed=self.config.seed, shuffle=shuffle, start=start)
+        for number, rows in enumerate(rows_of_batches, start=start):
             yield Prompts.of(self.data.tokens, rows, first=number * count, samples=samples)
 
     def tracker(self) -> Tracker:

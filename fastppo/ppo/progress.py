@@ -7,17 +7,20 @@ from dataclasses import asdict, dataclass, field, fields
 from fastppo.checkpoint import State, random_state, seed_random
 from fastppo.config import Config
 from fastppo.data import Experience, Moments, Packed, Update
-from fastppo.online import Progress
+from fastppo.online import Drawn, Progress
 
 
 @dataclass
 class PPOProgress(Progress):
     """A run after `step` PPO steps, and as far as it has learned from the batch of the next one.
 
-    Data order, sampling and the plan of microbatches are functions of seed and step, so they need no state. Phases
-    before learning leave nothing behind that counts: a run that was stopped in one of them repeats it.
+    Data order, sampling and the plan of microbatches are functions of seed, step and the number of batches of prompts
+    drawn, so they need no other state. Phases before learning leave nothing behind that counts: a run that was stopped
+    in one of them repeats it, and where a step draws several batches, all of them.
     """
 
+    batches: int = 0  # of prompts, drawn for the steps done and for `experience`
+    drawn: Drawn | None = None  # for `experience`, with `sampling.until_informative`
     moments: Moments = field(default_factory=Moments)  # of all scores
     experience: Experience | None = None  # of the next step, once it can be learned from
     updates: list[Update] = field(default_factory=list)  # done on it
@@ -31,13 +34,15 @@ class PPOProgress(Progress):
     def within_step(self) -> str:
         return "" if self.experience is None else f"-update-{len(self.updates):04d}"
 
-    def add_experience(self, experience: Experience, moments: Moments) -> None:
+    def add_experience(self, experience: Experience, moments: Moments, batches: int, drawn: Drawn | None) -> None:
+        """moments: of all scores, those of this step included; batches, drawn: what was drawn for the experience."""
         self.experience, self.moments, self.random = experience, moments, random_state()
+        self.batches, self.drawn = self.batches + batches, drawn
 
     def end_step(self) -> None:
         self.step += 1
         self.skipped = self.updates[-1].skipped
-        self.experience, self.updates, self.random = None, [], random_state()
+        self.experience, self.drawn, self.updates, self.random = None, None, [], random_state()
 
     def state(self) -> State:
         experience = None
@@ -45,6 +50,8 @@ class PPOProgress(Progress):
             experience = {f.name: getattr(self.experience, f.name) for f in fields(Experience)}
             experience["packed"] = {f.name: getattr(self.experience.packed, f.name) for f in fields(Packed)}
         return super().state() | {
+            "batches": self.batches,
+            "drawn": self.drawn and asdict(self.drawn),
             "moments": asdict(self.moments),
             "updates": [asdict(u) for u in self.updates],
             "experience": experience,
@@ -56,3 +63,7 @@ class PPOProgress(Progress):
         self.updates = [Update(**u) for u in state["updates"]]
         experience = state["experience"]
         self.experience = experience and Experience(**experience | {"packed": Packed(**experience["packed"])})
+        # every step of a run from before this was saved drew one batch
+        self.batches = state.get("batches", self.step + (self.experience is not None))
+        drawn = state.get("drawn")
+        self.drawn = drawn and Drawn(**drawn)

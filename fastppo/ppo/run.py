@@ -34,8 +34,9 @@ class PPOSetup(Setup[Config, PPOProgress]):
     loss: PolicyLoss
 
     def batches(self) -> Iterator[Prompts]:
-        """The prompts of the steps from here on, `ppo.batch_size` each, the samples counted."""
-        return self.prompts(self.config.ppo.batch_size // self.config.sampling.samples_per_prompt)
+        """Batches of the prompts that no step has drawn, `ppo.batch_size` each, the samples counted."""
+        count = self.config.ppo.batch_size // self.config.sampling.samples_per_prompt
+        return self.prompts(count, start=self.progress.batches)
 
     def step_context(self) -> StepContext:
         """What the step that the run is at depends on beside its batch."""
@@ -84,9 +85,19 @@ def log_step(setup: PPOSetup, done: Step, tracker: Tracker) -> None:
     if config.value_function is None:
         del rates["critic_lr"]
     spread = imbalance(done.plan, lengths, setup.world.ranks, attention)
-    metrics = step_metrics(done.experience, done.updates, setup.phases.take(), config.importance)
+    seconds = setup.phases.take()
+    metrics = step_metrics(done.experience, done.updates, seconds, config.importance)
     metrics |= done.health | rates
+    if run.drawn is not None:
+        metrics |= run.drawn.metrics(seconds)
     tracker.log(number, metrics | {"kl_coef": run.kl_coef, "imbalance": spread})
+    if run.drawn is not None and run.drawn.filled:
+        log.info(
+            "step %d: the scores of only %d of %d groups differ after %d batches of prompts"
+            " (sampling.until_informative); %d groups of equal scores fill the batch up",
+            *(number, run.drawn.groups - run.drawn.uninformative - run.drawn.filled, run.drawn.groups),
+            *(run.drawn.batches, run.drawn.filled),
+        )
     if number == 1 and (settings := settings_that_truncate(config.sampling, setup.sampler.stop_ids)):
         log.info(
             "%s: tokens are left out of the draw, and learning knows the whole distribution; ppo.importance is %s, and"

@@ -34,7 +34,7 @@ class RestSetup(Setup[RestConfig, RestProgress]):
 
     def grows(self) -> Iterator[Prompts]:
         """The prompts of each Grow from here on, every one of them with its samples."""
-        return self.prompts(self.config.grow.prompts)
+        return self.prompts(self.config.grow.prompts, start=self.progress.step)
 
     def parts(self, step: int) -> Parts:
         """The files with the responses of the Grow of this step, counted from 1."""

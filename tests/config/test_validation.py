@@ -144,6 +144,19 @@ def test_the_defaults_and_the_quickstart_are_allowed():
         (dict(sampling__stop_tokens=("x",), sampling__ignore_eos=True), ["stop_tokens is ['x']", "ignore_eos"]),
         (dict(ppo__microbatch_tokens=639), ["microbatch_tokens is 639", "640", "512", "128"]),
         (dict(sampling__samples_per_prompt=3), ["batch_size is 512", "samples_per_prompt 3", "510 or 513"]),
+        (
+            dict(sampling__until_informative=4),
+            ["until_informative is 4", "samples_per_prompt 1", "one response differs from none", "to 2 or more"],
+        ),
+        (dict(sampling__samples_per_prompt=8, sampling__until_informative=1), ["informative is 1", "2 or more"]),
+        (
+            dict(sampling__samples_per_prompt=8, sampling__until_informative=4),
+            ["until_informative is 4 and ppo.estimator gae, which does not compare", "withheld", "one of grpo, dr_grpo"],
+        ),
+        (
+            dict(sampling__samples_per_prompt=8, sampling__until_informative=4, ppo__estimator="reinforce++"),
+            ["ppo.estimator reinforce++, which does not compare", "reinforce++_baseline"],
+        ),
         (dict(ppo__batch_size=33, ppo__minibatches=2), ["batch_size is 33", "minibatches 2", "32 or 34"]),
         (dict(ppo__kl_in="loss"), ["kl_kind is k1", "kl_in is loss", "expectation", "exact"]),
         (dict(ppo__kl_target=0.1, ppo__kl_coef=0.0), ["kl_target is 0.1", "kl_coef 0", "stay 0"]),
@@ -187,6 +200,8 @@ def test_settings_that_cannot_work_are_refused_with_a_reason(settings, words):
         dict(ppo__kl_in="loss", ppo__kl_kind="exact", ppo__kl_target=6.0),
         dict(ppo__kl_target=0.1, ppo__kl_horizon=103.0),
         dict(sampling__samples_per_prompt=8, ppo__minibatches=4),
+        dict(sampling__samples_per_prompt=2, sampling__until_informative=2, ppo__estimator="grpo"),
+        dict(sampling__samples_per_prompt=2, sampling__until_informative=2, ppo__estimator="mine.py:f"),
         dict(ppo__microbatch_tokens=640),
         dict(data__limit=65),
         dict(data__limit=64, data__eval_path="e"),

@@ -283,7 +283,7 @@ def test_a_step_and_an_evaluation_enter_each_phase_in_its_turn(tmp_path, monkeyp
     )
     setup = set_up(parse(whole_runs.settings(whole_runs.prepare(tmp_path), tmp_path / "run")), start_world(1))
     entered.clear()
-    ppo_step(setup, next(setup.batches()))
+    ppo_step(setup, setup.batches())
     assert entered == ["sampling", "feedback", "experience", "learning", "health"]
     assert list(setup.phases.take()) == [f"time/{phase}" for phase in entered]
     entered.clear()

@@ -154,7 +154,7 @@ def test_an_estimator_is_one_file_of_the_users(world, folder, tmp_path, critic):
     changes = {"sampling__samples_per_prompt": 4, "ppo__whiten_advantages": "false", "critic__kind": critic}
     argv = whole_runs.settings(folder, tmp_path / "run", ppo__estimator=f"{file}:group_mean", **changes)
     setup = set_up(parse(argv), world)
-    experience = train.ppo_step(setup, next(setup.batches())).experience
+    experience = train.ppo_step(setup, setup.batches()).experience
 
     lengths = experience.packed.response_lengths.tolist()
     totals = torch.stack([part.sum() for part in experience.rewards.split(lengths)])

@@ -17,6 +17,7 @@ from fastppo.config.health import FIGURES
 from fastppo.offline.reward_modelling import PairEvaluation
 from fastppo.offline.sft import AnswerEvaluation
 from fastppo.offline.updates import Update as SupervisedUpdate
+from fastppo.online.dynamic_sampling import Drawn
 from fastppo.ppo.metrics import step_metrics
 from fastppo.report.curves import Curve, duration, number, short_number, smooth, span, thin, ticks
 from fastppo.report.plot import Charts, Line
@@ -99,6 +100,7 @@ def metrics_of_the_trainer() -> list[str]:
         "kl_coef",
         "imbalance",
     ]
+    found += Drawn(1, 1, 0, 0, 0, 1, 1, 0.0).metrics(seconds)
     found += [f"health/{name}" for name in FIGURES]
     evaluated = ("score", "score_std", "kl", "ref_perplexity", "distinct_2", "response_length", "ended", "judge")
     found += [f"eval/{average}{name}" for average in ("", "average/") for name in evaluated]

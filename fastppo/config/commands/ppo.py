@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from fastppo.config.commands.generate import GenerateConfig
 from fastppo.config.commands.offline import OfflineConfig
 from fastppo.config.commands.online import OnlineConfig
-from fastppo.config.data import SAMPLER_ROUNDING, PtxConfig
+from fastppo.config.data import SAMPLER_ROUNDING, PPOSamplingConfig, PtxConfig
 from fastppo.config.learning import IMPORTANCE_BOUNDS, Importance, PPOConfig
 from fastppo.config.models import CriticConfig
 from fastppo.config.run import Names
@@ -25,6 +25,7 @@ class Config(OnlineConfig):
     """Folder of the run: config, metrics, samples, and the trained actor in `output`/actor."""
     steps: int = 100
     """Number of PPO steps. Each step has one batch: sampling, feedback and learning."""
+    sampling: PPOSamplingConfig = field(default_factory=PPOSamplingConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     ptx: PtxConfig = field(default_factory=PtxConfig)

@@ -10,7 +10,12 @@ import math
 
 from fastppo.config.commands.ppo import Config
 from fastppo.config.validation.data import check_data, check_rollout, check_sampling
-from fastppo.config.validation.estimators import check_critic_kind, check_estimator, check_loss
+from fastppo.config.validation.estimators import (
+    check_critic_kind,
+    check_estimator,
+    check_loss,
+    check_until_informative,
+)
 from fastppo.config.validation.health import check_health, check_kl_alarms
 from fastppo.config.validation.learning import (
     check_batch,
@@ -37,7 +42,7 @@ RANGES: Ranges = (
         lambda x: x >= 1,
         "ppo.length_limit ppo.batch_size ppo.epochs ppo.minibatches ppo.microbatch_tokens ptx.batch_size ptx.limit",
     ),
-    ("2 or more", lambda x: x >= 2, "ptx.max_tokens"),
+    ("2 or more", lambda x: x >= 2, "ptx.max_tokens sampling.until_informative"),
     (
         "greater than 0",
         lambda x: 0 < x < math.inf,
@@ -71,6 +76,7 @@ def validate(config: Config, ranks: int = 1) -> None:
     check_kl(config)
     check_importance(config)
     check_estimator(config)
+    check_until_informative(config)
     check_loss(config.ppo)
     check_schedule(config)
     check_checkpoints(config)
