@@ -95,7 +95,7 @@ class PPOSamplingConfig(SamplingConfig):
     """Dynamic sampling (DAPO; Yu et al., 2025): a step draws further batches of `ppo.batch_size` responses until as many
     of them belong to prompts whose responses differ in score, and learns from these; it draws at most `until_informative`
     batches, 2 or more. If they are too few then, responses to other prompts fill the batch up. Default: one batch, from
-    which all is learned. Needs `samples_per_prompt` of 2 or more and an estimator of groups (docs/data-and-rewards.md)."""
+    which all is learned. Needs `samples_per_prompt` of 2 or more (docs/data-and-rewards.md)."""
 
 
 @dataclass(frozen=True)

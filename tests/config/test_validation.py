@@ -149,14 +149,6 @@ def test_the_defaults_and_the_quickstart_are_allowed():
             ["until_informative is 4", "samples_per_prompt 1", "one response differs from none", "to 2 or more"],
         ),
         (dict(sampling__samples_per_prompt=8, sampling__until_informative=1), ["informative is 1", "2 or more"]),
-        (
-            dict(sampling__samples_per_prompt=8, sampling__until_informative=4),
-            ["until_informative is 4 and ppo.estimator gae, which does not compare", "withheld", "one of grpo, dr_grpo"],
-        ),
-        (
-            dict(sampling__samples_per_prompt=8, sampling__until_informative=4, ppo__estimator="reinforce++"),
-            ["ppo.estimator reinforce++, which does not compare", "reinforce++_baseline"],
-        ),
         (dict(ppo__batch_size=33, ppo__minibatches=2), ["batch_size is 33", "minibatches 2", "32 or 34"]),
         (dict(ppo__kl_in="loss"), ["kl_kind is k1", "kl_in is loss", "expectation", "exact"]),
         (dict(ppo__kl_target=0.1, ppo__kl_coef=0.0), ["kl_target is 0.1", "kl_coef 0", "stay 0"]),

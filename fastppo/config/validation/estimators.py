@@ -8,7 +8,6 @@ from fastppo.config.models import CriticConfig
 from fastppo.errors import ConfigError
 
 WITHOUT_CRITIC = ", ".join(name for name, rule in ESTIMATOR_RULES.items() if not rule.critic)
-OF_GROUPS = ", ".join(name for name, rule in ESTIMATOR_RULES.items() if rule.group)
 NO_LOSS_OF_ITS_OWN = ("clip", "gspo", "cispo")  # others are the user's, and may read any setting
 
 
@@ -39,8 +38,8 @@ def check_estimator(config: Config) -> None:
 
 
 def check_until_informative(config: Config) -> None:
-    """Refuse dynamic sampling where there are no groups, or none that an estimator compares; a user's own may."""
-    most, name = config.sampling.until_informative, config.ppo.estimator
+    """Refuse dynamic sampling where there are no groups."""
+    most = config.sampling.until_informative
     if most is None:
         return
     if config.sampling.samples_per_prompt == 1:
@@ -48,12 +47,6 @@ def check_until_informative(config: Config) -> None:
             f"sampling.until_informative is {most} and sampling.samples_per_prompt 1: a step draws on until the responses"
             " to each prompt differ in score, and one response differs from none. Set samples_per_prompt to 2 or more, or"
             " leave out until_informative."
-        )
-    if name in ESTIMATOR_RULES and not config.ppo.rule.group:
-        raise ConfigError(
-            f"sampling.until_informative is {most} and ppo.estimator {name}, which does not compare the responses to one"
-            " prompt: it learns from those of equal score, too, and they would be withheld from it. Leave out"
-            f" until_informative, or set ppo.estimator to one of {OF_GROUPS}."
         )
 
 
