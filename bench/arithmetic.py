@@ -136,8 +136,11 @@ def measure(model: Path, data: Data, output: Path) -> Accuracy:
 
 
 def _generate(model: Path, data: Data, output: Path, *settings: object) -> None:
+    """Responses of a model, unless they are there already."""
+    if (output / "responses.jsonl").exists():
+        return
     ran(
-        *("generate", "--model.path", model, "--data.path", data.heldout, "--output", output, "--resume", "auto"),
+        *("generate", "--model.path", model, "--data.path", data.heldout, "--output", output),
         *("--rewards", functions("right"), "--judge", functions("number"), "--sampling.max_new_tokens", 5, *settings),
     )
 
