@@ -19,6 +19,9 @@ class DataConfig:
     """Split of a hub dataset or of a saved DatasetDict."""
     column: str = "prompt"
     """Column with the prompt: text, or a list of chat messages ({role, content})."""
+    suffix: str = ""
+    """Text that is added to the end of each prompt, in chat to the end of the last message; for example an instruction how
+    to answer."""
     chat: Literal["auto", "always", "never"] = "auto"
     """`auto`: the chat template is applied to lists of messages, and text is used as it is; `always`: text becomes one
     user message; `never`: messages are an error."""

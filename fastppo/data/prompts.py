@@ -26,7 +26,7 @@ class PromptSet:
     """P prompts, and the data about each that a reward function receives."""
 
     tokens: tuple[tuple[int, ...], ...]  # P prompts
-    texts: tuple[str, ...]  # P; as in the data; truncated ones decoded, without BOS; chat as rendered by the template
+    texts: tuple[str, ...]  # P; as in the data, with `suffix`; truncated ones decoded, without BOS; chat as rendered
     columns: dict[str, list[Any]]  # every column of the data, P raw values each: chat as messages, CSV as text
     messages: tuple[Messages | None, ...] = ()  # P, None for a plain prompt; empty if all prompts are plain
     table: Table | None = field(default=None, repr=False, compare=False)  # where the prompts are from, for messages
@@ -184,6 +184,7 @@ def _plain_prompts(
     for row, text in zip(rows, texts, strict=True):
         if not text.strip() and config.first_tokens is None:
             raise DataError(f"{table.where(row)}: the prompt in column {config.column} is empty.")
+    texts = [text + config.suffix for text in texts]
     encoded = list(_plain_tokens(texts, config.first_tokens, tokenizer))
     if config.first_tokens is not None:
         texts = [decode_start(ids, tokenizer) for ids in encoded]
@@ -222,6 +223,7 @@ def _chat_prompt(row: int, table: Table, config: DataConfig, tokenizer: PreTrain
         raise DataError(
             f"{where} ends with an assistant's message: it already contains the answer. Remove that message."
         )
+    messages = [*messages[:-1], messages[-1] | {"content": messages[-1]["content"] + config.suffix}]
     arguments = config.template
     ids = template_tokens(messages, where, tokenizer, to_be_answered=True, arguments=arguments)
     text = template_text(messages, where, tokenizer, to_be_answered=True, arguments=arguments)

@@ -134,6 +134,7 @@ def test_the_defaults_and_the_quickstart_are_allowed():
         (dict(data__template={"a": 1}, data__chat="never"), ["data.template is {'a': 1} and data.chat is never"]),
         (dict(data__first_tokens=9, data__chat="always"), ["first_tokens is 9", "data.chat is always", "template"]),
         (dict(data__first_tokens=513), ["first_tokens is 513", "max_prompt_tokens 512"]),
+        (dict(data__first_tokens=9, data__suffix=" Why?"), ["first_tokens is 9 and data.suffix ' Why?'", "Leave out"]),
         (dict(eval__prompts=0, eval__every=5), ["eval.every is 5", "eval.prompts is 0"]),
         (dict(eval__prompts=0, data__eval_path="e"), ["data.eval_path is e", "eval.prompts is 0"]),
         (dict(data__eval_split="test"), ["data.eval_split is test", "data.eval_path to d.jsonl"]),

@@ -86,6 +86,18 @@ def test_messages_and_texts_may_be_mixed(load):
     assert train.texts == ("the film", "<s>user: was\n<s>assistant: ", "actors")
 
 
+def test_a_suffix_is_added_to_texts_and_to_the_last_message_and_not_to_columns(load, tokenizer):
+    talk = [*user("the"), {"role": "assistant", "content": "was"}, *user("film")]
+    train, heldout = load(["the film", talk], suffix=" was", evaluation=["actors"], heldout=1)
+    assert train.texts == ("the film was", "<s>user: the\n<s>assistant: was\n<s>user: film was\n<s>assistant: ")
+    assert [tokenizer.decode(list(ids)) for ids in (*train.tokens, *heldout.tokens)] == [*train.texts, "actors was"]
+    assert train.columns["prompt"] == ["the film", talk] and train.messages[1][-1]["content"] == "film was"
+    always, _ = load(["the film"], suffix=" was", chat="always")
+    assert always.texts == ("<s>user: the film was\n<s>assistant: ",)
+    with pytest.raises(DataError, match=r"line 1: the prompt in column prompt is empty"):
+        load([user("")], suffix=" was")
+
+
 @pytest.mark.parametrize(
     ("rows", "settings", "words"),
     [

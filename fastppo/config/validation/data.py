@@ -33,6 +33,11 @@ def check_prompts(data: DataConfig) -> None:
                 f"data.first_tokens is {data.first_tokens} and data.max_prompt_tokens {data.max_prompt_tokens}:"
                 " every prompt would be too long. Raise max_prompt_tokens or lower first_tokens."
             )
+        if data.suffix:
+            raise ConfigError(
+                f"data.first_tokens is {data.first_tokens} and data.suffix {data.suffix!r}: prompts are cut after the"
+                " suffix is added, so that no prompt would have it. Leave out one of the two."
+            )
     check_template(data)
 
 
