@@ -16,9 +16,37 @@ LLAMA_8B = {
     "vocab_size": 128256,
 }
 
+PYTHIA_1B = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 2048,
+    "vocab_size": 50304,
+}
+QWEN_1_5B = {
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+    "vocab_size": 151936,
+}
+QWEN_0_5B = QWEN_1_5B | {
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+}
+
 # preset -> (model type, its shape)
 ACTORS: dict[str, tuple[str, dict[str, Any]]] = {
     "8b-rest": ("llama", LLAMA_8B),
+    "tldr-1b": ("gpt_neox", PYTHIA_1B),
+    "gsm8k-ppo": ("qwen2", QWEN_0_5B),
+    "gsm8k-grpo": ("qwen2", QWEN_1_5B),
+    "gsm8k-vapo": ("qwen2", QWEN_1_5B),
     "1.3b": (
         "opt",
         {
@@ -76,7 +104,10 @@ ACTORS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+RECIPES = ("tldr-1b", "gsm8k-ppo", "gsm8k-grpo", "gsm8k-vapo")
+
 REWARDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tldr-1b": ("gpt_neox", PYTHIA_1B),
     "1.3b": (
         "qwen3",
         {
@@ -99,7 +130,10 @@ def directory(folder: Path, kind: str, shape: dict[str, Any], **more: Any) -> st
 
 def preset(folder: Path, name: str) -> list[str]:
     """The command line of a preset whose models are shapes on this disk, since there is no hub in a test."""
-    actor = directory(folder / "actor", *ACTORS[name])
+    argv = ["--config", name, "--actor.model", directory(folder / "actor", *ACTORS[name])]
+    if name.startswith("gsm8k"):
+        return argv
     kind, shape = REWARDS.get(name, ("llama", LLAMA_8B))
     reward = directory(folder / "reward", kind, shape, num_labels=1)
-    return ["--config", name, "--actor.model", actor, "--rewards", f'[{{"model": "{reward}"}}]']
+    argv += ["--critic.model", reward] if name == "tldr-1b" else []
+    return [*argv, "--rewards", f'[{{"model": "{reward}"}}]']

@@ -75,9 +75,12 @@ def causal(
     return model.eval()
 
 
-def classifier(labels: int = 1, vocabulary: int = 257, seed: int = 1) -> PreTrainedModel:
+def classifier(
+    labels: int = 1, vocabulary: int = 257, seed: int = 1, family: str = "llama", **settings: Any
+) -> PreTrainedModel:
     torch.manual_seed(seed)
-    config = AutoConfig.for_model("llama", **_settings("llama", {"vocab_size": vocabulary}), num_labels=labels)
+    shape = _settings(family, {"vocab_size": vocabulary} | settings)
+    config = AutoConfig.for_model(family, **shape, num_labels=labels)
     config.pad_token_id = 0
     return AutoModelForSequenceClassification.from_config(config).eval()
 

@@ -80,7 +80,10 @@ def test_gathered_weights_that_are_too_large_for_a_gpu_are_named(tmp_path, capsy
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "gpus", "gpu", "host"),
-    [("1.3b", 1, 24, 128), ("7b", 8, 40, 1000), ("13b", 8, 80, 1000), ("34b", 8, 80, 2000)],
+    [
+        *[("1.3b", 1, 24, 128), ("7b", 8, 40, 1000), ("13b", 8, 80, 1000), ("34b", 8, 80, 2000)],
+        *[("tldr-1b", 1, 80, 128), ("gsm8k-ppo", 1, 24, 128), ("gsm8k-grpo", 1, 24, 128), ("gsm8k-vapo", 1, 80, 128)],
+    ],
 )
 def test_a_preset_fits_the_machine_it_is_for(tmp_path, name, gpus, gpu, host):
     config = parse(preset(tmp_path, name), ranks=gpus)
