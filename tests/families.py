@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from value_models import wrong_values
 
 from fastppo import ops
-from fastppo.checkpoint.export import write_model
+from fastppo.checkpoint.export import write_critic, write_model
 from fastppo.config import Config
 from fastppo.config.command_line import parse
 from fastppo.data.batch import Packed, Prompts, pack
@@ -29,6 +30,7 @@ from fastppo.models.roles import Critic, Policy
 from fastppo.models.sampling_weights import SamplingWeights
 from fastppo.planner.machine import Machine
 from fastppo.planner.plan import make_plan
+from fastppo.ppo.progress import PPOProgress
 from fastppo.ppo.terms import Targets, Totals, clip_term, value_term
 from fastppo.rollout import InProcess
 
@@ -228,6 +230,8 @@ def walk(family: str, folder: Path) -> Outcome:
         update(actor, critic, config)
         write_model(actor, tokenizer, folder / "actor", config.actor.lora)
         wrong += exported(actor, folder)
+        write_critic(critic, tokenizer, folder / "critic", PPOProgress())
+        wrong += wrong_values(critic, folder / "critic", PACKED, TOLERANCE)
     except FastPPOError as error:
         text = str(error).replace(str(folder), "the model")
         return Outcome(family, "failed" if "\n" in text or len(text) > LONGEST else "refused", text)

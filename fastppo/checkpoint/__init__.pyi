@@ -3,6 +3,8 @@ from .begin import find_run as find_run
 from .begin import open_folder as open_folder
 from .export import ExportedModel as ExportedModel
 from .export import check_exports as check_exports
+from .export import export_best_critic as export_best_critic
+from .export import export_critic as export_critic
 from .export import export_model as export_model
 from .export import replace_export as replace_export
 from .resume import Checkpoint as Checkpoint
@@ -13,6 +15,7 @@ from .resume import held_out_score as held_out_score
 from .resume import settings as settings
 from .resume import versions as versions
 from .rollback_record import RollbackRecord as RollbackRecord
+from .run_state import Run as Run
 from .run_state import State as State
 from .run_state import random_state as random_state
 from .run_state import seed_random as seed_random

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -15,12 +16,21 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.checkpoint import atomic_dir
-from fastppo.checkpoint.run_state import Run
-from fastppo.checkpoint.save import Checkpoints
+from fastppo.checkpoint.run_state import Run, random_state, set_random_state
+from fastppo.checkpoint.save import BEST_CRITIC, Checkpoints
 from fastppo.config import LoraConfig
 from fastppo.distributed import World, all_gather
 from fastppo.errors import FastPPOError
-from fastppo.models import ATTENTION, Backbone, merged_state, save_adapters
+from fastppo.models import (
+    ATTENTION,
+    Backbone,
+    Critic,
+    ModelError,
+    Policy,
+    merged_state,
+    save_adapters,
+    save_value_model,
+)
 from fastppo.monitor import error_summary, flush_or_silence_stdout
 
 log = logging.getLogger("fastppo")
@@ -86,6 +96,82 @@ def export_model(
         weights = role.model.parameters() if state is None else state.values()
         exported = write_with_fallback(write, folder, sum(tensor.nbytes for tensor in weights))
     return all_gather(exported, world)[0]
+
+
+def write_critic(
+    role: Critic | Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    run: Run,
+    state: dict[str, Tensor] | None = None,
+) -> str:
+    """Write a trained value function and its tokenizer (`models.save_value_model`); returns how to load them.
+
+    `about.json` in the folder says after how many steps of the run (`step`), and with which held-out score (`score`,
+    null where it was not evaluated). The earlier content of `folder` is replaced when the new files are complete.
+
+    role: with a value head; state: of the role, whole, given where its parameters are partitioned. Raises ModelError if
+    transformers has no class that could load the backbone alone.
+    """
+    draft = atomic_dir.begin(folder)
+    before = random_state()  # the form is tried on a small model, and a reward function's numbers should not change
+    try:
+        form = save_value_model(role, draft, state)
+    finally:
+        set_random_state(before)
+    tokenizer.save_pretrained(draft)
+    about = json.dumps({"step": run.step, "score": run.score}, indent=1)
+    (draft / "about.json").write_text(about, encoding="utf-8")
+    atomic_dir.replace(draft, folder)
+    return form
+
+
+def export_critic(
+    role: Critic | Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    run: Run,
+    world: World,
+    state: dict[str, Tensor] | None = None,
+) -> ExportedModel:
+    """Write a trained value function with `write_critic`, as `export_model` writes the actor. All ranks call it.
+
+    One that no class of transformers could load is not written, and an error is logged: no other place would help.
+    """
+
+    def write(place: Path) -> None:
+        try:
+            log.info("the trained critic is in %s: %s", place, write_critic(role, tokenizer, place, run, state))
+        except ModelError as error:
+            shutil.rmtree(atomic_dir.unfinished(place), ignore_errors=True)
+            log.error("the trained critic is not exported: %s", error)
+
+    exported = ExportedModel(folder, folder)
+    if world.rank == 0:
+        weights = role.parameters() if state is None else state.values()
+        exported = write_with_fallback(write, folder, sum(tensor.nbytes for tensor in weights))
+    return all_gather(exported, world)[0]
+
+
+def export_best_critic(
+    role: Critic | Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoint: Path,
+    run: Run,
+    world: World,
+    state: dict[str, Tensor] | None = None,
+) -> None:
+    """Write a trained value function into a checkpoint that is being written. Rank 0 writes.
+
+    If that fails the error is logged, and the checkpoint is without it.
+    """
+
+    def write(folder: Path) -> None:
+        form = write_critic(role, tokenizer, folder, run, state)
+        log.info("the critic of step %d, the best so far, is in its checkpoint: %s", run.step, form)
+
+    if world.rank == 0 and (problem := _attempt(write, checkpoint / BEST_CRITIC)) is not None:
+        log.error("the critic of step %d, the best so far, could not be exported (%s)", run.step, problem)
 
 
 def write_with_fallback(write: Callable[[Path], object], folder: Path, needed: int) -> ExportedModel:

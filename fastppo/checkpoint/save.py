@@ -5,6 +5,10 @@ step, if a run was stopped during it; in ReST also step-N-grow-B, after B batche
 weights, master weights and optimizer states of each trained role and rank into `actor` and `critic`; `progress.pt` and
 `rank-R.pt` contain the rest of the state, and `about.json` the settings, data and versions that it belongs to.
 `atomic_dir` makes the folder complete or absent.
+
+With `checkpoint.keep_best` the best evaluated checkpoint also has its critic as a model in `critic_model`, and the link
+`output`/critic-best leads there. Being part of its checkpoint it is complete, deleted and set aside with it; the state
+of a run does not depend on it, so that it is not in the manifest.
 """
 
 from __future__ import annotations
@@ -32,6 +36,9 @@ log = logging.getLogger("fastppo")
 
 R = TypeVar("R", bound=Run)
 
+BEST_CRITIC = "critic_model"  # in the best evaluated checkpoint
+LINK = "critic-best"  # in `output`, to it
+
 
 class Checkpoints:
     """Saves and loads the checkpoints of a run. All ranks call each method at the same place."""
@@ -44,11 +51,15 @@ class Checkpoints:
         world: World,
         *,
         holding: Callable[[str], AbstractContextManager[object]] = nullcontext,
+        export_best: Callable[[Path, Run], object] | None = None,
     ):
         """engines: what is trained, by name. data: the tokens that the run depends on; they must be the same on
         resuming. holding: `Residency.holding`, entered with `checkpoint` while engines are saved or loaded.
+        export_best: writes the critic as `BEST_CRITIC` into the folder of a checkpoint that is not complete yet, and
+        logs its errors; all ranks call it. None: there is no critic.
         """
         self._config, self._engines, self._world, self._holding = config, engines, world, holding
+        self._export_best = export_best
         self._output = Path(config.output)
         self.folder = self._output / "checkpoints"
         self._data_id = data_id(data)
@@ -82,6 +93,7 @@ class Checkpoints:
         run.restore(state, rank_state)
         if self._world.rank == 0:
             self._set_aside_newer(checkpoint.folder)
+            self._link_best()
         set_random_state(run.random)
         return run
 
@@ -157,6 +169,8 @@ class Checkpoints:
             written = all_gather((shared_error or writer.error, writer.files), self._world)
             error = next((rank_error for rank_error, _ in written if rank_error is not None), None)
             if error is None:
+                if self._export_best is not None and self._is_best(run):
+                    self._export_best(writer.folder, run)
                 files = [file for _, rank_files in written for file in rank_files]
                 error = self._first_message(self._attempt(lambda: self._finish(writer.folder, folder, files, run.good)))
         if error is None:
@@ -195,6 +209,7 @@ class Checkpoints:
             if (self._output / name).exists():
                 atomic_dir.sync(self._output / name)
         atomic_dir.finish(draft, folder, files)
+        self._link_best()
         self._prune(good)
 
     def _about(self, run: Run) -> dict[str, Any]:
@@ -212,6 +227,40 @@ class Checkpoints:
     def newest(self) -> Path | None:
         """The newest checkpoint; None if there is none."""
         return max((p for p in self.folder.glob("step-*") if NAME.fullmatch(p.name)), default=None)
+
+    def _is_best(self, run: Run) -> bool:
+        """Whether `keep_best` is set, and no checkpoint that is there has a higher score than this one.
+
+        The same on every rank. A collective.
+        """
+        if run.score is None or self._config.checkpoint.keep_best == 0:
+            return False
+        higher = self._world.rank == 0 and (best := self._best()) is not None and best[0] > run.score
+        return self._first_message(str(higher) if self._world.rank == 0 else None) == "False"
+
+    def _best(self) -> tuple[float, Path] | None:
+        """Score and folder of the checkpoint with the highest score, of equal ones the newest; None without scores."""
+        paths = [path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name)]
+        return max(((score, path) for path in paths if (score := held_out_score(path)) is not None), default=None)
+
+    def _link_best(self) -> None:
+        """Let the link lead to the critic of the best checkpoint that there is; without one there is no link.
+
+        Rank 0 only. An error is logged.
+        """
+        if self._export_best is None:
+            return
+        link, best = self._output / LINK, self._best() if self._config.checkpoint.keep_best else None
+        try:
+            if best is not None and (best[1] / BEST_CRITIC).is_dir():
+                draft = atomic_dir.unfinished(link)
+                draft.unlink(missing_ok=True)
+                draft.symlink_to(Path(self.folder.name, best[1].name, BEST_CRITIC))
+                draft.replace(link)
+            elif link.is_symlink():
+                link.unlink()
+        except OSError as error:
+            log.error("%s could not be made to lead to the best critic (%s)", link, error.strerror or error)
 
     def _prune(self, good: int | None) -> None:
         """Delete all checkpoints but the newest, the best, and the one that an alarm would roll back to: the newest

@@ -80,7 +80,8 @@ class CriticConfig:
     critic, for an estimator that reads no values; `auto`: `none` for these, `separate` otherwise."""
     model: str | None = None
     """Initial weights of a separate critic: hub name, directory or `package:NAME`; it must have the actor's tokenizer.
-    Default: the actor's initial weights."""
+    From the `critic` of another run, or any token classifier with one label, V starts as its logits; from a reward model
+    as its score; from a language model as zero. Default: the actor's initial weights."""
     gguf_file: str | None = None
     """Name of a GGUF file inside `model`."""
     train: int | str = "all"

@@ -87,7 +87,8 @@ class CheckpointConfig:
     """Number of the newest checkpoints to keep; an older one is deleted after a newer one is complete."""
     keep_best: int = 0
     """Number of checkpoints with the highest held-out score (the judge's, if there is one) to keep in addition. An
-    evaluation is then needed at every checkpoint (`eval.every`)."""
+    evaluation is then needed at every checkpoint (`eval.every`). In PPO `output`/critic-best is the critic of the best
+    one, as a model."""
     on_error: Literal["continue", "stop"] = "continue"
     """What to do if a checkpoint cannot be written, for example on a full disk: `continue` logs the error and trains on,
     `stop` ends the run."""

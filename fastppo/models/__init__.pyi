@@ -7,6 +7,7 @@ from .attention import choose_attention as choose_attention
 from .cache import ActiveRows as ActiveRows
 from .cache import Cache as Cache
 from .cache import SequenceLayout as SequenceLayout
+from .critics.write import save_value_model as save_value_model
 from .frozen_prefix import PrefixStates as PrefixStates
 from .frozen_prefix import layers_of as layers_of
 from .frozen_prefix import prefix_depth as prefix_depth

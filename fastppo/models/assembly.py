@@ -13,7 +13,7 @@ from fastppo.models.average import Average
 from fastppo.models.layers.fuse import choose_layers
 from fastppo.models.loading.policies import load_policies
 from fastppo.models.loading.weights import DTYPES
-from fastppo.models.roles import Policy, attention_ratio
+from fastppo.models.roles import Critic, Policy, attention_ratio
 from fastppo.models.sampling_weights import SamplingWeights
 
 
@@ -40,6 +40,17 @@ class Roles:
         """The actor module. At ZeRO stage 3 its weights are partitioned; `sampling_weights.gather()` has whole ones."""
         policy: Policy = self.actor.module
         return policy
+
+    @property
+    def value_role(self) -> Critic | Policy | None:
+        """The module with the value head: the critic's, the actor's where it is shared; None without a critic.
+
+        At ZeRO stage 3 its weights are partitioned.
+        """
+        if self.critic is not None:
+            critic: Critic = self.critic.module
+            return critic
+        return None if self.policy.value_head is None else self.policy
 
     @property
     def version(self) -> int:

@@ -34,6 +34,7 @@ from fastppo.models import (
     whole_state,
 )
 from fastppo.monitor import TERMINAL, Phases, Tracker, heldout_responses, show_samples, write_samples
+from fastppo.online.critic import add_to_checkpoint, leave_critic
 from fastppo.online.evaluation import evaluate, samples
 from fastppo.online.progress import Progress
 from fastppo.planner import check_plan
@@ -129,7 +130,9 @@ def set_up(
     sampler = make_sampler(planned.config, roles, world)
     sources, judge = (load(config, tokenizer, world, roles.residency) for load in (load_sources, load_judge))
     learned = [data.tokens, heldout.tokens, *([] if texts is None else [texts.tokens])]
-    checkpoints = Checkpoints(config, roles.saved, learned, world, holding=roles.residency.holding)
+    export_best = None if roles.value_role is None else partial(add_to_checkpoint, roles, world)
+    holding = roles.residency.holding
+    checkpoints = Checkpoints(config, roles.saved, learned, world, holding=holding, export_best=export_best)
     checkpoints.load(checkpoint, progress)
     if checkpoint is not None and checkpoint.rollback is not None:
         progress.recall(checkpoint.rollback)
@@ -171,9 +174,9 @@ def evaluate_if_due(setup: Setup[Any, Any], tracker: Tracker) -> None:
 
 
 def finish(setup: Setup[Any, Any], tracker: Tracker) -> None:
-    """Leave the actor in `output`/actor; then show held-out responses before and after. All ranks call it.
+    """Leave the actor in `output`/actor and a critic in `output`/critic; then show held-out responses before and after.
 
-    Raises ExportError at the end if the actor is elsewhere, or nowhere.
+    All ranks call it. Raises ExportError at the end if one of the models is elsewhere, or nowhere.
     """
     config, world, roles, evaluations = setup.config, setup.world, setup.roles, setup.progress.evaluations
     left = []
@@ -182,6 +185,8 @@ def finish(setup: Setup[Any, Any], tracker: Tracker) -> None:
             with roles.average.in_place():
                 left.append(_leave(setup, setup.output / "actor-average"))
         left.append(_leave(setup, setup.output / "actor"))
+        if (critic := leave_critic(roles, setup.output / "critic", setup.progress, world)) is not None:
+            left.append(critic)
     if world.rank == 0 and setup.progress.ended is not None:
         setup.progress.ended.write(setup.checkpoints.folder)
     if world.rank == 0 and len(evaluations) > 1:

@@ -15,7 +15,12 @@ import pytest
 import stage_runs
 import whole_runs
 from test_wandb_run import StandIn, installed
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 
 from fastppo import train, train_dpo, train_reward, train_sft
 from fastppo.checkpoint import atomic_dir, export
@@ -240,15 +245,18 @@ def test_samples_are_shown_when_the_actor_is_saved(data, tmp_path, monkeypatch):
 
 def refusing(output: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """Exports below `output` fail, when they have written something."""
-    real = export.write_model
 
-    def write_model(role: Any, tokenizer: Any, folder: Path, **kwargs: Any) -> None:
-        if output in folder.parents:
-            (atomic_dir.begin(folder) / "part").touch()
-            raise error
-        real(role, tokenizer, folder, **kwargs)
+    def failing_there(real: Callable[..., Any]) -> Callable[..., Any]:
+        def write(role: Any, tokenizer: Any, folder: Path, *args: Any, **kwargs: Any) -> Any:
+            if output in folder.parents:
+                (atomic_dir.begin(folder) / "part").touch()
+                raise error
+            return real(role, tokenizer, folder, *args, **kwargs)
 
-    monkeypatch.setattr(export, "write_model", write_model)
+        return write
+
+    for name in ("write_model", "write_critic"):
+        monkeypatch.setattr(export, name, failing_there(getattr(export, name)))
 
 
 @pytest.mark.parametrize("error", FAILURES[:1] + FAILURES[3:4], ids=lambda error: type(error).__name__)
@@ -262,10 +270,12 @@ def test_a_model_that_cannot_be_written_is_saved_elsewhere(data, tmp_path, monke
     ):
         start(data, command, output, **changes)
     places = sorted(path.name for path in tmp_path.iterdir())
-    averages = ["run-actor-average"] if command == "ppo" else []
-    assert places[0] == "run" and places[2:] == averages  # one copy, though the best may be left more than once
+    others = ["run-actor-average", "run-critic"] if command == "ppo" else []
+    assert places[0] == "run" and places[2:] == others  # one copy, though the best may be left more than once
     assert places[1].startswith(f"run-{name}")
     assert_loads(tmp_path / places[1])
+    if command == "ppo":
+        AutoModelForTokenClassification.from_pretrained(tmp_path / "run-critic")
     assert not [path for path in output.iterdir() if path.name.startswith(atomic_dir.UNFINISHED)]
     assert atomic_dir.problem(output / "checkpoints/step-00000002") is None
 
@@ -283,6 +293,7 @@ def test_a_model_that_no_place_takes_can_be_written_by_the_run_that_is_resumed(d
     assert [path.name for path in tmp_path.iterdir()] == ["run"] and not (output / name).exists()
     start(data, command, output, resume="auto")
     assert_loads(output / name)
+    assert (output / "critic/model.safetensors").exists() == (command == "ppo")
 
 
 def test_a_model_that_stands_there_stays_until_the_new_one_is_whole(data, tmp_path, monkeypatch):

@@ -72,7 +72,8 @@ ROLES: dict[object, list[Role]] = {}  # what takes the time is to measure their 
 
 def planned(config: Any, machine: Machine) -> Plan:
     cpu = machine.gpu is None
-    key = (type(config), cpu, config.optim.dtype, config.trained.get("actor"), config.rewards)
+    trained = (config.trained.get("actor"), config.trained.get("critic"))
+    key = (type(config), cpu, config.optim.dtype, trained, config.rewards)
     if key not in ROLES:
         ROLES[key] = measured_roles(config, cpu=cpu)
     return make_plan(config, machine, ROLES[key])
@@ -246,6 +247,24 @@ def test_the_actor_that_is_exported_is_counted_on_the_first_rank_alone(models):
     each = sum(share.places.host.total for share in parts)
     assert found.needs["host"][0] == 8 * (each + (1 << 30)) + whole.places.host.total
     assert not [s for s in planned(config_of(models, zero__stage=2), NODES).shares if s.phase == "export"]
+
+
+def test_at_stage_3_the_larger_of_an_actor_that_vllm_samples_and_a_critic_of_its_own_is_counted(models):
+    """One is gathered when the other is written, and neither where it is whole anyway."""
+    for engine, stage, kind, expected in (
+        ("vllm", 3, "separate", ["actor, rank 0"]),  # the actor has the vocabulary's head too
+        ("inprocess", 3, "separate", ["critic, rank 0"]),
+        ("inprocess", 3, "shared", []),
+        ("inprocess", 2, "separate", []),
+    ):
+        config = config_of(models, zero__stage=stage, critic__kind=kind, rollout__engine=engine)
+        found = planned(config, replace(NODES, nodes=1))
+        whole = [share for share in found.shares if share.first]
+        assert [share.role for share in whole] == expected
+        sizes = {role.name: role.size for role in found.roles}
+        for share in whole:
+            size = sizes[share.role.removesuffix(", rank 0")]
+            assert share.phase == "export" and share.places.host.total == size.parameters * size.bytes
 
 
 def test_generate_and_rest_count_vllm_too(models):

@@ -22,7 +22,8 @@ class Config(OnlineConfig):
     rounding: ClassVar[tuple[str, ...]] = ("ppo.microbatch_tokens", *SAMPLER_ROUNDING)
 
     output: str = "runs/ppo"
-    """Folder of the run: config, metrics, samples, and the trained actor in `output`/actor."""
+    """Folder of the run: config, metrics, samples, and the trained actor in `output`/actor, the critic in
+    `output`/critic."""
     steps: int = 100
     """Number of PPO steps. Each step has one batch: sampling, feedback and learning."""
     sampling: PPOSamplingConfig = field(default_factory=PPOSamplingConfig)

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -18,7 +17,7 @@ from transformers import (
 )
 
 from fastppo.config import AnyConfig, CriticConfig, OnlineConfig, Place, ResponseSettings
-from fastppo.distributed import gathered
+from fastppo.models.critics.read import check_value_model, load_value_model
 from fastppo.models.frozen_prefix import depth_of, prefix_depth
 from fastppo.models.loading.source import Source
 from fastppo.models.loading.streams import copy_parts, partition_config
@@ -27,9 +26,7 @@ from fastppo.models.loading.weights import (
     DTYPES,
     Partitions,
     check_embedded,
-    check_one_label,
     context_of,
-    is_classifier,
     load_classifier_config,
     load_config,
     load_model,
@@ -117,10 +114,7 @@ def check_models(config: OnlineConfig, tokenizer: PreTrainedTokenizerBase) -> No
         check_switch(source, config)
     if critic is not None and critic.kind == "separate" and critic.model is not None:
         source = Source("critic.model", critic.model, critic.gguf_file)
-        if is_classifier(critic_config := load_config(source)):
-            check_one_label(
-                source, critic_config, "Start from a language model, or from a classifier with num_labels=1."
-            )
+        check_value_model(source)
         reason = "its token ids stand for other text than the actor's"
         way = "Use a model with the actor's tokenizer, or leave out critic.model to start from the actor's weights."
         check_reader(source, texts, reason, way)
@@ -266,16 +260,7 @@ def _load_critic(
         backbone = cast(PreTrainedModel, second.base_model)
     else:
         source = Source("critic.model", critic.model, critic.gguf_file)
-        if is_classifier(load_config(source)):  # a reward model: the initial V(s) is its score
-            model = load_model(AutoModelForSequenceClassification, source, dtype, device, partitions)
-            head = ValueHead(width_of(model), dtype, device)
-            score = cast(nn.Linear, model.score).weight
-            with gathered([score]):
-                head.weight.data.copy_(score.data)
-        else:
-            model = _load_causal(source, dtype, device, partitions)
-            head = ValueHead(width_of(model), dtype, device)
-        backbone = cast(PreTrainedModel, model.base_model)
+        backbone, head = load_value_model(source, dtype, device, partitions)
     role = Critic(backbone, head)
     choose_trained(role, "critic", critic, critic.model or config.actor.model, None, config.seed)
     return role

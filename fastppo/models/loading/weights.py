@@ -132,10 +132,15 @@ def is_classifier(config: PreTrainedConfig) -> bool:
     return (config.architectures or [""])[0].endswith("ForSequenceClassification")
 
 
+def is_token_classifier(config: PreTrainedConfig) -> bool:
+    return (config.architectures or [""])[0].endswith("ForTokenClassification")
+
+
 def check_one_label(source: Source, config: PreTrainedConfig, way: str) -> None:
     """Raises ModelError unless the classifier has one label; way: the way out, for the message."""
     if config.num_labels != 1:
-        raise ModelError(f"{source} has {config.num_labels} labels; a reward model has one, the score. {way}")
+        one = "a critic has one, the value" if is_token_classifier(config) else "a reward model has one, the score"
+        raise ModelError(f"{source} has {config.num_labels} labels; {one}. {way}")
 
 
 def context_of(config: PreTrainedConfig) -> int | None:

@@ -44,10 +44,9 @@ def shares(roles: list[Role], config: OnlineConfig, ranks: int, placement: Place
     batch, table = Batch.of(config, ranks), _uses(config)
     placement = placement or least(config)
     lone = not any(role.name == "reference" for role in roles)  # it is the actor, adapters off
-    # At stage 3 an actor that is sampled from nowhere in this process is gathered at the end, to be exported.
-    exports = config.zero.stage == 3 and samples_with_vllm(config)
+    exported = _gathered_to_export(roles, config)
     found = []
-    for phase in (*PHASES, "export") if exports else PHASES:
+    for phase in PHASES if exported is None else (*PHASES, "export"):
         for role in roles:
             places = _lasting(role, phase, config, ranks, batch, placement) + _live(role, phase, config)
             if phase in _computed(role, table):
@@ -56,11 +55,19 @@ def shares(roles: list[Role], config: OnlineConfig, ranks: int, placement: Place
         if config.actor.average is not None:
             actor = next(role for role in roles if role.name == "actor")
             found.append(Share("average", phase, averaged(actor, phase, config, ranks)))
-    if exports:
-        size = next(role.size for role in roles if role.name == "actor")
-        whole = Places(host=Bytes(weights=size.parameters * size.bytes))
-        found.append(Share("actor, rank 0", "export", whole, first=True))
+    if exported is not None:
+        whole = Places(host=Bytes(weights=exported.size.parameters * exported.size.bytes))
+        found.append(Share(f"{exported.name}, rank 0", "export", whole, first=True))
     return found
+
+
+def _gathered_to_export(roles: list[Role], config: OnlineConfig) -> Role | None:
+    """The largest of the roles that stage 3 gathers into the first rank's host memory to export them, one by one.
+
+    An actor that is sampled from nowhere in this process, and a critic of its own; a shared one is the actor.
+    """
+    names = {"critic", *(["actor"] if samples_with_vllm(config) else [])} if config.zero.stage == 3 else set()
+    return max((r for r in roles if r.name in names), key=lambda role: role.size.parameters, default=None)
 
 
 def least(config: OnlineConfig) -> Placement:
