@@ -106,8 +106,8 @@ def test_in_bf16_a_head_that_is_computed_in_fp32_has_the_values_and_one_in_bf16_
     own = own_values(tmp_path / "critic", PACKED, torch.bfloat16, upcast=True)
     rounded = own_values(tmp_path / "critic", PACKED, torch.bfloat16)
     assert rounded.dtype == torch.bfloat16
-    torch.testing.assert_close(rounded.float(), own, rtol=2**-7, atol=2**-7)
-    torch.testing.assert_close(own, expected, rtol=0, atol=0.05)
+    torch.testing.assert_close(rounded.float(), own, rtol=2**-7, atol=1e-3)
+    torch.testing.assert_close(own, expected, rtol=0, atol=0.02)
     again = load(path, "--critic.model", str(tmp_path / "critic"), dtype="bf16")
     assert torch.equal(trainer_values(again, PACKED), expected)
 

@@ -501,7 +501,8 @@ def test_without_a_critic_the_plan_falls_by_what_the_critic_was(tmp_path):
         with_one = config_of(model, "--zero.stage", stage, "--optim.dtype", "bf16")
         without = config_of(model, "--zero.stage", stage, "--optim.dtype", "bf16", "--ppo.estimator", "reinforce++")
         plans = [make_plan(config, machine, measured_roles(config, cpu=False)) for config in (with_one, without)]
-        assert {share.role for share in plans[0].shares} - {share.role for share in plans[1].shares} == {"critic"}
+        gone = {share.role for share in plans[0].shares} - {share.role for share in plans[1].shares}
+        assert {name.partition(",")[0] for name in gone} == {"critic"}  # and at stage 3 its export by the first rank
         for phase in PHASES:
             critic = sum(s.places.gpu.total for s in plans[0].shares if (s.role, s.phase) == ("critic", phase))
             totals = [sum(s.places.gpu.total for s in plan.shares if s.phase == phase) for plan in plans]
