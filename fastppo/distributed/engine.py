@@ -71,6 +71,18 @@ def even_passes(parts: Sequence[Tensor], zero: ZeroConfig, world: World) -> list
     return [*parts, *[torch.empty(0, dtype=torch.int64)] * (most - len(parts))]
 
 
+def _end_prefetch(run: Any) -> None:
+    """Wait for the weights that DeepSpeed began to gather for modules which a pass did not reach, and let them go.
+
+    At stage 3 it gathers ahead in the order of an earlier pass. A pass without the value head would leave weights on
+    their way, which nothing else can gather or split then. The next pass would begin with this.
+    """
+    optimizer = getattr(run, "optimizer", None)
+    offload = getattr(optimizer, "parameter_offload", optimizer)
+    if offload is not None and hasattr(offload, "get_param_coordinator"):
+        offload.get_param_coordinator()._clean_inflight_param_registry()
+
+
 class Frozen:
     """A role that does not train. At ZeRO stage 3 its parameters are partitioned and gathered layer by layer."""
 
@@ -87,7 +99,9 @@ class Frozen:
 
     @torch.no_grad()
     def __call__(self, *args: Any) -> Any:
-        return self._run(*args)
+        result = self._run(*args)
+        _end_prefetch(self._run)
+        return result
 
     def states(self) -> list[Tensor]:
         """The tensors that may be moved out of the GPU between two uses: the parameters, or this rank's partitions."""
@@ -129,7 +143,10 @@ class Engine:
         self._sums = accumulation.add_once(self._engine, self._optimizer)
 
     def __call__(self, *args: Any) -> Any:
-        return self._engine(*args)
+        result = self._engine(*args)
+        if not torch.is_grad_enabled():  # else the backward pass comes, which uses them
+            _end_prefetch(self._engine)
+        return result
 
     @property
     def module(self) -> Any:

@@ -118,3 +118,9 @@ def test_where_zero_splits_the_weights_it_is_the_same(run):
     split = exported(run("split", ranks=2, zero__stage=3, zero__offload="cpu"), "actor-average")
     for name, p in whole.items():
         assert torch.allclose(p, split[name], atol=1e-4), name
+
+
+def test_it_is_evaluated_at_stage_3_with_a_shared_critic(run):
+    """Its evaluation gathers weights right after a pass that did not reach the value head, for which some are ahead."""
+    output = run("shared", steps=1, critic__kind="shared", zero__stage=3)
+    assert [r["eval/average/score"] is not None for r in whole_runs.records(output) if "eval/score" in r] == [True] * 2
