@@ -1,17 +1,13 @@
 """A task with a checkable answer: the largest of four numbers, `max(23,45,67,12)=` -> `67`, by RL after a short SFT.
 
-    python bench/arithmetic.py --seeds 1 2 3 --estimators gae grpo
-
-SmolLM2-135M-Instruct. The answer of a demonstration is any of its four numbers, so that SFT teaches what an answer
-looks like, and a quarter of its answers are right; RL draws eight answers to a prompt, each worth 1 if it is right and
-0 if not. The numbers of held-out prompts are in no demonstration and in no training prompt. On these prompts, before
-and after RL: the share of responses that are a number of two digits and then end (format), and the share that is right,
-of all responses and of those with the format, at temperature 1, eight to a prompt; the share of prompts with a right
-one among the eight; and the share of prompts whose most likely response is right. Settings that this program does not
-know go to the RL runs. A run takes three minutes on two CPU cores, SFT one.
+`bench/estimators.py --task arithmetic` runs it. SmolLM2-135M-Instruct. The answer of a demonstration is any of its four
+numbers, so that SFT teaches what an answer looks like, and a quarter of its answers are right; RL draws eight answers
+to a prompt, each worth 1 if it is right and 0 if not. The numbers of held-out prompts are in no demonstration and in no
+training prompt. On these prompts, before and after RL: the share of responses that are a number of two digits and then
+end (format), and the share that is right, at temperature 1, eight to a prompt; the share of prompts with a right one
+among the eight; and the share of prompts whose most likely response is right.
 """
 
-import argparse
 import json
 import random
 import re
@@ -22,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from fastppo.config.learning import ESTIMATOR_RULES
-from fastppo.monitor import METRICS, read_lines
+from fastppo.monitor import read_lines
 
 HERE = Path(__file__)
 SFT, RL = HERE.with_name("arithmetic-sft.yaml"), HERE.with_name("arithmetic.yaml")
@@ -84,10 +79,6 @@ class Accuracy:
     any_right: float  # of the prompts
     greedy: float  # right, of the most likely responses
 
-    @property
-    def right_in_format(self) -> float:
-        return self.right / self.format if self.format else 0.0
-
 
 def ran(script: str, *settings: object) -> None:
     subprocess.run(["deepspeed", f"fastppo/{script}.py", *map(str, settings)], stdout=sys.stderr, check=True)
@@ -99,13 +90,6 @@ def sft(folder: Path, data: Data, *settings: object) -> Path:
     if not (output / "model").exists():
         ran("train_sft", "--config", SFT, "--data.path", data.demonstrations, "--output", output, *settings)
     return output / "model"
-
-
-def reinforce(estimator: str, seed: int, model: Path, data: Data, output: Path, *settings: object) -> Path:
-    """The model that RL makes of this one, without a critic if the estimator needs none."""
-    critic = () if ESTIMATOR_RULES[estimator].critic else ("--critic.kind", "none")
-    ran("train", *rl(seed, model, data, output), "--ppo.estimator", estimator, *critic, *settings)
-    return output / "actor"
 
 
 def rl(seed: int, model: Path, data: Data, output: Path) -> list[object]:
@@ -143,58 +127,3 @@ def _generate(model: Path, data: Data, output: Path, *settings: object) -> None:
         *("generate", "--model.path", model, "--data.path", data.heldout, "--output", output),
         *("--rewards", functions("right"), "--judge", functions("number"), "--sampling.max_new_tokens", 5, *settings),
     )
-
-
-@dataclass(frozen=True)
-class Run:
-    """A row of the table."""
-
-    estimator: str
-    seed: int
-    before: Accuracy
-    after: Accuracy
-    curve: tuple[tuple[int, float], ...]  # (step, share of held-out prompts answered right, one response each)
-    seconds: float  # of RL's steps, without loading and evaluation
-
-
-def run(
-    estimator: str, seed: int, model: Path, before: Accuracy, data: Data, folder: Path, settings: Sequence[str]
-) -> Run:
-    output = folder / f"{estimator}-{seed}"
-    after = measure(reinforce(estimator, seed, model, data, output, *settings), data, output / "measured")
-    lines = read_lines(output / METRICS)
-    curve = tuple((line["step"], line["eval/score"]) for line in lines if "eval/score" in line)
-    return Run(estimator, seed, before, after, curve, sum(line.get("time/step", 0.0) for line in lines))
-
-
-def table(runs: Sequence[Run]) -> str:
-    names = ("format", "right", "right of those with the format", "one of 8 right", "most likely right")
-    heads = ["estimator", "seed", *(f"{name}, before / after" for name in names), "curve", "seconds"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for r in runs:
-        figures = ("format", "right", "right_in_format", "any_right", "greedy")
-        cells = [f"{getattr(r.before, name):.3f} / {getattr(r.after, name):.3f}" for name in figures]
-        curve = ", ".join(f"{step}: {score:.2f}" for step, score in r.curve)
-        lines.append("| " + " | ".join([r.estimator, str(r.seed), *cells, curve, f"{r.seconds:.0f}"]) + " |")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="The largest of four numbers, learned by RL.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--estimators", nargs="+", choices=ESTIMATOR_RULES, default=list(ESTIMATOR_RULES))
-    parser.add_argument("--output", type=Path, default=Path("runs/arithmetic"))
-    options, settings = parser.parse_known_args()
-    data = write_data(options.output)
-    model = sft(options.output, data)
-    before = measure(model, data, options.output / "sft-measured")
-    runs = []
-    for seed in options.seeds:
-        for estimator in options.estimators:
-            runs.append(run(estimator, seed, model, before, data, options.output, settings))
-            print(table(runs[-1:]), file=sys.stderr)
-    print(table(runs))
-
-
-if __name__ == "__main__":
-    main()
