@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from arithmetic import measure, rl, sft, write_data
@@ -100,7 +100,8 @@ TASKS: dict[str, Callable[[str, int, Path, Sequence[object]], Result]] = {
 
 
 def table(results: Iterable[Result]) -> str:
-    """Means over the seeds, with the lowest and the highest in brackets where there are several."""
+    """Means over the seeds, with the lowest and the highest in brackets where there are several; of the seconds the
+    median, and of the memory the most."""
     by_name: dict[str, list[Result]] = {}
     for result in results:
         by_name.setdefault(result.estimator, []).append(result)
@@ -108,7 +109,7 @@ def table(results: Iterable[Result]) -> str:
     lines = [["", *names, "seconds", "GB"], ["---"] * (len(names) + 3)]
     for estimator, runs in by_name.items():
         cells = [_spread([run.figures[name] for run in runs]) for name in names]
-        seconds = f"{fmean(run.seconds for run in runs):.0f}"
+        seconds = f"{median(run.seconds for run in runs):.0f}"
         lines.append([f"`{estimator}`", *cells, seconds, f"{max(run.gigabytes for run in runs):.2f}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
