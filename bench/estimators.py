@@ -102,9 +102,10 @@ TASKS: dict[str, Callable[[str, int, Path, Sequence[object]], Result]] = {
 def table(results: Iterable[Result]) -> str:
     """Means over the seeds, with the lowest and the highest in brackets where there are several; of the seconds the
     median, and of the memory the most."""
-    by_name: dict[str, list[Result]] = {}
+    by_name: dict[str, list[Result]] = {name: [] for name in ESTIMATOR_RULES}
     for result in results:
-        by_name.setdefault(result.estimator, []).append(result)
+        by_name[result.estimator].append(result)
+    by_name = {name: runs for name, runs in by_name.items() if runs}
     names = list(next(iter(by_name.values()))[0].figures)
     lines = [["", *names, "seconds", "GB"], ["---"] * (len(names) + 3)]
     for estimator, runs in by_name.items():
