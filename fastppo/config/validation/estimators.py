@@ -8,7 +8,7 @@ from fastppo.config.models import CriticConfig
 from fastppo.errors import ConfigError
 
 WITHOUT_CRITIC = ", ".join(name for name, rule in ESTIMATOR_RULES.items() if not rule.critic)
-NO_LOSS_OF_ITS_OWN = ("clip", "gspo", "cispo")  # others are the user's, and may read any setting
+BUILT_IN_LOSSES = ("clip", "gspo", "cispo")  # others are the user's, and may read any setting
 
 
 def check_estimator(config: Config) -> None:
@@ -82,7 +82,7 @@ def check_critic_kind(critic: CriticConfig, ppo: PPOConfig) -> None:
 
 def check_loss(ppo: PPOConfig) -> None:
     """Refuse settings that have no effect with the loss."""
-    if ppo.loss not in NO_LOSS_OF_ITS_OWN:
+    if ppo.loss not in BUILT_IN_LOSSES:
         return
     others = {
         "dual_clip": ("clip", "gspo"),
