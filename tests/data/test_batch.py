@@ -29,7 +29,7 @@ def test_predictors_are_the_rows_before_each_response_token():
 def test_experience_is_data_alone():
     """What a checkpoint can hold as it is, and any rank would make the same."""
     types = get_type_hints(Experience)
-    assert {types[field.name] for field in fields(Experience)} == {Packed, torch.Tensor}
+    assert {types[field.name] for field in fields(Experience)} == {Packed, torch.Tensor, torch.Tensor | None, float}
 
 
 def test_positions_restart_in_every_sequence():

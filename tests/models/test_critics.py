@@ -97,7 +97,7 @@ def test_an_exported_critic_has_the_values_of_the_trainer_and_the_next_one_start
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_in_bf16_a_head_that_is_computed_in_fp32_has_the_values_and_one_in_bf16_their_first_three_digits(tmp_path):
+def test_in_bf16_a_head_that_is_computed_in_fp32_has_the_values_and_one_in_bf16_rounds_its_sums(tmp_path):
     path = tiny.saved(tmp_path / "start", tiny.causal())
     role = trained(load(path, dtype="bf16"))
     expected = export(role, tmp_path / "critic")
@@ -106,7 +106,8 @@ def test_in_bf16_a_head_that_is_computed_in_fp32_has_the_values_and_one_in_bf16_
     own = own_values(tmp_path / "critic", PACKED, torch.bfloat16, upcast=True)
     rounded = own_values(tmp_path / "critic", PACKED, torch.bfloat16)
     assert rounded.dtype == torch.bfloat16
-    torch.testing.assert_close(rounded.float(), own, rtol=2**-7, atol=1e-3)
+    # bf16 has 8 bits, and the sums on the way to a value are of about 1: the bias is 0.7
+    torch.testing.assert_close(rounded.float(), own, rtol=2**-7, atol=2**-8)
     torch.testing.assert_close(own, expected, rtol=0, atol=0.02)
     again = load(path, "--critic.model", str(tmp_path / "critic"), dtype="bf16")
     assert torch.equal(trainer_values(again, PACKED), expected)

@@ -17,7 +17,7 @@ import torch
 import whole_runs
 from ppo_step import config_of, roles_of
 
-from fastppo.config import Config, RolloutConfig, SamplingConfig
+from fastppo.config import Config, PPOSamplingConfig, RolloutConfig
 from fastppo.config.command_line import parse
 from fastppo.data.batch import Prompts, Rollout, pack
 from fastppo.distributed.world import start_world
@@ -355,4 +355,4 @@ def test_a_config_without_the_group_is_in_process():
     """As those of runs before it are."""
     assert Config().rollout == RolloutConfig("inprocess")
     assert find_engine(Config()).folder is None
-    assert SamplingConfig() == Config().sampling
+    assert Config().sampling == PPOSamplingConfig()

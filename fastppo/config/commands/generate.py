@@ -135,6 +135,11 @@ class GenerateConfig:
         return ()
 
     @property
+    def drawn_together(self) -> int:
+        """Number of responses of all ranks that are drawn before they are scored."""
+        return self.batch_size
+
+    @property
     def data_paths(self) -> dict[str, str]:
         """Where the data of a run is, by setting."""
         return {"data.path": self.data.path}

@@ -115,9 +115,8 @@ def check_waiting(config: OnlineConfig | GenerateConfig, ranks: int) -> None:
         if source.url is not None:
             _check_service_time(name, source, config.timeout)
         if source.math is not None:
-            drawn = config.batch_size if isinstance(config, GenerateConfig) else config.drawn_together
             processes = min(MOST_VERIFIERS, config.threads or MOST_VERIFIERS)
-            _check_math_time(name, source, config.timeout, math.ceil(drawn / ranks / processes))
+            _check_math_time(name, source, config.timeout, math.ceil(config.drawn_together / ranks / processes))
 
 
 def _check_service_time(name: str, source: RewardConfig, timeout: float) -> None:

@@ -25,7 +25,7 @@ GROWN = MEMORY // 4  # a process that has kept more than this of them is replace
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def main() -> None:
+def answer_requests() -> None:
     tasks, verdicts = sys.stdin.buffer, _private_stdout()
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
@@ -111,4 +111,4 @@ def _size() -> int:
 
 
 if __name__ == "__main__":
-    main()
+    answer_requests()
