@@ -23,7 +23,8 @@ from fastppo import ops
 from fastppo.checkpoint.export import write_critic, write_model
 from fastppo.config import Config
 from fastppo.config.command_line import parse
-from fastppo.data.batch import Packed, Prompts, pack
+from fastppo.data.batch import Prompts
+from fastppo.data.packed import Packed, pack
 from fastppo.errors import FastPPOError
 from fastppo.models.loading.policies import check_models, load_actor_tokenizer, load_policies
 from fastppo.models.roles import Critic, Policy

@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from fastppo.data.batch import Experience, Update, pack
+from fastppo.data.batch import Experience, Update
+from fastppo.data.packed import pack
 
 VOCABULARY, RESPONSES, LENGTH = 2000, 32, 20
 LOVED_IT = (101, 102, 103, 104)  # "I loved it."

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from fastppo import ops
 from fastppo.config import OptimConfig, ZeroConfig
 from fastppo.config.command_line import parse
-from fastppo.data.batch import pack
+from fastppo.data.packed import pack
 from fastppo.distributed.engine import Engine, gathered
 from fastppo.distributed.world import World, start_world
 from fastppo.models.loading.policies import load_causal, load_policies, load_reward

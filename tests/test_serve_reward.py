@@ -24,7 +24,7 @@ from services import eventually, lengths, reward_service, service
 
 from fastppo import serve_reward
 from fastppo.config import RewardConfig
-from fastppo.data.batch import pack
+from fastppo.data.packed import pack
 from fastppo.models.loading.policies import load_reward
 from fastppo.rewards import Responses
 from fastppo.rewards.remote import remote_source

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForTokenClassification, PreTrainedModel
 
-from fastppo.data.batch import Packed
+from fastppo.data.packed import Packed
 from fastppo.models.critics.read import check_value_model, load_value_model
 from fastppo.models.loading.source import Source
 from fastppo.models.roles import Critic, Policy

@@ -16,7 +16,8 @@ import tiny
 import torch
 from ppo_step import config_of, roles_of
 
-from fastppo.data.batch import Prompts, Rollout, pack
+from fastppo.data.batch import Prompts, Rollout
+from fastppo.data.packed import pack
 from fastppo.distributed.world import World, start_world, stop_world
 from fastppo.models import Roles, token_stats
 from fastppo.rollout import find_engine, make_sampler

@@ -1,98 +1,20 @@
-"""The types that the phases of a step pass on, all in one layout: packed, without padding.
-
-B sequences (prompt and response) form one row of N tokens. The responses alone form a second, shorter row of M tokens:
-all quantities per token of PPO (logprobs, KL, rewards, values, advantages, returns) have the shape `(M,)`.
-"""
+"""The types that the phases of a step pass on, all in the layout of `Packed`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastppo.distributed import to_device
+from fastppo.data.packed import Packed, end_to_end
 
-
-@dataclass(frozen=True)
-class Packed:
-    """B sequences end to end, each a prompt followed by its response. Every response has at least one token."""
-
-    tokens: Tensor  # (N,) int64
-    cu_seqlens: Tensor  # (B+1,) int32, where each sequence starts in `tokens`; the last entry is N
-    response_cu_seqlens: Tensor  # (B+1,) int32, where each response starts in an (M,) tensor; the last entry is M
-
-    def __len__(self) -> int:
-        return len(self.cu_seqlens) - 1
-
-    @cached_property
-    def lengths(self) -> Tensor:  # (B,) int64
-        return self.cu_seqlens.diff().long()
-
-    @cached_property
-    def response_lengths(self) -> Tensor:  # (B,) int64
-        return self.response_cu_seqlens.diff().long()
-
-    @cached_property
-    def lengths_on_host(self) -> list[int]:  # B numbers, known without waiting for the device
-        return self.lengths.tolist()
-
-    @cached_property
-    def response_lengths_on_host(self) -> list[int]:
-        return self.response_lengths.tolist()
-
-    @cached_property
-    def positions(self) -> Tensor:  # (N,) int64, from 0 in every sequence
-        return segment_offsets(self.lengths)
-
-    @cached_property
-    def last_rows(self) -> Tensor:  # (B,) int64, the row of each sequence's last token
-        return self.cu_seqlens[1:].long() - 1
-
-    def last_rows_without(self, padding: int | None) -> Tensor:
-        """(B,) int64, the row of each sequence's last token that is not `padding`; its first row if all tokens are."""
-        if padding is None:
-            return self.last_rows
-        rows = torch.arange(len(self.tokens), device=self.tokens.device)
-        last_other = torch.where(self.tokens != padding, rows, 0).cummax(0).values[self.last_rows]
-        return torch.maximum(last_other, self.cu_seqlens[:-1].long())
-
-    @cached_property
-    def predictors(self) -> Tensor:  # (M,) int64, the row whose hidden state predicts each response token
-        first = self.last_rows - self.response_lengths  # the last prompt token predicts the first response token
-        return first.repeat_interleave(self.response_lengths) + segment_offsets(self.response_lengths)
-
-    @cached_property
-    def responses(self) -> Tensor:  # (M,) int64, the response tokens
-        return self.tokens[self.predictors + 1]
-
-    @cached_property
-    def last_response_tokens(self) -> Tensor:  # (B,) int64, where each response ends in an (M,) tensor
-        return self.response_cu_seqlens[1:].long() - 1
-
-    def to(self, device: torch.device) -> Packed:
-        """On the device, with what else takes the lengths on the host to compute: no use of it waits for a GPU."""
-        if self.tokens.device == device:
-            return self
-        moved = Packed(*(to_device(getattr(self, f.name), device) for f in fields(self)))
-        on_host = {name: getattr(self, name) for name in ("lengths_on_host", "response_lengths_on_host")}
-        rows = {name: to_device(getattr(self, name), device) for name in ("positions", "predictors")}
-        moved.__dict__.update(on_host | rows)  # where `cached_property` looks
-        return moved
-
-    def select(self, sequences: Tensor) -> Packed:
-        """The given sequences (an int64 tensor of indices), in the given order."""
-        rows = segment_rows(self.cu_seqlens, sequences)
-        return Packed(
-            self.tokens[rows], cumulative(self.lengths[sequences]), cumulative(self.response_lengths[sequences])
-        )
-
-    def select_tokens(self, values: Tensor, sequences: Tensor) -> Tensor:
-        """The part of an (M,) tensor that belongs to the given sequences."""
-        return values[segment_rows(self.response_cu_seqlens, sequences)]
+if TYPE_CHECKING:
+    from fastppo.data.conversations import Messages
+    from fastppo.data.prompts import PromptSet
 
 
 @dataclass(frozen=True)
@@ -102,18 +24,25 @@ class Prompts:
     tokens: tuple[tuple[int, ...], ...]  # B prompts
     streams: Tensor  # (B,) int64, prompt index * n + sample index: selects the random numbers of a response
     sources: Tensor  # (B,) int64, the row of each prompt in its prompt set, for its text and columns
+    data: PromptSet | None = field(default=None, repr=False, compare=False)  # that prompt set, for an environment
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @staticmethod
-    def of(tokens: Sequence[Sequence[int]], rows: Sequence[int], *, first: int = 0, samples: int = 1) -> Prompts:
+    def of(
+        tokens: Sequence[Sequence[int]],
+        rows: Sequence[int],
+        *,
+        first: int = 0,
+        samples: int = 1,
+        data: PromptSet | None = None,
+    ) -> Prompts:
         """The given rows of a prompt set, each `samples` times; first: prompt index of the first row."""
         repeated = [row for row in rows for _ in range(samples)]
         streams = torch.arange(len(repeated)) + first * samples
-        return Prompts(
-            tuple(tuple(tokens[row]) for row in repeated), streams, torch.tensor(repeated, dtype=torch.int64)
-        )
+        sources = torch.tensor(repeated, dtype=torch.int64)
+        return Prompts(tuple(tuple(tokens[row]) for row in repeated), streams, sources, data)
 
     def of_rank(self, rank: int, ranks: int) -> Prompts:
         """This rank's part; the parts of the ranks are contiguous and in the order of ranks."""
@@ -121,7 +50,9 @@ class Prompts:
 
     def select(self, indices: Sequence[int]) -> Prompts:
         rows = torch.as_tensor(list(indices), dtype=torch.int64)
-        return Prompts(tuple(self.tokens[i] for i in indices), self.streams[rows], self.sources[rows])
+        return replace(
+            self, tokens=tuple(self.tokens[i] for i in indices), streams=self.streams[rows], sources=self.sources[rows]
+        )
 
 
 @dataclass(frozen=True)
@@ -130,13 +61,27 @@ class Rollout:
 
     packed: Packed
     logprobs: Tensor  # (M,) fp32, of the distribution that each token was sampled from
-    ended: Tensor  # (B,) bool, False where the response was cut at the maximum length
+    ended: Tensor  # (B,) bool, False where the response was cut: at the maximum length, or by a limit of turns
     sources: Tensor  # (B,) int64, the row of each prompt in its prompt set
+    turn_rewards: Tensor | None = None  # (M,) fp32, of an environment, on the last token of a turn; None without one
+    conversations: tuple[Messages, ...] | None = None  # B, prompt and all that was said; None without an environment
 
     def select(self, sequences: Tensor) -> Rollout:
         """The given responses (an int64 tensor of indices), in the given order."""
-        logprobs = self.packed.select_tokens(self.logprobs, sequences)
-        return Rollout(self.packed.select(sequences), logprobs, self.ended[sequences], self.sources[sequences])
+        of_tokens = (self.logprobs, self.turn_rewards)
+        logprobs, rewards = (None if x is None else self.packed.select_tokens(x, sequences) for x in of_tokens)
+        assert logprobs is not None
+        said = self.conversations and tuple(self.conversations[i] for i in sequences.tolist())
+        rows = (self.ended[sequences], self.sources[sequences])
+        return Rollout(self.packed.select(sequences), logprobs, *rows, rewards, said)
+
+    @property
+    def rewards_of_turns(self) -> Tensor:  # (B,) fp64, the sum of a response's turn rewards; 0 without an environment
+        sums = torch.zeros(len(self.packed), dtype=torch.float64)
+        if self.turn_rewards is None:
+            return sums
+        response = torch.arange(len(sums)).repeat_interleave(self.packed.response_lengths)
+        return sums.index_add(0, response, self.turn_rewards.double())
 
 
 @dataclass(frozen=True)
@@ -188,6 +133,7 @@ class Measured:
     ref_logprobs: Tensor  # (M,) fp32
     entropy: Tensor  # (M,) fp32, of the policy that sampled
     kl: Tensor  # (M,) fp32, to the reference, of the configured kind
+    turn_rewards: Tensor | None = field(default=None, kw_only=True)  # (M,) fp32, as in `Rollout`
 
 
 @dataclass(frozen=True)
@@ -202,54 +148,21 @@ class Experience(Measured):
 
 
 def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
-    """Rollouts of several ranks, end to end."""
+    """Rollouts of several ranks, end to end; all of them are with an environment, or none."""
     packed = end_to_end([r.packed for r in rollouts])
+    logprobs, ended, sources = (
+        torch.cat([getattr(r, name) for r in rollouts]) for name in ("logprobs", "ended", "sources")
+    )
+    rewards = [r.turn_rewards for r in rollouts if r.turn_rewards is not None]
+    said = [r.conversations for r in rollouts if r.conversations is not None]
     return Rollout(
-        packed, *(torch.cat([getattr(r, name) for r in rollouts]) for name in ("logprobs", "ended", "sources"))
+        packed,
+        logprobs,
+        ended,
+        sources,
+        torch.cat(rewards) if rewards else None,
+        tuple(conversation for part in said for conversation in part) if said else None,
     )
-
-
-def end_to_end(parts: Sequence[Packed]) -> Packed:
-    return Packed(
-        torch.cat([part.tokens for part in parts]),
-        cumulative(torch.cat([part.lengths for part in parts])),
-        cumulative(torch.cat([part.response_lengths for part in parts])),
-    )
-
-
-def cumulative(lengths: Tensor) -> Tensor:
-    """(B,) lengths -> (B+1,) int32 starts, from 0 to the total."""
-    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-
-
-def written_starts(mask: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Where each segment starts once the tokens that mask, (M,) bool, leaves out are gone: (B+1,) int32."""
-    return torch.nn.functional.pad(mask.cumsum(0), (1, 0))[cu_seqlens.long()].to(torch.int32)
-
-
-def spread(x: Tensor, mask: Tensor) -> Tensor:
-    """Numbers of the tokens of a mask back to their places, (M,); 0, or False, between them."""
-    return x.new_zeros(len(mask)).masked_scatter(mask, x)
-
-
-def segment_offsets(lengths: Tensor) -> Tensor:
-    """(B,) lengths -> (sum,) int64: 0, 1, ... within each segment."""
-    starts = lengths.cumsum(0) - lengths
-    return torch.arange(int(lengths.sum()), device=lengths.device) - starts.repeat_interleave(lengths)
-
-
-def segment_rows(cu_seqlens: Tensor, segments: Tensor) -> Tensor:
-    """The rows of the given segments of a packed tensor, in the given order; int64."""
-    starts = cu_seqlens[:-1].long()[segments]
-    lengths = cu_seqlens.diff().long()[segments]
-    return starts.repeat_interleave(lengths) + segment_offsets(lengths)
-
-
-def pack(sequences: Sequence[Sequence[int]], response_lengths: Sequence[int]) -> Packed:
-    """Lists of tokens (prompt and response) -> `Packed`, on the CPU."""
-    lengths = torch.tensor([len(s) for s in sequences], dtype=torch.int64)
-    tokens = torch.tensor([t for s in sequences for t in s], dtype=torch.int64)
-    return Packed(tokens, cumulative(lengths), cumulative(torch.tensor(response_lengths, dtype=torch.int64)))
 
 
 @dataclass(frozen=True)

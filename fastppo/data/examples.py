@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fastppo.config import AnswersConfig, ExamplesConfig, PairsConfig, TextConfig
-from fastppo.data.batch import Packed, pack
 from fastppo.data.conversations import NO_ARGUMENTS, Answered, check_arguments, encode_answer, encode_turns
+from fastppo.data.packed import Packed, pack
 from fastppo.data.tables import DataError, Table, read_table
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastppo.config import Config
-from fastppo.data.batch import pack
+from fastppo.data.packed import pack
 
 # The input of a rank without a sequence in a forward pass that is a collective of all ranks.
 IDLE = pack([(0, 0)], [1])

@@ -80,7 +80,7 @@ class Work:
         start, samples = number * self.size, self.samples
         end = min(start + self.size, len(self.order) * samples)
         first, last = start // samples, -(-end // samples)
-        whole = Prompts.of(self.data.tokens, self.order[first:last], first=first, samples=samples)
+        whole = Prompts.of(self.data.tokens, self.order[first:last], first=first, samples=samples, data=self.data)
         return whole.select(range(start - first * samples, end - first * samples))
 
 

@@ -43,7 +43,7 @@ def evaluate(
     judge: Sequence[tuple[Source, float]] = (),
 ) -> Evaluation:
     """One response to each held-out prompt, its score and what the judge says, and how far the actor has moved."""
-    prompts = Prompts.of(heldout.tokens, range(len(heldout))).of_rank(world.rank, world.ranks)
+    prompts = Prompts.of(heldout.tokens, range(len(heldout)), data=heldout).of_rank(world.rank, world.ranks)
     holding = roles.residency.holding
     with holding("sampling"), stop.together(world):
         sampler.sync()

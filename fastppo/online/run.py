@@ -76,7 +76,7 @@ class Setup(Generic[C, P]):
         samples, shuffle = self.config.sampling.samples_per_prompt, self.config.data.shuffle
         rows_of_batches = batches(self.data, size=count, seed=self.config.seed, shuffle=shuffle, start=start)
         for number, rows in enumerate(rows_of_batches, start=start):
-            yield Prompts.of(self.data.tokens, rows, first=number * count, samples=samples)
+            yield Prompts.of(self.data.tokens, rows, first=number * count, samples=samples, data=self.data)
 
     def tracker(self) -> Tracker:
         config, done = self.config, self.progress.step

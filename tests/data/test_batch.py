@@ -6,17 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastppo.data.batch import (
-    Experience,
-    Moments,
-    Packed,
-    Prompts,
-    Rollout,
-    concatenate,
-    cumulative,
-    pack,
-    segment_rows,
-)
+from fastppo.data.batch import Experience, Moments, Prompts, Rollout, concatenate
+from fastppo.data.packed import Packed, cumulative, pack, segment_rows
 
 PACKED = pack([(5, 6, 7, 8), (9, 10), (11, 12, 13)], [2, 1, 2])
 

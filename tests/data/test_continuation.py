@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastppo.config import AnswersConfig, DataConfig, PairsConfig, PtxConfig
 from fastppo.config.command_line import parse
-from fastppo.data.batch import Rollout, pack
+from fastppo.data.batch import Rollout
 from fastppo.data.continuation import (
     decode_after,
     decode_pieces,
@@ -26,6 +26,7 @@ from fastppo.data.continuation import (
     plain_tokens,
 )
 from fastppo.data.examples import load_answers, load_pairs, load_texts
+from fastppo.data.packed import pack
 from fastppo.data.paths import locate
 from fastppo.data.prompts import load_prompts
 from fastppo.data.tables import read_table

@@ -20,8 +20,9 @@ from fastppo.config import (
     PtxConfig,
     RewardConfig,
 )
-from fastppo.data.batch import Rollout, pack
+from fastppo.data.batch import Rollout
 from fastppo.data.examples import load_answers, load_pairs
+from fastppo.data.packed import pack
 from fastppo.data.prompts import load_prompts
 from fastppo.data.tables import DataError
 from fastppo.distributed.residency import Residency

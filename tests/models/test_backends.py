@@ -17,7 +17,8 @@ from varlen_stand_in import VarlenStandIn
 
 from fastppo import ops
 from fastppo.config import SamplingConfig
-from fastppo.data.batch import Prompts, pack
+from fastppo.data.batch import Prompts
+from fastppo.data.packed import pack
 from fastppo.errors import FastPPOError, log_once
 from fastppo.models.attention import compute_with
 from fastppo.models.backends.backend import AttentionBackend

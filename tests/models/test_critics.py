@@ -15,7 +15,7 @@ from value_models import own_values, trainer_values
 
 from fastppo.checkpoint.export import export_critic, write_critic
 from fastppo.config.command_line import parse
-from fastppo.data.batch import pack
+from fastppo.data.packed import pack
 from fastppo.distributed.world import start_world
 from fastppo.models.critics import write
 from fastppo.models.loading.policies import check_models, load_actor_tokenizer, load_policies

@@ -15,7 +15,7 @@ from fastppo import ops
 from fastppo.checkpoint.export import write_model
 from fastppo.config import ActorLoraConfig
 from fastppo.config.command_line import REWARD, parse
-from fastppo.data.batch import pack
+from fastppo.data.packed import pack
 from fastppo.models.loading.offline import load_reward_model
 from fastppo.models.loading.policies import load_causal
 from fastppo.models.loading.source import Source

@@ -18,7 +18,7 @@ from transformers.models.llama import modeling_llama
 
 from fastppo.checkpoint.export import write_model
 from fastppo.config import COMMANDS, ActorLoraConfig, LoraConfig
-from fastppo.data.batch import pack
+from fastppo.data.packed import pack
 from fastppo.distributed.world import start_world
 from fastppo.errors import log_once
 from fastppo.models.layers import gated, norms, rotations

@@ -8,7 +8,8 @@ import torch
 from transformers import AttentionInterface
 
 from fastppo.config.command_line import REWARD, SFT, parse
-from fastppo.data.batch import Prompts, pack
+from fastppo.data.batch import Prompts
+from fastppo.data.packed import pack
 from fastppo.models import attention
 from fastppo.models.loading.offline import load_policy, load_reward_model
 from fastppo.models.loading.policies import (

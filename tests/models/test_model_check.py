@@ -19,7 +19,7 @@ from transformers import (
 
 from fastppo.config import Config, LoraConfig
 from fastppo.config.command_line import PPO, parse
-from fastppo.data.batch import pack
+from fastppo.data.packed import pack
 from fastppo.models import attention
 from fastppo.models.loading import model_check
 from fastppo.models.loading.model_check import check_architecture, check_model

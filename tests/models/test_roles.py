@@ -4,7 +4,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastppo import ops
-from fastppo.data.batch import pack
+from fastppo.data.packed import pack
 from fastppo.errors import FastPPOError
 from fastppo.models.loading.model_check import check_model
 from fastppo.models.loading.trained import recompute_layers, set_trainable

@@ -10,7 +10,8 @@ from services import eventually, reward_service
 from tokenizers.processors import TemplateProcessing
 
 from fastppo.config import Config, DataConfig, HealthConfig, OptimConfig, RewardConfig, ZeroConfig
-from fastppo.data.batch import Rollout, pack
+from fastppo.data.batch import Rollout
+from fastppo.data.packed import pack
 from fastppo.data.prompts import load_prompts
 from fastppo.distributed.engine import Frozen
 from fastppo.distributed.residency import Residency

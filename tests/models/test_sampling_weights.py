@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from fastppo.checkpoint.export import write_model
 from fastppo.config import LoraConfig
-from fastppo.data.batch import pack
+from fastppo.data.packed import pack
 from fastppo.distributed.engine import Engine
 from fastppo.distributed.world import start_world
 from fastppo.models import sampling_weights

@@ -6,8 +6,9 @@ import pytest
 import tiny
 import torch
 
-from fastppo.data.batch import Experience, Packed, cumulative
+from fastppo.data.batch import Experience
 from fastppo.data.continuation import decode_pieces
+from fastppo.data.packed import Packed, cumulative
 from fastppo.monitor.response_log import heldout_responses, spread, training_responses
 
 

@@ -17,8 +17,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fastppo.config import Config, DataConfig, ModelConfig, OptimConfig, RewardConfig
 from fastppo.config.command_line import REWARD, parse
-from fastppo.data.batch import Rollout, pack
+from fastppo.data.batch import Rollout
 from fastppo.data.examples import load_pairs
+from fastppo.data.packed import pack
 from fastppo.data.prompts import PromptSet, load_prompts
 from fastppo.distributed.residency import Residency
 from fastppo.distributed.world import start_world

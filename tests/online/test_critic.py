@@ -17,7 +17,7 @@ from value_models import own_values, trainer_values
 from fastppo import train as ppo
 from fastppo import train_rest
 from fastppo.config.command_line import REST, parse
-from fastppo.data.batch import pack
+from fastppo.data.packed import pack
 from fastppo.distributed.world import start_world
 from fastppo.models.sampling_weights import SamplingWeights
 

@@ -27,8 +27,9 @@ from fastppo.config import (
     SamplingConfig,
     ZeroConfig,
 )
-from fastppo.data.batch import Prompts, pack
+from fastppo.data.batch import Prompts
 from fastppo.data.microbatches import pack_even
+from fastppo.data.packed import pack
 from fastppo.distributed.engine import Engine
 from fastppo.distributed.world import start_world
 from fastppo.models.cache import Cache, SequenceLayout

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastppo.config import RewardConfig
-from fastppo.data.batch import pack
+from fastppo.data.packed import pack
 from fastppo.rewards import Responses, RewardError, check_imports
 from fastppo.rewards.functions.function import function_source, score_concurrently
 from fastppo.rewards.functions.process_state import SETTINGS

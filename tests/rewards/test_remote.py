@@ -11,7 +11,7 @@ import requests
 from services import eventually, lengths, service
 
 from fastppo.config import RewardConfig
-from fastppo.data.batch import pack
+from fastppo.data.packed import pack
 from fastppo.rewards import Responses, RewardError
 from fastppo.rewards import remote as remote_module
 from fastppo.rewards.remote import remote_source

@@ -10,7 +10,8 @@ import tiny
 import torch
 
 from fastppo.config import Config, DataConfig, HealthConfig, PPOConfig, RewardConfig
-from fastppo.data.batch import Moments, Rollout, pack
+from fastppo.data.batch import Moments, Rollout
+from fastppo.data.packed import pack
 from fastppo.data.prompts import PromptSet
 from fastppo.distributed.residency import Residency
 from fastppo.distributed.world import World, start_world

@@ -17,7 +17,8 @@ from varlen_stand_in import VarlenStandIn
 
 from fastppo import ops
 from fastppo.config import SamplingConfig
-from fastppo.data.batch import Prompts, segment_offsets
+from fastppo.data.batch import Prompts
+from fastppo.data.packed import segment_offsets
 from fastppo.distributed import Stopped, stop
 from fastppo.models.attention import compute_with
 from fastppo.models.cache import Cache

@@ -19,7 +19,8 @@ from ppo_step import config_of, roles_of
 
 from fastppo.config import Config, PPOSamplingConfig, RolloutConfig
 from fastppo.config.command_line import parse
-from fastppo.data.batch import Prompts, Rollout, pack
+from fastppo.data.batch import Prompts, Rollout
+from fastppo.data.packed import pack
 from fastppo.distributed.world import start_world
 from fastppo.rollout import SamplerError, find_engine
 from fastppo.rollout.answers import check_rollout
