@@ -28,6 +28,12 @@ class DataConfig:
     template: dict[str, Any] = field(default_factory=dict, hash=False)
     """Arguments that the chat template takes in addition to the messages, for example `{enable_thinking: false}`. They
     apply to prompts, to the text of `ptx`, and to reward models with the same template."""
+    tools: tuple[dict[str, Any], ...] = field(default=(), hash=False)
+    """Tools that the actor may call, as JSON schemas of functions (`{type: function, function: {name, description,
+    parameters}}`). The chat template tells the actor of them, and what it writes is searched for calls."""
+    tool_format: Literal["auto", "hermes", "llama3"] = "auto"
+    """How the actor writes tool calls: `hermes` (also Qwen): a JSON object between `<tool_call>` and `</tool_call>`;
+    `llama3`: a JSON object with `name` and `parameters` as the whole turn; `auto`: as its chat template says."""
     first_tokens: int | None = None
     """Use only this many tokens from the start of each plain-text prompt; shorter rows are dropped. The quickstart makes
     prompts from whole texts in this way."""
@@ -63,7 +69,8 @@ class SamplingConfig:
     top_k: int = 0
     """Sample from the k most likely tokens; 0: from all tokens."""
     max_new_tokens: int = 128
-    """Maximum response length, in tokens, including the EOS."""
+    """Maximum response length, in tokens, including the EOS. With `rollout.environment` it is the maximum of a whole
+    conversation behind its prompt: of all turns and observations together."""
     min_new_tokens: int = 0
     """No stop token is sampled among the first `min_new_tokens` tokens, as in transformers' `generate`; if it equals
     `max_new_tokens`, no stop token is sampled at all."""
@@ -121,6 +128,19 @@ class RolloutConfig:
     engine: str = "inprocess"
     """`inprocess`: in the trainer's own process, on the actor's own weights; `vllm`: vLLM, in the same process; or a sampler
     of yours, as `module:Class` or `file.py:Class` (docs/how-to/engine.md)."""
+    environment: str | None = None
+    """What answers the actor, as `module:NAME` or `file.py:NAME`: a function that is called after each of the actor's
+    turns and returns the next observation, or None to end the conversation; or a class with `reset` and `step`
+    (docs/environments.md). Default: each response is one turn."""
+    max_turns: int = 8
+    """Maximum number of turns of the actor in a conversation with the environment."""
+    turn_tokens: int | None = None
+    """Maximum number of tokens in a turn, including the token that ends it. Default: what is left of
+    `sampling.max_new_tokens`, the maximum of the whole conversation."""
+    time_limit: float = 60.0
+    """Seconds that the environment may take to answer a turn; an answer that takes longer ends the run with an error."""
+    concurrency: int = 64
+    """Number of simultaneous calls of the environment per rank; other responses are drawn meanwhile."""
     vllm: VllmConfig = VllmConfig()
 
 
