@@ -171,7 +171,7 @@ def main() -> None:
     ):
         importlib.import_module(name)
     if importlib.util.find_spec("vllm") is not None:
-        importlib.import_module("fastppo.rollout.vllm_check").import_vllm()
+        importlib.import_module("fastppo.rollout.vllm.check").import_vllm()
         for name in ("vllm.entrypoints.llm", "vllm.model_executor.models.llama", "vllm.v1.worker.cpu_worker"):
             importlib.import_module(name)
     gc.freeze()  # a fork's collector passes over what is there; else it would write to, and so copy, every page of it

@@ -17,8 +17,8 @@ from fastppo.rollout.answers import SamplerError
 from fastppo.rollout.inprocess import make_inprocess
 from fastppo.rollout.sampler import ActorSampler, Sampler, explained
 from fastppo.rollout.stop_tokens import stop_ids
-from fastppo.rollout.vllm import make_vllm
-from fastppo.rollout.vllm_check import check_vllm, check_vllm_model
+from fastppo.rollout.vllm.check import check_vllm, check_vllm_model
+from fastppo.rollout.vllm.engine import make_vllm
 
 # What makes an engine; a class is one. The stop ids are the tokens that end a response, all of them.
 Make = Callable[[ResponseSettings, SampledModel, Sequence[int], World], Sampler]

@@ -30,7 +30,7 @@ from fastppo.distributed.world import start_world
 from fastppo.models import token_stats
 from fastppo.rollout import SamplerError, check_sampled_model, find_engine, make_sampler
 from fastppo.rollout.sampler import ActorSampler
-from fastppo.rollout.vllm import STEPS, request_seed
+from fastppo.rollout.vllm.engine import STEPS, request_seed
 from fastppo.train import train
 
 PROMPTS = Prompts.of([(5, 6, 7, 8), (9, 10, 11), (20,)], [0, 1, 2], samples=2, first=7)
@@ -45,7 +45,7 @@ def world():
 @pytest.fixture
 def vllm(monkeypatch, tmp_path):
     threads = torch.set_num_threads
-    monkeypatch.setattr("fastppo.rollout.vllm_start.leave_without_cleanup", lambda: None)
+    monkeypatch.setattr("fastppo.rollout.vllm.start.leave_without_cleanup", lambda: None)
     yield vllm_stand_in.install(monkeypatch, tmp_path / "cache")
     assert torch.set_num_threads is threads
 

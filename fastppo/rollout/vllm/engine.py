@@ -24,8 +24,8 @@ from fastppo.distributed import Neighbours, Stopped, World, neighbours_of, stop
 from fastppo.errors import FastPPOError
 from fastppo.models import SampledModel, SamplingWeights
 from fastppo.rollout.answers import SamplerError
-from fastppo.rollout.vllm_check import import_vllm
-from fastppo.rollout.vllm_start import REFUSALS, is_of_another_rank, start_vllm
+from fastppo.rollout.vllm.check import import_vllm
+from fastppo.rollout.vllm.start import REFUSALS, is_of_another_rank, start_vllm
 
 Request = tuple[tuple[int, ...], int]  # a prompt and its stream
 
