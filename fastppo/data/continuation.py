@@ -9,7 +9,7 @@ continuation than the one that was written. So responses are encoded and decoded
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -108,13 +108,17 @@ def decode_after(
     tokenizer: PreTrainedTokenizerBase,
     *,
     special: bool = False,
+    shown: Collection[str] = (),
 ) -> list[str]:
     """The text of each response as the continuation of its prompt, both given as tokens.
 
-    special: include the text of special tokens. A response that completes a character whose first bytes are in the
-    prompt is decoded alone, because its text cannot be separated from that of the prompt.
+    special: include the text of special tokens; shown: of these only, as the vocabulary has them. A response that
+    completes a character whose first bytes are in the prompt is decoded alone, because its text cannot be separated
+    from that of the prompt.
     """
     hidden = frozenset() if special else special_ids(tokenizer)
+    if shown:
+        hidden = frozenset(i for i in hidden if tokenizer.convert_ids_to_tokens(i) not in shown)
     visible = [[token for token in response if token not in hidden] for response in responses]
     contexts, context_texts = _contexts(prompts, tokenizer)
     whole_texts = _decode([[*context, *ids] for context, ids in zip(contexts, visible, strict=True)], tokenizer)
