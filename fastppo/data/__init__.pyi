@@ -15,6 +15,7 @@ from .conversations import NO_ARGUMENTS as NO_ARGUMENTS
 from .conversations import Messages as Messages
 from .conversations import are_messages as are_messages
 from .conversations import check_arguments as check_arguments
+from .conversations import template_arguments as template_arguments
 from .conversations import template_tokens as template_tokens
 from .examples import Examples as Examples
 from .examples import load_answers as load_answers

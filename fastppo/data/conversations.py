@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastppo.config import ExamplesConfig
+from fastppo.config import DataConfig, ExamplesConfig
 from fastppo.data.continuation import encode_after, encode_behind, plain_tokens, special_ids
 from fastppo.data.tables import DataError
 from fastppo.distributed import strftime_now
@@ -65,6 +65,8 @@ def encode_answer(
     for value in (prompt or "", answer):
         if not isinstance(value, str):
             raise _type_error(where, value)
+    if config.tools:
+        raise plain_with_tools(where)
     start = tuple(plain_tokens([prompt or ""], tokenizer)[0])
     text = encode_after([prompt or ""], [start], [answer], tokenizer)[0][-(config.last_tokens or 0) :]
     return Answered(start, (*text, _eos(tokenizer)) if config.eos else tuple(text))
@@ -89,12 +91,22 @@ def encode_turns(
 
 
 def are_messages(value: Any) -> bool:
+    """Whether a value is a list of chat messages, each with a role and content that are text.
+
+    The content may be null or missing where the assistant calls tools (`tool_calls`, a list).
+    """
     return (
         isinstance(value, list)
         and len(value) > 0
         and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value)
-        and all(isinstance(m.get("content"), str) for m in value)
+        and all(isinstance(m.get("content"), str) or (m.get("content") is None and calls_tools(m)) for m in value)
     )
+
+
+def calls_tools(message: Mapping[str, Any]) -> bool:
+    """Whether a message is a tool call of the assistant, perhaps with text."""
+    calls = message.get("tool_calls")
+    return message["role"] == "assistant" and isinstance(calls, list) and len(calls) > 0
 
 
 def _is_missing(value: Any) -> bool:
@@ -115,7 +127,7 @@ def template_tokens(
     arguments: further arguments of the template, checked by `check_arguments`. Raises `DataError`.
     """
     text = template_text(messages, where, tokenizer, to_be_answered=to_be_answered, arguments=arguments)
-    return _tokens(text, tokenizer)
+    return rendered_tokens(text, tokenizer)
 
 
 def template_text(
@@ -135,10 +147,70 @@ def template_text(
     try:
         # An argument of this name replaces transformers' function of the same name.
         variables: Any = {"add_generation_prompt": to_be_answered, "strftime_now": strftime_now, **arguments}
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **variables))
+        return str(tokenizer.apply_chat_template(_as_templates_read(messages), tokenize=False, **variables))
     except Exception as error:  # a template may raise any exception
-        used = f" (with {json.dumps(dict(arguments))})" if arguments else ""
+        others = {name: value for name, value in arguments.items() if name != "tools"}  # which are long
+        used = f" (with {json.dumps(others)})" if others else ""
         raise DataError(f"{where} is refused by the tokenizer's chat template{used}: {error}") from error
+
+
+def template_arguments(config: DataConfig | ExamplesConfig) -> Mapping[str, Any]:
+    """The arguments of the chat template beside the messages: `data.template` and `data.tools`."""
+    return config.template | ({"tools": list(config.tools)} if config.tools else {})
+
+
+def check_template(config: DataConfig | ExamplesConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises DataError if the tokenizer's chat template does not read `data.template` or `data.tools`."""
+    check_arguments("data.template", config.template, tokenizer)
+    if not config.tools:
+        return
+    names = ", ".join(tool["function"]["name"] for tool in config.tools)
+    if tokenizer.chat_template is None:
+        raise DataError(
+            f"data.tools has {names}, but the tokenizer has no chat template to tell the model of them. Use an"
+            " instruction-tuned model's tokenizer, or describe the tools in the prompts and leave out data.tools."
+        )
+    if "tools" not in template_variables(tokenizer, {"tools": list(config.tools)}):
+        raise DataError(
+            f"data.tools has {names}, but the tokenizer's chat template does not read tools. Use a model whose template"
+            " does, or describe the tools in the prompts and leave out data.tools."
+        )
+
+
+def plain_with_tools(where: str) -> DataError:
+    """The error of plain text where there are tools."""
+    return DataError(
+        f"{where} is plain text, and only a chat template tells the model of data.tools. Set data.chat to always, give"
+        " chat messages, or leave out data.tools."
+    )
+
+
+def _as_templates_read(messages: Messages) -> Messages:
+    """The messages without keys that are null, with content, and with the arguments of tool calls as objects.
+
+    Tables give every message the same keys, null where it has none, and a template that asks whether a message has tool
+    calls takes that for yes; a message of tool calls may lack content; and arguments as JSON text, as in OpenAI's API,
+    would be quoted a second time.
+    """
+    read = []
+    for message in messages:
+        kept: dict[str, Any] = {"content": ""} | {k: value for k, value in message.items() if value is not None}
+        if kept.get("tool_calls"):
+            kept["tool_calls"] = [_with_object(call) for call in kept["tool_calls"]]
+        read.append(kept)
+    return read
+
+
+def _with_object(call: Any) -> Any:
+    """A tool call with its arguments as an object, if they are the text of one."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(arguments := function.get("arguments"), str):
+        return call
+    try:
+        changed = function | {"arguments": json.loads(arguments)}
+    except ValueError:
+        return call
+    return call | {"function": changed} if "function" in call else changed
 
 
 def check_arguments(setting: str, arguments: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -167,7 +239,7 @@ def template_variables(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[st
     return set(meta.find_undeclared_variables(parsed)) - SET_VARIABLES
 
 
-def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def rendered_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The tokens of a text that contains its special tokens, or should have none."""
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -200,15 +272,17 @@ def _last_turn(
         return unusable("the last message is not the assistant's")
     if len(messages) == 1:
         return unusable("no message before the assistant's")
-    prompt_text = template_text(messages[:-1], where, tokenizer, to_be_answered=True, arguments=config.template)
-    prompt = _tokens(prompt_text, tokenizer)
-    if not messages[-1]["content"].strip():
+    prompt_text = template_text(
+        messages[:-1], where, tokenizer, to_be_answered=True, arguments=template_arguments(config)
+    )
+    prompt = rendered_tokens(prompt_text, tokenizer)
+    if not (messages[-1].get("content") or "").strip() and not calls_tools(messages[-1]):
         return Answered(prompt, ())
-    whole_text = template_text(messages, where, tokenizer, to_be_answered=False, arguments=config.template)
+    whole_text = template_text(messages, where, tokenizer, to_be_answered=False, arguments=template_arguments(config))
     if not whole_text.startswith(prompt_text):
         return unusable("the chat template writes the messages before an answer differently if the answer follows")
     if closed and config.eos:
-        return _split(prompt, _tokens(whole_text, tokenizer))
+        return _split(prompt, rendered_tokens(whole_text, tokenizer))
     answer = _up_to_end_of_turn(_answer_tokens(prompt, prompt_text, whole_text, tokenizer), tokenizer)
     return Answered(prompt, answer if config.eos else answer[:-1])
 
@@ -227,7 +301,7 @@ def _answer_tokens(
     A tokenizer may merge the last line break of the template with a line break at the start of the answer. In sampling
     this cannot happen, because the tokens of the prompt are fixed: then the answer is encoded separately.
     """
-    tokens = _tokens(whole_text, tokenizer)
+    tokens = rendered_tokens(whole_text, tokenizer)
     if tokens[: len(prompt)] == prompt:
         return tokens[len(prompt) :]
     return tuple(encode_behind([prompt], [whole_text.removeprefix(prompt_text)], tokenizer)[0])

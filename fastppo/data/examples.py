@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastppo.config import AnswersConfig, ExamplesConfig, PairsConfig, TextConfig
-from fastppo.data.conversations import NO_ARGUMENTS, Answered, check_arguments, encode_answer, encode_turns
+from fastppo.data.conversations import NO_ARGUMENTS, Answered, check_template, encode_answer, encode_turns
 from fastppo.data.packed import Packed, pack
 from fastppo.data.tables import DataError, Table, read_table
 
@@ -85,7 +85,7 @@ def load_pairs(
     closed: chat answers end as the template closes them, which reward models read, and not with the token that ends a
     turn, with which a policy's responses end. Raises `DataError`.
     """
-    check_arguments("data.template", config.template, tokenizer)
+    check_template(config, tokenizer)
     pairs = _rated_pairs if config.rating is not None else _pairs
     return _load(config, partial(pairs, config=config, tokenizer=tokenizer, closed=closed), 2, heldout, context)
 
@@ -94,7 +94,7 @@ def load_answers(
     config: AnswersConfig, tokenizer: PreTrainedTokenizerBase, *, heldout: int, context: int | None
 ) -> tuple[Examples, Examples]:
     """Load training responses and `heldout` held-out responses, in the way of `load_pairs`."""
-    check_arguments("data.template", config.template, tokenizer)
+    check_template(config, tokenizer)
     return _load(config, partial(_answers, config=config, tokenizer=tokenizer), 1, heldout, context)
 
 

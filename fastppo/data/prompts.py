@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from fastppo.config import DataConfig
 from fastppo.data.continuation import decode_start, plain_tokens
-from fastppo.data.conversations import Messages, are_messages, check_arguments, template_text, template_tokens
+from fastppo.data.conversations import (
+    Messages,
+    are_messages,
+    check_template,
+    plain_with_tools,
+    template_arguments,
+    template_text,
+    template_tokens,
+)
 from fastppo.data.tables import DataError, Table, read_table
 
 if TYPE_CHECKING:
@@ -71,7 +79,7 @@ def load_prompts(
             f" the model's context holds {context}. Set data.max_prompt_tokens to {max(context - reserve, 0)} or less,"
             " or lower sampling.max_new_tokens."
         )
-    check_arguments("data.template", config.template, tokenizer)
+    check_template(config, tokenizer)
     table = read_table(config.path, config.name, config.split)
     prompts = _prompts(table, _shuffled(len(table), f"{config.split_seed}")[: config.limit], config, tokenizer)
     if config.eval_path is None:
@@ -180,6 +188,8 @@ def _log_dropped(table: Table, config: DataConfig, rows: int, short: int, long: 
 def _plain_prompts(
     rows: list[int], table: Table, config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> dict[int, _Prompt]:
+    if config.tools and rows:
+        raise plain_with_tools(f"{table.where(rows[0])}: the prompt in column {config.column}")
     texts = [table.column(config.column)[row] for row in rows]
     for row, text in zip(rows, texts, strict=True):
         if not text.strip() and config.first_tokens is None:
@@ -217,14 +227,14 @@ def _chat_prompt(row: int, table: Table, config: DataConfig, tokenizer: PreTrain
         )
     if config.chat == "never":
         raise DataError(f"{where} is a list of chat messages, and data.chat is never. Set it to auto or always.")
-    if not messages[-1]["content"].strip():
-        raise DataError(f"{where} is empty.")
     if messages[-1]["role"] == "assistant":
         raise DataError(
             f"{where} ends with an assistant's message: it already contains the answer. Remove that message."
         )
+    if not messages[-1]["content"].strip():
+        raise DataError(f"{where} is empty.")
     messages = [*messages[:-1], messages[-1] | {"content": messages[-1]["content"] + config.suffix}]
-    arguments = config.template
+    arguments = template_arguments(config)
     ids = template_tokens(messages, where, tokenizer, to_be_answered=True, arguments=arguments)
     text = template_text(messages, where, tokenizer, to_be_answered=True, arguments=arguments)
     return _Prompt(row, ids, text, messages)

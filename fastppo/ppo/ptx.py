@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.config import Config
-from fastppo.data import Examples, batches, load_texts, pack_even
+from fastppo.data import Examples, batches, load_texts, pack_even, template_arguments
 from fastppo.distributed import Engine, World, all_sum, stop
 from fastppo.models import attention_ratio, token_stats
 
@@ -25,7 +25,7 @@ def read_texts(config: Config, tokenizer: PreTrainedTokenizerBase, context: int 
     """None where `ptx.coef` is 0. context: the actor's longest sequence, in tokens. Raises `DataError`."""
     if config.ptx.coef == 0:
         return None
-    return load_texts(config.ptx, tokenizer, context=context, template=config.data.template)
+    return load_texts(config.ptx, tokenizer, context=context, template=template_arguments(config.data))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.config import ImproveConfig, RestConfig
-from fastppo.data import Examples, Measured, Prompts, load_texts
+from fastppo.data import Examples, Measured, Prompts, load_texts, template_arguments
 from fastppo.distributed import World, all_gather
 from fastppo.generation import Parts, part_schema
 from fastppo.monitor import Alarm, Tracker, training_responses
@@ -73,7 +73,7 @@ def set_up(config: RestConfig, world: World) -> RestSetup | None:
 def _demonstrations(config: RestConfig, tokenizer: PreTrainedTokenizerBase, context: int | None) -> Examples | None:
     if config.mixture.share == 0:
         return None
-    return load_texts(config.mixture, tokenizer, context=context, template=config.data.template)
+    return load_texts(config.mixture, tokenizer, context=context, template=template_arguments(config.data))
 
 
 def _remove_later_grows(setup: RestSetup) -> None:

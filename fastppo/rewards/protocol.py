@@ -33,8 +33,8 @@ def _chat(messages: list[dict[str, Any]]) -> Messages:
 
 MESSAGE: dict[str, Any] = {
     "type": "object",
-    "properties": {"role": {"type": "string"}, "content": {"type": "string"}},
-    "required": ["role", "content"],
+    "properties": {"role": {"type": "string"}, "content": {"type": ["string", "null"]}},  # null beside tool_calls only
+    "required": ["role"],
     "additionalProperties": True,  # other keys are for the chat template
 }
 Chat = Annotated[
@@ -116,7 +116,7 @@ def read_request(body: bytes) -> Asked:
         counts = f"{len(prompts)} prompts, {len(responses)} responses and {len(ended)} ended"
         more = "" if said.messages is None else f", and {len(messages)} messages"
         raise ValueError(f"the request has {counts}{more}")
-    contents = [message["content"] for chat in messages for message in chat or []]
+    contents = [message.get("content") or "" for chat in messages for message in chat or []]
     for name, texts in (("prompt", prompts), ("response", responses), ("message", contents)):
         for i, text in enumerate(texts):
             if half := SURROGATE.search(text):

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.config import ResponseSettings, RewardConfig
-from fastppo.data import NO_ARGUMENTS, PromptSet
+from fastppo.data import NO_ARGUMENTS, PromptSet, template_arguments
 from fastppo.distributed import Frozen, Residency, World
 from fastppo.models import DTYPES, frozen_partitions, load_reward, load_tokenizer
 from fastppo.rewards.functions.function import function_source
@@ -70,11 +70,11 @@ def check_chats(config: ResponseSettings, tokenizer: PreTrainedTokenizerBase, *p
 def _arguments(
     config: ResponseSettings, reward_tokenizer: PreTrainedTokenizerBase, actors: PreTrainedTokenizerBase
 ) -> Mapping[str, Any]:
-    """The arguments of a reward model's chat template: `data.template`, if it is the same template as the actor's.
+    """The arguments of a reward model's chat template: `data.template` and `data.tools`, if it is the actor's template.
 
     reward_tokenizer: the reward model's tokenizer; actors: the actor's.
     """
-    return config.data.template if reward_tokenizer.chat_template == actors.chat_template else NO_ARGUMENTS
+    return template_arguments(config.data) if reward_tokenizer.chat_template == actors.chat_template else NO_ARGUMENTS
 
 
 def load_sources(

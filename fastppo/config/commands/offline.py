@@ -54,6 +54,8 @@ class ExamplesConfig:
     text becomes a user message, and an answer an assistant message; `never`: messages are an error."""
     template: dict[str, Any] = field(default_factory=dict, hash=False)
     """Arguments that the chat template takes in addition to the messages, for example `{enable_thinking: false}`."""
+    tools: tuple[dict[str, Any], ...] = field(default=(), hash=False)
+    """Tools of which the chat template tells the model, as JSON schemas of functions, in the form of PPO's `data.tools`."""
     last_tokens: int | None = None
     """Use only this many tokens from the end of each plain-text answer. The quickstart makes short answers from reviews
     in this way, since the end of a review contains its verdict."""
