@@ -27,6 +27,9 @@ from .microbatches import imbalance as imbalance
 from .microbatches import pack_alone as pack_alone
 from .microbatches import pack_even as pack_even
 from .microbatches import plan_step as plan_step
+from .observations import check_observations as check_observations
+from .observations import observation_tokens as observation_tokens
+from .observations import text_observation_tokens as text_observation_tokens
 from .packed import Packed as Packed
 from .packed import end_to_end as end_to_end
 from .packed import pack as pack
