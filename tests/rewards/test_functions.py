@@ -13,7 +13,7 @@ from fastppo.config import RewardConfig
 from fastppo.data.packed import pack
 from fastppo.rewards import Responses, RewardError, check_imports
 from fastppo.rewards.functions.function import function_source, score_concurrently
-from fastppo.rewards.functions.process_state import SETTINGS
+from fastppo.user_code import SETTINGS
 
 RESPONSES = Responses(
     prompts=["one", "two"],

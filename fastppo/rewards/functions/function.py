@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,9 +14,8 @@ from typing import Any
 import torch
 
 from fastppo.errors import RAISED, import_user_code, line_of
-from fastppo.rewards.functions import event_loop
-from fastppo.rewards.functions.process_state import module_state
 from fastppo.rewards.responses import Responses, RewardError, checked
+from fastppo.user_code import event_loop, module_state, signature_of
 
 Function = Callable[..., Any]
 
@@ -77,7 +76,16 @@ class FunctionSource:
     def _arguments(self, responses: Responses) -> dict[str, list[Any]]:
         """The function's arguments, copied, so that changes by the function do not affect other sources."""
         available = {"prompts": responses.prompts, "responses": responses.texts} | responses.columns
-        return copy.deepcopy(_select_arguments(self._function, available, self._setting))
+        if COMPLETIONS not in available and _names_completions(self._function):
+            available[COMPLETIONS] = responses.texts
+        signature = signature_of(self._function)
+        for name in signature.required:
+            if name not in available:
+                raise RewardError(
+                    f"{self._setting} has the parameter {name}, which is not a column of the data; these are:"
+                    f" {', '.join(available)}"
+                )
+        return copy.deepcopy(signature.select(available))
 
     def _failed(self, error: BaseException) -> RewardError:
         what = f"{self._setting} raised {type(error).__name__}: {error} ({line_of(error, self._folder)})"
@@ -115,27 +123,4 @@ def _is_async(function: Function) -> bool:
 
 
 def _names_completions(function: Function) -> bool:
-    try:
-        return COMPLETIONS in inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return False
-
-
-def _select_arguments(function: Function, available: Mapping[str, list[Any]], setting: str) -> dict[str, list[Any]]:
-    """The available arguments that the function takes. Raises RewardError if it requires another one."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # some functions written in C have no signature
-        return dict(available)
-    if COMPLETIONS not in available and _names_completions(function):
-        available = {**available, COMPLETIONS: available["responses"]}
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return dict(available)
-    named = [p for p in parameters if p.kind is not p.VAR_POSITIONAL]
-    for p in named:
-        if p.default is p.empty and p.name not in available:
-            raise RewardError(
-                f"{setting} has the parameter {p.name}, which is not a column of the data; these are:"
-                f" {', '.join(available)}"
-            )
-    return {p.name: available[p.name] for p in named if p.name in available}
+    return COMPLETIONS in signature_of(function).names

@@ -18,7 +18,7 @@ from typing import Any
 @cache
 def _loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
-    Thread(target=loop.run_forever, name="fastppo-rewards", daemon=True).start()
+    Thread(target=loop.run_forever, name="fastppo-user-code", daemon=True).start()
     return loop
 
 
