@@ -1,3 +1,11 @@
+from .answers import ConversationError as ConversationError
+from .conversations import Conversations as Conversations
+from .conversations import Counts as Counts
+from .conversations import conversation_seed as conversation_seed
+from .environment import Environment as Environment
+from .environment import check_environment as check_environment
+from .environment import check_environment_columns as check_environment_columns
+from .environment import load_environment as load_environment
 from .tool_calls import Call as Call
 from .tool_calls import ToolCalls as ToolCalls
 from .tool_calls import ToolForm as ToolForm

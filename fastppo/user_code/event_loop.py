@@ -11,8 +11,10 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from concurrent.futures import Future
 from functools import cache
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
+
+_starting = Lock()  # threads may ask for the loop at the same time
 
 
 @cache
@@ -24,7 +26,9 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 def submit(coroutine: Any) -> Future[Any]:
     """Start a coroutine on the loop. It must not raise SystemExit, which would end the loop."""
-    return asyncio.run_coroutine_threadsafe(coroutine, _loop())
+    with _starting:
+        loop = _loop()
+    return asyncio.run_coroutine_threadsafe(coroutine, loop)
 
 
 def is_async(answer: object) -> bool:

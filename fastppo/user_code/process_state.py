@@ -63,6 +63,8 @@ SETTINGS = {
     "GPU": _Setting(_gpu, lambda gpu: None if gpu is None else torch.cuda.set_device(gpu)),
     "folder": _Setting(_folder, _enter_folder),
 }
+# Those of which each thread has its own; the others are the same in all threads.
+OF_THREADS = ("gradients", "default device", "threads", "autocast", "autocast on CUDA", "GPU")
 
 
 class ModuleState:
@@ -85,10 +87,20 @@ class ModuleState:
             try:
                 yield
             finally:
-                after = {name: setting.read() for name, setting in SETTINGS.items()}
-                self._changed = previous | {name: value for name, value in after.items() if value != before[name]}
-                _apply(before, after)
+                self._changed = previous | restore(before)
                 stop.listen()
+
+
+def shared_settings() -> dict[str, Any]:
+    """The present value of each setting that all threads share."""
+    return {name: setting.read() for name, setting in SETTINGS.items() if name not in OF_THREADS}
+
+
+def restore(before: dict[str, Any]) -> dict[str, Any]:
+    """Set settings back to the values that they had before; returns those that they have had instead."""
+    after = {name: SETTINGS[name].read() for name in before}
+    _apply(before, after)
+    return {name: value for name, value in after.items() if value != before[name]}
 
 
 def _apply(values: dict[str, Any], current: dict[str, Any]) -> None:
