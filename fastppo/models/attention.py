@@ -4,7 +4,8 @@ A model whose attention is set to `ATTENTION` is called with one of two keywords
 every layer unchanged:
 
 - `packed=SequenceLayout`: the row holds whole sequences end to end, and each sequence attends only to itself;
-- `cache=Cache`: the same in prefill; in decode one new position for each row, at the length of that row.
+- `cache=Cache`: the same in prefill; in decode one new position for each row, at the length of that row; in an
+  extension several new positions of a row.
 
 No model code is patched. A model may ask its attention for more than causality. A sliding window (given as
 `sliding_window` or only by the mask) and `softcap` are computed; everything else raises an error, because ignoring it
@@ -33,7 +34,7 @@ from fastppo.errors import FastPPOError
 from fastppo.models.backends.backend import AttentionBackend, supports
 from fastppo.models.backends.choice import choose_backend
 from fastppo.models.cache import Cache, SequenceLayout
-from fastppo.models.plain_attention import attend_plainly
+from fastppo.models.plain_attention import attend_extended, attend_plainly
 
 ATTENTION = "fastppo_packed"
 
@@ -104,6 +105,10 @@ def attend(
         backend = None
     layer = getattr(module, "layer_idx", None)
     layout = packed if cache is None else cache.layout
+    if cache is not None and cache.extensions:
+        assert layer is not None
+        cache.fill(layer, key, value)
+        return attend_extended(query, cache.keys[layer], cache.values[layer], cache.extensions, **options), None
     if layout is None:
         if cache is None:
             raise FastPPOError(

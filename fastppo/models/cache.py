@@ -56,12 +56,21 @@ class ActiveRows(NamedTuple):
     queries: Tensor  # (R + 1,) int32, where each row's one query begins: 0 to R
 
 
+class Extension(NamedTuple):
+    """Tokens that a row of the cache is extended by."""
+
+    start: int  # where they begin in the packed row of all that are computed together
+    length: int
+    row: int
+    before: int  # positions that the row has before them
+
+
 class Cache:
     """Keys and values of R rows; each row has its own length. The buffers never grow; `free` gives up their memory.
 
     Prefill writes packed prompts into any rows, from position 0 on, whatever those rows held; a row may also begin as a
-    copy of another. Decode appends one position to every active row. The model runs with `use_cache=False`:
-    transformers' cache classes are not used.
+    copy of another. An extension writes packed tokens behind what rows hold, and they attend to that. Decode appends
+    one position to every active row. The model runs with `use_cache=False`: transformers' cache classes are not used.
     """
 
     def __init__(self, config: PreTrainedConfig, rows: int, length: int, dtype: torch.dtype, device: torch.device):
@@ -72,6 +81,7 @@ class Cache:
         self.longest = length  # the most positions that a row is to take; more are there for another batch
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # number of positions in each row
         self.layout: SequenceLayout | None = None  # of the prompts during prefill, None in decode
+        self.extensions: tuple[Extension, ...] = ()  # what rows are being extended by
         self.active: ActiveRows | None = None  # of the step that has begun
         self._counts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self._places: tuple[Tensor, Tensor] | None = None  # (N,) int64 each: row and position of each prompt token
@@ -90,15 +100,29 @@ class Cache:
         self._places = to_device(places[0], device), to_device(places[1], device)
         self.lengths[to_device(at, device)] = to_device(kept, device)
 
+    def begin_extension(self, lengths: Sequence[int], rows: Sequence[int], before: Sequence[int]) -> None:
+        """Packed tokens follow, `lengths` of them for each of these rows, which have `before` positions: so many count,
+        whatever was decoded behind them. A row may occur again: then the first counts."""
+        device = self.lengths.device
+        first = dict(zip(reversed(rows), reversed(range(len(rows))), strict=True))
+        kept = [i for i, row in enumerate(rows) if first[row] == i]
+        assert kept == list(range(len(kept))), "repeated rows come last"
+        starts = [sum(lengths[:i]) for i in range(len(lengths))]
+        self.extensions = tuple(Extension(*one) for one in zip(starts, lengths, rows, before, strict=True))
+        count, at, held = (torch.tensor(x[: len(kept)], dtype=torch.int64) for x in (lengths, rows, before))
+        places = at.repeat_interleave(count), held.repeat_interleave(count) + segment_offsets(count)
+        self._places = to_device(places[0], device), to_device(places[1], device)
+        self.lengths[to_device(at, device)] = to_device(held + count, device)
+
     def fill(self, layer: int | None, key: Tensor, value: Tensor) -> None:
         """Write a layer's keys and values of the packed prompts, (1, kv heads, N, width) each."""
-        assert layer is not None and self._places is not None  # begin_prefill has been called
+        assert layer is not None and self._places is not None  # begin_prefill or begin_extension has been called
         rows, positions = self._places
         for buffer, new in ((self.keys, key), (self.values, value)):
             buffer[layer].transpose(1, 2)[rows, positions] = new[0, :, : len(rows)].transpose(0, 1)
 
     def begin_decode(self) -> None:
-        self.layout = None
+        self.layout, self.extensions = None, ()
 
     def copy_row(self, source: int, targets: Sequence[int], length: int) -> None:
         """Let the rows `targets` hold the first `length` positions of row `source`, and no more."""

@@ -1,4 +1,5 @@
-"""Attention as plain matrix products, for short sequences on the CPU and for masks that no fused kernel takes.
+"""Attention as plain matrix products: for short sequences on the CPU, for masks that no fused kernel takes, and for new
+tokens behind those that the sampler's cache holds.
 
 Scores, mask and scale come from one product, and the gradient is written out: autograd would clone the scores for the
 mask, and fill zeros around the rows of each sequence.
@@ -6,11 +7,14 @@ mask, and fill zeros around the rows of each sequence.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from fastppo.models.cache import Extension
 
 Runs = tuple[tuple[int, int, int], ...]  # of equal sequences: first row, number of sequences, their length
 
@@ -22,6 +26,38 @@ def attend_plainly(query: Tensor, key: Tensor, value: Tensor, runs: Runs, scale:
     order; window: number of newest positions that a token attends to, 0: all. Returns (1, N, heads, width).
     """
     output: Tensor = _PlainAttention.apply(query, key, value, runs, scale, window)  # type: ignore[no-untyped-call]
+    return output
+
+
+def attend_extended(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    extensions: Sequence[Extension],
+    *,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """Causal attention of new tokens to all that their rows of the cache hold, themselves included.
+
+    query (1, heads, N, width) of the extensions end to end; keys, values (rows, kv heads, length, width), which hold
+    the new ones already; window, softcap: 0 for none. Each row is computed alone, so that it does not depend on the
+    others. Returns (1, N, heads, width), without gradient.
+    """
+    output, kv_heads = query.new_empty(1, query.shape[2], *query.shape[1::2]), keys.shape[1]
+    for start, length, row, before in extensions:
+        q = query[0, :, start : start + length]  # (heads, L, width)
+        k, v = (x[row, :, : before + length] for x in (keys, values))
+        scores = (q.unflatten(0, (kv_heads, -1)).flatten(1, 2) @ k.transpose(1, 2)).float() * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        places = torch.arange(before + length, device=query.device)
+        distance = places[before:, None] - places
+        hidden = (distance < 0) | (distance >= (window or before + length))  # (L, before + L)
+        weights = scores.unflatten(1, (-1, length)).masked_fill(hidden, float("-inf")).softmax(-1)
+        out = weights.to(v.dtype).flatten(1, 2) @ v  # (kv heads, group * L, width)
+        output[0, start : start + length] = out.reshape(q.shape).transpose(0, 1)
     return output
 
 

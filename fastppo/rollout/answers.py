@@ -48,6 +48,8 @@ def _wrong_tensors(rollout: Rollout) -> Iterator[str]:
         ("ended", rollout.ended, torch.bool),
         ("sources", rollout.sources, torch.int64),
     )
+    if packed.mask is not None:
+        tensors += (("packed.mask", packed.mask, torch.bool), ("turn_rewards", rollout.turn_rewards, torch.float32))
     for name, tensor, dtype in tensors:
         if not isinstance(tensor, Tensor):
             yield f"{name} of the type {type(tensor).__name__}; it must be a tensor of {dtype}"
@@ -72,7 +74,12 @@ def _wrong_counts(rollout: Rollout, count: int) -> Iterator[str]:
 
 
 def _wrong_lengths(packed: Packed, prompts: Prompts, longest: int) -> Iterator[str]:
-    lengths, responses = packed.lengths, packed.response_lengths
+    if len(packed.tokens) != int(packed.cu_seqlens[-1]):
+        yield f"{len(packed.tokens)} tokens in packed.tokens, of which cu_seqlens counts {int(packed.cu_seqlens[-1])}"
+    if packed.mask is not None:
+        yield from _wrong_mask(packed)
+    lengths = packed.lengths
+    responses = packed.response_lengths if packed.mask is None else lengths - packed.prompt_lengths
     for i in ((responses < 1) | (responses > longest)).nonzero().flatten().tolist():
         yield f"{int(responses[i])} tokens as response {i}; it must have 1 to sampling.max_new_tokens = {longest}"
     expected = torch.tensor([len(tokens) for tokens in prompts.tokens], dtype=torch.int64)
@@ -81,8 +88,18 @@ def _wrong_lengths(packed: Packed, prompts: Prompts, longest: int) -> Iterator[s
             f"{int(lengths[i])} tokens as sequence {i}, whose prompt has {int(expected[i])} and whose response"
             f" {int(responses[i])}"
         )
-    if len(packed.tokens) != int(packed.cu_seqlens[-1]):
-        yield f"{len(packed.tokens)} tokens in packed.tokens, of which cu_seqlens counts {int(packed.cu_seqlens[-1])}"
+
+
+def _wrong_mask(packed: Packed) -> Iterator[str]:
+    assert packed.mask is not None
+    if len(packed.mask) != len(packed.tokens):
+        yield f"packed.mask of {len(packed.mask)} numbers for {len(packed.tokens)} tokens"
+    written = [int(part.sum()) for part in packed.mask.split(packed.lengths.tolist())] if len(packed) else []
+    for i, (marked, count) in enumerate(zip(written, packed.response_lengths.tolist(), strict=True)):
+        if marked != count or count < 1:
+            yield f"a mask with {marked} written tokens in sequence {i}, of which response_cu_seqlens counts {count}"
+    for i in (~packed.mask[packed.last_rows]).nonzero().flatten().tolist():
+        yield f"a sequence {i} that does not end with a token that the actor wrote"
 
 
 def _wrong_tokens(rollout: Rollout, prompts: Prompts, vocabulary: int) -> Iterator[str]:
@@ -102,6 +119,8 @@ def _wrong_logprobs(rollout: Rollout) -> Iterator[str]:
     logprobs, count = rollout.logprobs, int(rollout.packed.response_cu_seqlens[-1])
     if len(logprobs) != count:
         yield f"{len(logprobs)} logprobs for {count} response tokens"
+    if rollout.turn_rewards is not None and len(rollout.turn_rewards) != count:
+        yield f"{len(rollout.turn_rewards)} turn_rewards for {count} response tokens"
     for i in (~(logprobs <= ROUNDING) | logprobs.isinf()).nonzero().flatten().tolist():
         response = int(torch.searchsorted(rollout.packed.response_cu_seqlens, i, right=True)) - 1
         yield f"{float(logprobs[i])} as a logprob in response {response}; it must be a finite number, at most 0"

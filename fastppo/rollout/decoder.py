@@ -48,6 +48,8 @@ class Decoder:
         self.streams, self.counts, self.newest = torch.zeros(3, rows, dtype=torch.int64, device=device)
         self.complete = torch.ones(rows, dtype=torch.bool, device=device)
         self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        # The number of tokens with which it is complete, if no stop token came before; (rows,).
+        self.limits = torch.zeros(rows, dtype=torch.int64, device=device)
         # Its tokens and their logprobs, (rows, max_new_tokens + 1): the last place is behind the longest response.
         self.tokens = torch.zeros(rows, sampling.max_new_tokens + 1, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(rows, sampling.max_new_tokens + 1, device=device)
@@ -81,11 +83,11 @@ class Decoder:
             reads = (*model.parameters(), *model.buffers(), *self.cache.states())
             self._graphs.use((sampling, seed), reads)
 
-    def start(self, at: Tensor, streams: Tensor, hidden: Tensor) -> None:
-        """The rows `at` (R,) int64 begin responses, of these streams (R,): the first token of each is drawn from the
-        hidden state (R, H) of its prompt's last token."""
+    def start(self, at: Tensor, streams: Tensor, hidden: Tensor, counts: Tensor, limits: Tensor) -> None:
+        """The rows `at` (R,) int64 begin to write for these streams (R,), behind `counts` (R,) tokens of their
+        responses and up to `limits` (R,): the first is drawn from the hidden state (R, H) of the token before it."""
         self.streams[at] = streams
-        self.counts[at] = 0
+        self.counts[at], self.limits[at] = counts, limits
         self.complete[at] = False
         self._draw(at, hidden)
 
@@ -118,7 +120,7 @@ class Decoder:
         self.newest[at] = tokens
         stops = (tokens[:, None] == self._stop_ids).any(-1)  # torch.isin may sort, and then the host has to wait
         self.ended[at] = torch.where(growing, stops, self.ended[at])
-        self.complete[at] = ~growing | stops | (position + 1 == self._sampling.max_new_tokens)
+        self.complete[at] = ~growing | stops | (position + 1 >= self.limits[at])
         self.counts[at] = position + growing
 
     def _drawn(self, logits: Tensor, stream: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,8 @@ from fastppo.models.cache import Cache
 from fastppo.models.roles import Policy, fuse_head
 from fastppo.ops.eager import restrict
 from fastppo.rollout.decoder import Decoder, bucket
-from fastppo.rollout.inprocess import FEWEST_TOKENS, sample
+from fastppo.rollout.decoding import FEWEST_TOKENS
+from fastppo.rollout.inprocess import sample
 
 Responses = list[tuple[list[int], list[float], bool]]
 

@@ -1,0 +1,180 @@
+"""Prompts on their way to responses, through the rows of a `Decoder`: prefill, decode, and what the host does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+
+import torch
+from torch import Tensor
+
+from fastppo.config import SamplingConfig
+from fastppo.data import Prompts, segment_offsets
+from fastppo.distributed import stop, to_device
+from fastppo.rollout.decoder import Decoder, bucket
+
+Response = tuple[list[int], list[float], bool]  # tokens, their logprobs, whether it ended by itself
+
+FEWEST_TOKENS = 16  # of a prefill or an extension; what is shorter is computed several times
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A prompt that has been computed."""
+
+    prompt: tuple[int, ...]
+    row: int  # of the cache, that holds its keys and values
+    state: Tensor  # (H,), the hidden state of its last token
+
+
+class Decoding:
+    """Prompts on their way to responses, through a fixed number of rows.
+
+    A row whose response is complete takes the next prompt as soon as the host sees it: it looks after each prefill and
+    after every few decode steps. Consecutive equal prompts, the n samples of one, are computed once, and further rows
+    copy keys and values. Prompts are taken in order, so only the newest can have samples left, and its row stays as it
+    is until another prompt takes a row. Once no prompt is left, rows without a response fill the bucket; what they
+    compute is thrown away.
+    """
+
+    def __init__(self, decoder: Decoder, prompts: Prompts, config: SamplingConfig, seed: int):
+        self.decoder, self.prompts, self.device = decoder, prompts, decoder.policy.device
+        self.longest_response = config.max_new_tokens
+        rows, longest = space(prompts, config)
+        decoder.begin(config, seed, longest)
+        self.due = 0  # the first response without a row
+        self.running: dict[int, int] = {}  # row -> its response
+        self.free = list(range(rows))
+        self.batch = list(range(rows))  # the rows that are decoded together
+        self.active = torch.tensor(self.batch, device=self.device)  # the same, (active,) int64
+        self.unread = 0  # steps since the host looked
+        self.newest: Computed | None = None
+        self.responses: list[Response] = [([], [], False)] * len(prompts)
+
+    def run(self) -> list[Response]:
+        while self.advance():
+            stop.check_alone()
+        return self.responses
+
+    def advance(self) -> bool:
+        """Begin what there is room for, or draw a token of what has begun; False if there is nothing to do."""
+        if self.free and self.due < len(self.prompts):
+            self._start()
+            self.take()
+        elif self.running:
+            self._step()
+            if self.unread == self.decoder.steps_unread:
+                self.take()
+        return bool(self.running or self.due < len(self.prompts))
+
+    def limit(self, response: int) -> int:
+        """The number of tokens with which a response that begins is complete, if no stop token came before."""
+        return self.longest_response
+
+    def completed(
+        self, rows: list[int], tokens: list[list[int]], logprobs: list[list[float]], ended: list[bool]
+    ) -> None:
+        """Take what these rows have written, all tokens of each; they are no longer running."""
+        for row, response in zip(rows, zip(tokens, logprobs, ended, strict=True), strict=True):
+            self.responses[self.running.pop(row)] = response
+        self.release(rows)
+
+    def release(self, rows: list[int]) -> None:
+        """These rows may take other responses."""
+        self.decoder.clear(self.on_device(rows))
+        self.free += rows
+
+    def on_device(self, numbers: Sequence[int]) -> Tensor:
+        return to_device(torch.tensor(numbers, dtype=torch.int64), self.device)
+
+    def _start(self) -> None:
+        """Give the free rows the responses that are due, and draw the first token of each."""
+        count = min(len(self.free), len(self.prompts) - self.due)
+        rows, self.free = self.free[:count], self.free[count:]
+        due = range(self.due, self.due + count)
+        self.due += count
+        self.running |= zip(rows, due, strict=True)
+        states = self._prefill(rows, [self.prompts.tokens[i] for i in due])
+        self.begin(rows, list(due), states, [0] * count, [self.limit(i) for i in due])
+
+    def begin(
+        self, rows: list[int], responses: list[int], states: Tensor, counts: Sequence[int], limits: Sequence[int]
+    ) -> None:
+        """Let rows write on these responses, behind `counts` tokens of each and up to `limits`; states (R, H): the
+        hidden states of the tokens before."""
+        streams = to_device(self.prompts.streams[responses], self.device)
+        self.decoder.start(self.on_device(rows), streams, states, self.on_device(counts), self.on_device(limits))
+
+    def _prefill(self, rows: list[int], prompts: list[tuple[int, ...]]) -> Tensor:
+        """Let each of these rows of the cache hold its prompt; hidden states (R, H) of the prompts' last tokens."""
+        takers = [
+            (prompt, [row for row, _ in group])
+            for prompt, group in groupby(zip(rows, prompts, strict=True), itemgetter(1))
+        ]
+        known = [self.newest] if self.newest is not None and self.newest.prompt == prompts[0] else []
+        for computed in known:  # copied first: a new prompt may take its row
+            self._copy(computed, takers[0][1])
+        new = self._compute([(prompt, own[0]) for prompt, own in takers[len(known) :]])
+        for computed, (_, own) in zip(new, takers[len(known) :], strict=True):
+            self._copy(computed, own)
+        self.newest = (known + new)[-1]
+        return torch.stack([one.state for one, (_, own) in zip(known + new, takers, strict=True) for _ in own])
+
+    def _copy(self, computed: Computed, rows: list[int]) -> None:
+        self.decoder.cache.copy_row(computed.row, rows, len(computed.prompt))
+
+    def _compute(self, prompts: list[tuple[tuple[int, ...], int]]) -> list[Computed]:
+        """Compute prompts, each into its row."""
+        if not prompts:
+            return []
+        packed = [prompt for prompt, _ in prompts]
+        missing = FEWEST_TOKENS - sum(map(len, packed))
+        packed += packed[-1:] * max(0, -(-missing // len(packed[-1])))
+        self.decoder.cache.begin_prefill([len(prompt) for prompt in packed], [row for _, row in prompts])
+        states = self.prefill(packed, [0] * len(packed))
+        return [Computed(prompt, row, state) for (prompt, row), state in zip(prompts, states, strict=False)]
+
+    def prefill(self, packed: Sequence[Sequence[int]], before: Sequence[int]) -> Tensor:
+        """Compute tokens that the cache has been told of, behind `before` positions of their rows; hidden states (R, H)
+        of the last of each."""
+        counts = torch.tensor([len(tokens) for tokens in packed])
+        positions = segment_offsets(counts) + torch.tensor(before).repeat_interleave(counts)
+        tokens = self.on_device([token for tokens in packed for token in tokens])
+        cache = self.decoder.cache
+        hidden = self.decoder.policy.prefill(tokens, to_device(positions, self.device), cache)
+        cache.begin_decode()
+        return hidden[to_device(counts.cumsum(0) - 1, self.device)]
+
+    def _step(self) -> None:
+        """Draw the next token of every response that has a row."""
+        size = bucket(len(self.running))
+        if size < len(self.batch) or not self.running.keys() <= {*self.batch}:
+            others = (row for row in range(self.decoder.rows) if row not in self.running)
+            self.batch = sorted([*self.running, *others][:size])
+            self.active = self.on_device(self.batch)
+        self.decoder.step(self.active)
+        self.unread += 1
+
+    def take(self) -> None:
+        """Take what is complete from its rows. Here alone the host waits for the device."""
+        self.unread, decoder = 0, self.decoder
+        state = torch.stack([decoder.complete.long(), decoder.ended.long(), decoder.counts])
+        complete, ended, counts = state.tolist()
+        rows = [row for row in self.running if complete[row]]
+        if not rows:
+            return
+        at = self.on_device(rows)
+        tokens, logprobs = (x[at].tolist() for x in (decoder.tokens, decoder.logprobs))
+        self.completed(
+            rows,
+            [t[: counts[row]] for row, t in zip(rows, tokens, strict=True)],
+            [p[: counts[row]] for row, p in zip(rows, logprobs, strict=True)],
+            [bool(ended[row]) for row in rows],
+        )
+
+
+def space(prompts: Prompts, config: SamplingConfig) -> tuple[int, int]:
+    """Rows, and positions of each, that these prompts and their responses need."""
+    return bucket(min(len(prompts), config.settled_rows)), max(map(len, prompts.tokens)) + config.max_new_tokens
