@@ -290,6 +290,51 @@ def test_groups_of_ranks_for_vllm_make_up_all_of_them(size):
     validate(changed(**VLLM, rollout__vllm=VllmConfig(size, 1.0, {"max_num_seqs": 4})), ranks=4)
 
 
+TALK = dict(rollout__environment="talk.py:talk", sampling__min_new_tokens=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(rollout__max_turns=9), ["rollout.max_turns is 9", "rollout.environment is not set", "no effect"]),
+        (dict(rollout__turn_tokens=9), ["rollout.turn_tokens is 9", "no effect", "leave out"]),
+        (dict(rollout__time_limit=9.0), ["rollout.time_limit is 9.0", "no effect"]),
+        (dict(rollout__concurrency=9), ["rollout.concurrency is 9", "no effect"]),
+        (TALK | dict(rollout__engine="mine.py:Mine"), ["is talk.py:talk", "mine.py:Mine", "inprocess or vllm"]),
+        (
+            TALK | dict(rollout__turn_tokens=9, sampling__max_new_tokens=8),
+            ["rollout.turn_tokens is 9", "sampling.max_new_tokens 8", "Raise max_new_tokens"],
+        ),
+        (TALK | dict(sampling__min_new_tokens=2), ["sampling.min_new_tokens is 2", "several turns", "to 0"]),
+        (TALK | dict(sampling__ignore_eos=True), ["sampling.ignore_eos is true", "Set rollout.turn_tokens"]),
+        (TALK | dict(rollout__turn_tokens=0), ["rollout.turn_tokens is 0", "1 or more"]),
+        (TALK | dict(rollout__concurrency=1001), ["rollout.concurrency is 1001", "1 to 1000"]),
+        (
+            TALK | dict(rollout__max_turns=30, rollout__time_limit=60.0, timeout=1800.0),
+            ["max_turns is 30", "time_limit 60", "1800 s", "timeout = 1800 s"],
+        ),
+    ],
+)
+def test_what_conversations_cannot_have_is_refused_with_the_way_out(settings, words):
+    with pytest.raises(ConfigError) as error:
+        validate(changed(**settings), ranks=2)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(rollout__turn_tokens=8, sampling__max_new_tokens=8, rollout__max_turns=1, rollout__concurrency=1000),
+        dict(rollout__turn_tokens=8, sampling__ignore_eos=True),
+        dict(rollout__engine="vllm", rollout__time_limit=0.1),
+        dict(rollout__max_turns=29, timeout=1741.0),
+    ],
+)
+def test_settings_of_conversations_at_the_edge_of_a_rule_are_allowed(settings):
+    validate(changed(**TALK, **settings), ranks=2)
+
+
 def test_each_minibatch_needs_a_response_for_each_rank():
     config = changed(ppo__batch_size=8, ppo__minibatches=2)
     validate(config, ranks=4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastppo.config.commands.generate import GenerateConfig
 from fastppo.config.commands.offline import ExamplesConfig
 from fastppo.config.commands.online import OnlineConfig
-from fastppo.config.data import DataConfig, VllmConfig
+from fastppo.config.data import DataConfig, RolloutConfig, VllmConfig
 from fastppo.errors import ConfigError
 
 
@@ -90,7 +90,12 @@ def check_sampling(config: OnlineConfig | GenerateConfig) -> None:
 COLDEST, HOTTEST = 0.01, 2.0  # the temperatures that vLLM computes with; below it uses 0.01 and says so in its log only
 
 
+# Settings of `rollout` that belong to `rollout.environment`.
+OF_ENVIRONMENT = ("max_turns", "turn_tokens", "time_limit", "concurrency")
+
+
 def check_rollout(config: OnlineConfig | GenerateConfig, ranks: int) -> None:
+    check_conversations(config, ranks)
     vllm, engine = config.rollout.vllm, config.rollout.engine
     if engine != "vllm":
         for name, default in vars(VllmConfig()).items():
@@ -116,3 +121,43 @@ def check_rollout(config: OnlineConfig | GenerateConfig, ranks: int) -> None:
                 f"{name} is {temperature} and rollout.engine vllm, which computes with temperatures from {COLDEST} to"
                 f" {HOTTEST:g} only. Choose one of these, or set rollout.engine to inprocess."
             )
+
+
+def check_conversations(config: OnlineConfig | GenerateConfig, ranks: int) -> None:
+    rollout, sampling = config.rollout, config.sampling
+    if rollout.environment is None:
+        for name in OF_ENVIRONMENT:
+            if (value := getattr(rollout, name)) != getattr(RolloutConfig(), name):
+                raise ConfigError(
+                    f"rollout.{name} is {value} and rollout.environment is not set: it would have no effect. Set"
+                    f" rollout.environment, or leave out rollout.{name}."
+                )
+        return
+    environment = f"rollout.environment is {rollout.environment}"
+    if rollout.engine not in ("inprocess", "vllm"):
+        raise ConfigError(
+            f"{environment} and rollout.engine {rollout.engine}: only fastppo's own engines write conversations. Set"
+            " rollout.engine to inprocess or vllm, or leave out rollout.environment."
+        )
+    if rollout.turn_tokens is not None and rollout.turn_tokens > sampling.max_new_tokens:
+        raise ConfigError(
+            f"rollout.turn_tokens is {rollout.turn_tokens} and sampling.max_new_tokens {sampling.max_new_tokens}, the"
+            " maximum of the whole conversation, which no turn can exceed. Raise max_new_tokens or lower turn_tokens."
+        )
+    if sampling.min_new_tokens:
+        raise ConfigError(
+            f"sampling.min_new_tokens is {sampling.min_new_tokens} and {environment}: a minimum length has no meaning for"
+            " a response of several turns. Set sampling.min_new_tokens to 0."
+        )
+    if sampling.ignore_eos and rollout.turn_tokens is None:
+        raise ConfigError(
+            f"sampling.ignore_eos is true and {environment}: no token would end the first turn, which would take the"
+            " whole conversation. Set rollout.turn_tokens, or leave out sampling.ignore_eos."
+        )
+    longest = rollout.max_turns * rollout.time_limit
+    if ranks > 1 and longest >= config.timeout:
+        raise ConfigError(
+            f"rollout.max_turns is {rollout.max_turns} and rollout.time_limit {rollout.time_limit:g}: the environment may"
+            f" take {longest:g} s for one conversation, but the other ranks wait only timeout = {config.timeout:g} s."
+            f" Raise timeout above {longest:g}, or lower one of these."
+        )

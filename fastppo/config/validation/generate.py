@@ -17,9 +17,11 @@ RANGES: Ranges = (
         "1 or more",
         lambda x: x >= 1,
         "threads batch_size microbatch_tokens data.first_tokens data.max_prompt_tokens data.limit"
-        " sampling.max_new_tokens sampling.samples_per_prompt sampling.rows rollout.vllm.tensor_parallel_size",
+        " sampling.max_new_tokens sampling.samples_per_prompt sampling.rows rollout.max_turns"
+        " rollout.turn_tokens rollout.vllm.tensor_parallel_size",
     ),
-    ("greater than 0", lambda x: 0 < x < math.inf, "timeout sampling.temperature"),
+    ("greater than 0", lambda x: 0 < x < math.inf, "timeout sampling.temperature rollout.time_limit"),
+    ("1 to 1000", lambda x: 1 <= x <= 1000, "rollout.concurrency"),
     ("greater than 0 and at most 1", lambda x: 0 < x <= 1, "sampling.top_p rollout.vllm.gpu_memory_utilization"),
 )
 

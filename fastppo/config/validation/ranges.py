@@ -26,13 +26,15 @@ ONLINE_RANGES: Ranges = (
         "1 or more",
         lambda x: x >= 1,
         "threads data.first_tokens data.max_prompt_tokens data.limit sampling.max_new_tokens sampling.samples_per_prompt"
-        " sampling.rows rollout.vllm.tensor_parallel_size track.responses_every checkpoint.keep_last health.window",
+        " sampling.rows rollout.max_turns rollout.turn_tokens rollout.vllm.tensor_parallel_size track.responses_every"
+        " checkpoint.keep_last health.window",
     ),
     (
         "greater than 0",
         lambda x: 0 < x < math.inf,
-        "sampling.temperature eval.temperature optim.eps timeout actor.lora.alpha",
+        "sampling.temperature eval.temperature optim.eps timeout rollout.time_limit actor.lora.alpha",
     ),
+    ("1 to 1000", lambda x: 1 <= x <= 1000, "rollout.concurrency"),
     ("greater than 1", lambda x: 1 < x < math.inf, "health.raise_kl"),
     ("greater than 0 and less than 1", lambda x: 0 < x < 1, "actor.average"),
     ("greater than 0 and at most 1", lambda x: 0 < x <= 1, "sampling.top_p rollout.vllm.gpu_memory_utilization"),
