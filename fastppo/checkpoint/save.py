@@ -29,6 +29,7 @@ from fastppo.checkpoint.resume import NAME, Checkpoint, CheckpointError, held_ou
 from fastppo.checkpoint.run_state import Run, set_random_state
 from fastppo.config import TrainingConfig
 from fastppo.distributed import Saved, Stopped, World, all_gather, clock
+from fastppo.environments import ConversationError
 from fastppo.monitor import JSONL_FILES, file_sizes
 from fastppo.rewards import RewardError
 
@@ -36,6 +37,12 @@ log = logging.getLogger("fastppo")
 
 R = TypeVar("R", bound=Run)
 
+# After which a run is saved, since what it has done is whole.
+CAUSES: Mapping[type[Exception], str] = {
+    Stopped: "stopped by a signal",
+    RewardError: "a source of reward failed",
+    ConversationError: "the environment failed",
+}
 BEST_CRITIC = "critic_model"  # in the best evaluated checkpoint
 LINK = "critic-best"  # in `output`, to it
 
@@ -131,17 +138,18 @@ class Checkpoints:
 
     @contextmanager
     def saved_when_stopped(self, run: Run) -> Iterator[None]:
-        """Save a checkpoint if a stop signal or the error of a reward source ends the code inside, and raise it again.
+        """Save a checkpoint if a stop signal, or the error of a reward source or an environment, ends the code inside,
+        and raise it again.
 
-        Raises CheckpointError if saving fails. After a reward error in the first step nothing is saved, as there is
+        Raises CheckpointError if saving fails. After such an error in the first step nothing is saved, as there is
         nothing to lose.
         """
         try:
             yield
-        except (Stopped, RewardError) as exception:
-            if isinstance(exception, RewardError) and run.name == f"step-{0:08d}":
+        except tuple(CAUSES) as exception:
+            if not isinstance(exception, Stopped) and run.name == f"step-{0:08d}":
                 raise
-            cause = "stopped by a signal" if isinstance(exception, Stopped) else "a source of reward failed"
+            cause = next(cause for kind, cause in CAUSES.items() if isinstance(exception, kind))
             log.info("%s at step %d; saving a checkpoint", cause, run.step)
             error = self.save(run)
             if error is not None:

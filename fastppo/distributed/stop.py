@@ -29,7 +29,8 @@ from itertools import count
 import torch.distributed as dist
 
 from fastppo.distributed.neighbours import Neighbours
-from fastppo.distributed.world import World, on_any_rank
+from fastppo.distributed.world import World, all_gather, on_any_rank
+from fastppo.errors import RaisedAlone
 
 log = logging.getLogger("fastppo")
 
@@ -107,16 +108,22 @@ def check_among(neighbours: Neighbours) -> None:
 
 @contextmanager
 def together(world: World) -> Iterator[None]:
-    """If one rank leaves this context by `Stopped` (`check_alone`, `check_among`), raise `Stopped` on all ranks."""
+    """If one rank leaves this context by `Stopped` (`check_alone`, `check_among`), raise `Stopped` on all ranks; if one
+    leaves it by `RaisedAlone`, raise that on all ranks."""
+    stopped, error = False, None
     try:
         yield
     except Stopped:
-        pass
-    else:
-        check(world)
-        return
-    on_any_rank(True, world)
-    raise Stopped
+        stopped = True
+    except RaisedAlone as raised:
+        error = raised
+    if on_any_rank(error is not None, world):
+        errors = [each for each in all_gather(error, world) if each is not None]
+        raise error or errors[0]
+    if stopped:
+        on_any_rank(True, world)
+        raise Stopped
+    check(world)
 
 
 class _Watch(threading.Thread):

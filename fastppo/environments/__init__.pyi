@@ -3,6 +3,7 @@ from .conversations import Conversations as Conversations
 from .conversations import Counts as Counts
 from .conversations import conversation_seed as conversation_seed
 from .environment import Environment as Environment
+from .environment import check_conversations as check_conversations
 from .environment import check_environment as check_environment
 from .environment import check_environment_columns as check_environment_columns
 from .environment import load_environment as load_environment

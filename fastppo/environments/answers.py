@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastppo.data import Messages, are_messages
-from fastppo.errors import FastPPOError
+from fastppo.errors import RaisedAlone
 
 LARGEST = float(np.finfo(np.float32).max)  # the largest absolute value of a turn's reward
 MUST_BE = "it must return None, a text, a chat message (a dict with role and content), a list of these, or a pair"
 
 
-class ConversationError(FastPPOError):
+class ConversationError(RaisedAlone):
     """An environment that is missing, fails, does not answer in time, or answers what is no observation."""
 
 

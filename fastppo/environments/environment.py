@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.config import ResponseSettings, RolloutConfig
-from fastppo.data import PromptSet, template_arguments
+from fastppo.data import PromptSet, check_observations, template_arguments
 from fastppo.environments.answers import ConversationError
 from fastppo.environments.tool_calls import ToolForm, tool_form
 from fastppo.errors import UserCode, import_user_code
@@ -75,11 +75,17 @@ def check_environment(config: ResponseSettings) -> None:
         _imported(config.rollout.environment)
 
 
-def check_environment_columns(config: ResponseSettings, *prompts: PromptSet) -> None:
-    """Check, before a model is loaded, that the data has the columns that a function asks for.
+def check_conversations(config: ResponseSettings, tokenizer: PreTrainedTokenizerBase, *prompts: PromptSet) -> None:
+    """Check, before a model is loaded, that the chat template writes observations, and that the data has the columns
+    that a function asks for. tokenizer: the actor's. Raises DataError or ConversationError."""
+    if config.rollout.environment is None:
+        return
+    check_observations(tokenizer, config.data, any(chat is not None for part in prompts for chat in part.messages))
+    check_environment_columns(config, *prompts)
 
-    Raises ConversationError with the names that it may ask for.
-    """
+
+def check_environment_columns(config: ResponseSettings, *prompts: PromptSet) -> None:
+    """Raises ConversationError, with the names that a function may ask for, if it asks for another."""
     if config.rollout.environment is None:
         return
     setting, code = _imported(config.rollout.environment)

@@ -3,6 +3,7 @@ from .messages import LESS_MEMORY as LESS_MEMORY
 from .messages import ConfigError as ConfigError
 from .messages import FastPPOError as FastPPOError
 from .messages import ModelError as ModelError
+from .messages import RaisedAlone as RaisedAlone
 from .messages import TrainingFault as TrainingFault
 from .messages import exit_with_message as exit_with_message
 from .once import log_once as log_once

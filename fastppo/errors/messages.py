@@ -20,6 +20,11 @@ class ConfigError(ValueError):
     """A setting, or a combination of settings, that is not valid. The message gives the reason and the way out."""
 
 
+class RaisedAlone(FastPPOError):
+    """An error of one rank in work that it does alone. `stop.together` raises it on all ranks, so that none waits for
+    this one, and the run can be saved. It is pickled, so it has a message and nothing else."""
+
+
 class ModelError(FastPPOError):
     """A model that cannot be loaded or used. The message names the setting and the way out."""
 

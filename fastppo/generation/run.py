@@ -15,6 +15,7 @@ from fastppo.checkpoint import seed_random
 from fastppo.config import GenerateConfig, TrackConfig
 from fastppo.data import Prompts, PromptSet, Scored, batches, load_prompts
 from fastppo.distributed import Residency, World, stop
+from fastppo.environments import check_conversations, check_environment
 from fastppo.generation.folder import check_data, find_generation, open_output
 from fastppo.generation.lines import Lines, check_json
 from fastppo.generation.parts import Parts, part_schema
@@ -113,6 +114,7 @@ def set_up(config: GenerateConfig, world: World) -> Setup | None:
     """
     check_imports(config.rewards)
     check_imports(config.judge, config.judge_setting)
+    check_environment(config)
     find_engine(config)
     about = find_generation(config, world)
     planned = check_plan(config, world)
@@ -121,6 +123,7 @@ def set_up(config: GenerateConfig, world: World) -> Setup | None:
     named_stop_ids(tokenizer, config.sampling)
     data = _prompts(config, tokenizer)
     check_references(config, world, data)
+    check_conversations(config, tokenizer, data)
     check_data(about, data, config)
     work, store = Work.of(data, config), _store(config, data, world)
     done = 0 if about is None else store.whole(work.counts)

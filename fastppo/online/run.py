@@ -23,6 +23,7 @@ from fastppo.checkpoint import (
 from fastppo.config import OnlineConfig
 from fastppo.data import Examples, Prompts, PromptSet, batches, load_prompts
 from fastppo.distributed import World
+from fastppo.environments import check_conversations, check_environment
 from fastppo.models import (
     Roles,
     actor_config,
@@ -101,6 +102,7 @@ def set_up(
     """
     check_imports(config.rewards)  # a typo in a function's name should not cost the minutes of loading models
     check_imports(config.judge, config.judge_setting)
+    check_environment(config)
     find_engine(config)
     checkpoint = find_run(config, world)
     if checkpoint is not None and checkpoint.ended(config, world):
@@ -119,6 +121,7 @@ def set_up(
     )
     check_chats(config, tokenizer, data, heldout)
     check_references(config, world, data, heldout)
+    check_conversations(config, tokenizer, data, heldout)
     check_actor_tokens(config, tokenizer, (*data.tokens, *heldout.tokens), "data.path")
     if check_prompts is not None:
         check_prompts(data)
