@@ -77,6 +77,14 @@ class Packed:
         return self.tokens[self.predictors + 1]
 
     @cached_property
+    def written(self) -> Tensor:  # (N,) bool, the mask, made if there is none
+        if self.mask is not None:
+            return self.mask
+        return torch.zeros(len(self.tokens), dtype=torch.bool, device=self.tokens.device).index_fill(
+            0, self.predictors + 1, True
+        )
+
+    @cached_property
     def last_response_tokens(self) -> Tensor:  # (B,) int64, where each response ends in an (M,) tensor
         return self.response_cu_seqlens[1:].long() - 1
 
@@ -131,13 +139,13 @@ class Packed:
 
 
 def end_to_end(parts: Sequence[Packed]) -> Packed:
-    """All of them have a mask, or none."""
-    masks = [part.mask for part in parts if part.mask is not None]
+    """Several batches as one. It has a mask if one of them has: the others' is then made from their lengths."""
+    has_mask = any(part.mask is not None for part in parts)
     return Packed(
         torch.cat([part.tokens for part in parts]),
         cumulative(torch.cat([part.lengths for part in parts])),
         cumulative(torch.cat([part.response_lengths for part in parts])),
-        torch.cat(masks) if masks else None,
+        torch.cat([part.written for part in parts]) if has_mask else None,
     )
 
 

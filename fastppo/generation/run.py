@@ -34,7 +34,7 @@ from fastppo.models import (
     load_sampled,
     sampled_source,
 )
-from fastppo.monitor import METRICS, Phases, Tracker, distinct, ngrams, read_lines
+from fastppo.monitor import METRICS, Phases, Tracker, distinct_pairs, read_lines, turn_metrics
 from fastppo.planner import check_plan
 from fastppo.rewards import Source, check_chats, check_imports, check_references, load_judge, load_sources, score
 from fastppo.rollout import ActorSampler, check_sampled_model, find_engine, make_sampler, named_stop_ids
@@ -212,7 +212,8 @@ def batch_metrics(scored: Scored, seconds: dict[str, float]) -> dict[str, float]
     metrics |= {
         "response_length": tokens / len(packed),
         "ended": float(scored.rollout.ended.double().mean()),
-        "distinct_2": distinct(ngrams(packed.responses.numpy(), packed.response_lengths.numpy(), 2)[1]),
+        "distinct_2": distinct_pairs(packed),
+        **turn_metrics(packed, scored.rollout.turn_rewards),
     }
     return metrics | seconds | {"tokens_per_second": tokens / sum(seconds.values())}
 

@@ -5,10 +5,12 @@ from .health import Health as Health
 from .health import check_figures as check_figures
 from .health import watch as watch
 from .health_metrics import distinct as distinct
+from .health_metrics import distinct_pairs as distinct_pairs
 from .health_metrics import effective_samples as effective_samples
 from .health_metrics import figures as figures
 from .health_metrics import ngrams as ngrams
 from .health_metrics import sampler_error as sampler_error
+from .health_metrics import turn_metrics as turn_metrics
 from .output_guard import error_summary as error_summary
 from .output_guard import flush_or_silence_stdout as flush_or_silence_stdout
 from .output_guard import guard_output as guard_output

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
-from fastppo.data import Measured
+from fastppo.data import Measured, Packed
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -26,11 +27,12 @@ MIN_RANK_PAIRS = 8
 # common under a policy that improves, as a reward prefers some words; one that is twenty times as likely in half of the
 # responses is a sign of reward hacking.
 MIN_SURPRISE = {1: math.log(20), 3: math.log(2)}
+MOST_TURNS = 8  # of which the rewards are told apart
 MIN_HOLDERS = 3  # a phrase counts only if at least this many responses contain it
 
 
 class Grams(NamedTuple):
-    """All G n-grams of B responses for one n; none crosses the boundary between two responses."""
+    """All G n-grams of B responses for one n; none crosses the boundary between two responses, or two turns of one."""
 
     ids: Ints  # (G,) equal for equal n-grams; contiguous from 0
     starts: Ints  # (G,) index of the first token in the packed responses
@@ -53,13 +55,14 @@ def figures(batch: Measured, *, exact_kl: bool) -> dict[str, float]:
     """
     packed = batch.packed
     tokens, lengths = packed.responses.numpy(), packed.response_lengths.numpy()
+    turns = turns_of(packed)
     log_ratios = (batch.old_logprobs - batch.ref_logprobs).double()
-    grams = ngrams(tokens, lengths, 4)
+    grams = ngrams(tokens, lengths, 4, turns)
     scores, judge_scores = batch.scores.double().numpy(), batch.judged.double().numpy()
     values = {
         "entropy": float(batch.entropy.double().mean()),
         **{f"distinct_{n}": distinct(grams[n - 1]) for n in (1, 2, 3)},
-        "self_bleu": self_bleu(tokens, lengths),
+        "self_bleu": self_bleu(tokens, lengths, turns),
         "repetition": repetition(grams[3], len(lengths)),
         "duplicates": duplicates(tokens, lengths),
         "length_spread": float(lengths.std() / lengths.mean()),
@@ -83,6 +86,28 @@ def figures(batch: Measured, *, exact_kl: bool) -> dict[str, float]:
     return values
 
 
+def turn_metrics(packed: Packed, turn_rewards: Tensor | None) -> dict[str, float]:
+    """Means over the conversations of a batch; nothing without an environment.
+
+    `turns` of the policy; `observed_tokens`, which the environment wrote; `turn_reward`, the sum of a conversation's
+    rewards for turns; `turnK/reward`, that for turn K, counted from 1, over the conversations that have it, up to
+    `MOST_TURNS`. turn_rewards: (M,) fp32, as in `Rollout`.
+    """
+    if turn_rewards is None:
+        return {}
+    count, rewards = len(packed), turn_rewards.double()
+    observed = len(packed.tokens) - len(packed.predictors) - int(packed.prompt_lengths.sum())
+    metrics = {
+        "turns": float(packed.turn_counts.double().mean()),
+        "observed_tokens": observed / count,
+        "turn_reward": float(rewards.sum()) / count,
+    }
+    for turn in range(min(int(packed.turn_counts.max()), MOST_TURNS)):
+        have_it = int((packed.turn_counts > turn).sum())
+        metrics[f"turn{turn + 1}/reward"] = float(rewards[packed.turns == turn].sum()) / have_it
+    return metrics
+
+
 def sampler_error(batch: Measured) -> float:
     """The mean absolute difference of the sampler's and the trainer's log probabilities, in nats per token.
 
@@ -99,13 +124,23 @@ def effective_samples(batch: Measured) -> float:
     return float(rho.sum() ** 2 / (len(rho) * np.square(rho).sum()))
 
 
-def ngrams(tokens: Ints, lengths: Ints, largest: int) -> list[Grams]:
-    """The n-grams for n = 1 to `largest`. tokens: (M,), all responses concatenated; lengths: (B,).
+def turns_of(packed: Packed) -> Ints | None:
+    """(M,) the turn that each token of a response is in, from 0; None where each response is one turn."""
+    return None if packed.mask is None else packed.turns.numpy()
+
+
+def ngrams(tokens: Ints, lengths: Ints, largest: int, turns: Ints | None = None) -> list[Grams]:
+    """The n-grams for n = 1 to `largest`. tokens: (M,), all responses concatenated; lengths: (B,); turns: (M,), the
+    turn that each token is in, None where each response is one: what stands between two turns was not written.
 
     The id of an n-gram is computed from the pair of the id of its first n-1 tokens and its last token.
     """
     rows = np.repeat(np.arange(len(lengths)), lengths)
-    remaining = np.cumsum(lengths)[rows] - np.arange(len(tokens))  # (M,) tokens from here to the response's end
+    ends = np.cumsum(lengths)[rows]  # (M,) where the text that each token is in ends
+    if turns is not None and len(turns):
+        last = np.append((np.diff(rows) != 0) | (np.diff(turns) != 0), True)
+        ends = np.repeat(np.flatnonzero(last) + 1, np.diff(np.flatnonzero(last), prepend=-1))
+    remaining = ends - np.arange(len(tokens))  # (M,) tokens from here to the end
     token_ids = _dense_ids(tokens)
     prefix_ids, all_grams = token_ids, [Grams(token_ids, np.arange(len(tokens)), rows)]
     for n in range(2, largest + 1):
@@ -138,6 +173,11 @@ def distinct(grams: Grams) -> float:
     return (int(grams.ids.max()) + 1) / len(grams.ids) if len(grams.ids) else math.nan
 
 
+def distinct_pairs(packed: Packed) -> float:
+    """distinct-2 of the responses of a batch."""
+    return distinct(ngrams(packed.responses.numpy(), packed.response_lengths.numpy(), 2, turns_of(packed))[1])
+
+
 def repetition(grams: Grams, responses: int) -> float:
     """The share of repeated n-grams within a response, averaged over the responses that have n-grams, in [0, 1).
 
@@ -158,22 +198,31 @@ def _split(tokens: Ints, lengths: Ints) -> list[Ints]:
     return np.split(tokens, np.cumsum(lengths)[:-1])
 
 
-def self_bleu(tokens: Ints, lengths: Ints, sample: int = BLEU_SAMPLE) -> float:
+def _selected(values: Ints, lengths: Ints, responses: Ints) -> Ints:
+    parts = _split(values, lengths)
+    return np.concatenate([parts[i] for i in responses])
+
+
+def self_bleu(tokens: Ints, lengths: Ints, turns: Ints | None = None, sample: int = BLEU_SAMPLE) -> float:
     """The mean BLEU-4 of each response with all others as references (Zhu et al., 2018); 1 if all are equal.
 
-    tokens: (M,); lengths: (B,). If there are more than `sample` responses, that many are drawn, with the same indices
-    in every batch. n-gram orders longer than a response are left out for it. NaN for a single response.
+    tokens, turns: (M,); lengths: (B,); as in `ngrams`. If there are more than `sample` responses, that many are drawn,
+    with the same indices in every batch. n-gram orders longer than each turn of a response are left out for it. NaN for
+    a single response.
     """
     if len(lengths) > sample:
         chosen = np.sort(np.random.default_rng(0).choice(len(lengths), sample, replace=False))
-        responses = _split(tokens, lengths)
-        tokens, lengths = np.concatenate([responses[i] for i in chosen]), lengths[chosen]
+        tokens, turns = (
+            _selected(tokens, lengths, chosen),
+            turns if turns is None else _selected(turns, lengths, chosen),
+        )
+        lengths = lengths[chosen]
     count = len(lengths)
     if count < 2:
         return math.nan
     log_precision, orders = np.zeros(count), np.zeros(count)
-    for n, grams in enumerate(ngrams(tokens, lengths, 4), start=1):
-        gram_counts = lengths - n + 1
+    for grams in ngrams(tokens, lengths, 4, turns):
+        gram_counts = np.bincount(grams.rows, minlength=count)
         nonempty = gram_counts > 0
         matches = np.maximum(_clipped_matches(grams, count), NO_MATCH)
         log_precision[nonempty] += np.log(matches[nonempty] / gram_counts[nonempty])
@@ -238,7 +287,7 @@ def rewarded_phrases(batch: Measured, limit: int = 3) -> list[Phrase]:
     at least twenty times as likely.
     """
     packed = batch.packed
-    grams = ngrams(packed.responses.numpy(), packed.response_lengths.numpy(), max(MIN_SURPRISE))
+    grams = ngrams(packed.responses.numpy(), packed.response_lengths.numpy(), max(MIN_SURPRISE), turns_of(packed))
     return _phrases(batch, grams, limit)
 
 

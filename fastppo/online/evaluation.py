@@ -14,7 +14,7 @@ from fastppo.config import OnlineConfig
 from fastppo.data import IDLE, Packed, Prompts, PromptSet, pack_alone
 from fastppo.distributed import World, all_gather, even_passes, stop
 from fastppo.models import PrefixStates, Roles, token_stats
-from fastppo.monitor import Sample, distinct, ngrams
+from fastppo.monitor import Sample, distinct_pairs, turn_metrics
 from fastppo.rewards import Source, response_texts, score
 from fastppo.rollout import ActorSampler
 
@@ -61,9 +61,10 @@ def evaluate(
         "score_error": float(scores.std(correction=0)) / math.sqrt(count),
         "kl": float(log_ratios[0]) / count,
         "ref_perplexity": float((log_ratios[1] / tokens).exp()),
-        "distinct_2": distinct(ngrams(packed.responses.numpy(), packed.response_lengths.numpy(), 2)[1]),
+        "distinct_2": distinct_pairs(packed),
         "response_length": tokens / count,
         "ended": float(scored.rollout.ended.double().mean()),
+        **turn_metrics(packed, scored.rollout.turn_rewards),
     }
     if judge:
         metrics["judge"] = float(scored.judged.double().mean())

@@ -8,6 +8,7 @@ from statistics import fmean
 
 from fastppo.config import Importance
 from fastppo.data import Experience, Update, segment_offsets
+from fastppo.monitor import turn_metrics
 from fastppo.ppo.importance import importance_metrics
 from fastppo.ppo.schedule import explained_variance
 
@@ -37,6 +38,7 @@ def step_metrics(
         "entropy": float(experience.entropy.mean()),
         "response_length": tokens / responses,
         "ended": float(experience.ended.float().mean()),
+        **turn_metrics(experience.packed, experience.turn_rewards),
         **critic_metrics(experience),
         "skipped_updates": skipped,
         **importance_metrics(experience, importance),

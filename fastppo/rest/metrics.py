@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from fastppo.data import Measured
-from fastppo.monitor import sampler_error
+from fastppo.monitor import sampler_error, turn_metrics
 from fastppo.rest.progress import Improved
 
 
@@ -26,6 +26,7 @@ def step_metrics(
         "entropy": float(grown.entropy.mean()),
         "response_length": tokens / responses,
         "ended": float(grown.ended.float().mean()),
+        **turn_metrics(grown.packed, grown.turn_rewards),
         "sampler_error": sampler_error(grown),
         "equal_prompts": float(equal_prompts),
         "tokens_generated": float(tokens),

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastppo.data.batch import Experience, Moments, Prompts, Rollout, concatenate
-from fastppo.data.packed import Packed, cumulative, pack, segment_rows
+from fastppo.data.packed import Packed, cumulative, end_to_end, pack, pack_turns, segment_rows
 
 PACKED = pack([(5, 6, 7, 8), (9, 10), (11, 12, 13)], [2, 1, 2])
 
@@ -96,3 +96,11 @@ def test_moments_of_parts_are_those_of_the_whole_where_sums_would_cancel():
     assert merged.count == 300
     assert merged.mean == pytest.approx(float(x.double().mean()), rel=1e-12)
     assert merged.std == pytest.approx(float(x.double().std(correction=0)), rel=1e-9)
+
+
+def test_batches_with_and_without_a_mask_are_one_with_a_mask():
+    turns = pack_turns([(1, 2, 3, 4, 5)], [(False, True, False, True, True)])
+    both = end_to_end([PACKED, turns])
+    assert both.mask.tolist() == [False, False, True, True, False, True, False, True, True, *turns.mask.tolist()]
+    assert both.responses.tolist() == [7, 8, 10, 12, 13, 2, 4, 5]
+    assert end_to_end([PACKED, PACKED]).mask is None

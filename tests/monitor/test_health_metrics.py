@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import talks
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from made_up_batches import a_phrase_pays, a_token_pays, batch, healthy
 
 from fastppo.monitor.health_metrics import (
     distinct,
+    distinct_pairs,
     duplicates,
     figures,
     ngrams,
@@ -158,3 +160,29 @@ def test_a_phrase_that_the_reference_writes_as_often_or_that_scores_less_is_not_
 def test_figures_are_the_same_for_the_same_batch_on_every_rank():
     one, other = (figures(healthy(3), exact_kl=True) for _ in range(2))
     assert one == other and torch.equal(healthy(3).packed.tokens, healthy(3).packed.tokens)
+
+
+def test_no_ngram_goes_from_one_turn_to_the_next():
+    responses, turns = [[1, 2, 3, 1, 2], [2, 3, 1, 2], [5]], np.array([0, 0, 1, 1, 2, 0, 1, 1, 1, 0])
+    split = [[[1, 2], [3, 1], [2]], [[2], [3, 1, 2]], [[5]]]
+    tokens = flat(responses)[0]
+    for n, grams in enumerate(ngrams(*flat(responses), 4, turns), start=1):
+        expected = [(gram, row) for row, r in enumerate(split) for turn in r for gram in grams_of(turn, n)]
+        assert [(tuple(tokens[s : s + n]), row) for s, row in zip(grams.starts, grams.rows, strict=True)] == expected
+
+
+@given(RESPONSES)
+def test_one_turn_each_changes_no_figure(responses):
+    tokens, lengths = flat(responses)
+    turns = np.zeros(len(tokens), np.int64)
+    for one, other in zip(ngrams(tokens, lengths, 4), ngrams(tokens, lengths, 4, turns), strict=True):
+        assert all((a == b).all() for a, b in zip(one, other, strict=True))
+    assert self_bleu(tokens, lengths) == self_bleu(tokens, lengths, turns)
+
+
+def test_what_the_environment_says_is_in_no_figure():
+    """Turns that stand alone have the pairs of tokens that each has by itself, however the observations read."""
+    packed = talks.rollout(said=[["ab", "ab", "ab"], ["xy"], ["yx", "xy", "zz", "xy", "x"]]).packed
+    alone = [[97, 98], [97, 98, 0], [120, 121, 0], [121, 120], [122, 122], [120]]
+    pairs = {pair for turn in alone for pair in grams_of(turn, 2)}
+    assert distinct_pairs(packed) == pytest.approx(len(pairs) / sum(len(turn) - 1 for turn in alone))
