@@ -106,7 +106,7 @@ def make_experience(
     with timed("experience"), holding("experience", then="learning"):
         scored, drawn = draws.batch()
         first_epoch = plan_step(scored.rollout.packed.lengths, config, run.step, world.ranks, roles.attention)[0]
-        moments = run.moments.add(draws.scores)
+        moments = run.moments.add(draws.end_scores)
         experience = compute_experience(scored, moments, first_epoch, prefix_cache, context)
         run.add_experience(experience, moments, draws.batches, drawn)
     return experience

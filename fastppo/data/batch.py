@@ -109,14 +109,21 @@ class Scored:
     """The rollouts of all ranks, and the scores of the reward sources for each whole response."""
 
     rollout: Rollout
-    by_source: Tensor  # (B, S) fp32, the score of each of the S reward sources
+    by_source: Tensor  # (B, S) fp32, the score of each reward source; with an environment the last is its turns' sum
     scores: Tensor  # (B,) fp32, their weighted sum
     judged: Tensor  # (B,) fp32, the score of the held-out judge; NaN without a judge
+    of_sources: Tensor | None = None  # (B,) fp32, `scores` without the environment's part; None without an environment
+
+    @property
+    def end_scores(self) -> Tensor:
+        """(B,) fp32, what a response scores at its end: all but the rewards that an environment gave to its turns."""
+        return self.scores if self.of_sources is None else self.of_sources
 
     def select(self, sequences: Tensor) -> Scored:
         """The given responses (an int64 tensor of indices), in the given order."""
         rows = (self.by_source[sequences], self.scores[sequences], self.judged[sequences])
-        return Scored(self.rollout.select(sequences), *rows)
+        of_sources = None if self.of_sources is None else self.of_sources[sequences]
+        return Scored(self.rollout.select(sequences), *rows, of_sources)
 
 
 @dataclass(frozen=True)
@@ -124,8 +131,8 @@ class Measured:
     """Scored responses, and what actor and reference say of each token; the global batch, the same on every rank."""
 
     packed: Packed
-    scores: Tensor  # (B,) fp32, the weighted sum of the scores of the reward sources
-    by_source: Tensor  # (B, S) fp32, the score of each source
+    scores: Tensor  # (B,) fp32, as in `Scored`
+    by_source: Tensor  # (B, S) fp32, as in `Scored`
     judged: Tensor  # (B,) fp32, the score of the held-out judge, not used in learning; NaN without a judge
     ended: Tensor  # (B,) bool
     sampler_logprobs: Tensor  # (M,) fp32
@@ -140,7 +147,7 @@ class Measured:
 class Experience(Measured):
     """The input of learning in PPO."""
 
-    rewards: Tensor  # (M,) fp32, the shaped score on the last token, and the KL penalty on each token
+    rewards: Tensor  # (M,) fp32, the shaped score on the last token, those of turns, the KL penalty on each token
     values: Tensor | None  # (M,) fp32; None without a critic
     advantages: Tensor  # (M,) fp32, whitened if so configured
     returns: Tensor | None  # (M,) fp32, before whitening; None without a critic

@@ -73,9 +73,9 @@ class Draws:
         return self.batches == (self._most or 1) or self._informative >= self._wanted
 
     @property
-    def scores(self) -> Tensor:
+    def end_scores(self) -> Tensor:
         """(B,) fp32, of all responses in the order drawn, those included that are not learned from."""
-        return torch.cat([scored.scores for scored in self._scored])
+        return torch.cat([scored.end_scores for scored in self._scored])
 
     def add(self, scored: Scored) -> None:
         """scored: the responses to a batch of prompts, in their order."""
@@ -117,6 +117,8 @@ def informative(scores: Tensor, samples: int) -> Tensor:
 
 def _end_to_end(parts: Sequence[Scored]) -> Scored:
     rollout = concatenate([part.rollout for part in parts])
-    return Scored(
-        rollout, *(torch.cat([getattr(part, name) for part in parts]) for name in ("by_source", "scores", "judged"))
+    by_source, scores, judged = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("by_source", "scores", "judged")
     )
+    of_sources = [part.of_sources for part in parts if part.of_sources is not None]
+    return Scored(rollout, by_source, scores, judged, torch.cat(of_sources) if of_sources else None)

@@ -52,10 +52,10 @@ def compute_experience(
 ) -> Experience:
     """Experience for the global batch.
 
-    moments: of all scores of the run, these included. first_epoch: the minibatches of the first epoch of learning. Old
-    logprobs are computed on the same microbatches, so that the ratio of the first update is exactly 1: in bf16 another
-    packing of the same tokens changes a logprob by up to 0.34, which moves its ratio past the clip. prefix_cache: is
-    filled for learning.
+    moments: of the end scores of the run, these included. first_epoch: the minibatches of the first epoch of learning.
+    Old logprobs are computed on the same microbatches, so that the ratio of the first update is exactly 1: in bf16
+    another packing of the same tokens changes a logprob by up to 0.34, which moves its ratio past the clip.
+    prefix_cache: is filled for learning.
     """
     packed, config, world = scored.rollout.packed, context.config, context.world
     mine = [sequences for minibatch in first_epoch for sequences in minibatch.of_rank(world.rank, world.ranks)]
@@ -66,7 +66,8 @@ def compute_experience(
     ppo, values = config.ppo, measured.pop("values", None)
     kl_coef = context.kl_coef if ppo.kl_in == "reward" else 0.0
     shaped = shape(scored, moments, ppo)
-    rewards = token_rewards(measured["kl"], shaped, packed.last_response_tokens, kl_coef)
+    turn_rewards = scored.rollout.turn_rewards
+    rewards = token_rewards(measured["kl"], shaped, packed.last_response_tokens, kl_coef, turn_rewards)
     groups = scored.rollout.sources.unique(return_inverse=True)[1]  # (B,), from 0 on
     if context.step < config.critic_steps:  # the critic learns alone, from what did follow: it knows nothing yet
         ppo = replace(ppo, lam_critic=1.0)
@@ -83,6 +84,7 @@ def compute_experience(
         advantages=whitened(estimated.advantages) if ppo.whitens else estimated.advantages,
         returns=None if values is None else estimated.returns,
         advantage_std=float(estimated.advantages.double().std(correction=0)),
+        turn_rewards=turn_rewards,
         **measured,
     )
 

@@ -21,7 +21,7 @@ class PPOProgress(Progress):
 
     batches: int = 0  # of prompts, drawn for the steps done and for `experience`
     drawn: Drawn | None = None  # for `experience`, with `sampling.until_informative`
-    moments: Moments = field(default_factory=Moments)  # of all scores
+    moments: Moments = field(default_factory=Moments)  # of all end scores
     experience: Experience | None = None  # of the next step, once it can be learned from
     updates: list[Update] = field(default_factory=list)  # done on it
 
@@ -35,7 +35,7 @@ class PPOProgress(Progress):
         return "" if self.experience is None else f"-update-{len(self.updates):04d}"
 
     def add_experience(self, experience: Experience, moments: Moments, batches: int, drawn: Drawn | None) -> None:
-        """moments: of all scores, those of this step included; batches, drawn: what was drawn for the experience."""
+        """moments: of all end scores, this step's included; batches, drawn: what was drawn for the experience."""
         self.experience, self.moments, self.random = experience, moments, random_state()
         self.batches, self.drawn = self.batches + batches, drawn
 

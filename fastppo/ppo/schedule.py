@@ -29,12 +29,16 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KLKind) -> Tensor:
     raise ValueError(f"kl kind {kind!r} is not an estimate from sampled tokens; use k1, k2 or k3")
 
 
-def token_rewards(kl: Tensor, scores: Tensor, last_tokens: Tensor, beta: float) -> Tensor:
+def token_rewards(
+    kl: Tensor, scores: Tensor, last_tokens: Tensor, beta: float, turn_rewards: Tensor | None = None
+) -> Tensor:
     """r_t = score * 1[t is the response's last token] - beta * KL_t (Stiennon et al., 2020, section 3.4).
 
-    kl (M,), scores (B,), last_tokens (B,) the index of each response's last token -> (M,) fp32.
+    An environment's reward for a turn, as it is, is added where the turn ends. kl (M,), scores (B,), last_tokens (B,)
+    the index of each response's last token, turn_rewards (M,), 0 but at the ends of turns -> (M,) fp32.
     """
-    return (-beta * kl).index_add(0, last_tokens, scores)
+    rewards = (-beta * kl).index_add(0, last_tokens, scores)
+    return rewards if turn_rewards is None else rewards + turn_rewards
 
 
 def next_kl_coef(beta: float, kl: float, ppo: PPOConfig) -> float:

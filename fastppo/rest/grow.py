@@ -43,6 +43,7 @@ def grow_batch(setup: RestSetup, prompts: Prompts) -> tuple[Scored, Measured]:
         ended=scored.rollout.ended,
         sampler_logprobs=scored.rollout.logprobs,
         kl=kl,
+        turn_rewards=scored.rollout.turn_rewards,
         **rows,
     )
     return scored, batch
@@ -59,5 +60,7 @@ def write_batch(setup: RestSetup, number: int, scored: Scored, prompts: Prompts)
 def joined(batches: Sequence[Measured]) -> Measured:
     """The batches of a Grow, end to end."""
     packed = end_to_end([batch.packed for batch in batches])
-    rest = {f.name: torch.cat([getattr(b, f.name) for b in batches]) for f in fields(Measured) if f.name != "packed"}
-    return Measured(packed=packed, **rest)
+    parts = {f.name: [getattr(b, f.name) for b in batches] for f in fields(Measured) if f.name != "packed"}
+    if batches[0].turn_rewards is None:  # no environment
+        del parts["turn_rewards"]
+    return Measured(packed=packed, **{name: torch.cat(part) for name, part in parts.items()})

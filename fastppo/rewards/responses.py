@@ -25,7 +25,8 @@ class Responses:
     """B responses as text, and as tokens for reward models with the actor's tokenizer.
 
     A prompt and its response, concatenated, are the text of the whole sequence, also if the tokenizer adds a space at
-    the start of a text.
+    the start of a text. With an environment a response is what the policy wrote, its turns joined by a line break, and
+    `conversations` have the observations too.
     """
 
     prompts: list[str]  # chats as formatted by the actor's template
@@ -34,6 +35,7 @@ class Responses:
     columns: dict[str, list[Any]]  # the other columns of the data, one value per response
     packed: Packed
     messages: Sequence[Messages | None] | None = None  # chat of each prompt, None if it is text; None: no chats at all
+    conversations: Sequence[Messages] | None = None  # prompt and all that was said; None without an environment
 
 
 Source = Callable[[Responses], Sequence[float]]

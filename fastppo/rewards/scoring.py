@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -31,9 +32,10 @@ def score(
 ) -> Scored:
     """Score this rank's responses with all sources; returns the responses of all ranks, in the order of the prompts.
 
-    sources, judge: pairs of a source and its weight; the judge's scores are not part of the reward. judge_setting: its
-    name in messages. Raises RewardError on every rank if a source failed on one of them, so that no rank waits
-    for it, or if a weighted sum is outside the range of fp32.
+    sources, judge: pairs of a source and its weight; the judge's scores are not part of the reward. The rewards that an
+    environment gave to turns are part of the score, as a last source of weight 1. judge_setting: the judge's name in
+    messages. Raises RewardError on every rank if a source failed on one of them, so that no rank waits for it, or if a
+    sum is outside the range of fp32.
     """
     rows = rollout.sources.tolist()
     responses = Responses(
@@ -43,21 +45,32 @@ def score(
         columns={name: [column[row] for row in rows] for name, column in prompts.columns.items()},
         packed=rollout.packed,
         messages=prompts.messages_of(rows),
+        conversations=rollout.conversations,
     )
     by_source, scores = _score_all("rewards", sources, responses, world)
     judged = _score_all(judge_setting, judge, responses, world)[1] if judge else torch.full_like(scores, math.nan)
     global_rollout = concatenate(all_gather(rollout, world))
-    return Scored(global_rollout, by_source, scores, judged)
+    if global_rollout.turn_rewards is None:
+        return Scored(global_rollout, by_source, scores, judged)
+    of_turns = _of_turns(global_rollout)
+    whole = scores + of_turns
+    for i in whole.isinf().nonzero().flatten().tolist()[:1]:
+        raise RewardError(
+            f"rewards and rollout.environment: response {i} of the batch scores {float(scores[i]):g} at its end and"
+            f" {float(of_turns[i]):g} for its turns, in sum outside the range of fp32. Return smaller rewards."
+        )
+    return Scored(global_rollout, torch.cat([by_source, of_turns[:, None]], dim=1), whole, judged, scores)
 
 
 def shape(scored: Scored, moments: Moments, ppo: PPOConfig) -> Tensor:
-    """The scores (B,) fp32 that PPO learns from.
+    """The scores (B,) fp32 at the end of a response that PPO learns from; an environment's rewards for turns are not
+    among them, and reach PPO as they are.
 
     In this order: normalised to mean 0 and standard deviation 1 over all scores of the run so far (`moments`, these
     included), clipped, and reduced by the penalties for a truncated response and for each token beyond the soft length
     limit.
     """
-    scores, rollout = scored.scores, scored.rollout
+    scores, rollout = scored.end_scores, scored.rollout
     if ppo.score_normalise:
         scores = (scores - moments.mean) / max(moments.std, SMALLEST_STD)
     if ppo.score_clip is not None:
@@ -66,6 +79,17 @@ def shape(scored: Scored, moments: Moments, ppo: PPOConfig) -> Tensor:
     if ppo.length_limit is not None:
         scores = scores - ppo.length_penalty * (rollout.packed.response_lengths - ppo.length_limit).clamp(min=0)
     return scores
+
+
+def _of_turns(rollout: Rollout) -> Tensor:
+    """The sum of each response's turn rewards, (B,) fp32. Raises RewardError for one outside the range of fp32."""
+    sums = rollout.rewards_of_turns
+    for i in (sums.abs() > LARGEST).nonzero().flatten().tolist()[:1]:
+        raise RewardError(
+            f"rollout.environment: the rewards for the turns of response {i} of the batch are {float(sums[i]):g} in"
+            " sum, outside the range of fp32. Return smaller rewards."
+        )
+    return sums.float()
 
 
 def _score_all(
@@ -129,7 +153,13 @@ def _score(source: Source, responses: Responses, world: World) -> Tensor:
 
 
 def response_texts(packed: Packed, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text of each response as the continuation of its prompt, without special tokens."""
-    sequences = [part.tolist() for part in packed.tokens.split(packed.lengths.tolist())] if len(packed) else []
-    pairs = list(zip(sequences, packed.response_lengths.tolist(), strict=True))
-    return decode_after([ids[:-n] for ids, n in pairs], [ids[-n:] for ids, n in pairs], tokenizer)
+    """The text that the policy wrote in each response, as the continuation of what is before it, without special
+    tokens; its turns are joined by a line break."""
+    tokens, lengths = packed.tokens.tolist(), packed.turn_lengths
+    firsts = packed.predictors[lengths.cumsum(0) - lengths] + 1  # (turns,) the row of each turn's first token
+    starts = packed.cu_seqlens[:-1].repeat_interleave(packed.turn_counts)  # of each turn's sequence
+    ends = (firsts + lengths).tolist()
+    before = [tokens[start:first] for start, first in zip(starts.tolist(), firsts.tolist(), strict=True)]
+    turns = [tokens[first:end] for first, end in zip(firsts.tolist(), ends, strict=True)]
+    texts = iter(decode_after(before, turns, tokenizer))
+    return ["\n".join(islice(texts, count)) for count in packed.turn_counts.tolist()]

@@ -60,7 +60,7 @@ def test_the_defaults_and_the_quickstart_are_allowed():
         (dict(actor__lora__export="adapters"), ["actor.lora.export is adapters", "actor.lora.rank is 0"]),
         (dict(critic__gguf_file="g"), ["critic.gguf_file is g", "critic.model is not set"]),
         (dict(reference__gguf_file="g"), ["reference.gguf_file is g", "reference.model is not set"]),
-        (dict(rewards=()), ["rewards is empty", "--rewards"]),
+        (dict(rewards=()), ["rewards is empty", "--rewards", "rollout.environment"]),
         (dict(rewards=(RewardConfig(),)), ["rewards[0]", "exactly one of function, model", "none is set"]),
         (dict(rewards=(RewardConfig(function="a:b", model="m"),)), ["exactly one", "a:b", "m"]),
         (dict(rewards=(RewardConfig(model="m"), RewardConfig(function="ab"))), ["rewards[1].function is ab", "module"]),
@@ -433,3 +433,7 @@ def test_weights_and_biases_without_its_package_is_refused(monkeypatch):
         validate(asked)
     monkeypatch.setattr("fastppo.config.validation.run.find_spec", lambda name: name)
     validate(asked)
+
+
+def test_an_environment_may_be_the_only_source_of_reward():
+    validate(changed(rewards=(), rollout__environment="m:f"))

@@ -79,7 +79,7 @@ def test_a_step_draws_until_its_batch_is_full_and_drops_the_rest_in_order():
     lengths = [1 + n % 3 for start in (0, 100, 200) for n in range(start, start + 8)]
     read = sum(lengths) + 24
     assert drawn == Drawn(3, 12, 6, 2, 0, written=sum(lengths), read=read, score=pytest.approx(18 / 24))
-    assert draws.scores.tolist() == [x for groups in rounds[:3] for group in groups for x in group]
+    assert draws.end_scores.tolist() == [x for groups in rounds[:3] for group in groups for x in group]
 
 
 def test_at_the_bound_the_first_of_the_others_fill_the_batch_in_the_order_drawn():
@@ -124,7 +124,7 @@ def test_any_step_is_as_the_rule_has_it(rounds):
     assert drawn.batches == draws.batches == number + 1 and drawn.filled == len(filled)
     assert drawn.groups == len(drawn_groups) == GROUPS + drawn.uninformative + drawn.surplus
     assert drawn.uninformative == len(others) - len(filled)
-    assert len(draws.scores) == SAMPLES * len(drawn_groups)
+    assert len(draws.end_scores) == SAMPLES * len(drawn_groups)
 
 
 def test_speeds_include_what_was_dropped():

@@ -22,10 +22,10 @@ from fastppo.errors import ConfigError
 
 
 def check_rewards(config: OnlineConfig) -> None:
-    if not config.rewards:
+    if not config.rewards and config.rollout.environment is None:
         raise ConfigError(
             "rewards is empty: at least one source of reward is needed. Give one, as in"
-            """ --rewards '[{"function": "my_module:my_function"}]'."""
+            """ --rewards '[{"function": "my_module:my_function"}]', or a rollout.environment that rewards turns."""
         )
     check_sources("rewards", config.rewards)
 
