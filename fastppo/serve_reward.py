@@ -118,7 +118,7 @@ class Scorer:
                 return False
             asked, answer = arrived
             try:
-                packed = self.source.tokenised(*asked)
+                packed = self.source.tokenised(*asked[:4], conversations=asked.conversations)
                 self.source.check(packed)
             except Exception as error:
                 if answer.set_running_or_notify_cancel():

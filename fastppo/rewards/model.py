@@ -77,7 +77,12 @@ class ModelSource:
             return self.scores(responses.packed, responses.texts)
         actor_tokens = [part.tolist() for part in responses.packed.tokens.split(responses.packed.lengths.tolist())]
         packed = self.tokenised(
-            responses.prompts, responses.texts, responses.ended, responses.messages, actor_tokens if self.same else None
+            responses.prompts,
+            responses.texts,
+            responses.ended,
+            responses.messages,
+            actor_tokens if self.same else None,
+            responses.conversations,
         )
         return self.scores(packed, responses.texts)
 
@@ -115,9 +120,11 @@ class ModelSource:
         ended: Sequence[bool],
         messages: Sequence[Messages | None] | None = None,
         actor_tokens: Sequence[list[int]] | None = None,
+        conversations: Sequence[Messages] | None = None,
     ) -> Packed:
         """Prompts and responses as tokens of the model. messages: the chat of each prompt, None for one that is not a
-        chat; actor_tokens: the actor's tokens of each sequence, if the tokenizers are the same.
+        chat; actor_tokens: the actor's tokens of each sequence, if the tokenizers are the same; conversations: with an
+        environment, each with its prompt: they are read in place of the responses.
 
         A chat with its response is formatted by the model's template. Otherwise the two texts are tokenised, with the
         EOS after a response that is not truncated. The result equals the actor's tokens, if the tokenizers are the
@@ -125,10 +132,15 @@ class ModelSource:
         than the tokenizer would use, or truncated within a character; another end token than the EOS; and the BOS,
         which the tokenizer adds to a text and a chat template may leave out.
         """
-        rows = list(actor_tokens) if actor_tokens is not None else self._texts(prompts, responses, ended)
+        behind = responses if conversations is None else [_said_behind(messages) for messages in conversations]
+        rows = list(actor_tokens) if actor_tokens is not None else self._texts(prompts, behind, ended)
         for i in self._chats(messages):
             assert messages is not None
-            rows[i] = chat_tokens(self.name, messages[i] or [], responses[i], self.tokenizer, self.template)
+            asked = messages[i] or []
+            answer = [{"role": "assistant", "content": responses[i]}]
+            if conversations is not None:
+                answer = conversations[i][len(asked) :]
+            rows[i] = chat_tokens(self.name, asked, answer, self.tokenizer, self.template)
         return pack(rows, [1] * len(rows))
 
     def _texts(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> list[list[int]]:
@@ -146,20 +158,31 @@ class ModelSource:
         return [i for i, chat in enumerate(messages) if chat is not None]
 
 
-def chat_tokens(
-    name: str, asked: Messages, response: str, tokenizer: PreTrainedTokenizerBase, template: Mapping[str, Any]
-) -> list[int]:
-    """The tokens of a chat and its response, complete to the end of the template, as a classifier reads it.
+def _said_behind(conversation: Messages) -> str:
+    """All that was said after the prompt in a conversation of plain text."""
+    return "".join(message["content"] for message in conversation[1:])
 
-    Spaces around the response are removed: they come from the actor's template. asked: the messages before the
-    response; name: of the model, for errors; template: arguments of the template. Raises BadChat.
+
+def chat_tokens(
+    name: str, asked: Messages, answer: Messages, tokenizer: PreTrainedTokenizerBase, template: Mapping[str, Any]
+) -> list[int]:
+    """The tokens of a chat and its answer, complete to the end of the template, as a classifier reads it.
+
+    Spaces around what the assistant says in the answer are removed: they come from the actor's template. asked: the
+    messages before the answer; answer: one message of the assistant, with an environment also observations and further
+    turns; name: of the model, for errors; template: arguments of the template. Raises BadChat.
     """
-    chat = [*asked, {"role": "assistant", "content": response.strip()}]
+    chat = [*asked, *(_without_spaces(message) for message in answer)]
     try:
         tokens = template_tokens(chat, f"{name}: a prompt", tokenizer, to_be_answered=False, arguments=template)
     except DataError as error:
         raise BadChat(f"{error}. Its roles are {', '.join(message['role'] for message in chat)}.") from error
     return list(tokens) or [tokenizer.eos_token_id]
+
+
+def _without_spaces(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    return message | {"content": content.strip()} if message["role"] == "assistant" and content else message
 
 
 def ensemble(members: Sequence[Source], combine: str) -> Source:

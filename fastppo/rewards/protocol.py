@@ -3,7 +3,8 @@
 A request is `{"prompts": [text, ...], "responses": [text, ...], "ended": [true, ...]}`. A reward model ignores columns.
 The answer is `{"scores": [...]}`, or `{"error": "..."}` with a status other than 200. Without `ended` all responses
 count as cut, so that the model reads no EOS. `"messages": [[{"role": ..., "content": ...}, ...] or null, ...]` has the
-prompts that are chat; a reward model with a chat template writes them with its own template.
+prompts that are chat; a reward model with a chat template writes them with its own template. `"conversations"`, of the
+same form, has prompt, turns and observations where an environment answered the policy; a reward model reads these.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from fastppo.data import SURROGATE, Messages, are_messages
 
 REQUEST = '{"prompts": [text, ...], "responses": [text, ...], "ended": [true, ...]}'
 MESSAGES = "messages has a list of chat messages ({role, content}) for each prompt, or null"
+CONVERSATIONS = "conversations has a list of chat messages ({role, content}) for each response"
 EXAMPLE: dict[str, Any] = {
     "prompts": ["Describe a tree."],
     "responses": [" It has leaves."],
@@ -33,8 +35,8 @@ def _chat(messages: list[dict[str, Any]]) -> Messages:
 
 MESSAGE: dict[str, Any] = {
     "type": "object",
-    "properties": {"role": {"type": "string"}, "content": {"type": ["string", "null"]}},  # null beside tool_calls only
-    "required": ["role"],
+    "properties": {"role": {"type": "string"}, "content": {"type": "string"}},
+    "required": ["role", "content"],
     "additionalProperties": True,  # other keys are for the chat template
 }
 Chat = Annotated[
@@ -56,6 +58,9 @@ class ScoreRequest(BaseModel):
     )
     messages: list[Chat | None] | None = Field(
         None, description="The messages of each prompt that is chat, for the model's own chat template; else null."
+    )
+    conversations: list[Chat] | None = Field(
+        None, description="All messages, observations included, of each response with several turns."
     )
     columns: Any = Field(
         None, description="Other columns of the data. They are ignored.", json_schema_extra={"type": "object"}
@@ -95,6 +100,7 @@ class Asked(NamedTuple):
     responses: list[str]
     ended: list[bool]
     messages: list[Messages | None]
+    conversations: list[Messages] | None
 
 
 def read_request(body: bytes) -> Asked:
@@ -105,6 +111,8 @@ def read_request(body: bytes) -> Asked:
         first = error.errors()[0]
         if first["loc"][:1] == ("messages",):
             raise ValueError(MESSAGES) from None
+        if first["loc"][:1] == ("conversations",):
+            raise ValueError(CONVERSATIONS) from None
         where = ".".join(map(str, first["loc"])) or "the whole"
         raise ValueError(f"a request is {REQUEST}; {where}: {first['msg']}") from None
     except (ValueError, RecursionError) as error:
@@ -112,13 +120,16 @@ def read_request(body: bytes) -> Asked:
     prompts, responses = said.prompts, said.responses
     ended = [False] * len(responses) if said.ended is None else said.ended
     messages: list[Messages | None] = [None] * len(prompts) if said.messages is None else said.messages
-    if not len(prompts) == len(responses) == len(ended) == len(messages):
+    conversations = said.conversations
+    of_responses = (responses, ended, messages, prompts if conversations is None else conversations)
+    if any(len(part) != len(prompts) for part in of_responses):
         counts = f"{len(prompts)} prompts, {len(responses)} responses and {len(ended)} ended"
         more = "" if said.messages is None else f", and {len(messages)} messages"
+        more += "" if conversations is None else f", and {len(conversations)} conversations"
         raise ValueError(f"the request has {counts}{more}")
-    contents = [message.get("content") or "" for chat in messages for message in chat or []]
+    contents = [message.get("content") or "" for chat in (*messages, *(conversations or ())) for message in chat or []]
     for name, texts in (("prompt", prompts), ("response", responses), ("message", contents)):
         for i, text in enumerate(texts):
             if half := SURROGATE.search(text):
                 raise ValueError(f"{name} {i} has half a character at {half.start()}, the lone surrogate {half[0]!r}")
-    return Asked(prompts, responses, ended, messages)
+    return Asked(prompts, responses, ended, messages, conversations)

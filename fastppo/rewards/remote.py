@@ -2,8 +2,10 @@
 
 A request is a POST of `{"prompts": [...], "responses": [...], "ended": [...], "columns": {name: [...]}}`. The answer is
 `{"scores": [...]}`, one finite number per response. `ended` is false for a response that was cut at its maximum length.
-If prompts are chat, `"messages": [...]` has one entry per prompt: its messages, or null. An error has a status other
-than 200 and may have a message in `{"error": "..."}`. `fastppo.serve_reward` is such a service for a reward model.
+If prompts are chat, `"messages": [...]` has one entry per prompt: its messages, or null. With an environment,
+`"conversations": [...]` has one entry per response: the messages of prompt, turns and observations. An error has a
+status other than 200 and may have a message in `{"error": "..."}`. `fastppo.serve_reward` is such a service for a
+reward model.
 """
 
 from __future__ import annotations
@@ -71,6 +73,8 @@ def _request(responses: Responses, start: int, config: RewardConfig, where: str)
     }
     if responses.messages is not None and any(chat is not None for chat in responses.messages[rows]):
         said["messages"] = list(responses.messages[rows])
+    if responses.conversations is not None:
+        said["conversations"] = list(responses.conversations[rows])
     try:
         return _Request(start, responses.texts[rows], _json(said))
     except (TypeError, ValueError, RecursionError) as error:
@@ -82,6 +86,12 @@ def _request(responses: Responses, start: int, config: RewardConfig, where: str)
                         f" ({type(value).__name__}) of the column {name}. Write that column as text, or leave it out of"
                         " the data."
                     ) from error
+        for i, conversation in enumerate(said.get("conversations", ()), start=start):
+            if not _is_json(conversation):
+                raise RewardError(
+                    f"{where}.url = {config.url} is sent JSON, which cannot say the conversation of response {i}"
+                    f" ({error}). Let rollout.environment answer with messages of texts and numbers."
+                ) from error
         raise
 
 

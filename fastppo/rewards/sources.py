@@ -61,7 +61,7 @@ def check_chats(config: ResponseSettings, tokenizer: PreTrainedTokenizerBase, *p
                     chat_tokens(
                         f"{setting} = {name}",
                         chat,
-                        "yes",
+                        [{"role": "assistant", "content": "yes"}],
                         reward_tokenizer,
                         _arguments(config, reward_tokenizer, tokenizer),
                     )

@@ -13,20 +13,22 @@ from typing import Any
 
 import torch
 
-from fastppo.errors import RAISED, import_user_code, line_of
+from fastppo.errors import RAISED, import_user_code, line_of, log_once
 from fastppo.rewards.responses import Responses, RewardError, checked
 from fastppo.user_code import event_loop, module_state, signature_of
 
 Function = Callable[..., Any]
 
 COMPLETIONS = "completions"  # TRL's name for responses
+CONVERSATIONS = "conversations"  # with `rollout.environment`; without, it may be a column of the data
 
 
 class FunctionSource:
     """A function of the user, called with copies of the prompts, the responses and the columns of the data.
 
     A function with `**kwargs` gets all columns of the data, any other those that it has as parameters; a parameter
-    `completions`, TRL's name, gets the responses. Coroutine functions are awaited.
+    `completions`, TRL's name, gets the responses; with an environment `conversations` gets lists of messages, prompts
+    and observations included. Coroutine functions are awaited.
     """
 
     def __init__(self, name: str, where: str):
@@ -78,8 +80,17 @@ class FunctionSource:
         available = {"prompts": responses.prompts, "responses": responses.texts} | responses.columns
         if COMPLETIONS not in available and _names_completions(self._function):
             available[COMPLETIONS] = responses.texts
+        if responses.conversations is not None:
+            if CONVERSATIONS in responses.columns:
+                log_once(f"{self._setting} does not receive the column {CONVERSATIONS} of the data: a reserved name")
+            available[CONVERSATIONS] = list(responses.conversations)
         signature = signature_of(self._function)
         for name in signature.required:
+            if name not in available and name == CONVERSATIONS:
+                raise RewardError(
+                    f"{self._setting} has the parameter {name}, which only a run with rollout.environment has. Set"
+                    " rollout.environment, or use prompts and responses: each response is one turn."
+                )
             if name not in available:
                 raise RewardError(
                     f"{self._setting} has the parameter {name}, which is not a column of the data; these are:"
