@@ -21,6 +21,7 @@ from fastppo.data.batch import Prompts, Rollout
 from fastppo.data.prompts import PromptSet
 from fastppo.distributed import Stopped, stop
 from fastppo.environments import ConversationError, load_environment
+from fastppo.models.cache import Cache
 from fastppo.models.roles import Policy, fuse_head
 from fastppo.rollout.answers import check_rollout
 from fastppo.rollout.decoder import Decoder
@@ -181,16 +182,25 @@ def test_other_rows_are_decoded_while_an_environment_answers(actor, folder, monk
 
 
 def test_a_row_is_extended_and_not_computed_again(actor, folder, monkeypatch):
-    computed, prefill = [], Policy.prefill
-    monkeypatch.setattr(
-        Policy, "prefill", lambda self, tokens, *rest: computed.append(len(tokens)) or prefill(self, tokens, *rest)
-    )
-    rollout = talk(actor, folder)
-    prompts = int(rollout.packed.prompt_lengths.sum())
-    observed = int((rollout.packed.lengths - rollout.packed.prompt_lengths - rollout.packed.response_lengths).sum())
-    turns = int((rollout.packed.turn_counts - 1).sum())
-    assert observed + turns <= sum(computed) - prompts <= observed + 2 * turns + 32 * len(computed)
-    assert sum(computed) < int(rollout.packed.lengths.sum())
+    prefilled, extended = [], {}
+    prefill, extend = Cache.begin_prefill, Cache.begin_extension
+
+    def counted_prefill(self, lengths, rows):
+        prefilled.extend(lengths[: len(rows)])
+        prefill(self, lengths, rows)
+
+    def counted_extension(self, lengths, rows, before):
+        extended.update({(row, held): length for length, row, held in zip(lengths, rows, before, strict=True)})
+        extend(self, lengths, rows, before)
+
+    monkeypatch.setattr(Cache, "begin_prefill", counted_prefill)
+    monkeypatch.setattr(Cache, "begin_extension", counted_extension)
+    packed = talk(actor, folder).packed
+    assert sum(prefilled) == int(packed.prompt_lengths.sum())
+    turns = int((packed.turn_counts - 1).sum())
+    observed = int((packed.lengths - packed.prompt_lengths - packed.response_lengths).sum())
+    assert len(extended) == turns  # and of each turn the newest one or two tokens, which the cache does not hold
+    assert observed + turns <= sum(extended.values()) <= observed + 2 * turns
 
 
 def test_an_environment_that_fails_in_one_conversation_ends_sampling_with_its_reason(actor, folder):
