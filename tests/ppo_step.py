@@ -17,6 +17,7 @@ from fastppo.config import Config
 from fastppo.config.command_line import parse
 from fastppo.data.batch import Experience, Moments, Prompts, Rollout, Scored, Update
 from fastppo.data.microbatches import Minibatch, plan_step
+from fastppo.data.packed import pack_turns
 from fastppo.distributed.engine import gathered
 from fastppo.distributed.world import World, start_world, stop_world
 from fastppo.models.assembly import Roles, assemble
@@ -30,6 +31,8 @@ from fastppo.ppo.update import run_updates
 from fastppo.rollout import InProcess
 
 PROMPTS = [tuple(range(5, 5 + n)) for n in (3, 9, 4, 7, 3, 5, 12, 6)]
+# Of each prompt's conversation the tokens of turns (positive) and observations (negative), in order.
+SHAPES = [(3,), (2, -4, 1), (1, -1, 1, -2, 3), (5, -1, 2), (1,), (2, -3, 2, -3, 2), (4, -2, 1), (1, -5, 1)]
 
 
 @dataclasses.dataclass
@@ -62,6 +65,27 @@ def responses(roles: Roles, samples: int = 1) -> Scored:
     return Scored(rollout, scores[:, None], scores, torch.full_like(scores, torch.nan))
 
 
+def conversations(samples: int = 1) -> Scored:
+    """Made-up conversations of many lengths, with a reward for each turn but the last and a score at the end."""
+    random = torch.Generator().manual_seed(3)
+    tokens, masks = [], []
+    for i, shape in enumerate(SHAPES):
+        prompt = PROMPTS[i // samples]
+        behind = torch.randint(5, 250, (sum(map(abs, shape)),), generator=random).tolist()
+        tokens.append([*prompt, *behind])
+        masks.append([False] * len(prompt) + [count > 0 for count in shape for _ in range(abs(count))])
+    packed = pack_turns(tokens, masks)
+    rewards = torch.zeros(len(packed.responses))
+    ends = packed.turn_lengths.cumsum(0) - 1
+    rewards[ends] = torch.linspace(0.5, -0.5, len(ends))
+    rewards[packed.last_response_tokens] = 0.0
+    sources = torch.arange(len(PROMPTS)) // samples
+    rollout = Rollout(packed, torch.zeros(len(rewards)), torch.ones(len(PROMPTS), dtype=torch.bool), sources, rewards)
+    scores = torch.linspace(-1, 1, len(PROMPTS))
+    of_turns = rollout.rewards_of_turns.float()
+    return Scored(rollout, torch.stack([scores, of_turns], 1), scores + of_turns, scores * torch.nan, scores)
+
+
 def context_of(config: Config, roles: Roles, world: World, *, step: int = 0) -> StepContext:
     texts = Texts.of(read_texts(config, roles.tokenizer, None), config)
     estimator, loss = load_estimator(config.ppo), load_loss(config.ppo)
@@ -69,13 +93,26 @@ def context_of(config: Config, roles: Roles, world: World, *, step: int = 0) -> 
 
 
 def step(config: Config, world: World, *, plan: list[list[Minibatch]] | None = None) -> Step:
-    roles = roles_of(config, world)
+    """From responses, or with an environment, which nobody asks, from made-up conversations."""
+    roles, samples = roles_of(config, world), config.sampling.samples_per_prompt
     roles.residency.enter("sampling")
-    scored = responses(roles, config.sampling.samples_per_prompt)
+    scored = responses(roles, samples) if config.rollout.environment is None else conversations(samples)
+    return learn(config, world, scored, plan, roles)
+
+
+def learn(
+    config: Config,
+    world: World,
+    scored: Scored,
+    plan: list[list[Minibatch]] | None = None,
+    roles: Roles | None = None,
+) -> Step:
+    """From these responses."""
+    roles = roles or roles_of(config, world)
     plan = plan or plan_step(scored.rollout.packed.lengths, config, 0, world.ranks, roles.attention)
     context, prefix_cache = context_of(config, roles, world), PrefixStates()
     roles.residency.enter("experience")
-    experience = compute_experience(scored, Moments().add(scored.scores), plan[0], prefix_cache, context)
+    experience = compute_experience(scored, Moments().add(scored.end_scores), plan[0], prefix_cache, context)
     roles.residency.enter("learning")
     updates = list(run_updates(experience, plan, prefix_cache, context))
     parameters = {}

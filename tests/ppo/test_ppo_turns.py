@@ -8,19 +8,17 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from ppo_step import PROMPTS, Step, config_of, context_of, responses, roles_of
+from ppo_step import PROMPTS, SHAPES, config_of, context_of, conversations, learn, responses, roles_of
 from test_update import METHODS, SEVERAL, difference
 
-from fastppo.data.batch import Moments, Rollout, Scored
-from fastppo.data.microbatches import Minibatch, plan_step
-from fastppo.data.packed import Packed, pack_turns, segment_rows
+from fastppo.data.batch import Moments
+from fastppo.data.microbatches import Minibatch
+from fastppo.data.packed import Packed, segment_rows
 from fastppo.distributed.world import start_world
 from fastppo.models.frozen_prefix import PrefixStates
 from fastppo.ppo.experience import compute_experience
 from fastppo.ppo.update import run_updates
 
-# Of each prompt's conversation the tokens of turns (positive) and observations (negative), in order.
-SHAPES = [(3,), (2, -4, 1), (1, -1, 1, -2, 3), (5, -1, 2), (1,), (2, -3, 2, -3, 2), (4, -2, 1), (1, -5, 1)]
 SHUFFLED = [[Minibatch((torch.tensor([7, 2]), torch.tensor([0, 5, 4]), torch.tensor([6, 1, 3])))]]
 
 
@@ -32,44 +30,6 @@ def world():
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return tiny.saved(tmp_path_factory.mktemp("model"), tiny.causal())
-
-
-def conversations(samples: int = 1) -> Scored:
-    """Made-up conversations of many lengths, with a reward for each turn but the last and a score at the end."""
-    random = torch.Generator().manual_seed(3)
-    tokens, masks = [], []
-    for i, shape in enumerate(SHAPES):
-        prompt = PROMPTS[i // samples]
-        behind = torch.randint(5, 250, (sum(map(abs, shape)),), generator=random).tolist()
-        tokens.append([*prompt, *behind])
-        masks.append([False] * len(prompt) + [count > 0 for count in shape for _ in range(abs(count))])
-    packed = pack_turns(tokens, masks)
-    rewards = torch.zeros(len(packed.responses))
-    ends = packed.turn_lengths.cumsum(0) - 1
-    rewards[ends] = torch.linspace(0.5, -0.5, len(ends))
-    rewards[packed.last_response_tokens] = 0.0
-    sources = torch.arange(len(PROMPTS)) // samples
-    rollout = Rollout(packed, torch.zeros(len(rewards)), torch.ones(len(PROMPTS), dtype=torch.bool), sources, rewards)
-    scores = torch.linspace(-1, 1, len(PROMPTS))
-    of_turns = rollout.rewards_of_turns.float()
-    return Scored(rollout, torch.stack([scores, of_turns], 1), scores + of_turns, scores * torch.nan, scores)
-
-
-def learn(config, world, scored, plan=None) -> Step:
-    """As `ppo_step.step`, from these responses."""
-    roles = roles_of(config, world)
-    plan = plan or plan_step(scored.rollout.packed.lengths, config, 0, world.ranks, roles.attention)
-    context, prefix_cache = context_of(config, roles, world), PrefixStates()
-    experience = compute_experience(scored, Moments().add(scored.end_scores), plan[0], prefix_cache, context)
-    updates = list(run_updates(experience, plan, prefix_cache, context))
-    engines = (("actor", roles.actor), ("critic", roles.critic))
-    parameters = {
-        f"{name}.{n}": p.detach().clone()
-        for name, engine in engines
-        if engine is not None
-        for n, p in engine.module.named_parameters()
-    }
-    return Step(parameters, updates, experience)
 
 
 @pytest.mark.parametrize("method", ["gae", *METHODS])

@@ -115,6 +115,7 @@ def test_no_shared_memory_stays_behind(world):
 # stage 3: by default DeepSpeed leaves small ones whole on each rank, and all of these are small.
 SPLIT_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 TEXT = ["--ptx.coef", "0.5", "--ptx.path", "TEXTS", "--ptx.batch_size", "6", "--ptx.max_tokens", "30"]
+TALK = ["--rollout.environment", "made:up"]
 RANK_CASES = {
     "shared, stage 0": ["--critic.kind", "shared", "--zero.stage", "0"],
     "shared, stage 1": ["--critic.kind", "shared", "--zero.stage", "1"],
@@ -140,6 +141,9 @@ RANK_CASES = {
     "reinforce++, stage 2, offloaded": ["--ppo.estimator", "reinforce++", "--zero.stage", "2", "--zero.offload", "cpu"],
     "rloo, LoRA, stage 1": ["--ppo.estimator", "rloo", *GROUPS, "--actor.lora.rank", "4", "--zero.stage", "1"],
     **{f"{method}, stage 3": [*settings, "--zero.stage", "3"] for method, settings in METHODS.items()},
+    "conversations, stage 2": [*TALK, "--zero.stage", "2"],
+    "conversations, shared, stage 3": [*TALK, "--critic.kind", "shared", "--zero.stage", "3"],
+    "conversations, gspo, stage 3": [*TALK, *METHODS["gspo"], "--zero.stage", "3"],
     "recomputed activations, stage 3": ["--optim.activation_checkpointing", "true", "--zero.stage", "3"],
 }
 
