@@ -20,7 +20,7 @@ from ppo_step import config_of, roles_of
 from fastppo.config import Config, PPOSamplingConfig, RolloutConfig
 from fastppo.config.command_line import parse
 from fastppo.data.batch import Prompts, Rollout
-from fastppo.data.packed import pack
+from fastppo.data.packed import pack, pack_turns
 from fastppo.distributed.world import start_world
 from fastppo.rollout import SamplerError, find_engine
 from fastppo.rollout.answers import check_rollout
@@ -293,6 +293,41 @@ WRONG = {
 }
 
 
+# The same, with an observation of one token in the first.
+TALKED = replace(
+    GOOD,
+    packed=pack_turns([(8, 9, 20, 30, 21), (5, 6, 7, 22), (8, 9, 23)], [[0, 0, 1, 0, 1], [0, 0, 0, 1], [0, 0, 1]]),
+    turn_rewards=torch.zeros(4),
+)
+
+
+def remasked(*mask: int) -> Rollout:
+    return replace(TALKED, packed=replace(TALKED.packed, mask=torch.tensor(mask, dtype=torch.bool)))
+
+
+WRONG |= {
+    "a mask of numbers": (
+        replace(TALKED, packed=replace(TALKED.packed, mask=torch.zeros(12))),
+        "packed.mask with 1 .*bool",
+    ),
+    "a mask too short": (remasked(0, 0, 1, 0, 1, 0, 0, 0, 1, 0, 0), "packed.mask of 11 numbers for 12 tokens"),
+    "a mask that counts more": (
+        remasked(0, 0, 1, 1, 1, 0, 0, 0, 1, 0, 0, 1),
+        "mask with 3 written tokens in sequence 0, of which response_cu_seqlens counts 2",
+    ),
+    "an observation at the end": (
+        remasked(0, 0, 1, 1, 0, 0, 0, 0, 1, 0, 0, 1),
+        "a sequence 0 that does not end with a token that the actor wrote",
+    ),
+    "a prompt that the actor wrote": (
+        remasked(0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 1),
+        "4 tokens as response 0; .* sampling.max_new_tokens = 3",
+    ),
+    "a mask without rewards": (replace(TALKED, turn_rewards=None), "turn_rewards of the type NoneType"),
+    "a turn reward too few": (replace(TALKED, turn_rewards=torch.zeros(3)), "3 turn_rewards for 4 response tokens"),
+}
+
+
 def check(rollout: Any, prompts: Prompts = PROMPTS) -> None:
     check_rollout(rollout, prompts, "rollout.engine = mine.py:Mine", longest=3, vocabulary=257)
 
@@ -305,6 +340,7 @@ def test_what_is_no_response_to_each_prompt_is_an_error_that_names_the_engine(ro
 
 def test_a_rollout_is_none_the_worse_for_rounding_or_for_having_no_rows():
     check(replace(GOOD, logprobs=torch.tensor([1e-7, -2.0, 0.0, -0.5])))
+    check(TALKED)
     none = torch.zeros(0, dtype=torch.int64)
     check(Rollout(pack([], []), torch.zeros(0), none.bool(), none), PROMPTS.select([]))
 
