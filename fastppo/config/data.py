@@ -30,7 +30,8 @@ class DataConfig:
     apply to prompts, to the text of `ptx`, and to reward models with the same template."""
     tools: tuple[dict[str, Any], ...] = field(default=(), hash=False)
     """Tools that the actor may call, as JSON schemas of functions (`{type: function, function: {name, description,
-    parameters}}`). The chat template tells the actor of them, and what it writes is searched for calls."""
+    parameters}}`). The chat template tells the actor of them, and reward models with the same template; with
+    `rollout.environment` the actor's turns are searched for calls."""
     tool_format: Literal["auto", "hermes", "llama3"] = "auto"
     """How the actor writes tool calls: `hermes` (also Qwen): a JSON object between `<tool_call>` and `</tool_call>`;
     `llama3`: a JSON object with `name` and `parameters` as the whole turn; `auto`: as its chat template says."""
@@ -169,7 +170,8 @@ class TextConfig:
     """Column with whole conversations, in place of the two above; every assistant message is learned."""
     chat: Literal["auto", "always", "never"] = "auto"
     """`auto`: the chat template is applied to lists of messages, and text is used as it is; `always`: a prompt that is
-    text becomes a user message, and a response an assistant message; `never`: messages are an error."""
+    text becomes a user message, and a response an assistant message; `never`: messages are an error, except for whole
+    conversations (`messages`), whose texts then follow each other as they are."""
     max_tokens: int = 1024
     """Maximum length of prompt and text, in tokens, including the EOS."""
     too_long: Literal["drop", "cut", "error"] = "cut"

@@ -102,6 +102,19 @@ def encode_behind(
     return best
 
 
+def encode_parts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The tokens of texts that follow each other: the first with the BOS, if the tokenizer adds one."""
+    before = ""
+    tokens: list[int] = []
+    parts: list[list[int]] = []
+    for text in texts:
+        parts.append(
+            encode_after([before], [tokens], [text], tokenizer)[0] if parts else plain_tokens([text], tokenizer)[0]
+        )
+        before, tokens = before + text, [*tokens, *parts[-1]]
+    return parts
+
+
 def decode_after(
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],

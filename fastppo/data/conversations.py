@@ -6,10 +6,11 @@ import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastppo.config import DataConfig, ExamplesConfig
-from fastppo.data.continuation import encode_after, encode_behind, plain_tokens, special_ids
+from fastppo.data.continuation import encode_after, encode_behind, encode_parts, plain_tokens, special_ids
 from fastppo.data.tables import DataError
 from fastppo.distributed import strftime_now
 
@@ -21,6 +22,10 @@ Messages = list[dict[str, Any]]
 NO_ARGUMENTS: Mapping[str, Any] = {}  # of a chat template
 # the variables of a template that fastppo and transformers set
 SET_VARIABLES = {"messages", "add_generation_prompt", "raise_exception", "strftime_now"}
+PLAIN_WITH_TOOLS = (
+    "this is plain text, and only a chat template tells the model of data.tools. Set data.chat to always, give chat"
+    " messages, or leave out data.tools."
+)
 
 
 class Answered(NamedTuple):
@@ -66,7 +71,7 @@ def encode_answer(
         if not isinstance(value, str):
             raise _type_error(where, value)
     if config.tools:
-        raise plain_with_tools(where)
+        raise DataError(f"{where}: {PLAIN_WITH_TOOLS}")
     start = tuple(plain_tokens([prompt or ""], tokenizer)[0])
     text = encode_after([prompt or ""], [start], [answer], tokenizer)[0][-(config.last_tokens or 0) :]
     return Answered(start, (*text, _eos(tokenizer)) if config.eos else tuple(text))
@@ -75,7 +80,11 @@ def encode_answer(
 def encode_turns(
     messages: Any, config: ExamplesConfig, where: str, tokenizer: PreTrainedTokenizerBase
 ) -> list[Answered]:
-    """Encode each message of the assistant in a conversation as the answer to all messages before it."""
+    """Encode each message of the assistant in a conversation as the answer to all messages before it.
+
+    With `chat: never` the conversation is plain text, the contents of its messages one after another as they are, and
+    an EOS ends the last message only: what ends an earlier turn is for its text to say.
+    """
     if isinstance(messages, str):
         raise DataError(
             f"{where} contains text and no chat messages ({{role, content}}): {_start_of(messages)}. Name another"
@@ -83,11 +92,29 @@ def encode_turns(
         )
     if _is_missing(messages):
         return [unusable("an empty conversation")]
+    if config.chat == "never":
+        return _plain_turns(messages, config, where, tokenizer)
     messages = _as_messages(messages, "user", config, where)
     assistant_turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not assistant_turns:
         return [unusable("no message of the assistant")]
     return [_last_turn(messages[: i + 1], config, where, tokenizer) for i in assistant_turns]
+
+
+def _plain_turns(value: Any, config: ExamplesConfig, where: str, tokenizer: PreTrainedTokenizerBase) -> list[Answered]:
+    if not are_messages(value):
+        raise _type_error(where, value)
+    if any(calls_tools(message) for message in value):
+        raise DataError(
+            f"{where} has tool calls, which only a chat template writes, and {config.group}.chat is never. Set it to"
+            " auto, or write the calls as text in the messages' content."
+        )
+    # The first part is empty, so that a conversation may begin with the assistant: it holds the BOS, if there is one.
+    parts = encode_parts(["", *(message["content"] for message in value)], tokenizer)
+    turns = [i for i, message in enumerate(value, start=1) if message["role"] == "assistant"]
+    ends = {len(value): [_eos(tokenizer)]} if config.eos and parts[-1] else {}
+    answered = [Answered(tuple(chain(*parts[:i])), (*parts[i], *ends.get(i, []))) for i in turns]
+    return answered or [unusable("no message of the assistant")]
 
 
 def are_messages(value: Any) -> bool:
@@ -141,8 +168,8 @@ def template_text(
     """The text that `template_tokens` encodes."""
     if tokenizer.chat_template is None:
         raise DataError(
-            f"{where} is chat, but the tokenizer has no chat template. Use an instruction-tuned model's tokenizer, or"
-            " plain text with a chat of auto or never."
+            f"{where} is chat, but the tokenizer has no chat template. Use an instruction-tuned model's tokenizer,"
+            " plain text, or, to learn from whole conversations as plain text, a chat of never."
         )
     try:
         # An argument of this name replaces transformers' function of the same name.
@@ -162,27 +189,13 @@ def template_arguments(config: DataConfig | ExamplesConfig) -> Mapping[str, Any]
 def check_template(config: DataConfig | ExamplesConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises DataError if the tokenizer's chat template does not read `data.template` or `data.tools`."""
     check_arguments("data.template", config.template, tokenizer)
-    if not config.tools:
-        return
-    names = ", ".join(tool["function"]["name"] for tool in config.tools)
-    if tokenizer.chat_template is None:
+    given = template_arguments(config)
+    if config.tools and (tokenizer.chat_template is None or "tools" not in template_variables(tokenizer, given)):
+        names = ", ".join(tool["function"]["name"] for tool in config.tools)
         raise DataError(
-            f"data.tools has {names}, but the tokenizer has no chat template to tell the model of them. Use an"
-            " instruction-tuned model's tokenizer, or describe the tools in the prompts and leave out data.tools."
+            f"data.tools has {names}, but the tokenizer has no chat template that reads tools. Use a model with one, or"
+            " describe the tools in the prompts and leave out data.tools."
         )
-    if "tools" not in template_variables(tokenizer, {"tools": list(config.tools)}):
-        raise DataError(
-            f"data.tools has {names}, but the tokenizer's chat template does not read tools. Use a model whose template"
-            " does, or describe the tools in the prompts and leave out data.tools."
-        )
-
-
-def plain_with_tools(where: str) -> DataError:
-    """The error of plain text where there are tools."""
-    return DataError(
-        f"{where} is plain text, and only a chat template tells the model of data.tools. Set data.chat to always, give"
-        " chat messages, or leave out data.tools."
-    )
 
 
 def _as_templates_read(messages: Messages) -> Messages:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from fastppo.config import DataConfig
 from fastppo.data.continuation import decode_start, plain_tokens
 from fastppo.data.conversations import (
+    PLAIN_WITH_TOOLS,
     Messages,
     are_messages,
     check_template,
-    plain_with_tools,
     template_arguments,
     template_text,
     template_tokens,
@@ -189,7 +189,7 @@ def _plain_prompts(
     rows: list[int], table: Table, config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> dict[int, _Prompt]:
     if config.tools and rows:
-        raise plain_with_tools(f"{table.where(rows[0])}: the prompt in column {config.column}")
+        raise DataError(f"{table.where(rows[0])}, column {config.column}: {PLAIN_WITH_TOOLS}")
     texts = [table.column(config.column)[row] for row in rows]
     for row, text in zip(rows, texts, strict=True):
         if not text.strip() and config.first_tokens is None:

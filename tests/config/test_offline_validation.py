@@ -121,7 +121,10 @@ def test_settings_of_pairs_that_cannot_work_are_refused(settings, words):
     ("settings", "words"),
     [
         (dict(model__train="head"), "model.train is head, which is for reward models"),
-        (dict(data__messages="m", data__chat="never"), "data.messages is m and data.chat never"),
+        (
+            dict(data__messages="m", data__chat="never", data__last_tokens=3),
+            "data.messages is m and data.last_tokens 3: a turn .* is learned as a whole",
+        ),
     ],
 )
 def test_settings_of_responses_that_cannot_work_are_refused(settings, words):

@@ -58,7 +58,6 @@ GIVEN = {"mixture__share": 0.5, "mixture__path": "d.jsonl"}
         ({**GIVEN, "improve__batch_size": 1}, "both kinds need one"),
         ({**GIVEN, "mixture__share": 0.999}, "64 of 64 responses in an update would be demonstrations"),
         ({**GIVEN, "mixture__max_tokens": 9000}, "improve.microbatch_tokens is 8192, but one demonstration"),
-        ({**GIVEN, "mixture__messages": "m", "mixture__chat": "never"}, "messages are chat"),
         ({"sampling__max_new_tokens": 9000}, "improve.microbatch_tokens is 8192, but one sequence"),
         ({"health__alarms": (AlarmConfig("entropy", 0.5, "roll_back"),)}, "ReST has no KL penalty to raise"),
         ({"health__alarms": (AlarmConfig("entropy", 0.5, "raise_kl"),)}, "ReST has no KL penalty to raise"),

@@ -160,7 +160,6 @@ def test_the_defaults_and_the_quickstart_are_allowed():
             dict(ptx__coef=0.1, ptx__path="t", ptx__max_tokens=8193),
             ["microbatch_tokens is 8192", "8193", "ptx.max_tokens"],
         ),
-        (dict(ptx__coef=0.1, ptx__path="t", ptx__messages="m", ptx__chat="never"), ["ptx.messages is m", "chat never"]),
         (dict(critic__warmup_steps=100), ["critic.warmup_steps is 100", "steps 100"]),
         (dict(optim__warmup_steps=401), ["optim.warmup_steps is 401", "400 updates"]),
         (dict(optim__warmup_steps=361, critic__warmup_steps=10), ["optim.warmup_steps is 361", "360 updates"]),

@@ -23,6 +23,7 @@ from fastppo.data.continuation import (
     decode_start,
     encode_after,
     encode_behind,
+    encode_parts,
     plain_tokens,
 )
 from fastppo.data.examples import load_answers, load_pairs, load_texts
@@ -201,6 +202,28 @@ def test_a_prompt_and_its_response_are_the_text_that_rewards_read(kind, chat, tm
     for prompt, tokens in zip(seen[0].prompts, prompts.tokens, strict=True):
         again = plain_tokens([prompt], tokenizer)[0] if chat == "never" else list(tokens)
         assert again == list(tokens)
+
+
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_texts_that_follow_each_other_are_the_whole_text_with_one_bos(kind):
+    tokenizer = made(kind)
+    texts = ["the film was", " so;", "\nit is", "film"]
+    parts = encode_parts(texts, tokenizer)
+    assert parts[0] == plain_tokens(texts[:1], tokenizer)[0]
+    for i in range(1, len(parts)):
+        before = [token for part in parts[:i] for token in part]
+        assert tokenizer.bos_token_id not in parts[i]
+        assert decode_after([before], [parts[i]], tokenizer) == [texts[i]]
+    bos, start = encode_parts(["", texts[0]], tokenizer)
+    assert [*bos, *start] == parts[0]
+
+
+def test_special_tokens_are_shown_where_they_are_asked_for():
+    tokenizer = made("byte-level")
+    prompt, ids = plain_tokens(["it"], tokenizer)[0], tokenizer("<user> is</s>", add_special_tokens=False)["input_ids"]
+    assert decode_after([prompt], [ids], tokenizer) == [" is"]
+    assert decode_after([prompt], [ids], tokenizer, shown=["<user>", "<none>"]) == ["<user> is"]
+    assert decode_after([prompt], [ids], tokenizer, special=True) == ["<user> is</s>"]
 
 
 def test_a_prompts_first_tokens_are_a_text_that_the_response_goes_on_from(tmp_path):

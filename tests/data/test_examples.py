@@ -251,6 +251,42 @@ def test_each_message_of_the_assistant_is_a_response_to_all_before_it(answers):
     assert TOKENIZER.decode(train.packed.responses) == "two<eos>four<eos>"
 
 
+def turns(*contents: str) -> list[dict[str, str]]:
+    """Messages of the user and the assistant in turn."""
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def test_a_conversation_of_plain_text_is_its_messages_one_after_another(answers):
+    """A turn before an observation ends as its text does; the last one with an EOS."""
+    train, _ = answers([{"talk": turns("1+2+3 ", "1+2=", "3; ", "3+3=6")}], messages="talk", chat="never")
+    assert sorted(texts(train)) == ["1+2+3 1+2=", "1+2+3 1+2=3; 3+3=6<eos>"]
+    assert sorted(TOKENIZER.decode(train.packed.responses).split("=")) == ["1+2", "3+3", "6<eos>"]
+    watched = turns("1+2 ", "1+2=", "3")
+    assert texts(answers([{"talk": watched}], messages="talk", chat="never")[0]) == ["1+2 1+2="]
+    assert texts(answers([{"talk": turns("p ", "a")}], messages="talk", chat="never", eos=False)[0]) == ["p a"]
+    stopped = turns("p ", "a<eos>", "b ", "c")  # a turn that sampling ends with the EOS says so itself
+    train, _ = answers([{"talk": stopped}], messages="talk", chat="never")
+    assert sorted(texts(train)) == ["p a<eos>", "p a<eos>b c<eos>"]
+    assert [tokens.count(EOS) for tokens in sorted(train.tokens, key=len)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("talk", "words"),
+    [
+        (turns("p", ""), r"1 \(an empty answer\)"),
+        ([{"role": "user", "content": "p"}], r"1 \(no message of the assistant\)"),
+        ([{"role": "user"}], r"line 1, column talk: .* is neither text nor chat messages"),
+        (
+            [*turns("p"), {"role": "assistant", "tool_calls": [{"function": {"name": "now", "arguments": {}}}]}],
+            r"line 1, column talk has tool calls, .* data.chat is never. Set it to auto, or write the calls as text",
+        ),
+    ],
+)
+def test_plain_conversations_that_cannot_be_used_are_named(answers, talk, words):
+    with pytest.raises(DataError, match=words):
+        answers([{"talk": talk}], messages="talk", chat="never", unusable="error" if "line" in words else "drop")
+
+
 def test_without_a_prompt_the_first_token_is_the_prompt(answers):
     train, _ = answers([{"response": "tell"}], prompt=None)
     assert texts(train) == ["tell<eos>"]

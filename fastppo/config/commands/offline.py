@@ -51,7 +51,8 @@ class ExamplesConfig:
     answers are whole conversations."""
     chat: Literal["auto", "always", "never"] = "auto"
     """`auto`: the chat template is applied to lists of messages, and text is used as it is; `always`: a prompt that is
-    text becomes a user message, and an answer an assistant message; `never`: messages are an error."""
+    text becomes a user message, and an answer an assistant message; `never`: messages are an error, except for whole
+    conversations to learn (`messages`), whose texts then follow each other as they are."""
     template: dict[str, Any] = field(default_factory=dict, hash=False)
     """Arguments that the chat template takes in addition to the messages, for example `{enable_thinking: false}`."""
     tools: tuple[dict[str, Any], ...] = field(default=(), hash=False)
@@ -123,7 +124,7 @@ class AnswersConfig(ExamplesConfig):
     """Column with the response: text, or a list of chat messages."""
     messages: str | None = None
     """Column with whole conversations, in place of `prompt` and `response`; every assistant message is a response to the
-    messages before it."""
+    messages before it. Messages of other roles, such as a tool's, are not learned."""
 
     @property
     def columns(self) -> tuple[str, ...]:

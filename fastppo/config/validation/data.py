@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 from fastppo.config.commands.generate import GenerateConfig
 from fastppo.config.commands.offline import ExamplesConfig
 from fastppo.config.commands.online import OnlineConfig
@@ -61,6 +64,60 @@ def check_template(data: DataConfig | ExamplesConfig) -> None:
             f"data.template is {data.template} and data.chat is never: without chat no template is applied. Leave out"
             " data.template, or set data.chat to auto or always."
         )
+    check_tools(data)
+
+
+FORM = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}'
+
+
+def check_tools(data: DataConfig | ExamplesConfig) -> None:
+    if not data.tools:
+        if isinstance(data, DataConfig) and data.tool_format != "auto":
+            raise ConfigError(
+                f"data.tool_format is {data.tool_format} and data.tools is empty: no call would be read. Give"
+                " data.tools, or leave out data.tool_format."
+            )
+        return
+    names: list[str] = []
+    for i, tool in enumerate(data.tools):
+        if (problem := _tool_problem(tool)) is not None:
+            raise ConfigError(f"data.tools[{i}] {problem}. A tool has the form {FORM}, with a JSON schema.")
+        names.append(tool["function"]["name"])
+        if names.count(names[-1]) > 1:
+            raise ConfigError(
+                f"data.tools[{names.index(names[-1])}] and data.tools[{i}] are both named {names[-1]}: a call could mean"
+                " either. Give each tool a name of its own."
+            )
+    if "tools" in data.template:
+        raise ConfigError(
+            "data.tools and data.template both have tools, and the chat template takes one list. Leave tools out of"
+            " data.template."
+        )
+    if data.chat == "never":
+        raise ConfigError(
+            f"data.tools has {', '.join(names)} and data.chat is never: only a chat template tells the model of tools."
+            " Leave out data.tools, or set data.chat to auto or always."
+        )
+
+
+def _tool_problem(tool: Any) -> str | None:
+    """What is wrong with the JSON schema of a tool, or None."""
+    if not isinstance(tool, dict) or tool.get("type") != "function" or not isinstance(tool.get("function"), dict):
+        return "is no function"
+    function = tool["function"]
+    if not isinstance(name := function.get("name"), str) or not name.strip():
+        return "has no name, which must be a text"
+    parameters = {} if function.get("parameters") is None else function["parameters"]
+    if not isinstance(parameters, dict):
+        return f"({name}) has parameters that are no JSON schema of an object"
+    required = parameters.get("required", [])
+    if not isinstance(required, list) or not all(isinstance(each, str) for each in required):
+        return f"({name}) has parameters.required that is no list of names"
+    try:
+        json.dumps(tool, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        return f"({name}) cannot be written as JSON ({error})"
+    return None
 
 
 def check_sampling(config: OnlineConfig | GenerateConfig) -> None:

@@ -49,10 +49,6 @@ def check_ptx(config: Config, ranks: int) -> None:
             f"ppo.microbatch_tokens is {budget}, but one text can have {ptx.max_tokens} tokens (ptx.max_tokens) and"
             " must fit into one microbatch. Raise ppo.microbatch_tokens, or lower ptx.max_tokens."
         )
-    if ptx.messages is not None and ptx.chat == "never":
-        raise ConfigError(
-            f"ptx.messages is {ptx.messages} and ptx.chat never: messages are chat. Set ptx.chat to auto."
-        )
 
 
 def check_zero(config: AnyConfig) -> None:

@@ -95,8 +95,12 @@ def validate_reward(config: RewardTrainingConfig, ranks: int = 1) -> None:
 def validate_sft(config: SFTConfig, ranks: int = 1) -> None:
     """Raises `ConfigError` for the first rule that the settings break on this many ranks (processes)."""
     validate_offline(config, ranks)
-    if config.data.messages is not None and config.data.chat == "never":
-        raise ConfigError(f"data.messages is {config.data.messages} and data.chat never: messages are chat. Set auto.")
+    data = config.data
+    if data.messages is not None and data.chat == "never" and data.last_tokens is not None:
+        raise ConfigError(
+            f"data.messages is {data.messages} and data.last_tokens {data.last_tokens}: a turn of a conversation is learned"
+            " as a whole, since the next message answers all of it. Leave out data.last_tokens."
+        )
 
 
 def validate_dpo(config: DPOConfig, ranks: int = 1) -> None:

@@ -123,11 +123,6 @@ def _check_mixture(config: RestConfig) -> None:
             f" {mixture.max_tokens} tokens (mixture.max_tokens) and must fit into one microbatch. Raise"
             " improve.microbatch_tokens, or lower mixture.max_tokens."
         )
-    if mixture.messages is not None and mixture.chat == "never":
-        raise ConfigError(
-            f"mixture.messages is {mixture.messages} and mixture.chat never: messages are chat. Set mixture.chat to"
-            " auto."
-        )
 
 
 def _check_actions(config: RestConfig) -> None:
