@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from fastppo.config import DataConfig
 from fastppo.data.continuation import encode_behind, special_ids
-from fastppo.data.conversations import NO_ARGUMENTS, Messages, rendered_tokens, template_arguments, template_text
+from fastppo.data.conversations import (
+    NO_ARGUMENTS,
+    Messages,
+    calls_tools,
+    rendered_tokens,
+    template_arguments,
+    template_text,
+)
 from fastppo.data.tables import DataError
 
 if TYPE_CHECKING:
@@ -78,7 +85,12 @@ def _behind_turn(
     where: str,
     arguments: Mapping[str, Any],
 ) -> str:
-    """What the template writes behind a turn of the assistant that is followed by the observation."""
+    """What the template writes behind a turn of the assistant that is followed by the observation.
+
+    Earlier turns are given without their tool calls, of which some templates refuse several in a turn: what is before
+    the turn is not used.
+    """
+    before = [{"role": "assistant", "content": ""} if calls_tools(message) else message for message in before]
     # A word that is in none of the messages: the last place where it stands is then that of the turn.
     contents, number = repr([*before, *observation, dict(arguments)]), 0
     while (word := f"{PLACE}{number}") in contents:

@@ -70,6 +70,17 @@ def test_the_answers_of_tools_follow_a_turn_of_calls_as_the_template_writes_them
     assert tokenizer.decode(tokens) == whole and tokens == written(whole, tokenizer)
 
 
+def test_earlier_turns_may_have_several_calls_though_the_template_writes_but_one():
+    tokenizer, arguments = chat_templates.tokenizer("llama3"), template_arguments(WITH_TOOLS)
+    call = {"type": "function", "function": {"name": "calculate", "arguments": {"expression": "1+2"}}}
+    chat = [*ASKED, {"role": "assistant", "content": "", "tool_calls": [call, call]}, *ANSWERS, ANSWER]
+    tokens = observation_tokens(chat, REPLY, written("It is 4.<|eot_id|>", tokenizer), tokenizer, "here", arguments)
+    assert tokenizer.decode(tokens) == (
+        "<|start_header_id|>user<|end_header_id|>\n\nNo,\nanother one.<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+
+
 def test_what_the_template_would_change_in_a_turn_stays_as_the_actor_wrote_it():
     """Qwen3's template drops its thought, and Llama-3's the spaces around it; both would end it a second time."""
     for name, text in (("qwen3", "<think>\nHm.\n</think>\n\nIt is 4."), ("llama3", "  It is 4.\n"), ("gemma", " 4 ")):
