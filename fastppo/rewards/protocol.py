@@ -35,8 +35,8 @@ def _chat(messages: list[dict[str, Any]]) -> Messages:
 
 MESSAGE: dict[str, Any] = {
     "type": "object",
-    "properties": {"role": {"type": "string"}, "content": {"type": "string"}},
-    "required": ["role", "content"],
+    "properties": {"role": {"type": "string"}, "content": {"type": ["string", "null"]}},  # null beside tool_calls only
+    "required": ["role"],
     "additionalProperties": True,  # other keys are for the chat template
 }
 Chat = Annotated[
