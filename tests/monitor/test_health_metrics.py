@@ -4,9 +4,9 @@ import dataclasses
 import math
 from collections import Counter
 
+import finished_talks
 import numpy as np
 import pytest
-import talks
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -182,7 +182,7 @@ def test_one_turn_each_changes_no_figure(responses):
 
 def test_what_the_environment_says_is_in_no_figure():
     """Turns that stand alone have the pairs of tokens that each has by itself, however the observations read."""
-    packed = talks.rollout(said=[["ab", "ab", "ab"], ["xy"], ["yx", "xy", "zz", "xy", "x"]]).packed
+    packed = finished_talks.rollout(said=[["ab", "ab", "ab"], ["xy"], ["yx", "xy", "zz", "xy", "x"]]).packed
     alone = [[97, 98], [97, 98, 0], [120, 121, 0], [121, 120], [122, 122], [120]]
     pairs = {pair for turn in alone for pair in grams_of(turn, 2)}
     assert distinct_pairs(packed) == pytest.approx(len(pairs) / sum(len(turn) - 1 for turn in alone))

@@ -5,8 +5,8 @@ import logging
 import textwrap
 from dataclasses import replace
 
+import finished_talks
 import pytest
-import talks
 import tiny
 import torch
 from services import lengths, reward_service, service
@@ -22,10 +22,14 @@ from fastppo.rewards import RewardError, load_sources, read_request, response_te
 from fastppo.serve_reward import alone
 
 TOKENIZER, CPU = tiny.tokenizer(), torch.device("cpu")
-DATA = PromptSet(tuple(tuple(TOKENIZER(t)["input_ids"]) for t in talks.PROMPTS), talks.PROMPTS, {"answer": [1, 3, 2]})
+DATA = PromptSet(
+    tuple(tuple(TOKENIZER(t)["input_ids"]) for t in finished_talks.PROMPTS),
+    finished_talks.PROMPTS,
+    {"answer": [1, 3, 2]},
+)
 # as chats, which the reward model's own template writes
-CHATS = replace(DATA, messages=tuple([{"role": "user", "content": text}] for text in talks.PROMPTS))
-OF_TURNS = [sum(rewards) for rewards in talks.REWARDS]
+CHATS = replace(DATA, messages=tuple([{"role": "user", "content": text}] for text in finished_talks.PROMPTS))
+OF_TURNS = [sum(rewards) for rewards in finished_talks.REWARDS]
 
 
 def scored(*rewards, rollout=None, data=DATA):
@@ -33,7 +37,7 @@ def scored(*rewards, rollout=None, data=DATA):
     config = replace(config, optim=replace(config.optim, dtype="fp32"))
     world = World(0, 1, CPU)
     sources = load_sources(config, TOKENIZER, world, Residency(CPU))
-    return score(rollout or talks.rollout(), data, sources, TOKENIZER, world)
+    return score(rollout or finished_talks.rollout(), data, sources, TOKENIZER, world)
 
 
 def function(tmp_path, monkeypatch, body, parameters="responses, conversations"):
@@ -44,11 +48,11 @@ def function(tmp_path, monkeypatch, body, parameters="responses, conversations")
 
 
 def test_a_response_is_what_the_policy_wrote_with_its_turns_on_lines():
-    assert response_texts(talks.rollout().packed, TOKENIZER) == talks.TEXTS
+    assert response_texts(finished_talks.rollout().packed, TOKENIZER) == finished_talks.TEXTS
 
 
 def test_a_conversation_of_one_turn_has_the_text_of_a_response_without_a_mask():
-    packed = talks.rollout(said=[["ab"], ["e"], ["hi"]], rewards=[[0.0]] * 3).packed
+    packed = finished_talks.rollout(said=[["ab"], ["e"], ["hi"]], rewards=[[0.0]] * 3).packed
     assert response_texts(packed, TOKENIZER) == response_texts(replace(packed, mask=None), TOKENIZER)
 
 
@@ -76,9 +80,12 @@ def test_what_shapes_a_score_leaves_the_rewards_for_turns_alone():
 
 def test_rewards_for_turns_beyond_fp32_are_an_error():
     with pytest.raises(RewardError, match=r"rollout.environment: .* turns of response 0 of the batch are 6e"):
-        scored(rollout=talks.rollout(rewards=((3e38, 3e38), (0.0,), (0.0,) * 3)))
+        scored(rollout=finished_talks.rollout(rewards=((3e38, 3e38), (0.0,), (0.0,) * 3)))
     with pytest.raises(RewardError, match=r"response 1 of the batch scores 3e\+38 at its end and 3e\+38 for its turns"):
-        scored(RewardConfig(pattern="e", weight=3e38), rollout=talks.rollout(rewards=((0.0,) * 2, (3e38,), (0.0,) * 3)))
+        scored(
+            RewardConfig(pattern="e", weight=3e38),
+            rollout=finished_talks.rollout(rewards=((0.0,) * 2, (3e38,), (0.0,) * 3)),
+        )
 
 
 def test_a_function_gets_copies_of_conversations(tmp_path, monkeypatch):
@@ -88,13 +95,13 @@ def test_a_function_gets_copies_of_conversations(tmp_path, monkeypatch):
         conversations[0].clear()
         conversations[1][1]["content"] = "?"
         return found"""
-    rollout = talks.rollout()
+    rollout = finished_talks.rollout()
     assert scored(function(tmp_path, monkeypatch, body), rollout=rollout).end_scores.tolist() == [4, 2, 6]
     assert [m["content"] for m in rollout.conversations[1]] == ["three", "e"] and len(rollout.conversations[0]) == 4
 
 
 def test_a_function_that_wants_conversations_of_a_run_without_any_is_an_error(tmp_path, monkeypatch):
-    plain = replace(talks.rollout(), turn_rewards=None, conversations=None)
+    plain = replace(finished_talks.rollout(), turn_rewards=None, conversations=None)
     source = function(tmp_path, monkeypatch, "return [0.0] * len(responses)")
     with pytest.raises(RewardError, match=r"parameter conversations, which only a run with rollout.environment has"):
         scored(source, rollout=plain)
@@ -114,15 +121,15 @@ def test_a_column_of_that_name_gives_way_and_the_log_says_so(tmp_path, monkeypat
 def test_a_service_is_sent_conversations():
     with service(lengths) as (url, asked):
         found = scored(RewardConfig(url=url, request_size=2, concurrency=1))
-    assert found.end_scores.tolist() == [len(text) for text in talks.TEXTS]
+    assert found.end_scores.tolist() == [len(text) for text in finished_talks.TEXTS]
     assert [request["conversations"] for request in asked] == [
-        list(talks.rollout().conversations[:2]),
-        list(talks.rollout().conversations[2:]),
+        list(finished_talks.rollout().conversations[:2]),
+        list(finished_talks.rollout().conversations[2:]),
     ]
 
 
 def test_a_conversation_that_is_no_json_is_an_error():
-    rollout = talks.rollout()
+    rollout = finished_talks.rollout()
     rollout.conversations[1].insert(1, {"role": "user", "content": "", "data": {1, 2}})
     with pytest.raises(RewardError, match=r"the conversation of response 1 .*Let rollout.environment answer"):
         scored(RewardConfig(url="http://127.0.0.1:1"), rollout=rollout)
@@ -131,7 +138,7 @@ def test_a_conversation_that_is_no_json_is_an_error():
 def test_a_reward_model_with_the_actors_tokenizer_reads_all_tokens(tmp_path):
     model = tiny.classifier()
     found = scored(RewardConfig(model=tiny.saved(tmp_path / "reward", model))).end_scores
-    packed = talks.rollout().packed
+    packed = finished_talks.rollout().packed
     with torch.no_grad():
         rows = [model(part[None]).logits.item() for part in packed.tokens.split(packed.lengths.tolist())]
     assert found.tolist() == pytest.approx(rows, abs=1e-5)
@@ -159,7 +166,7 @@ def test_another_reward_model_reads_what_was_observed_too(other):
 
 def test_another_reward_model_reads_a_chat_by_its_own_template(other):
     path, model, tokenizer = other
-    rollout = talks.rollout()
+    rollout = finished_talks.rollout()
     for conversation in rollout.conversations:
         conversation[-1]["content"] = f" {conversation[-1]['content']}\n"  # spaces of the actor's template
     wholes = [

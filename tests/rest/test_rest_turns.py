@@ -2,9 +2,8 @@
 
 from dataclasses import fields, replace
 
-import talks
+import finished_talks
 import torch
-from made_up_batches import batch
 
 from fastppo.checkpoint import random_state
 from fastppo.data.batch import Measured
@@ -20,10 +19,8 @@ DEMONSTRATIONS = Examples(pack([[7, 8, 9]], [1]), 1, torch.zeros(1))
 
 
 def grown():
-    rollout = talks.rollout()
-    made_up = batch([[1] * n for n in rollout.packed.response_lengths.tolist()])
-    rest = {f.name: getattr(made_up, f.name) for f in fields(Measured)}
-    return Measured(**rest | {"packed": rollout.packed, "turn_rewards": rollout.turn_rewards})
+    experience = finished_talks.experience()
+    return Measured(**{field.name: getattr(experience, field.name) for field in fields(Measured)})
 
 
 def test_batches_of_a_grow_keep_their_turns():
@@ -36,7 +33,7 @@ def test_batches_of_a_grow_keep_their_turns():
 
 def test_an_improve_learns_written_tokens_beside_demonstrations():
     packed = learned_from(grown(), Selection(torch.tensor([0, 1]), 0.0, 2), DEMONSTRATIONS).packed
-    rollout = talks.rollout().packed
+    rollout = finished_talks.rollout().packed
     assert packed.responses.tolist() == [*rollout.responses[:7].tolist(), 9]  # "ab" "cd<eos>" "e<eos>"
     assert packed.response_lengths.tolist() == [5, 2, 1]
 

@@ -2,8 +2,8 @@
 
 from dataclasses import fields, replace
 
+import finished_talks
 import pytest
-import talks
 import tiny
 import torch
 from ppo_step import config_of, context_of, roles_of
@@ -54,11 +54,11 @@ def learned(model, found, *arguments):
 
 @pytest.fixture(scope="module")
 def with_turns(model):
-    return learned(model, scored(talks.rollout()), "--ppo.kl_coef", "0")
+    return learned(model, scored(finished_talks.rollout()), "--ppo.kl_coef", "0")
 
 
 def test_rewards_stand_where_turns_and_responses_end(with_turns):
-    experience, rollout = with_turns[0], talks.rollout()
+    experience, rollout = with_turns[0], finished_talks.rollout()
     expected = rollout.turn_rewards.clone()
     expected[[4, 6, 10]] += shape(scored(rollout), Moments().add(ENDS), PPOConfig())  # "ab" "cd<eos>" "e<eos>" "fghi"
     assert expected[[1, 4, 6, 7, 8, 10]].tolist() == [0.25, 0.0, 0.0, 0.0, 0.5, 0.625]
@@ -82,7 +82,7 @@ def test_metrics_tell_turns_observations_and_rewards_apart(with_turns):
 
 
 def test_a_mask_that_leaves_nothing_out_changes_no_bit(model):
-    masked = talks.rollout(said=[["abcd"], ["e"], ["fg"]], rewards=[[0.0]] * 3)
+    masked = finished_talks.rollout(said=[["abcd"], ["e"], ["fg"]], rewards=[[0.0]] * 3)
     plain = replace(masked, packed=replace(masked.packed, mask=None), turn_rewards=None, conversations=None)
     one, other = learned(model, scored(masked)), learned(model, replace(scored(plain), of_sources=None))
     for field in fields(Experience):

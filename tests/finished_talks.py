@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import tiny
 import torch
+from made_up_batches import batch
 
-from fastppo.data.batch import Rollout
+from fastppo.data.batch import Experience, Rollout
 from fastppo.data.packed import pack_turns
 
 PROMPTS = ("one", "three", "two")
@@ -45,3 +47,11 @@ def rollout(
         torch.tensor(of_tokens),
         tuple(conversations),
     )
+
+
+def experience() -> Experience:
+    """From `rollout`, with scores 3, 2, 1 and advantages 0.0, 0.1, ..."""
+    said = rollout()
+    made_up = batch([[1] * n for n in said.packed.response_lengths.tolist()], scores=[3.0, 2.0, 1.0])
+    advantages = torch.arange(11.0) / 10
+    return replace(made_up, packed=said.packed, turn_rewards=said.turn_rewards, advantages=advantages)
