@@ -6,6 +6,7 @@ from .batch import Rollout as Rollout
 from .batch import Scored as Scored
 from .batch import Update as Update
 from .batch import concatenate as concatenate
+from .batch import rewards_by_turn as rewards_by_turn
 from .continuation import decode_after as decode_after
 from .continuation import decode_pieces as decode_pieces
 from .continuation import encode_after as encode_after

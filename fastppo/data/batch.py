@@ -84,6 +84,12 @@ class Rollout:
         return sums.index_add(0, response, self.turn_rewards.double())
 
 
+def rewards_by_turn(packed: Packed, turn_rewards: Tensor) -> list[list[float]]:
+    """The rewards of each response's turns, a number a turn; turn_rewards (M,) fp32, as in `Rollout`."""
+    ends = packed.turn_lengths.cumsum(0) - 1
+    return [part.tolist() for part in turn_rewards[ends].split(packed.turn_counts.tolist())] if len(packed) else []
+
+
 @dataclass(frozen=True)
 class Moments:
     """Count, mean and sum of squared deviations from the mean (m2) of all scores of a run so far."""

@@ -14,7 +14,9 @@ from .health_metrics import turn_metrics as turn_metrics
 from .output_guard import error_summary as error_summary
 from .output_guard import flush_or_silence_stdout as flush_or_silence_stdout
 from .output_guard import guard_output as guard_output
+from .response_log import as_text as as_text
 from .response_log import heldout_responses as heldout_responses
+from .response_log import said_behind as said_behind
 from .response_log import training_responses as training_responses
 from .run_dir import ALARMS as ALARMS
 from .run_dir import CONFIG as CONFIG

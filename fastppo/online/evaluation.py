@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fastppo.config import OnlineConfig
-from fastppo.data import IDLE, Packed, Prompts, PromptSet, pack_alone
+from fastppo.data import IDLE, Packed, Prompts, PromptSet, pack_alone, rewards_by_turn
 from fastppo.distributed import World, all_gather, even_passes, stop
 from fastppo.models import PrefixStates, Roles, token_stats
-from fastppo.monitor import Sample, distinct_pairs, turn_metrics
+from fastppo.monitor import Sample, as_text, distinct_pairs, said_behind, turn_metrics
 from fastppo.rewards import Source, response_texts, score
 from fastppo.rollout import ActorSampler
 
@@ -25,7 +25,9 @@ class Evaluation:
 
     metrics: dict[str, float]
     scores: list[float]
-    responses: list[str]
+    responses: list[str]  # with an environment all that was said, each message with its role
+    said: list[list[dict[str, str]]] | None = None  # with an environment role and text of each message behind a prompt
+    turn_rewards: list[list[float]] | None = None  # with an environment the reward of each turn
 
     @property
     def held_out(self) -> float:
@@ -68,7 +70,12 @@ def evaluate(
     }
     if judge:
         metrics["judge"] = float(scored.judged.double().mean())
-    return Evaluation(metrics, scores.tolist(), response_texts(packed, roles.tokenizer))
+    conversations, turn_rewards = scored.rollout.conversations, scored.rollout.turn_rewards
+    if conversations is None or turn_rewards is None:
+        return Evaluation(metrics, scores.tolist(), response_texts(packed, roles.tokenizer))
+    asked = heldout.messages_of(scored.rollout.sources.tolist())
+    said = [said_behind(conversation, prompt) for conversation, prompt in zip(conversations, asked, strict=True)]
+    return Evaluation(metrics, scores.tolist(), [*map(as_text, said)], said, rewards_by_turn(packed, turn_rewards))
 
 
 @torch.no_grad()

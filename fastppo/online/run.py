@@ -172,8 +172,8 @@ def evaluate_if_due(setup: Setup[Any, Any], tracker: Tracker) -> None:
         metrics = metrics | {f"average/{name}": value for name, value in averaged.metrics.items()}
     run.add_evaluation(evaluation)
     tracker.log_evaluation(run.step, metrics)
-    texts, count = setup.heldout.texts, config.track.responses
-    tracker.log_responses(run.step, heldout_responses(texts, evaluation.responses, evaluation.scores, count=count))
+    shown = (evaluation.responses, evaluation.scores, evaluation.said, evaluation.turn_rewards)
+    tracker.log_responses(run.step, heldout_responses(setup.heldout.texts, *shown, count=config.track.responses))
 
 
 def finish(setup: Setup[Any, Any], tracker: Tracker) -> None:

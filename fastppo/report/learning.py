@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from statistics import fmean
@@ -17,6 +18,9 @@ MAIN = ("score", "judge", "kl", "loss", "accuracy")
 SMALL = (
     "entropy",
     "response_length",
+    "turns",
+    "observed_tokens",
+    "turn_reward",
     "ended",
     "reward",
     "explained_variance",
@@ -59,16 +63,16 @@ CALIBRATION = Quantity("Calibration", "share of correctly ordered pairs; bars: 9
 def learning(runs: Sequence[Run], charts: Charts) -> str:
     """The charts of training and evaluation, the most important first; the rest is in a closed `<details>`."""
     names = dict.fromkeys(name.removeprefix("eval/") for run in runs for name in run.names)
-    improves = [name for name in names if name.startswith("improve")]
+    numbered = [name for name in names if re.match(r"(improve|turn)\d+/", name)]
     quarters = [f"{name}/{quarter}" for name in BY_QUARTER for quarter in QUARTERS]
     rest = [
         name
         for name in names
-        if name not in (*MAIN, *SMALL, *improves, *quarters) and not name.startswith(OTHER_SECTIONS)
+        if name not in (*MAIN, *SMALL, *numbered, *quarters) and not name.startswith(OTHER_SECTIONS)
     ]
     rest = [name for name in rest if not any(name.removesuffix(end) in names for end in BAR_ENDS if name.endswith(end))]
     main = grid("".join(_chart(runs, charts, name, "large") for name in MAIN), "large")
-    small = grid(_calibration(runs, charts) + "".join(_chart(runs, charts, name) for name in (*SMALL, *improves)))
+    small = grid(_calibration(runs, charts) + "".join(_chart(runs, charts, name) for name in (*SMALL, *numbered)))
     small += grid("".join(_by_quarter(runs, charts, name) for name in BY_QUARTER))
     more = grid("".join(_chart(runs, charts, name) for name in rest))
     if (main or small) and more:

@@ -49,6 +49,15 @@ def _are_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_number_or_null, value))
 
 
+def _are_bools(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(x, bool) for x in value)
+
+
+def _are_said(value: Any) -> bool:
+    messages = isinstance(value, list) and all(isinstance(message, dict) for message in value)
+    return messages and all(_is_text(message.get(name)) for message in value for name in ("role", "text"))
+
+
 Fields = Mapping[str, tuple[Callable[[Any], bool], str]]  # field name -> test of a value, and what it must be, in words
 
 TEXT, NUMBER = (_is_text, "text"), (_is_number_or_null, "number")
@@ -63,6 +72,11 @@ RESPONSE: Fields = {**STEP, "of": (_is_kind, "heldout or training"), "prompt": T
 RESPONSE_KINDS: Mapping[str, Fields] = {
     "heldout": {"response": TEXT},
     "training": {"tokens": (_are_texts, "list of texts"), "advantages": (_are_numbers, "list of numbers")},
+}
+OF_TURNS: Fields = {  # what records of conversations with an environment have more
+    "written": (_are_bools, "list of true and false"),
+    "said": (_are_said, "list of messages, each a role and a text,"),
+    "turn_rewards": (_are_numbers, "list of numbers"),
 }
 BIN: Fields = dict.fromkeys(("pairs", "predicted", "observed", "observed_low", "observed_high"), NUMBER)
 
@@ -86,9 +100,13 @@ def read_responses(path: Path) -> tuple[list[Record], list[Record]]:
     """The held-out and the training responses, each sorted by step."""
     records = _read(path, RESPONSE)
     for number, record in enumerate(records, start=1):
-        _check(path, number, record, RESPONSE_KINDS["heldout" if "response" in record else record["of"]])
-        if len(record.get("tokens", ())) != len(record.get("advantages", ())):
-            raise _damaged(path, number, "advantage for each of its tokens")
+        fields = dict(RESPONSE_KINDS["heldout" if "response" in record else record["of"]])
+        if "written" in record and "advantages" not in record:  # of a method that has none
+            del fields["advantages"]
+        _check(path, number, record, fields | {name: field for name, field in OF_TURNS.items() if name in record})
+        for name, one in (("advantages", "advantage for each"), ("written", "true or false for each")):
+            if name in {*fields, *record} and len(record.get("tokens", ())) != len(record.get(name, ())):
+                raise _damaged(path, number, f"{one} of its tokens")
     heldout, training = ([record for record in records if record["of"] == kind] for kind in RESPONSE_KINDS)
     return _by_step(heldout), _by_step(training)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from fastppo.report.curves import number
@@ -24,14 +26,15 @@ UNSHOWN = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")  # co
 def heldout(runs: Sequence[Run]) -> str:
     """Each held-out prompt with the response of each run at each evaluation."""
     prompts = list(dict.fromkeys(r["prompt"] for run in runs for r in run.heldout))
-    return "".join(_prompt(prompt, runs) for prompt in prompts)
+    have_turns = any("said" in r for run in runs for r in run.heldout)
+    return (_turns_legend() if have_turns else "") + "".join(_prompt(prompt, runs) for prompt in prompts)
 
 
 def _prompt(prompt: str, runs: Sequence[Run]) -> str:
     strips = []
     for i, run in enumerate(runs):
         rows = [r for r in run.heldout if r["prompt"] == prompt]
-        cards = "".join(_card(r, text(r["response"].strip())) for r in _spaced(rows))
+        cards = "".join(_card(r, _said(r)) for r in _spaced(rows))
         if cards:
             strips.append(_strip(i, run, cards, named=len(runs) > 1))
     return f'<article class="prompt"><h3><span>Prompt</span> <bdi>{text(prompt)}</bdi></h3>{"".join(strips)}</article>'
@@ -63,8 +66,9 @@ def training(runs: Sequence[Run]) -> str:
         if columns:
             cards = "".join(f'<div class="column">{column}</div>' for column in columns)
             strips.append(_strip(i, run, cards, named=len(runs) > 1))
-    coloured = any("advantages" in record for record in shown)
-    return (_legend(scale) if coloured else "") + "".join(strips)
+    legends = _legend(scale) if any("advantages" in record for record in shown) else ""
+    legends += _turns_legend() if any("written" in record for record in shown) else ""
+    return legends + "".join(strips)
 
 
 def _steps(run: Run) -> list[list[Record]]:
@@ -86,10 +90,60 @@ def _scale(advantages: Iterable[float]) -> float:
 
 def _words(record: Record, scale: float) -> str:
     if "response" in record:
+        return _said(record)
+    pieces = record["tokens"]
+    advantages, written = record.get("advantages"), record.get("written", [True] * len(pieces))
+    more = f" <i>… {len(pieces) - TOKENS} more tokens</i>" if len(pieces) > TOKENS else ""
+    spans = [
+        _token(piece, advantages[i], scale) if advantages and written[i] else f'<span class="t">{text(piece)}</span>'
+        for i, piece in enumerate(pieces[:TOKENS])
+    ]
+    if "written" not in record:
+        return "".join(spans) + more
+    parts = [
+        (None if is_written else "observed", "".join(span for _, span in part))
+        for is_written, part in groupby(zip(written, spans, strict=False), itemgetter(0))
+    ]
+    return _turns(parts, record.get("turn_rewards")) + more
+
+
+def _said(record: Record) -> str:
+    """A whole response; of a conversation each turn and observation apart."""
+    if "said" not in record:
         return text(record["response"].strip())
-    pairs = list(zip(record["tokens"], record["advantages"], strict=False))
-    more = f" <i>… {len(pairs) - TOKENS} more tokens</i>" if len(pairs) > TOKENS else ""
-    return "".join(_token(piece, advantage, scale) for piece, advantage in pairs[:TOKENS]) + more
+    parts = [
+        (None if m["role"] == "assistant" else f"observed, {text(m['role'])}", text(m["text"].strip()))
+        for m in record["said"]
+    ]
+    return _turns(parts, record.get("turn_rewards"))
+
+
+def _turns(parts: Iterable[tuple[str | None, str]], rewards: Sequence[float | None] | None) -> str:
+    """Turns, numbered and with their rewards, and observations, as blocks.
+
+    parts: label, None for a turn of the policy, and text, both as HTML.
+    """
+    blocks, turn = [], 0
+    for label, shown in parts:
+        kind = "observed"
+        if label is None:
+            reward = f" · reward {_reward(rewards[turn])}" if rewards and turn < len(rewards) else ""
+            turn += 1
+            kind, label = "turn", f"turn {turn}{reward}"
+        blocks.append(f'<span class="{kind}"><small>{label}</small>{shown}</span>')
+    return "".join(blocks)
+
+
+def _reward(value: float | None) -> str:
+    return number(None) if value is None else _signed(value)
+
+
+def _turns_legend() -> str:
+    return (
+        '<p class="scale"><span class="observed">observed</span>'
+        " <small>behind a double line, in grey: what the environment wrote, which the policy read and does not learn;"
+        " all else is of the policy, turn by turn, with the environment's reward for each</small></p>"
+    )
 
 
 def _token(piece: str, advantage: float | None, scale: float) -> str:

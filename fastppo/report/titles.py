@@ -55,6 +55,9 @@ LEARNING = {
     "kl": Quantity("KL to the reference", "nats per response"),
     "kl_token": Quantity("KL to the reference", "nats per token"),
     "response_length": _size("Response length", "tokens"),
+    "turns": _size("Turns", "of the policy, mean over conversations"),
+    "observed_tokens": _size("Observed tokens", "which the environment wrote, mean over conversations"),
+    "turn_reward": Quantity("Rewards of turns", "their sum, mean over conversations"),
     "ended": _share("Ended", "share of responses that are not truncated"),
     "value": Quantity("Value", "of the critic, mean over tokens"),
     "explained_variance": Quantity("Explained variance", "of the returns, by the critic", high=1.0),
@@ -136,6 +139,10 @@ def quantity(name: str) -> Quantity:
         return _with(quantity(rest), "averaged weights")
     if part := re.fullmatch(r"(epoch|improve)(\d+)", first):
         return _with(quantity(rest), f"{'epoch' if part[1] == 'epoch' else 'Improve'} {part[2]}")
+    if turn := re.fullmatch(r"turn(\d+)", first):
+        return Quantity(
+            f"{_in_words(rest)} of turn {turn[1]}", "of the environment, mean over conversations that have it"
+        )
     if first == "time":
         return _size(_in_words(rest), "seconds per step")
     if first == "tokens_per_second" and rest:

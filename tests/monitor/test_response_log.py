@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import finished_talks
 import pytest
 import tiny
 import torch
 
-from fastppo.data.batch import Experience
+from fastppo.data.batch import Experience, Measured
 from fastppo.data.continuation import decode_pieces
 from fastppo.data.packed import Packed, cumulative
-from fastppo.monitor.response_log import heldout_responses, spread, training_responses
+from fastppo.monitor.response_log import as_text, heldout_responses, said_behind, spread, training_responses
 
 
 @pytest.mark.parametrize("text", ["a good film", "長い film \U0001f642!", "", "\n\n é"])
@@ -72,3 +73,36 @@ def test_training_responses_have_their_prompt_and_each_tokens_advantage():
     assert (first["tokens"], first["advantages"]) == (["!"], [0.8])
     assert (second["prompt"], second["tokens"]) == ("The film ", list("is bad"))
     assert second["advantages"] == [0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+
+
+def test_training_responses_tell_written_tokens_from_observed_ones():
+    first, _, last = training_responses(finished_talks.experience(), tiny.tokenizer(), count=3)
+    assert first["prompt"] == "one" and first["tokens"] == ["a", "b", "?", "c", "d", "<eos>"]
+    assert first["written"] == [True, True, False, True, True, True]
+    assert first["advantages"] == [0.0, 0.1, None, 0.2, 0.3, 0.4] and first["turn_rewards"] == [0.25, -1.0]
+    assert "".join(last["tokens"]) == "f!!g?hi" and last["turn_rewards"] == [0.0, 0.5, 0.125]
+
+
+def test_a_method_without_advantages_keeps_turns_too():
+    whole = finished_talks.experience()
+    plain = Measured(**{name: getattr(whole, name) for name in Measured.__dataclass_fields__})
+    [record] = training_responses(plain, tiny.tokenizer(), count=1)
+    assert record["written"] == [True, True, False, True, True, True] and "advantages" not in record
+
+
+def test_heldout_responses_are_text_with_roles_and_messages():
+    said = [said_behind(conversation, None) for conversation in finished_talks.rollout().conversations]
+    texts = [*map(as_text, said)]
+    first, second = heldout_responses(
+        finished_talks.PROMPTS, texts, [1.0, 2.0, 3.0], said, finished_talks.REWARDS, count=2
+    )
+    assert first["response"] == "assistant: ab\nuser: ?\nassistant: cd" and first["turn_rewards"] == (0.25, -1.0)
+    assert second["said"] == [{"role": "assistant", "text": "e"}]
+
+
+def test_tool_calls_are_part_of_what_is_said():
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "é"}}}
+    turn = {"role": "assistant", "content": None, "tool_calls": [call, {"name": "now", "arguments": "{}"}]}
+    conversation = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, turn]
+    [said] = said_behind(conversation, conversation[:2])
+    assert said == {"role": "assistant", "text": 'add {"a": 1, "b": "é"}\nnow {}'}
