@@ -105,7 +105,13 @@ class Lines:
     def _write(self, columns: Mapping[str, Sequence[Any]]) -> None:
         names = list(columns)
         rows = (dict(zip(names, values, strict=True)) for values in zip(*columns.values(), strict=True))
-        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        try:
+            text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        except (TypeError, ValueError) as error:  # the data has been checked: it is a conversation
+            raise DataError(
+                f"{self.place}: what rollout.environment said cannot be written as JSON ({error}). Let it answer with"
+                " messages of texts and finite numbers."
+            ) from error
         content = memoryview(text.encode("utf-8", "backslashreplace"))
         try:
             with self.place.open("ab", buffering=0) as file:

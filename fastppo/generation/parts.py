@@ -17,6 +17,7 @@ from typing import Any
 from fastppo.checkpoint import atomic_dir
 from fastppo.data import BY_SOURCE, DataError, PromptSet
 from fastppo.distributed import World
+from fastppo.generation.messages import conversation_type, in_columns
 from fastppo.generation.rows import own_columns, prompt_values
 from fastppo.generation.store import agreed
 
@@ -24,13 +25,15 @@ log = logging.getLogger("fastppo")
 
 DRAFT = ".unfinished-"  # before the name of a part that is being written
 AS_JSON = {b"fastppo": b"json"}  # of a field: each value is the JSON of a value of the data
+AS_MESSAGES = {b"fastppo": b"messages"}  # of a field: each value is a conversation in the keys of its type
 
 
-def part_schema(data: PromptSet, *, sources: int, judge: bool) -> Any:
+def part_schema(data: PromptSet, *, sources: int, judge: bool, environment: bool = False) -> Any:
     """The `pyarrow.Schema` of the parts: the columns of `scored_rows`, in their order.
 
-    data: all prompts; sources: of reward. The log names the columns that are written as JSON. Raises DataError if some
-    prompts are text and others chats, or if a value can be written neither as it is nor as JSON.
+    data: all prompts; sources: of reward, beside the environment if there is one. The log names the columns that are
+    written as JSON. Raises DataError if some prompts are text and others chats, or if a value can be written neither as
+    it is nor as JSON.
     """
     import pyarrow
 
@@ -48,6 +51,10 @@ def part_schema(data: PromptSet, *, sources: int, judge: bool) -> Any:
         pyarrow.field("tokens", pyarrow.list_(pyarrow.int32())),
         pyarrow.field("logprobs", pyarrow.list_(pyarrow.float32())),
     ]
+    if environment:
+        sources += 1
+        fields.append(pyarrow.field("conversation", conversation_type(data), metadata=AS_MESSAGES))
+        fields.append(pyarrow.field("turn_rewards", pyarrow.list_(pyarrow.float32())))
     scores = ["score"] * (sources > 0) + [f"{BY_SOURCE}{i}" for i in range(sources if sources > 1 else 0)]
     fields += [pyarrow.field(name, pyarrow.float32()) for name in scores + ["judge"] * judge]
     fields.append(pyarrow.field("ended", pyarrow.bool_()))
@@ -190,6 +197,8 @@ class Parts:
             values = columns[field.name]
             if field.metadata == AS_JSON:
                 values = [_json_text(field.name, value) for value in values]
+            if field.metadata == AS_MESSAGES:
+                values = [in_columns(value, field.type) for value in values]
             try:
                 arrays.append(pyarrow.array(values, field.type))
             except (pyarrow.ArrowException, OverflowError, TypeError, ValueError) as error:

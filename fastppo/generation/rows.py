@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fastppo.data import BY_SOURCE, Prompts, PromptSet, Scored, is_reserved
+from fastppo.data import BY_SOURCE, Prompts, PromptSet, Scored, is_reserved, rewards_by_turn
 from fastppo.rewards import response_texts
 
 
@@ -17,7 +17,8 @@ def scored_rows(
 
     prompts: of all ranks, those that `scored` answers; their streams number prompt and sample. data: the set that they
     are from; samples: responses to a prompt. There is no `score` without a source of reward, no `score/0`, ... with
-    only one, and no `judge` without one. It has no collectives, so that one rank may call it alone.
+    only one, no `judge` without one, and no `conversation` and `turn_rewards` without an environment. It has no
+    collectives, so that one rank may call it alone.
     """
     rollout, rows = scored.rollout, prompts.sources.tolist()
     if rollout.sources.tolist() != rows:
@@ -32,6 +33,9 @@ def scored_rows(
         "tokens": [part.tolist() for part in rollout.packed.responses.split(lengths)],
         "logprobs": [part.tolist() for part in rollout.logprobs.split(lengths)],
     }
+    if rollout.turn_rewards is not None and rollout.conversations is not None:
+        columns["conversation"] = list(rollout.conversations)
+        columns["turn_rewards"] = rewards_by_turn(rollout.packed, rollout.turn_rewards)
     sources = scored.by_source.shape[1]
     if sources:
         columns["score"] = scored.scores.tolist()

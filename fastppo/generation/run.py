@@ -162,7 +162,9 @@ def _store(config: GenerateConfig, data: PromptSet, world: World) -> Store:
     if config.format == "jsonl":
         check_json(data)
         return Lines(output / f"{FOLDER}.jsonl", config.sampling.samples_per_prompt, world)
-    schema = part_schema(data, sources=len(config.rewards), judge=bool(config.judge))
+    schema = part_schema(
+        data, sources=len(config.rewards), judge=bool(config.judge), environment=config.rollout.environment is not None
+    )
     return Parts(output / FOLDER, schema, world)
 
 
@@ -225,6 +227,7 @@ def tell(setup: Setup) -> None:
     lines = read_lines(Path(setup.config.output) / METRICS)
     count = sum(line["responses"] for line in lines)
     shown = {"score": "mean score {:.3f}", "judge": "judge {:.3f}", "ended": "ended {:.1%}"}
+    shown |= {"turns": "turns {:.2f}", "turn_reward": "rewards of turns {:.3f}"}
     shown |= {"distinct_2": "distinct-2 {:.3f} (of a batch)"}
     said = [
         text.format(sum(line[name] * line["responses"] for line in lines) / count)

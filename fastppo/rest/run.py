@@ -60,7 +60,12 @@ class Step(NamedTuple):
 def set_up(config: RestConfig, world: World) -> RestSetup | None:
     """What the run begins with, as `fastppo.online.set_up` finds it; None if an alarm has ended the run for good."""
     progress = RestProgress.begin(config, world.rank)
-    schema = partial(part_schema, sources=len(config.rewards), judge=bool(config.judge))
+    schema = partial(
+        part_schema,
+        sources=len(config.rewards),
+        judge=bool(config.judge),
+        environment=config.rollout.environment is not None,
+    )
     texts = partial(_demonstrations, config)
     setup = set_up_online(config, world, progress, texts, "mixture.path", schema)  # a fault in it costs no loading
     if setup is None:

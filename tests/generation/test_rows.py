@@ -8,15 +8,19 @@ import os
 from pathlib import Path
 from typing import Any
 
+import finished_talks
 import pyarrow
 import pyarrow.parquet
 import pytest
 import tiny
 import torch
 
-from fastppo.data import DataError, Prompts, PromptSet, Rollout, Scored, pack, read_scored
+from fastppo.config import PtxConfig
+from fastppo.data import DataError, Prompts, PromptSet, Rollout, Scored, load_texts, pack, read_scored
 from fastppo.distributed import World
+from fastppo.errors import log_once
 from fastppo.generation import Parts, columns_left_out, part_schema, scored_rows
+from fastppo.generation.lines import Lines
 
 TOKENIZER = tiny.tokenizer()
 ALONE = World(0, 1, torch.device("cpu"))
@@ -195,3 +199,77 @@ def test_a_full_disk_leaves_the_earlier_parts_and_no_draft(tmp_path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["part-00000.parquet"] and made.rows() == [2]
     made.write(1, batch(data, [1], first=1))
     assert made.rows() == [2, 2]
+
+
+# Conversations with an environment
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [2]}}}
+
+
+def asked() -> PromptSet:
+    """Prompts of chat, one of whose messages has a key of its own."""
+    prompts = finished_talks.PROMPTS
+    chats = tuple(
+        [{"role": "user", "content": text} | ({"mood": 3} if not i else {})] for i, text in enumerate(prompts)
+    )
+    return PromptSet(tuple(tuple(TOKENIZER(t)["input_ids"]) for t in prompts), prompts, {}, chats)
+
+
+def conversations() -> dict[str, list[Any]]:
+    """The rows of conversations in one of which the policy calls a tool."""
+    data, rollout = asked(), finished_talks.rollout()
+    assert rollout.conversations is not None
+    for conversation, chat in zip(rollout.conversations, data.messages, strict=True):
+        conversation[0] = chat[0]
+    rollout.conversations[0][1]["tool_calls"] = [CALL]
+    rollout.conversations[0][2] |= {"role": "tool", "hidden": 1}
+    sums = rollout.rewards_of_turns.float()
+    made = Scored(rollout, sums[:, None], sums, torch.full((3,), torch.nan), torch.zeros(3))
+    return scored_rows(made, Prompts.of(data.tokens, range(3)), data, TOKENIZER, 1)
+
+
+def test_a_row_has_its_conversation_and_the_rewards_of_its_turns():
+    rows = conversations()
+    assert list(rows)[3:8] == ["response", "tokens", "logprobs", "conversation", "turn_rewards"]
+    assert rows["response"] == finished_talks.TEXTS and rows["turn_rewards"] == [*map(list, finished_talks.REWARDS)]
+    assert [TOKENIZER.decode(ids) for ids in rows["tokens"]] == ["abcd<eos>", "e<eos>", "fghi"]
+    assert [len(part) for part in rows["logprobs"]] == [5, 2, 4] and rows["score"] == [-0.75, 2.0, 0.625]
+    assert rows["conversation"][1] == [{"role": "user", "content": "three"}, {"role": "assistant", "content": "e"}]
+
+
+def write_conversations(folder: Path, form: str) -> Path:
+    if form == "jsonl":
+        Lines(folder / "responses.jsonl", 1, ALONE).write(0, conversations())
+        return folder / "responses.jsonl"
+    schema = part_schema(asked(), sources=0, judge=False, environment=True)
+    Parts(folder / "parts", schema, ALONE).write(0, conversations())
+    return folder / "parts"
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_supervised_learning_reads_the_conversations_that_were_written(tmp_path, form):
+    path = write_conversations(tmp_path, form)
+    assert read_scored(path).scores == [[-0.75], [2.0], [0.625]]
+    texts = load_texts(PtxConfig(path=str(path), messages="conversation"), TOKENIZER, context=None)
+    learned = [TOKENIZER.decode(part) for part in texts.packed.responses.split(texts.packed.response_lengths.tolist())]
+    assert sorted(learned) == [f"{text}<eos>" for text in ("ab", "cd", "e", "f", "g", "hi")]
+    wholes = [TOKENIZER.decode(part) for part in texts.packed.tokens.split(texts.packed.lengths.tolist())]
+    assert "<user>one<assistant>ab<tool>?<assistant>cd<eos>" in wholes
+
+
+def test_parquet_keeps_tool_calls_and_keys_of_prompts_and_says_what_it_leaves_out(tmp_path, caplog):
+    log_once.cache_clear()
+    first = read_scored(write_conversations(tmp_path, "parquet")).table.columns["conversation"][0]
+    assert first[0]["mood"] == "3" and first[0]["tool_calls"] is None
+    function = {"name": "add", "arguments": '{"a": 1, "b": [2]}'}
+    assert first[1]["tool_calls"] == [{"id": None, "type": "function", "function": function}]
+    assert "written without hidden of observations" in caplog.text
+
+
+def test_conversations_that_json_cannot_hold_are_named(tmp_path):
+    rows = conversations()
+    rows["conversation"][2][2]["when"] = {1, 2}
+    with pytest.raises(DataError, match=r"what rollout.environment said cannot be written as JSON"):
+        Lines(tmp_path / "responses.jsonl", 1, ALONE).write(0, rows)
+    assert not (tmp_path / "responses.jsonl").exists()
