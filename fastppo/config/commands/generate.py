@@ -94,7 +94,8 @@ class GenerateConfig:
     """`auto`: a progress bar if the output is a terminal, otherwise one line per batch."""
     model: SampledConfig = field(default_factory=SampledConfig)
     rewards: tuple[RewardConfig, ...] = ()
-    """Sources of reward; their weighted sum is the score. Empty: responses have no score."""
+    """Sources of reward; their weighted sum is the score, to which `rollout.environment` adds its rewards for turns. Empty,
+    and no environment: responses have no score."""
     judge: tuple[RewardConfig, ...] = ()
     """Sources of a score for comparison, for which nothing should be chosen or trained, in the form of `rewards`."""
     data: PromptsConfig = field(default_factory=PromptsConfig)

@@ -82,7 +82,8 @@ class OnlineConfig:
     actor: ActorConfig = field(default_factory=ActorConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     rewards: tuple[RewardConfig, ...] = ()
-    """Sources of reward; their weighted sum is the score. Required."""
+    """Sources of reward; their weighted sum is the score, to which `rollout.environment` adds its rewards for turns.
+    Required, but with an environment."""
     data: DataConfig = field(default_factory=DataConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
