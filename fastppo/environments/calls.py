@@ -50,6 +50,7 @@ class _Running:
     start: float  # of that call; `time.monotonic`
     before: float = 0.0  # seconds of the calls before it
     future: Future[Any] | None = None  # of a coroutine
+    told: bool = False  # that it is late
 
 
 class Calls:
@@ -81,15 +82,19 @@ class Calls:
             if outcomes or time.monotonic() >= end:
                 return outcomes
 
-    def close(self) -> set[int]:
-        """Begin no more calls, cancel coroutines and abandon what runs, which nobody wants; returns the keys of it."""
+    def close(self) -> tuple[set[int], list[tuple[int, Sequence[UserCall]]]]:
+        """Begin no more calls, cancel coroutines and abandon what runs: nobody wants to know what becomes of it.
+
+        Returns the keys of what runs, and what has not begun.
+        """
         with self._lock:
             self._closed = True
+            waiting = list(self._waiting)
             self._waiting.clear()
             for running in self._running.values():
                 if running.future is not None:
                     running.future.cancel()
-            return set(self._running)
+            return set(self._running), waiting
 
     def _ended(self, wait: float) -> list[Outcome]:
         outcomes = []
@@ -103,11 +108,14 @@ class Calls:
     def _next_limit(self, latest: float) -> float:
         """The time at which the first of the running calls has used up its limit, if it is before `latest`."""
         with self._lock:
-            return min((r.start + self._time_limit for r in self._running.values()), default=latest)
+            limits = (r.start + self._time_limit for r in self._running.values() if not r.told)
+            return min(limits, default=latest)
 
     def _overdue(self, now: float) -> list[Outcome]:
         with self._lock:
-            late = [(key, r) for key, r in self._running.items() if now - r.start > self._time_limit]
+            late = [(key, r) for key, r in self._running.items() if now - r.start > self._time_limit and not r.told]
+            for _, running in late:
+                running.told = True
             return [Outcome(key, r.call, r.before + now - r.start, late=True) for key, r in late]
 
     def _start_next(self) -> None:
@@ -122,7 +130,7 @@ class Calls:
         with self._lock:
             self._running.pop(key)
             closed = self._closed
-            if not closed:
+            if not (closed or running.told):
                 self._outcomes.put(outcome)
             self._start_next()
         if closed and self._abandoned is not None:

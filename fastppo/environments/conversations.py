@@ -94,6 +94,7 @@ class Conversations:
         self._asked: set[int] = set()  # whose newest turn has not been answered
         self._malformed: dict[int, str] = {}  # of these, with the problem of their tool calls
         self._malformed_count = self._cut_by_turns = self._cut_by_tokens = self._closings = 0
+        self._left = False
         self._settings = shared_settings()
 
     def limit(self, i: int) -> int:
@@ -142,7 +143,7 @@ class Conversations:
             self._asked.difference_update(i for i, _ in answers)
             return [(i, self._go_on(i, answer)) for i, answer in sorted(answers, key=itemgetter(0))]
         except BaseException:
-            self.close()
+            self._leave()
             raise
 
     @property
@@ -153,16 +154,10 @@ class Conversations:
     def rollout(self) -> Rollout:
         """What was said, when all conversations are over; on the CPU, in the order of the prompts.
 
-        Raises ConversationError if an instance cannot be closed.
+        Closes them.
         """
         assert all(said.over for said in self._said), "conversations that are not over"
-        try:
-            while self._closings:
-                stop.check_alone()
-                self._take(POLL)
-        except BaseException:
-            self.close()
-            raise
+        self.close()
         return Rollout(
             pack_turns([said.tokens for said in self._said], [said.written for said in self._said]),
             torch.tensor([x for said in self._said for x in said.logprobs], dtype=torch.float32),
@@ -179,18 +174,29 @@ class Conversations:
         return Counts(*cut, self._malformed_count, sum(seconds), max(seconds, default=0.0))
 
     def close(self) -> None:
-        """Leave early: no more calls begin, running ones are abandoned, and instances of a class are closed.
+        """Let instances of a class that is done with close; raises ConversationError if one cannot.
 
-        For these there are a few seconds; one that is in a call is closed when that returns.
+        Before all conversations are over they are left: no more calls begin, and running ones are abandoned. Instances
+        have a few seconds to close then; one that is in a call is closed when that returns. Later calls do nothing.
         """
-        running = self._calls.close()
+        try:
+            while self._closings and not self._left and all(said.over for said in self._said):
+                stop.check_alone()
+                self._take(POLL)
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._left:
+            return
+        self._left = True
+        running, waiting = self._calls.close()
         closings = Calls(self._limits.concurrency, self._limits.time_limit)
-        under_way = 0
-        for i, said in enumerate(self._said):
-            if i not in running and (calls := said.partner.closing()):
-                closings.begin(i, calls)
-                under_way += 1
-        end = time.monotonic() + CLOSING
+        open_ones = [(i, said.partner.closing()) for i, said in enumerate(self._said) if i not in running]
+        begun = [(i, calls) for i, calls in (*waiting, *open_ones) if calls and calls[0].name == "close"]
+        for i, calls in begun:
+            closings.begin(i, calls)
+        under_way, end = len(begun), time.monotonic() + CLOSING
         while under_way and (left := end - time.monotonic()) > 0:
             for outcome in closings.take(left):
                 under_way -= 1

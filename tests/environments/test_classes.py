@@ -127,6 +127,53 @@ def test_a_reset_without_an_observation_is_right(first):
     assert rollout.rewards_of_turns.tolist() == [0.5]
 
 
+def test_conversations_that_are_closed_when_all_are_over_have_closed_their_instances(game):
+    class Slow(Game):
+        def close(self):
+            time.sleep(0.05)
+            super().close()
+
+    data = scripted.plain(*["Ask"] * 4, answer=["a"] * 4)
+    conversations = scripted.conversations(scripted.environment(Slow, max_turns=1, concurrency=1), data)
+    for i in range(4):
+        conversations.end_turn(i, [5, 0], [-1.0, -1.0])
+    while conversations.waiting:
+        conversations.answered(scripted.PATIENCE)
+    conversations.close()
+    assert game.closed == 4
+    assert conversations.rollout().packed.turn_counts.tolist() == [1] * 4
+
+
+def test_instances_that_wait_for_room_to_close_are_closed_when_conversations_are_left(game):
+    begun, free = threading.Event(), threading.Event()
+
+    class Slow(Game):
+        def close(self):
+            if not begun.is_set():
+                begun.set()
+                free.wait(scripted.PATIENCE)
+            super().close()
+
+    data = scripted.plain(*["Ask"] * 3, answer=["a"] * 3)  # of which the third has no turn
+    conversations = scripted.conversations(scripted.environment(Slow, max_turns=1, concurrency=1), data)
+    for i in range(2):
+        conversations.end_turn(i, [5, 0], [-1.0, -1.0])
+    while conversations.waiting:
+        conversations.answered(scripted.PATIENCE)
+    assert begun.wait(scripted.PATIENCE) and game.closed == 0
+    conversations.close()
+    assert game.closed == 1
+    free.set()
+    wait_until(lambda: game.closed == 2)
+
+
+def wait_until(holds):
+    end = time.monotonic() + scripted.PATIENCE
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def test_an_instance_that_cannot_be_closed_is_an_error():
     class Stuck(Game):
         def close(self):
@@ -161,10 +208,7 @@ def test_leaving_early_closes_instances_also_the_one_that_is_in_a_call(game, cap
     conversations.close()
     assert game.closed == 1
     free.set()
-    end = time.monotonic() + scripted.PATIENCE
-    while game.closed < 2 and time.monotonic() < end:
-        time.sleep(0.01)
-    assert game.closed == 2
+    wait_until(lambda: game.closed == 2)
 
     conversations = scripted.conversations(scripted.environment(Broken), scripted.plain("Ask", answer=["a"]))
     conversations.end_turn(0, [5, 0], [-1.0, -1.0])
