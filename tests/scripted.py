@@ -98,3 +98,10 @@ def failure(called: Callable[..., Any], count: int = 1, data: PromptSet | None =
     with pytest.raises(ConversationError) as error:
         talk(talking, count)
     return str(error.value)
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < end, "it never came to hold"
+        time.sleep(0.01)

@@ -195,21 +195,21 @@ def test_a_call_that_has_returned_too_late_is_the_same_error():
 
 
 def test_a_coroutine_is_cancelled_with_the_others():
-    ends = []
+    begun, ends = [], []
 
     async def says_when_it_ends(conversation):
         if conversation[0]["content"] == "1":
+            while not begun:
+                await asyncio.sleep(0.01)
             raise ValueError
         try:
+            begun.append(True)
             await asyncio.sleep(60)
         finally:
             ends.append(conversation[0]["content"])
 
     scripted.failure(says_when_it_ends, 2, scripted.plain("0", "1"))
-    end = time.monotonic() + scripted.PATIENCE
-    while not ends and time.monotonic() < end:
-        time.sleep(0.01)
-    assert ends == ["0"]
+    scripted.wait_until(lambda: ends == ["0"])
 
 
 @pytest.mark.slow
@@ -234,24 +234,23 @@ def test_a_process_ends_though_a_call_hangs():
 
 
 def test_leaving_early_begins_no_more_calls_and_waits_for_none():
-    begun, free = [], threading.Event()
+    threads, free = [], threading.Event()
 
-    def waits(conversation):
-        begun.append(conversation[0]["content"])
+    def waits():
+        threads.append(threading.current_thread())
         free.wait(scripted.PATIENCE)
 
-    environment = scripted.environment(waits, concurrency=2)
-    conversations = scripted.conversations(environment, scripted.plain(*map(str, range(6))))
+    conversations = scripted.conversations(scripted.environment(waits, concurrency=2), scripted.plain(*["Ask"] * 6))
     for i in range(6):
         conversations.end_turn(i, [5, 0], [-1.0, -1.0])
-    before = threading.active_count()
+    scripted.wait_until(lambda: len(threads) == 2)
     conversations.close()
     conversations.close()  # again does nothing
     free.set()
-    end = time.monotonic() + scripted.PATIENCE
-    while threading.active_count() > before - 2 and time.monotonic() < end:
-        time.sleep(0.01)
-    assert sorted(begun) == ["0", "1"]
+    for thread in [*threads]:
+        thread.join(scripted.PATIENCE)
+    time.sleep(0.05)  # in which a third would have begun
+    assert len(threads) == 2
 
 
 # Answers that are none

@@ -164,14 +164,7 @@ def test_instances_that_wait_for_room_to_close_are_closed_when_conversations_are
     conversations.close()
     assert game.closed == 1
     free.set()
-    wait_until(lambda: game.closed == 2)
-
-
-def wait_until(holds):
-    end = time.monotonic() + scripted.PATIENCE
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    scripted.wait_until(lambda: game.closed == 2)
 
 
 def test_an_instance_that_cannot_be_closed_is_an_error():
@@ -208,7 +201,7 @@ def test_leaving_early_closes_instances_also_the_one_that_is_in_a_call(game, cap
     conversations.close()
     assert game.closed == 1
     free.set()
-    wait_until(lambda: game.closed == 2)
+    scripted.wait_until(lambda: game.closed == 2)
 
     conversations = scripted.conversations(scripted.environment(Broken), scripted.plain("Ask", answer=["a"]))
     conversations.end_turn(0, [5, 0], [-1.0, -1.0])
