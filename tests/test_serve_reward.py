@@ -366,8 +366,11 @@ def test_the_schema_is_what_the_client_sends_and_the_server_answers(reward_serve
         remote_source(RewardConfig(url=other))(
             replace(RESPONSES, messages=chats, columns={"answer": [1, None, "a", [], 2.5]})
         )
-    assert len(sent) == 4 and all(fits(body, asked, schema) for body in sent)
-    assert any("messages" in body for body in sent)
+        call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+        talk = [{"role": "user", "content": "?"}, call, {"role": "tool", "content": "1"}]
+        remote_source(RewardConfig(url=other))(replace(RESPONSES, messages=chats, conversations=[talk] * 5))
+    assert len(sent) == 5 and all(fits(body, asked, schema) for body in sent)
+    assert any("messages" in body for body in sent) and "conversations" in sent[-1]
     (example,) = asked["examples"]
     assert fits(example, asked, schema)
     for body, status in ((example, 200), (sent[-1], 200), (example | {"ended": [1]}, 400), ({"prompts": []}, 400)):

@@ -160,7 +160,7 @@ class ModelSource:
 
 def _said_behind(conversation: Messages) -> str:
     """All that was said after the prompt in a conversation of plain text."""
-    return "".join(message["content"] for message in conversation[1:])
+    return "".join(message.get("content") or "" for message in conversation[1:])
 
 
 def chat_tokens(

@@ -33,9 +33,10 @@ def _chat(messages: list[dict[str, Any]]) -> Messages:
     return messages
 
 
+CONTENT = {"anyOf": [{"type": "string"}, {"type": "null"}]}  # null beside tool_calls only
 MESSAGE: dict[str, Any] = {
     "type": "object",
-    "properties": {"role": {"type": "string"}, "content": {"type": ["string", "null"]}},  # null beside tool_calls only
+    "properties": {"role": {"type": "string"}, "content": CONTENT},
     "required": ["role"],
     "additionalProperties": True,  # other keys are for the chat template
 }
