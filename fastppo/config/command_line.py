@@ -307,7 +307,9 @@ def _allowed(kind: Any) -> str:
     if origin is tuple:
         item = arguments[0]
         fields = [field.name for field in dataclasses.fields(item)] if dataclasses.is_dataclass(item) else None
-        what = f"mappings with {', '.join(fields)}" if fields else WORDS[item].partition(" ")[2] + "s"
+        what = (
+            f"mappings with {', '.join(fields)}" if fields else ITEMS.get(item) or WORDS[item].partition(" ")[2] + "s"
+        )
         return f"a list of {what}" if arguments[-1] is ... else f"a list of {len(arguments)} {what}"
     return WORDS[kind]
 
@@ -322,4 +324,5 @@ def _fields(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _fields(item, f"{prefix}{name}.")
 
 
+ITEMS = {dict[str, Any]: "mappings"}
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}

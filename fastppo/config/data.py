@@ -145,6 +145,8 @@ class RolloutConfig:
     vllm: VllmConfig = VllmConfig()
 
 
+# Settings of how responses are drawn that change none.
+SAMPLER_SPEED = ("sampling.cuda_graphs", "rollout.time_limit", "rollout.concurrency")
 # Settings that decide how many responses are computed together, and where: their tokens only round otherwise.
 SAMPLER_ROUNDING = ("sampling.rows", "rollout.vllm.tensor_parallel_size", "rollout.vllm.gpu_memory_utilization")
 

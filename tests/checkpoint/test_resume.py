@@ -59,6 +59,8 @@ OF_PPO = FREE | {
     "health.roll_backs": "free",
     "health.window": "free",
     "ppo.microbatch_tokens": "rounding",
+    "rollout.concurrency": "free",
+    "rollout.time_limit": "free",
     "sampling.cuda_graphs": "free",
     "sampling.rows": "rounding",
     "rollout.vllm.tensor_parallel_size": "rounding",

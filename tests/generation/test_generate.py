@@ -315,7 +315,10 @@ def test_every_setting_is_free_or_compared_when_a_run_goes_on(folder, world, tmp
         "sampling.stop_tokens": '["a"]',
         "rollout.engine": None,
         "rollout.vllm.arguments": None,
+        "data.tools": None,
+        "data.tool_format": None,
     }
+    other |= {name: None for name in GENERATE.settings if name.startswith("rollout.") and name != "rollout.engine"}
     other |= {"model.path": f"{folder}/../{folder.name}/model", "data.path": f"{folder}/../{folder.name}/texts.jsonl"}
     config = parse(settings(folder, output), GENERATE)
     checked = 0

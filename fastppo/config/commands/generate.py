@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from fastppo.config.data import SAMPLER_ROUNDING, DataConfig, RolloutConfig, SamplingConfig
+from fastppo.config.data import SAMPLER_ROUNDING, SAMPLER_SPEED, DataConfig, RolloutConfig, SamplingConfig
 from fastppo.config.learning import OptimConfig, ZeroConfig
 from fastppo.config.models import ActorConfig, AttentionSetting
 from fastppo.config.rewards import RewardConfig
@@ -53,7 +53,7 @@ class GenerateConfig:
     names: ClassVar[Names] = Names("batch_size", "microbatch_tokens", "")  # nothing is learned
     judge_setting: ClassVar[str] = "judge"
     # Settings that may change when a run is resumed: what comes out does not depend on them ...
-    free: ClassVar[tuple[str, ...]] = ("progress", "sampling.cuda_graphs")
+    free: ClassVar[tuple[str, ...]] = ("progress", *SAMPLER_SPEED)
     # ... or only in how it is rounded
     rounding: ClassVar[tuple[str, ...]] = ("microbatch_tokens", *SAMPLER_ROUNDING, "rewards_on")
 

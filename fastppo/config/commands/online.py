@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
-from fastppo.config.data import SAMPLER_ROUNDING, DataConfig, RolloutConfig, SamplingConfig
+from fastppo.config.data import SAMPLER_ROUNDING, SAMPLER_SPEED, DataConfig, RolloutConfig, SamplingConfig
 from fastppo.config.health import HealthConfig
 from fastppo.config.learning import OptimConfig, ZeroConfig
 from fastppo.config.models import ActorConfig, AttentionSetting, CriticConfig, LayersConfig, ReferenceConfig
@@ -50,7 +50,7 @@ class OnlineConfig:
     # Settings that may change when a run is resumed: what comes out does not depend on them, or (health) a user whose
     # run an alarm has ended may think better of it ...
     free: ClassVar[tuple[str, ...]] = (
-        *("actor.lora.export", "sampling.cuda_graphs", "eval.every", "eval.show"),
+        *("actor.lora.export", *SAMPLER_SPEED, "eval.every", "eval.show"),
         *("health.alarms", "health.window", "health.raise_kl", "health.roll_backs"),
     )
     rounding: ClassVar[tuple[str, ...]] = SAMPLER_ROUNDING  # ... and that only round otherwise
