@@ -173,11 +173,25 @@ def chat_tokens(
     turns; name: of the model, for errors; template: arguments of the template. Raises BadChat.
     """
     chat = [*asked, *(_without_spaces(message) for message in answer)]
-    try:
-        tokens = template_tokens(chat, f"{name}: a prompt", tokenizer, to_be_answered=False, arguments=template)
-    except DataError as error:
-        raise BadChat(f"{error}. Its roles are {', '.join(message['role'] for message in chat)}.") from error
-    return list(tokens) or [tokenizer.eos_token_id]
+    one_by_one = [part for message in chat for part in _one_call_each(message)]
+    error: DataError | None = None
+    # Llama-3.1's template refuses a turn of several calls, which its model may write all the same.
+    for messages in (chat, one_by_one) if len(one_by_one) > len(chat) else (chat,):
+        try:
+            tokens = template_tokens(messages, f"{name}: a prompt", tokenizer, to_be_answered=False, arguments=template)
+            return list(tokens) or [tokenizer.eos_token_id]
+        except DataError as refused:
+            error = refused
+    raise BadChat(f"{error}. Its roles are {', '.join(message['role'] for message in chat)}.") from error
+
+
+def _one_call_each(message: dict[str, Any]) -> Messages:
+    """A turn of several tool calls as several turns; any other message alone."""
+    calls = message.get("tool_calls") or []
+    if len(calls) < 2:
+        return [message]
+    first = message | {"tool_calls": calls[:1]}
+    return [first, *({"role": message["role"], "content": "", "tool_calls": [call]} for call in calls[1:])]
 
 
 def _without_spaces(message: dict[str, Any]) -> dict[str, Any]:

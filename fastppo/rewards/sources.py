@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.config import ResponseSettings, RewardConfig
-from fastppo.data import NO_ARGUMENTS, PromptSet, template_arguments
+from fastppo.data import NO_ARGUMENTS, Messages, PromptSet, template_arguments
 from fastppo.distributed import Frozen, Residency, World
 from fastppo.models import DTYPES, frozen_partitions, load_reward, load_tokenizer
 from fastppo.rewards.functions.function import function_source
@@ -61,10 +61,18 @@ def check_chats(config: ResponseSettings, tokenizer: PreTrainedTokenizerBase, *p
                     chat_tokens(
                         f"{setting} = {name}",
                         chat,
-                        [{"role": "assistant", "content": "yes"}],
+                        _any_answer(config),
                         reward_tokenizer,
                         _arguments(config, reward_tokenizer, tokenizer),
                     )
+
+
+def _any_answer(config: ResponseSettings) -> Messages:
+    """A response to a chat, with all the roles that it may have."""
+    turn, roles = {"role": "assistant", "content": "yes"}, ("user", "tool") if config.data.tools else ("user",)
+    if config.rollout.environment is None:
+        return [turn]
+    return [turn, *(message for role in roles for message in ({"role": role, "content": "and?"}, turn))]
 
 
 def _arguments(

@@ -3,22 +3,25 @@
 import json
 import logging
 import textwrap
+from contextlib import nullcontext
 from dataclasses import replace
 
+import chat_templates
 import finished_talks
 import pytest
 import tiny
 import torch
 from services import lengths, reward_service, service
 
-from fastppo.config import Config, PPOConfig, RewardConfig
+from fastppo.config import Config, PPOConfig, RewardConfig, RolloutConfig
 from fastppo.data.batch import Moments
 from fastppo.data.prompts import PromptSet
 from fastppo.distributed.residency import Residency
 from fastppo.distributed.world import World
 from fastppo.errors import log_once
 from fastppo.models import load_reward
-from fastppo.rewards import RewardError, load_sources, read_request, response_texts, score, shape
+from fastppo.rewards import RewardError, check_chats, load_sources, read_request, response_texts, score, shape
+from fastppo.rewards.model import chat_tokens
 from fastppo.serve_reward import alone
 
 TOKENIZER, CPU = tiny.tokenizer(), torch.device("cpu")
@@ -185,3 +188,34 @@ def test_a_request_with_wrong_conversations_is_refused_with_what_they_are():
         read_request(json.dumps(request).encode())
     with pytest.raises(ValueError, match="1 responses and 1 ended, and 0 conversations"):
         read_request(json.dumps(request | {"conversations": []}).encode())
+
+
+ASKED = [{"role": "user", "content": "What are 2 * 3 and 4 * 5?"}]
+
+
+def test_a_turn_of_several_calls_is_read_by_a_template_that_takes_one_at_a_time():
+    """The actor may write them whatever the template of its reward model says, and that is no error of the run."""
+    tokenizer = chat_templates.tokenizer("llama3")
+    calls = [
+        {"type": "function", "function": {"name": "multiply", "arguments": {"x": x, "y": y}}}
+        for x, y in (("2", "3"), ("4", "5"))
+    ]
+    answer = [{"role": "assistant", "content": "", "tool_calls": calls}, {"role": "tool", "content": "6, 20"}]
+    text = tokenizer.decode(chat_tokens("the reward model", ASKED, answer, tokenizer, {}))
+    assert text.count('"name": "multiply"') == 2 and text.index('"2"') < text.index('"5"') < text.index("6, 20")
+
+
+@pytest.mark.parametrize(("environment", "refused"), [(None, False), ("talk.py:talk", True)])
+def test_a_template_that_refuses_an_observation_is_found_before_models_load(tmp_path, environment, refused):
+    theirs = tiny.tokenizer()
+    theirs.chat_template = (
+        "{% for m in messages %}{% if loop.index > 2 %}{{ raise_exception('one answer only') }}{% endif %}"
+        "{{ m.role }}: {{ m.content }}{% endfor %}"
+    )
+    theirs.save_pretrained(tmp_path / "reward")
+    config = Config(
+        rewards=(RewardConfig(model=str(tmp_path / "reward")),), rollout=RolloutConfig(environment=environment)
+    )
+    prompts = PromptSet(((1, 2),), ("?",), {}, (ASKED,))
+    with pytest.raises(RewardError, match="one answer only") if refused else nullcontext():
+        check_chats(config, tiny.tokenizer(), prompts)
