@@ -61,11 +61,13 @@ class _Engine:
     def __init__(self, model: nn.Module, events: list[Any]):
         self._model, self._events = model, events
         self.running: dict[str, _Running] = {}
+        self.asked: list[tuple[str, tuple[int, ...], int, int]] = []  # name, prompt, seed and most tokens
         self.engine_core = SimpleNamespace()
 
     def add_request(self, request_id: str, prompt: dict[str, list[int]], params: SamplingParams) -> str:
         assert isinstance(params, SamplingParams) and isinstance(request_id, str) and request_id not in self.running
         self._events.append(("request", tuple(prompt["prompt_token_ids"]), params))
+        self.asked.append((request_id, tuple(prompt["prompt_token_ids"]), params.seed, params.max_tokens))
         generator = torch.Generator().manual_seed(params.seed)
         self.running[request_id] = _Running(list(prompt["prompt_token_ids"]), params, generator)
         return request_id

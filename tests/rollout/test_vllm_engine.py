@@ -30,7 +30,7 @@ from fastppo.distributed.world import start_world
 from fastppo.models import token_stats
 from fastppo.rollout import SamplerError, check_sampled_model, find_engine, make_sampler
 from fastppo.rollout.sampler import ActorSampler
-from fastppo.rollout.vllm.engine import STEPS, request_seed
+from fastppo.rollout.vllm.drawing import STEPS, Request, request_seed
 from fastppo.train import train
 
 PROMPTS = Prompts.of([(5, 6, 7, 8), (9, 10, 11), (20,)], [0, 1, 2], samples=2, first=7)
@@ -156,7 +156,9 @@ class Beside(Neighbours):
 
 
 def asked(prompts: Prompts) -> list[Any]:
-    return list(zip(prompts.tokens, prompts.streams.tolist(), strict=True))
+    return [
+        Request(tokens, stream, 10) for tokens, stream in zip(prompts.tokens, prompts.streams.tolist(), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("split", [0, 2, 6])

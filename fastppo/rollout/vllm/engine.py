@@ -10,26 +10,26 @@ same bit for bit where all that is asked for with it is the same.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fastppo.config import ResponseSettings, SamplingConfig
-from fastppo.data import Prompts, Rollout, pack
-from fastppo.distributed import Neighbours, Stopped, World, neighbours_of, stop
-from fastppo.errors import FastPPOError
+from fastppo.data import Prompts, Rollout
+from fastppo.distributed import Neighbours, World, neighbours_of
+from fastppo.environments import Conversations, Environment, load_environment
 from fastppo.models import SampledModel, SamplingWeights
 from fastppo.rollout.answers import SamplerError
+from fastppo.rollout.inprocess import packed_responses
 from fastppo.rollout.vllm.check import import_vllm
-from fastppo.rollout.vllm.start import REFUSALS, is_of_another_rank, start_vllm
-
-Request = tuple[tuple[int, ...], int]  # a prompt and its stream
-
-STEPS = 8  # tokens of each response between two times that ranks that sample together agree whether to stop
+from fastppo.rollout.vllm.drawing import Drawing, Order, Request
+from fastppo.rollout.vllm.refusals import WAY, explained
+from fastppo.rollout.vllm.start import start_vllm
+from fastppo.rollout.vllm.turns import Conversing
 
 
 class Vllm:
@@ -47,14 +47,16 @@ class Vllm:
         sampling: SamplingConfig,
         stop_ids: Sequence[int],
         together: Neighbours,
+        environment: Environment | None = None,
     ):
-        """llm: a `vllm.LLM` from `start_vllm`; together: the ranks that hold one copy of the model."""
+        """llm: a `vllm.LLM` from `start_vllm`; together: the ranks that hold one copy of the model; environment:
+        answers each turn."""
         self._vllm, self._llm, self._weights, self._sampling = vllm, llm, weights, sampling
-        self._stop_ids, self._together = sorted(set(stop_ids)), together
+        self._stop_ids, self._together, self._environment = stop_ids, together, environment
         self._cache_asleep = False
 
     def sync(self) -> None:
-        with self._explained("does not take the actor's weights"):
+        with explained(self._vllm.__version__, "does not take the actor's weights"):
             missing = sorted(set().union(*self._llm.collective_rpc(load, args=(self._weights.stream(),))))
         if missing:
             names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
@@ -66,75 +68,25 @@ class Vllm:
             self._cache_asleep = False
 
     def sample(self, prompts: Prompts, *, temperature: float, seed: int) -> Rollout:
-        of_rank = list(zip(prompts.tokens, prompts.streams.tolist(), strict=True))
-        asked = self._together.gather(of_rank)  # neighbours may have other numbers of prompts, or none
-        drawn = self._draw([request for requests in asked for request in requests], temperature, seed)
-        first = sum(map(len, asked[: self._together.index]))
-        own = drawn[first : first + len(prompts)]
-        responses = [list(output.token_ids) for output in own]
-        packed = pack(
-            [(*prompt, *response) for prompt, response in zip(prompts.tokens, responses, strict=True)],
-            list(map(len, responses)),
-        )
-        logprobs = torch.tensor([x for output in own for x in output.logprobs.logprobs], dtype=torch.float32)
-        ended = torch.tensor([response[-1] in self._stop_ids for response in responses], dtype=torch.bool)
-        return Rollout(packed, logprobs, ended, prompts.sources)
+        sampling, environment = replace(self._sampling, temperature=temperature), self._environment
+        if environment is None:
+            order, own = self._order(prompts, [sampling.max_new_tokens] * len(prompts), sampling, seed)
+            responses = Drawing(self._vllm, self._llm, order).run()
+            return packed_responses(prompts, responses[own.start : own.stop])
+        with closing(Conversations(prompts, environment, sampling, self._stop_ids, seed=seed)) as talks:
+            order, own = self._order(prompts, [talks.limit(i) for i in range(len(prompts))], sampling, seed)
+            Conversing(self._vllm, self._llm, order, talks, own).run()
+            return talks.rollout()
 
-    def _draw(self, requests: Sequence[Request], temperature: float, seed: int) -> list[Any]:
-        """vLLM's output for each request, in their order. Raises Stopped."""
-        engine = self._llm.llm_engine
-        outputs: dict[int, Any] = {}  # of each request that is complete
-        with self._explained("does not take the prompts"):
-            self._llm.reset_prefix_cache()  # what was computed before would change how this is computed
-            for i, (tokens, stream) in enumerate(requests):
-                engine.add_request(f"{i}", {"prompt_token_ids": list(tokens)}, self._params(temperature, seed, stream))
-        step = 0
-        while engine.has_unfinished_requests():
-            try:
-                self._check_stop(step)
-            except Stopped:
-                engine.abort_request([f"{i}" for i in range(len(requests)) if i not in outputs])
-                raise
-            with self._explained("cannot compute this model's responses"):
-                outputs |= {int(done.request_id): done.outputs[0] for done in engine.step() if done.finished}
-            step += 1
-        return [outputs[i] for i in range(len(requests))]
-
-    @contextmanager
-    def _explained(self, refusal: str) -> Iterator[None]:
-        """Within this context vLLM computes; what it raises becomes a SamplerError that says what it refused to do."""
-        try:
-            yield
-        except (FastPPOError, torch.OutOfMemoryError):  # the end of a run explains the latter
-            raise
-        except REFUSALS as error:
-            if is_of_another_rank(error):
-                raise
-            said = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
-            raise SamplerError(f"vLLM {self._vllm.__version__} {refusal}: {said}. {WAY}") from error
-
-    def _check_stop(self, step: int) -> None:
-        if self._together.size == 1:
-            stop.check_alone()
-        elif step % STEPS == 0:
-            stop.check_among(self._together)
-
-    def _params(self, temperature: float, seed: int, stream: int) -> Any:
-        sampling = self._sampling
-        return self._vllm.SamplingParams(
-            temperature=temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            max_tokens=sampling.max_new_tokens,
-            min_tokens=sampling.min_new_tokens,
-            stop_token_ids=self._stop_ids,  # one that ends a response is part of it
-            ignore_eos=True,  # the EOS tokens are among these, unless they shall not end a response
-            seed=request_seed(seed, stream),
-            logprobs=0,  # that of the token alone
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
-        )
+    def _order(
+        self, prompts: Prompts, limits: Sequence[int], sampling: SamplingConfig, seed: int
+    ) -> tuple[Order, range]:
+        """What is drawn together with these prompts, and which of its requests are theirs."""
+        wanted = list(map(Request, prompts.tokens, prompts.streams.tolist(), limits))
+        of_ranks = self._together.gather(wanted)  # neighbours may have other numbers of prompts, or none
+        first = sum(map(len, of_ranks[: self._together.index]))
+        requests = [request for of_rank in of_ranks for request in of_rank]
+        return Order(requests, sampling, self._stop_ids, seed, self._together), range(first, first + len(prompts))
 
     def sleep(self) -> None:
         self._llm.sleep(level=2)
@@ -145,20 +97,12 @@ class Vllm:
         self._llm.wake_up(tags=["weights"])
 
 
-WAY = "Set rollout.engine to inprocess for this model."
-
-
 def make_vllm(config: ResponseSettings, roles: SampledModel, stop_ids: Sequence[int], world: World) -> Vllm:
     vllm = import_vllm()
     together = neighbours_of(world, config.rollout.vllm.tensor_parallel_size, config.timeout)
+    environment = load_environment(config, roles.tokenizer)
     llm = start_vllm(vllm, config, roles.policy, world)
-    return Vllm(vllm, llm, roles.sampling_weights, config.sampling, stop_ids, together)
-
-
-def request_seed(seed: int, stream: int) -> int:
-    """The seed of one response, in [0, 2^63): of a run's or an evaluation's seed and the response's stream."""
-    digest = hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    return Vllm(vllm, llm, roles.sampling_weights, config.sampling, stop_ids, together, environment)
 
 
 def load(worker: Any, weights: Iterator[tuple[str, Tensor]]) -> set[str]:

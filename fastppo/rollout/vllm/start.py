@@ -19,14 +19,11 @@ import torch
 
 from fastppo.config import ResponseSettings
 from fastppo.distributed import World, leave_without_cleanup
-from fastppo.errors import ANOTHER_RANK_ENDED
 from fastppo.models import Policy
 from fastppo.rollout.answers import SamplerError
+from fastppo.rollout.vllm.refusals import REFUSALS, is_of_another_rank
 
 log = logging.getLogger("fastppo")
-
-# What vLLM raises for settings and models that it cannot work with; errors of pydantic are ValueErrors.
-REFUSALS = (ValueError, RuntimeError, AssertionError, NotImplementedError, KeyError, TypeError, ImportError, OSError)
 
 
 def start_vllm(vllm: Any, config: ResponseSettings, policy: Policy, world: World) -> Any:
@@ -150,11 +147,6 @@ def _own_shared_memory(world: World) -> Iterator[None]:
         _CPUSHMDistributed.make_group_name = staticmethod(named)
         for path in (path for name in names for path in Path("/dev/shm").glob(f"{glob.escape(name)}_*")):
             path.unlink(missing_ok=True)
-
-
-def is_of_another_rank(error: BaseException) -> bool:
-    """Whether a collective failed because another rank has ended, which has said why."""
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in ANOTHER_RANK_ENDED)
 
 
 def _explanation(vllm: Any, config: ResponseSettings, error: BaseException) -> str:
