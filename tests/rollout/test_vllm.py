@@ -15,7 +15,7 @@ from ppo_step import config_of, roles_of
 from transformers import AutoConfig
 from vllm_ranks import PROMPTS, SMALL
 
-from fastppo.data.batch import Rollout
+from fastppo.data.batch import Prompts, Rollout
 from fastppo.distributed.world import start_world
 from fastppo.models import Roles
 from fastppo.ops.eager import restrict
@@ -142,6 +142,54 @@ def test_a_response_is_as_likely_whatever_is_asked_with_it(world, tmp_path):
     alone = [sampler.sample(PROMPTS.select([i])) for i in range(len(PROMPTS))]
     assert torch.cat([one.packed.tokens for one in alone]).equal(together.packed.tokens)
     torch.testing.assert_close(torch.cat([one.logprobs for one in alone]), together.logprobs, atol=1e-5, rtol=0)
+
+
+# Conversations
+
+
+@pytest.mark.parametrize(("ranks", "size"), [(1, 1), (2, 2)])
+def test_conversations_have_the_trainers_logprobs_and_the_environments_observations(forks, tmp_path, ranks, size):
+    """Two ranks that hold one copy together talk to the environment each for its own prompts."""
+    model, case = vllm_ranks.saved(tmp_path / "model"), vllm_ranks.talking(tmp_path)
+    forks.run([model, str(tmp_path / "out"), str(size), json.dumps([case])], ranks, module="vllm_ranks")
+    of_ranks = [json.loads((tmp_path / f"out-{rank}.json").read_text())[0] for rank in range(ranks)]
+    assert sum(len(found["turns"]) for found in of_ranks) == len(PROMPTS)
+    assert max(turns for found in of_ranks for turns in found["turns"]) > 2
+    decode = tiny.tokenizer().decode
+    for found in of_ranks:
+        assert max(largest for largest, _ in found["fresh"]) < 1e-5 and max(found["behind"]) <= 30
+        for tokens, written, behind, reward, said in zip(
+            *(found[name] for name in ("tokens", "written", "behind", "rewards", "said")), strict=True
+        ):
+            pairs = list(zip(tokens, written, strict=True))[-behind:]
+            observed = [message["content"] for message in said[1:] if message["role"] == "user"]
+            assert decode([token for token, wrote in pairs if not wrote]) == "".join(observed)
+            of_turns = [text.count("o") / 4 for text in observed]
+            assert 0 <= reward - sum(of_turns) <= 5 / 4  # the last turn may have one too, whose observation is dropped
+
+
+def test_the_prefix_cache_holds_a_conversation_up_to_its_newest_turn(world, tmp_path, monkeypatch):
+    """In blocks of 32 tokens here."""
+    model, case = vllm_ranks.saved(tmp_path / "model"), vllm_ranks.talking(tmp_path)
+    arguments = ["--rollout.vllm.arguments", "{kv_cache_memory_bytes: 33554432, block_size: 32}"]
+    long = ["--data.max_prompt_tokens", "64", "--sampling.max_new_tokens", "60", "--rollout.turn_tokens", "20"]
+    _, sampler = sampler_of(world, model, *case, *arguments, *long)
+    engine: Any = sampler._engine
+    llm_engine, cached = engine._llm.llm_engine, []
+    step = llm_engine.step
+
+    def noted() -> Any:
+        outputs = step()
+        cached.extend((len(o.prompt_token_ids), o.num_cached_tokens) for o in outputs if o.finished)
+        return outputs
+
+    monkeypatch.setattr(llm_engine, "step", noted)
+    sampler.sync()
+    rollout = sampler.sample(Prompts.of([range(40, 80)], [0] * 8))
+    later = [(length, held) for length, held in cached if length > 40]
+    assert len(later) == int((rollout.packed.turn_counts - 1).sum()) > 4
+    assert all(held >= (length - 1 - 20) // 32 * 32 for length, held in later)
+    assert any(held > 32 for _, held in later)
 
 
 # Models

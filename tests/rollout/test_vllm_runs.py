@@ -85,6 +85,42 @@ def test_a_rank_alone_stops_within_a_response(forks, folder):
     assert len(sampler_errors(folder / "out")) == 4
 
 
+TALKS = {
+    "rollout__turn_tokens": 5,
+    "sampling__max_new_tokens": 20,
+    "sampling__stop_tokens": vllm_ranks.STOPS,
+    "ppo__microbatch_tokens": 80,
+    "rollout__vllm__tensor_parallel_size": 2,
+}
+
+
+def test_conversations_of_ranks_that_sample_together_stop_together_and_go_on(forks, folder):
+    """Told on the last rank alone, in the middle of conversations."""
+    vllm_ranks.talking(folder)
+    same = VLLM | FP32 | TALKS | {"rollout__environment": f"{folder}/partner.py:slow"}
+    argv = whole_runs.settings(folder, folder / "out", **same)
+    forks.run(argv, ranks=2, before=whole_runs.STOP_AT.format(kind="check_among", n=6))
+    assert len(sampler_errors(folder / "out")) < 4
+    forks.run([*argv, "--resume", "auto"], ranks=2)
+    assert len(sampler_errors(folder / "out")) == 4 and max(sampler_errors(folder / "out")) < 1e-5
+
+
+def test_an_environment_that_fails_on_one_rank_ends_all_with_its_reason(forks, folder):
+    lines = [
+        "import os",
+        "def fails(turn):",
+        "    if os.environ['RANK'] == '1' and turn == 1:",
+        "        raise LookupError('gone')",
+        "    return 'go on'",
+    ]
+    (folder / "fails.py").write_text("\n".join(lines))
+    same = VLLM | FP32 | TALKS | {"rollout__environment": f"{folder}/fails.py:fails"}
+    run = forks.start(whole_runs.settings(folder, folder / "out", **same), ranks=2)
+    codes = forks.wait(run)
+    assert len({*codes}) == 1 and codes[0] not in (0, 99), run.text()
+    assert "fails.py:fails raised LookupError: gone (fails.py:4)" in run.text()
+
+
 def test_generate_draws_with_it(forks, folder):
     argv = generated.settings(folder, folder / "drawn", **VLLM)
     forks.run(argv, ranks=2, module="fastppo.generate")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ import pytest
 import tiny
 import torch
 from test_vllm_engine import made, vllm, world  # noqa: F401 - fixtures
+from vllm_ranks import PARTNER, TALKS
 
 from fastppo.data.batch import Prompts, Rollout
 from fastppo.distributed import Neighbours, Stopped, stop
@@ -21,26 +21,7 @@ from fastppo.models import token_stats
 from fastppo.rollout.vllm.drawing import request_seed
 
 PROMPTS = Prompts.of([(75, 76, 77, 78), (79, 80, 81), (90,)], [0, 1, 2, 1], samples=2, first=7)
-STOPS = json.dumps(tiny.tokenizer().convert_ids_to_tokens(range(10, 257, 12)))
-LENGTHS = {
-    "rollout.turn_tokens": 7,
-    "rollout.max_turns": 4,
-    "sampling.max_new_tokens": 30,
-    "sampling.stop_tokens": STOPS,
-}
-
-# `slow` says the same, after a time that differs between conversations and turns.
 ENVIRONMENT = """
-import time
-
-def answer(conversation, turn, seed):
-    number = (sum(map(ord, conversation[-1]["content"])) + seed) % 6
-    return None if number == 0 else ("o" * number + str(turn), number / 4)
-
-def slow(conversation, turn, seed):
-    time.sleep((seed + turn) % 4 * 0.02)
-    return answer(conversation, turn, seed)
-
 def silent():
     return None
 
@@ -70,10 +51,10 @@ class Closing:
 @pytest.fixture
 def talking(vllm, made, tmp_path):  # noqa: F811
     """A sampler whose environment is the named one."""
-    (tmp_path / "partner.py").write_text(ENVIRONMENT)
+    (tmp_path / "partner.py").write_text(PARTNER + ENVIRONMENT)
 
     def talking(name: str, **changes: Any) -> tuple[Any, Any]:
-        settings = LENGTHS | {"rollout.environment": f"{tmp_path}/partner.py:{name}"} | changes
+        settings = TALKS | {"rollout.environment": f"{tmp_path}/partner.py:{name}"} | changes
         roles, sampler = made(*[part for key, value in settings.items() for part in (f"--{key}", str(value))])
         sampler.sync()
         return roles, sampler

@@ -6,6 +6,9 @@ vLLM is then in each of these processes and expects the same requests in the sam
 A response depends on its prompt, on the weights, and on random numbers that are those of seed and stream alone. But
 vLLM computes the tokens of many responses in one product, and their number changes its rounding; so a response is the
 same bit for bit where all that is asked for with it is the same.
+
+In a conversation with an environment a turn is a response of its own, to all that was said before it. When the answers
+come then decides what is computed together.
 """
 
 from __future__ import annotations
