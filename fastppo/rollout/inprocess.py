@@ -128,8 +128,9 @@ def sample(
                 responses = Decoding(decoder, prompts, config, seed).run()
             else:
                 Conversing(decoder, prompts, config, seed, talks).run()
+        rollout = packed_responses(prompts, responses) if talks is None else talks.rollout()
     policy.train(was_training)
-    return packed_responses(prompts, responses) if talks is None else talks.rollout()
+    return rollout
 
 
 def packed_responses(prompts: Prompts, responses: Sequence[Response]) -> Rollout:

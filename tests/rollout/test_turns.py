@@ -6,6 +6,7 @@ The oracle is the model's own forward pass over the whole conversation.
 from __future__ import annotations
 
 import random
+import sys
 import threading
 import time
 from pathlib import Path
@@ -212,6 +213,24 @@ def test_an_environment_that_fails_in_one_conversation_ends_sampling_with_its_re
     )
     with pytest.raises(ConversationError, match=r"fails.py:fails raised LookupError: no such file \(fails.py:3\)"):
         talk(actor, folder, rollout__environment=f"{folder}/fails.py:fails")
+
+
+def test_instances_that_take_time_to_close_are_waited_for(actor, folder):
+    (folder / "closing.py").write_text(
+        "import time\n"
+        "class Closing:\n"
+        "    closed = 0\n"
+        "    def reset(self, seed, options):\n"
+        "        return '', {}\n"
+        "    def step(self, action):\n"
+        "        return '', 0.5, True, False, {}\n"
+        "    def close(self):\n"
+        "        time.sleep(0.3)\n"
+        "        Closing.closed += 1\n"
+    )
+    rollout = talk(actor, folder, rollout__environment=f"{folder}/closing.py:Closing")
+    assert rollout.rewards_of_turns.tolist() == [0.5] * 12
+    assert sys.modules["closing"].Closing.closed == 12
 
 
 def test_sampling_that_is_told_to_stop_leaves_while_an_environment_answers(actor, folder, monkeypatch):
