@@ -29,7 +29,7 @@ def hangs():
     time.sleep(30)
 
 def fails(conversation, turn):
-    if turn == 1 and "Z" in conversation[0]["content"]:
+    if turn == 1 and "z" in conversation[0]["content"]:
         raise LookupError("no such file")
     return "go on"
 
