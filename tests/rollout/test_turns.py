@@ -22,6 +22,8 @@ from fastppo.data.batch import Prompts, Rollout
 from fastppo.data.prompts import PromptSet
 from fastppo.distributed import Stopped, stop
 from fastppo.environments import ConversationError, load_environment
+from fastppo.errors import FastPPOError
+from fastppo.models import attention
 from fastppo.models.cache import Cache
 from fastppo.models.roles import Policy, fuse_head
 from fastppo.rollout.answers import check_rollout
@@ -147,6 +149,27 @@ def test_recorded_steps_write_the_same_conversations(folder, recorder):  # noqa:
     recorded = list(parts(talk(actor, folder, prompts_of(samples=2))))
     assert recorder.recorded and recorder.replays
     assert recorded == list(parts(talk(actor, folder, prompts_of(samples=2), sampling__cuda_graphs="false")))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("setting", ["flash", "varlen", "sdpa"])
+def test_on_a_gpu_conversations_are_the_same_recorded_or_not_and_have_the_logprobs_of_a_whole_pass(folder, setting):
+    try:
+        attention.choose_attention(setting, torch.bfloat16, torch.device("cuda", torch.cuda.current_device()))
+    except FastPPOError as error:
+        pytest.skip(str(error))
+    model = tiny.causal(dtype=torch.bfloat16).to("cuda")
+    actor = Policy(fuse_head(tiny.causal(dtype=torch.bfloat16))).to("cuda")
+    recorded, launched = (
+        talk(actor, folder, prompts_of(samples=2), sampling__cuda_graphs=graphs) for graphs in ("true", "false")
+    )
+    attention.compute_with(None)
+    assert list(parts(recorded)) == list(parts(launched))
+    for tokens, mask, logprobs, *_ in parts(recorded):
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens], device="cuda")).logits[0].float().log_softmax(-1).cpu()
+        expected = [float(logits[i - 1, tokens[i]]) for i, wrote in enumerate(mask) if wrote]
+        assert logprobs == pytest.approx(expected, abs=0.2)
 
 
 def test_with_an_environment_that_ends_each_conversation_at_once_responses_are_as_without(actor, folder):
