@@ -1,3 +1,4 @@
+from .batch import Begun as Begun
 from .batch import Experience as Experience
 from .batch import Measured as Measured
 from .batch import Moments as Moments
@@ -6,6 +7,7 @@ from .batch import Rollout as Rollout
 from .batch import Scored as Scored
 from .batch import Update as Update
 from .batch import concatenate as concatenate
+from .batch import responses_of as responses_of
 from .batch import rewards_by_turn as rewards_by_turn
 from .continuation import decode_after as decode_after
 from .continuation import decode_pieces as decode_pieces

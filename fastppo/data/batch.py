@@ -10,11 +10,28 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastppo.data.packed import Packed, end_to_end
+from fastppo.data.packed import Packed, cumulative, end_to_end
 
 if TYPE_CHECKING:
     from fastppo.data.conversations import Messages
     from fastppo.data.prompts import PromptSet
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A response that is to go on: the n tokens behind its prompt so far, of which the policy wrote m."""
+
+    tokens: Tensor  # (n,) int64
+    written: Tensor  # (n,) bool, True where the policy wrote
+    logprobs: Tensor  # (m,) fp32, of the distributions that these were sampled from, perhaps those of several steps
+    turn_rewards: Tensor | None = None  # (m,) fp32, as in `Rollout`
+    conversation: Messages | None = None  # all that was said, without a turn that has not ended; None: no environment
+
+    @property
+    def unfinished(self) -> int:
+        """The number of tokens at its end that belong to a turn that has not ended: those behind what was observed."""
+        behind_observations = (~self.written).nonzero().flatten() + 1
+        return len(self.tokens) - int(behind_observations[-1:].sum())
 
 
 @dataclass(frozen=True)
@@ -25,6 +42,10 @@ class Prompts:
     streams: Tensor  # (B,) int64, prompt index * n + sample index: selects the random numbers of a response
     sources: Tensor  # (B,) int64, the row of each prompt in its prompt set, for its text and columns
     data: PromptSet | None = field(default=None, repr=False, compare=False)  # that prompt set, for an environment
+    # B responses that go on; None where one begins, and where all do. What is sampled contains them.
+    begun: tuple[Begun | None, ...] | None = None
+    # The most tokens that the policy writes on each: a response may then be left incomplete. None: all are completed.
+    extend_by: int | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -51,8 +72,20 @@ class Prompts:
     def select(self, indices: Sequence[int]) -> Prompts:
         rows = torch.as_tensor(list(indices), dtype=torch.int64)
         return replace(
-            self, tokens=tuple(self.tokens[i] for i in indices), streams=self.streams[rows], sources=self.sources[rows]
+            self,
+            tokens=tuple(self.tokens[i] for i in indices),
+            streams=self.streams[rows],
+            sources=self.sources[rows],
+            begun=None if self.begun is None else tuple(self.begun[i] for i in indices),
         )
+
+    @property
+    def tokens_so_far(self) -> tuple[tuple[int, ...], ...]:
+        """Of each prompt its tokens and those of its response so far."""
+        if self.begun is None:
+            return self.tokens
+        behind = (() if begun is None else begun.tokens.tolist() for begun in self.begun)
+        return tuple((*prompt, *response) for prompt, response in zip(self.tokens, behind, strict=True))
 
 
 @dataclass(frozen=True)
@@ -65,6 +98,7 @@ class Rollout:
     sources: Tensor  # (B,) int64, the row of each prompt in its prompt set
     turn_rewards: Tensor | None = None  # (M,) fp32, of an environment, on the last token of a turn; None without one
     conversations: tuple[Messages, ...] | None = None  # B, prompt and all that was said; None without an environment
+    complete: Tensor | None = None  # (B,) bool, False where a response is to go on; None: all are complete
 
     def select(self, sequences: Tensor) -> Rollout:
         """The given responses (an int64 tensor of indices), in the given order."""
@@ -73,7 +107,25 @@ class Rollout:
         assert logprobs is not None
         said = self.conversations and tuple(self.conversations[i] for i in sequences.tolist())
         rows = (self.ended[sequences], self.sources[sequences])
-        return Rollout(self.packed.select(sequences), logprobs, *rows, rewards, said)
+        complete = None if self.complete is None else self.complete[sequences]
+        return Rollout(self.packed.select(sequences), logprobs, *rows, rewards, said, complete)
+
+    def begun(self) -> list[Begun]:
+        """Each response as it is gone on with, in memory of its own."""
+        packed, found = self.packed, []
+        ends, firsts = packed.cu_seqlens[1:].tolist(), (packed.cu_seqlens[:-1] + packed.prompt_lengths).tolist()
+        for i, behind in enumerate(map(slice, firsts, ends)):
+            own = slice(*packed.response_cu_seqlens[i : i + 2].tolist())
+            found.append(
+                Begun(
+                    packed.tokens[behind].clone(),
+                    packed.written[behind].clone(),
+                    self.logprobs[own].clone(),
+                    None if self.turn_rewards is None else self.turn_rewards[own].clone(),
+                    None if self.conversations is None else self.conversations[i],
+                )
+            )
+        return found
 
     @property
     def rewards_of_turns(self) -> Tensor:  # (B,) fp64, the sum of a response's turn rewards; 0 without an environment
@@ -88,6 +140,26 @@ def rewards_by_turn(packed: Packed, turn_rewards: Tensor) -> list[list[float]]:
     """The rewards of each response's turns, a number a turn; turn_rewards (M,) fp32, as in `Rollout`."""
     ends = packed.turn_lengths.cumsum(0) - 1
     return [part.tolist() for part in turn_rewards[ends].split(packed.turn_counts.tolist())] if len(packed) else []
+
+
+def responses_of(prompts: Prompts, ended: Tensor) -> Rollout:
+    """Responses that have all begun as what was sampled, complete ones; ended: (B,) bool, as in `Rollout`."""
+    begun = [one for one in prompts.begun or () if one is not None]
+    heads = [torch.tensor(tokens, dtype=torch.int64) for tokens in prompts.tokens]
+    parts = list(zip(heads, begun, strict=True))
+    rewards = [one.turn_rewards for one in begun if one.turn_rewards is not None]
+    said = [one.conversation for one in begun if one.conversation is not None]
+    lengths = torch.tensor([len(head) + len(one.tokens) for head, one in parts], dtype=torch.int64)
+    masks = [x for head, one in parts for x in (torch.zeros(len(head), dtype=torch.bool), one.written)]
+    packed = Packed(
+        torch.cat([x for head, one in parts for x in (head, one.tokens)]),
+        cumulative(lengths),
+        cumulative(torch.tensor([len(one.logprobs) for one in begun], dtype=torch.int64)),
+        torch.cat(masks) if said else None,
+    )
+    logprobs = torch.cat([one.logprobs for one in begun])
+    of_turns = (torch.cat(rewards), tuple(said)) if said else (None, None)
+    return Rollout(packed, logprobs, ended, prompts.sources, *of_turns)
 
 
 @dataclass(frozen=True)
@@ -168,6 +240,7 @@ def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
     )
     rewards = [r.turn_rewards for r in rollouts if r.turn_rewards is not None]
     said = [r.conversations for r in rollouts if r.conversations is not None]
+    complete = [r.complete for r in rollouts if r.complete is not None]
     return Rollout(
         packed,
         logprobs,
@@ -175,6 +248,7 @@ def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
         sources,
         torch.cat(rewards) if rewards else None,
         tuple(conversation for part in said for conversation in part) if said else None,
+        torch.cat(complete) if complete else None,
     )
 
 

@@ -11,18 +11,19 @@ import hashlib
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import itemgetter
 
 import torch
 
 from fastppo.config import SamplingConfig
-from fastppo.data import Messages, Prompts, Rollout, decode_after, pack_turns
+from fastppo.data import Prompts, Rollout, decode_after, pack_turns
 from fastppo.distributed import stop
 from fastppo.environments.answers import Answer, ConversationError, messages_of
 from fastppo.environments.calls import Calls, Outcome, call_here
+from fastppo.environments.conversation import Conversation
 from fastppo.environments.environment import Environment
-from fastppo.environments.partner import FunctionPartner, InstancePartner, Partner, Turn
+from fastppo.environments.partner import FunctionPartner, InstancePartner, Turn
 from fastppo.environments.turns import observed, read_turn
 from fastppo.errors import line_of
 from fastppo.user_code import restore, shared_settings
@@ -42,36 +43,6 @@ class Counts:
     malformed: int  # turns with a tool call that could not be read
     call_seconds: float  # that all calls took, together
     longest_wait: float  # seconds that the calls of one conversation took together, the most
-
-
-@dataclass
-class _Conversation:
-    """What was said so far."""
-
-    place: str  # in the data, for errors
-    tokens: list[int]  # from the prompt on
-    written: list[bool]  # as long; by the actor
-    messages: Messages
-    is_chat: bool
-    partner: Partner
-    prompt_length: int
-    logprobs: list[float] = field(default_factory=list)  # of the written tokens, as are the rewards
-    rewards: list[float] = field(default_factory=list)
-    turns: int = 0
-    turn: Sequence[int] = ()  # tokens of the newest one
-    turn_ended: bool = False  # with a stop token
-    calls_tools: bool = False  # that turn does
-    ended: bool = False
-    over: bool = False
-    seconds: float = 0.0  # that its calls took
-
-    @property
-    def length(self) -> int:  # tokens behind the prompt
-        return len(self.tokens) - self.prompt_length
-
-    @property
-    def turn_place(self) -> str:
-        return f"turn {self.turns - 1} of the conversation of {self.place}"
 
 
 class Conversations:
@@ -98,18 +69,22 @@ class Conversations:
         self._settings = shared_settings()
 
     def limit(self, i: int) -> int:
-        """The most tokens that the next turn of conversation i may have, its stop token included; 1 or more."""
-        left = self._sampling.max_new_tokens - self._said[i].length
-        return left if self._limits.turn_tokens is None else min(left, self._limits.turn_tokens)
+        """The most tokens that the next turn of conversation i may have, or the rest of the one that it is in, its stop
+        token included; 1 or more."""
+        said, longest = self._said[i], self._limits.turn_tokens
+        left = self._sampling.max_new_tokens - said.length
+        return (left if longest is None else min(left, longest)) - len(said.unfinished)
 
     def end_turn(self, i: int, tokens: Sequence[int], logprobs: Sequence[float]) -> None:
-        """The actor has written a turn in conversation i, the stop token included if there is one.
+        """The actor has written a turn in conversation i, or the rest of one, the stop token included if there is one.
 
         The environment's call begins, or waits for others to end. logprobs: one of each token.
         """
         said = self._said[i]
         assert not said.over and i not in self._asked, "a conversation waits for its answer before its next turn"
         assert 1 <= len(tokens) == len(logprobs) and len(tokens) <= self.limit(i), "a turn within its limit"
+        tokens, logprobs = [*said.unfinished, *tokens], [*said.of_unfinished, *logprobs]
+        said.unfinished, said.of_unfinished = [], []
         ended = tokens[-1] in self._stop_ids
         read = read_turn(self._environment, said.tokens, tokens, is_chat=said.is_chat)
         said.tokens += tokens
@@ -126,6 +101,16 @@ class Conversations:
             return
         turn = Turn(said.turns - 1, read.text, read.calls, ended, said.messages)
         self._calls.begin(i, said.partner.calls(turn, said.turn_place))
+
+    def pause(self, i: int, tokens: Sequence[int] = (), logprobs: Sequence[float] = ()) -> None:
+        """Conversation i goes on at another time, behind these tokens of a turn that has not ended, and those that it
+        had of it before."""
+        said = self._said[i]
+        assert not said.over and i not in self._asked, "a conversation waits for its answer before it pauses"
+        assert len(tokens) == len(logprobs) and len(tokens) < self.limit(i), "a turn that may go on"
+        said.unfinished += tokens
+        said.of_unfinished += logprobs
+        said.paused = True
 
     def answered(self, wait: float = 0.0) -> list[tuple[int, tuple[int, ...] | None]]:
         """The conversations whose calls have returned since this was last asked, in ascending order.
@@ -152,19 +137,27 @@ class Conversations:
         return len(self._asked)
 
     def rollout(self) -> Rollout:
-        """What was said, when all conversations are over; on the CPU, in the order of the prompts.
+        """What was said, when all conversations are over or pause; on the CPU, in the order of the prompts.
 
         Closes them.
         """
-        assert all(said.over for said in self._said), "conversations that are not over"
+        assert all(said.over or said.paused for said in self._said), "conversations that are not over"
         self.close()
+        all_said = self._said
+        logprobs = [x for said in all_said for x in (*said.logprobs, *said.of_unfinished)]
+        rewards = [x for said in all_said for x in (*said.rewards, *[0.0] * len(said.unfinished))]
+        complete = torch.tensor([said.over for said in all_said], dtype=torch.bool)
         return Rollout(
-            pack_turns([said.tokens for said in self._said], [said.written for said in self._said]),
-            torch.tensor([x for said in self._said for x in said.logprobs], dtype=torch.float32),
-            torch.tensor([said.ended for said in self._said], dtype=torch.bool),
+            pack_turns(
+                [[*said.tokens, *said.unfinished] for said in all_said],
+                [[*said.written, *[True] * len(said.unfinished)] for said in all_said],
+            ),
+            torch.tensor(logprobs, dtype=torch.float32),
+            torch.tensor([said.ended for said in all_said], dtype=torch.bool),
             self._prompts.sources,
-            torch.tensor([x for said in self._said for x in said.rewards], dtype=torch.float32),
-            tuple(said.messages for said in self._said),
+            torch.tensor(rewards, dtype=torch.float32),
+            tuple(said.messages for said in all_said),
+            complete if self._prompts.extend_by is not None else None,
         )
 
     @property
@@ -206,7 +199,7 @@ class Conversations:
             log.warning("%s: %d instances have not been closed", self._environment.setting, under_way)
         closings.close()
 
-    def _begin(self, i: int, seed: int) -> _Conversation:
+    def _begin(self, i: int, seed: int) -> Conversation:
         prompts, row = self._prompts, int(self._prompts.sources[i])
         tokens, data, messages = list(prompts.tokens[i]), prompts.data, None
         if data is None:
@@ -215,7 +208,7 @@ class Conversations:
             text, columns, place = data.texts[row], {k: v[row] for k, v in data.columns.items()}, data.where(row)
             messages = data.messages_of([row])[0]
         kind = InstancePartner if self._environment.is_class else FunctionPartner
-        return _Conversation(
+        said = Conversation(
             place=place,
             tokens=tokens,
             written=[False] * len(tokens),
@@ -224,6 +217,10 @@ class Conversations:
             partner=kind(self._environment, conversation_seed(seed, int(prompts.streams[i])), columns),
             prompt_length=len(tokens),
         )
+        begun = prompts.begun and prompts.begun[i]
+        if begun:
+            said.go_on(begun)
+        return said
 
     def _take(self, wait: float) -> list[Outcome]:
         """The calls that have answered turns; those that have closed instances are counted.

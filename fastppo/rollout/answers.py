@@ -31,14 +31,14 @@ def _problems(rollout: Any, prompts: Prompts, longest: int, vocabulary: int) -> 
     """Each check may rely on those before it, since only the first problem is wanted."""
     if not isinstance(rollout, Rollout) or not isinstance(rollout.packed, Packed):
         yield f"{type(rollout).__name__}, and not a fastppo.data.Rollout"
-    yield from _wrong_tensors(rollout)
+    yield from _wrong_tensors(rollout, prompts)
     yield from _wrong_counts(rollout, len(prompts))
-    yield from _wrong_lengths(rollout.packed, prompts, longest)
+    yield from _wrong_lengths(rollout, prompts, longest)
     yield from _wrong_tokens(rollout, prompts, vocabulary)
     yield from _wrong_logprobs(rollout)
 
 
-def _wrong_tensors(rollout: Rollout) -> Iterator[str]:
+def _wrong_tensors(rollout: Rollout, prompts: Prompts) -> Iterator[str]:
     packed = rollout.packed
     tensors: tuple[tuple[str, Any, torch.dtype], ...] = (
         ("packed.tokens", packed.tokens, torch.int64),
@@ -50,6 +50,8 @@ def _wrong_tensors(rollout: Rollout) -> Iterator[str]:
     )
     if packed.mask is not None:
         tensors += (("packed.mask", packed.mask, torch.bool), ("turn_rewards", rollout.turn_rewards, torch.float32))
+    if prompts.extend_by is not None:
+        tensors += (("complete", rollout.complete, torch.bool),)
     for name, tensor, dtype in tensors:
         if not isinstance(tensor, Tensor):
             yield f"{name} of the type {type(tensor).__name__}; it must be a tensor of {dtype}"
@@ -65,6 +67,7 @@ def _wrong_counts(rollout: Rollout, count: int) -> Iterator[str]:
         ("packed.response_cu_seqlens of ", len(packed.response_cu_seqlens) - 1),
         ("ended of ", len(rollout.ended)),
         ("sources of ", len(rollout.sources)),
+        ("complete of ", count if rollout.complete is None else len(rollout.complete)),
     ):
         if rows != count:
             yield f"{name}{rows} responses to {count} prompts"
@@ -73,11 +76,12 @@ def _wrong_counts(rollout: Rollout, count: int) -> Iterator[str]:
             yield f"{name} that begins at {int(starts[0])}, and not at 0"
 
 
-def _wrong_lengths(packed: Packed, prompts: Prompts, longest: int) -> Iterator[str]:
+def _wrong_lengths(rollout: Rollout, prompts: Prompts, longest: int) -> Iterator[str]:
+    packed = rollout.packed
     if len(packed.tokens) != int(packed.cu_seqlens[-1]):
         yield f"{len(packed.tokens)} tokens in packed.tokens, of which cu_seqlens counts {int(packed.cu_seqlens[-1])}"
     if packed.mask is not None:
-        yield from _wrong_mask(packed)
+        yield from _wrong_mask(packed, rollout.complete)
     lengths = packed.lengths
     responses = packed.response_lengths if packed.mask is None else lengths - packed.prompt_lengths
     for i in ((responses < 1) | (responses > longest)).nonzero().flatten().tolist():
@@ -90,7 +94,7 @@ def _wrong_lengths(packed: Packed, prompts: Prompts, longest: int) -> Iterator[s
         )
 
 
-def _wrong_mask(packed: Packed) -> Iterator[str]:
+def _wrong_mask(packed: Packed, complete: Tensor | None) -> Iterator[str]:
     assert packed.mask is not None
     if len(packed.mask) != len(packed.tokens):
         yield f"packed.mask of {len(packed.mask)} numbers for {len(packed.tokens)} tokens"
@@ -98,7 +102,8 @@ def _wrong_mask(packed: Packed) -> Iterator[str]:
     for i, (marked, count) in enumerate(zip(written, packed.response_lengths.tolist(), strict=True)):
         if marked != count or count < 1:
             yield f"a mask with {marked} written tokens in sequence {i}, of which response_cu_seqlens counts {count}"
-    for i in (~packed.mask[packed.last_rows]).nonzero().flatten().tolist():
+    observed_last = ~packed.mask[packed.last_rows]  # as it may be where the conversation goes on
+    for i in (observed_last if complete is None else observed_last & complete).nonzero().flatten().tolist():
         yield f"a sequence {i} that does not end with a token that the actor wrote"
 
 
@@ -107,9 +112,12 @@ def _wrong_tokens(rollout: Rollout, prompts: Prompts, vocabulary: int) -> Iterat
     for i in (rollout.sources != prompts.sources).nonzero().flatten().tolist():
         yield f"row {int(rollout.sources[i])} as the source of response {i}; that of its prompt is {prompts.sources[i]}"
     sequences = packed.tokens.split(packed.lengths.tolist()) if len(packed) else ()
-    for i, (prompt, sequence) in enumerate(zip(prompts.tokens, sequences, strict=True)):
+    prefixes = prompts.tokens_so_far
+    for i, (prompt, prefix, sequence) in enumerate(zip(prompts.tokens, prefixes, sequences, strict=True)):
         if tuple(sequence[: len(prompt)].tolist()) != prompt:
             yield f"a sequence {i} that does not begin with its prompt"
+        if tuple(sequence[: len(prefix)].tolist()) != prefix:
+            yield f"a response {i} that does not go on behind its earlier tokens"
         beyond = [token for token in sequence[len(prompt) :].tolist() if not 0 <= token < vocabulary]
         if beyond:
             yield f"token {beyond[0]} in response {i}, beyond the actor's vocabulary of {vocabulary}"

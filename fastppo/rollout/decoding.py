@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -15,14 +15,15 @@ from fastppo.data import Prompts, segment_offsets
 from fastppo.distributed import stop, to_device
 from fastppo.rollout.decoder import Decoder, bucket
 
-Response = tuple[list[int], list[float], bool]  # tokens, their logprobs, whether it ended by itself
+# The tokens that are new in a response, their logprobs, whether it ended by itself.
+Response = tuple[list[int], list[float], bool]
 
 FEWEST_TOKENS = 16  # of a prefill or an extension; what is shorter is computed several times
 
 
 @dataclass(frozen=True)
 class Computed:
-    """A prompt that has been computed."""
+    """A prompt that has been computed, with what there was of its response."""
 
     prompt: tuple[int, ...]
     row: int  # of the cache, that holds its keys and values
@@ -37,11 +38,16 @@ class Decoding:
     copy keys and values. Prompts are taken in order, so only the newest can have samples left, and its row stays as it
     is until another prompt takes a row. Once no prompt is left, rows without a response fill the bucket; what they
     compute is thrown away.
+
+    A response that was begun before goes on behind a prefill of prompt and response: it has the random numbers that it
+    would have had then.
     """
 
     def __init__(self, decoder: Decoder, prompts: Prompts, config: SamplingConfig, seed: int):
         self.decoder, self.prompts, self.device = decoder, prompts, decoder.policy.device
-        self.longest_response = config.max_new_tokens
+        self.longest_response, self.prefixes = config.max_new_tokens, prompts.tokens_so_far
+        # Tokens of each response before what is being written.
+        self.before = [len(all_) - len(own) for all_, own in zip(self.prefixes, prompts.tokens, strict=True)]
         rows, longest = space(prompts, config)
         decoder.begin(config, seed, longest)
         self.due = 0  # the first response without a row
@@ -70,15 +76,19 @@ class Decoding:
         return bool(self.running or self.due < len(self.prompts))
 
     def limit(self, response: int) -> int:
-        """The number of tokens with which a response that begins is complete, if no stop token came before."""
-        return self.longest_response
+        """The number of tokens up to which a response that begins is written, if no stop token comes before."""
+        by = self.prompts.extend_by
+        return self.longest_response if by is None else min(self.before[response] + by, self.longest_response)
 
     def completed(
         self, rows: list[int], tokens: list[list[int]], logprobs: list[list[float]], ended: list[bool]
     ) -> None:
-        """Take what these rows have written, all tokens of each; they are no longer running."""
-        for row, response in zip(rows, zip(tokens, logprobs, ended, strict=True), strict=True):
-            self.responses[self.running.pop(row)] = response
+        """Take what these rows have written, which are no longer running: the tokens of each response by their
+        places, of which those before what it began behind are not there."""
+        for row, written, of_written, has_ended in zip(rows, tokens, logprobs, ended, strict=True):
+            response = self.running.pop(row)
+            before = self.before[response]
+            self.responses[response] = written[before:], of_written[before:], has_ended
         self.release(rows)
 
     def release(self, rows: list[int]) -> None:
@@ -96,8 +106,8 @@ class Decoding:
         due = range(self.due, self.due + count)
         self.due += count
         self.running |= zip(rows, due, strict=True)
-        states = self._prefill(rows, [self.prompts.tokens[i] for i in due])
-        self.begin(rows, list(due), states, [0] * count, [self.limit(i) for i in due])
+        states = self._prefill(rows, [self.prefixes[i] for i in due])
+        self.begin(rows, list(due), states, [self.before[i] for i in due], [self.limit(i) for i in due])
 
     def begin(
         self, rows: list[int], responses: list[int], states: Tensor, counts: Sequence[int], limits: Sequence[int]
@@ -127,8 +137,21 @@ class Decoding:
 
     def _compute(self, prompts: list[tuple[tuple[int, ...], int]]) -> list[Computed]:
         """Compute prompts, each into its row."""
-        if not prompts:
-            return []
+        return [one for part in self._passes(prompts) for one in self._compute_at_once(part)]
+
+    def _passes(self, prompts: list[tuple[tuple[int, ...], int]]) -> Iterator[list[tuple[tuple[int, ...], int]]]:
+        """Parts of the prompts for a pass each: of as many tokens as whole rows of prompts have, or of one prompt. So
+        what has begun needs no more memory to be computed than what begins."""
+        most, part = self.decoder.rows * max(map(len, self.prompts.tokens)), list[tuple[tuple[int, ...], int]]()
+        for one in prompts:
+            if part and sum(len(prompt) for prompt, _ in (*part, one)) > most:
+                yield part
+                part = []
+            part.append(one)
+        if part:
+            yield part
+
+    def _compute_at_once(self, prompts: list[tuple[tuple[int, ...], int]]) -> list[Computed]:
         packed = [prompt for prompt, _ in prompts]
         missing = FEWEST_TOKENS - sum(map(len, packed))
         packed += packed[-1:] * max(0, -(-missing // len(packed[-1])))

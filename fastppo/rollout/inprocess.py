@@ -108,6 +108,7 @@ def sample(
 ) -> Rollout:
     """One response of 1 to `max_new_tokens` tokens to each prompt, the stop token included; on the CPU.
 
+    Those that `prompts` has begun go on, and with its `extend_by` some may be left incomplete.
     decoder: of this policy and these stop ids, with space for the prompts; one is made where there is none.
     environment: answers each turn of a response, whose tokens then include the observations. To be called within
     `stop.together`: ranks do not wait for each other in here, and one may leave alone.
@@ -128,17 +129,21 @@ def sample(
                 responses = Decoding(decoder, prompts, config, seed).run()
             else:
                 Conversing(decoder, prompts, config, seed, talks).run()
-        rollout = packed_responses(prompts, responses) if talks is None else talks.rollout()
+        rollout = packed_responses(prompts, responses, config) if talks is None else talks.rollout()
     policy.train(was_training)
     return rollout
 
 
-def packed_responses(prompts: Prompts, responses: Sequence[Response]) -> Rollout:
+def packed_responses(prompts: Prompts, responses: Sequence[Response], config: SamplingConfig) -> Rollout:
     """The rollout of a response of one turn to each prompt."""
-    packed = pack([(*p, *r[0]) for p, r in zip(prompts.tokens, responses, strict=True)], [len(r[0]) for r in responses])
-    logprobs = torch.tensor([x for r in responses for x in r[1]], dtype=torch.float32)
+    sequences = [(*p, *r[0]) for p, r in zip(prompts.tokens_so_far, responses, strict=True)]
+    packed = pack(sequences, [len(all_) - len(p) for all_, p in zip(sequences, prompts.tokens, strict=True)])
+    before = [[] if begun is None else begun.logprobs.tolist() for begun in prompts.begun or [None] * len(prompts)]
+    logprobs = [x for old, r in zip(before, responses, strict=True) for x in (*old, *r[1])]
     ended = torch.tensor([r[2] for r in responses], dtype=torch.bool)
-    return Rollout(packed, logprobs, ended, prompts.sources)
+    complete = None if prompts.extend_by is None else ended | (packed.response_lengths == config.max_new_tokens)
+    of_tokens = torch.tensor(logprobs, dtype=torch.float32)
+    return Rollout(packed, of_tokens, ended, prompts.sources, complete=complete)
 
 
 def records(policy: Policy, config: SamplingConfig) -> bool:

@@ -31,6 +31,7 @@ class Sampler(Protocol):
     def sample(self, prompts: Prompts, *, temperature: float, seed: int) -> Rollout:
         """One response of 1 to `sampling.max_new_tokens` tokens to each of this rank's prompts, on the CPU.
 
+        Only the engine in process is given responses that have begun, or a limit by which to extend them.
         A response depends on the weights, its prompt's tokens and stream, temperature and seed. Its logprobs are those
         of the distribution that each token was drawn from. There may be no prompts. Ranks wait for none but those that
         they sample together with: one that is told to stop leaves by `stop.check_alone`, such a group by

@@ -45,7 +45,8 @@ class Conversing(Decoding):
         super().__init__(decoder, prompts, config, seed)
         self.conversations = conversations
         self.waiting: dict[int, _Waiting] = {}  # by response
-        self.said = [0] * len(prompts)  # tokens of each response before its present turn
+        # Tokens that the policy may still write on each response in this call.
+        self.left = [config.max_new_tokens if prompts.extend_by is None else prompts.extend_by] * len(prompts)
 
     def advance(self) -> bool:
         busy = bool(self.running or (self.free and self.due < len(self.prompts)))
@@ -53,19 +54,28 @@ class Conversing(Decoding):
         return super().advance() or bool(self.waiting)
 
     def limit(self, response: int) -> int:
-        return self.said[response] + self.conversations.limit(response)
+        return self.before[response] + min(self.conversations.limit(response), self.left[response])
 
     def completed(
         self, rows: list[int], tokens: list[list[int]], logprobs: list[list[float]], ended: list[bool]
     ) -> None:
-        """Let the environment answer the turns that these rows have written."""
-        lengths = self.decoder.cache.lengths[self.on_device(rows)].tolist()
-        for row, written, of_written, cached in zip(rows, tokens, logprobs, lengths, strict=True):
+        """Let the environment answer the turns that these rows have written; one that is not complete goes on at
+        another time."""
+        lengths, paused = self.decoder.cache.lengths[self.on_device(rows)].tolist(), []
+        for row, written, of_written, has_ended, cached in zip(rows, tokens, logprobs, ended, lengths, strict=True):
             response = self.running.pop(row)
-            unread = written[cached - len(self.prompts.tokens[response]) :]
-            self.waiting[response] = _Waiting(row, cached, tuple(unread))
-            turn = slice(self.said[response], None)
-            self.conversations.end_turn(response, written[turn], of_written[turn])
+            new = slice(self.before[response], None)
+            turn = written[new], of_written[new]
+            self.left[response] -= len(turn[0])
+            if has_ended or len(turn[0]) == self.conversations.limit(response):
+                unread = written[cached - len(self.prompts.tokens[response]) :]
+                self.waiting[response] = _Waiting(row, cached, tuple(unread))
+                self.conversations.end_turn(response, *turn)
+            else:
+                self.conversations.pause(response, *turn)
+                paused.append(row)
+        if paused:
+            self.release(paused)
 
     def _go_on(self, wait: float) -> None:
         """Begin the next turn where the environment has answered; wait: seconds for the first answer."""
@@ -73,6 +83,9 @@ class Conversing(Decoding):
         for response, observation in self.conversations.answered(wait) if self.waiting else ():
             row, cached, unread = self.waiting.pop(response)
             if observation is None:
+                over.append(row)
+            elif not self.left[response]:
+                self.conversations.pause(response)
                 over.append(row)
             else:
                 observed.append(_Observed(response, row, cached, (*unread, *observation)))
@@ -82,10 +95,10 @@ class Conversing(Decoding):
             return
         states = self._extend(observed)
         for one in observed:
-            self.said[one.response] = one.cached + len(one.tokens) - len(self.prompts.tokens[one.response])
+            self.before[one.response] = one.cached + len(one.tokens) - len(self.prompts.tokens[one.response])
             self.running[one.row] = one.response
         responses = [one.response for one in observed]
-        counts, limits = [self.said[i] for i in responses], [self.limit(i) for i in responses]
+        counts, limits = [self.before[i] for i in responses], [self.limit(i) for i in responses]
         self.begin([one.row for one in observed], responses, states, counts, limits)
         self.take()
 

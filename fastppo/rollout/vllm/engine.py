@@ -75,7 +75,7 @@ class Vllm:
         if environment is None:
             order, own = self._order(prompts, [sampling.max_new_tokens] * len(prompts), sampling, seed)
             responses = Drawing(self._vllm, self._llm, order).run()
-            return packed_responses(prompts, responses[own.start : own.stop])
+            return packed_responses(prompts, responses[own.start : own.stop], sampling)
         with closing(Conversations(prompts, environment, sampling, self._stop_ids, seed=seed)) as talks:
             order, own = self._order(prompts, [talks.limit(i) for i in range(len(prompts))], sampling, seed)
             Conversing(self._vllm, self._llm, order, talks, own).run()
