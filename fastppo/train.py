@@ -17,10 +17,10 @@ if __package__ in (None, ""):  # run as a script: Python would look for modules 
 
 from fastppo.config import PPO, Config
 from fastppo.data import Experience, Prompts, plan_step
-from fastppo.distributed import World, together, watching
+from fastppo.distributed import World, watching
 from fastppo.models import PrefixStates
 from fastppo.monitor import lock_run_dir, watch
-from fastppo.online import ENDED, Draws, act_on_alarms, evaluate_if_due, finish
+from fastppo.online import ENDED, Draws, StepResponses, act_on_alarms, evaluate_if_due, finish
 from fastppo.ppo import (
     PPOSetup,
     Step,
@@ -96,11 +96,11 @@ def make_experience(
     """The actor's responses, their scores, and from these the advantage of every token."""
     config, roles, run, world = setup.config, setup.roles, setup.progress, setup.world
     timed, holding = setup.phases, roles.residency.holding
-    draws = Draws(config)
+    draws, responses = Draws(config), StepResponses(config, run.in_flight, run.step, setup.data, world)
     while not draws.done:  # once, unless `sampling.until_informative` asks for more
-        with timed("sampling"), holding("sampling"), together(world):
+        with timed("sampling"), holding("sampling"):
             setup.sampler.sync()
-            rollout = setup.sampler.sample(next(prompts).of_rank(world.rank, world.ranks))
+            rollout = responses.sample(setup.sampler, prompts)
         with timed("feedback"), holding("feedback", then="experience"):
             draws.add(score(rollout, setup.data, setup.sources, roles.tokenizer, world, setup.judge))
     with timed("experience"), holding("experience", then="learning"):
@@ -108,7 +108,7 @@ def make_experience(
         first_epoch = plan_step(scored.rollout.packed.lengths, config, run.step, world.ranks, roles.attention)[0]
         moments = run.moments.add(draws.end_scores)
         experience = compute_experience(scored, moments, first_epoch, prefix_cache, context)
-        run.add_experience(experience, moments, draws.batches, drawn)
+        run.add_experience(experience, moments, responses.batches, drawn, responses.in_flight, responses.continued)
     return experience
 
 

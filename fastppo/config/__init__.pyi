@@ -30,6 +30,7 @@ from .commands.rest import ImproveConfig as ImproveConfig
 from .commands.rest import RestConfig as RestConfig
 from .data import DataConfig as DataConfig
 from .data import MixtureConfig as MixtureConfig
+from .data import PPORolloutConfig as PPORolloutConfig
 from .data import PPOSamplingConfig as PPOSamplingConfig
 from .data import PtxConfig as PtxConfig
 from .data import RolloutConfig as RolloutConfig

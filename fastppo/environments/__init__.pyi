@@ -6,6 +6,7 @@ from .environment import Environment as Environment
 from .environment import check_conversations as check_conversations
 from .environment import check_environment as check_environment
 from .environment import check_environment_columns as check_environment_columns
+from .environment import check_keeps_nothing as check_keeps_nothing
 from .environment import load_environment as load_environment
 from .tool_calls import Call as Call
 from .tool_calls import ToolCalls as ToolCalls

@@ -75,6 +75,19 @@ def check_environment(config: ResponseSettings) -> None:
         _imported(config.rollout.environment)
 
 
+def check_keeps_nothing(config: ResponseSettings, setting: str) -> None:
+    """Raises ConversationError for a class, whose instances keep what is nowhere else. Before a model is loaded.
+
+    setting: for which conversations are to go on in another process, and its value.
+    """
+    if config.rollout.environment is not None and isinstance(_imported(config.rollout.environment)[1].called, type):
+        raise ConversationError(
+            f"rollout.environment is {config.rollout.environment}, a class, and {setting}: what its instances know of a"
+            " conversation that goes on is not in checkpoints. Give a function, which is told the whole conversation,"
+            f" or leave out {setting.split()[0]}."
+        )
+
+
 def check_conversations(config: ResponseSettings, tokenizer: PreTrainedTokenizerBase, *prompts: PromptSet) -> None:
     """Check, before a model is loaded, that the chat template writes observations, and that the data has the columns
     that a function asks for. tokenizer: the actor's. Raises DataError or ConversationError."""

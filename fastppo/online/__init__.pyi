@@ -3,6 +3,9 @@ from .alarm_actions import act_on_alarms as act_on_alarms
 from .dynamic_sampling import Drawn as Drawn
 from .dynamic_sampling import Draws as Draws
 from .evaluation import Evaluation as Evaluation
+from .partial_rollouts import Continued as Continued
+from .partial_rollouts import InFlight as InFlight
+from .partial_rollouts import StepResponses as StepResponses
 from .progress import Progress as Progress
 from .run import Setup as Setup
 from .run import evaluate_if_due as evaluate_if_due

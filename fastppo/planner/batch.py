@@ -19,6 +19,7 @@ class Batch:
     rows: int = 0  # of the sampler's cache
     prompt: int = 0  # tokens
     prefilled: int = 0  # prompts that the sampler computes at once
+    continued: int = 0  # tokens of a prompt and its response so far, which it computes alone; 0: it continues none
 
     @staticmethod
     def of(config: OnlineConfig, ranks: int) -> Batch:
@@ -27,10 +28,12 @@ class Batch:
         length = prompt + new
         sequences = in_microbatch(-(-config.learned_together // ranks), length, config)
         mine, heldout = -(-config.drawn_together // ranks), -(-config.eval.prompts // ranks)
-        rows = rows_of(config, max(mine, heldout))
-        drawn = prompts_of(min(rows, mine), config.sampling.samples_per_prompt)
+        sampled = -(-(config.drawn_together + config.in_flight_together) // ranks)
+        rows = rows_of(config, max(sampled, heldout))
+        drawn = prompts_of(min(rows, sampled), config.sampling.samples_per_prompt)
         prefilled = max(drawn, min(rows, heldout))  # held-out prompts get one response each
-        return Batch(sequences, length, sequences * new, mine * length, rows, prompt, prefilled)
+        continued = length if config.in_flight_together else 0
+        return Batch(sequences, length, sequences * new, mine * length, rows, prompt, prefilled, continued)
 
     def asked(self, phase: str, config: OnlineConfig, ranks: int) -> Batch:
         """The same rank's microbatch in a phase that computes no gradient, in a step or in an evaluation.

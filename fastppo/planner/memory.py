@@ -219,6 +219,11 @@ def sampling_needs(actor: Footprint, config: ResponseSettings, batch: Batch) -> 
     """Cache and workspace of the sampler."""
     cache = batch.rows * (batch.prompt + config.sampling.max_new_tokens) * actor.position
     prefill = actor.passes(batch.prefilled, batch.prompt, gradient=False).peak
+    if batch.continued:  # several together have no more tokens than rows full of prompts
+        prefill = max(
+            actor.passes(batch.rows, batch.prompt, gradient=False).peak,
+            actor.passes(1, batch.continued, gradient=False).peak,
+        )
     gather = max(GATHER_BYTES, actor.largest * actor.bytes) if config.zero.stage == 3 else 0  # or one larger weight
     return Bytes(activations=prefill, cache=cache, workspace=max(step_logits(actor, batch), gather))
 

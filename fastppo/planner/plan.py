@@ -59,7 +59,7 @@ METHODS = {
         online.shares,
         online.smaller_passes,
         asks_frozen_roles=lambda config: True,
-        sampled=lambda config: ("actor", max(config.drawn_together, config.eval.prompts)),
+        sampled=lambda config: ("actor", max(config.drawn_together + config.in_flight_together, config.eval.prompts)),
         moves=Moves(online.parts, online.least, online.PHASES),
     ),
     OfflineConfig: Method(

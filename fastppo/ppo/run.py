@@ -11,6 +11,7 @@ from typing import NamedTuple
 from fastppo.config import Config, SamplingConfig
 from fastppo.data import Experience, Minibatch, Prompts, Update, imbalance
 from fastppo.distributed import World
+from fastppo.environments import check_keeps_nothing
 from fastppo.monitor import Alarm, Tracker, training_responses
 from fastppo.online import Setup
 from fastppo.online import set_up as set_up_online
@@ -69,6 +70,14 @@ def set_up(config: Config, world: World) -> PPOSetup | None:
     progress = PPOProgress.begin(config, world.rank)
     if config.ppo.importance == "auto" and config.other_sampler:
         log.info("ppo.importance auto is %s, for %s", config.importance.kind, ", ".join(config.other_sampler))
+    if (most := config.rollout.partial_tokens) is not None:
+        check_keeps_nothing(config, f"rollout.partial_tokens is {most}")
+        log.info(
+            "rollout.partial_tokens %d: tokens of a response may come from the policies of several steps (metrics"
+            " earlier_tokens, sampler_error, effective_samples; ppo.importance is %s), and a response depends on the"
+            " steps in which it was continued, not on seed, prompt and sample alone",
+            *(most, config.importance.kind),
+        )
     if config.ppo.loss == "clip" and not is_fused(config.ppo):
         log.info(
             "with these settings ppo.loss clip is not computed in one op with the vocabulary head: see ppo.aggregate"
@@ -90,6 +99,8 @@ def log_step(setup: PPOSetup, done: Step, tracker: Tracker) -> None:
     metrics |= done.health | rates
     if run.drawn is not None:
         metrics |= run.drawn.metrics(seconds)
+    if run.continued is not None:
+        metrics |= run.continued.metrics(seconds)
     tracker.log(number, metrics | {"kl_coef": run.kl_coef, "imbalance": spread})
     if run.drawn is not None and run.drawn.filled:
         log.info(

@@ -23,7 +23,7 @@ from fastppo.config import (
     EvalConfig,
     OptimConfig,
     PPOConfig,
-    RolloutConfig,
+    PPORolloutConfig,
     SamplingConfig,
     ZeroConfig,
 )
@@ -219,7 +219,7 @@ def test_every_copy_of_weights_is_counted_in_every_phase_in_which_it_stays(
 ):
     """The weights of all roles and those to sample from, in two steps, as the plan of such a machine places them."""
     monkeypatch.setattr(Footprint, "passes", nothing_passes)
-    config = replace(settings(models, case, small), rollout=RolloutConfig(engine=engine))
+    config = replace(settings(models, case, small), rollout=PPORolloutConfig(engine=engine))
     members, machine = measured_roles(config, cpu=False), Machine(1, 1, 10**10, 10**12)
     if room == "a GPU for little":  # none at all, so that all leaves
         machine = replace(machine, gpu=PROCESS_GPU + 1)

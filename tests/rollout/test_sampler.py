@@ -17,7 +17,7 @@ import torch
 import whole_runs
 from ppo_step import config_of, roles_of
 
-from fastppo.config import Config, PPOSamplingConfig, RolloutConfig
+from fastppo.config import Config, PPORolloutConfig, PPOSamplingConfig
 from fastppo.config.command_line import parse
 from fastppo.data.batch import Prompts, Rollout
 from fastppo.data.packed import pack, pack_turns
@@ -390,6 +390,6 @@ def test_an_engine_that_is_none_is_refused_before_a_model_loads(folder, run, wor
 
 def test_a_config_without_the_group_is_in_process():
     """As those of runs before it are."""
-    assert Config().rollout == RolloutConfig("inprocess")
+    assert Config().rollout == PPORolloutConfig("inprocess")
     assert find_engine(Config()).folder is None
     assert Config().sampling == PPOSamplingConfig()

@@ -130,6 +130,11 @@ class OnlineConfig:
         raise NotImplementedError
 
     @property
+    def in_flight_together(self) -> int:
+        """The most responses of all ranks that go on from one step to the next; they are sampled beside a batch."""
+        return 0
+
+    @property
     def learned_together(self) -> int:
         """Responses of all ranks in an update."""
         raise NotImplementedError

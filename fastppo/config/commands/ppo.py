@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from fastppo.config.commands.generate import GenerateConfig
 from fastppo.config.commands.offline import OfflineConfig
 from fastppo.config.commands.online import OnlineConfig
-from fastppo.config.data import SAMPLER_ROUNDING, PPOSamplingConfig, PtxConfig
+from fastppo.config.data import SAMPLER_ROUNDING, PPORolloutConfig, PPOSamplingConfig, PtxConfig
 from fastppo.config.learning import IMPORTANCE_BOUNDS, Importance, PPOConfig
 from fastppo.config.models import CriticConfig
 from fastppo.config.run import Names
@@ -27,6 +27,7 @@ class Config(OnlineConfig):
     steps: int = 100
     """Number of PPO steps. Each step has one batch: sampling, feedback and learning."""
     sampling: PPOSamplingConfig = field(default_factory=PPOSamplingConfig)
+    rollout: PPORolloutConfig = field(default_factory=PPORolloutConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     ptx: PtxConfig = field(default_factory=PtxConfig)
@@ -52,6 +53,10 @@ class Config(OnlineConfig):
         return self.ppo.batch_size
 
     @property
+    def in_flight_together(self) -> int:
+        return self.ppo.batch_size if self.rollout.partial_tokens is not None else 0
+
+    @property
     def learned_together(self) -> int:
         return self.ppo.batch_size // self.ppo.minibatches
 
@@ -70,11 +75,12 @@ class Config(OnlineConfig):
     @property
     def other_sampler(self) -> list[str]:
         """The settings, with their values, for which `ppo.importance: auto` weights tokens."""
-        sampling, engine = self.sampling, self.rollout.engine
+        sampling, engine, partial = self.sampling, self.rollout.engine, self.rollout.partial_tokens
         another = {
             f"sampling.top_p {sampling.top_p}": sampling.top_p < 1.0,
             f"sampling.top_k {sampling.top_k}": sampling.top_k > 0,
             f"rollout.engine {engine}": engine != "inprocess",
+            f"rollout.partial_tokens {partial}": partial is not None,
         }
         return [setting for setting, is_another in another.items() if is_another]
 

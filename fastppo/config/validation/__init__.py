@@ -14,6 +14,7 @@ from fastppo.config.validation.estimators import (
     check_critic_kind,
     check_estimator,
     check_loss,
+    check_partial,
     check_until_informative,
 )
 from fastppo.config.validation.health import check_health, check_kl_alarms
@@ -40,7 +41,8 @@ RANGES: Ranges = (
     (
         "1 or more",
         lambda x: x >= 1,
-        "ppo.length_limit ppo.batch_size ppo.epochs ppo.minibatches ppo.microbatch_tokens ptx.batch_size ptx.limit",
+        "ppo.length_limit ppo.batch_size ppo.epochs ppo.minibatches ppo.microbatch_tokens ptx.batch_size ptx.limit"
+        " rollout.partial_tokens",
     ),
     ("2 or more", lambda x: x >= 2, "ptx.max_tokens sampling.until_informative"),
     (
@@ -77,6 +79,7 @@ def validate(config: Config, ranks: int = 1) -> None:
     check_importance(config)
     check_estimator(config)
     check_until_informative(config)
+    check_partial(config)
     check_loss(config.ppo)
     check_schedule(config)
     check_checkpoints(config)

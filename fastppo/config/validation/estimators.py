@@ -1,4 +1,4 @@
-"""Rules about the estimator of advantages, the critic that it needs or not, and the policy loss."""
+"""Rules about the estimator of advantages, the critic that it needs or not, the policy loss, and what a step draws."""
 
 from __future__ import annotations
 
@@ -47,6 +47,23 @@ def check_until_informative(config: Config) -> None:
             f"sampling.until_informative is {most} and sampling.samples_per_prompt 1: a step draws on until the responses"
             " to each prompt differ in score, and one response differs from none. Set samples_per_prompt to 2 or more, or"
             " leave out until_informative."
+        )
+
+
+def check_partial(config: Config) -> None:
+    """Refuse partial rollouts where they cannot be, or would have no effect."""
+    partial, engine, longest = config.rollout.partial_tokens, config.rollout.engine, config.sampling.max_new_tokens
+    if partial is None:
+        return
+    if engine != "inprocess":
+        raise ConfigError(
+            f"rollout.partial_tokens is {partial} and rollout.engine {engine}: only the engine in process goes on with a"
+            " response where it was. Set rollout.engine to inprocess, or leave out rollout.partial_tokens."
+        )
+    if partial >= longest:
+        raise ConfigError(
+            f"rollout.partial_tokens is {partial} and sampling.max_new_tokens {longest}: each response would be complete"
+            " at once, so that it would have no effect. Set partial_tokens below max_new_tokens, or leave it out."
         )
 
 
