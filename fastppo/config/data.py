@@ -150,7 +150,7 @@ class PPORolloutConfig(RolloutConfig):
     """What draws the responses, in training and in evaluation."""
 
     partial_tokens: int | None = None
-    """Partial rollouts (Kimi Team, 2025, section 2.6.2): the most tokens that the actor writes on a response at a time. One
+    """Partial rollouts (Kimi Team, 2025, section 2.6): the most tokens that the actor writes on a response at a time. One
     that is not complete then goes on in the next step, with the policy of that step; what is in flight is part of
     checkpoints. A step learns from complete responses only, as many as ever. Tokens of a response then come from several
     policies, which `ppo.importance` corrects, and a response depends on more than the seed and its prompt

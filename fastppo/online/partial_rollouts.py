@@ -1,4 +1,4 @@
-"""Partial rollouts (Kimi Team, 2025, section 2.6.2): responses that go on from step to step.
+"""Partial rollouts (Kimi Team, 2025, section 2.6): responses that go on from step to step.
 
 With `rollout.partial_tokens` responses are extended in rounds, each by at most so many tokens of the policy, and a step
 learns from the first of them that are complete; its longest response then no longer decides how long all of it takes.

@@ -137,7 +137,7 @@ def sample(
 def packed_responses(prompts: Prompts, responses: Sequence[Response], config: SamplingConfig) -> Rollout:
     """The rollout of a response of one turn to each prompt."""
     sequences = [(*p, *r[0]) for p, r in zip(prompts.tokens_so_far, responses, strict=True)]
-    packed = pack(sequences, [len(all_) - len(p) for all_, p in zip(sequences, prompts.tokens, strict=True)])
+    packed = pack(sequences, [len(whole) - len(p) for whole, p in zip(sequences, prompts.tokens, strict=True)])
     before = [[] if begun is None else begun.logprobs.tolist() for begun in prompts.begun or [None] * len(prompts)]
     logprobs = [x for old, r in zip(before, responses, strict=True) for x in (*old, *r[1])]
     ended = torch.tensor([r[2] for r in responses], dtype=torch.bool)
