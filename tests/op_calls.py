@@ -84,7 +84,9 @@ def copy_of(x: Tensor) -> Tensor:
     return x.new_zeros(room).as_strided(x.shape, x.stride()).copy_(x)
 
 
-def make(op: str, tokens: int, vocabulary: int = 33, dtype: torch.dtype = torch.float32) -> Call:
+def make(
+    op: str, tokens: int, vocabulary: int = 33, dtype: torch.dtype = torch.float32, kv_heads: int = KV_HEADS
+) -> Call:
     random = torch.Generator().manual_seed(1000 * tokens + vocabulary)
 
     def normal(*shape: int) -> Tensor:
@@ -129,9 +131,9 @@ def make(op: str, tokens: int, vocabulary: int = 33, dtype: torch.dtype = torch.
         given = {"q": normal(2, 3, tokens, 8), "k": normal(2, 1, tokens, 8)}
         return Call(op, given | {"cos": normal(1, tokens, 6), "sin": normal(1, tokens, 6)}, {})
     assert op == "attend_cached"
-    given = {"query": normal(tokens, 2 * KV_HEADS, 16), "key": normal(tokens, KV_HEADS, 16)}
-    given |= {"value": normal(tokens, KV_HEADS, 16)}
-    given |= {name: normal(ROWS, KV_HEADS, vocabulary, 16) for name in CACHES}
+    given = {"query": normal(tokens, 2 * kv_heads, 16), "key": normal(tokens, kv_heads, 16)}
+    given |= {"value": normal(tokens, kv_heads, 16)}
+    given |= {name: normal(ROWS, kv_heads, vocabulary, 16) for name in CACHES}
     given |= {"lengths": torch.arange(ROWS) % vocabulary, "rows": torch.arange(tokens).flip(0)}
     return Call(op, given, dict(CONSTANTS[op]))
 
