@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from fastppo.models.cache import Extension
 
+QUERIES = 128  # of a row whose scores are computed at once
+
 Runs = tuple[tuple[int, int, int], ...]  # of equal sequences: first row, number of sequences, their length
 
 
@@ -43,10 +45,16 @@ def attend_extended(
 
     query (1, heads, N, width) of the extensions end to end; keys, values (rows, kv heads, length, width), which hold
     the new ones already; window, softcap: 0 for none. Each row is computed alone, so that it does not depend on the
-    others. Returns (1, N, heads, width), without gradient.
+    others, and some queries at a time, so that scores take little memory. Returns (1, N, heads, width), without
+    gradient.
     """
     output, kv_heads = query.new_empty(1, query.shape[2], *query.shape[1::2]), keys.shape[1]
-    for start, length, row, before in extensions:
+    parts = (
+        (start + done, min(QUERIES, length - done), row, before + done)
+        for start, length, row, before in extensions
+        for done in range(0, length, QUERIES)
+    )
+    for start, length, row, before in parts:
         q = query[0, :, start : start + length]  # (heads, L, width)
         k, v = (x[row, :, : before + length] for x in (keys, values))
         scores = (q.unflatten(0, (kv_heads, -1)).flatten(1, 2) @ k.transpose(1, 2)).float() * scale

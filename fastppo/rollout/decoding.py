@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from fastppo.rollout.decoder import Decoder, bucket
 
 # The tokens that are new in a response, their logprobs, whether it ended by itself.
 Response = tuple[list[int], list[float], bool]
+
+T = TypeVar("T")
 
 FEWEST_TOKENS = 16  # of a prefill or an extension; what is shorter is computed several times
 
@@ -47,7 +50,7 @@ class Decoding:
         self.decoder, self.prompts, self.device = decoder, prompts, decoder.policy.device
         self.longest_response, self.prefixes = config.max_new_tokens, prompts.tokens_so_far
         # Tokens of each response before what is being written.
-        self.before = [len(all_) - len(own) for all_, own in zip(self.prefixes, prompts.tokens, strict=True)]
+        self.before = [len(whole) - len(own) for whole, own in zip(self.prefixes, prompts.tokens, strict=True)]
         rows, longest = space(prompts, config)
         decoder.begin(config, seed, longest)
         self.due = 0  # the first response without a row
@@ -137,14 +140,15 @@ class Decoding:
 
     def _compute(self, prompts: list[tuple[tuple[int, ...], int]]) -> list[Computed]:
         """Compute prompts, each into its row."""
-        return [one for part in self._passes(prompts) for one in self._compute_at_once(part)]
+        passes = self.passes(prompts, lambda one: len(one[0]))
+        return [computed for part in passes for computed in self._compute_at_once(part)]
 
-    def _passes(self, prompts: list[tuple[tuple[int, ...], int]]) -> Iterator[list[tuple[tuple[int, ...], int]]]:
-        """Parts of the prompts for a pass each: of as many tokens as whole rows of prompts have, or of one prompt. So
-        what has begun needs no more memory to be computed than what begins."""
-        most, part = self.decoder.rows * max(map(len, self.prompts.tokens)), list[tuple[tuple[int, ...], int]]()
-        for one in prompts:
-            if part and sum(len(prompt) for prompt, _ in (*part, one)) > most:
+    def passes(self, items: Sequence[T], size: Callable[[T], int]) -> Iterator[list[T]]:
+        """Parts of the items for a pass each: of as many tokens as whole rows of prompts have, or of one item. So what
+        has begun, or is extended, needs no more memory to be computed than what begins. size: tokens of an item."""
+        most, part = self.decoder.rows * max(map(len, self.prompts.tokens)), list[T]()
+        for one in items:
+            if part and sum(map(size, (*part, one))) > most:
                 yield part
                 part = []
             part.append(one)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastppo.config import SamplingConfig
@@ -93,7 +94,8 @@ class Conversing(Decoding):
             self.release(over)
         if not observed:
             return
-        states = self._extend(observed)
+        parts = self.passes(observed, lambda one: len(one.tokens))
+        states = torch.cat([self._extend(part) for part in parts])
         for one in observed:
             self.before[one.response] = one.cached + len(one.tokens) - len(self.prompts.tokens[one.response])
             self.running[one.row] = one.response

@@ -95,6 +95,15 @@ def parts(rollout: Rollout):
         )
 
 
+def assert_logprobs_of_a_whole_pass(model, rollout: Rollout) -> None:
+    for tokens, mask, logprobs, *_ in parts(rollout):
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
+        written = [i for i, wrote in enumerate(mask) if wrote]
+        expected = [float(logits[i - 1, tokens[i]]) for i in written]
+        assert logprobs == pytest.approx(expected, abs=2e-4)
+
+
 def test_conversations_have_turns_observations_and_rewards(actor, folder):
     rollout = talk(actor, folder)
     counts = rollout.packed.turn_counts.tolist()
@@ -116,13 +125,24 @@ def test_each_written_token_has_the_logprob_of_a_pass_over_the_whole_conversatio
     """With a window, a soft cap, grouped heads and learned positions too."""
     model = tiny.causal(family)
     rollout = talk(Policy(fuse_head(tiny.causal(family))), folder)
-    for tokens, mask, logprobs, *_ in parts(rollout):
-        with torch.no_grad():
-            logits = model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
-        written = [i for i, wrote in enumerate(mask) if wrote]
-        expected = [float(logits[i - 1, tokens[i]]) for i in written]
-        assert logprobs == pytest.approx(expected, abs=2e-4)
+    assert_logprobs_of_a_whole_pass(model, rollout)
     assert rollout.packed.turn_counts.max() > 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_long_observation_is_read_in_parts(folder, monkeypatch, family):
+    """Of queries, and of rows: more tokens than prompts have are computed in several passes."""
+    monkeypatch.setattr("fastppo.models.plain_attention.QUERIES", 5)
+    (folder / "long.py").write_text("def long(turn):\n    return None if turn == 2 else 'much to read, ' * 5\n")
+    passes, prefill = [], Policy.prefill
+    monkeypatch.setattr(
+        Policy, "prefill", lambda self, tokens, *rest: passes.append(len(tokens)) or prefill(self, tokens, *rest)
+    )
+    model = tiny.causal(family)
+    changes = {"rollout__environment": f"{folder}/long.py:long", "sampling__max_new_tokens": 200}
+    rollout = talk(Policy(fuse_head(tiny.causal(family))), folder, **changes)
+    assert_logprobs_of_a_whole_pass(model, rollout)
+    assert max(passes) <= 8 * int(rollout.packed.prompt_lengths.max()) < 8 * 70
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
