@@ -18,6 +18,7 @@ BLOCK = re.compile(
 TRAINING = re.compile(r"fastppo/train\.py|-m fastppo\.train\b|\bfastppo train\b")
 REST = re.compile(r"fastppo/train_rest\.py|\bfastppo rest\b")
 OFFLINE = re.compile(r"fastppo/train_(dpo|reward|sft)\.py|\bfastppo (dpo|reward|sft)\b")
+GENERATE = re.compile(r"\bfastppo generate\b")
 
 
 def shorten(command: str) -> str:
@@ -32,6 +33,10 @@ def shorten(command: str) -> str:
         return "python bench/methods.py --short"
     if command.startswith("python bench/estimators.py"):
         return f"{command} --short --seeds 1 --estimators rloo"
+    if command.startswith("python bench/conversations.py"):
+        return f"{command} --short" if "--waiting" in command else f"{command} --short --seeds 1"
+    if GENERATE.search(command) and "--data.limit" not in command and "--help" not in command:
+        return f"{command} --data.limit 8"
     if OFFLINE.search(command) and "--steps" not in command and "--help" not in command:
         return f"{command} --steps 2 --eval.examples 8"
     return command
