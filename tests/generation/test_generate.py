@@ -415,8 +415,7 @@ def test_a_reward_that_fails_loses_nothing_that_was_written(folder, world, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("data", ["texts", "chats"])
+@pytest.mark.parametrize(("data", "form"), [("texts", "jsonl"), ("chats", "parquet")])
 def test_what_is_written_is_what_the_other_commands_read(folder, world, tmp_path, data, form):
     output = run(
         folder,

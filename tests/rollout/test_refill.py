@@ -158,12 +158,12 @@ def test_responses_are_those_of_fixed_groups_bit_for_bit_for_any_number_of_rows(
     family, dtype, backend = PATHS[path]
     size = {} if dtype == torch.float32 else WIDE_ENOUGH
     policy = Policy(fuse_head(tiny.causal(family, dtype=dtype, **size)))
-    count = 40 if backend else 100  # the stand-in is slow
+    count = 32 if backend else 64  # the stand-in is slow
     prompts = prompts_of(count // samples, samples, shortest=9 if size else 1)
     settings = {"max_new_tokens": 24, "min_new_tokens": 2, "top_p": 0.95, "temperature": 0.9}
     with attention_by(backend):
         expected = by_groups(policy, prompts, SamplingConfig(rows=64, **settings))
-        for rows in (4, 16, 64):
+        for rows in (4, 24):
             assert refilled(policy, prompts, SamplingConfig(rows=rows, **settings)) == expected
     lengths = [len(tokens) for tokens, _, _ in expected]
     assert 3 <= min(lengths) <= 5 and max(lengths) == 24 and len(set(lengths)) > 8
