@@ -52,9 +52,12 @@ def forks(tmp_path_factory):
 @pytest.fixture
 def triton_on_cpu():
     """CPU tensors take the Triton kernels, under the interpreter, through the same door as everything else."""
+    from interpreted import replace_the_language_once_a_launch
+
     from fastppo.ops import registration
     from fastppo.ops.layers import registration as layers
 
+    replace_the_language_once_a_launch()
     with torch.library._scoped_library("fastppo", "IMPL") as overriding:
         for op in registration.TRITON:
             for name in registration.overloads(op):

@@ -22,6 +22,7 @@ from cases import (
     gradients,
     in_fp64,
 )
+from interpreted import replace_the_language_once_a_launch
 from test_ops import DIFFERENTIABLE, names, policy_update, token_stats
 from torch import Tensor
 
@@ -47,6 +48,8 @@ STATISTICS = [
     *("ref_logprobs", "kl", "ref_lse", "ref_peak", "ref_log_total"),
 ]
 OPTIONS = {"softcap": None, "ref_logits": None}
+if INTERPRETED:
+    replace_the_language_once_a_launch()
 # NaN and infinities are among what is tested, and NumPy, which interprets, warns of them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
