@@ -55,7 +55,8 @@ def test_what_is_kept_is_the_oracle_s(dtype, backend):
     for vocabulary in (1, 7, 300) if interpreted else (1, 2, 7, 300, 1027, 5000):
         logits = random_logits(2, vocabulary, dtype)
         for top_k, top_p in SETTINGS[::2] if interpreted else SETTINGS:
-            for temperature in (0.8,) if top_p == 1 or (interpreted and vocabulary != 7) else (0.8, 1e-20, 1e20):
+            hot_and_cold = top_p < 1 and (not interpreted or (vocabulary == 7 and dtype == torch.float32))
+            for temperature in (0.8, 1e-20, 1e20) if hot_and_cold else (0.8,):
                 options = (logits, temperature, top_k, top_p)
                 expected = by_oracle(*options) if vocabulary > 1 else torch.ones(2, 1, dtype=torch.bool)
                 assert torch.equal(kept(*options) & (logits > -math.inf), expected), options[1:]
@@ -175,20 +176,19 @@ def test_logprobs_are_those_of_what_is_kept(dtype, backend):
     assert 1 < by_oracle(logits, 0.7, 60, 0.9)[0].sum() < 60
 
 
-@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, "no finite logit"])
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.9), (1, 1.0), (5, 0.5)])
-def test_a_row_that_cannot_be_drawn_from_is_still_found(bad, top_k, top_p, backend):
-    logits = torch.randn(3, 130, generator=torch.Generator().manual_seed(0))
-    if bad == "no finite logit":
-        logits[1] = -math.inf
-    else:
-        logits[1, 120] = bad
-    rows = torch.arange(3)
+def test_a_row_that_cannot_be_drawn_from_is_still_found(top_k, top_p, backend):
+    logits = torch.randn(6, 130, generator=torch.Generator().manual_seed(0))
+    logits[1:4, 120] = torch.tensor([math.nan, -math.nan, math.inf])
+    logits[4] = -math.inf
+    rows = torch.arange(6)
     limits = kernels.truncation(logits, 1.0, top_k, top_p)
     tokens, logprobs = kernels.sample_tokens(logits, rows, rows, 1.0, 0, *limits)
-    assert logprobs.isnan().tolist() == [False, True, False] and 0 <= int(tokens[1]) < 130
-    with pytest.raises(ValueError, match="row 1 of logits"):
-        ops.sample_tokens(logits, top_k=top_k, top_p=top_p, seed=0, stream=rows, offset=0)
+    assert logprobs.isnan().tolist() == [False, True, True, True, True, False]
+    assert all(0 <= token < 130 for token in tokens.tolist())
+    for bad in range(1, 5):
+        with pytest.raises(ValueError, match="row 0 of logits"):
+            ops.sample_tokens(logits[bad][None], top_k=top_k, top_p=top_p, seed=0, stream=rows[:1], offset=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
