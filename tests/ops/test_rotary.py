@@ -65,6 +65,13 @@ CASES = [
     Case("no keys", kv_heads=0),
 ]
 CASES += [replace(case, name=f"{case.name}, interleaved", interleaved=True) for case in CASES]
+# A dtype changes how a number is read and rounded, not where it is: all cases in fp32, and a few in the others.
+HALF_CASES = [
+    case
+    for case in CASES
+    if case.name.removesuffix(", interleaved") in ("llama", "two rows", "a small part", "fp32 factors")
+]
+BY_TRITON = [(case, dtype) for dtype in DTYPES for case in (CASES if dtype == torch.float32 else HALF_CASES)]
 
 
 def both_passes(module, given: dict[str, Tensor], interleaved: bool) -> list[Tensor]:
@@ -91,8 +98,7 @@ def test_it_is_the_truth_rounded_once(case, dtype, level):
     check(case, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=names)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), BY_TRITON, ids=str)
 @pytest.mark.usefixtures("triton_on_cpu")
 def test_triton_gives_the_truth(case, dtype):
     check(case, dtype, 2.02)  # the interpreter cuts bf16 numbers off
