@@ -54,7 +54,7 @@ def test_what_is_kept_is_the_oracle_s(dtype, backend):
     interpreted = backend == "Triton"  # which is slow
     for vocabulary in (1, 7, 300) if interpreted else (1, 2, 7, 300, 1027, 5000):
         logits = random_logits(2, vocabulary, dtype)
-        for top_k, top_p in SETTINGS[::2] if interpreted else SETTINGS:
+        for top_k, top_p in (*SETTINGS[:2], *SETTINGS[2::2]) if interpreted else SETTINGS:
             hot_and_cold = top_p < 1 and (not interpreted or (vocabulary == 7 and dtype == torch.float32))
             for temperature in (0.8, 1e-20, 1e20) if hot_and_cold else (0.8,):
                 options = (logits, temperature, top_k, top_p)
@@ -121,7 +121,8 @@ def test_of_equally_likely_tokens_the_first_are_in_the_nucleus(find, dtype, back
     found = find(logits, top_p=0.5)[0]
     ties = found & (logits[0] == 0)
     assert found[3] and not (found & (logits[0] < 0)).any()
-    assert torch.equal(ties.nonzero(), (logits[0] == 0).nonzero()[: int(ties.sum())]) and 100 < ties.sum() < 400
+    assert torch.equal(ties.nonzero(), (logits[0] == 0).nonzero()[: int(ties.sum())])
+    assert ties.sum() == 307  # of 450: half of e + 450 + 449 / e, without the e of the likeliest
 
 
 @pytest.mark.parametrize("find", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
