@@ -78,6 +78,12 @@ def test_a_row_of_several_splits(options, dtype):
     assert_near(replace(case, query=case.query * 4))  # so that the splits' largest scores differ
 
 
+def test_more_splits_than_are_read_together_add_up_too(monkeypatch):
+    monkeypatch.setattr("fastppo.kernels.attend_cached.SPLITS_READ_TOGETHER", 2)
+    case = long(heads=6, kv_heads=6)  # of which some have their largest score late
+    assert_near(replace(case, query=case.query * 4))
+
+
 @settings(max_examples=15)
 @given(
     lengths=st.lists(st.integers(0, 3 * SPLIT - 1), min_size=1, max_size=4),
