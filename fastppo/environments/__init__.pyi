@@ -1,6 +1,5 @@
 from .answers import ConversationError as ConversationError
 from .conversations import Conversations as Conversations
-from .conversations import Counts as Counts
 from .conversations import conversation_seed as conversation_seed
 from .environment import Environment as Environment
 from .environment import check_conversations as check_conversations

@@ -37,7 +37,6 @@ class Outcome:
 
     key: int
     call: UserCall  # the last one that was begun
-    seconds: float  # that its calls took, together
     value: Any = None  # of the last call
     error: BaseException | None = None  # that it raised
     late: bool = False  # it took longer than the time limit, or has not returned yet
@@ -48,7 +47,6 @@ class _Running:
     calls: Sequence[UserCall]
     call: UserCall
     start: float  # of that call; `time.monotonic`
-    before: float = 0.0  # seconds of the calls before it
     future: Future[Any] | None = None  # of a coroutine
     told: bool = False  # that it is late
 
@@ -116,7 +114,7 @@ class Calls:
             late = [(key, r) for key, r in self._running.items() if now - r.start > self._time_limit and not r.told]
             for _, running in late:
                 running.told = True
-            return [Outcome(key, r.call, r.before + now - r.start, late=True) for key, r in late]
+            return [Outcome(key, r.call, late=True) for key, r in late]
 
     def _start_next(self) -> None:
         """Give the next piece of work a thread if one may run. With the lock held."""
@@ -152,13 +150,10 @@ class Calls:
                     call.receive(value)
             except BaseException as raised:  # in a thread, all that it raises is an answer to the trainer
                 error = raised
-            seconds = time.monotonic() - running.start
-            late, so_far = seconds > self._time_limit, running.before + seconds
+            late = time.monotonic() - running.start > self._time_limit
             if late or error is not None:
-                return Outcome(key, call, so_far, error=error, late=late)
-            with self._lock:
-                running.before = so_far
-        return Outcome(key, running.call, running.before, value)
+                return Outcome(key, call, error=error, late=late)
+        return Outcome(key, running.call, value)
 
     def _awaited(self, answer: Awaitable[Any], running: _Running) -> tuple[Any, BaseException | None]:
         with self._lock:

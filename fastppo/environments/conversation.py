@@ -32,7 +32,6 @@ class Conversation:
     ended: bool = False
     over: bool = False
     paused: bool = False
-    seconds: float = 0.0  # that its calls took
 
     @property
     def length(self) -> int:  # tokens behind the prompt

@@ -11,7 +11,6 @@ import hashlib
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import itemgetter
 
 import torch
@@ -25,24 +24,13 @@ from fastppo.environments.conversation import Conversation
 from fastppo.environments.environment import Environment
 from fastppo.environments.partner import FunctionPartner, InstancePartner, Turn
 from fastppo.environments.turns import observed, read_turn
-from fastppo.errors import line_of
+from fastppo.errors import line_of, log_once
 from fastppo.user_code import restore, shared_settings
 
 log = logging.getLogger("fastppo")
 
 POLL = 0.2  # seconds between two looks at whether the run was told to stop
 CLOSING = 5.0  # seconds that instances have to close when conversations are left early
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What became of the conversations of a batch."""
-
-    cut_by_turns: int  # by `rollout.max_turns`
-    cut_by_tokens: int  # by `sampling.max_new_tokens`
-    malformed: int  # turns with a tool call that could not be read
-    call_seconds: float  # that all calls took, together
-    longest_wait: float  # seconds that the calls of one conversation took together, the most
 
 
 class Conversations:
@@ -64,7 +52,7 @@ class Conversations:
         self._calls = Calls(self._limits.concurrency, self._limits.time_limit, self._close_partner)
         self._asked: set[int] = set()  # whose newest turn has not been answered
         self._malformed: dict[int, str] = {}  # of these, with the problem of their tool calls
-        self._malformed_count = self._cut_by_turns = self._cut_by_tokens = self._closings = 0
+        self._closings = 0
         self._left = False
         self._settings = shared_settings()
 
@@ -97,7 +85,6 @@ class Conversations:
         self._asked.add(i)
         if read.problem is not None:
             self._malformed[i] = read.problem
-            self._malformed_count += 1
             return
         turn = Turn(said.turns - 1, read.text, read.calls, ended, said.messages)
         self._calls.begin(i, said.partner.calls(turn, said.turn_place))
@@ -123,7 +110,6 @@ class Conversations:
             answers = [(i, Answer([{"role": "tool", "content": problem}])) for i, problem in malformed.items()]
             for outcome in self._take(0.0 if answers else wait):
                 said = self._said[outcome.key]
-                said.seconds += outcome.seconds
                 answers.append((outcome.key, said.partner.read(outcome.value, said.turn_place)))
             self._asked.difference_update(i for i, _ in answers)
             return [(i, self._go_on(i, answer)) for i, answer in sorted(answers, key=itemgetter(0))]
@@ -159,12 +145,6 @@ class Conversations:
             tuple(said.messages for said in all_said),
             complete if self._prompts.extend_by is not None else None,
         )
-
-    @property
-    def counts(self) -> Counts:
-        seconds = [said.seconds for said in self._said]
-        cut = (self._cut_by_turns, self._cut_by_tokens)
-        return Counts(*cut, self._malformed_count, sum(seconds), max(seconds, default=0.0))
 
     def close(self) -> None:
         """Let instances of a class that is done with close; raises ConversationError if one cannot.
@@ -253,14 +233,19 @@ class Conversations:
             self._finish(i, ended=said.turn_ended and not answer.cut)
             return None
         if said.turns == self._limits.max_turns:
-            self._cut_by_turns += 1
+            log_once(
+                f"rollout.max_turns = {self._limits.max_turns} cuts conversations that the environment would go on with"
+            )
             self._finish(i, ended=False)
             return None
         role = "tool" if said.calls_tools and said.is_chat else "user"
         messages, where = messages_of(answer.observation, role), f"{self._environment.setting}: {said.turn_place}"
         tokens = observed(self._environment, said.messages, messages, said.turn, where, is_chat=said.is_chat)
         if said.length + len(tokens) + 1 > self._sampling.max_new_tokens:
-            self._cut_by_tokens += 1
+            log_once(
+                f"sampling.max_new_tokens = {self._sampling.max_new_tokens} cuts conversations: there is no room for an"
+                " observation and a token behind it"
+            )
             self._finish(i, ended=False)
             return None
         said.tokens += tokens

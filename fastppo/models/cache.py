@@ -100,16 +100,15 @@ class Cache:
         self._places = to_device(places[0], device), to_device(places[1], device)
         self.lengths[to_device(at, device)] = to_device(kept, device)
 
-    def begin_extension(self, lengths: Sequence[int], rows: Sequence[int], before: Sequence[int]) -> None:
+    def begin_extension(
+        self, lengths: Sequence[int], rows: Sequence[int], before: Sequence[int], kept: int | None = None
+    ) -> None:
         """Packed tokens follow, `lengths` of them for each of these rows, which have `before` positions: so many count,
-        whatever was decoded behind them. A row may occur again: then the first counts."""
+        whatever was decoded behind them. kept: those beyond the first so many are computed and not kept."""
         device = self.lengths.device
-        first = dict(zip(reversed(rows), reversed(range(len(rows))), strict=True))
-        kept = [i for i, row in enumerate(rows) if first[row] == i]
-        assert kept == list(range(len(kept))), "repeated rows come last"
         starts = [sum(lengths[:i]) for i in range(len(lengths))]
         self.extensions = tuple(Extension(*one) for one in zip(starts, lengths, rows, before, strict=True))
-        count, at, held = (torch.tensor(x[: len(kept)], dtype=torch.int64) for x in (lengths, rows, before))
+        count, at, held = (torch.tensor(x[:kept], dtype=torch.int64) for x in (lengths, rows, before))
         places = at.repeat_interleave(count), held.repeat_interleave(count) + segment_offsets(count)
         self._places = to_device(places[0], device), to_device(places[1], device)
         self.lengths[to_device(at, device)] = to_device(held + count, device)

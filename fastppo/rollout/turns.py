@@ -109,5 +109,6 @@ class Conversing(Decoding):
         missing = FEWEST_TOKENS - sum(len(one.tokens) for one in observed)
         computed = observed + observed[-1:] * max(0, -(-missing // len(observed[-1].tokens)))
         tokens, before = [one.tokens for one in computed], [one.cached for one in computed]
-        self.decoder.cache.begin_extension([len(each) for each in tokens], [one.row for one in computed], before)
+        lengths, rows = [len(each) for each in tokens], [one.row for one in computed]
+        self.decoder.cache.begin_extension(lengths, rows, before, len(observed))
         return self.prefill(tokens, before)[: len(observed)]

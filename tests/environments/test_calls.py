@@ -79,7 +79,6 @@ def test_32_rows_wait_at_the_same_time(kind):
     conversations = scripted.conversations(scripted.environment(kind(together)), scripted.plain(*["Ask"] * 32))
     rollout = scripted.talk(conversations, 32)
     assert together.most == 32 and rollout.ended.all()
-    assert 0 < conversations.counts.longest_wait < conversations.counts.call_seconds
 
 
 @pytest.mark.parametrize("kind", [sleeper, coroutine, stateful])

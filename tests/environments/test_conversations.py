@@ -13,6 +13,7 @@ import torch
 from fastppo.config import SamplingConfig
 from fastppo.data import Prompts
 from fastppo.environments import Conversations, conversation_seed
+from fastppo.errors import log_once
 
 TOKENIZER = tiny.tokenizer()
 
@@ -161,25 +162,32 @@ def test_a_reward_lies_on_the_last_token_of_its_turn():
 # Limits
 
 
-def test_the_last_turn_is_rewarded_and_what_is_said_to_it_is_dropped():
-    rollout, conversations = have(lambda turn: (f"[{turn}]", 1.0), max_turns=2)
+def test_the_last_turn_is_rewarded_and_what_is_said_to_it_is_dropped(caplog):
+    log_once.cache_clear()
+    caplog.set_level("INFO", "fastppo")
+    rollout, _ = have(lambda turn: (f"[{turn}]", 1.0), max_turns=2)
     assert [text for _, text in texts(rollout)] == ["Ask", "turn 0<eos>", "[0]", "turn 1<eos>"]
     assert len(rollout.conversations[0]) == 4 and rollout.ended.tolist() == [False]
     assert rollout.rewards_of_turns.tolist() == [2.0]
-    assert (conversations.counts.cut_by_turns, conversations.counts.cut_by_tokens) == (1, 0)
+    assert [message.split(" cuts ")[0] for message in caplog.messages] == ["rollout.max_turns = 2"]
 
 
-def test_an_environment_that_is_done_at_the_last_turn_ends_the_conversation():
-    rollout, conversations = have(lambda turn: "x" if turn == 0 else None, max_turns=2)
-    assert rollout.ended.tolist() == [True] and conversations.counts.cut_by_turns == 0
+def test_an_environment_that_is_done_at_the_last_turn_ends_the_conversation(caplog):
+    log_once.cache_clear()
+    caplog.set_level("INFO", "fastppo")
+    rollout, _ = have(lambda turn: "x" if turn == 0 else None, max_turns=2)
+    assert rollout.ended.tolist() == [True] and not caplog.messages
 
 
 @pytest.mark.parametrize(("left", "goes_on"), [(4, True), (3, False)])
-def test_an_observation_that_leaves_no_room_for_a_turn_is_dropped(left, goes_on):
-    rollout, conversations = have(lambda turn: ("ooo", 1.0) if turn == 0 else None, max_new_tokens=7 + left)
+def test_an_observation_that_leaves_no_room_for_a_turn_is_dropped(caplog, left, goes_on):
+    log_once.cache_clear()
+    caplog.set_level("INFO", "fastppo")
+    rollout, _ = have(lambda turn: ("ooo", 1.0) if turn == 0 else None, max_new_tokens=7 + left)
     assert rollout.ended.tolist() == [False]
     assert rollout.packed.turn_counts.tolist() == [2 if goes_on else 1]
-    assert conversations.counts.cut_by_tokens == (not goes_on)
+    said = [message.split(" cuts ")[0] for message in caplog.messages]
+    assert said == ([] if goes_on else [f"sampling.max_new_tokens = {7 + left}"])
     assert rollout.rewards_of_turns.tolist() == [1.0]
     assert len(rollout.packed.tokens) == 3 + 7 + (left if goes_on else 0)
 
@@ -233,7 +241,7 @@ def test_the_order_of_the_answers_changes_nothing():
 def test_no_prompts_are_a_rollout_of_none():
     rollout, conversations = have(lambda: None, scripted.plain())
     assert len(rollout.packed) == 0 and rollout.conversations == () and len(rollout.turn_rewards) == 0
-    assert conversations.waiting == 0 and conversations.counts.longest_wait == 0.0
+    assert conversations.waiting == 0
 
 
 # Tools
@@ -277,4 +285,4 @@ def test_a_malformed_call_is_answered_without_the_environment():
     rollout = scripted.talk(conversations, 1, lambda i, turn: turns[turn], tokenizer=tokenizer)
     first, second = (rollout.conversations[0][i] for i in (2, 4))
     assert first["role"] == second["role"] == "tool" and "b" in first["content"] and first != second
-    assert asked == [2] and conversations.counts.malformed == 2 and rollout.packed.turn_counts.tolist() == [3]
+    assert asked == [2] and rollout.packed.turn_counts.tolist() == [3]

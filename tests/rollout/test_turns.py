@@ -236,9 +236,9 @@ def test_a_row_is_extended_and_not_computed_again(actor, folder, monkeypatch):
         prefilled.extend(lengths[: len(rows)])
         prefill(self, lengths, rows)
 
-    def counted_extension(self, lengths, rows, before):
-        extended.extend(dict(zip(rows, lengths, strict=True)).values())  # a row that fills a product up counts once
-        extend(self, lengths, rows, before)
+    def counted_extension(self, lengths, rows, before, kept):
+        extended.extend(lengths[:kept])  # without what fills a product up
+        extend(self, lengths, rows, before, kept)
 
     monkeypatch.setattr(Cache, "begin_prefill", counted_prefill)
     monkeypatch.setattr(Cache, "begin_extension", counted_extension)
