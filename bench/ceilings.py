@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastppo.config import computes_bf16
+
 # From datasheets: bytes/s of memory and dense bf16 FLOP/s, by torch's name of the card.
 CARDS = {
     "GH200": (4.0e12, 989e12),  # before the names that its name contains
@@ -48,11 +50,11 @@ def ceilings(device: torch.device) -> Ceilings:
 
 
 def measured(device: torch.device) -> Ceilings:
-    """torch.add over 400 MB, and a product of 2,048 x 2,048, on a GPU 8,192 x 8,192."""
+    """torch.add over 400 MB, and a product in bf16 of 2,048 x 2,048, on a GPU 8,192 x 8,192."""
     gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads"
     a, b, c = (torch.ones(1 << 25, device=device) for _ in range(3))
-    width = 8192 if gpu else 2048
+    width = 8192 if gpu else 2048 if computes_bf16() else 256  # without instructions for bf16 2048 would take minutes
     x = torch.randn(width, width, device=device).bfloat16()  # a GPU draws less power on ones, and is faster
     bandwidth = 3 * a.numel() * 4 / median_seconds(lambda: torch.add(a, b, out=c), device)
     return Ceilings(name, bandwidth, 2 * width**3 / median_seconds(lambda: x @ x, device), "measured")

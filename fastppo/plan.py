@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         host=given.host_memory or here.host,
         nvme=given.nvme,
     )
-    config: AnyConfig = parse(settings, COMMANDS[given.command], ranks=machine.ranks)
+    config: AnyConfig = parse(settings, COMMANDS[given.command], ranks=machine.ranks, gpu=machine.gpu is not None)
     console = table_console()
     try:
         plan = make_plan(config, machine)

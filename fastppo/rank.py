@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
 
-from fastppo.config import AnyConfig, Command, parse
+from fastppo.config import AnyConfig, Command, Dtype, computes_bf16, parse
 from fastppo.distributed import Stopped, World, leave, start_world, stop_world
 from fastppo.errors import exit_with_message
 from fastppo.monitor import setup_logging
+
+log = logging.getLogger("fastppo")
 
 C = TypeVar("C", bound=AnyConfig)
 
@@ -25,8 +28,22 @@ def run_rank(
     config = parse(argv, command)
     world = start_world(config.threads, config.timeout)
     setup_logging(world.rank)
+    _log_software_bf16(config.optim.dtype)
     result = None
     with exit_with_message(world.rank), suppress(Stopped):  # a run that was told to stop has done as it was told
         result = train(config, world)
     stop_world()
     leave(unfinished if result is False else 0)
+
+
+def _log_software_bf16(dtype: Dtype) -> None:
+    """Say what a machine without instructions for products in bf16 does to a run."""
+    if computes_bf16():
+        return
+    if dtype == "bf16":
+        log.warning(
+            "dtype is bf16, and this machine has no instructions for it: torch computes a product of matrices many"
+            " times more slowly than in fp32. Set optim.dtype (of generate: dtype) to auto or fp32."
+        )
+    else:
+        log.info("dtype fp32: this machine has no instructions for bf16, which `auto` would take else")

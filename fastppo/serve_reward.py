@@ -16,14 +16,14 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jsonargparse import auto_cli
 from transformers import PreTrainedTokenizerBase
 
 from fastppo import __version__
-from fastppo.config import LONGEST_WAIT, OptimConfig, ZeroConfig
+from fastppo.config import LONGEST_WAIT, Dtype, OptimConfig, ZeroConfig, settled_dtype
 from fastppo.data import NO_ARGUMENTS, Packed, check_arguments, end_to_end
 from fastppo.distributed import Frozen, World
 from fastppo.errors import FastPPOError, exit_with_message
@@ -242,7 +242,7 @@ def serve(
     model: str,
     host: str = "127.0.0.1",
     port: int = 8100,
-    dtype: Literal["fp32", "bf16"] = "bf16",
+    dtype: Dtype = "auto",
     microbatch_tokens: int = 8192,
     template: dict[str, Any] | None = None,
 ) -> None:
@@ -253,7 +253,7 @@ def serve(
         host: Address to listen on. Use 0.0.0.0 for requests from other machines; there is no password, so anyone who
             can reach the port can send requests.
         port: 0 to 65535; with 0 the system chooses a free port, which is printed.
-        dtype: Data type of weights and activations.
+        dtype: Data type of weights and activations; `auto`: bf16 where this machine computes in it, else fp32.
         microbatch_tokens: Maximum number of tokens in one forward pass.
         template: Arguments for the model's chat template, as in '{"enable_thinking": false}'.
     """
@@ -267,9 +267,10 @@ def serve(
     if microbatch_tokens < 1:
         raise FastPPOError(f"--microbatch_tokens is {microbatch_tokens}; it must be 1 or more.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    computed = DTYPES[settled_dtype() if dtype == "auto" else dtype]
 
     def load() -> ModelSource:
-        loaded, tokenizer = load_reward(model, DTYPES[dtype], device, setting="--model")
+        loaded, tokenizer = load_reward(model, computed, device, setting="--model")
         check_arguments("--template", template or {}, tokenizer)
         return alone(loaded, tokenizer, microbatch_tokens, device, template or {})
 

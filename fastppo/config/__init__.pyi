@@ -37,6 +37,8 @@ from .data import RolloutConfig as RolloutConfig
 from .data import SamplingConfig as SamplingConfig
 from .data import TextConfig as TextConfig
 from .data import VllmConfig as VllmConfig
+from .dtype import computes_bf16 as computes_bf16
+from .dtype import settled_dtype as settled_dtype
 from .health import FIGURES as FIGURES
 from .health import QUIET_STEPS as QUIET_STEPS
 from .health import AlarmConfig as AlarmConfig
@@ -46,6 +48,7 @@ from .health import HealthConfig as HealthConfig
 from .launch import NEEDED as NEEDED
 from .launch import LaunchError as LaunchError
 from .launch import check_launch as check_launch
+from .learning import Dtype as Dtype
 from .learning import Importance as Importance
 from .learning import OptimConfig as OptimConfig
 from .learning import Place as Place

@@ -26,6 +26,7 @@ from fastppo.config.commands.generate import GenerateConfig
 from fastppo.config.commands.offline import DPOConfig, RewardTrainingConfig, SFTConfig
 from fastppo.config.commands.ppo import AnyConfig, Config
 from fastppo.config.commands.rest import RestConfig
+from fastppo.config.dtype import with_settled_dtype
 from fastppo.config.launch import LaunchError, check_launch, first_of_many
 from fastppo.config.validation import validate
 from fastppo.config.validation.generate import validate_generate
@@ -127,18 +128,21 @@ def parse(
     argv: list[str] | None = None,
     command: Command[C] = PPO,  # type: ignore[assignment]
     ranks: int | None = None,
+    *,
+    gpu: bool | None = None,
 ) -> C:
     """The checked settings of a run; `argv` is `sys.argv[1:]` when left out.
 
     `--help` prints every setting and exits with 0. A mistake prints one message on stderr and exits with 2.
     The rules between settings hold for so many ranks; when left out, for those in the environment's WORLD_SIZE, which
-    must be one that a launcher could have set.
+    must be one that a launcher could have set. gpu: whether it runs on GPUs; when left out, as on this machine.
     """
     try:
         config = _read(sys.argv[1:] if argv is None else argv, command)
         if ranks is None:
             check_launch()
             ranks = int(os.environ.get("WORLD_SIZE") or "1")
+        config = with_settled_dtype(config, gpu=gpu)
         command.check(config, ranks)
     except (ConfigError, LaunchError) as error:
         if first_of_many():  # once, and not once for each rank

@@ -13,8 +13,8 @@ IMPORTANCE_BOUNDS: dict[ImportanceKind, tuple[float, float]] = {
     "icepop": (0.5, 5.0),
 }
 
-
 Aggregate = Literal["token", "sequence", "constant"]
+Dtype = Literal["auto", "fp32", "bf16"]  # `auto` is settled while the command line is read
 
 
 class EstimatorRule(NamedTuple):
@@ -172,8 +172,10 @@ class PPOConfig:
 class OptimConfig:
     """AdamW and the learning rate schedule. The learning rates are settings of the trained models."""
 
-    dtype: Literal["fp32", "bf16"] = "bf16"
-    """Type of weights and activations; with bf16 the optimizer keeps fp32 master weights."""
+    dtype: Dtype = "bf16"
+    """Type of weights and activations; with bf16 the optimizer keeps fp32 master weights. `auto`: bf16 on GPUs and
+    processors that have instructions for its products (on x86, AVX-512), fp32 on others, where torch computes a product in
+    bf16 many times more slowly."""
     warmup_steps: int = 0
     """Number of updates over which a learning rate rises from 0. The actor's warm-up starts after
     `critic.warmup_steps`."""

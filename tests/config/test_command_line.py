@@ -233,8 +233,9 @@ def test_a_command_is_called_by_its_script_in_a_clone_and_by_its_name_elsewhere(
     assert "this preset is for fastppo sft. The presets of fastppo train: " in said
 
 
-def test_the_command_line_loads_no_model_library():
-    code = "import sys; from fastppo.config.command_line import parse; parse(['--config', 'quickstart'])"
+def test_the_command_line_loads_no_model_library_to_read_a_named_dtype():
+    code = "import sys; from fastppo.config.command_line import parse"
+    code += "; parse(['--config', 'quickstart', '--optim.dtype', 'bf16'])"
     code += "; print(*{'torch', 'transformers', 'deepspeed', 'datasets'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.stdout, result.stderr) == ("\n", "")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from fastppo.config.data import SAMPLER_ROUNDING, SAMPLER_SPEED, DataConfig, RolloutConfig, SamplingConfig
-from fastppo.config.learning import OptimConfig, ZeroConfig
+from fastppo.config.learning import Dtype, OptimConfig, ZeroConfig
 from fastppo.config.models import ActorConfig, AttentionSetting
 from fastppo.config.rewards import RewardConfig
 from fastppo.config.run import Names
@@ -76,8 +76,8 @@ class GenerateConfig:
     plan: Literal["check", "warn", "off"] = "check"
     """Whether to compute and show, before the models are loaded, the memory that each model needs in each phase. `check`
     stops a run that does not fit, `warn` warns and continues, `off` skips the computation."""
-    dtype: Literal["fp32", "bf16"] = "bf16"
-    """Type of weights and activations of all models."""
+    dtype: Dtype = "bf16"
+    """Type of weights and activations of all models; `auto` as in `optim.dtype` of the commands that train."""
     format: Literal["jsonl", "parquet"] = "jsonl"
     """`jsonl`: one file, `output`/responses.jsonl; `parquet`: a file for each batch, `output`/responses/part-00000.parquet
     and so on."""

@@ -28,6 +28,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from fastppo.config import Dtype
 from fastppo.distributed import gathered  # imported first: it sets the accelerator of DeepSpeed
 from fastppo.models.loading.quantized import check_scales
 
@@ -41,9 +42,7 @@ log = logging.getLogger("fastppo")
 Location = Literal["none", "cpu", "nvme"]
 
 
-def partition_config(
-    dtype: Literal["fp32", "bf16"], offload: Location = "none", nvme_path: str | None = None
-) -> dict[str, Any]:
+def partition_config(dtype: Dtype, offload: Location = "none", nvme_path: str | None = None) -> dict[str, Any]:
     """DeepSpeed's config for parameters that are partitioned as soon as they are made.
 
     offload: where the partitions are stored; "none" is the accelerator.

@@ -1,0 +1,40 @@
+"""What `dtype: auto` stands for on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal, TypeVar
+
+from fastppo.config.commands.generate import GenerateConfig
+from fastppo.config.commands.ppo import AnyConfig
+
+C = TypeVar("C", bound=AnyConfig)
+
+
+def settled_dtype(*, gpu: bool | None = None) -> Literal["fp32", "bf16"]:
+    """bf16 where products are computed in it, else fp32. gpu: whether the models are on a GPU; None: as on this machine."""
+    return "bf16" if (gpu or (gpu is None and computes_bf16())) else "fp32"
+
+
+def with_settled_dtype(config: C, *, gpu: bool | None = None) -> C:
+    """The config with fp32 or bf16 in the place of `auto`; no other code meets `auto`."""
+    if config.optim.dtype != "auto":
+        return config
+    dtype = settled_dtype(gpu=gpu)
+    if isinstance(config, GenerateConfig):
+        return replace(config, dtype=dtype)
+    return replace(config, optim=replace(config.optim, dtype=dtype))
+
+
+def computes_bf16() -> bool:
+    """Whether this machine has instructions for products in bf16: a GPU from Ampere on, or a processor with AVX-512 or its
+    like on other architectures.
+
+    Without them torch computes a bf16 product in software: one of 1,024 x 1,024 takes 75 times as long as in fp32 on an
+    AMD EPYC (family 25).
+    """
+    import torch  # not at the top: the settings are read without it
+
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
