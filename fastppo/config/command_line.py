@@ -13,7 +13,7 @@ import re
 import sys
 from argparse import SUPPRESS, ArgumentError
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
 from types import NoneType, UnionType
@@ -165,7 +165,7 @@ def _read(argv: list[str], command: Command[C]) -> C:
     for argument in argv:
         if argument.startswith("--"):
             _check_option(argument[2:].partition("=")[0], command)
-    parser = _parser(command)
+    parser = _parser(command, command.call)
     try:
         found = parser.instantiate(parser.parse_args(argv))
     except ArgumentError as error:
@@ -173,10 +173,12 @@ def _read(argv: list[str], command: Command[C]) -> C:
     return command.root(**{field.name: found[field.name] for field in dataclasses.fields(command.root)})
 
 
-def _parser(command: Command[Any]) -> ArgumentParser:
+@cache  # it takes most of the time of reading a command line, and does not change
+def _parser(command: Command[Any], call: str) -> ArgumentParser:
+    """call: how the command was started, for the first line of `--help`."""
     # the sentinel tells a null in a file from a setting that the file leaves out
     set_parsing_settings(docstring_parse_attribute_docstrings=True, unset_sentinel=True)
-    usage = f"{command.call} --config PRESET|FILE.yaml [--SETTING VALUE ...]"
+    usage = f"{call} --config PRESET|FILE.yaml [--SETTING VALUE ...]"
     parser = ArgumentParser(usage=usage, exit_on_error=False, allow_abbrev=False)
     parser.add_argument(
         "--config",
