@@ -105,10 +105,10 @@ def functions(name: str) -> str:
     return json.dumps([{"function": f"{HERE}:{name}"}])
 
 
-def measure(model: Path, data: Data, output: Path) -> Accuracy:
+def measure(model: Path, data: Data, output: Path, *settings: object) -> Accuracy:
     drawn, likeliest = output / "drawn", output / "likeliest"
-    _generate(model, data, drawn, "--sampling.samples_per_prompt", SAMPLES)
-    _generate(model, data, likeliest, "--sampling.top_k", 1)
+    _generate(model, data, drawn, "--sampling.samples_per_prompt", SAMPLES, *settings)
+    _generate(model, data, likeliest, "--sampling.top_k", 1, *settings)
     rows = read_lines(drawn / "responses.jsonl")
     prompts = {row["prompt_index"] for row in rows if row["score"]}
     return Accuracy(
@@ -125,5 +125,15 @@ def _generate(model: Path, data: Data, output: Path, *settings: object) -> None:
         return
     ran(
         *("generate", "--model.path", model, "--data.path", data.heldout, "--output", output),
-        *("--rewards", functions("right"), "--judge", functions("number"), "--sampling.max_new_tokens", 5, *settings),
+        *(
+            "--rewards",
+            functions("right"),
+            "--judge",
+            functions("number"),
+            "--sampling.max_new_tokens",
+            5,
+            "--dtype",
+            "auto",
+        ),
+        *settings,
     )

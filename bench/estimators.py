@@ -70,9 +70,18 @@ def settings_of(estimator: str, *, samples: int) -> list[object]:
     return settings + (["--sampling.samples_per_prompt", samples] if rule.group else [])
 
 
-def quickstart(estimator: str, seed: int, output: Path, short: Sequence[object]) -> Result:
+@dataclass(frozen=True)
+class Further:
+    """Settings that were given beside a task's own, by kind of run."""
+
+    sft: Sequence[object] = ()
+    rl: Sequence[object] = ()
+    generate: Sequence[object] = ()
+
+
+def quickstart(estimator: str, seed: int, output: Path, further: Further) -> Result:
     run = ("--config", "quickstart", "--seed", seed, "--output", output)
-    memory = ran("train", *run, *settings_of(estimator, samples=4), *short)
+    memory = ran("train", *run, *settings_of(estimator, samples=4), *further.rl)
     before, *_, after = evaluations(output)
     names = ("score", "judge", "kl", "distinct_2")
     figures = {f"{name} before": before[f"eval/{name}"] for name in ("score", "judge")}
@@ -80,20 +89,20 @@ def quickstart(estimator: str, seed: int, output: Path, short: Sequence[object])
     return Result(estimator, seed, figures, seconds_of(output), memory)
 
 
-def arithmetic(estimator: str, seed: int, output: Path, short: Sequence[object]) -> Result:
+def arithmetic(estimator: str, seed: int, output: Path, further: Further) -> Result:
     """`bench/arithmetic.py`; eight responses to a prompt for every estimator."""
     data = write_data(output.parent)
-    model = sft(output.parent, data)
-    settings = (*rl(seed, model, data, output), *settings_of(estimator, samples=8), *short)
-    before = measure(model, data, output.parent / "sft-measured")
+    model = sft(output.parent, data, *further.sft)
+    settings = (*rl(seed, model, data, output), *settings_of(estimator, samples=8), *further.rl)
+    before = measure(model, data, output.parent / "sft-measured", *further.generate)
     memory = ran("train", *settings)
-    after = measure(output / "actor", data, output / "measured")
+    after = measure(output / "actor", data, output / "measured", *further.generate)
     figures = {"format before": before.format, "format": after.format, "right before": before.right}
     figures |= {"right": after.right, "right greedily": after.greedy, "kl": evaluations(output)[-1]["eval/kl"]}
     return Result(estimator, seed, figures, seconds_of(output), memory)
 
 
-TASKS: dict[str, Callable[[str, int, Path, Sequence[object]], Result]] = {
+TASKS: dict[str, Callable[[str, int, Path, Further], Result]] = {
     "quickstart": quickstart,
     "arithmetic": arithmetic,
 }
@@ -138,7 +147,12 @@ def main() -> None:
         return
     folder = options.output or Path("runs/estimators") / options.task
     folder.mkdir(parents=True, exist_ok=True)
-    short = [*settings, *(["--steps", 2, "--optim.warmup_steps", 0] if options.short else [])]
+    few = ["--steps", 2, "--optim.warmup_steps", 0]
+    further = (
+        Further(few, [*settings, *few, "--eval.prompts", 8], ["--data.limit", 8])
+        if options.short
+        else Further(rl=settings)
+    )
     done = (
         {(result.estimator, result.seed) for result in read_results(folder)} if (folder / RESULTS).exists() else set()
     )
@@ -146,7 +160,7 @@ def main() -> None:
         for estimator in options.estimators:
             if (estimator, seed) in done:  # of an earlier call
                 continue
-            result = TASKS[options.task](estimator, seed, folder / f"{estimator}-{seed}", short)
+            result = TASKS[options.task](estimator, seed, folder / f"{estimator}-{seed}", further)
             with (folder / RESULTS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(result)) + "\n")
     print(table(read_results(folder)))
