@@ -33,6 +33,9 @@ FREE = (
 )
 # ... or only in how it is rounded. A command's own are in its config class, as `free` and `rounding`.
 ROUNDING = ("attention", "model.fused", "threads", "zero.deepspeed")
+# ... or in how the state is split over ranks, which `Engine.load` undoes.
+LAYOUT = ("zero.stage", "zero.offload", "zero.offload_optimizer", "zero.offload_parameters")
+SPLIT_ANEW = "the state is carried over bit for bit, and from there the result is the same within rounding"
 SOURCES = ("rewards", "health.judge", "judge")
 
 
@@ -42,7 +45,7 @@ class CheckpointError(FastPPOError):
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint that fits this run's settings and number of ranks."""
+    """A complete checkpoint that fits this run's settings."""
 
     folder: Path
     about: Mapping[str, Any]  # the content of its about.json
@@ -130,12 +133,11 @@ def _names(folder: Path) -> str:
 
 
 def _check_fit(folder: Path, about: Mapping[str, Any], config: TrainingConfig, world: World) -> None:
-    """Raise CheckpointError if a checkpoint has another number of ranks, or settings that would change the result."""
+    """Raise CheckpointError if a checkpoint has settings that would change the result; another number of ranks is
+    logged."""
     if about["ranks"] != world.ranks:
-        raise CheckpointError(
-            f"{folder} was written by {about['ranks']} rank(s), and this run has {world.ranks}: optimizer states are"
-            f" split by rank. Resume with --num_accelerators {about['ranks']}; to train with {world.ranks}, start a new"
-            f" run from the {config.new_start}."
+        log.warning(
+            "%s was written by %d rank(s), and this run has %d: %s", folder, about["ranks"], world.ranks, SPLIT_ANEW
         )
     check_settings(folder, about, config)
 
@@ -155,6 +157,8 @@ def check_settings(made: Path, about: Mapping[str, Any], config: AnyConfig) -> N
             continue
         if name in (*ROUNDING, *config.rounding):
             log.warning("%s was %s and is %s: the result will not be the same bit for bit", name, old, new)
+        elif name in LAYOUT:
+            log.warning("%s was %s and is %s: %s", name, old, new, SPLIT_ANEW)
         elif name == "steps" and config.optim.schedule == "constant":
             log.info("steps was %s and is %s", old, new)
         else:

@@ -26,9 +26,9 @@ import torch
 
 from fastppo.checkpoint import atomic_dir
 from fastppo.checkpoint.resume import NAME, Checkpoint, CheckpointError, held_out_score, settings, versions
-from fastppo.checkpoint.run_state import Run, set_random_state
+from fastppo.checkpoint.run_state import Run, saved_random_state, set_random_state
 from fastppo.config import TrainingConfig
-from fastppo.distributed import Saved, Stopped, World, all_gather, clock
+from fastppo.distributed import LayoutError, Saved, Stopped, World, all_gather, clock
 from fastppo.environments import ConversationError
 from fastppo.monitor import JSONL_FILES, file_sizes
 from fastppo.rewards import RewardError
@@ -91,7 +91,10 @@ class Checkpoints:
                 for name, engine in self._engines.items():
                     engine.load(checkpoint.folder, name)
                 state = torch.load(checkpoint.folder / "progress.pt", weights_only=False)
-                rank_state = torch.load(checkpoint.folder / f"rank-{self._world.rank:05d}.pt", weights_only=False)
+                ranks, seed = checkpoint.about["ranks"], self._config.seed
+                rank_state = saved_random_state(checkpoint.folder, ranks, seed, self._world)
+            except LayoutError as error:
+                raise CheckpointError(f"{checkpoint.folder} cannot be continued like this: {error}") from error
             except (OSError, RuntimeError, KeyError, ValueError) as error:
                 raise CheckpointError(
                     f"{checkpoint.folder} does not fit the models ({error}). If a model has changed since, restore it,"

@@ -13,6 +13,8 @@ from .moves import PartName as PartName
 from .moves import Sleeper as Sleeper
 from .neighbours import Neighbours as Neighbours
 from .neighbours import neighbours_of as neighbours_of
+from .reshard.layout import LayoutError as LayoutError
+from .reshard.shares import copy_share as copy_share
 from .residency import FROZEN as FROZEN
 from .residency import REMADE as REMADE
 from .residency import Placement as Placement

@@ -22,6 +22,9 @@ from torch import Tensor, nn
 
 from fastppo.config import OptimConfig, ZeroConfig, deepspeed_config
 from fastppo.distributed import accumulation, gradients
+from fastppo.distributed.reshard.layout import layout_of
+from fastppo.distributed.reshard.shards import saved_layout
+from fastppo.distributed.reshard.shares import load_shards
 from fastppo.errors import FastPPOError
 
 T = TypeVar("T")
@@ -213,8 +216,15 @@ class Engine:
             self._engine.save_checkpoint(str(folder), tag=name, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path, name: str) -> None:
-        """Read the files that `save` wrote on the same number of ranks. All ranks call it."""
+        """Read the files that `save` wrote, with any number of ranks, ZeRO stage and offload. All ranks call it.
+
+        With the same as now the engine is then the one that was saved, bit for bit. Else each rank finds its share of
+        each tensor in the files of all ranks. Raises OSError, KeyError, RuntimeError or ValueError.
+        """
         self.version += 1
+        if saved_layout(folder / name) != layout_of(self._engine):
+            load_shards(self._engine, self._adam, self._parameters, folder / name)
+            return
         with quiet():
             path, _ = self._engine.load_checkpoint(str(folder), tag=name, custom_load_fn=_load_trained)
         if path is None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastppo.distributed import World
+from fastppo.distributed import World, copy_share
 from fastppo.models.roles import Policy
 
 # isort: split
@@ -99,11 +99,12 @@ class Average:
         write(self._average, folder / name / self._file)
 
     def load(self, folder: Path, name: str) -> None:
-        """Read the files that `save` wrote on the same number of ranks."""
+        """Read the files that `save` wrote, on any number of ranks and at any ZeRO stage. All ranks call it."""
         self._settle()
-        saved_average = torch.load(folder / name / self._file, weights_only=True)
+        files = sorted((folder / name).glob("rank-*.pt"))
+        saved = [torch.load(path, weights_only=True, map_location="cpu", mmap=True) for path in files]
         for key, value in self._average.items():
-            value.copy_(saved_average[key])
+            copy_share(self._weights[key], [parts[key] for parts in saved], value)
 
     @torch.no_grad()
     def _set_weights(self, weights: dict[str, Tensor]) -> None:

@@ -1,6 +1,7 @@
 """Which settings may change when a run is resumed: pinned for every setting of every command."""
 
 import logging
+import random
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from fastppo.checkpoint.resume import CheckpointError, _check_fit, settings, versions
+from fastppo.checkpoint.run_state import random_state, saved_random_state, seed_random, set_random_state
 from fastppo.config import (
     AnyConfig,
     Config,
@@ -47,7 +49,11 @@ FREE = {
     "track.wandb": "free",
     "zero.deepspeed": "rounding",
     "zero.nvme_path": "free",
+    "zero.offload": "rounding",
     "zero.offload_frozen": "free",
+    "zero.offload_optimizer": "rounding",
+    "zero.offload_parameters": "rounding",
+    "zero.stage": "rounding",
 }
 # ... and on these for one kind of them.
 OF_PPO = FREE | {
@@ -134,3 +140,48 @@ def test_a_run_from_before_layers_were_fused_goes_on_with_a_warning_or_as_it_was
     _check_fit(Path("runs/ppo/checkpoints/step-00000001"), about, config, WORLD)
     warning = "model.fused was False and is True: the result will not be the same bit for bit"
     assert [record.getMessage() for record in caplog.records] == ([warning] if fused else [])
+
+
+@pytest.mark.parametrize("kind", [Config, RewardTrainingConfig, SFTConfig, DPOConfig])
+def test_another_number_of_ranks_or_another_layout_is_logged_with_what_it_means(kind, caplog):
+    caplog.set_level(logging.WARNING, "fastppo")
+    config = kind()
+    about: dict[str, Any] = {"ranks": 4, "config": settings(config), "versions": versions()}
+    config = replace(config, zero=replace(config.zero, stage=3, offload="cpu"))
+    _check_fit(Path("out/step-00000001"), about, config, WORLD)
+    means = "the state is carried over bit for bit, and from there the result is the same within rounding"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"out/step-00000001 was written by 4 rank(s), and this run has 1: {means}",
+        f"zero.offload was none and is cpu: {means}",
+        f"zero.stage was 1 and is 3: {means}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "said"),
+    [
+        (2, 4, "those of ranks 2 to 3 begin anew, seeded from (seed 7, step-00000003, rank)"),
+        (1, 2, "those of rank 1 begin anew, seeded from (seed 7, step-00000003, rank)"),
+        (3, 1, "those of ranks 1 to 2 are dropped"),
+        (2, 2, None),
+    ],
+)
+def test_a_rank_keeps_its_random_numbers_and_a_new_one_has_its_own(tmp_path, caplog, then, now, said):
+    caplog.set_level(logging.WARNING, "fastppo")
+    folder, before = tmp_path / "step-00000003", random_state()
+    folder.mkdir()
+    drawn: list[float] = []
+    for rank in range(then):
+        seed_random(1, rank)
+        torch.save(random_state(), folder / f"rank-{rank:05d}.pt")
+        drawn.append(random.random())
+    found = []
+    for _ in range(2):  # the rule gives the same each time
+        for rank in range(now):
+            set_random_state(saved_random_state(folder, then, 7, World(rank, now, torch.device("cpu"))))
+            found.append(random.random())
+    set_random_state(before)
+    assert found[:now] == found[now:] and found[: min(then, now)] == drawn[: min(then, now)]
+    assert len({*drawn, *found}) == max(then, now)
+    expected = [] if said is None else [f"the random generators that a reward function may use: {said}"] * 2
+    assert [record.getMessage() for record in caplog.records] == expected

@@ -159,7 +159,6 @@ class OfflineConfig:
     names: ClassVar[Names] = Names("batch_size", "microbatch_tokens", "model.lr")
     free: ClassVar[tuple[str, ...]] = ()  # settings that may change when a run is resumed ...
     rounding: ClassVar[tuple[str, ...]] = ("microbatch_tokens", "keep_trunk_gb")  # ... and that only change rounding
-    new_start: ClassVar[str] = "exported model (--model.path)"  # of a run on another number of ranks
 
     output: str = "runs/offline"
     """Folder of the run: config, metrics, and the trained model with the lowest held-out loss."""

@@ -54,8 +54,6 @@ class OnlineConfig:
         *("health.alarms", "health.window", "health.raise_kl", "health.roll_backs"),
     )
     rounding: ClassVar[tuple[str, ...]] = SAMPLER_ROUNDING  # ... and that only round otherwise
-    # of a run on another number of ranks
-    new_start: ClassVar[str] = "actor's weights (--actor.model, with the first actor as --reference.model)"
 
     output: str = "runs/online"
     """Folder of the run: config, metrics, samples, and the trained actor in `output`/actor."""

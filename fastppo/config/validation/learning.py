@@ -7,6 +7,12 @@ from fastppo.config.commands.ppo import AnyConfig, Config
 from fastppo.errors import ConfigError
 
 
+def other_ranks(divided: int, ranks: int) -> str:
+    """The way out where so many ranks do not divide a number; a run may be resumed on another number of them."""
+    fewer = max(n for n in range(1, ranks) if divided % n == 0)
+    return f"start {fewer} rank(s) (--num_accelerators {fewer}), also where a run is resumed"
+
+
 def check_batch(config: Config, ranks: int) -> None:
     size, samples, minibatches = config.ppo.batch_size, config.sampling.samples_per_prompt, config.ppo.minibatches
     for name, parts in (("sampling.samples_per_prompt", samples), ("ppo.minibatches", minibatches)):
@@ -21,7 +27,7 @@ def check_batch(config: Config, ranks: int) -> None:
         raise ConfigError(
             f"ppo.batch_size is {size} and ppo.minibatches {minibatches}: a minibatch of {size // minibatches}"
             f" responses cannot be divided equally among {ranks} ranks. Set batch_size to a multiple of"
-            f" {ranks * minibatches}, or use fewer minibatches or ranks."
+            f" {ranks * minibatches}, or use fewer minibatches, or {other_ranks(size // minibatches, ranks)}."
         )
 
 
@@ -42,7 +48,7 @@ def check_ptx(config: Config, ranks: int) -> None:
     if ptx.batch_size % ranks:
         raise ConfigError(
             f"ptx.batch_size is {ptx.batch_size} and there are {ranks} ranks, among which the texts are divided"
-            f" equally. Set it to a multiple of {ranks}."
+            f" equally. Set it to a multiple of {ranks}, or {other_ranks(ptx.batch_size, ranks)}."
         )
     if ptx.max_tokens > budget:
         raise ConfigError(

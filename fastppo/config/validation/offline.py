@@ -6,7 +6,7 @@ import math
 
 from fastppo.config.commands.offline import DPOConfig, OfflineConfig, PairsConfig, RewardTrainingConfig, SFTConfig
 from fastppo.config.validation.data import check_heldout, check_template
-from fastppo.config.validation.learning import check_zero
+from fastppo.config.validation.learning import check_zero, other_ranks
 from fastppo.config.validation.models import check_attention, check_gguf_file, check_targets
 from fastppo.config.validation.ranges import Ranges, check_betas, check_ranges, check_train
 from fastppo.config.validation.run import check_checkpoints, check_tracking
@@ -68,7 +68,7 @@ def validate_offline(config: OfflineConfig, ranks: int = 1, own: Ranges = ()) ->
     if config.batch_size % ranks:
         raise ConfigError(
             f"batch_size is {config.batch_size} and there are {ranks} ranks, among which the {what} are divided"
-            f" equally. Set it to a multiple of {ranks}."
+            f" equally. Set it to a multiple of {ranks}, or {other_ranks(config.batch_size, ranks)}."
         )
     if heldout == 0 and data.eval_path is not None:
         raise ConfigError(

@@ -8,7 +8,7 @@ from itertools import pairwise
 from fastppo.config.commands.rest import RestConfig
 from fastppo.config.validation.data import check_data, check_rollout, check_sampling
 from fastppo.config.validation.health import check_health
-from fastppo.config.validation.learning import check_zero
+from fastppo.config.validation.learning import check_zero, other_ranks
 from fastppo.config.validation.models import check_models
 from fastppo.config.validation.ranges import ONLINE_RANGES, Ranges, check_betas, check_ranges, check_train
 from fastppo.config.validation.rewards import check_rewards, check_waiting
@@ -60,7 +60,7 @@ def _check_sizes(config: RestConfig, ranks: int) -> None:
     if config.improve.batch_size % ranks:
         raise ConfigError(
             f"improve.batch_size is {config.improve.batch_size} and there are {ranks} ranks, among which the responses"
-            f" are divided equally. Set it to a multiple of {ranks}."
+            f" are divided equally. Set it to a multiple of {ranks}, or {other_ranks(config.improve.batch_size, ranks)}."
         )
     if config.improve.keep == "best" and samples == 1:
         raise ConfigError(
