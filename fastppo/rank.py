@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import TypeVar
 
 from fastppo.config import AnyConfig, Command, Dtype, computes_bf16, parse
 from fastppo.distributed import Stopped, World, leave, start_world, stop_world
-from fastppo.errors import exit_with_message
+from fastppo.errors import ConfigError, exit_with_message
 from fastppo.monitor import setup_logging
 
 log = logging.getLogger("fastppo")
@@ -27,6 +28,7 @@ def run_rank(
     """
     config = parse(argv, command)
     world = start_world(config.threads, config.timeout)
+    world = replace(world, fewer=lambda: _fewer_ranks(command, config, world.ranks))
     setup_logging(world.rank)
     _log_software_bf16(config.optim.dtype)
     result = None
@@ -47,3 +49,12 @@ def _log_software_bf16(dtype: Dtype) -> None:
         )
     else:
         log.info("dtype fp32: this machine has no instructions for bf16, which `auto` would take else")
+
+
+def _fewer_ranks(command: Command[C], config: C, ranks: int) -> int:
+    """The most ranks below these with which the settings work together; 0 if there are none."""
+    for fewer in range(ranks - 1, 0, -1):
+        with suppress(ConfigError):
+            command.check(config, fewer)
+            return fewer
+    return 0

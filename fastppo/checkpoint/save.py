@@ -28,7 +28,7 @@ from fastppo.checkpoint import atomic_dir
 from fastppo.checkpoint.resume import NAME, Checkpoint, CheckpointError, held_out_score, settings, versions
 from fastppo.checkpoint.run_state import Run, saved_random_state, set_random_state
 from fastppo.config import TrainingConfig
-from fastppo.distributed import LayoutError, Saved, Stopped, World, all_gather, clock
+from fastppo.distributed import LayoutError, Saved, Stopped, World, all_gather, clock, in_phase
 from fastppo.environments import ConversationError
 from fastppo.monitor import JSONL_FILES, file_sizes
 from fastppo.rewards import RewardError
@@ -169,6 +169,10 @@ class Checkpoints:
         folder = self.folder / run.name
         if self._first_message(str(folder.exists()) if self._world.rank == 0 else None) == "True":
             return None  # already written, or the run has resumed from it
+        with in_phase("saving a checkpoint"):
+            return self._write(run, folder)
+
+    def _write(self, run: Run, folder: Path) -> str | None:
         error = self._first_message(self._attempt(lambda: self._create_draft(folder)))
         if error is None:
             writer = atomic_dir.Writer(atomic_dir.unfinished(folder))

@@ -9,6 +9,7 @@ from .engine import Saved as Saved
 from .engine import check_nvme as check_nvme
 from .engine import even_passes as even_passes
 from .engine import gathered as gathered
+from .heartbeat import in_phase as in_phase
 from .moves import PartName as PartName
 from .moves import Sleeper as Sleeper
 from .neighbours import Neighbours as Neighbours

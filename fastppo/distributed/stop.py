@@ -9,7 +9,8 @@ samples together with, inside `together`, at whose end all ranks agree.
 Ctrl-C sends SIGINT to all processes of the terminal, and `launch` then sends SIGTERM to the ranks too. So only another
 SIGINT counts as a second Ctrl-C, which ends a rank at once.
 
-The thread also detects a rank that has died, so that the others do not wait for it in a collective.
+Another thread sends this rank's heartbeat and looks for those of the others (`fastppo.distributed.heartbeat`), so that
+they do not wait in a collective for a rank that has died.
 """
 
 from __future__ import annotations
@@ -28,19 +29,24 @@ from itertools import count
 
 import torch.distributed as dist
 
+from fastppo.distributed import heartbeat
+from fastppo.distributed.heartbeat import POLL
 from fastppo.distributed.neighbours import Neighbours
 from fastppo.distributed.world import World, all_gather, on_any_rank
-from fastppo.errors import RaisedAlone
+from fastppo.errors import FastPPOError, RaisedAlone, another_rank_ended
 
 log = logging.getLogger("fastppo")
 
-POLL = 0.5  # seconds between two reads of the store
-SILENCE = 45.0  # seconds without a heartbeat after which a rank counts as dead
+KILLED = 2.5  # seconds without a heartbeat after which a rank counts as dead where a collective with it has failed
 SAME_CTRL_C = 0.03  # seconds within which two SIGINTs are one Ctrl-C: from the terminal, and passed on by a program
 INTERRUPTED = 128 + signal.SIGINT  # the exit status that shells use for SIGINT
 
 _watches = count()
 _watch: _Watch | None = None
+
+
+class RankLost(FastPPOError):
+    """A collective has failed as another rank has ended. The message names that rank, and the way out."""
 
 
 class Stopped(Exception):
@@ -51,7 +57,7 @@ class Stopped(Exception):
 def watching(world: World) -> Iterator[None]:
     """Within this context SIGTERM and SIGINT do not end the process; `check` and `together` raise `Stopped` instead.
 
-    A second SIGINT ends the process at once.
+    A second SIGINT ends the process at once. Raises RankLost where a collective fails as another rank has ended.
     """
     global _watch
     main = threading.current_thread() is threading.main_thread()  # only the main thread may set signal handlers
@@ -65,6 +71,13 @@ def watching(world: World) -> Iterator[None]:
     try:
         yield
         _watch.announce_end()
+    except Stopped:
+        raise
+    except Exception as error:
+        if another_rank_ended(error) and (lost := _watch.lost()) is not None:
+            raise RankLost(f"another rank has ended: {lost}.") from error
+        _watch.announce_error(error)
+        raise
     finally:
         sender.send(b"\0")  # wakes the thread
         if main:
@@ -126,45 +139,86 @@ def together(world: World) -> Iterator[None]:
     check(world)
 
 
-class _Watch(threading.Thread):
-    """The thread that receives signals, detects the end of the parent and of other ranks, and passes requests on."""
+class _Watch:
+    """Two threads: one receives signals and looks after the other, which talks to the other ranks through the store."""
 
     def __init__(self, world: World, receiver: socket.socket, sender: socket.socket):
         """receiver, sender: the ends of a pair of sockets; Python writes the numbers of signals into `sender`."""
-        super().__init__(name="fastppo-stop", daemon=True)
         self.asked = threading.Event()
-        self._over = threading.Event()
+        self._over, self._soon, self._answered = threading.Event(), threading.Event(), threading.Event()
         self._receiver, self.sender, self._world = receiver, sender, world
         # every rank makes its watches in the same order, so the numbers are the same on all ranks
         self._store = dist.distributed_c10d.PrefixStore(
             f"fastppo/stop/{next(_watches)}", dist.distributed_c10d._get_default_store()
         )
+        self._heartbeats = heartbeat.Heartbeats(self._store, world.rank, world.ranks)
         self._interrupted: float | None = None  # time of the first SIGINT
-        # rank -> number of its heartbeats, and the time of the last one
-        self._alive = {rank: (0, time.monotonic()) for rank in range(world.ranks) if rank != world.rank}
+        self._threads = [
+            threading.Thread(target=work, name=f"fastppo-{name}", daemon=True)
+            for name, work in (("stop", self._listen), ("heartbeat", self._talk))
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
 
     def end(self) -> None:
         self._over.set()
-        self.join()
+        self._soon.set()
+        for thread in self._threads:
+            thread.join(timeout=heartbeat.SILENCE)  # the store may not answer any more
 
     def announce_end(self) -> None:
         """Tell the other ranks not to expect heartbeats any more: rank 0 may still write files."""
         with suppress(RuntimeError):  # rank 0, which holds the store, has ended
-            self._store.set(f"left/{self._world.rank}", "")
+            self._heartbeats.leave()
 
-    def run(self) -> None:
+    def announce_error(self, error: BaseException) -> None:
+        """Tell the other ranks why this one ends."""
+        with suppress(RuntimeError):
+            self._store.set(f"ended/{self._world.rank}", f"{type(error).__name__}: {_first_line(error)}"[:300])
+
+    def lost(self) -> str | None:
+        """Which rank has ended, and the way out; None if none has. A killed one is known after a few seconds."""
+        end = time.monotonic() + 3 * KILLED
+        while time.monotonic() < end:
+            try:
+                for rank in self._heartbeats.others:
+                    if self._store.check([f"ended/{rank}"]):
+                        return f"rank {rank} ({self._store.get(f'ended/{rank}').decode()})"
+                for rank in self._heartbeats.silent(KILLED):
+                    return f"{self._named_silent(rank, KILLED)}. {way_out(self._world)}"
+            except RuntimeError:
+                return f"rank 0, whose store does not answer. {way_out(self._world)}"
+            time.sleep(POLL / 2)
+        return None
+
+    def _named_silent(self, rank: int, seconds: float) -> str:
+        place = self._heartbeats.place(rank)
+        was = "" if place is None else f", when it was {place}"
+        return (
+            f"rank {rank} has sent no heartbeat for {seconds:.0f} s{was}: it was killed or stopped (SIGSTOP), or its"
+            " machine is down"
+        )
+
+    def _listen(self) -> None:
+        running = heartbeat.RunningTime()
+        answered = running.now()
         while not self._over.is_set():
             ready = select.select([self._receiver], [], [], POLL)[0]
             if ready:
                 self._handle(self._receiver.recv(64))
             if self._world.launcher not in (None, os.getppid()):
                 self.asked.set()
-            try:
-                self._exchange()
-            except RuntimeError as error:  # DistError and its subclasses: rank 0, which holds the store, has ended
-                if not self._over.is_set():
-                    _die(f"rank {self._world.rank} cannot reach the store of the run on rank 0 ({_first_line(error)})")
-                return
+            if self.asked.is_set():
+                self._soon.set()
+            now = running.now()
+            if self._answered.is_set():
+                answered = now
+                self._answered.clear()
+            elif now - answered > heartbeat.SILENCE and not self._over.is_set():
+                reason = f"rank 0, which holds the store of the run, has not answered for {now - answered:.0f} s"
+                self._die(f"{reason}: it was killed or stopped (SIGSTOP), or its machine is down")
 
     def _handle(self, signals: bytes) -> None:
         if signal.SIGTERM in signals or signal.SIGINT in signals:
@@ -176,27 +230,52 @@ class _Watch(threading.Thread):
             self._interrupted = now
             log.info("interrupted: the run saves a checkpoint and ends. Ctrl-C again ends it at once, without saving")
         elif now - self._interrupted > SAME_CTRL_C:
-            _die("interrupted again, so nothing more is saved", INTERRUPTED)
+            _end_process("interrupted again, so nothing more is saved", INTERRUPTED)
 
-    def _exchange(self) -> None:
-        if self.asked.is_set():
-            self._store.set("asked", "")
-        elif self._store.check(["asked"]):
-            self.asked.set()
-        self._store.add(f"alive/{self._world.rank}", 1)
-        now = time.monotonic()
-        for rank, (last_beats, since) in self._alive.items():
-            beats = self._store.add(f"alive/{rank}", 0)
-            if beats != last_beats:
-                self._alive[rank] = (beats, now)
-            elif now - since > SILENCE and not self._store.check([f"left/{rank}"]):
-                _die(f"rank {rank} has sent no heartbeat for {SILENCE:.0f} s: it was killed, or its machine is down")
+    def _talk(self) -> None:
+        while not self._over.is_set():
+            try:
+                if self.asked.is_set():
+                    self._store.set("asked", "")
+                elif self._store.check(["asked"]):
+                    self.asked.set()
+                self._heartbeats.beat(_begun(self._world.ranks))
+                for rank in self._heartbeats.silent(heartbeat.SILENCE):
+                    self._die(self._named_silent(rank, heartbeat.SILENCE))
+            except RuntimeError as error:  # DistError and its subclasses: rank 0, which holds the store, has ended
+                if not self._over.is_set():
+                    reason = f"cannot reach the store of the run on rank 0 ({_first_line(error)})"
+                    self._die(f"rank {self._world.rank} {reason}")
+                return
+            self._answered.set()
+            self._soon.wait(POLL)
+            self._soon.clear()
+
+    def _die(self, reason: str) -> None:
+        _end_process(f"{reason}. {way_out(self._world)}")
 
 
-def _die(reason: str, status: int = 1) -> None:
-    """End this process from the thread: the main thread may wait in a collective that will never finish."""
+def way_out(world: World) -> str:
+    """What to do where a rank is lost."""
+    fewer, last = world.fewer(), "This rank ends too. The run goes on from its last checkpoint with --resume auto"
+    if not fewer:
+        return f"{last}, on as many ranks as before"
+    return f"{last}, on as many ranks as before or on fewer: {fewer} divide the batch (--num_accelerators {fewer})"
+
+
+def _begun(ranks: int) -> int:
+    """Collectives that this rank has begun with all others, in all groups that have all of them."""
+    begun = 0
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group.size() == ranks:
+            begun += group._get_sequence_number_for_group()  # type: ignore[attr-defined]  # not in torch's stubs
+    return begun
+
+
+def _end_process(reason: str, status: int = 1) -> None:
+    """End this process from a thread: the main thread may wait in a collective that will never finish."""
     with suppress(OSError, ValueError):  # the terminal is closed
-        print(f"fastppo: {reason}. This rank ends too.", file=sys.stderr, flush=True)
+        print(f"fastppo: {reason}.", file=sys.stderr, flush=True)
     os._exit(status)
 
 

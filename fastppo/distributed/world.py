@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -52,6 +53,7 @@ class World:
     device: torch.device
     launcher: int | None = None  # id of the process that started this one; None: a single process without a launcher
     control: Any = None  # the process group for flags; None: the default group
+    fewer: Callable[[], int] = int  # the most ranks below these with which the run could go on; 0: none
 
 
 def start_world(threads: int | None, timeout: float = 1800.0) -> World:

@@ -5,6 +5,7 @@ from .messages import FastPPOError as FastPPOError
 from .messages import ModelError as ModelError
 from .messages import RaisedAlone as RaisedAlone
 from .messages import TrainingFault as TrainingFault
+from .messages import another_rank_ended as another_rank_ended
 from .messages import exit_with_message as exit_with_message
 from .once import log_once as log_once
 from .user_code import RAISED as RAISED

@@ -68,6 +68,11 @@ def exit_with_message(rank: int) -> Iterator[None]:
         _exit(partial(_print_error, error, rank), 1)
 
 
+def another_rank_ended(error: Exception) -> bool:
+    """Whether a collective has failed as another rank has ended, or does not answer."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in ANOTHER_RANK_ENDED)
+
+
 def _print_error(error: Exception, rank: int) -> None:
     which_rank = "" if rank == 0 else f" (rank {rank})"
     if isinstance(error, FastPPOError):
@@ -75,7 +80,7 @@ def _print_error(error: Exception, rank: int) -> None:
     elif type(error).__name__ == "OutOfMemoryError":  # of torch, which this module must not import (for the report)
         message, _, _ = str(error).partition(" If reserved")  # the rest is about settings of the allocator
         print(f"fastppo{which_rank}, in {_innermost_module(error)}: {message} {LESS_MEMORY}", file=sys.stderr)
-    elif isinstance(error, RuntimeError) and any(words in str(error) for words in ANOTHER_RANK_ENDED):
+    elif another_rank_ended(error):
         print(
             f"fastppo (rank {rank}): another rank has ended or does not answer, so this one ends too"
             f" ({str(error).strip().splitlines()[-1]})",

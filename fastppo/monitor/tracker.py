@@ -23,6 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from torch.profiler import ProfilerActivity, record_function
 
 from fastppo.config import TrackConfig
+from fastppo.distributed import in_phase
 from fastppo.monitor.output_guard import OutputGuard, Terminal, ensure_standard_streams, silence_stdout
 from fastppo.monitor.run_dir import ALARMS, METRICS, RESPONSES, JsonlFile, continue_folder
 from fastppo.monitor.wandb_run import WandbError, wandb_run
@@ -292,10 +293,11 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Add the time inside to the phase `name`, and mark it in torch's profiles and, on CUDA, with NVTX."""
+        """Add the time inside to the phase `name`, tell the other ranks of it, and mark it in torch's profiles and, on
+        CUDA, with NVTX."""
         nvtx_range = torch.cuda.nvtx.range(name) if _on_cuda() else nullcontext()
         start = time.perf_counter()
-        with record_function(name), nvtx_range:
+        with record_function(name), nvtx_range, in_phase(name):
             yield
             if _on_cuda():  # kernels run asynchronously: without this their time would count as the next phase's
                 torch.cuda.synchronize()

@@ -22,7 +22,7 @@ from fastppo.checkpoint import (
 )
 from fastppo.config import OnlineConfig
 from fastppo.data import Examples, Prompts, PromptSet, batches, load_prompts
-from fastppo.distributed import World
+from fastppo.distributed import World, in_phase
 from fastppo.environments import check_conversations, check_environment
 from fastppo.models import (
     Roles,
@@ -160,6 +160,12 @@ def evaluate_if_due(setup: Setup[Any, Any], tracker: Tracker) -> None:
     config, run = setup.config, setup.progress
     if not config.eval.is_due(run.step, config.steps, run.evaluated):
         return
+    with in_phase("evaluation"):
+        _evaluate(setup, tracker)
+
+
+def _evaluate(setup: Setup[Any, Any], tracker: Tracker) -> None:
+    config, run = setup.config, setup.progress
     roles, sampler, world = setup.roles, setup.sampler, setup.world
     look = partial(evaluate, roles, sampler, setup.heldout, setup.sources, config, world, setup.judge)
     evaluation = look()

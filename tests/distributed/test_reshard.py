@@ -1,10 +1,16 @@
 """A checkpoint goes on with other ranks, ZeRO stages and offload: the same state, and then the same update."""
 
 import json
+from pathlib import Path
 
 import pytest
 import reshard_ranks
 import tiny
+import torch
+
+from fastppo.distributed.reshard.shards import read_shards
+
+OLD_RUNS = Path(__file__).parents[1] / "checkpoint/old_runs"
 
 SPLIT = {"zero_optimization": {"stage3_param_persistence_threshold": 40}}  # some weights are split, some are whole
 CHANGES = [(case, *leg) for case in reshard_ranks.CASES for leg in list(reshard_ranks.layouts(case))[1:]]
@@ -39,3 +45,19 @@ def test_the_next_update_is_that_of_the_other_layout_within_rounding(walked, cas
         assert apart.pop("step") == 0
         # in bf16 an element whose gradient is all rounding goes either way in Adam's first steps
         assert max(apart.values()) < (1e-5 if case.endswith("fp32") else 0.06), apart
+
+
+def test_the_files_of_earlier_versions_say_where_each_weight_is():
+    files = sorted(OLD_RUNS.glob("*/checkpoints/*/*/*zero_pp_rank_0*optim_states.pt"))
+    assert len(files) > 2
+    for folder in (file.parent for file in files):
+        module = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+        shards, squares = read_shards(folder, []), {}
+        assert shards.weights and shards.weights.keys() <= module.keys()
+        for weight, saved in shards.weights.items():
+            master, squares[weight] = (torch.full(saved.shape, torch.nan) for _ in range(2))
+            saved.copy("fp32", 0, master.view(-1))
+            saved.copy("exp_avg_sq", 0, squares[weight].view(-1))
+            assert master.to(module[weight].dtype).equal(module[weight]) and saved.step > 0
+        assert all(bool((square >= 0).all()) for square in squares.values())
+        assert any(bool((square > 0).any()) for square in squares.values())
