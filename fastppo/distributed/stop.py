@@ -257,7 +257,7 @@ class _Watch:
 
 def way_out(world: World) -> str:
     """What to do where a rank is lost."""
-    fewer, last = world.fewer(), "This rank ends too. The run goes on from its last checkpoint with --resume auto"
+    fewer, last = world.fewer(), "This rank ends too. The run goes on with --resume auto"
     if not fewer:
         return f"{last}, on as many ranks as before"
     return f"{last}, on as many ranks as before or on fewer: {fewer} divide the batch (--num_accelerators {fewer})"

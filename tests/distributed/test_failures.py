@@ -80,14 +80,14 @@ def test_slow_full_and_killed_ranks_are_told_apart_and_the_run_goes_on_with_two(
     run = forks.start(settings(folder, output, checkpoint__keep_last=9), 4, TROUBLE)
     assert forks.wait(run) == [1, 1, -signal.SIGKILL, 1], run.text()
     said = [log.read_text() for log in run.logs]
-    assert re.search(r"waiting 2 s for rank 3, which is in sampling for \d s\n", said[0]), run.text()
+    assert re.search(r"waiting 2 s for rank 3, which is in sampling for \d+ s\n", said[0]), run.text()
     assert "step-00000002 could not be written (" in said[0] and "File too large" in said[0]
     assert f"The run continues. The newest checkpoint: {output}/checkpoints/step-00000001" in said[0]
     for rank in (0, 1, 3):
         assert re.search(
-            r"another rank has ended: rank 2 has sent no heartbeat for 2 s, when it was in learning for \d s: it was"
-            r" killed or stopped .* The run goes on from its last checkpoint with --resume auto, on as many ranks as"
-            r" before or on fewer: 2 divide the batch \(--num_accelerators 2\)",
+            r"another rank has ended: rank 2 has sent no heartbeat for 2 s, when it was in (?:experience|learning) for"
+            r" \d+ s: it was killed or stopped .* The run goes on with --resume auto, on as many ranks as before or on"
+            r" fewer: 2 divide the batch \(--num_accelerators 2\)",
             said[rank],
         ), run.text()
         assert "Traceback" not in said[rank] and (rank == 0 or "waiting" not in said[rank])

@@ -24,7 +24,7 @@ from fastppo.distributed.reshard.shards import MASTER, MOMENTS, Piece, Saved, re
 
 @dataclass(frozen=True)
 class _Share:
-    """The part of a weight whose master weights and moments this rank updates."""
+    """The part of a weight whose master weights and moments this rank updates; perhaps none of it."""
 
     name: str
     start: int  # in the weight
@@ -76,7 +76,7 @@ def _groups(optimizer: Any) -> list[list[nn.Parameter]]:
 
 
 def _flat_shares(engine: Any) -> Iterator[tuple[Tensor, list[_Share]]]:
-    """Each tensor that the optimizer updates on this rank, and the parts of weights in it.
+    """Each tensor that the optimizer updates on this rank, and the parts in it of all weights of its group.
 
     `gradients` says which optimizer has which attributes.
     """
@@ -103,8 +103,7 @@ def _flat_shares(engine: Any) -> Iterator[tuple[Tensor, list[_Share]]]:
         for number, p in enumerate(group):
             begin = begin if offsets is None else offsets[i][number]
             low, high = max(begin, first), min(begin + p.numel(), first + size)
-            if low < high:
-                shares.append(_Share(names[p], low - begin, low - first, high - low))
+            shares.append(_Share(names[p], low - begin, low - first, max(high - low, 0)))
             begin += p.numel()
         yield flat, shares
 
