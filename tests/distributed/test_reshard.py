@@ -1,6 +1,7 @@
 """A checkpoint goes on with other ranks, ZeRO stages and offload: the same state, and then the same update."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import reshard_ranks
 import tiny
 import torch
 
-from fastppo.distributed.reshard.shards import read_shards
+from fastppo.distributed.reshard.layout import LayoutError
+from fastppo.distributed.reshard.shards import Piece, Saved, read_shards
+from fastppo.distributed.reshard.shares import _Share, _write_states
 
 OLD_RUNS = Path(__file__).parents[1] / "checkpoint/old_runs"
 
@@ -61,3 +64,27 @@ def test_the_files_of_earlier_versions_say_where_each_weight_is():
             assert master.to(module[weight].dtype).equal(module[weight]) and saved.step > 0
         assert all(bool((square >= 0).all()) for square in squares.values())
         assert any(bool((square > 0).any()) for square in squares.values())
+
+
+def test_states_on_nvme_are_refused_with_the_way_out(tmp_path):
+    old = OLD_RUNS / "ppo-fp32/checkpoints/step-00000002/actor"
+    first = torch.load(old / "mp_rank_00_model_states.pt", weights_only=False)
+    first["ds_config"]["zero_optimization"] |= {"stage": 3, "offload_optimizer": {"device": "nvme"}}
+    torch.save(first, tmp_path / "mp_rank_00_model_states.pt")
+    shutil.copy(old / "zero_pp_rank_0_mp_rank_00_optim_states.pt", tmp_path)
+    with pytest.raises(
+        LayoutError, match=r"written with stage 3 over 1 rank.s., optimizer on nvme: what is on NVMe .* Resume with the"
+    ):
+        read_shards(tmp_path, [])
+
+
+def test_counts_of_stage_0_that_one_group_cannot_have_are_refused_with_the_way_out():
+    def saved(step):
+        return Saved((2,), step, [Piece({"fp32": torch.ones(2)}, 0, 2)])
+
+    adam = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(6))])
+    master, shares = adam.param_groups[0]["params"][0], [_Share(name, 0, 2 * i, 2) for i, name in enumerate("abc")]
+    with pytest.raises(LayoutError, match=r"no gradient: b 1 times and a 3 times\. .* --zero.stage 0"):
+        _write_states(adam, master, shares, {"a": saved(3.0), "b": saved(1.0), "c": saved(0.0)})
+    _write_states(adam, master, shares, {"a": saved(3.0), "b": saved(3.0), "c": saved(0.0)})  # c never had one
+    assert adam.state[master]["step"] == 3 and bool((master == 1).all())
