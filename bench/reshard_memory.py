@@ -36,7 +36,7 @@ def engine_of(path: str, stage: int):
 
 
 def save(path: str, folder: str) -> None:
-    world, engine = engine_of(path, 1)
+    _, engine = engine_of(path, 1)
     engine.backward(sum(p.float().square().sum() for p in engine.module.parameters()), last=True)
     engine.step([1e-3])
 

@@ -36,16 +36,19 @@ CASES = {
         *["--optim.dtype", "bf16", "--critic.kind", "shared", "--actor.average", "0.5", *WARM_UP],
     ],
 }
-# Stages and offload that the processes of so many ranks go through.
-FP32 = (("0", "3"), ("1",), ("3 cpu",), ("2 cpu", "0"))
-BF16 = (("1",), ("3 cpu",), ("2",), ("1 cpu", "3"))
+# Stages and offload that the processes of 1, 2, 4 and 1 ranks go through.
+LAYOUTS = (
+    (("0", "3"), ("1",), ("3 cpu",), ("2 cpu", "0")),
+    (("0",), ("3 cpu",), (), ("1",)),
+    (("1",), ("3 cpu",), ("2",), ("1 cpu", "3")),
+)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 State = dict[str, dict[str, Any]]
 
 
 def layouts(case: str) -> Iterator[tuple[int, int, str]]:
     """Number of the process, ranks and layout of each part of a run."""
-    for number, places in enumerate(FP32 if case.endswith("fp32") else BF16):
+    for number, places in enumerate(LAYOUTS[list(CASES).index(case)]):
         for place in places:
             yield number, RANKS[number], place
 
