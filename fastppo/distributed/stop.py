@@ -180,6 +180,11 @@ class _Watch:
 
     def lost(self) -> str | None:
         """Which rank has ended, and the way out; None if none has. A killed one is known after a few seconds."""
+        found = self._find_lost()
+        self._outlast_others()
+        return found
+
+    def _find_lost(self) -> str | None:
         end = time.monotonic() + 3 * KILLED
         while time.monotonic() < end:
             try:
@@ -192,6 +197,11 @@ class _Watch:
                 return f"rank 0, whose store does not answer. {way_out(self._world)}"
             time.sleep(POLL / 2)
         return None
+
+    def _outlast_others(self) -> None:
+        """With rank 0 the store ends, from which the others are about to learn the same."""
+        if self._world.rank == 0:
+            time.sleep(4 * POLL)
 
     def _named_silent(self, rank: int, seconds: float) -> str:
         place = self._heartbeats.place(rank)
@@ -230,7 +240,8 @@ class _Watch:
             self._interrupted = now
             log.info("interrupted: the run saves a checkpoint and ends. Ctrl-C again ends it at once, without saving")
         elif now - self._interrupted > SAME_CTRL_C:
-            _end_process("interrupted again, so nothing more is saved", INTERRUPTED)
+            _print("interrupted again, so nothing more is saved. This rank ends too")
+            os._exit(INTERRUPTED)  # the main thread may wait in a collective that will never finish
 
     def _talk(self) -> None:
         while not self._over.is_set():
@@ -252,7 +263,9 @@ class _Watch:
             self._soon.clear()
 
     def _die(self, reason: str) -> None:
-        _end_process(f"{reason}. {way_out(self._world)}")
+        _print(f"{reason}. {way_out(self._world)}")
+        self._outlast_others()
+        os._exit(1)
 
 
 def way_out(world: World) -> str:
@@ -272,11 +285,9 @@ def _begun(ranks: int) -> int:
     return begun
 
 
-def _end_process(reason: str, status: int = 1) -> None:
-    """End this process from a thread: the main thread may wait in a collective that will never finish."""
+def _print(reason: str) -> None:
     with suppress(OSError, ValueError):  # the terminal is closed
         print(f"fastppo: {reason}.", file=sys.stderr, flush=True)
-    os._exit(status)
 
 
 def _first_line(error: BaseException) -> str:
