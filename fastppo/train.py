@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: Python would look for modules in the folder fastppo/ first
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from fastppo.checkpoint import random_state
 from fastppo.config import PPO, Config
 from fastppo.data import Experience, Prompts, plan_step
 from fastppo.distributed import World, watching
@@ -24,6 +26,7 @@ from fastppo.online import ENDED, Draws, StepResponses, act_on_alarms, evaluate_
 from fastppo.ppo import (
     PPOSetup,
     Step,
+    StepBatch,
     StepContext,
     compute_experience,
     log_step,
@@ -47,9 +50,10 @@ def train(config: Config, world: World) -> bool:
         setup = set_up(config, world)
         if setup is None:
             return False
-        run, checkpoints, prompts = setup.progress, setup.checkpoints, setup.batches()
-        with watching(world), setup.tracker() as tracker:
+        run, checkpoints = setup.progress, setup.checkpoints
+        with watching(world), setup.tracker() as tracker, closing(setup.feedback):
             with checkpoints.saved_when_stopped(run):
+                prompts = setup.go_on()
                 evaluate_if_due(setup, tracker)
                 while run.step < config.steps:
                     with tracker.profile(run.step + 1):
@@ -58,7 +62,7 @@ def train(config: Config, world: World) -> bool:
                     run.kl_coef = next_kl_coef(run.kl_coef, mean_kl(done.experience), config.ppo)
                     match act_on_alarms(done.alarms, run, checkpoints, tracker, config, world):
                         case "rolled back":
-                            prompts = setup.batches()  # from an earlier step on
+                            prompts = setup.go_on()  # from an earlier step on
                             continue
                         case "ended":
                             break
@@ -96,6 +100,20 @@ def make_experience(
     """The actor's responses, their scores, and from these the advantage of every token."""
     config, roles, run, world = setup.config, setup.roles, setup.progress, setup.world
     timed, holding = setup.phases, roles.residency.holding
+    batch = next_batch(setup, prompts) if config.ppo.steps_ahead == 0 else next_batch_ahead(setup, prompts)
+    with timed("experience"), holding("experience", then="learning"):
+        scored = batch.scored
+        first_epoch = plan_step(scored.rollout.packed.lengths, config, run.step, world.ranks, roles.attention)[0]
+        moments = run.moments.add(batch.end_scores)
+        experience = compute_experience(scored, moments, first_epoch, prefix_cache, context)
+        run.add_experience(experience, moments, batch)
+    return experience
+
+
+def next_batch(setup: PPOSetup, prompts: Iterator[Prompts]) -> StepBatch:
+    """Responses of the actor, and their scores."""
+    config, roles, run, world = setup.config, setup.roles, setup.progress, setup.world
+    timed, holding = setup.phases, roles.residency.holding
     draws, responses = Draws(config), StepResponses(config, run.in_flight, run.step, setup.data, world)
     while not draws.done:  # once, unless `sampling.until_informative` asks for more
         with timed("sampling"), holding("sampling"):
@@ -103,13 +121,30 @@ def make_experience(
             rollout = responses.sample(setup.sampler, prompts)
         with timed("feedback"), holding("feedback", then="experience"):
             draws.add(score(rollout, setup.data, setup.sources, roles.tokenizer, world, setup.judge))
-    with timed("experience"), holding("experience", then="learning"):
-        scored, drawn = draws.batch()
-        first_epoch = plan_step(scored.rollout.packed.lengths, config, run.step, world.ranks, roles.attention)[0]
-        moments = run.moments.add(draws.end_scores)
-        experience = compute_experience(scored, moments, first_epoch, prefix_cache, context)
-        run.add_experience(experience, moments, responses.batches, drawn, responses.in_flight, responses.continued)
-    return experience
+    scored, drawn = draws.batch()
+    in_flight, continued = responses.in_flight, responses.continued
+    return StepBatch(scored, draws.end_scores, responses.batches, in_flight, drawn=drawn, continued=continued)
+
+
+def next_batch_ahead(setup: PPOSetup, prompts: Iterator[Prompts]) -> StepBatch:
+    """The responses that the step before has sampled, and their scores; and the responses of the next step, which the
+    actor writes before this step's update, and which functions and services score while this step learns."""
+    config, run, feedback = setup.config, setup.progress, setup.feedback
+    timed, holding = setup.phases, setup.roles.residency.holding
+    batch, ahead = run.ahead, None
+    with timed("sampling"), holding("sampling"):
+        setup.sampler.sync()
+        if batch is None:  # no step was before
+            batch = setup.sample_ahead(prompts, run.step, run.in_flight)
+            feedback.begin(batch.rollout)
+        if run.step + 1 < config.steps:
+            ahead = setup.sample_ahead(prompts, run.step + 1, batch.in_flight)
+    with timed("feedback"), holding("feedback", then="experience"):
+        scored, random = feedback.take(), random_state()
+        if ahead is not None:
+            feedback.begin(ahead.rollout)
+    in_flight, continued = batch.in_flight, batch.continued
+    return StepBatch(scored, scored.end_scores, batch.batches, in_flight, None, continued, ahead, random)
 
 
 def main(argv: list[str] | None = None) -> None:

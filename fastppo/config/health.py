@@ -29,6 +29,7 @@ FigureName = Literal[
     "rewarded_phrase",
     "approx_kl",
     "sampler_error",
+    "sampler_kl",
     "effective_samples",
 ]
 Action = Literal["warn", "raise_kl", "stop_epoch", "roll_back", "stop"]

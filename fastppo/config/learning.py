@@ -54,6 +54,9 @@ class PPOConfig:
     """Number of responses per PPO step."""
     epochs: int = 4
     """Number of passes over each batch."""
+    steps_ahead: Literal[0, 1] = 0
+    """How many steps ahead responses are sampled. 1: a step first samples the responses of the next one, from the policy
+    that it is about to update; functions and services score them while it learns."""
     minibatches: int = 1
     """Number of updates per epoch."""
     microbatch_tokens: int = 8192
@@ -107,8 +110,8 @@ class PPOConfig:
     """Weight of a token's policy loss, from rho = the probability that the trainer gives it / that with which it was
     drawn. `token`: min(rho, `importance_high`) (Yao et al., 2025); `icepop`: rho within the bounds, 0 outside;
     `sequence`: 1 for the tokens of a response whose geometric mean of rho is within the bounds, 0 for others; `none`: 1;
-    `auto`: `token` with `sampling.top_p` below 1, `sampling.top_k` above 0, `rollout.partial_tokens` or another
-    `rollout.engine` than inprocess, `none` otherwise. The mean is over all tokens, those with weight 0 included."""
+    `auto`: `token` with `sampling.top_p` below 1, `sampling.top_k` above 0, `rollout.partial_tokens`, `ppo.steps_ahead` 1
+    or another `rollout.engine` than inprocess, `none` otherwise. The mean is over all tokens, those with weight 0 included."""
     importance_low: float | None = None
     """Lower bound of icepop and sequence, less than 1. Default: 0.5 for icepop, 0.8 for sequence."""
     importance_high: float | None = None

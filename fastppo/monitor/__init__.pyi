@@ -10,6 +10,7 @@ from .health_metrics import effective_samples as effective_samples
 from .health_metrics import figures as figures
 from .health_metrics import ngrams as ngrams
 from .health_metrics import sampler_error as sampler_error
+from .health_metrics import sampler_kl as sampler_kl
 from .health_metrics import turn_metrics as turn_metrics
 from .output_guard import error_summary as error_summary
 from .output_guard import flush_or_silence_stdout as flush_or_silence_stdout

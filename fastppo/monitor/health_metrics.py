@@ -15,6 +15,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from fastppo.data import Measured, Packed
+from fastppo.ops import eager
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -77,6 +78,7 @@ def figures(batch: Measured, *, exact_kl: bool) -> dict[str, float]:
         "judge_std": float(judge_scores.std()),
         "length_correlation": rank_correlation(scores, lengths.astype(np.float64)),
         "sampler_error": sampler_error(batch),
+        "sampler_kl": sampler_kl(batch),
         "effective_samples": effective_samples(batch),
         "rewarded_phrase": max((phrase.share for phrase in _phrases(batch, grams, 1)), default=0.0),
     }
@@ -114,6 +116,13 @@ def sampler_error(batch: Measured) -> float:
     They differ by rounding, and in their distributions if `sampling` excludes tokens (top_p, top_k).
     """
     return float((batch.sampler_logprobs - batch.old_logprobs).double().abs().mean())
+
+
+def sampler_kl(batch: Measured) -> float:
+    """The KL of the distribution that tokens were drawn from to the trainer's, by the estimator k3 of its tokens
+    (Schulman, 2020), in nats per token: the mean of rho - 1 - log rho, with rho the trainer's probability over the
+    sampler's; 0 or more. The distance off policy, where the sampler is a policy from before an update."""
+    return float(eager.exp_less_tangent(batch.old_logprobs.double() - batch.sampler_logprobs.double()).mean())
 
 
 def effective_samples(batch: Measured) -> float:

@@ -11,4 +11,7 @@ from .run import Setup as Setup
 from .run import evaluate_if_due as evaluate_if_due
 from .run import finish as finish
 from .run import set_up as set_up
+from .steps_ahead import Ahead as Ahead
+from .steps_ahead import FeedbackAhead as FeedbackAhead
+from .steps_ahead import sample_ahead as sample_ahead
 from .token_rows import measure as measure

@@ -63,15 +63,17 @@ class Continued:
 
     def metrics(self, seconds: Mapping[str, float]) -> dict[str, float]:
         """The counts, and speeds of what the step sampled. seconds: `time/PHASE` of the step's phases."""
-        return {
+        metrics = {
             "sampling_rounds": self.rounds,
             "in_flight": self.in_flight,
             "tokens_sampled": self.sampled,
             "earlier_tokens": self.earlier,
             "response_age": self.age,
             "tokens_per_second": self.sampled / sum(seconds.values()),
-            "tokens_per_second/sampling": self.sampled / seconds["time/sampling"],
         }
+        if "time/sampling" in seconds:  # with `ppo.steps_ahead` the last step samples nothing
+            metrics["tokens_per_second/sampling"] = self.sampled / seconds["time/sampling"]
+        return metrics
 
 
 class StepResponses:

@@ -45,7 +45,12 @@ class Progress:
 
     def add_evaluation(self, evaluation: Evaluation) -> None:
         self.evaluations = [*self.evaluations[:1], evaluation]
-        self.evaluated, self.random = self.step, random_state()
+        self.evaluated = self.step
+        self.note_random_state()
+
+    def note_random_state(self) -> None:
+        """The run is where it would go on."""
+        self.random = random_state()
 
     def state(self) -> State:
         """Plain values and tensors, the same on every rank; `random` is each rank's own."""

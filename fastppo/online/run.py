@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -78,6 +79,10 @@ class Setup(Generic[C, P]):
         rows_of_batches = batches(self.data, size=count, seed=self.config.seed, shuffle=shuffle, start=start)
         for number, rows in enumerate(rows_of_batches, start=start):
             yield Prompts.of(self.data.tokens, rows, first=number * count, samples=samples, data=self.data)
+
+    def evaluating(self) -> AbstractContextManager[object]:
+        """Within this context an evaluation has the sources of reward for itself."""
+        return nullcontext()
 
     def tracker(self) -> Tracker:
         config, done = self.config, self.progress.step
@@ -168,14 +173,15 @@ def _evaluate(setup: Setup[Any, Any], tracker: Tracker) -> None:
     config, run = setup.config, setup.progress
     roles, sampler, world = setup.roles, setup.sampler, setup.world
     look = partial(evaluate, roles, sampler, setup.heldout, setup.sources, config, world, setup.judge)
-    evaluation = look()
-    metrics = evaluation.metrics
-    if roles.average is not None:
-        after = random_state()  # a reward function that draws numbers goes on as if the average were not there
-        with roles.average.in_place():
-            averaged = look()
-        set_random_state(after)
-        metrics = metrics | {f"average/{name}": value for name, value in averaged.metrics.items()}
+    with setup.evaluating():
+        evaluation = look()
+        metrics = evaluation.metrics
+        if roles.average is not None:
+            after = random_state()  # a reward function that draws numbers goes on as if the average were not there
+            with roles.average.in_place():
+                averaged = look()
+            set_random_state(after)
+            metrics = metrics | {f"average/{name}": value for name, value in averaged.metrics.items()}
     run.add_evaluation(evaluation)
     tracker.log_evaluation(run.step, metrics)
     shown = (evaluation.responses, evaluation.scores, evaluation.said, evaluation.turn_rewards)

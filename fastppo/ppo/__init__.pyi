@@ -4,6 +4,7 @@ from .experience import compute_experience as compute_experience
 from .experience import recompute_prefix as recompute_prefix
 from .losses import TokenLoss as TokenLoss
 from .metrics import mean_kl as mean_kl
+from .progress import StepBatch as StepBatch
 from .run import PPOSetup as PPOSetup
 from .run import Step as Step
 from .run import log_step as log_step

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from fastppo.config import Importance
 from fastppo.data import Experience, Packed
-from fastppo.monitor import effective_samples, sampler_error
-from fastppo.ops import eager
+from fastppo.monitor import effective_samples, sampler_error, sampler_kl
 
 
 def importance_weights(experience: Experience, importance: Importance) -> Tensor | None:
@@ -47,7 +46,7 @@ def importance_metrics(experience: Experience, importance: Importance) -> dict[s
     return {
         "sampler_error": sampler_error(experience),
         "sampler_error_max": float(log_rho.abs().max()),
-        "sampler_kl": float(eager.exp_less_tangent(log_rho).mean()),
+        "sampler_kl": sampler_kl(experience),
         "importance_outside": float(_outside(experience, importance).double().mean()),
         "effective_samples": effective_samples(experience),
     }

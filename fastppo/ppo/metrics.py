@@ -87,9 +87,16 @@ def critic_metrics(experience: Experience) -> dict[str, float]:
 
 
 def _speeds(seconds: Mapping[str, float], experience: Experience, epochs: int) -> dict[str, float]:
-    """Tokens a second of each phase: sampling counts what it wrote, the others what they read, in every epoch."""
+    """Tokens a second of each phase: sampling counts what it wrote, the others what they read, in every epoch.
+
+    With `ppo.steps_ahead` a step samples the next one's batch, the first step two and the last step none.
+    """
     written, read = len(experience.kl), len(experience.packed.tokens)
     work = {"sampling": written, "feedback": read, "experience": read, "learning": read * epochs}
-    speeds = {f"tokens_per_second/{phase}": n / seconds[f"time/{phase}"] for phase, n in work.items()}
+    speeds = {
+        f"tokens_per_second/{phase}": n / seconds[f"time/{phase}"]
+        for phase, n in work.items()
+        if f"time/{phase}" in seconds
+    }
     total = sum(seconds.values())
     return speeds | {"time/step": total, "tokens_per_second": written / total}

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import NamedTuple
 
+from fastppo.checkpoint import random_state, set_random_state
 from fastppo.config import Config, SamplingConfig
 from fastppo.data import Experience, Minibatch, Prompts, Update, imbalance
 from fastppo.distributed import World
 from fastppo.environments import check_keeps_nothing
 from fastppo.monitor import Alarm, Tracker, training_responses
-from fastppo.online import Setup
+from fastppo.online import Ahead, FeedbackAhead, InFlight, Setup, sample_ahead
 from fastppo.online import set_up as set_up_online
 from fastppo.ppo.advantages import Estimator, load_estimator
 from fastppo.ppo.experience import StepContext
@@ -33,11 +35,36 @@ class PPOSetup(Setup[Config, PPOProgress]):
 
     estimator: Estimator
     loss: PolicyLoss
+    feedback: FeedbackAhead  # with `ppo.steps_ahead` 1
 
     def batches(self) -> Iterator[Prompts]:
-        """Batches of the prompts that no step has drawn, `ppo.batch_size` each, the samples counted."""
+        """Batches of the prompts that nobody has drawn, `ppo.batch_size` each, the samples counted."""
         count = self.config.ppo.batch_size // self.config.sampling.samples_per_prompt
-        return self.prompts(count, start=self.progress.batches)
+        return self.prompts(count, start=self.progress.next_batch)
+
+    def go_on(self) -> Iterator[Prompts]:
+        """Begin where the run is, or is again: `batches` from there, and feedback on what a checkpoint has ahead."""
+        self.feedback.drop()
+        if self.progress.ahead is not None:
+            set_random_state(self.progress.random)  # what was dropped may have drawn numbers since the run went back
+            self.feedback.begin(self.progress.ahead.rollout)
+        return self.batches()
+
+    def sample_ahead(self, prompts: Iterator[Prompts], step: int, in_flight: Sequence[InFlight]) -> Ahead:
+        """The batch of step number `step`, from 0; in_flight: what the batch before has left."""
+        return sample_ahead(self.sampler, prompts, step, in_flight, self.data, self.config, self.world)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """An evaluation waits for feedback, and leaves the random numbers of functions as it found them: a run that is
+        resumed scores what is ahead once more, and does not evaluate once more."""
+        if not self.feedback.begun:
+            yield
+            return
+        self.feedback.settle()
+        before = random_state()
+        yield
+        set_random_state(before)
 
     def step_context(self) -> StepContext:
         """What the step that the run is at depends on beside its batch."""
@@ -78,12 +105,25 @@ def set_up(config: Config, world: World) -> PPOSetup | None:
             " steps in which it was continued, not on seed, prompt and sample alone",
             *(most, config.importance.kind),
         )
+    if config.ppo.steps_ahead:
+        said = "a batch is sampled from the policy before the update that comes before it, one step back"
+        level = logging.WARNING if config.importance.kind == "none" else logging.INFO
+        learns = "as if the policy that learns had sampled it" if level == logging.WARNING else "weighted for that"
+        log.log(
+            level,
+            "ppo.steps_ahead %d: %s; ppo.importance is %s, so it is learned from %s (metrics sampler_kl, sampler_error,"
+            " effective_samples)",
+            *(config.ppo.steps_ahead, said, config.importance.kind, learns),
+        )
     if config.ppo.loss == "clip" and not is_fused(config.ppo):
         log.info(
             "with these settings ppo.loss clip is not computed in one op with the vocabulary head: see ppo.aggregate"
         )
     setup = set_up_online(config, world, progress, partial(read_texts, config), "ptx.path")
-    return None if setup is None else PPOSetup(**vars(setup), estimator=estimator, loss=loss)
+    if setup is None:
+        return None
+    feedback = FeedbackAhead(setup.data, setup.sources, setup.judge, setup.roles.tokenizer, world)
+    return PPOSetup(**vars(setup), estimator=estimator, loss=loss, feedback=feedback)
 
 
 def log_step(setup: PPOSetup, done: Step, tracker: Tracker) -> None:

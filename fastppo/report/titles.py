@@ -46,6 +46,7 @@ HEALTH = {
     "rewarded_phrase": _share("Rewarded phrase", "share of responses that contain it"),
     "approx_kl": _size("Approximate KL", "of the updates, nats per token"),
     "sampler_error": _size("Sampler error", "mean difference from the trainer's logprobs, nats per token"),
+    "sampler_kl": _size("KL of the sampler to the trainer", "distance off policy, nats per token"),
     "effective_samples": _share("Effective samples", "share of tokens that count, from trainer / sampler probability"),
 }
 LEARNING = {
@@ -73,7 +74,6 @@ LEARNING = {
     "nll_loss": _size("NLL of good responses", "nats per token"),
     "skipped_updates": _size("Skipped updates", "per step, loss or gradient not finite"),
     "sampler_error_max": _size("Largest sampler error", "difference from the trainer's logprob, nats"),
-    "sampler_kl": _size("KL of the sampler to the trainer", "nats per token"),
     "importance_outside": _share("Outside the bounds", "share of tokens, of trainer / sampler probability"),
     "batches_drawn": _size("Batches drawn", "of prompts, in a step"),
     "groups_drawn": _size("Groups drawn", "prompts with all their responses"),

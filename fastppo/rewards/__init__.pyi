@@ -16,7 +16,10 @@ from .protocol import read_request as read_request
 from .responses import Responses as Responses
 from .responses import RewardError as RewardError
 from .responses import Source as Source
+from .scoring import Answered as Answered
+from .scoring import ask as ask
 from .scoring import response_texts as response_texts
+from .scoring import responses_of_rank as responses_of_rank
 from .scoring import score as score
 from .scoring import shape as shape
 from .sources import check_chats as check_chats

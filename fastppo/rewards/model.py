@@ -199,18 +199,21 @@ def _without_spaces(message: dict[str, Any]) -> dict[str, Any]:
     return message | {"content": content.strip()} if message["role"] == "assistant" and content else message
 
 
-def ensemble(members: Sequence[Source], combine: str) -> Source:
-    """A source that returns the `mean` or `min` of the members' scores. It raises the first RewardError of a member.
+class Ensemble:
+    """Reward models as one source, the `mean` or `min` of their scores. It raises the first RewardError of a member.
 
     The minimum is conservative: it is high only if all members give a high score, so that the flaw of a single member
     cannot be exploited (Coste et al., 2023, "Reward model ensembles help mitigate overoptimization", worst-case
     optimisation).
     """
 
-    def source(responses: Responses) -> list[float]:
+    def __init__(self, members: Sequence[Source], combine: str):
+        self._members, self._combine = members, combine
+
+    def __call__(self, responses: Responses) -> list[float]:
         answers: list[Sequence[float]] = []
         errors: list[RewardError] = []
-        for member in members:  # call all of them even after an error: their collectives need every rank
+        for member in self._members:  # call all of them even after an error: their collectives need every rank
             try:
                 answers.append(member(responses))
             except RewardError as error:
@@ -218,7 +221,5 @@ def ensemble(members: Sequence[Source], combine: str) -> Source:
         if errors:
             raise errors[0]
         by_member = torch.tensor(answers, dtype=torch.float64)  # (members, B)
-        scores: list[float] = (by_member.amin(0) if combine == "min" else by_member.mean(0)).tolist()
+        scores: list[float] = (by_member.amin(0) if self._combine == "min" else by_member.mean(0)).tolist()
         return scores
-
-    return source

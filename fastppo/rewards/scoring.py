@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
@@ -15,9 +16,50 @@ from fastppo.config import PPOConfig
 from fastppo.data import Moments, Packed, PromptSet, Rollout, Scored, concatenate, decode_after
 from fastppo.distributed import World, all_gather
 from fastppo.rewards.functions.function import FunctionSource, score_concurrently
+from fastppo.rewards.model import Ensemble, ModelSource
 from fastppo.rewards.responses import LARGEST, Responses, RewardError, Source
 
 SMALLEST_STD = 1e-6  # avoids a division by 0 if all scores are equal
+OF_ALL_RANKS = (ModelSource, Ensemble)  # sources that all ranks ask together, where the trainer computes
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A rank's responses, and what the sources that it asks alone have said of them."""
+
+    responses: Responses
+    answers: Mapping[Source, Source]  # for each of these a source that returns its scores, or raises its error
+
+
+def responses_of_rank(rollout: Rollout, prompts: PromptSet, tokenizer: PreTrainedTokenizerBase) -> Responses:
+    """The input of sources. prompts: what the responses answer, with the other columns of the data."""
+    rows = rollout.sources.tolist()
+    return Responses(
+        prompts=[prompts.texts[row] for row in rows],
+        texts=response_texts(rollout.packed, tokenizer),
+        ended=rollout.ended.tolist(),
+        columns={name: [column[row] for row in rows] for name, column in prompts.columns.items()},
+        packed=rollout.packed,
+        messages=prompts.messages_of(rows),
+        conversations=rollout.conversations,
+    )
+
+
+def ask(
+    responses: Responses, sources: Sequence[tuple[Source, float]], judge: Sequence[tuple[Source, float]] = ()
+) -> Answered:
+    """Ask functions and services of this rank's responses, in the order in which `score` would; what is after an error
+    is not asked. No collectives, so that it may run in a thread beside the trainer's."""
+    answers: dict[Source, Source] = {}
+    try:
+        for group in (sources, judge):
+            alone = [source for source, _ in group if not isinstance(source, OF_ALL_RANKS)]
+            resolved = _resolve_async(alone, responses)
+            for source in alone:
+                answers[source] = partial(_return, resolved.get(source, source)(responses))
+    except RewardError as error:
+        answers[source] = partial(_raise, error)
+    return Answered(responses, answers)
 
 
 def score(
@@ -29,26 +71,19 @@ def score(
     judge: Sequence[tuple[Source, float]] = (),
     *,
     judge_setting: str = "health.judge",
+    asked: Answered | None = None,
 ) -> Scored:
     """Score this rank's responses with all sources; returns the responses of all ranks, in the order of the prompts.
 
     sources, judge: pairs of a source and its weight; the judge's scores are not part of the reward. The rewards that an
     environment gave to turns are part of the score, as a last source of weight 1. judge_setting: the judge's name in
-    messages. Raises RewardError on every rank if a source failed on one of them, so that no rank waits for it, or if a
-    sum is outside the range of fp32.
+    messages; asked: what `ask` has found of these responses. Raises RewardError on every rank if a source failed on one
+    of them, so that no rank waits for it, or if a sum is outside the range of fp32.
     """
-    rows = rollout.sources.tolist()
-    responses = Responses(
-        prompts=[prompts.texts[row] for row in rows],
-        texts=response_texts(rollout.packed, tokenizer),
-        ended=rollout.ended.tolist(),
-        columns={name: [column[row] for row in rows] for name, column in prompts.columns.items()},
-        packed=rollout.packed,
-        messages=prompts.messages_of(rows),
-        conversations=rollout.conversations,
-    )
-    by_source, scores = _score_all("rewards", sources, responses, world)
-    judged = _score_all(judge_setting, judge, responses, world)[1] if judge else torch.full_like(scores, math.nan)
+    if asked is None:
+        asked = Answered(responses_of_rank(rollout, prompts, tokenizer), {})
+    by_source, scores = _score_all("rewards", sources, asked, world)
+    judged = _score_all(judge_setting, judge, asked, world)[1] if judge else torch.full_like(scores, math.nan)
     global_rollout = concatenate(all_gather(rollout, world))
     if global_rollout.turn_rewards is None:
         return Scored(global_rollout, by_source, scores, judged)
@@ -93,14 +128,15 @@ def _of_turns(rollout: Rollout) -> Tensor:
 
 
 def _score_all(
-    where: str, sources: Sequence[tuple[Source, float]], responses: Responses, world: World
+    where: str, sources: Sequence[tuple[Source, float]], asked: Answered, world: World
 ) -> tuple[Tensor, Tensor]:
     """The scores of the S sources for the responses of all ranks, (B, S) fp32, and their weighted sum, (B,) fp32; 0 if
     there are no sources.
 
     where: the setting with the sources, for errors.
     """
-    resolved = _resolve_async([source for source, _ in sources], responses)
+    responses = asked.responses
+    resolved = {**asked.answers, **_resolve_async([s for s, _ in sources if s not in asked.answers], responses)}
     columns = [_score(resolved.get(source, source), responses, world) for source, _ in sources]
     if not columns:
         count = sum(all_gather(len(responses.texts), world))
@@ -117,7 +153,7 @@ def _score_all(
     return by_source, sums.float()
 
 
-def _resolve_async(sources: Sequence[Source], responses: Responses) -> dict[Source, Source]:
+def _resolve_async(sources: Iterable[Source], responses: Responses) -> dict[Source, Source]:
     """For each coroutine function among the sources, a source that returns its computed scores or raises the error.
 
     They run at the same time, so that the waiting times of several services do not add up.

@@ -14,7 +14,7 @@ from fastppo.data import NO_ARGUMENTS, Messages, PromptSet, template_arguments
 from fastppo.distributed import Frozen, Residency, World
 from fastppo.models import DTYPES, frozen_partitions, load_reward, load_tokenizer
 from fastppo.rewards.functions.function import function_source
-from fastppo.rewards.model import ModelSource, chat_tokens, ensemble
+from fastppo.rewards.model import Ensemble, ModelSource, chat_tokens
 from fastppo.rewards.pattern import pattern_source
 from fastppo.rewards.remote import remote_source
 from fastppo.rewards.responses import Source
@@ -160,4 +160,4 @@ def _load(
 
     if reward.model is not None:
         return model(reward.model, f"{where}.model")
-    return ensemble([model(name, f"{where}.ensemble") for name in reward.ensemble], reward.combine)
+    return Ensemble([model(name, f"{where}.ensemble") for name in reward.ensemble], reward.combine)

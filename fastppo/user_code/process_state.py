@@ -4,6 +4,8 @@ A function that turns gradients off, or sets the default dtype to fp64, changes 
 learning continues. What a module or its functions change is therefore restored when they return, and applied again when
 they are called the next time. Random generators are not part of this: the trainer does not use the global ones, and a
 function continues their sequence.
+
+A thread beside the trainer's cannot have what all threads share for itself: a module that changes it there is an error.
 """
 
 from __future__ import annotations
@@ -67,6 +69,10 @@ SETTINGS = {
 OF_THREADS = ("gradients", "default device", "threads", "autocast", "autocast on CUDA", "GPU")
 
 
+class SharedSettings(Exception):
+    """In a thread beside the trainer's a module changes what all threads share; the text names it."""
+
+
 class ModuleState:
     """The process-wide state of one module of the user."""
 
@@ -89,6 +95,24 @@ class ModuleState:
             finally:
                 self._changed = previous | restore(before)
                 stop.listen()
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """As calling it, in a thread that runs beside the trainer's: what the module changes of its thread is applied
+        and restored. Raises SharedSettings if the module has changed, or changes here, what all threads share."""
+        if shared := [name for name in self._changed if name not in OF_THREADS]:
+            raise SharedSettings(", ".join(shared))
+        with torch.inference_mode(False):
+            before = {name: SETTINGS[name].read() for name in OF_THREADS}
+            others = shared_settings()
+            _apply(self._changed, before)
+            try:
+                yield
+            finally:
+                self._changed = restore(before)
+                changed = restore(others)
+        if changed:
+            raise SharedSettings(", ".join(changed))
 
 
 def shared_settings() -> dict[str, Any]:

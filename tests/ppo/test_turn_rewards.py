@@ -16,7 +16,7 @@ from fastppo.distributed.world import start_world
 from fastppo.models.frozen_prefix import PrefixStates
 from fastppo.ppo.experience import compute_experience
 from fastppo.ppo.metrics import step_metrics
-from fastppo.ppo.progress import PPOProgress
+from fastppo.ppo.progress import PPOProgress, StepBatch
 from fastppo.ppo.schedule import token_rewards
 from fastppo.ppo.update import run_updates
 from fastppo.rewards import shape
@@ -96,7 +96,7 @@ def test_a_mask_that_leaves_nothing_out_changes_no_bit(model):
 
 def test_checkpoints_hold_turns_and_those_from_before_there_were_any_still_load(with_turns):
     begun = PPOProgress()
-    begun.add_experience(with_turns[0], Moments(), 1, None)
+    begun.add_experience(with_turns[0], Moments(), StepBatch(None, None, 1))
     state, found = begun.state(), PPOProgress()
     found.restore(state, begun.random)
     assert torch.equal(found.experience.turn_rewards, with_turns[0].turn_rewards)

@@ -18,7 +18,7 @@ from fastppo.distributed.world import World, start_world
 from fastppo.errors import FastPPOError
 from fastppo.models.roles import ModelError
 from fastppo.rewards import Responses, RewardError, load_judge, load_sources, response_texts, score, shape
-from fastppo.rewards.model import ensemble
+from fastppo.rewards.model import Ensemble
 from fastppo.rewards.sources import shared_sources
 
 TOKENIZER = tiny.tokenizer()
@@ -185,7 +185,7 @@ def test_an_ensemble_asks_all_members_before_it_fails():
         raise RewardError(name)
 
     with pytest.raises(RewardError, match="first"):
-        ensemble([partial(lambda name, _: member(name), name) for name in ("first", "second")], "mean")(None)
+        Ensemble([partial(lambda name, _: member(name), name) for name in ("first", "second")], "mean")(None)
     assert asked == ["first", "second"]
 
 

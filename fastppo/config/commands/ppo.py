@@ -81,6 +81,7 @@ class Config(OnlineConfig):
             f"sampling.top_k {sampling.top_k}": sampling.top_k > 0,
             f"rollout.engine {engine}": engine != "inprocess",
             f"rollout.partial_tokens {partial}": partial is not None,
+            f"ppo.steps_ahead {self.ppo.steps_ahead}": self.ppo.steps_ahead > 0,
         }
         return [setting for setting, is_another in another.items() if is_another]
 

@@ -15,6 +15,7 @@ from fastppo.config.validation.estimators import (
     check_estimator,
     check_loss,
     check_partial,
+    check_steps_ahead,
     check_until_informative,
 )
 from fastppo.config.validation.health import check_health, check_kl_alarms
@@ -80,6 +81,7 @@ def validate(config: Config, ranks: int = 1) -> None:
     check_estimator(config)
     check_until_informative(config)
     check_partial(config)
+    check_steps_ahead(config)
     check_loss(config.ppo)
     check_schedule(config)
     check_checkpoints(config)

@@ -67,6 +67,26 @@ def check_partial(config: Config) -> None:
         )
 
 
+def check_steps_ahead(config: Config) -> None:
+    """Refuse to sample ahead where nothing is gained by it, or what is sampled depends on scores."""
+    ahead, most = config.ppo.steps_ahead, config.sampling.until_informative
+    if ahead == 0:
+        return
+    if most is not None:
+        raise ConfigError(
+            f"ppo.steps_ahead is {ahead} and sampling.until_informative {most}: whether a step draws on depends on the"
+            " scores of what it has drawn, which a step ahead are not there yet. Set steps_ahead to 0, or leave out"
+            " until_informative."
+        )
+    sources = (*config.rewards, *config.judge)
+    if all(source.model is not None or source.ensemble for source in sources):
+        raise ConfigError(
+            f"ppo.steps_ahead is {ahead} and rewards and {config.judge_setting} have only models of this run, which score"
+            " where the learner computes: nothing would run beside learning, and responses would be a step old for"
+            " nothing. Set steps_ahead to 0, or let a service score with the model (fastppo serve-reward)."
+        )
+
+
 def check_critic_kind(critic: CriticConfig, ppo: PPOConfig) -> None:
     """Refuse a critic that nothing reads, an estimator without the critic that it reads, and settings of no critic."""
     name = ppo.estimator

@@ -57,10 +57,13 @@ def recompute_layers(model: PreTrainedModel, count: int) -> None:
     The layers below these, where they are frozen, keep nothing. All layers recompute where the model has no list of
     layers. Backward, the layers above have been passed and what they kept is free before the first one is recomputed:
     recomputing the lower ones and not the upper ones needs the least memory.
+
+    Layers draw no random numbers (all noise is off), so that the state of the generators is neither kept nor set back: a
+    reward function in another thread may be using them (`ppo.steps_ahead`).
     """
     if count == 0:
         return
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     # It lets the embeddings' output have a gradient, which the other way to recompute needs: frozen layers would keep
     # activations.
     model.disable_input_require_grads()

@@ -7,15 +7,16 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any
 
 import torch
 
 from fastppo.errors import RAISED, import_user_code, line_of, log_once
 from fastppo.rewards.responses import Responses, RewardError, checked
-from fastppo.user_code import event_loop, module_state, signature_of
+from fastppo.user_code import SharedSettings, event_loop, module_state, signature_of
 
 Function = Callable[..., Any]
 
@@ -46,7 +47,7 @@ class FunctionSource:
         if not responses.texts:
             return []
         arguments = self._arguments(responses)
-        with self._state():
+        with self._in_state():
             try:
                 answer = self._function(**arguments)
                 if isinstance(answer, Iterator):  # a generator runs the function's code while it is iterated
@@ -68,6 +69,23 @@ class FunctionSource:
         except RAISED as error:
             raise self._failed(error) from error
         return checked(self._setting, await self._resolve(answer), responses.texts)
+
+    @contextmanager
+    def _in_state(self) -> Iterator[None]:
+        """The state of the function's module, for a call in this thread."""
+        if current_thread() is main_thread():
+            with self._state():
+                yield
+            return
+        try:
+            with self._state.beside():
+                yield
+        except SharedSettings as error:
+            raise RewardError(
+                f"{self._setting} changes what all threads share ({error}). With ppo.steps_ahead 1 it is called while the"
+                " trainer learns, which that would reach. Let the function and its module leave it as it was, or set"
+                " ppo.steps_ahead to 0."
+            ) from error
 
     async def _resolve(self, answer: Any) -> Any:
         try:
@@ -117,7 +135,7 @@ def score_concurrently(sources: Sequence[FunctionSource], responses: Responses) 
     """
     with ExitStack() as stack:
         for source in sources:
-            stack.enter_context(source._state())
+            stack.enter_context(source._in_state())
         futures = {source: event_loop.submit(source.answer(responses)) for source in sources}
         done, pending = wait(futures.values(), return_when=FIRST_EXCEPTION)
         for future in pending:
