@@ -40,6 +40,7 @@ from .data import VllmConfig as VllmConfig
 from .dtype import computes_bf16 as computes_bf16
 from .dtype import settled_dtype as settled_dtype
 from .health import FIGURES as FIGURES
+from .health import OF_ONE_POLICY as OF_ONE_POLICY
 from .health import QUIET_STEPS as QUIET_STEPS
 from .health import AlarmConfig as AlarmConfig
 from .health import Figure as Figure

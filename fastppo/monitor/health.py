@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from fastppo.config import FIGURES, QUIET_STEPS, AlarmConfig, FigureName, HealthConfig, OnlineConfig
+from fastppo.config import FIGURES, OF_ONE_POLICY, QUIET_STEPS, AlarmConfig, FigureName, HealthConfig, OnlineConfig
 from fastppo.data import Experience, Measured, Update, decode_after
 from fastppo.monitor.health_metrics import figures, rewarded_phrases
 from fastppo.monitor.trend_tests import slope, trend
@@ -123,7 +123,7 @@ def check_figures(
         turn = judge_turn(health, responses=responses, window=window)
         health.add({"judge_gap": judge_gap(health, window), "judge_turn": turn})
     shown = [name for name in FIGURES if name in health.history and (has_judge or name != "judge")]
-    rules = _rules(config.health, shown)
+    rules = _rules(config.health, shown, silent=OF_ONE_POLICY if config.earlier_policies else ())
     alarms = [alarm for rule in rules if (alarm := _alarm(rule, health, window)) is not None]
     health.good = min(
         (_last_good_step(rule, health, window) for rule in rules if rule.action in ROLLBACK_ACTIONS), default=None
@@ -166,10 +166,10 @@ def judge_turn(health: Health, *, responses: int, window: int) -> float:
     return 0.0 if is_small else max(-trend(judge), 0.0)
 
 
-def _rules(settings: HealthConfig, names: Sequence[FigureName]) -> list[AlarmConfig]:
+def _rules(settings: HealthConfig, names: Sequence[FigureName], silent: Sequence[FigureName] = ()) -> list[AlarmConfig]:
     """The rules for the figures `names`: those of `health.alarms`, and the default warning of each figure for which
-    `health.alarms` has no warning."""
-    configured = {alarm.figure for alarm in settings.alarms if alarm.action == "warn"}
+    `health.alarms` has no warning; silent: figures without a default warning."""
+    configured = {alarm.figure for alarm in settings.alarms if alarm.action == "warn"} | {*silent}
     defaults = [AlarmConfig(name, figure.warn) for name, figure in FIGURES.items() if name not in configured]
     rules = [rule for rule in (*defaults, *settings.alarms) if rule.level is not None and rule.action != "stop_epoch"]
     return [rule for rule in rules if rule.figure in names]

@@ -77,8 +77,8 @@ def sample_ahead(
 ) -> Ahead:
     """The batch of a step. All ranks call it, within the phase `sampling`.
 
-    prompts: batches of prompts that nobody has drawn; in_flight: what the batch before has left; data: where prompts are
-    from.
+    prompts: batches of prompts that nobody has drawn; in_flight: what the batch before has left; data: where prompts
+    are from.
     """
     responses = StepResponses(config, in_flight, step, data, world)
     rollout = concatenate(all_gather(responses.sample(sampler, prompts), world))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from statistics import fmean
 
-from fastppo.config import FIGURES, Figure
+from fastppo.config import FIGURES, OF_ONE_POLICY, Figure
 from fastppo.report.curves import number
 from fastppo.report.lines import is_number
 from fastppo.report.plot import SIGNS, Level
@@ -49,7 +49,9 @@ def _configured(run: Run, figure: str) -> Iterator[tuple[float, str]]:
         return
     on_figure = [alarm for alarm in alarms if isinstance(alarm, dict) and alarm.get("figure") == figure]
     rules = [(alarm.get("level"), str(alarm.get("action", "warn"))) for alarm in on_figure]
-    if not any(action == "warn" for _, action in rules):
+    earlier = run.settings.get("ppo.steps_ahead") or run.settings.get("rollout.partial_tokens") is not None
+    silent = figure in OF_ONE_POLICY and earlier
+    if not (silent or any(action == "warn" for _, action in rules)):
         rules.insert(0, (kind.warn, "warn"))
     for level, action in rules:
         if is_number(level) and (y := _threshold(run, figure, kind, level)) is not None:

@@ -133,6 +133,11 @@ class OnlineConfig:
         return 0
 
     @property
+    def earlier_policies(self) -> bool:
+        """Whether tokens may be from policies before the one that learns from them."""
+        return False
+
+    @property
     def learned_together(self) -> int:
         """Responses of all ranks in an update."""
         raise NotImplementedError

@@ -57,6 +57,10 @@ class Config(OnlineConfig):
         return self.ppo.batch_size if self.rollout.partial_tokens is not None else 0
 
     @property
+    def earlier_policies(self) -> bool:
+        return self.ppo.steps_ahead > 0 or self.rollout.partial_tokens is not None
+
+    @property
     def learned_together(self) -> int:
         return self.ppo.batch_size // self.ppo.minibatches
 

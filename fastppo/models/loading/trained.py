@@ -58,7 +58,7 @@ def recompute_layers(model: PreTrainedModel, count: int) -> None:
     layers. Backward, the layers above have been passed and what they kept is free before the first one is recomputed:
     recomputing the lower ones and not the upper ones needs the least memory.
 
-    Layers draw no random numbers (all noise is off), so that the state of the generators is neither kept nor set back: a
+    Layers draw no random numbers (all noise is off), so the state of the generators is neither kept nor set back: a
     reward function in another thread may be using them (`ppo.steps_ahead`).
     """
     if count == 0:

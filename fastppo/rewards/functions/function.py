@@ -82,9 +82,9 @@ class FunctionSource:
                 yield
         except SharedSettings as error:
             raise RewardError(
-                f"{self._setting} changes what all threads share ({error}). With ppo.steps_ahead 1 it is called while the"
-                " trainer learns, which that would reach. Let the function and its module leave it as it was, or set"
-                " ppo.steps_ahead to 0."
+                f"{self._setting} changes what all threads share ({error}). With ppo.steps_ahead 1 it is called"
+                " while the trainer learns, which that would reach. Let the function and its module leave it as it was,"
+                " or set ppo.steps_ahead to 0."
             ) from error
 
     async def _resolve(self, answer: Any) -> Any:
