@@ -143,6 +143,12 @@ def few_tokens_outweigh_the_others(experience: Experience, far: float) -> Experi
     return replace(experience, sampler_logprobs=logprobs)
 
 
+def the_sampler_is_an_old_policy(experience: Experience, far: float) -> Experience:
+    """What was drawn is from a policy of before, ever longer ago: log rho is normal."""
+    draw = np.random.default_rng(0).normal(0, 0.6 * far, len(experience.sampler_logprobs))
+    return replace(experience, sampler_logprobs=experience.sampler_logprobs + torch.from_numpy(draw).float())
+
+
 def the_judge_falls(experience: Experience, far: float) -> Experience:
     """The score rises far, and what the judge says falls."""
     return replace(experience, scores=experience.scores + far, judged=experience.judged - far)

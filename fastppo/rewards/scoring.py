@@ -54,9 +54,9 @@ def ask(
     try:
         for group in (sources, judge):
             alone = [source for source, _ in group if not isinstance(source, OF_ALL_RANKS)]
-            resolved = _resolve_async(alone, responses)
+            answers |= _resolve_async(alone, responses)
             for source in alone:
-                answers[source] = partial(_return, resolved.get(source, source)(responses))
+                answers[source] = partial(_return, answers.get(source, source)(responses))
     except RewardError as error:
         answers[source] = partial(_raise, error)
     return Answered(responses, answers)

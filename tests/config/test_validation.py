@@ -20,6 +20,9 @@ GOOD = Config(
 ROLL_BACK = AlarmConfig("distinct_2", 0.6, "roll_back")
 
 
+AHEAD = {"ppo__steps_ahead": 1, "rewards": (RewardConfig(pattern="a"),)}
+
+
 def changed(**settings: Any) -> Config:
     """GOOD with settings given as ppo__batch_size=8."""
     config = GOOD
@@ -156,6 +159,14 @@ def test_the_defaults_and_the_quickstart_are_allowed():
             dict(rollout__partial_tokens=9, rollout__engine="vllm"),
             ["partial_tokens is 9", "engine vllm", "inprocess", "leave out"],
         ),
+        (
+            dict(**AHEAD, sampling__samples_per_prompt=8, sampling__until_informative=2),
+            ["ppo.steps_ahead is 1 and sampling.until_informative 2", "depends on the scores", "steps_ahead to 0"],
+        ),
+        (
+            dict(ppo__steps_ahead=1, rewards=(RewardConfig(model="m"), RewardConfig(ensemble=("a", "b")))),
+            ["ppo.steps_ahead is 1 and rewards and health.judge have only models", "to 0", "fastppo serve-reward"],
+        ),
         (dict(ppo__batch_size=33, ppo__minibatches=2), ["batch_size is 33", "minibatches 2", "32 or 34"]),
         (dict(ppo__kl_in="loss"), ["kl_kind is k1", "kl_in is loss", "expectation", "exact"]),
         (dict(ppo__kl_target=0.1, ppo__kl_coef=0.0), ["kl_target is 0.1", "kl_coef 0", "stay 0"]),
@@ -201,6 +212,8 @@ def test_settings_that_cannot_work_are_refused_with_a_reason(settings, words):
         dict(sampling__samples_per_prompt=2, sampling__until_informative=2, ppo__estimator="grpo"),
         dict(sampling__samples_per_prompt=2, sampling__until_informative=2, ppo__estimator="mine.py:f"),
         dict(rollout__partial_tokens=127, ppo__importance="none"),
+        dict(AHEAD, rollout__partial_tokens=3, ppo__importance_high=3.0),
+        dict(ppo__steps_ahead=1, rewards=(RewardConfig(model="m"),), health__judge=(RewardConfig(function="f:f"),)),
         dict(rollout__partial_tokens=1, ppo__importance_high=3.0),
         dict(ppo__microbatch_tokens=640),
         dict(data__limit=65),
@@ -249,6 +262,7 @@ def test_settings_at_the_edge_of_a_rule_are_allowed(settings):
         (dict(sampling__top_k=1000), ("token", 0.0, 2.0)),
         (dict(rollout__engine="mine.py:Mine"), ("token", 0.0, 2.0)),
         (dict(rollout__engine="vllm"), ("token", 0.0, 2.0)),
+        (AHEAD, ("token", 0.0, 2.0)),
         (dict(sampling__top_k=5, ppo__importance="none"), ("none", 0.5, 5.0)),
         (dict(sampling__top_k=5, ppo__importance_high=4.0), ("token", 0.0, 4.0)),
         (dict(ppo__importance="icepop", ppo__importance_low=0.1), ("icepop", 0.1, 5.0)),

@@ -12,9 +12,10 @@ import pytest
 import tiny
 import torch
 
-from fastppo.config import AlarmConfig, Config, HealthConfig, PPOConfig, RewardConfig
+from fastppo.config import AlarmConfig, Config, HealthConfig, PPOConfig, PPORolloutConfig, RewardConfig
 from fastppo.config.health import FIGURES
 from fastppo.monitor.health import Health, _last_good_step, judge_turn, watch
+from fastppo.monitor.health_metrics import sampler_kl
 from fastppo.monitor.trend_tests import slope, trend
 
 TOKENIZER = tiny.tokenizer()
@@ -56,6 +57,7 @@ ILLNESSES = {
     made_up.it_drifts: ["kl_token", "kl_exact", "perplexity"],
     made_up.the_sampler_strays: ["sampler_error"],
     made_up.few_tokens_outweigh_the_others: ["effective_samples"],
+    made_up.the_sampler_is_an_old_policy: ["sampler_kl"],
     made_up.the_judge_falls: ["judge", "judge_gap", "judge_turn"],
     made_up.length_pays: ["length_correlation"],
     made_up.a_phrase_pays: ["rewarded_phrase"],
@@ -147,8 +149,31 @@ def test_a_figure_that_is_newer_than_the_run_is_counted_in_the_runs_steps():
             experience = made_up.few_tokens_outweigh_the_others(experience, 1.0)
         watch(experience, [made_up.update()], kept, settings, TOKENIZER)
     assert all(len(values) == 19 for values in kept.history.values())
-    (alarm,) = kept.alarms
-    assert (alarm.figure, alarm.step, alarm.good) == ("effective_samples", 17, 15)
+    alarms = {alarm.figure: (alarm.step, alarm.good) for alarm in kept.alarms}
+    assert alarms == {"sampler_kl": (17, 15), "effective_samples": (17, 15)}
+
+
+@pytest.mark.parametrize(
+    "earlier",
+    [{"ppo": PPOConfig(kl_kind="exact", steps_ahead=1)}, {"rollout": PPORolloutConfig(partial_tokens=3)}],
+    ids=["ahead", "partial"],
+)
+def test_where_earlier_policies_sample_their_distance_has_a_level_and_the_error_of_one_has_none(earlier):
+    def figures(*alarms):
+        settings = dataclasses.replace(config(*alarms), **earlier)
+        return {alarm.figure for alarm in run.__wrapped__(made_up.the_sampler_is_an_old_policy, settings).alarms}
+
+    found = figures()
+    assert "sampler_kl" in found and "sampler_error" not in found
+    assert "sampler_error" in figures(AlarmConfig("sampler_error", 0.2))
+
+
+def test_the_kl_of_the_sampler_is_that_of_its_tokens_by_hand():
+    drawn, trained = torch.tensor([0.5, 0.25, 0.125]).log(), torch.tensor([0.25, 0.5, 0.125]).log()
+    batch = dataclasses.replace(made_up.batch([[1, 2, 3]]), sampler_logprobs=drawn, old_logprobs=trained)
+    # rho is 1/2, 2 and 1, and k3 rho - 1 - log rho
+    assert sampler_kl(batch) == pytest.approx(((0.5 - 1 + math.log(2)) + (2 - 1 - math.log(2)) + 0) / 3)
+    assert sampler_kl(made_up.healthy(1)) == 0
 
 
 def test_updates_that_were_not_applied_do_not_hide_how_far_the_others_went():

@@ -107,6 +107,15 @@ def test_settings_add_levels_and_take_the_standing_ones_place():
     assert levels([replace(watched("entropy", [2.0] * 3), settings={})], "entropy") == []
 
 
+def test_where_earlier_policies_sample_what_supposes_one_has_no_standing_level():
+    figure, run = "sampler_error", watched("sampler_error", [0.1])
+    assert [level.text for level in levels([run], figure)] == ["▲ warns above 0.08"]
+    for earlier in ({"ppo.steps_ahead": 1}, {"rollout.partial_tokens": 3}):
+        assert levels([replace(run, settings=run.settings | earlier)], figure) == []
+    on_policy = run.settings | {"ppo.steps_ahead": 0, "rollout.partial_tokens": None}
+    assert len(levels([replace(run, settings=on_policy)], figure)) == 1
+
+
 def test_two_runs_have_each_its_level():
     [level] = levels([watched("entropy", [2.0] * 3), watched("entropy", [3.0] * 3)], "entropy")
     assert (level.ys, level.text) == ((1.0, 1.5), "▲ warns below 1 or 1.5")

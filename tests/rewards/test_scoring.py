@@ -1,6 +1,7 @@
 """Sources of reward, and what is said of those that fail."""
 
 import json
+import random
 import textwrap
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,17 @@ from fastppo.distributed.residency import Residency
 from fastppo.distributed.world import World, start_world
 from fastppo.errors import FastPPOError
 from fastppo.models.roles import ModelError
-from fastppo.rewards import Responses, RewardError, load_judge, load_sources, response_texts, score, shape
+from fastppo.rewards import (
+    Responses,
+    RewardError,
+    ask,
+    load_judge,
+    load_sources,
+    response_texts,
+    responses_of_rank,
+    score,
+    shape,
+)
 from fastppo.rewards.model import Ensemble
 from fastppo.rewards.sources import shared_sources
 
@@ -187,6 +198,65 @@ def test_an_ensemble_asks_all_members_before_it_fails():
     with pytest.raises(RewardError, match="first"):
         Ensemble([partial(lambda name, _: member(name), name) for name in ("first", "second")], "mean")(None)
     assert asked == ["first", "second"]
+
+
+THREE = """
+import random
+asked = []
+
+def first(responses):
+    asked.append("first")
+    return [len(r) + random.random() for r in responses]
+
+async def second(responses):
+    asked.append("second")
+    return [random.random() for r in responses]
+
+def third(responses):
+    asked.append("third")
+    if responses[0] == "a" and responses[1] == "fails":
+        raise ValueError("so it does")
+    return [random.random() for r in responses]
+
+def judge(responses):
+    asked.append("judge")
+    return [random.random() for r in responses]
+"""
+
+
+def test_what_is_asked_beforehand_scores_as_what_is_asked_at_once(tmp_path):
+    """In the same order, as random numbers show; a model is not asked until the scores are put together."""
+    (tmp_path / "three.py").write_text(THREE)
+    functions = [RewardConfig(function=f"{tmp_path}/three.py:{name}", weight=0.5) for name in ("first", "second")]
+    model = RewardConfig(model=tiny.saved(tmp_path / "model", tiny.classifier()))
+    judge = HealthConfig(judge=(RewardConfig(function=f"{tmp_path}/three.py:judge"),))
+    config = _with_dtype(Config(rewards=(functions[0], model, functions[1]), health=judge))
+    own, judges, found = sources(config), sources(config, load_judge), []
+    for beforehand in (False, True):
+        random.seed(3)
+        asked = ask(responses_of_rank(rollout(), PROMPTS, TOKENIZER), own, judges) if beforehand else None
+        assert asked is None or (len(asked.answers) == 3 and own[1][0] not in asked.answers)
+        found.append(score(rollout(), PROMPTS, own, TOKENIZER, start_world(1), judges, asked=asked))
+    for name in ("by_source", "scores", "judged"):
+        assert torch.equal(getattr(found[0], name), getattr(found[1], name))
+
+
+def test_what_is_after_an_error_is_not_asked_and_the_error_is_the_same(tmp_path):
+    (tmp_path / "three.py").write_text(THREE)
+    names = ("third", "first", "second")
+    functions = [RewardConfig(function=f"{tmp_path}/three.py:{name}") for name in names]
+    judge = HealthConfig(judge=(RewardConfig(function=f"{tmp_path}/three.py:judge"),))
+    config = Config(rewards=tuple(functions), health=judge)
+    own, judges = sources(config), sources(config, load_judge)
+    fails, called = rollout(("a", "fails", "ef")), own[0][0]._function.__globals__["asked"]
+    asked = ask(responses_of_rank(fails, PROMPTS, TOKENIZER), own, judges)
+    assert called == ["second", "third"]  # coroutine functions are asked first, all at once
+    with pytest.raises(RewardError) as at_once:
+        score(fails, PROMPTS, own, TOKENIZER, start_world(1), judges)
+    with pytest.raises(RewardError) as later:
+        score(fails, PROMPTS, own, TOKENIZER, start_world(1), judges, asked=asked)
+    assert str(later.value) == str(at_once.value) and "third raised ValueError: so it does" in str(later.value)
+    assert called == ["second", "third"] * 2
 
 
 @pytest.mark.parametrize(
