@@ -133,7 +133,7 @@ def next_batch_ahead(setup: PPOSetup, prompts: Iterator[Prompts]) -> StepBatch:
     timed, holding = setup.phases, setup.roles.residency.holding
     batch, ahead = run.ahead, None
     with timed("sampling"), holding("sampling"):
-        setup.sampler.sync()
+        setup.sync_sampler()
         if batch is None:  # no step was before
             batch = setup.sample_ahead(prompts, run.step, run.in_flight)
             feedback.begin(batch.rollout)

@@ -50,6 +50,13 @@ class PPOSetup(Setup[Config, PPOProgress]):
             self.feedback.begin(self.progress.ahead.rollout)
         return self.batches()
 
+    def sync_sampler(self) -> None:
+        """Give the sampler the actor's weights. Another engine than fastppo's own may set what all threads share
+        meanwhile, as vLLM does with the default dtype while it loads weights, so it waits for what is being scored."""
+        if self.config.rollout.engine != "inprocess":
+            self.feedback.settle()
+        self.sampler.sync()
+
     def sample_ahead(self, prompts: Iterator[Prompts], step: int, in_flight: Sequence[InFlight]) -> Ahead:
         """The batch of step number `step`, from 0; in_flight: what the batch before has left."""
         return sample_ahead(self.sampler, prompts, step, in_flight, self.data, self.config, self.world)
