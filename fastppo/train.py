@@ -132,12 +132,14 @@ def next_batch_ahead(setup: PPOSetup, prompts: Iterator[Prompts]) -> StepBatch:
     config, run, feedback = setup.config, setup.progress, setup.feedback
     timed, holding = setup.phases, setup.roles.residency.holding
     batch, ahead = run.ahead, None
-    with timed("sampling"), holding("sampling"):
-        setup.sync_sampler()
-        if batch is None:  # no step was before
+    if batch is None:  # no step was before
+        with timed("sampling"), holding("sampling"):
+            setup.sync_sampler()
             batch = setup.sample_ahead(prompts, run.step, run.in_flight)
-            feedback.begin(batch.rollout)
-        if run.step + 1 < config.steps:
+        feedback.begin(batch.rollout)
+    if run.step + 1 < config.steps:
+        with timed("sampling"), holding("sampling"):
+            setup.sync_sampler()
             ahead = setup.sample_ahead(prompts, run.step + 1, batch.in_flight)
     with timed("feedback"), holding("feedback", then="experience"):
         scored, random = feedback.take(), random_state()

@@ -160,9 +160,10 @@ class FeedbackAhead:
         scoring, self._scoring = self._scoring, None
         if scoring is None:
             return
+        asked = scoring.asked.result()
         try:
-            for answer in scoring.asked.result().answers.values():
-                answer(scoring.asked.result().responses)
+            for answer in asked.answers.values():
+                answer(asked.responses)
         except RewardError as error:
             log.warning("a batch that was sampled ahead is dropped, and an error of its feedback with it: %s", error)
 

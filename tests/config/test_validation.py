@@ -165,7 +165,11 @@ def test_the_defaults_and_the_quickstart_are_allowed():
         ),
         (
             dict(ppo__steps_ahead=1, rewards=(RewardConfig(model="m"), RewardConfig(ensemble=("a", "b")))),
-            ["ppo.steps_ahead is 1 and rewards and health.judge have only models", "to 0", "fastppo serve-reward"],
+            [
+                "ppo.steps_ahead is 1, and neither rewards nor health.judge has a function",
+                "to 0",
+                "fastppo serve-reward",
+            ],
         ),
         (dict(ppo__batch_size=33, ppo__minibatches=2), ["batch_size is 33", "minibatches 2", "32 or 34"]),
         (dict(ppo__kl_in="loss"), ["kl_kind is k1", "kl_in is loss", "expectation", "exact"]),

@@ -81,9 +81,9 @@ def check_steps_ahead(config: Config) -> None:
     sources = (*config.rewards, *config.judge)
     if all(source.model is not None or source.ensemble for source in sources):
         raise ConfigError(
-            f"ppo.steps_ahead is {ahead} and rewards and {config.judge_setting} have only models of this run, which score"
-            " where the learner computes: nothing would run beside learning, and responses would be a step old for"
-            " nothing. Set steps_ahead to 0, or let a service score with the model (fastppo serve-reward)."
+            f"ppo.steps_ahead is {ahead}, and neither rewards nor {config.judge_setting} has a function, pattern, math or"
+            " url, which score beside the learner. Models of this run score where it computes, so responses would be a"
+            " step old for nothing. Set steps_ahead to 0, or let a service score with the model (fastppo serve-reward)."
         )
 
 
