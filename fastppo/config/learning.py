@@ -166,6 +166,13 @@ class PPOConfig:
         return "sequence" if self.loss == "gspo" else self.rule.aggregate
 
     @property
+    def loss_is_fused(self) -> bool:
+        """Whether one op computes the loss with the vocabulary head: it has one weight a token, for its advantage alone,
+        and no other term than entropy and KL."""
+        alone = self.entropy_coef == 0 and self.kl_in == "reward"
+        return self.loss == "clip" and self.nll_coef == 0 and (alone or self.aggregation != "sequence")
+
+    @property
     def loss_reads_reference(self) -> bool:
         """Whether learning computes the reference's logits again, which the exact KL in the loss needs."""
         return self.kl_in == "loss" and self.kl_kind == "exact"

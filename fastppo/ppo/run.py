@@ -24,7 +24,6 @@ from fastppo.ppo.metrics import step_metrics
 from fastppo.ppo.progress import PPOProgress
 from fastppo.ppo.ptx import Texts, read_texts
 from fastppo.ppo.schedule import step_rates
-from fastppo.ppo.terms import is_fused
 
 log = logging.getLogger("fastppo")
 
@@ -122,7 +121,7 @@ def set_up(config: Config, world: World) -> PPOSetup | None:
             " effective_samples)",
             *(config.ppo.steps_ahead, said, config.importance.kind, learns),
         )
-    if config.ppo.loss == "clip" and not is_fused(config.ppo):
+    if config.ppo.loss == "clip" and not config.ppo.loss_is_fused:
         log.info(
             "with these settings ppo.loss clip is not computed in one op with the vocabulary head: see ppo.aggregate"
         )

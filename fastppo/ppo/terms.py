@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastppo import ops
-from fastppo.config import Config, PPOConfig
+from fastppo.config import Config
 from fastppo.data import Experience, Minibatch, Packed
 from fastppo.distributed import Engine, to_device
 from fastppo.models import Policy, PrefixStates, hidden_states
@@ -116,13 +116,6 @@ def clip_term(policy: Policy, hidden: Tensor, targets: Targets, config: Config) 
     return loss, Sums(stats.sums, stats.ratio_max, stats.sums.new_zeros(7), stats.sums.new_zeros(()))
 
 
-def is_fused(ppo: PPOConfig) -> bool:
-    """Whether `clip_term` computes the loss of these settings: the op has one weight a token, for its advantage alone,
-    and no other term than entropy and KL."""
-    alone = ppo.entropy_coef == 0 and ppo.kl_in == "reward"
-    return ppo.loss == "clip" and ppo.nll_coef == 0 and (alone or ppo.aggregation != "sequence")
-
-
 def loss_term(
     loss: PolicyLoss, policy: Policy, hidden: Tensor, targets: Targets, config: Config
 ) -> tuple[Tensor, Sums]:
@@ -191,7 +184,7 @@ def value_head_term(role: Any, hidden: Tensor, targets: Targets, config: Config)
 def jobs_of(context: StepContext, actor_rate: float, critic_rate: float, train_actor: bool) -> list[Job]:
     """Which engines learn from which terms of the loss, at which rates."""
     actor, critic = context.roles.actor, context.roles.critic
-    policy_term: Term = clip_term if is_fused(context.config.ppo) else partial(loss_term, context.loss)
+    policy_term: Term = clip_term if context.config.ppo.loss_is_fused else partial(loss_term, context.loss)
     if context.config.value_function is None:
         return [Job(actor, [policy_term], [actor_rate, critic_rate])]
     if critic is None and train_actor:

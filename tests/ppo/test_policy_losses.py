@@ -16,7 +16,7 @@ from fastppo.config import PPOConfig
 from fastppo.models.roles import FusedHead
 from fastppo.ops.eager import losses as oracle
 from fastppo.ppo.losses import LOSSES, checked_loss, cispo, clip, gspo
-from fastppo.ppo.terms import Targets, Totals, clip_term, is_fused, loss_term
+from fastppo.ppo.terms import Targets, Totals, clip_term, loss_term
 
 LENGTHS = (1, 5, 9, 3)
 STARTS = torch.tensor([0, *LENGTHS]).cumsum(0)
@@ -184,7 +184,7 @@ def test_tokens_add_up_as_the_oracle_says_and_so_do_entropy_and_kl(name, how, ex
 @pytest.mark.parametrize("how", ["token", "sequence", "constant"])
 def test_the_fused_op_adds_up_the_same_where_it_is_used(how):
     it, settings = made(), config(aggregate=how, dual_clip=1.5)
-    assert is_fused(settings.ppo)
+    assert settings.ppo.loss_is_fused
     fused, plain = (of_term(term, it, settings, {}) for term in (clip_term, partial(loss_term, clip)))
     torch.testing.assert_close(fused[0], plain[0], check_dtype=False)
     torch.testing.assert_close(fused[1].policy, plain[1].policy, check_dtype=False)
@@ -206,7 +206,7 @@ def test_the_fused_op_adds_up_the_same_where_it_is_used(how):
     ],
 )
 def test_the_op_computes_what_it_can(changes, fused):
-    assert is_fused(PPOConfig(**changes)) == fused
+    assert PPOConfig(**changes).loss_is_fused == fused
 
 
 @pytest.mark.parametrize(
