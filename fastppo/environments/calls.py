@@ -46,7 +46,7 @@ class Outcome:
 class _Running:
     calls: Sequence[UserCall]
     call: UserCall
-    start: float  # of that call; `time.monotonic`
+    start: float  # of that call; the monotonic clock
     future: Future[Any] | None = None  # of a coroutine
     told: bool = False  # that it is late
 

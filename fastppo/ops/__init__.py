@@ -53,6 +53,7 @@ from fastppo.ops.arguments import (
     is_off,
 )
 from fastppo.ops.backend import by_eager
+from fastppo.ops.chunked_head import CHUNKED as CHUNKED
 from fastppo.ops.chunked_head import blocks as blocks
 from fastppo.ops.coefficients import numbers, overload
 from fastppo.ops.gradient_free import accumulate as accumulate

@@ -11,9 +11,9 @@ one product, rounded once to the weight's dtype. It is all rows where the buffer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -317,3 +317,4 @@ def gradients_of_sum(dtype: torch.dtype) -> bool:
 # Registered by `fastppo.ops.registration` as fastppo::NAME. The coefficients, annotated as floats for the schema, may
 # also be tensors without dimensions: they are only passed on.
 OPS = (linear_logprobs, linear_logprobs_backward, linear_policy_loss)
+CHUNKED: dict[str, Callable[..., Any]] = {function.__name__: function for function in OPS}

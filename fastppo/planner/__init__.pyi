@@ -9,3 +9,9 @@ from .machine import parse_bytes as parse_bytes
 from .machine import parse_count as parse_count
 from .machine import this_machine as this_machine
 from .plan import make_plan as make_plan
+from .time.command import add_options as add_options
+from .time.command import check_options as check_options
+from .time.command import machine_of as machine_of
+from .time.command import measure_machine as measure_machine
+from .time.command import show_time as show_time
+from .time.command import timing_of as timing_of

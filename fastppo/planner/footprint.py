@@ -43,6 +43,8 @@ from fastppo.models import (
     width_of,
 )
 
+WHOLE = 100_000  # elements: DeepSpeed does not partition parameters with fewer (stage3_param_persistence_threshold)
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -75,6 +77,11 @@ class Footprint:
         self.prefix = prefix_depth(model)
         self.key_value_heads, head_width = Cache.shape(config)
         self.heads: int = getattr(config, "num_attention_heads", self.key_value_heads)
+        self.head_width = head_width
+        # At ZeRO stage 3: parameters that are partitioned, as DeepSpeed keeps small ones whole, and modules with some.
+        owners = [[p.numel() for p in module.parameters(recurse=False)] for module in role.modules()]
+        self.partitioned = sum(n for n in (p.numel() for p in parameters) if n >= WHOLE)
+        self.modules = sum(max(sizes, default=0) >= WHOLE for sizes in owners)
         # bytes of keys and values of one token
         self.position = 2 * self.layers * self.key_value_heads * head_width * self.bytes
         # What an engine with weights of its own has of them: no adapters, which are merged, and no value head.
@@ -89,7 +96,7 @@ class Footprint:
         self._key_value_weights = 2 * self.layers * self.key_value_heads * head_width * read
         self.on_cpu = cpu
         self.can_recompute = model.supports_gradient_checkpointing
-        self._model = model
+        self.model = model
         self._passes = cache(self._measure)
 
     def part(self, ranks: int) -> int:
@@ -107,7 +114,7 @@ class Footprint:
         recomputed: how many of the layers that the backward pass goes through, from the lowest upwards, keep their
         input alone. Backward, the layers above are done with, and what they kept is free, before one is recomputed.
         """
-        depth = _layers_in_graph(self._model)
+        depth = layers_in_graph(self.model)
         if not gradient or not recomputed or not depth:
             return self._pass(sequences, length, gradient, checkpointing=False)
         every = self._pass(sequences, length, gradient, checkpointing=True)
@@ -130,11 +137,11 @@ class Footprint:
         except Exception as error:
             if isinstance(error, FastPPOError) or not raised_by_a_model(error):
                 raise
-            raise _why_not_counted(self._model, error) from error
+            raise _why_not_counted(self.model, error) from error
 
     def _from_two_layers(self, sequences: int, length: int, gradient: bool, checkpointing: bool) -> Pass:
         """The uppermost two layers are run, and those below taken for the same again."""
-        depth = _layers_in_graph(self._model) if gradient else 1
+        depth = layers_in_graph(self.model) if gradient else 1
         if depth == 0:  # nothing trains but a head on detached states
             gradient, depth = False, 1
         one, two = (self._passes(min(depth, 2), n, length, gradient, checkpointing) for n in (1, 2))
@@ -155,7 +162,7 @@ class Footprint:
         # On a GPU attention is fused for every length; on the CPU short sequences go through plain products.
         length = length if self.on_cpu else max(length, PLAIN_ATTENTION_MAX + 1)
         tokens = sequences * length
-        model = _top(self._model, layers)
+        model = _top(self.model, layers)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
             if checkpointing and gradient:
@@ -186,7 +193,7 @@ class _Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor):  # which knows bf16 alone
-            out: Any = _grouped_product(*args[:3])
+            out: Any = grouped_product(*args[:3])
         else:
             out = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
@@ -203,7 +210,7 @@ class _Live(TorchDispatchMode):
         self.now -= self._sizes.pop(name)
 
 
-def _grouped_product(one: Tensor, other: Tensor, ends: Tensor | None = None) -> Tensor:
+def grouped_product(one: Tensor, other: Tensor, ends: Tensor | None = None) -> Tensor:
     """The product of experts' rows and weights, as a shape: rows (S, K) x (E, K, N), or (K, S) x (S, N) per expert."""
     groups = [ends.shape[0]] if one.dim() == other.dim() == 2 and ends is not None else []
     if one.dim() == 3:
@@ -232,7 +239,7 @@ def _forget(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _layers_in_graph(model: PreTrainedModel) -> int:
+def layers_in_graph(model: PreTrainedModel) -> int:
     """How many layers the backward pass goes through: those from the lowest that trains, upwards."""
     found = layers_of(model)
     depth: int = model.config.get_text_config().num_hidden_layers
@@ -254,12 +261,12 @@ def _layers_in_graph(model: PreTrainedModel) -> int:
 
 def _top(model: PreTrainedModel, layers: int) -> Any:
     """A copy of the backbone with its upper layers alone."""
-    with _cut(model, layers):
+    with layers_cut(model, layers):
         return copy.deepcopy(model.base_model)
 
 
 @contextmanager
-def _cut(model: PreTrainedModel, layers: int) -> Iterator[None]:
+def layers_cut(model: PreTrainedModel, layers: int) -> Iterator[None]:
     found = layers_of(model)
     if found is None:
         yield

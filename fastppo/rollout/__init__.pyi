@@ -1,4 +1,5 @@
 from .answers import SamplerError as SamplerError
+from .decoder import Decoder as Decoder
 from .decoder import bucket as bucket
 from .engines import ENGINES as ENGINES
 from .engines import check_sampled_model as check_sampled_model
