@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +39,7 @@ from fastppo.config import (
     SamplingConfig,
     ZeroConfig,
 )
-from fastppo.distributed import FROZEN, Placement
+from fastppo.distributed import Placement
 from fastppo.models import Cache, Critic, Policy, RewardModel, ValueHead, fuse_head
 from fastppo.models.attention import compute_with
 from fastppo.models.backends.varlen import VarlenAttention
@@ -48,6 +47,7 @@ from fastppo.models.cache import SequenceLayout
 from fastppo.models.layers.fuse import layers_as
 from fastppo.planner.machine import Machine
 from fastppo.planner.plan import Plan, make_plan
+from fastppo.planner.time.moves import moved_bytes
 
 META, DTYPE = torch.device("meta"), torch.bfloat16
 
@@ -245,19 +245,8 @@ def plan_of(case: Case, *, fused: bool) -> Plan:
 
 
 def moves(plan: Plan, placement: Placement, gpu: Gpu, *, back: bool) -> dict[str, float]:
-    """Seconds of moves at the beginning of each phase, one step after another, without those beside computing.
-
-    back: frozen weights are copied to the host, too, each time that they leave.
-    """
-    moved = Counter(dict.fromkeys(ORDER, 0.0))
-    for part, size in plan.parts.items():
-        for before, phase in zip((ORDER[-1], *ORDER[:-1]), ORDER, strict=True):
-            comes = placement.holds(phase, part) and not placement.holds(before, part)
-            goes = placement.holds(before, part) and not placement.holds(phase, part)
-            if (placement.uses_in(phase, part) and comes) or (placement.uses_in(before, part) and goes):
-                copied = placement.copied(part) and (comes or back or part[0] not in FROZEN)
-                moved[phase] += size / gpu.host if copied else 0.0
-    return dict(moved)
+    """Seconds of moves at the beginning of each phase."""
+    return {phase: size / gpu.host for phase, size in moved_bytes(plan, placement, back=back).items()}
 
 
 def table(case: Case, gpu: Gpu) -> dict[str, Any]:
