@@ -109,6 +109,15 @@ def test_functions_take_the_seconds_that_are_given(settings):
     assert waiting.slowest[0] == "waiting"
 
 
+@pytest.mark.parametrize("share", [0.5, 3.0])
+def test_a_step_ahead_functions_take_only_what_is_longer_than_the_phases_beside_them(settings, share):
+    function = ("--rewards", '[{"function": "mine.py:reward"}]')
+    plain = step_of(settings, *function)
+    beside = sum(phase.seconds.total for phase in plain.phases if phase.name != "feedback")
+    ahead = step_of(settings, *function, "--ppo.steps_ahead", "1", reward_seconds=share * beside)
+    assert ahead.seconds == pytest.approx(plain.seconds + max(share - 1, 0) * beside)
+
+
 @pytest.mark.parametrize(("sequences", "budget"), [(16, 128), (10, 128), (3, 1000), (7, 70), (9, 32)])
 def test_microbatches_are_those_that_a_run_packs(sequences, budget):
     lengths = torch.full((sequences,), 32)

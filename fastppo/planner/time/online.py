@@ -46,8 +46,9 @@ class OnlineTimes:
             for p in phases
         ]
         beside = 0.0
-        if getattr(getattr(self.config, "ppo", None), "steps_ahead", 0):
-            beside = min(self.lengths.reward_seconds, phases[-1].seconds.total)
+        if isinstance(self.config, Config) and self.config.ppo.steps_ahead:  # from one phase `feedback` to the next
+            others = sum(phase.seconds.total for phase in phases if phase.name != "feedback")
+            beside = min(self.lengths.reward_seconds, others)
         written = self.batches * self.drawn * self.lengths.response
         return Step(tuple(phases), written, "response tokens", beside)
 

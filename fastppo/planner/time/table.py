@@ -59,7 +59,7 @@ def show_step(step: Step, lengths: Lengths, peak: float, console: Console) -> No
     print_line(console, f"{asked}; {step.tokens / step.seconds:,.0f} {step.unit} a second" if step.seconds else asked)
     if step.beside:
         print_line(
-            console, f"{seconds_text(step.beside)} s of functions and services run beside learning (ppo.steps_ahead)"
+            console, f"{seconds_text(step.beside)} s of functions and services run beside computing (ppo.steps_ahead)"
         )
     name, share = step.slowest
     flops = step.work.flops()
