@@ -120,6 +120,6 @@ def test_a_rank_that_is_stopped_ends_the_others_with_the_reason(folder, forks, r
     os.kill(run.ranks[stopped], signal.SIGKILL)
     codes = forks.wait(run)
     assert codes == [-signal.SIGKILL if rank == stopped else 1 for rank in range(ranks)], run.text()
-    for log in others:
+    for log in others:  # rank 0 may have named the rank as one to wait for, before it was silent for long enough
         assert re.search(words, log.read_text()) and "Traceback" not in log.read_text(), run.text()
-        assert "--resume auto" in log.read_text() and "waiting" not in log.read_text()
+        assert "--resume auto" in log.read_text()
