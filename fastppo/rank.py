@@ -27,7 +27,7 @@ def run_rank(
     `train` returns False. A run that was stopped by a signal has ended well.
     """
     config = parse(argv, command)
-    world = start_world(config.threads, config.timeout)
+    world = start_world(config.threads, config.timeout, config.sequence_ranks)
     world = replace(world, fewer=lambda: _fewer_ranks(command, config, world.ranks))
     setup_logging(world.rank)
     _log_software_bf16(config.optim.dtype)

@@ -85,7 +85,7 @@ def ppo_step(setup: PPOSetup, prompts: Iterator[Prompts]) -> Step:
         with timed("experience"), holding("experience", then="learning"):
             recompute_prefix(experience, len(run.updates), prefix_cache, context)
     with timed("learning"), holding("learning"):
-        plan = plan_step(experience.packed.lengths, config, run.step, world.ranks, roles.attention)
+        plan = plan_step(experience.packed.lengths, config, run.step, world.groups, roles.attention)
         for update in run_updates(experience, plan, prefix_cache, context, done=run.updates):
             run.updates.append(update)
         prefix_cache.clear()  # sampling wants its memory
@@ -103,7 +103,7 @@ def make_experience(
     batch = next_batch(setup, prompts) if config.ppo.steps_ahead == 0 else next_batch_ahead(setup, prompts)
     with timed("experience"), holding("experience", then="learning"):
         scored = batch.scored
-        first_epoch = plan_step(scored.rollout.packed.lengths, config, run.step, world.ranks, roles.attention)[0]
+        first_epoch = plan_step(scored.rollout.packed.lengths, config, run.step, world.groups, roles.attention)[0]
         moments = run.moments.add(batch.end_scores)
         experience = compute_experience(scored, moments, first_epoch, prefix_cache, context)
         run.add_experience(experience, moments, batch)

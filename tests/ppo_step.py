@@ -109,7 +109,7 @@ def learn(
 ) -> Step:
     """From these responses."""
     roles = roles or roles_of(config, world)
-    plan = plan or plan_step(scored.rollout.packed.lengths, config, 0, world.ranks, roles.attention)
+    plan = plan or plan_step(scored.rollout.packed.lengths, config, 0, world.groups, roles.attention)
     context, prefix_cache = context_of(config, roles, world), PrefixStates()
     roles.residency.enter("experience")
     experience = compute_experience(scored, Moments().add(scored.end_scores), plan[0], prefix_cache, context)

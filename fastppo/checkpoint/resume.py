@@ -32,7 +32,7 @@ FREE = (
     *("plan", "resume", "optim.max_skipped", "optim.activation_checkpointing"),
 )
 # ... or only in how it is rounded. A command's own are in its config class, as `free` and `rounding`.
-ROUNDING = ("attention", "model.fused", "threads", "zero.deepspeed")
+ROUNDING = ("attention", "model.fused", "threads", "zero.deepspeed", "parallel.sequence")
 # ... or in how the state is split over ranks, which `Engine.load` undoes.
 LAYOUT = ("zero.stage", "zero.offload", "zero.offload_optimizer", "zero.offload_parameters")
 SPLIT_ANEW = "the state is carried over bit for bit, and from there the result is the same within rounding"

@@ -52,6 +52,7 @@ from .launch import check_launch as check_launch
 from .learning import Dtype as Dtype
 from .learning import Importance as Importance
 from .learning import OptimConfig as OptimConfig
+from .learning import ParallelConfig as ParallelConfig
 from .learning import Place as Place
 from .learning import PPOConfig as PPOConfig
 from .learning import ZeroConfig as ZeroConfig

@@ -261,3 +261,14 @@ class ZeroConfig:
         if override is None:
             return self.offload if self.stage == 3 else "none"
         return override
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """What ranks share beside the states that ZeRO partitions."""
+
+    sequence: Literal[1, 2, 4, 8] = 1
+    """Number of ranks, one after the other, that read each packed row of whole sequences together (Ulysses; Jacobs et
+    al., 2023): each has a part of the tokens, and in attention a part of the heads, so that activations of a rank fall to
+    1 / `sequence`. It divides the number of ranks, and a model has at least as many attention heads. Sampling is not
+    split."""

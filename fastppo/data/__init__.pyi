@@ -35,6 +35,7 @@ from .observations import observation_tokens as observation_tokens
 from .observations import text_observation_tokens as text_observation_tokens
 from .packed import Packed as Packed
 from .packed import end_to_end as end_to_end
+from .packed import of_group as of_group
 from .packed import pack as pack
 from .packed import pack_turns as pack_turns
 from .packed import segment_offsets as segment_offsets

@@ -24,12 +24,13 @@ class Minibatch:
 
     All ranks have the same number of microbatches. The ranks compute microbatches i W to (i + 1) W - 1, a round, at the
     same time. Under ZeRO-3 they synchronise in every layer, so a rank with one microbatch more would wait for ever.
+    Where ranks share microbatches (`parallel.sequence`), each of their groups is one rank here.
     """
 
     microbatches: tuple[Tensor, ...]  # int64 indices of sequences; disjoint, none empty
 
-    def of_rank(self, rank: int, ranks: int) -> tuple[Tensor, ...]:
-        return self.microbatches[rank::ranks]
+    def of_group(self, group: int, groups: int) -> tuple[Tensor, ...]:
+        return self.microbatches[group::groups]
 
 
 def work(lengths: Tensor, attention: float) -> Tensor:

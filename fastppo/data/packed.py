@@ -18,7 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fastppo.distributed import to_device
+from fastppo.distributed import Neighbours, to_device
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,10 @@ class Packed:
         return first.repeat_interleave(self.response_lengths) + segment_offsets(self.response_lengths)
 
     @cached_property
+    def predictors_on_host(self) -> Tensor:  # known without waiting for the device
+        return self.predictors.cpu()
+
+    @cached_property
     def responses(self) -> Tensor:  # (M,) int64, the written tokens
         return self.tokens[self.predictors + 1]
 
@@ -118,7 +122,8 @@ class Packed:
         moved = replace(
             self, **{f.name: to_device(x, device) for f in fields(self) if (x := getattr(self, f.name)) is not None}
         )
-        on_host = {name: getattr(self, name) for name in ("lengths_on_host", "response_lengths_on_host")}
+        names = ("lengths_on_host", "response_lengths_on_host", "predictors_on_host")
+        on_host = {name: getattr(self, name) for name in names}
         rows = {name: to_device(getattr(self, name), device) for name in ("positions", "predictors")}
         moved.__dict__.update(on_host | rows)  # where `cached_property` looks
         return moved
@@ -147,6 +152,15 @@ def end_to_end(parts: Sequence[Packed]) -> Packed:
         cumulative(torch.cat([part.response_lengths for part in parts])),
         torch.cat([part.written for part in parts]) if has_mask else None,
     )
+
+
+def of_group(packed: Packed, group: Neighbours) -> tuple[Packed, slice]:
+    """The sequences of all ranks of a group, end to end, and which of them are this rank's. All its ranks call it."""
+    if group.size == 1:
+        return packed, slice(None)
+    parts = group.gather(packed)
+    first = sum(map(len, parts[: group.index]))
+    return end_to_end(parts), slice(first, first + len(packed))
 
 
 def cumulative(lengths: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from .engine import gathered as gathered
 from .heartbeat import in_phase as in_phase
 from .moves import PartName as PartName
 from .moves import Sleeper as Sleeper
+from .neighbours import ALONE as ALONE
 from .neighbours import Neighbours as Neighbours
 from .neighbours import neighbours_of as neighbours_of
 from .reshard.layout import LayoutError as LayoutError
@@ -29,8 +30,10 @@ from .world import all_gather as all_gather
 from .world import all_max as all_max
 from .world import all_sum as all_sum
 from .world import check_output_is_shared as check_output_is_shared
+from .world import gather_groups as gather_groups
 from .world import leave as leave
 from .world import leave_without_cleanup as leave_without_cleanup
 from .world import start_world as start_world
 from .world import stop_world as stop_world
+from .world import sum_groups as sum_groups
 from .world import to_device as to_device

@@ -12,10 +12,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -33,6 +33,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from fastppo.config import check_launch
+from fastppo.distributed.neighbours import ALONE, Neighbours, neighbours_of
 from fastppo.distributed.rendezvous import meet
 from fastppo.errors import FastPPOError, exit_with_message
 
@@ -54,12 +55,24 @@ class World:
     launcher: int | None = None  # id of the process that started this one; None: a single process without a launcher
     control: Any = None  # the process group for flags; None: the default group
     fewer: Callable[[], int] = int  # the most ranks below these with which the run could go on; 0: none
+    sequence: Neighbours = ALONE  # this rank's group of those that read whole sequences together
+
+    @property
+    def groups(self) -> int:
+        """The number of these groups. Each computes microbatches of its own; a group of one is a rank."""
+        return self.ranks // self.sequence.size
+
+    @property
+    def group(self) -> int:
+        """Which of the groups this rank is in."""
+        return self.rank // self.sequence.size
 
 
-def start_world(threads: int | None, timeout: float = 1800.0) -> World:
+def start_world(threads: int | None, timeout: float = 1800.0, sequence: int = 1) -> World:
     """Join the ranks of the run: those of the `deepspeed` launcher, or this process alone (`python -m fastppo.train`).
 
-    timeout: seconds for which a rank waits for the others in a collective before it ends with an error.
+    timeout: seconds for which a rank waits for the others in a collective before it ends with an error; sequence: how
+    many ranks read whole sequences together, a divisor of their number.
     """
     with exit_with_message(0):
         check_launch()
@@ -84,7 +97,8 @@ def start_world(threads: int | None, timeout: float = 1800.0) -> World:
         _unlink_shared_memory()
     # Reducing a flag over gloo does not involve the GPU; over NCCL the host would wait for the queued kernels.
     control = None if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-    return World(dist.get_rank(), dist.get_world_size(), device, launcher, control)
+    world = World(dist.get_rank(), dist.get_world_size(), device, launcher, control)
+    return replace(world, sequence=neighbours_of(world, sequence, timeout, exchanging=True))
 
 
 def _keep_freed_memory() -> None:
@@ -177,6 +191,12 @@ def all_gather(part: T, world: World) -> list[T]:
     return parts
 
 
+def gather_groups(part: T, world: World) -> list[T]:
+    """The parts of all groups, in their order, on every rank; `part` is the same on all ranks of a group."""
+    parts = all_gather(part if world.sequence.index == 0 else None, world)
+    return cast("list[T]", parts[:: world.sequence.size])
+
+
 def on_any_rank(flag: bool, world: World) -> bool:
     """Whether the flag is set on at least one rank; the result is the same on every rank."""
     if world.ranks == 1:
@@ -191,6 +211,14 @@ def all_sum(x: Tensor, world: World) -> Tensor:
     x = x.to(world.device)
     dist.all_reduce(x)
     return x
+
+
+def sum_groups(x: Tensor, world: World) -> Tensor:
+    """The sum over groups, on every rank; x is floating, and the same on all ranks of a group.
+
+    A group has 1, 2, 4 or 8 ranks, so the division is exact.
+    """
+    return all_sum(x / world.sequence.size, world)
 
 
 def all_max(x: Tensor, world: World) -> Tensor:

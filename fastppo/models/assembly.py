@@ -13,6 +13,7 @@ from fastppo.models.average import Average
 from fastppo.models.layers.fuse import choose_layers
 from fastppo.models.loading.policies import load_policies
 from fastppo.models.loading.weights import DTYPES
+from fastppo.models.parallel.group import choose_group
 from fastppo.models.roles import Critic, Policy, attention_ratio
 from fastppo.models.sampling_weights import SamplingWeights
 
@@ -72,6 +73,7 @@ def assemble(
     zero, residency = config.zero, Residency(world.device, placement)
     check_nvme(zero)
     choose_attention(config.attention, DTYPES[config.optim.dtype], world.device)
+    choose_group(world.sequence)
     choose_layers(fused=config.model.fused)
     policy, critic, reference = load_policies(config, world.device)
     value_head = [] if policy.value_head is None else list(policy.value_head.parameters())

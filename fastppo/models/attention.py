@@ -3,7 +3,8 @@
 A model whose attention is set to `ATTENTION` is called with one of two keywords, which transformers passes on to
 every layer unchanged:
 
-- `packed=SequenceLayout`: the row holds whole sequences end to end, and each sequence attends only to itself;
+- `packed=SequenceLayout`: the row holds whole sequences end to end, and each sequence attends only to itself. If the
+  row is split over ranks, tokens are exchanged for heads and back;
 - `cache=Cache`: the same in prefill; in decode one new position for each row, at the length of that row; in an
   extension several new positions of a row.
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,7 @@ from fastppo.errors import FastPPOError
 from fastppo.models.backends.backend import AttentionBackend, supports
 from fastppo.models.backends.choice import choose_backend
 from fastppo.models.cache import Cache, SequenceLayout
+from fastppo.models.parallel.heads import to_heads, to_tokens
 from fastppo.models.plain_attention import attend_extended, attend_plainly
 
 ATTENTION = "fastppo_packed"
@@ -119,10 +121,26 @@ def attend(
         return _attend_cached(query, key, value, cache, layer, backend, options), None
     if cache is not None:
         cache.fill(layer, key, value)
+    return _attend_layout(query, key, value, layout, backend, options), None
+
+
+def _attend_layout(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: SequenceLayout,
+    backend: AttentionBackend | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """(1, heads, n, width) -> (1, n, heads, width), n tokens of the packed row: all, or this rank's of a split row."""
+    if layout.split is not None:
+        heads = query.shape[1]
+        own = to_heads(query, key, value, layout.split)
+        return to_tokens(_attend_layout(*own, replace(layout, split=None), backend, options), layout.split, heads)
     if backend is None:
-        return _attend_packed(query, key, value, layout, **options), None
+        return _attend_packed(query, key, value, layout, **options)
     # Contiguous, because some models view the result in another shape, and a backend may return it as the query lies.
-    return backend.packed(query, key, value, layout.cu_seqlens, layout.longest, **options).contiguous(), None
+    return backend.packed(query, key, value, layout.cu_seqlens, layout.longest, **options).contiguous()
 
 
 def _attend_cached(

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from fastppo.data import segment_offsets
 from fastppo.distributed import to_device
+from fastppo.models.parallel.group import Split
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,19 @@ class SequenceLayout:
     runs: tuple[tuple[int, int, int], ...]  # (first row, number of sequences, their length)
     cu_seqlens: Tensor  # (B+1,) int32, on the device
     longest: int  # number of tokens of the longest sequence
+    split: Split | None = None  # of the row over ranks; None: this rank has all of it
 
     @staticmethod
-    def of(lengths: Sequence[int], device: torch.device, *, apart: bool = False) -> SequenceLayout:
+    def of(
+        lengths: Sequence[int], device: torch.device, *, apart: bool = False, split: Split | None = None
+    ) -> SequenceLayout:
         runs, start = [], 0
         for length, group in groupby(lengths):
             count = len(list(group))
             runs += [(start + i * length, 1, length) for i in range(count)] if apart else [(start, count, length)]
             start += count * length
         cu_seqlens = F.pad(torch.tensor(lengths, dtype=torch.int64).cumsum(0), (1, 0)).int()
-        return SequenceLayout(tuple(runs), to_device(cu_seqlens, device), max(lengths, default=0))
+        return SequenceLayout(tuple(runs), to_device(cu_seqlens, device), max(lengths, default=0), split)
 
 
 class ActiveRows(NamedTuple):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastppo.data import Packed
+from fastppo.models.parallel.group import sequence_group
 
 
 def layers_of(model: PreTrainedModel) -> tuple[nn.Module, str] | None:
@@ -89,26 +90,42 @@ class PrefixStates:
         """keep: whether the states of a sequence are cached; False: they are computed at each call."""
         self._keep = keep
         self._states: dict[int, dict[int, Tensor]] = {}  # prefix owner -> sequence -> (tokens, H), on the role's device
+        # Where rows are split over ranks: prefix owner -> sequences of a row -> (tokens of this rank, H)
+        self._parts: dict[int, dict[tuple[int, ...], Tensor]] = {}
 
     def __call__(self, role: Any, packed: Packed, sequences: Tensor) -> Tensor | None:
         """The states (N, H) of these sequences of the batch; None if the role has no frozen prefix.
 
         packed: the sequences in this order. All are computed if one of them is not cached. With several ranks this
-        happens if a later epoch assigns a sequence to another rank.
+        happens if a later epoch assigns a sequence to another rank; and if ranks split a row, if it does not pack the
+        same sequences, whose tokens are then on other ranks.
         """
         if not role.prefix_depth:
             return None
         if not self._keep:
             with torch.no_grad():
                 return cast(Tensor, role.prefix(packed))
-        cached_states = self._states.setdefault(role.prefix_owner, {})
         indices = sequences.tolist()
+        if sequence_group().size > 1:
+            return self._part(role, packed, tuple(indices))
+        cached_states = self._states.setdefault(role.prefix_owner, {})
         if any(index not in cached_states for index in indices):
             with torch.no_grad():
                 states = role.prefix(packed)
             cached_states.update(zip(indices, states.split(packed.lengths_on_host), strict=True))
         return torch.cat([cached_states[index] for index in indices])
 
+    def _part(self, role: Any, packed: Packed, sequences: tuple[int, ...]) -> Tensor:
+        """The states of this rank's tokens of a row. Those of a sequence are cached for one row, the last one."""
+        parts = self._parts.setdefault(role.prefix_owner, {})
+        if sequences not in parts:
+            for row in [row for row in parts if not set(row).isdisjoint(sequences)]:
+                del parts[row]
+            with torch.no_grad():
+                parts[sequences] = role.prefix(packed)
+        return parts[sequences]
+
     def clear(self) -> None:
         """Delete all states, which frees their memory."""
         self._states.clear()
+        self._parts.clear()

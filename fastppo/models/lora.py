@@ -2,7 +2,7 @@
 
 A weight W of shape (out, in) is frozen, and the forward pass uses W + alpha / rank * B A: A of shape (rank, in) and B
 of shape (out, rank) train, in the dtype of the model, and B is initialised to zero. So the actor with its adapters off
-is exactly its starting point, and serves as the reference during the whole run (`roles.adapters_off`).
+is exactly its starting point, and serves as the reference during the whole run (`adapters_off`).
 
 Sampling uses the same module with unmerged adapters: a merged weight rounds differently, and the first ratio of a
 batch would no longer be 1. For the same reason the adapters have no dropout.
@@ -11,6 +11,8 @@ batch would no longer be 1. For the same reason the adapters have no dropout.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fastppo.config import LoraConfig
+from fastppo.errors import ModelError
 from fastppo.models.layers.classes import own_class
-from fastppo.models.roles import ModelError
 
 log = logging.getLogger("fastppo")
 
@@ -149,3 +151,22 @@ def save_adapters(model: PreTrainedModel, folder: Path, state: dict[str, Tensor]
     config.inference_mode = True
     config.save_pretrained(str(folder))
     config.inference_mode = False
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Within this context the LoRA adapters of a model are off.
+
+    Only for passes without gradient: activation checkpointing would recompute them later with adapters. The switch of
+    peft also sets `requires_grad` to False, which must not happen to a parameter of a DeepSpeed optimizer.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
@@ -25,12 +25,17 @@ from fastppo.models.cache import Cache, SequenceLayout, head_width
 from fastppo.models.frozen_prefix import layers_of, prefix_depth, skipping
 from fastppo.models.layers.fuse import fuse_layers
 from fastppo.models.logit_scale import logit_scale
-from fastppo.models.rotary import rotate_each_sequence
+from fastppo.models.lora import adapters_off
+from fastppo.models.parallel.group import Split
+from fastppo.models.parallel.rows import Rows, all_columns, all_rows, computing, own_rows
+from fastppo.models.rotary import part_of, rotate_each_sequence
 from fastppo.ops import TokenStats
 
 log = logging.getLogger("fastppo")
 
 T = TypeVar("T")
+
+PER_ROW = ("ref_logprobs", "mask")  # arguments of ops that have a number for each row, by name
 
 
 class FusedHead(nn.Module):
@@ -47,14 +52,20 @@ class FusedHead(nn.Module):
 
     def forward(self, hidden: Tensor, op: Callable[..., T] | None = None, *args: Any, **kwargs: Any) -> T | Tensor:
         """hidden (M, H) -> `op(hidden, weight, *args, bias=, softcap=, logit_scale=, **kwargs)`; logits (M, V) without
-        an op."""
+        an op.
+
+        args: (M, ...) tensors. Where M rows are split over ranks, hidden has this rank's, as a reference's hidden
+        states have, and args have all. `TokenStats` are then those of all rows; a loss is the sum over own rows.
+        """
         if op is not None:
             weight, bias = cast(Tensor, self.weight), cast("Tensor | None", self.bias)
             if torch.is_autocast_enabled(hidden.device.type):  # the same casts as for a linear layer
                 dtype = torch.get_autocast_dtype(hidden.device.type)
                 hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-            scales = {"softcap": self.softcap, "logit_scale": self.logit_scale}
-            return op(hidden, weight, *args, bias=bias, **scales, **kwargs)
+            kwargs |= {"bias": bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+            kwargs |= {name: own_rows(kwargs[name]) for name in PER_ROW if kwargs.get(name) is not None}
+            result = op(hidden, weight, *map(own_rows, args), **kwargs)
+            return cast(T, TokenStats(*all_columns(result))) if isinstance(result, TokenStats) else result
         logits = F.linear(hidden, self.weight, self.bias)
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
@@ -77,8 +88,8 @@ class ValueHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, dtype=dtype, device=device))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(M, H) -> (M,) fp32"""
-        return F.linear(hidden.float(), self.weight.float(), self.bias.float()).squeeze(-1)
+        """(M, H) -> (M,) fp32; from this rank's rows to all rows where they are split over ranks"""
+        return all_rows(F.linear(hidden.float(), self.weight.float(), self.bias.float()).squeeze(-1))
 
 
 class ScoreHead(nn.Module):
@@ -90,9 +101,9 @@ class ScoreHead(nn.Module):
         self.bias = linear.bias  # (1,); None in most families
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(R, H) -> (R,) fp32"""
+        """(R, H) -> (R,) fp32; from this rank's rows to all rows where they are split over ranks"""
         bias = None if self.bias is None else self.bias.float()
-        return F.linear(hidden.float(), self.weight.float(), bias).squeeze(-1)
+        return all_rows(F.linear(hidden.float(), self.weight.float(), bias).squeeze(-1))
 
 
 class Backbone(nn.Module):
@@ -101,6 +112,9 @@ class Backbone(nn.Module):
     A role is called with an objective, a function of the role and of the (M, H) hidden states that predict the
     response tokens. The heads then run inside the forward pass of the module, where DeepSpeed has gathered their
     weights, and each phase of a step defines its own objective.
+
+    In a group of ranks (`fastppo.models.parallel`) all are called with the same packed row, and compute a part of its
+    tokens each. An objective then gets the hidden states of this rank's rows, and from the heads what all rows have.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -129,31 +143,52 @@ class Backbone(nn.Module):
         return self.model.device
 
     def hidden(self, packed: Packed, prefix_states: Tensor | None = None) -> Tensor:
-        """The last hidden state of every token, (N, H); prefix_states (N, H): output of the frozen prefix, if known."""
+        """The last hidden state of every token, (N, H), or of this rank's if the row is split over ranks.
+
+        prefix_states: what `prefix` returned, if it is known.
+        """
         if prefix_states is None:
             return self._run(packed)
         with skipping(self.model, range(self.prefix_depth), prefix_states[None]):
             return self._run(packed)
 
     def prefix(self, packed: Packed) -> Tensor:
-        """The output of the lowest `prefix_depth` layers, (N, H)."""
+        """The output of the lowest `prefix_depth` layers, (N, H), or of `Split.computed` if the row is split."""
         upper_layers = range(self.prefix_depth, self.model.config.get_text_config().num_hidden_layers)
         with skipping(self.model, upper_layers) as first_upper_layer:
             self._run(packed)
         return cast(Tensor, first_upper_layer.received)[0]
 
     def _run(self, packed: Packed) -> Tensor:
-        with contextlib.nullcontext() if self.adapters else adapters_off(self.model), without_mask_search():
+        split = Split.of(len(packed.tokens))
+        part = slice(None) if split is None else split.computed
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(without_mask_search())
+            if not self.adapters:
+                stack.enter_context(adapters_off(self.model))
+            if split is not None:
+                stack.enter_context(part_of(packed.positions, part))
             output = self.model.base_model(
-                input_ids=packed.tokens[None],
-                position_ids=packed.positions[None],
-                packed=SequenceLayout.of(packed.lengths_on_host, packed.tokens.device),
+                input_ids=packed.tokens[None, part],
+                position_ids=packed.positions[None, part],
+                packed=SequenceLayout.of(packed.lengths_on_host, packed.tokens.device, split=split),
                 use_cache=False,
             )
-        return cast(Tensor, output.last_hidden_state[0])
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden if split is None else hidden[: split.counts[split.group.index]]
 
     def forward(self, packed: Packed, objective: Callable[[Any, Tensor], T], prefix_states: Tensor | None = None) -> T:
-        return objective(self, self.hidden(packed, prefix_states)[packed.predictors])
+        hidden, tokens = self.hidden(packed, prefix_states), self._read(packed)
+        split = Split.of(len(packed.tokens))
+        if split is None:
+            return objective(self, hidden[tokens])
+        rows = Rows.of(packed.predictors_on_host if tokens is packed.predictors else tokens.cpu(), split)
+        with computing(rows):
+            return objective(self, hidden[tokens[rows.own] - split.own.start])
+
+    def _read(self, packed: Packed) -> Tensor:
+        """The tokens (R,), ascending, whose hidden states the head reads."""
+        return packed.predictors
 
 
 class Policy(Backbone):
@@ -217,12 +252,14 @@ class RewardModel(Backbone):
         objective: Callable[[Any, Tensor], T] = scores,  # type: ignore[assignment]
         prefix_states: Tensor | None = None,
     ) -> T:
-        padding = self.model.config.get_text_config().pad_token_id
-        return objective(self, self.hidden(packed, prefix_states)[packed.last_rows_without(padding)])
+        return super().forward(packed, objective, prefix_states)
+
+    def _read(self, packed: Packed) -> Tensor:
+        return packed.last_rows_without(self.model.config.get_text_config().pad_token_id)
 
 
 def hidden_states(role: Any, hidden: Tensor) -> Tensor:
-    """The objective that returns the hidden states (M, H)."""
+    """The objective that returns the hidden states (M, H), this rank's if they are split over ranks."""
     return hidden
 
 
@@ -266,25 +303,6 @@ def attention_ratio(model: PreTrainedModel) -> float:
     layers = model.base_model if parent_and_name is None else getattr(*parent_and_name)
     weights = sum(getattr(p, "ds_numel", p.numel()) for p in layers.parameters())
     return float(config.num_hidden_layers * config.num_attention_heads * head_width(config) / weights)
-
-
-@contextlib.contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Within this context the LoRA adapters of a model (`fastppo.models.lora`) are off.
-
-    Only for passes without gradient: activation checkpointing would recompute them later with adapters. The switch of
-    peft also sets `requires_grad` to False, which must not happen to a parameter of a DeepSpeed optimizer.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
 
 
 def copy_backbone(model: PreTrainedModel, *, same_weights: bool = False) -> PreTrainedModel:

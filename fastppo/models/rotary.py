@@ -9,6 +9,7 @@ forward pass over that sequence alone.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +37,21 @@ def longrope_switch(config: PreTrainedConfig) -> int | None:
     return min((n for n in lengths if n is not None), default=None)
 
 
+_row: tuple[Tensor, slice] | None = None  # positions (N,) of the packed row of which a part is computed, and the part
+
+
+@contextmanager
+def part_of(positions: Tensor, part: slice) -> Iterator[None]:
+    """Within this context the models compute a part of a packed row with these positions (N,): factors depend on the
+    length of a sequence, of which the part may have a piece only."""
+    global _row
+    row_before, _row = _row, (positions, part)
+    try:
+        yield
+    finally:
+        _row = row_before
+
+
 class PerSequence(nn.Module):
     """Replaces a rotary embedding with longrope and chooses the factors for each sequence."""
 
@@ -55,6 +71,13 @@ class PerSequence(nn.Module):
             name = "original_inv_freq" if layer_type is None else f"{layer_type}_original_inv_freq"
             width = 2 * len(getattr(self.embedding, name))
             return tuple(x.new_empty(*position_ids.shape, width) for _ in range(2))
+        if _row is None:
+            return self._rotations(x, position_ids, *type_argument)
+        positions, part = _row
+        whole = self._rotations(x, positions[None], *type_argument)
+        return whole[:, part] if isinstance(whole, Tensor) else tuple(each[:, part] for each in whole)
+
+    def _rotations(self, x: Tensor, position_ids: Tensor, *type_argument: str) -> Any:
         if int(position_ids.max()) < self.switch:
             return self.embedding(x, position_ids, *type_argument)
         if position_ids.shape[0] > 1:

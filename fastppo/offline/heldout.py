@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastppo.config import OfflineConfig
 from fastppo.data import Examples, pack_even
-from fastppo.distributed import World, all_sum, even_passes, stop
+from fastppo.distributed import World, even_passes, stop, sum_groups
 from fastppo.models import PrefixStates
 from fastppo.offline.model import TrainedModel
 from fastppo.offline.updates import Objective
@@ -59,18 +59,19 @@ def evaluation_of(
                 _, found = trained.engine(packed, ask, prefix_states)
                 if len(part):
                     sums += found.double()
-        means = all_sum(sums, world).cpu() / count(examples, torch.arange(len(examples)))
+        means = sum_groups(sums, world).cpu() / count(examples, torch.arange(len(examples)))
         return MeanEvaluation(dict(zip(statistics, means.tolist(), strict=True)))
 
     return evaluate
 
 
 def heldout_microbatches(examples: Examples, config: OfflineConfig, world: World) -> Iterator[Tensor]:
-    """This rank's microbatches of all examples, each example on one rank; at ZeRO stage 3 each rank has as many."""
+    """The microbatches of all examples that this rank's group has, each example in one group; at ZeRO stage 3 each has
+    as many."""
     everything = pack_even(torch.arange(len(examples)), examples.lengths, config.microbatch_tokens, ranks=1)
-    for part in even_passes(everything[world.rank :: world.ranks], config.zero, world):
+    for part in even_passes(everything[world.group :: world.groups], config.zero, world):
         if config.zero.stage == 3:  # no rank may leave another alone in a pass
             stop.check(world)
         else:
-            stop.check_alone()
+            stop.check_among(world.sequence)
         yield part

@@ -17,6 +17,7 @@ from fastppo.models import (
     PrefixStates,
     RewardModel,
     choose_attention,
+    choose_group,
     choose_layers,
     frozen_partitions,
     is_reward_model,
@@ -93,4 +94,5 @@ def assemble(config: OfflineConfig, world: World, tokenizer: PreTrainedTokenizer
 def _prepare(config: OfflineConfig, world: World) -> None:
     check_nvme(config.zero)
     choose_attention(config.attention, DTYPES[config.optim.dtype], world.device)
+    choose_group(world.sequence)
     choose_layers(fused=config.model.fused)

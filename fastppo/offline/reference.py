@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastppo.config import DPOConfig, OfflineConfig
 from fastppo.data import Examples, Packed, batches
-from fastppo.distributed import World, all_gather, all_sum, stop, watching
+from fastppo.distributed import World, gather_groups, stop, sum_groups, watching
 from fastppo.models import PrefixStates, adapters_off
 from fastppo.offline.heldout import heldout_microbatches
 from fastppo.offline.loop import Setup
@@ -54,7 +54,7 @@ def heldout_logprobs(
             sums = model.engine(packed, partial(answer_logprobs, packed=packed), prefix_states).cpu()
             if len(part):  # of no pairs it is a pass that keeps in step with other ranks
                 found[part] = sums.view(-1, 2)
-    return all_sum(found, world).cpu()  # each pair is on one rank
+    return sum_groups(found, world).cpu()  # each pair is in one group
 
 
 class ReferenceLogprobs:
@@ -133,7 +133,7 @@ class ReferenceLogprobs:
                 mine.append((part[~known[part]], sums[~known[part]]))
             known[rows] = True
         indices, sums = (torch.cat(parts) for parts in zip(*mine, strict=True))
-        for part, found in all_gather((indices, sums), self._world):
+        for part, found in gather_groups((indices, sums), self._world):
             for index, both in zip(part.tolist(), found, strict=True):
                 if not self.known[index]:  # a batch may have a pair twice: the first one counts
                     self.training[index], self.known[index] = both, True

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fastppo.config import RewardTrainingConfig
 from fastppo.data import Examples, Packed
-from fastppo.distributed import World, all_gather, all_sum, stop, to_device
-from fastppo.models import PrefixStates, width_of
+from fastppo.distributed import World, gather_groups, stop, sum_groups, to_device
+from fastppo.models import PrefixStates, all_rows, width_of
 from fastppo.offline.heldout import heldout_microbatches
 from fastppo.offline.model import TrainedModel
 from fastppo.offline.preference import (
@@ -91,11 +91,13 @@ def evaluate_pairs(
     trained: TrainedModel, pairs: Examples, prefix: PrefixStates, config: RewardTrainingConfig, world: World
 ) -> PairEvaluation:
     """Scores of both answers of each pair, the same on every rank, and what centres them on `config.centre`."""
-    seen: list[tuple[Tensor, Tensor, Tensor]] = []  # sequences, scores, hidden states of this rank
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []  # sequences, scores, hidden states of this rank's group
     with stop.together(world):
         for part in heldout_microbatches(pairs, config, world):
             packed, prefix_states = trained.select(pairs, part, prefix)
-            scores, hidden = trained.engine(packed, lambda role, hidden: (role.head(hidden), hidden), prefix_states)
+            scores, hidden = trained.engine(
+                packed, lambda role, hidden: (role.head(hidden), all_rows(hidden)), prefix_states
+            )
             sequences = pairs.sequences(part)
             seen.append((sequences, *(x.double().cpu()[: len(sequences)] for x in (scores, hidden))))
     width = width_of(trained.role.model)
@@ -105,13 +107,13 @@ def evaluate_pairs(
         totals[:width] += hidden[counted].sum(0)
         totals[width] += scores[counted].sum()
         totals[width + 1] += counted.sum()
-    means = all_sum(totals, world).cpu()
+    means = sum_groups(totals, world).cpu()
     centring = None
     if config.centre != "off":
         centring = Centring(means[:width] / means[-1], float(means[width] / means[-1]))
     mine = [(s, score if centring is None else centring.scores(score, hidden)) for s, score, hidden in seen]
     scores = torch.zeros(len(pairs.packed), dtype=torch.float64)
-    for sequences, part_scores in (part for parts in all_gather(mine, world) for part in parts):
+    for sequences, part_scores in (part for parts in gather_groups(mine, world) for part in parts):
         scores[sequences] = part_scores
     chosen, rejected = scores.view(-1, 2).unbind(1)
     return PairEvaluation(chosen, rejected, pairs.margins + config.margin, centring)

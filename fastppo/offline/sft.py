@@ -13,7 +13,7 @@ from torch import Tensor
 from fastppo import ops
 from fastppo.config import OfflineConfig
 from fastppo.data import Examples, Packed
-from fastppo.distributed import World, all_sum, stop
+from fastppo.distributed import World, stop, sum_groups
 from fastppo.models import PrefixStates
 from fastppo.offline.heldout import heldout_microbatches
 from fastppo.offline.model import TrainedModel
@@ -57,5 +57,5 @@ def evaluate_answers(
             found = trained.engine(packed, partial(response_logprobs, targets=packed.responses), prefix_states)
             found = found[: int(answers.response_lengths[part].sum())]
             total += torch.tensor([-float(found.double().sum()), len(found)], dtype=torch.float64)
-    negative, tokens = all_sum(total, world).tolist()
+    negative, tokens = sum_groups(total, world).tolist()
     return AnswerEvaluation(negative / tokens, tokens)

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastppo.checkpoint import State, random_state, seed_random
 from fastppo.config import QUIET_STEPS, OfflineConfig, TrainingConfig
 from fastppo.data import Examples, Packed, pack_even
-from fastppo.distributed import World, all_sum, stop
+from fastppo.distributed import World, stop, sum_groups
 from fastppo.errors import TrainingFault
 from fastppo.models import PrefixStates
 from fastppo.monitor import Alarm
@@ -25,7 +25,11 @@ log = logging.getLogger("fastppo")
 
 
 class Objective(Protocol):
-    """What an offline method learns from a microbatch."""
+    """What an offline method learns from a microbatch.
+
+    Where ranks split its tokens (`parallel.sequence`), each calls the objective with the states of its own rows, and
+    the head gives the numbers of all rows.
+    """
 
     def __call__(
         self, role: Any, hidden: Tensor, /, *, packed: Packed, examples: Examples, part: Tensor
@@ -150,9 +154,10 @@ def total_steps(config: OfflineConfig, examples: Examples) -> int:
 def microbatches_of(
     rows: Sequence[int], examples: Examples, config: TrainingConfig, world: World
 ) -> tuple[Tensor, ...]:
-    """This rank's share of a batch, in microbatches of examples; each rank has as many. No example is split."""
-    return pack_even(torch.tensor(rows), examples.lengths, config.microbatch_tokens, world.ranks)[
-        world.rank :: world.ranks
+    """The share of a batch that this rank's group has, in microbatches of examples; each has as many. No example is in
+    two of them."""
+    return pack_even(torch.tensor(rows), examples.lengths, config.microbatch_tokens, world.groups)[
+        world.group :: world.groups
     ]
 
 
@@ -184,7 +189,7 @@ def update(
         # engines average gradients over ranks, and the loss is to be a mean over the examples of all of them
         engine.backward(loss * world.ranks / normalizer, last=i + 1 == len(mine))
         total = total + sums.detach().double()
-    norm, totals = engine.gradient_norm(), all_sum(total, world).cpu()
+    norm, totals = engine.gradient_norm(), sum_groups(total, world).cpu()
     finite = math.isfinite(norm) and bool(totals.isfinite().all())
     engine.step([rate, rate], apply=finite)
     if not finite:

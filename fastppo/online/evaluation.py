@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastppo.config import OnlineConfig
-from fastppo.data import IDLE, Packed, Prompts, PromptSet, pack_alone, rewards_by_turn
-from fastppo.distributed import World, all_gather, even_passes, stop
+from fastppo.data import IDLE, Packed, Prompts, PromptSet, of_group, pack_alone, rewards_by_turn
+from fastppo.distributed import World, even_passes, gather_groups, stop
 from fastppo.models import PrefixStates, Roles, token_stats
 from fastppo.monitor import Sample, as_text, distinct_pairs, said_behind, turn_metrics
 from fastppo.rewards import Source, response_texts, score
@@ -53,8 +53,8 @@ def evaluate(
     with holding("feedback", then="experience"):
         scored = score(rollout, heldout, sources, roles.tokenizer, world, judge)
     with holding("experience"):
-        of_rank = _log_ratios(rollout.packed, roles, config, world)
-    log_ratios = sum(all_gather(of_rank, world), torch.zeros(3, dtype=torch.float64))
+        of_group = _log_ratios(rollout.packed, roles, config, world)
+    log_ratios = sum(gather_groups(of_group, world), torch.zeros(3, dtype=torch.float64))
     packed, scores = scored.rollout.packed, scored.scores.double()
     count, tokens = len(packed), int(packed.response_cu_seqlens[-1])
     metrics = {
@@ -80,7 +80,11 @@ def evaluate(
 
 @torch.no_grad()
 def _log_ratios(packed: Packed, roles: Roles, config: OnlineConfig, world: World) -> Tensor:
-    """(3,) fp64 sums over this rank's response tokens: log p - log p_ref, -log p_ref, entropy of p."""
+    """(3,) fp64 sums over the response tokens of this rank's group: log p - log p_ref, -log p_ref, entropy of p.
+
+    packed: what this rank has drawn.
+    """
+    packed, _ = of_group(packed, world.sequence)
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)
     parts = pack_alone(packed.lengths, config.microbatch_tokens)
     for part in even_passes(parts, config.zero, world):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastppo.config import OnlineConfig
 from fastppo.data import Packed, segment_rows
-from fastppo.distributed import World, all_gather, gathered, stop
+from fastppo.distributed import World, gather_groups, gathered, stop
 from fastppo.models import Policy, PrefixStates, Roles, hidden_states, token_stats
 
 TokenRows = dict[str, Tensor]  # name -> (m,) fp32, on response tokens
@@ -28,9 +28,9 @@ def measure(
 ) -> TokenRows:
     """Logprobs, entropy, the reference's logprobs, values if there is a critic, and the KL if it is the exact one.
 
-    packed: the global batch; mine: this rank's microbatches of it, as indices of sequences, as many on every rank;
-    prefix_cache: is filled; None: actor and reference share each microbatch's prefix, and nothing is kept. Returns (M,)
-    tensors in the batch's order, on the CPU, the same on every rank.
+    packed: the global batch; mine: the microbatches of it that this rank's group has, as indices of sequences, as many
+    on every rank; prefix_cache: is filled; None: actor and reference share each microbatch's prefix, and nothing is
+    kept. Returns (M,) tensors in the batch's order, on the CPU, the same on every rank.
     """
     parts = []
     for sequences in mine:
@@ -39,7 +39,7 @@ def measure(
         rows = _measure(packed.select(sequences).to(world.device), sequences, roles, cache, config)
         parts.append((sequences, {name: x.float() for name, x in rows.items()}))
     parts = [(sequences, {name: x.cpu() for name, x in rows.items()}) for sequences, rows in parts]
-    return _assemble(packed, [part for rank in all_gather(parts, world) for part in rank])
+    return _assemble(packed, [part for group in gather_groups(parts, world) for part in group])
 
 
 def _measure(

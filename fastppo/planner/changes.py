@@ -141,6 +141,9 @@ def _options(config: AnyConfig, machine: Machine) -> Iterator[Change]:
         for stage in (1, 2, 3):
             if stage > zero.stage:
                 yield {"zero.stage": stage}
+        for together in (2, 4, 8):
+            if config.sequence_ranks < together <= machine.gpus and machine.ranks % together == 0:
+                yield {"parallel.sequence": together}
     if gpu:
         if zero.optimizer_on == "none":
             yield {"zero.offload_optimizer": "cpu"}

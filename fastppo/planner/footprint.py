@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from fastppo.distributed import Neighbours
 from fastppo.errors import FastPPOError
 from fastppo.models import (
     MINIATURE_ERRORS,
@@ -33,6 +34,7 @@ from fastppo.models import (
     ModelError,
     Policy,
     SequenceLayout,
+    Split,
     check_model,
     layers_of,
     miniature,
@@ -108,30 +110,30 @@ class Footprint:
         key_value = self._key_value_weights if ranks > self.key_value_heads else 0
         return -(-(self._matrices - key_value) // ranks) + key_value // self.key_value_heads + self._vectors
 
-    def passes(self, sequences: int, length: int, *, gradient: bool, recomputed: int = 0) -> Pass:
+    def passes(self, sequences: int, length: int, *, gradient: bool, recomputed: int = 0, split: int = 1) -> Pass:
         """One pass over `sequences` sequences of `length` tokens each.
 
-        recomputed: how many of the layers that the backward pass goes through, from the lowest upwards, keep their
+        split: how many ranks split their tokens; the first of them is counted, which has the most. recomputed: how many of the layers that the backward pass goes through, from the lowest upwards, keep their
         input alone. Backward, the layers above are done with, and what they kept is free, before one is recomputed.
         """
         depth = layers_in_graph(self.model)
         if not gradient or not recomputed or not depth:
-            return self._pass(sequences, length, gradient, checkpointing=False)
-        every = self._pass(sequences, length, gradient, checkpointing=True)
+            return self._pass(sequences, length, gradient, False, split)
+        every = self._pass(sequences, length, gradient, True, split)
         if recomputed >= depth:
             return every
-        none = self._pass(sequences, length, gradient, checkpointing=False)
+        none = self._pass(sequences, length, gradient, False, split)
         saved = recomputed * (none.kept - every.kept) // depth
         return Pass(none.kept - saved, max(none.peak - saved, every.peak))
 
-    def _pass(self, sequences: int, length: int, gradient: bool, *, checkpointing: bool) -> Pass:
+    def _pass(self, sequences: int, length: int, gradient: bool, checkpointing: bool, split: int) -> Pass:
         try:
-            return self._from_two_layers(sequences, length, gradient, checkpointing)
+            return self._from_two_layers(sequences, length, gradient, checkpointing, split)
         except Exception as error:
             if isinstance(error, FastPPOError) or not raised_by_a_model(error):
                 raise
         try:  # layers that do not run without the others, as where they share keys
-            one, two = (self._passes(self.layers, n, length, gradient, checkpointing) for n in (1, 2))
+            one, two = (self._passes(self.layers, n, length, gradient, checkpointing, split) for n in (1, 2))
             more = sequences - 1
             return Pass(one.kept + more * (two.kept - one.kept), one.peak + more * (two.peak - one.peak))
         except Exception as error:
@@ -139,13 +141,13 @@ class Footprint:
                 raise
             raise _why_not_counted(self.model, error) from error
 
-    def _from_two_layers(self, sequences: int, length: int, gradient: bool, checkpointing: bool) -> Pass:
+    def _from_two_layers(self, sequences: int, length: int, gradient: bool, checkpointing: bool, split: int) -> Pass:
         """The uppermost two layers are run, and those below taken for the same again."""
         depth = layers_in_graph(self.model) if gradient else 1
         if depth == 0:  # nothing trains but a head on detached states
             gradient, depth = False, 1
-        one, two = (self._passes(min(depth, 2), n, length, gradient, checkpointing) for n in (1, 2))
-        least = tuple(self._passes(1, n, length, gradient, checkpointing) for n in (1, 2))
+        one, two = (self._passes(min(depth, 2), n, length, gradient, checkpointing, split) for n in (1, 2))
+        least = tuple(self._passes(1, n, length, gradient, checkpointing, split) for n in (1, 2))
 
         def extended(shallow: tuple[int, int], deep: tuple[int, int], more: int) -> int:
             """Linear in sequences, and in layers beyond two."""
@@ -158,10 +160,13 @@ class Footprint:
         peak = extended((least[0].peak, least[1].peak), (one.peak, two.peak), 0) + layer_kept
         return Pass(kept, max(peak, kept))
 
-    def _measure(self, layers: int, sequences: int, length: int, gradient: bool, checkpointing: bool) -> Pass:
+    def _measure(
+        self, layers: int, sequences: int, length: int, gradient: bool, checkpointing: bool, ranks: int
+    ) -> Pass:
         # On a GPU attention is fused for every length; on the CPU short sequences go through plain products.
         length = length if self.on_cpu else max(length, PLAIN_ATTENTION_MAX + 1)
-        tokens = sequences * length
+        split = Split.of(sequences * length, _Shapes(0, ranks))
+        tokens = sequences * length if split is None else split.counts[0]
         model = _top(self.model, layers)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
@@ -174,13 +179,20 @@ class Footprint:
             ids, positions = (torch.zeros(1, tokens, dtype=torch.int64) for _ in range(2))
             live = _Live(*model.parameters(), *model.buffers())
             with live, nullcontext() if gradient else torch.no_grad():
-                spans = SequenceLayout.of([length] * sequences, torch.device("cpu"))
+                spans = SequenceLayout.of([length] * sequences, torch.device("cpu"), split=split)
                 output = model(input_ids=ids, position_ids=positions, packed=spans, use_cache=False)
                 hidden = output.last_hidden_state
                 kept = live.now if gradient else 0
                 if gradient and hidden.requires_grad:
                     hidden.backward(torch.zeros_like(hidden))
         return Pass(kept, live.peak)
+
+
+class _Shapes(Neighbours):
+    """A group of ranks as the first of them sees it, without the others: what it gets has no data."""
+
+    def exchange(self, parts: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        return parts.new_empty(sum(received))
 
 
 class _Live(TorchDispatchMode):

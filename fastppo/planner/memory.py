@@ -255,12 +255,12 @@ def learning_needs(role: Role, batch: Batch, optim: OptimConfig, *, head: bool, 
     """
     size = role.size
     recomputed = optim.recomputed_layers(size.layers)
-    flow = size.passes(batch.sequences, batch.length, gradient=True, recomputed=recomputed)
-    states = batch.responses * size.width * size.bytes  # hidden states at the response tokens
+    flow = size.passes(batch.sequences, batch.length, gradient=True, recomputed=recomputed, split=batch.split)
+    states = batch.own_responses * size.width * size.bytes  # hidden states at the response tokens
     if not head:
-        values = batch.responses * size.width * 4  # such a head computes in fp32
+        values = batch.own_responses * size.width * 4  # such a head computes in fp32
         return Bytes(activations=max(flow.kept + values, flow.peak) + states)
-    during, after = head_workspace(size, batch.responses, reference=reference, gradient=True)
+    during, after = head_workspace(size, batch.own_responses, reference=reference, gradient=True)
     # Two moments can be the highest: while the head runs on all that was kept, and within the backward pass.
     if flow.kept + during > flow.peak + after + states:
         return Bytes(activations=flow.kept + states, workspace=during)
@@ -270,10 +270,10 @@ def learning_needs(role: Role, batch: Batch, optim: OptimConfig, *, head: bool, 
 def asking_needs(role: Role, batch: Batch, *, head: bool, reference: bool = False) -> Bytes:
     """A pass without gradient over one microbatch."""
     size = role.size
-    peak = size.passes(batch.sequences, batch.length, gradient=False).peak
-    states = batch.responses * size.width * size.bytes
+    peak = size.passes(batch.sequences, batch.length, gradient=False, split=batch.split).peak
+    states = batch.own_responses * size.width * size.bytes
     states *= 2 if reference else 1
-    logits = head_workspace(size, batch.responses, reference=reference, gradient=False)[0] if head else 0
+    logits = head_workspace(size, batch.own_responses, reference=reference, gradient=False)[0] if head else 0
     return Bytes(activations=peak + states, workspace=logits)
 
 

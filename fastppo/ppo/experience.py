@@ -58,7 +58,7 @@ def compute_experience(
     prefix_cache: is filled for learning.
     """
     packed, config, world = scored.rollout.packed, context.config, context.world
-    mine = [sequences for minibatch in first_epoch for sequences in minibatch.of_rank(world.rank, world.ranks)]
+    mine = [sequences for minibatch in first_epoch for sequences in minibatch.of_group(world.group, world.groups)]
     measured = measure(packed, mine, context.roles, prefix_cache, config, world)
     if config.ppo.kl_kind != "exact":
         measured["kl"] = kl_estimate(measured["old_logprobs"], measured["ref_logprobs"], config.ppo.kl_kind)
@@ -97,11 +97,11 @@ def recompute_prefix(experience: Experience, done: int, prefix_cache: PrefixStat
     bit.
     """
     packed, roles, world = experience.packed, context.roles, context.world
-    plan = plan_step(packed.lengths, context.config, context.step, world.ranks, roles.attention)
+    plan = plan_step(packed.lengths, context.config, context.step, world.groups, roles.attention)
     computed = [minibatch for epoch in plan for minibatch in epoch][: max(done, len(plan[0]))]
     critic = [] if roles.critic is None else [roles.critic.module]
     for minibatch in computed:
-        for sequences in minibatch.of_rank(world.rank, world.ranks):
+        for sequences in minibatch.of_group(world.group, world.groups):
             microbatch = packed.select(sequences).to(world.device)
             for role in (roles.policy, roles.reference.module, *critic):
                 prefix_cache(role, microbatch, sequences)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastppo.config import Config
 from fastppo.data import Examples, batches, load_texts, pack_even, template_arguments
-from fastppo.distributed import Engine, World, all_sum, stop
+from fastppo.distributed import Engine, World, stop, sum_groups
 from fastppo.models import attention_ratio, token_stats
 
 
@@ -50,13 +50,13 @@ class Texts:
         return batches(self.examples, size=self.batch_size, seed=self.seed, shuffle=True, start=number)
 
     def microbatches(self, texts: list[int], attention: float, world: World) -> tuple[Tensor, ...]:
-        """This rank's share of an update's texts; each rank has as many microbatches, as ZeRO-3 asks.
+        """The share of an update's texts that this rank's group has; each has as many microbatches, as ZeRO-3 asks.
 
         attention: as in `microbatch.work`.
         """
         lengths = self.examples.lengths
-        packed = pack_even(torch.tensor(texts), lengths, self.microbatch_tokens, world.ranks, attention)
-        return packed[world.rank :: world.ranks]
+        packed = pack_even(torch.tensor(texts), lengths, self.microbatch_tokens, world.groups, attention)
+        return packed[world.group :: world.groups]
 
 
 def add_gradient(texts: Texts, chosen: list[int], actor: Engine, world: World) -> float:
@@ -75,7 +75,7 @@ def add_gradient(texts: Texts, chosen: list[int], actor: Engine, world: World) -
         # engines average gradients over ranks, and the loss is to be a mean over the tokens of all of them
         actor.backward(texts.coef * world.ranks / tokens * loss, last=False)
         total += loss.detach()
-    return float(all_sum(total, world)) / tokens
+    return float(sum_groups(total, world)) / tokens
 
 
 def negative_logprob(targets: Tensor, policy: Any, hidden: Tensor) -> Tensor:

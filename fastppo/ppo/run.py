@@ -139,7 +139,7 @@ def log_step(setup: PPOSetup, done: Step, tracker: Tracker) -> None:
     rates = dict(zip(("actor_lr", "critic_lr"), step_rates(config, run.step)[-1], strict=True))
     if config.value_function is None:
         del rates["critic_lr"]
-    spread = imbalance(done.plan, lengths, setup.world.ranks, attention)
+    spread = imbalance(done.plan, lengths, setup.world.groups, attention)
     seconds = setup.phases.take()
     metrics = step_metrics(done.experience, done.updates, seconds, config.importance)
     metrics |= done.health | rates

@@ -15,7 +15,7 @@ from fastppo import ops
 from fastppo.config import Config
 from fastppo.data import Experience, Minibatch, Packed
 from fastppo.distributed import Engine, to_device
-from fastppo.models import Policy, PrefixStates, hidden_states
+from fastppo.models import Policy, PrefixStates, hidden_states, sequence_group
 from fastppo.ops import TokenStats, eager
 from fastppo.ppo.experience import StepContext
 from fastppo.ppo.losses import PolicyLoss, TokenLoss, checked_loss, weighted
@@ -41,6 +41,12 @@ class Sums(NamedTuple):
             self.value + other.value.detach(),
             self.nll + other.nll.detach(),
         )
+
+    def of_rank(self) -> Sums:
+        """This rank's part of sums that each rank of its group has computed over whole sequences; exact, since a group
+        has 1, 2, 4 or 8 ranks."""
+        ranks = sequence_group().size
+        return Sums(self.policy / ranks, self.ratio_max, self.value / ranks, self.nll / ranks)
 
 
 class Totals(NamedTuple):
@@ -159,7 +165,7 @@ def _sums(
     kl_sum = torch.zeros_like(surrogate) if kl is None else kl.sum()
     of_tokens = (surrogate, stats.entropy.sum(), kl_sum, eager.exp_less_tangent(log_ratio).sum())
     sums = torch.stack([x.detach().to(ratio) for x in (*of_tokens, *counts)])
-    return Sums(sums, ratio.max(), sums.new_zeros(7), nll.to(ratio))
+    return Sums(sums, ratio.max(), sums.new_zeros(7), nll.to(ratio)).of_rank()
 
 
 def value_term(role: Any, hidden: Tensor, targets: Targets, config: Config) -> tuple[Tensor, Sums]:
@@ -173,7 +179,7 @@ def value_term(role: Any, hidden: Tensor, targets: Targets, config: Config) -> t
         normalizer=targets.divisors.tokens,
     )
     nothing = stats.sums.new_zeros
-    return config.ppo.value_coef * loss, Sums(nothing(8), nothing(()), stats.sums, nothing(()))
+    return config.ppo.value_coef * loss, Sums(nothing(8), nothing(()), stats.sums, nothing(())).of_rank()
 
 
 def value_head_term(role: Any, hidden: Tensor, targets: Targets, config: Config) -> tuple[Tensor, Sums]:

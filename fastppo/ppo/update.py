@@ -91,13 +91,14 @@ def _accumulate(
     prefix_cache: PrefixStates,
     context: StepContext,
 ) -> Sums:
-    """Gradients and statistics of this rank's share of a minibatch."""
+    """Gradients and statistics of this rank's share of a minibatch. In a group that splits rows it has the gradients of
+    its own rows, and a part of the statistics."""
     config, world, reference = context.config, context.world, context.roles.reference
     # Engines average gradients over ranks, and the loss is to be a mean over all of them. Without a good response there
     # is nothing to divide.
     divisors = Totals(*(max(x, 1) / world.ranks for x in totals))
     sums = Sums.zero(world.device)
-    microbatches = minibatch.of_rank(world.rank, world.ranks)
+    microbatches = minibatch.of_group(world.group, world.groups)
     read = list(reference.module.head.parameters()) if config.ppo.loss_reads_reference else []
     for i, sequences in enumerate(microbatches):
         stop.check(world)

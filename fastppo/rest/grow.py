@@ -32,8 +32,8 @@ def grow_batch(setup: RestSetup, prompts: Prompts) -> tuple[Scored, Measured]:
         scored = score(rollout, setup.data, setup.sources, roles.tokenizer, world, setup.judge)
     with timed("experience"), holding("experience"):
         packed = scored.rollout.packed
-        parts = pack_even(torch.arange(len(packed)), packed.lengths, config.microbatch_tokens, world.ranks)
-        rows = measure(packed, parts[world.rank :: world.ranks], roles, None, config, world)
+        parts = pack_even(torch.arange(len(packed)), packed.lengths, config.microbatch_tokens, world.groups)
+        rows = measure(packed, parts[world.group :: world.groups], roles, None, config, world)
     kl = rows["old_logprobs"] - rows["ref_logprobs"]  # k1
     batch = Measured(
         packed=packed,

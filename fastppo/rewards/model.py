@@ -17,6 +17,7 @@ from fastppo.data import (
     Messages,
     Packed,
     encode_after,
+    of_group,
     pack,
     pack_alone,
     plain_tokens,
@@ -89,13 +90,14 @@ class ModelSource:
     def scores(self, packed: Packed, texts: Sequence[str]) -> list[float]:
         """One number for each sequence; texts: the responses, to name one in an error. All ranks call it."""
         self.check(packed)
+        packed, own = of_group(packed, self.world.sequence)
         scores, parts = torch.zeros(len(packed)), []
         for part in even_passes(pack_alone(packed.lengths, self.budget), self.zero, self.world):
             piece = packed.select(part) if len(part) else IDLE
             parts.append((part, self.model(piece.to(self.world.device))[: len(part)]))
         for part, found in parts:  # after the last pass: the host waits for the device once
             scores[part] = found.cpu()
-        return checked(self.name, scores, texts)
+        return checked(self.name, scores[own], texts)
 
     def check(self, packed: Packed) -> None:
         """Raises TooLong, or RewardError for a token that the model has no embedding of. All ranks call it."""

@@ -23,7 +23,7 @@ def test_every_sequence_is_in_one_microbatch_within_the_budget_and_ranks_have_as
     parts = pack_even(torch.randperm(len(lengths)), lengths, budget, ranks, attention)
     assert sorted(torch.cat(parts).tolist()) == list(range(len(lengths)))
     assert all(0 < int(lengths[p].sum()) <= budget for p in parts)
-    shares = [Minibatch(parts).of_rank(rank, ranks) for rank in range(ranks)]
+    shares = [Minibatch(parts).of_group(rank, ranks) for rank in range(ranks)]
     assert len({len(share) for share in shares}) == 1
     assert sorted(torch.cat([p for share in shares for p in share]).tolist()) == list(range(len(lengths)))
 
@@ -134,4 +134,4 @@ def test_the_same_seed_makes_the_same_plan():
 
 def test_ranks_take_as_many_microbatches_each():
     for minibatch in plan(ranks=2, budget=40)[0]:
-        assert len(minibatch.of_rank(0, 2)) == len(minibatch.of_rank(1, 2))
+        assert len(minibatch.of_group(0, 2)) == len(minibatch.of_group(1, 2))

@@ -16,8 +16,8 @@ from fastppo.data.microbatches import plan_step
 from fastppo.distributed.world import start_world
 from fastppo.models.frozen_prefix import PrefixStates
 from fastppo.models.loading.trained import set_trainable
-from fastppo.models.lora import add_adapters, merged_state
-from fastppo.models.roles import ModelError, Policy, adapters_off, fuse_head
+from fastppo.models.lora import adapters_off, add_adapters, merged_state
+from fastppo.models.roles import ModelError, Policy, fuse_head
 from fastppo.ppo.experience import compute_experience
 from fastppo.ppo.update import run_updates
 

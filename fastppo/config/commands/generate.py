@@ -126,6 +126,11 @@ class GenerateConfig:
         return {}
 
     @property
+    def sequence_ranks(self) -> int:
+        """Each rank reads what it drew."""
+        return 1
+
+    @property
     def trained(self) -> dict[str, ActorConfig]:
         """Nothing."""
         return {}

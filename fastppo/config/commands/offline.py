@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
-from fastppo.config.learning import OptimConfig, ZeroConfig
+from fastppo.config.learning import OptimConfig, ParallelConfig, ZeroConfig
 from fastppo.config.models import AttentionSetting, LoraConfig, ReferenceConfig
 from fastppo.config.run import CheckpointConfig, EvaluationConfig, Names, TrackConfig
 
@@ -197,9 +197,15 @@ class OfflineConfig:
     data: ExamplesConfig = field(default_factory=ExamplesConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     eval: HeldOutConfig = field(default_factory=HeldOutConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    @property
+    def sequence_ranks(self) -> int:
+        """Ranks that read each row of whole sequences together."""
+        return self.parallel.sequence
 
     @property
     def trained(self) -> dict[str, ModelConfig]:

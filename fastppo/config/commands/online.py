@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from fastppo.config.data import SAMPLER_ROUNDING, SAMPLER_SPEED, DataConfig, RolloutConfig, SamplingConfig
 from fastppo.config.health import HealthConfig
-from fastppo.config.learning import OptimConfig, ZeroConfig
+from fastppo.config.learning import OptimConfig, ParallelConfig, ZeroConfig
 from fastppo.config.models import ActorConfig, AttentionSetting, CriticConfig, LayersConfig, ReferenceConfig
 from fastppo.config.rewards import RewardConfig
 from fastppo.config.run import CheckpointConfig, EvalConfig, Names, TrackConfig
@@ -87,6 +87,7 @@ class OnlineConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
@@ -95,6 +96,11 @@ class OnlineConfig:
     @property
     def judge(self) -> tuple[RewardConfig, ...]:
         return self.health.judge
+
+    @property
+    def sequence_ranks(self) -> int:
+        """Ranks that read each row of whole sequences together."""
+        return self.parallel.sequence
 
     @property
     def done_before(self) -> dict[str, tuple[Any, Any]]:

@@ -23,6 +23,7 @@ from fastppo.config.validation.learning import (
     check_batch,
     check_importance,
     check_kl,
+    check_parallel,
     check_ptx,
     check_schedule,
     check_zero,
@@ -73,8 +74,9 @@ def validate(config: Config, ranks: int = 1) -> None:
     check_data(config)
     check_sampling(config)
     check_rollout(config, ranks)
-    check_batch(config, ranks)
-    check_ptx(config, ranks)
+    groups = check_parallel(config, ranks)
+    check_batch(config, groups)
+    check_ptx(config, groups)
     check_zero(config)
     check_kl(config)
     check_importance(config)

@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 from fastppo.config import deepspeed_config
-from fastppo.config.commands.ppo import AnyConfig, Config
+from fastppo.config.commands.ppo import AnyConfig, Config, TrainingConfig
 from fastppo.errors import ConfigError
 
+SEQUENCE_RANKS = (1, 2, 4, 8)  # of `parallel.sequence`
 
-def other_ranks(divided: int, ranks: int) -> str:
-    """The way out where so many ranks do not divide a number; a run may be resumed on another number of them."""
-    fewer = max(n for n in range(1, ranks) if divided % n == 0)
+
+def other_ranks(divided: int, groups: int, config: TrainingConfig) -> str:
+    """The way out where so many groups of ranks (`check_parallel`) do not divide a number; a run may be resumed on
+    another number of them."""
+    fewer = config.parallel.sequence * max(n for n in range(1, groups) if divided % n == 0)
     return f"start {fewer} rank(s) (--num_accelerators {fewer}), also where a run is resumed"
 
 
-def check_batch(config: Config, ranks: int) -> None:
+def check_parallel(config: TrainingConfig, ranks: int) -> int:
+    """Return among how many groups of ranks an update is divided. Raise `ConfigError` if they are not of one size."""
+    together = config.parallel.sequence
+    if ranks % together:
+        fewer = max(size for size in SEQUENCE_RANKS if ranks % size == 0 and size < together)
+        raise ConfigError(
+            f"parallel.sequence is {together} and there {'is 1 rank' if ranks == 1 else f'are {ranks} ranks'}: each"
+            f" group of {together} ranks reads sequences together, and {ranks} is not a multiple of {together}. Set"
+            f" parallel.sequence to {fewer}, or start {ranks + together - ranks % together} ranks."
+        )
+    return ranks // together
+
+
+def among(config: TrainingConfig, groups: int) -> str:
+    """Who shares the work of an update, for messages: ranks, or groups of them."""
+    together = config.parallel.sequence
+    return f"{groups} ranks" if together == 1 else f"{groups} groups of {together} ranks (parallel.sequence)"
+
+
+def check_batch(config: Config, groups: int) -> None:
+    """groups: as `check_parallel` returns it."""
     size, samples, minibatches = config.ppo.batch_size, config.sampling.samples_per_prompt, config.ppo.minibatches
     for name, parts in (("sampling.samples_per_prompt", samples), ("ppo.minibatches", minibatches)):
         if size % parts:
@@ -23,15 +46,17 @@ def check_batch(config: Config, ranks: int) -> None:
                 f"ppo.batch_size is {size} and {name} {parts}: {reason}, and {size} is not a multiple of {parts}. Set"
                 f" batch_size to {near}, or choose another {name.split('.')[1]}."
             )
-    if size // minibatches % ranks:
+    if size // minibatches % groups:
         raise ConfigError(
             f"ppo.batch_size is {size} and ppo.minibatches {minibatches}: a minibatch of {size // minibatches}"
-            f" responses cannot be divided equally among {ranks} ranks. Set batch_size to a multiple of"
-            f" {ranks * minibatches}, or use fewer minibatches, or {other_ranks(size // minibatches, ranks)}."
+            f" responses cannot be divided equally among {among(config, groups)}. Set batch_size to a multiple of"
+            f" {groups * minibatches}, or use fewer minibatches, or"
+            f" {other_ranks(size // minibatches, groups, config)}."
         )
 
 
-def check_ptx(config: Config, ranks: int) -> None:
+def check_ptx(config: Config, groups: int) -> None:
+    """groups: as `check_parallel` returns it."""
     ptx, budget = config.ptx, config.ppo.microbatch_tokens
     if ptx.coef == 0:
         if ptx.path:
@@ -45,10 +70,10 @@ def check_ptx(config: Config, ranks: int) -> None:
             f"ptx.coef is {ptx.coef} but ptx.path is not set: give a dataset on the hub, a directory or a file with"
             " text, or set ptx.coef to 0."
         )
-    if ptx.batch_size % ranks:
+    if ptx.batch_size % groups:
         raise ConfigError(
-            f"ptx.batch_size is {ptx.batch_size} and there are {ranks} ranks, among which the texts are divided"
-            f" equally. Set it to a multiple of {ranks}, or {other_ranks(ptx.batch_size, ranks)}."
+            f"ptx.batch_size is {ptx.batch_size} and there are {among(config, groups)}, among which the texts are"
+            f" divided equally. Set it to a multiple of {groups}, or {other_ranks(ptx.batch_size, groups, config)}."
         )
     if ptx.max_tokens > budget:
         raise ConfigError(

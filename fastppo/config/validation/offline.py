@@ -6,7 +6,7 @@ import math
 
 from fastppo.config.commands.offline import DPOConfig, OfflineConfig, PairsConfig, RewardTrainingConfig, SFTConfig
 from fastppo.config.validation.data import check_heldout, check_template
-from fastppo.config.validation.learning import check_zero, other_ranks
+from fastppo.config.validation.learning import among, check_parallel, check_zero, other_ranks
 from fastppo.config.validation.models import check_attention, check_gguf_file, check_targets
 from fastppo.config.validation.ranges import Ranges, check_betas, check_ranges, check_train
 from fastppo.config.validation.run import check_checkpoints, check_tracking
@@ -65,10 +65,11 @@ def validate_offline(config: OfflineConfig, ranks: int = 1, own: Ranges = ()) ->
             f" {answers * data.max_tokens} tokens (data.max_tokens {data.max_tokens}) and must fit into one microbatch."
             " Raise microbatch_tokens, or lower data.max_tokens."
         )
-    if config.batch_size % ranks:
+    if config.batch_size % (groups := check_parallel(config, ranks)):
         raise ConfigError(
-            f"batch_size is {config.batch_size} and there are {ranks} ranks, among which the {what} are divided"
-            f" equally. Set it to a multiple of {ranks}, or {other_ranks(config.batch_size, ranks)}."
+            f"batch_size is {config.batch_size} and there are {among(config, groups)}, among which the {what} are"
+            f" divided equally. Set it to a multiple of {groups}, or"
+            f" {other_ranks(config.batch_size, groups, config)}."
         )
     if heldout == 0 and data.eval_path is not None:
         raise ConfigError(

@@ -8,7 +8,7 @@ from itertools import pairwise
 from fastppo.config.commands.rest import RestConfig
 from fastppo.config.validation.data import check_data, check_rollout, check_sampling
 from fastppo.config.validation.health import check_health
-from fastppo.config.validation.learning import check_zero, other_ranks
+from fastppo.config.validation.learning import among, check_parallel, check_zero, other_ranks
 from fastppo.config.validation.models import check_models
 from fastppo.config.validation.ranges import ONLINE_RANGES, Ranges, check_betas, check_ranges, check_train
 from fastppo.config.validation.rewards import check_rewards, check_waiting
@@ -39,7 +39,7 @@ def validate_rest(config: RestConfig, ranks: int = 1) -> None:
     check_data(config)
     check_sampling(config)
     check_rollout(config, ranks)
-    _check_sizes(config, ranks)
+    _check_sizes(config, check_parallel(config, ranks))
     _check_thresholds(config)
     _check_mixture(config)
     check_zero(config)
@@ -50,17 +50,18 @@ def validate_rest(config: RestConfig, ranks: int = 1) -> None:
     check_waiting(config, ranks)
 
 
-def _check_sizes(config: RestConfig, ranks: int) -> None:
+def _check_sizes(config: RestConfig, groups: int) -> None:
     size, samples = config.grow.batch_size, config.sampling.samples_per_prompt
     if size % samples:
         raise ConfigError(
             f"grow.batch_size is {size} and sampling.samples_per_prompt {samples}: the responses to a prompt are drawn"
             f" together, and {size} is not a multiple of {samples}. Set batch_size to {size - size % samples + samples}."
         )
-    if config.improve.batch_size % ranks:
+    if config.improve.batch_size % groups:
         raise ConfigError(
-            f"improve.batch_size is {config.improve.batch_size} and there are {ranks} ranks, among which the responses"
-            f" are divided equally. Set it to a multiple of {ranks}, or {other_ranks(config.improve.batch_size, ranks)}."
+            f"improve.batch_size is {config.improve.batch_size} and there are {among(config, groups)}, among which the"
+            f" responses are divided equally. Set it to a multiple of {groups}, or"
+            f" {other_ranks(config.improve.batch_size, groups, config)}."
         )
     if config.improve.keep == "best" and samples == 1:
         raise ConfigError(

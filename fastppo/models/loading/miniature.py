@@ -11,6 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from fastppo.models.parallel.group import sequence_group
 from fastppo.models.rotary import LONGROPE, rope_parameters
 
 log = logging.getLogger("fastppo")
@@ -145,10 +146,11 @@ def _narrow(config: PreTrainedConfig) -> None:
     # Heads keep their width: a config may have a list of rotary scales as long as a head is wide.
     text = config.get_text_config()
     heads, width = text.num_attention_heads, text.hidden_size
-    few_heads = min(HEADS, heads)
+    few = max(HEADS, sequence_group().size)  # each rank that splits a row has a head
+    few_heads = min(few, heads)
     key_heads = getattr(text, "num_key_value_heads", None)
     if key_heads is not None:
-        grouped = few_heads // 2 if key_heads > 1 and few_heads == HEADS else 1
+        grouped = few_heads // 2 if key_heads > 1 and few_heads == few else 1
         text.num_key_value_heads = few_heads if key_heads == heads else grouped
     text.num_attention_heads = few_heads
     text.hidden_size = few_heads * (_head_width(text) or width // heads)

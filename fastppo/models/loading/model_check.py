@@ -27,6 +27,7 @@ from fastppo.models.layers.fuse import layers_are_fused, layers_as
 from fastppo.models.loading.demands import WORKS, check_demands, check_interface
 from fastppo.models.loading.miniature import MINIATURE_ERRORS, miniature
 from fastppo.models.loading.model_code import place_of, summary_of
+from fastppo.models.parallel.group import computing_alone
 from fastppo.models.roles import Backbone, ModelError, Policy, fuse_head
 from fastppo.models.rotary import longrope_switch
 
@@ -99,7 +100,7 @@ def check_model(model: PreTrainedModel) -> None:
     original_attention = model.config._attn_implementation
     check_demands(model)
     trial = _Trial.of(model)
-    with torch.no_grad():
+    with torch.no_grad(), computing_alone():
         # in order of length, because longer sequences may extend a rotary table
         expected = {s: trial.expected_outputs(s) for s in sorted(trial.sequences, key=len)}
         role = Policy(fuse_head(model)) if trial.causal else Backbone(model)

@@ -29,6 +29,7 @@ from fastppo.models.loading.quantized import (
 )
 from fastppo.models.loading.source import WAYS, Source, check_library_model, check_name, check_no_adapter
 from fastppo.models.loading.streams import partition, stream, weight_files
+from fastppo.models.parallel.check import check_split
 from fastppo.models.roles import ModelError
 
 log = logging.getLogger("fastppo")
@@ -178,6 +179,7 @@ def load_model(
     config = load_config(source)
     outline(auto, source, dtype)  # first the errors that need its modules and its config only
     check_architecture(auto, config, device, dtype)
+    check_split(auto, config, device)
     if partitions is None:
         model = _load_whole(auto, source, config, dtype)
         cast(nn.Module, model).to(device)

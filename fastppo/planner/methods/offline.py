@@ -31,8 +31,8 @@ def shares(roles: list[Role], config: OfflineConfig, ranks: int, _: Placement | 
     role, *frozen = roles
     states = model_states(role, config, ranks) + buffers(role, config, ranks)
     kept = Places(gpu=Bytes(buffers=_kept_prefix_states(role.size, config)))
-    head = config.role == "policy"
-    learning = learning_needs(role, _batch(config, config.batch_size // ranks), config.optim, head=head)
+    head, groups = config.role == "policy", ranks // config.sequence_ranks
+    learning = learning_needs(role, _batch(config, config.batch_size // groups), config.optim, head=head)
     asking = asking_needs(role, _batch(config, config.eval.examples or config.batch_size), head=head)
     return [
         *(Share(other.name, other.name, _asked_alone(other, config, ranks)) for other in frozen),
@@ -43,7 +43,8 @@ def shares(roles: list[Role], config: OfflineConfig, ranks: int, _: Placement | 
 
 def _asked_alone(role: Role, config: OfflineConfig, ranks: int) -> Places:
     """A frozen model while it is asked about training and held-out examples, in the microbatches of the other one."""
-    batches = [_batch(config, config.batch_size // ranks), _batch(config, config.eval.examples or config.batch_size)]
+    groups = ranks // config.sequence_ranks
+    batches = [_batch(config, config.batch_size // groups), _batch(config, config.eval.examples or config.batch_size)]
     needs = max((asking_needs(role, batch, head=True) for batch in batches), key=lambda amount: amount.total)
     return model_states(role, config, ranks) + prefetch(role, config) + buffers(role, config, ranks) + Places(gpu=needs)
 
@@ -60,13 +61,13 @@ def smaller_passes(config: OfflineConfig) -> Iterator[Change]:
 
 
 def _batch(config: OfflineConfig, examples: int) -> Batch:
-    """A microbatch of so many examples that a rank has, spread evenly as `microbatch.pack_even` does it."""
+    """A microbatch of so many examples that a rank, or a group of ranks, has, spread evenly as `pack_even` does it."""
     each, length = config.sequences, config.data.max_tokens
     fit = max(config.microbatch_tokens // (each * length), 1)
     sequences = each * -(-examples // -(-examples // fit))
     # A score comes from the last token alone, a policy's loss from every token of a response, which may be nearly all.
     responses = sequences * (length if config.role == "policy" else 1)
-    return Batch(sequences, length, responses)
+    return Batch(sequences, length, responses, split=config.sequence_ranks)
 
 
 def _kept_prefix_states(size: Footprint, config: OfflineConfig) -> int:
@@ -80,4 +81,4 @@ def _kept_prefix_states(size: Footprint, config: OfflineConfig) -> int:
     example = config.sequences * config.data.max_tokens * size.width * size.bytes
     bounds = (config.data.limit, None if config.steps is None else config.steps * config.batch_size)
     trained = min((example * count for count in bounds if count is not None), default=most)
-    return min(trained, most) + min(example * config.eval.examples, most)
+    return (min(trained, most) + min(example * config.eval.examples, most)) // config.sequence_ranks

@@ -1,0 +1,1 @@
+"""Sequence parallelism: ranks that compute a packed row together, each its tokens, and in attention its heads."""
