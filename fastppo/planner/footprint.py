@@ -113,8 +113,9 @@ class Footprint:
     def passes(self, sequences: int, length: int, *, gradient: bool, recomputed: int = 0, split: int = 1) -> Pass:
         """One pass over `sequences` sequences of `length` tokens each.
 
-        split: how many ranks split their tokens; the first of them is counted, which has the most. recomputed: how many of the layers that the backward pass goes through, from the lowest upwards, keep their
-        input alone. Backward, the layers above are done with, and what they kept is free, before one is recomputed.
+        split: how many ranks split their tokens; counted is the first of them, which has the most. recomputed: how many
+        of the layers that the backward pass goes through, from the lowest upwards, keep their input alone. Backward,
+        the layers above are done with, and what they kept is free, before one is recomputed.
         """
         depth = layers_in_graph(self.model)
         if not gradient or not recomputed or not depth:
