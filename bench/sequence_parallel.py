@@ -104,7 +104,7 @@ def measure(shape: str, layers: int, ranks: int) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--shape", choices=[*SHAPES], help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -35,7 +35,7 @@ from fastppo.errors import FastPPOError
 from fastppo.models.backends.backend import AttentionBackend, supports
 from fastppo.models.backends.choice import choose_backend
 from fastppo.models.cache import Cache, SequenceLayout
-from fastppo.models.parallel.heads import to_heads, to_tokens
+from fastppo.models.parallel.heads import pieces, to_heads, to_tokens
 from fastppo.models.plain_attention import attend_extended, attend_plainly
 
 ATTENTION = "fastppo_packed"
@@ -134,9 +134,13 @@ def _attend_layout(
 ) -> Tensor:
     """(1, heads, n, width) -> (1, n, heads, width), n tokens of the packed row: all, or this rank's of a split row."""
     if layout.split is not None:
-        heads = query.shape[1]
-        own = to_heads(query, key, value, layout.split)
-        return to_tokens(_attend_layout(*own, replace(layout, split=None), backend, options), layout.split, heads)
+        heads, key_heads, group, whole = query.shape[1], key.shape[1], layout.split.group, replace(layout, split=None)
+        q, k, v = to_heads(query, key, value, layout.split)
+        outputs = [
+            _attend_layout(q[:, queries], k[:, keys], v[:, keys], whole, backend, options)
+            for queries, keys in pieces(heads, key_heads, group.size, group.index)
+        ]
+        return to_tokens(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2), layout.split, heads)
     if backend is None:
         return _attend_packed(query, key, value, layout, **options)
     # Contiguous, because some models view the result in another shape, and a backend may return it as the query lies.

@@ -12,7 +12,7 @@ from fastppo.errors import ModelError
 from fastppo.models.attention import Window, attend
 from fastppo.models.cache import SequenceLayout
 from fastppo.models.parallel.group import Split
-from fastppo.models.parallel.heads import deal_heads, to_heads, to_tokens
+from fastppo.models.parallel.heads import deal_heads, pieces, to_heads, to_tokens
 from fastppo.models.parallel.rows import Rows, all_columns, all_rows, computing, own_rows
 
 CPU, WIDTH = torch.device("cpu"), 4
@@ -69,6 +69,13 @@ def test_heads_are_dealt_in_runs_with_the_keys_that_they_read():
     assert deal_heads(4, 1, 4).keys == (slice(0, 1),) * 4
     deal = deal_heads(32, 8, 4)
     assert [deal.heads(rank) for rank in range(4)] == [(8, 2)] * 4
+
+
+def test_heads_are_attended_in_pieces_whose_keys_have_as_many_readers_each():
+    assert pieces(9, 3, 2, 0) == [(slice(0, 3), slice(0, 1)), (slice(3, 4), slice(1, 2))]
+    assert pieces(9, 3, 2, 1) == [(slice(0, 2), slice(0, 1)), (slice(2, 5), slice(1, 2))]
+    assert pieces(32, 8, 4, 3) == [(slice(0, 8), slice(0, 2))]
+    assert pieces(24, 6, 4, 1) == [(slice(0, 2), slice(0, 1)), (slice(2, 6), slice(1, 2))]
 
 
 def test_a_group_of_more_ranks_than_heads_is_refused_with_the_numbers():

@@ -126,8 +126,6 @@ def test_a_run_that_splits_rows_stops_and_goes_on_bit_for_bit_with_the_metrics_o
     assert len(whole_runs.records(cut)) < len(whole_runs.records(whole))
     forks.run([*stopped, "--resume", "auto"], ranks=2)
     whole_runs.assert_same_run(whole, cut)
-    one, two = (
-        whole_runs.records(output)[1] for output in (alone, whole)
-    )  # the first step; rewards are random numbers
-    same = ("kl", "entropy", "ratio_mean", "ratio_max", "approx_kl", "response_length", "imbalance")
+    one, two = (whole_runs.records(output)[1] for output in (alone, whole))  # the first step
+    same = ("kl", "entropy", "response_length", "imbalance")  # rewards are random numbers of each rank's own
     assert {name: two[name] for name in same} == pytest.approx({name: one[name] for name in same}, rel=1e-3, abs=1e-5)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -56,19 +57,13 @@ def deal_heads(heads: int, key_heads: int, ranks: int) -> Deal:
 def to_heads(query: Tensor, key: Tensor, value: Tensor, split: Split) -> tuple[Tensor, Tensor, Tensor]:
     """All tokens of this rank's heads, from all heads of its tokens, less a token that it computes for want of one.
 
-    query (1, heads, n, width), key, value (1, key heads, n, width), n tokens of N -> the same with N tokens, fewer
-    heads, and keys that each have the same number of queries; not contiguous. All ranks of the group call it.
+    query (1, heads, n, width), key, value (1, key heads, n, width), n tokens of N -> the same with N tokens and fewer
+    heads, not contiguous. Which queries read which keys is in `pieces`. All ranks of the group call it.
     """
     deal = deal_heads(query.shape[1], key.shape[1], split.group.size)
     query, key, value = (x[:, :, : split.counts[split.group.index]] for x in (query, key, value))
-    q, k, v = _ToHeads.apply(query, key, value, split, deal)  # type: ignore[no-untyped-call]
-    readers = _readers(deal, split.group.index, query.shape[1] // key.shape[1])
-    if len(set(readers)) > 1:  # a run that begins or ends within a group: a key head for each query head
-        k, v = (
-            torch.cat([x[:, i : i + 1].expand(-1, count, -1, -1) for i, count in enumerate(readers)], dim=1)
-            for x in (k, v)
-        )
-    return q, k, v
+    found: tuple[Tensor, Tensor, Tensor] = _ToHeads.apply(query, key, value, split, deal)  # type: ignore[no-untyped-call]
+    return found
 
 
 def to_tokens(out: Tensor, split: Split, heads: int) -> Tensor:
@@ -82,12 +77,25 @@ def to_tokens(out: Tensor, split: Split, heads: int) -> Tensor:
     return tokens if tokens.shape[1] else F.pad(tokens, (0, 0, 0, 0, 0, 1))
 
 
-def _readers(deal: Deal, rank: int, group: int) -> list[int]:
-    """How many of a rank's query heads read each of its key heads."""
+@cache
+def pieces(heads: int, key_heads: int, ranks: int, rank: int) -> list[tuple[slice, slice]]:
+    """A rank's query heads and key heads in the fewest pieces in which each key head has as many readers.
+
+    A run of query heads may begin or end within those that read one key head, so there are up to three. To repeat keys
+    for each query head instead would take a multiple of their memory.
+    """
+    deal, group = deal_heads(heads, key_heads, ranks), heads // key_heads
     queries, keys = deal.queries[rank], deal.keys[rank]
-    return [
+    readers = [
         min(queries.stop, (key + 1) * group) - max(queries.start, key * group) for key in range(keys.start, keys.stop)
     ]
+    found, first_query, first_key = [], 0, 0
+    for count, run in groupby(readers):
+        size = len(list(run))
+        end = first_query + count * size, first_key + size
+        found.append((slice(first_query, end[0]), slice(first_key, end[1])))
+        first_query, first_key = end
+    return found
 
 
 def _by_heads(tokens: Sequence[Tensor], runs: Sequence[Sequence[slice]], split: Split) -> Tensor:
