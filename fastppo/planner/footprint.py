@@ -113,9 +113,9 @@ class Footprint:
     def passes(self, sequences: int, length: int, *, gradient: bool, recomputed: int = 0, split: int = 1) -> Pass:
         """One pass over `sequences` sequences of `length` tokens each.
 
-        split: how many ranks split their tokens; counted is the first of them, which has the most. recomputed: how many
-        of the layers that the backward pass goes through, from the lowest upwards, keep their input alone. Backward,
-        the layers above are done with, and what they kept is free, before one is recomputed.
+        split: how many ranks split their tokens; counted is the last of them, which has the most heads. recomputed: how
+        many of the layers that the backward pass goes through, from the lowest upwards, keep their input alone.
+        Backward, the layers above are done with, and what they kept is free, before one is recomputed.
         """
         depth = layers_in_graph(self.model)
         if not gradient or not recomputed or not depth:
@@ -166,8 +166,8 @@ class Footprint:
     ) -> Pass:
         # On a GPU attention is fused for every length; on the CPU short sequences go through plain products.
         length = length if self.on_cpu else max(length, PLAIN_ATTENTION_MAX + 1)
-        split = Split.of(sequences * length, _Shapes(0, ranks))
-        tokens = sequences * length if split is None else split.counts[0]
+        split = Split.of(sequences * length, _Shapes(ranks - 1, ranks))
+        tokens = sequences * length if split is None else max(split.counts[-1], 1)
         model = _top(self.model, layers)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
@@ -190,7 +190,7 @@ class Footprint:
 
 
 class _Shapes(Neighbours):
-    """A group of ranks as the first of them sees it, without the others: what it gets has no data."""
+    """A group of ranks as one of them sees it, without the others: what it gets has no data."""
 
     def exchange(self, parts: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         return parts.new_empty(sum(received))
