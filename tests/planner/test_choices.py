@@ -58,7 +58,9 @@ def models(tmp_path_factory):
 def layers_of_100_kilobytes(monkeypatch):
     """Each layer keeps 100 KB, or 10 KB if it recomputes; nothing is measured."""
 
-    def passes(self: Footprint, sequences: int, length: int, *, gradient: bool, recomputed: int = 0) -> Pass:
+    def passes(
+        self: Footprint, sequences: int, length: int, *, gradient: bool, recomputed: int = 0, split: int = 1
+    ) -> Pass:
         kept = 100_000 * LAYERS - 90_000 * min(recomputed, LAYERS) if gradient else 0
         return Pass(kept, kept + 50_000)
 
