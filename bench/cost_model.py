@@ -165,8 +165,8 @@ def launch(script: list[str], ranks: int, port: int) -> None:
 def predicted(constants: Path, case: Case, settings: list[str]) -> dict[str, float]:
     from fastppo.config import PPO, parse
     from fastppo.planner import this_machine
+    from fastppo.planner.constants.values import read_constants
     from fastppo.planner.plan import make_plan
-    from fastppo.planner.time.constants import read_constants
     from fastppo.planner.time.predict import lengths_of, predict
 
     config = parse(settings, PPO, ranks=case.ranks)

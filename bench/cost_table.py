@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 
 from fastppo.config import PPO, parse
+from fastppo.planner.constants.nodes import constants_of, node_named
 from fastppo.planner.machine import Machine
 from fastppo.planner.plan import make_plan, measured_roles
-from fastppo.planner.time.nodes import constants_of, node_named
 from fastppo.planner.time.predict import lengths_of, predict
 from fastppo.planner.time.table import seconds_text
 

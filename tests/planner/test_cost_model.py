@@ -14,10 +14,10 @@ import yaml
 from fastppo import plan
 from fastppo.config.command_line import DPO, PPO, REST, REWARD, SFT, parse
 from fastppo.data.microbatches import pack_even
+from fastppo.planner.constants.nodes import NODES, constants_of
+from fastppo.planner.constants.values import NAMES, Constant, Constants, ConstantsError, read_constants
 from fastppo.planner.machine import Machine
 from fastppo.planner.plan import make_plan
-from fastppo.planner.time.constants import NAMES, Constant, Constants, ConstantsError, read_constants
-from fastppo.planner.time.nodes import NODES, constants_of
 from fastppo.planner.time.phases import microbatches
 from fastppo.planner.time.predict import lengths_of, predict
 

@@ -11,11 +11,11 @@ import torch
 
 from fastppo.config import Config, OptimConfig, ZeroConfig
 from fastppo.models.roles import Policy, fuse_head
+from fastppo.planner.constants.values import NAMES, Constant, Constants
 from fastppo.planner.footprint import Footprint
 from fastppo.planner.machine import Machine
 from fastppo.planner.memory import Role
 from fastppo.planner.time.collectives import Group, Sent, Zero, exchanged
-from fastppo.planner.time.constants import NAMES, Constant, Constants
 
 LINK, NETWORK, PCIE, MEMORY, ADAM, HOST = 1e9, 1e8, 2e9, 4e9, 8e9, 5e9
 RATES = {"link": LINK, "network": NETWORK, "pcie": PCIE, "memory": MEMORY, "adam": ADAM, "host_adam": HOST, "nvme": 1e8}

@@ -23,9 +23,9 @@ import math
 from dataclasses import dataclass
 
 from fastppo.config import AnyConfig
+from fastppo.planner.constants.values import Constants, Seconds
 from fastppo.planner.machine import Machine
 from fastppo.planner.memory import REDUCE_BUCKET, Role
-from fastppo.planner.time.constants import Constants, Seconds
 
 # Bytes of AdamW for each parameter: gradient and, read and written, master weight and two moments, in fp32.
 ADAM_BYTES = 4 + 3 * 8

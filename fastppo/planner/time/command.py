@@ -11,11 +11,11 @@ from rich.console import Console
 from fastppo.config import AnyConfig
 from fastppo.distributed import World
 from fastppo.errors import FastPPOError
+from fastppo.planner.constants.measure import check_writable, measure
+from fastppo.planner.constants.nodes import constants_of, node_named
+from fastppo.planner.constants.values import Constants, read_constants
 from fastppo.planner.machine import Machine, parse_count
 from fastppo.planner.plan import Plan, make_plan
-from fastppo.planner.time.constants import Constants, read_constants
-from fastppo.planner.time.measure import check_writable, measure
-from fastppo.planner.time.nodes import constants_of, node_named
 from fastppo.planner.time.phases import Lengths
 from fastppo.planner.time.predict import kernels_of, lengths_of, predict
 from fastppo.planner.time.table import print_line, show_constants, show_step

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fastppo.distributed import FROZEN, Placement
+from fastppo.planner.constants.values import Constants
 from fastppo.planner.plan import Plan
-from fastppo.planner.time.constants import Constants
 
 
 def moves(plan: Plan, constants: Constants) -> dict[str, float]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import cast
 
 from fastppo.config import OfflineConfig
+from fastppo.planner.constants.values import Constants
 from fastppo.planner.plan import Plan
-from fastppo.planner.time.constants import Constants
 from fastppo.planner.time.passes import head_learns, value_work
 from fastppo.planner.time.phases import Lengths, Phase, Rank, Step, Tally, groups_of, microbatches
 

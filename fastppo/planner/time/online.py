@@ -8,10 +8,10 @@ from typing import cast
 
 from fastppo.config import Config, OnlineConfig, RestConfig
 from fastppo.planner.batch import rows_of
+from fastppo.planner.constants.values import Constants, Seconds
 from fastppo.planner.memory import Role
 from fastppo.planner.plan import Plan
 from fastppo.planner.time.collectives import Group, Sent
-from fastppo.planner.time.constants import Constants, Seconds
 from fastppo.planner.time.moves import moves
 from fastppo.planner.time.passes import Passes, Sampling, head_asks, head_learns, value_work
 from fastppo.planner.time.phases import Lengths, Phase, Rank, Step, Tally, groups_of, microbatches

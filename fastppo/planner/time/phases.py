@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from fastppo.config import AnyConfig
+from fastppo.planner.constants.values import Constants, Seconds
 from fastppo.planner.machine import Machine
 from fastppo.planner.memory import Role
 from fastppo.planner.time.collectives import Group, Zero, exchanged
-from fastppo.planner.time.constants import Constants, Seconds
 from fastppo.planner.time.passes import Passes
 from fastppo.planner.time.work import Work
 

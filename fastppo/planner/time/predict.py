@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fastppo.config import AnyConfig, OfflineConfig, OnlineConfig
 from fastppo.errors import FastPPOError
+from fastppo.planner.constants.values import NAMES, Constant, Constants
 from fastppo.planner.plan import Plan
-from fastppo.planner.time.constants import NAMES, Constant, Constants
 from fastppo.planner.time.offline import offline_step
 from fastppo.planner.time.online import OnlineTimes
 from fastppo.planner.time.phases import Lengths, Step

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
-from fastppo.planner.time.constants import NAMES, Constants
+from fastppo.planner.constants.values import NAMES, Constants
 from fastppo.planner.time.phases import PARTS, Lengths, Step
 from fastppo.planner.time.work import Work
 

@@ -27,8 +27,8 @@ from fastppo.config import OptimConfig, ZeroConfig
 from fastppo.data import pack
 from fastppo.distributed import Frozen, World, all_gather
 from fastppo.models import Policy, fuse_head
-from fastppo.planner.time.constants import Constant, Constants, not_writable, write_constants
-from fastppo.planner.time.replay import call_seconds, seconds_of
+from fastppo.planner.constants.replay import call_seconds, seconds_of
+from fastppo.planner.constants.values import Constant, Constants, not_writable, write_constants
 from fastppo.planner.time.work import BACKWARD, Recording, Work, attention_flops
 
 LARGE = 1 << 25  # elements of a tensor that no cache holds

@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 from typing import NamedTuple
 
-from fastppo.planner.time.constants import Constant, Constants, ConstantsError
+from fastppo.planner.constants.values import Constant, Constants, ConstantsError
 
 
 class Node(NamedTuple):
