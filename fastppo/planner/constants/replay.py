@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastppo.planner.time.work import Call, Shape
 
-CACHED = 256 << 20  # bytes of copies of the arguments, taken in turn: a pass comes back to a weight after all others
+CACHED = 128 << 20  # bytes of copies of the arguments, taken in turn: a pass comes back to a weight after all others
 COPIES = 32
 LONG = 0.02  # seconds that a kernel is measured for, and at least so many times
 TIMES = 5
@@ -46,8 +46,7 @@ def _measured(call: Call, device: torch.device) -> float | None:
 
 
 def call_seconds(runs: Sequence[Callable[[], Any]], device: torch.device, *, long: float = LONG) -> float:
-    """Of calls one by one: the mean in one thread's own time, else the median; on a GPU the mean of many after each
-    other."""
+    """The median of calls one by one; on a GPU the mean of many after each other."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -64,7 +63,7 @@ def call_seconds(runs: Sequence[Callable[[], Any]], device: torch.device, *, lon
         start = clock()
         runs[len(times) % len(runs)]()
         times.append(clock() - start)
-    return statistics.fmean(times) if clock is time.thread_time else statistics.median(times)
+    return statistics.median(times)
 
 
 def clock_of(threads: int) -> Callable[[], float]:
