@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
-from fastppo.config.commands.generate import GenerateConfig
 from fastppo.config.commands.ppo import AnyConfig
 
 C = TypeVar("C", bound=AnyConfig)
@@ -20,10 +18,7 @@ def with_settled_dtype(config: C, *, gpu: bool | None = None) -> C:
     """The config with fp32 or bf16 in the place of `auto`; no other code meets `auto`."""
     if config.optim.dtype != "auto":
         return config
-    dtype = settled_dtype(gpu=gpu)
-    if isinstance(config, GenerateConfig):
-        return replace(config, dtype=dtype)
-    return replace(config, optim=replace(config.optim, dtype=dtype))
+    return cast(C, config.with_dtype(settled_dtype(gpu=gpu)))
 
 
 def computes_bf16() -> bool:

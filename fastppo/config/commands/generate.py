@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Self
 
 from fastppo.config.data import SAMPLER_ROUNDING, SAMPLER_SPEED, DataConfig, RolloutConfig, SamplingConfig
 from fastppo.config.learning import Dtype, OptimConfig, ZeroConfig
@@ -113,6 +113,10 @@ class GenerateConfig:
         if self.rewards_on == "gpu":
             return ZeroConfig()
         return ZeroConfig(stage=3, offload_frozen="cpu" if self.rewards_on == "cpu" else "none")
+
+    def with_dtype(self, dtype: Dtype) -> Self:
+        """These settings with another `dtype`."""
+        return replace(self, dtype=dtype)
 
     @property
     def done_before(self) -> dict[str, tuple[Any, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
-from fastppo.config.learning import OptimConfig, ParallelConfig, ZeroConfig
+from fastppo.config.learning import Dtype, OptimConfig, ParallelConfig, ZeroConfig
 from fastppo.config.models import AttentionSetting, LoraConfig, ReferenceConfig
 from fastppo.config.run import CheckpointConfig, EvaluationConfig, Names, TrackConfig
 
@@ -221,6 +221,10 @@ class OfflineConfig:
     def data_paths(self) -> dict[str, str]:
         """Where the data of a run is, by setting."""
         return {"data.path": self.data.path}
+
+    def with_dtype(self, dtype: Dtype) -> Self:
+        """These settings with another `optim.dtype`."""
+        return replace(self, optim=replace(self.optim, dtype=dtype))
 
     @property
     def done_before(self) -> dict[str, tuple[Any, Any]]:

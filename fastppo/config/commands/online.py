@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 from fastppo.config.data import SAMPLER_ROUNDING, SAMPLER_SPEED, DataConfig, RolloutConfig, SamplingConfig
 from fastppo.config.health import HealthConfig
-from fastppo.config.learning import OptimConfig, ParallelConfig, ZeroConfig
+from fastppo.config.learning import Dtype, OptimConfig, ParallelConfig, ZeroConfig
 from fastppo.config.models import ActorConfig, AttentionSetting, CriticConfig, LayersConfig, ReferenceConfig
 from fastppo.config.rewards import RewardConfig
 from fastppo.config.run import CheckpointConfig, EvalConfig, Names, TrackConfig
@@ -102,6 +102,10 @@ class OnlineConfig:
         """Ranks that read each row of whole sequences together."""
         return self.parallel.sequence
 
+    def with_dtype(self, dtype: Dtype) -> Self:
+        """These settings with another `optim.dtype`."""
+        return replace(self, optim=replace(self.optim, dtype=dtype))
+
     @property
     def done_before(self) -> dict[str, tuple[Any, Any]]:
         """Settings that do by default what runs did not do before there was the setting: by name, what was done then and
@@ -132,6 +136,16 @@ class OnlineConfig:
     def drawn_together(self) -> int:
         """Responses of all ranks that are sampled, scored and measured at once."""
         raise NotImplementedError
+
+    @property
+    def drawn_in_a_step(self) -> int:
+        """Responses of all ranks that a step samples, perhaps in several batches."""
+        return self.drawn_together
+
+    @property
+    def sampled_ahead(self) -> int:
+        """How many steps before it is learned from a batch is sampled."""
+        return 0
 
     @property
     def in_flight_together(self) -> int:

@@ -53,6 +53,10 @@ class Config(OnlineConfig):
         return self.ppo.batch_size
 
     @property
+    def sampled_ahead(self) -> int:
+        return self.ppo.steps_ahead
+
+    @property
     def in_flight_together(self) -> int:
         return self.ppo.batch_size if self.rollout.partial_tokens is not None else 0
 

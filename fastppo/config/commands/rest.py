@@ -93,8 +93,12 @@ class RestConfig(OnlineConfig):
         return self.improve.microbatch_tokens
 
     @property
+    def drawn_in_a_step(self) -> int:
+        return self.grow.prompts * self.sampling.samples_per_prompt
+
+    @property
     def drawn_together(self) -> int:
-        return min(self.grow.batch_size, self.grow.prompts * self.sampling.samples_per_prompt)
+        return min(self.grow.batch_size, self.drawn_in_a_step)
 
     @property
     def learned_together(self) -> int:

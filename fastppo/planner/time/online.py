@@ -34,9 +34,7 @@ class OnlineTimes:
         self.groups = groups_of(plan.config, plan.machine)
         # The prompts and responses of a step; of ReST a Grow.
         self.drawn = self.config.drawn_together
-        self.batches = 1.0
-        if isinstance(self.config, RestConfig):
-            self.batches = self.config.grow.prompts * self.config.sampling.samples_per_prompt / self.drawn
+        self.batches = self.config.drawn_in_a_step / self.drawn
 
     def step(self) -> Step:
         phases = [self.sampling(), self.feedback(), self.experience(), self.learning()]
@@ -46,7 +44,7 @@ class OnlineTimes:
             for p in phases
         ]
         beside = 0.0
-        if isinstance(self.config, Config) and self.config.ppo.steps_ahead:  # from one phase `feedback` to the next
+        if self.config.sampled_ahead:  # from one phase `feedback` to the next
             others = sum(phase.seconds.total for phase in phases if phase.name != "feedback")
             beside = min(self.lengths.reward_seconds, others)
         written = self.batches * self.drawn * self.lengths.response
@@ -161,14 +159,22 @@ class OnlineTimes:
     # learning
 
     def learning(self) -> Phase:
-        tally = Tally(self.constants)
-        if isinstance(self.config, RestConfig):
-            self._improves(tally, self.config)
-        else:
-            self._updates(tally, cast(Config, self.config))
-        return tally.phase("learning")
+        raise NotImplementedError
 
-    def _updates(self, tally: Tally, config: Config) -> None:
+    def _mixes(self, tally: Tally, texts: int, length: int, *, times: float) -> None:
+        """Texts that the actor learns from beside its responses, as long as they may be."""
+        actor = self.ranks["actor"]
+        for sequences, often in microbatches(-(-texts // self.groups), length, self.config.microbatch_tokens):
+            own, tokens = Tally(self.constants), -(-sequences * length // actor.sequence)
+            actor.learns(own, sequences, length, head_learns(actor.role.size, tokens, None), kept=False)
+            tally.include(own, times * often)
+
+
+class PPOTimes(OnlineTimes):
+    """The seconds of a step of PPO."""
+
+    def learning(self) -> Phase:
+        tally, config = Tally(self.constants), cast(Config, self.config)
         ppo, length = config.ppo, self.lengths.whole
         updates = ppo.epochs * ppo.minibatches
         learning = [self.ranks[name] for name in ("actor", "critic") if name in self.ranks]
@@ -191,6 +197,7 @@ class OnlineTimes:
             self._mixes(tally, *config.mixed_in, times=updates)
         for rank in learning:
             tally.spend(rank.zero.update(self.constants), updates)
+        return tally.phase("learning")
 
     def _computed_again(self, sequences: int, epoch: int) -> float:
         """The chance that a microbatch of a later epoch has a sequence whose frozen lower layers another rank computed
@@ -198,19 +205,16 @@ class OnlineTimes:
         known = 1 - (1 - 1 / self.groups) ** epoch
         return 1 - float(known**sequences)
 
-    def _mixes(self, tally: Tally, texts: int, length: int, *, times: float) -> None:
-        """Texts that the actor learns from beside its responses, as long as they may be."""
-        actor = self.ranks["actor"]
-        for sequences, often in microbatches(-(-texts // self.groups), length, self.config.microbatch_tokens):
-            own, tokens = Tally(self.constants), -(-sequences * length // actor.sequence)
-            actor.learns(own, sequences, length, head_learns(actor.role.size, tokens, None), kept=False)
-            tally.include(own, times * often)
 
-    def _improves(self, tally: Tally, config: RestConfig) -> None:
+class RestTimes(OnlineTimes):
+    """The seconds of a step of ReST: a Grow and its Improves."""
+
+    def learning(self) -> Phase:
         """Each Improve learns from what is above its threshold: a quantile says how much that is; a score does not, and
         then it is all."""
+        tally, config = Tally(self.constants), cast(RestConfig, self.config)
         improve, actor, length = config.improve, self.ranks["actor"], self.lengths.whole
-        grown = config.grow.prompts * config.sampling.samples_per_prompt
+        grown = config.drawn_in_a_step
         for level in improve.levels:
             kept = config.grow.prompts if level is None else grown
             if improve.keep == "quantile" and level is not None:
@@ -226,6 +230,7 @@ class OnlineTimes:
             if config.mixed_in is not None:
                 self._mixes(tally, *config.mixed_in, times=updates)
             tally.spend(actor.zero.update(self.constants), updates)
+        return tally.phase("learning")
 
 
 def _rounds(responses: int, rows: int) -> Iterator[tuple[int, int]]:
