@@ -90,7 +90,8 @@ def begun(policy: Any, size: Size, rows: int, *, recorded: bool) -> tuple[Any, t
         decoder.cache.begin_decode()
         states.append(hidden[size.prompt_tokens - 1 :: size.prompt_tokens])
     at = torch.arange(rows, device=policy.device)
-    decoder.start(at, at, torch.cat(states))
+    written, limits = torch.zeros_like(at), torch.full_like(at, sampling.max_new_tokens)
+    decoder.start(at, at, torch.cat(states), written, limits)
     return decoder, at
 
 
