@@ -52,6 +52,7 @@ FREE = {
     "zero.offload": "rounding",
     "zero.offload_frozen": "free",
     "zero.offload_optimizer": "rounding",
+    "parallel.sequence": "rounding",
     "zero.offload_parameters": "rounding",
     "zero.stage": "rounding",
 }
