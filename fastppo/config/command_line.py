@@ -129,13 +129,13 @@ def parse(
     command: Command[C] = PPO,  # type: ignore[assignment]
     ranks: int | None = None,
     *,
-    gpu: bool | None = None,
+    gpu: bool = False,
 ) -> C:
     """The checked settings of a run; `argv` is `sys.argv[1:]` when left out.
 
     `--help` prints every setting and exits with 0. A mistake prints one message on stderr and exits with 2.
     The rules between settings hold for so many ranks; when left out, for those in the environment's WORLD_SIZE, which
-    must be one that a launcher could have set. gpu: whether it runs on GPUs; when left out, as on this machine.
+    must be one that a launcher could have set. gpu: it is for a machine with GPUs, which this one need not be.
     """
     try:
         config = _read(sys.argv[1:] if argv is None else argv, command)

@@ -9,12 +9,12 @@ from fastppo.config.commands.ppo import AnyConfig
 C = TypeVar("C", bound=AnyConfig)
 
 
-def settled_dtype(*, gpu: bool | None = None) -> Literal["fp32", "bf16"]:
-    """bf16 where products are computed in it, else fp32. gpu: whether the models are on a GPU; None: as on this machine."""
-    return "bf16" if (gpu or (gpu is None and computes_bf16())) else "fp32"
+def settled_dtype(*, gpu: bool = False) -> Literal["fp32", "bf16"]:
+    """bf16 where products are computed in it, else fp32. gpu: of a machine with GPUs, which this one need not be."""
+    return "bf16" if gpu or computes_bf16() else "fp32"
 
 
-def with_settled_dtype(config: C, *, gpu: bool | None = None) -> C:
+def with_settled_dtype(config: C, *, gpu: bool = False) -> C:
     """The config with fp32 or bf16 in the place of `auto`; no other code meets `auto`."""
     if config.optim.dtype != "auto":
         return config

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from fastppo import rank
+from fastppo import plan, rank
 from fastppo.config import COMMANDS, GENERATE, PPO, SFT, parse
 
 MODELS = {"train": "quickstart", "sft": "quickstart-sft", "reward": "quickstart-reward", "dpo": "quickstart-dpo"}
@@ -34,6 +34,20 @@ def test_a_dtype_that_is_named_stays(command, setting, dtype, instructions):
 
 def test_a_plan_for_gpus_is_one_in_bf16(instructions):
     assert parse(["--config", "quickstart"], PPO, ranks=8, gpu=True).optim.dtype == "bf16"
+
+
+def test_a_plan_for_this_machine_has_the_dtype_of_its_run(instructions, monkeypatch):
+    class Planned(Exception):
+        """Carries the settings that were planned."""
+
+    def stop(config, machine):
+        raise Planned(config)
+
+    monkeypatch.setattr(plan, "make_plan", stop)
+    monkeypatch.setattr(plan.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(Planned) as planned:
+        plan.main(["--config", "quickstart"])
+    assert planned.value.args[0].optim.dtype == ("bf16" if instructions else "fp32")
 
 
 def test_rules_between_settings_hold_for_the_dtype_that_auto_stands_for(instructions, capsys):
