@@ -32,9 +32,9 @@ FREE = (
     *("plan", "resume", "optim.max_skipped", "optim.activation_checkpointing"),
 )
 # ... or only in how it is rounded. A command's own are in its config class, as `free` and `rounding`.
-ROUNDING = ("attention", "model.fused", "threads", "zero.deepspeed", "parallel.sequence")
-# ... or in how the state is split over ranks, which `Engine.load` undoes.
-LAYOUT = ("zero.stage", "zero.offload", "zero.offload_optimizer", "zero.offload_parameters")
+ROUNDING = ("attention", "model.fused", "threads", "zero.deepspeed")
+# ... or in how sequences are split over ranks, or the state, which `Engine.load` undoes.
+LAYOUT = ("zero.stage", "zero.offload", "zero.offload_optimizer", "zero.offload_parameters", "parallel.sequence")
 SPLIT_ANEW = "the state is carried over bit for bit, and from there the result is the same within rounding"
 SOURCES = ("rewards", "health.judge", "judge")
 
