@@ -46,7 +46,11 @@ def _measured(call: Call, device: torch.device) -> float | None:
 
 
 def call_seconds(runs: Sequence[Callable[[], Any]], device: torch.device, *, long: float = LONG) -> float:
-    """The median of calls one by one; on a GPU the mean of many after each other."""
+    """The median of calls one by one; on a GPU the mean of many after each other.
+
+    On a CPU what a call returns stays until the same run is called again: a pass writes each result to memory that is
+    in no cache, too.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -58,11 +62,14 @@ def call_seconds(runs: Sequence[Callable[[], Any]], device: torch.device, *, lon
         return float(first.elapsed_time(last)) / 1e3 / (10 * TIMES)
     clock = clock_of(torch.get_num_threads())
     times: list[float] = []
+    results: list[Any] = [None] * len(runs)
     begun = clock()
     while len(times) < TIMES or (clock() - begun < long and len(times) < 10 * TIMES):
+        i = len(times) % len(runs)
         start = clock()
-        runs[len(times) % len(runs)]()
+        result = runs[i]()
         times.append(clock() - start)
+        results[i] = result
     return statistics.median(times)
 
 
