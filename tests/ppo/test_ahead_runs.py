@@ -40,10 +40,19 @@ def scores(prompts, responses):
 """
 
 
+PARTNER = """
+def partner(conversation, turn, seed):
+    if (sum(map(ord, conversation[-1]["content"])) + seed) % 4 == 0:
+        return None, 0.5
+    return "say" + str(turn), turn / 4
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = whole_runs.prepare(tmp_path_factory.mktemp("ahead"))
     (folder / "broken.py").write_text(BROKEN)
+    (folder / "partner.py").write_text(PARTNER)
     return folder
 
 
@@ -157,15 +166,21 @@ def cut(straight: Path, resumed: Path, step: int) -> dict[str, Any]:
     return whole_runs.state(resumed)["progress.pt"]
 
 
-@pytest.mark.parametrize("more", [{}, {"rollout__partial_tokens": 2}], ids=["whole", "partial"])
-def test_a_run_that_goes_on_from_what_was_ahead_is_the_same_bit_for_bit(folder, tmp_path, more):
+PARTIAL: dict[str, Any] = {"rollout__partial_tokens": 2}
+TALKING: dict[str, Any] = {"rollout__max_turns": 3, "rollout__turn_tokens": 5, "sampling__max_new_tokens": 24}
+
+
+@pytest.mark.parametrize("talks", [False, True], ids=["alone", "talking"])
+@pytest.mark.parametrize("more", [{}, PARTIAL], ids=["whole", "partial"])
+def test_a_run_that_goes_on_from_what_was_ahead_is_the_same_bit_for_bit(folder, tmp_path, more, talks):
     """With functions that draw random numbers, and an evaluation by them between the batch's feedback and its step."""
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    run(folder, straight, checkpoint__keep_last=9, **more)
+    talking = TALKING | {"rollout__environment": f"{folder}/partner.py:partner"} if talks else {}
+    run(folder, straight, checkpoint__keep_last=9, **more, **talking)
     saved = cut(straight, resumed, 2)
     assert saved["step"] == 2 and len(saved["ahead"]["rollout"]["ended"]) == 4 and saved["experience"] is None
     assert bool(saved["ahead"]["continued"]) == bool(more)
-    run(folder, resumed, checkpoint__keep_last=9, resume="auto", **more)
+    run(folder, resumed, checkpoint__keep_last=9, resume="auto", **more, **talking)
     whole_runs.assert_same_run(straight, resumed)
 
 
