@@ -115,14 +115,15 @@ def _keep_freed_memory() -> None:
     if not hasattr(libc, "mallopt") or _malloc_is_tuned():
         return
     libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # where glibc would move it to, but does not once the other is set
-    libc.mallopt(M_TOP_PAD, KEPT)  # grow the heap by so much, and keep so much when it shrinks
     libc.mallopt(M_TRIM_THRESHOLD, KEPT + LARGE_PAGE)
     libc.sbrk.argtypes, libc.sbrk.restype = [ctypes.c_ssize_t], ctypes.c_void_p
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.mallopt(M_TOP_PAD, KEPT)  # what the heap grows by beyond what is asked for
     begin = libc.sbrk(0)
-    libc.free(libc.malloc(16 << 20))  # more than the heap is likely to have left, so it grows
+    libc.free(libc.malloc(16 << 20))  # more than it is likely to have left, so it grows
+    libc.mallopt(M_TOP_PAD, LARGE_PAGE)
     first = -(-begin // LARGE_PAGE) * LARGE_PAGE
     if (size := libc.sbrk(0) - first) > 0 and hasattr(mmap, "MADV_HUGEPAGE"):
         libc.madvise(first, size, mmap.MADV_HUGEPAGE)  # without effect where the system has none
