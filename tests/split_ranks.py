@@ -75,7 +75,8 @@ def main(out: str, cases: str) -> None:
     done: list[Any] = [outcome(*case, world) for case in json.loads(cases)]
     together = dataclasses.replace(world, sequence=neighbours_of(world, world.ranks, 60.0, exchanging=True))
     choose_group(together.sequence)
-    done.append(all_gather(scores(together, [world.rank]), world))
+    scored = world.ranks <= len(SCORED)  # the reward model has no more heads
+    done.append(all_gather(scores(together, [world.rank]), world) if scored else None)
     if world.rank == 0:
         torch.save(done, Path(out))
     stop_world()

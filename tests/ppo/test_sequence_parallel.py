@@ -19,6 +19,7 @@ GSPO = ["--ppo.estimator", "grpo", "--ppo.loss", "gspo", "--sampling.samples_per
 STAGE_3 = ["--zero.stage", "3", "--zero.deepspeed", "SPLIT", "--optim.activation_checkpointing", "true"]
 
 # How many ranks split a row, the model, lengths and settings.
+ON_EIGHT_RANKS = {"eight ranks, nine heads": (8, "nine", SHORT, [*SEVERAL, *STAGE_3])}
 ON_FOUR_RANKS = {
     "llama": (4, "llama", LONG, ONE_UPDATE),
     "qwen2, two groups": (2, "qwen2", LONG, ONE_UPDATE),
@@ -30,7 +31,7 @@ ON_TWO_RANKS = {
     "gemma2, windows and soft caps": (2, "gemma2", LONG, ONE_UPDATE),
     "nine heads, frozen layers, separate critic": (2, "nine", SHORT, [*SEVERAL, "--actor.train", "1"]),
 }
-CASES = ON_FOUR_RANKS | ON_TWO_RANKS
+CASES = ON_EIGHT_RANKS | ON_FOUR_RANKS | ON_TWO_RANKS
 MODELS = {
     "llama": ("llama", {}),
     "qwen2": ("qwen2", {}),
@@ -64,7 +65,7 @@ def cases(tmp_path_factory):
 def split(cases, tmp_path_factory, forks):
     """What came of all cases, those on as many ranks in one set of processes, and the scores of every rank."""
     found = {}
-    for ranks, names in ((4, ON_FOUR_RANKS), (2, ON_TWO_RANKS)):
+    for ranks, names in ((8, ON_EIGHT_RANKS), (4, ON_FOUR_RANKS), (2, ON_TWO_RANKS)):
         out = tmp_path_factory.mktemp("split") / "out.pt"
         arguments = str(out), json.dumps([cases[name] for name in names])
         call = f"import split_ranks; split_ranks.main(*{arguments!r}); raise SystemExit(0)"
