@@ -39,6 +39,23 @@ def place(*world):
 stop.{kind} = place
 """
 
+# Told to stop after the nth update, on the last rank alone.
+STOP_IN_LEARNING = """
+import os
+from fastppo import train
+from fastppo.distributed import stop
+
+updates, count = train.run_updates, iter(range(1, 1000))
+
+def updating(*arguments, **done):
+    for update in updates(*arguments, **done):
+        yield update
+        if next(count) == {n} and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            stop._watch.asked.set()
+
+train.run_updates = updating
+"""
+
 
 def prepare(folder: Path) -> Path:
     """A model, prompts and a reward function."""

@@ -11,22 +11,6 @@ from ahead_runs import settings
 
 pytestmark = pytest.mark.slow
 
-# Told to stop after the nth update, on the last rank alone.
-STOP_IN_LEARNING = """
-import os
-from fastppo import train
-from fastppo.distributed import stop
-
-updates, count = train.run_updates, iter(range(1, 1000))
-
-def updating(*arguments, **done):
-    for update in updates(*arguments, **done):
-        yield update
-        if next(count) == {n} and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
-            stop._watch.asked.set()
-
-train.run_updates = updating
-"""
 # From step 3 on distinct-2 is 0.1, until the run has rolled back.
 ILL = """
 from fastppo import train
@@ -52,7 +36,7 @@ def test_a_run_on_two_ranks_that_is_stopped_anywhere_resumes_bit_for_bit(folder,
     ranks, straight, stopped = 2, folder / "straight", folder / "stopped"
     forks.run(settings(folder, straight), ranks)
     argv, newest = settings(folder, stopped, resume="auto"), []
-    for place in (STOP_IN_LEARNING.format(n=3), whole_runs.STOP_AT.format(kind="check_alone", n=9)):
+    for place in (whole_runs.STOP_IN_LEARNING.format(n=3), whole_runs.STOP_AT.format(kind="check_alone", n=9)):
         forks.run(argv, ranks, place)
         newest.append(whole_runs.checkpoints(stopped)[-1])
     assert newest[0] == "step-00000001-update-0001" and newest[1] < "step-00000004", newest

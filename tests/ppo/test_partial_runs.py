@@ -54,23 +54,6 @@ def going_on(self, sampler):
 partial_rollouts.StepResponses._go_on = going_on
 """
 
-# Told to stop after the nth update, on the last rank alone.
-STOP_IN_LEARNING = """
-import os
-from fastppo import train
-from fastppo.distributed import stop
-
-updates, count = train.run_updates, iter(range(1, 1000))
-
-def updating(*arguments, **done):
-    for update in updates(*arguments, **done):
-        yield update
-        if next(count) == {n} and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
-            stop._watch.asked.set()
-
-train.run_updates = updating
-"""
-
 SETTINGS: dict[str, Any] = {
     "ppo__batch_size": 4,
     "ppo__minibatches": 1,
@@ -210,9 +193,9 @@ def test_a_run_on_two_ranks_that_stops_between_rounds_and_in_learning_resumes_bi
     argv = settings(folder, stopped, talks=True, steps=5, resume="auto")
     places = (
         STOP_BETWEEN.format(n=2),
-        STOP_IN_LEARNING.format(n=1),
+        whole_runs.STOP_IN_LEARNING.format(n=1),
         whole_runs.STOP_AT.format(kind="check_alone", n=12),
-        STOP_IN_LEARNING.format(n=3),
+        whole_runs.STOP_IN_LEARNING.format(n=3),
         STOP_BETWEEN.format(n=2),
     )
     newest = []
