@@ -484,7 +484,7 @@ def test_runs_that_are_killed_and_continued_write_what_an_undisturbed_one_writes
     # at any moment, once the ranks have met (before, DeepSpeed holds a lock that would outlive them)
     for _ in range(3):
         started = forks.start(settings(folder, output, format=form, resume="auto"), 2, "", "fastppo.generate")
-        while "prompts" not in started.logs[0].read_text():
+        while not started.logs[0].exists() or "prompts" not in started.logs[0].read_text():
             time.sleep(0.02)
         time.sleep(chance.uniform(0.0, 0.6))
         for pid in started.ranks:

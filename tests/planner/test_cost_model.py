@@ -253,7 +253,8 @@ def test_lengths_that_no_microbatch_holds_are_refused(settings, capsys):
 
 
 @pytest.mark.slow
-def test_what_is_measured_can_be_read_again_and_has_the_kernels_of_the_run(settings, tmp_path, capsys):
+def test_what_is_measured_can_be_read_again_and_has_the_kernels_of_the_run(settings, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "stop_world", lambda: None)  # the tests after this one are in the same process
     file = tmp_path / "measured.yaml"
     code, out, err = run([*settings, "--threads", "1", "--measure", str(file)], capsys)
     assert code == 0, err
