@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from functools import partial
@@ -60,19 +59,6 @@ def test_a_run_that_is_resumed_ends_like_one_that_was_not_interrupted(forks, fol
     for state in states:  # the first run of the parts was evaluated at its own end, too
         del state["progress.pt"]["evaluations"], state["progress.pt"]["evaluated"]
     assert whole_runs.same(*states)
-
-
-def test_a_run_one_step_ahead_goes_on_from_what_was_ahead_bit_for_bit(forks, folder):
-    same = VLLM | FP32 | {"ppo__steps_ahead": 1, "checkpoint__keep_last": 9}
-    whole, parts = folder / "whole", folder / "parts"
-    forks.run(whole_runs.settings(folder, whole, **same))
-    shutil.copytree(whole, parts)
-    for name in whole_runs.checkpoints(parts):
-        if name > "step-00000002":
-            shutil.rmtree(parts / "checkpoints" / name)
-    forks.run(whole_runs.settings(folder, parts, **same, resume="auto"))
-    whole_runs.assert_same_run(whole, parts)
-    assert all(record["sampler_kl"] > 0 for record in whole_runs.records(whole)[2:] if "sampler_kl" in record)
 
 
 @pytest.mark.parametrize("n", [1, 3, 8])
