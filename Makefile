@@ -7,11 +7,12 @@ STEPS  ?=
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-# Half of the seconds in which a command starts are first touches of pages in a virtual machine, so Python and glibc take
+# Most of the seconds in which a command starts can be first touches of pages in a virtual machine: Python and glibc take
 # pages of 2 MB where the system has them (`import torch`: 2.8 s instead of 12); and what is compiled once is kept.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 export PYTHONMALLOC ?= malloc
 unexport PYTHONDONTWRITEBYTECODE
+
 pip   := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 short := $(if $(STEPS),--steps $(STEPS))
 ready := .venv/ready-$(shell cat constraints.txt pyproject.toml setup.py csrc/* | sha256sum | cut -c1-16)
