@@ -31,8 +31,8 @@ def shorten(command: str) -> str:
         return f"{command} --steps 1 --grow.prompts 4 --eval.prompts 4"
     if command.startswith("python bench/estimators.py"):
         return f"{command} --short --seeds 1 --estimators rloo"
-    if command.startswith("python bench/conversations.py --waiting"):
-        return f"{command} --short"
+    if command.startswith("python bench/conversations.py"):
+        return f"{command} --short" if "--waiting" in command else f"{command} --short --seeds 1"
     if GENERATE.search(command) and "--data.limit" not in command and "--help" not in command:
         return f"{command} --data.limit 8"
     if OFFLINE.search(command) and "--steps" not in command and "--help" not in command:
