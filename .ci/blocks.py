@@ -3,15 +3,24 @@
 Blocks of the languages bash, console (the lines after `$ `) and python run from the folder above this one, each in a
 shell or an interpreter of its own, with .venv/bin on PATH. Training is shortened, `make test` and `make vllm` are left
 out (CI calls them itself), and so is a block with `<!-- not in CI: reason -->` on the line before it.
+
+The first page runs alone: the others read what it makes. Then two pages run side by side, each on a core of its own:
+half of a short run is its start, which has one thread anyway.
 """
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(
     r"^(?:<!-- not in CI: (?P<reason>.+?) -->\n)?```(?P<language>[\w{}-]*)[^\n]*\n(?P<code>.*?)^```$", re.M | re.S
 )
@@ -50,14 +59,17 @@ def script(language: str, code: str) -> str:
     return "\n".join(shorten(command) for command in commands if command not in ("make test", "make vllm"))
 
 
-def main(path: Path) -> None:
-    root = Path(__file__).resolve().parent.parent
-    env = {**os.environ, "PATH": f"{root / '.venv/bin'}:{os.environ['PATH']}"}
+class BlockFailed(Exception):
+    pass
+
+
+def run_page(path: Path, env: Mapping[str, str], failed: threading.Event) -> None:
+    """Run the page's blocks one after the other; what a block prints is printed when it has ended."""
     text = path.read_text(encoding="utf-8")
     for block in BLOCK.finditer(text):
         language, code = block["language"], block["code"]
         where = f"{path}:{text.count(chr(10), 0, block.start('code')) + 1}"
-        if language not in ("bash", "console", "python"):
+        if language not in ("bash", "console", "python") or failed.is_set():
             continue
         if block["reason"]:
             print(f"--- {where}: left out: {block['reason']}", flush=True)
@@ -67,13 +79,55 @@ def main(path: Path) -> None:
             if language == "python"
             else ["bash", "-euo", "pipefail", "-c", script(language, code)]
         )
-        print(f"--- {where} ({language})\n{run[-1].strip()}\n---", flush=True)
         start = time.monotonic()
-        if status := subprocess.run(run, cwd=root, env=env, stdin=subprocess.DEVNULL, timeout=1800).returncode:
-            sys.exit(f"{where}: exit status {status}")
-        print(f"--- {where}: passed in {time.monotonic() - start:.0f} s", flush=True)
+        done = subprocess.run(
+            run,
+            cwd=ROOT,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=1800,
+            encoding="utf-8",
+            errors="replace",
+        )
+        how = f"exit status {done.returncode} after" if done.returncode else "passed in"
+        result = f"--- {where}: {how} {time.monotonic() - start:.0f} s"
+        print(f"--- {where} ({language})\n{run[-1].strip()}\n---\n{done.stdout}\n{result}", flush=True)
+        if done.returncode:
+            failed.set()
+            raise BlockFailed(result)
+
+
+def main(pages: Sequence[Path]) -> None:
+    failed, cores = threading.Event(), sorted(os.sched_getaffinity(0))
+    env = {**os.environ, "PATH": f"{ROOT / '.venv/bin'}:{os.environ['PATH']}"}
+    run_page(pages[0], env, failed)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(min(2, len(cores))) as pool:
+        lanes = [lane(Path(folder), core, env) for core in cores[:2]]
+
+        def run(page: Path) -> None:
+            core, own = lanes.pop()  # there are as many as threads
+            os.sched_setaffinity(0, {core})  # of this thread, and of what it starts
+            run_page(page, own, failed)
+            lanes.append((core, own))
+
+        for done in [pool.submit(run, page) for page in pages[1:]]:
+            done.result()
+
+
+def lane(folder: Path, core: int, env: Mapping[str, str]) -> tuple[int, dict[str, str]]:
+    """A core for blocks that run beside others, and their environment, whose `deepspeed` has a port of its own."""
+    own, deepspeed = folder / str(core), shutil.which("deepspeed", path=env["PATH"])
+    own.mkdir()
+    command = own / "deepspeed"
+    command.write_text(f'#!/bin/sh\nexec {deepspeed} --master_port {29600 + core} "$@"\n', encoding="utf-8")
+    command.chmod(0o755)
+    return core, {**env, "PATH": f"{own}:{env['PATH']}"}
 
 
 if __name__ == "__main__":
-    for page in sys.argv[1:]:
-        main(Path(page))
+    try:
+        main([Path(page) for page in sys.argv[1:]])
+    except BlockFailed as failure:
+        sys.exit(str(failure))
