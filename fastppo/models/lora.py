@@ -10,6 +10,7 @@ batch would no longer be 1. For the same reason the adapters have no dropout.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +43,8 @@ def add_adapters(
 
     model: `requires_grad` is set by `set_trainable`. role: `actor` or `critic`, for messages. seed: of the initial
     values of A, the same on every rank. source, revision: the origin of the weights, which an exported adapter names.
-    Raises ModelError if a target matches no linear layer, or if none of the layers is trainable.
+    Raises ModelError if a target matches no linear layer, if none of the layers is trainable, or if adapters are to be
+    exported that peft would load onto other weights.
     """
     import peft  # the import takes two seconds, which runs without LoRA save
 
@@ -63,16 +65,53 @@ def add_adapters(
         base_model_name_or_path=source,
         revision=revision,
     )
+    if lora.exports_adapters and _taken_for_experts(config, model):
+        raise ModelError(
+            f"{role}.lora.export is adapters, but peft would load adapters of {type(model).__name__} onto other weights:"
+            " it takes dense layers and shared experts for the experts beside them, which have layers of these names in"
+            f" older checkpoints. Set {role}.lora.export to merged, or {role}.lora.targets to q_proj,k_proj,v_proj,o_proj."
+        )
     random_state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:
-        peft.inject_adapter_in_model(config, model, NAME)
+        with _layers_as_named(model):
+            peft.inject_adapter_in_model(config, model, NAME)
     except (ValueError, NotImplementedError) as error:
         raise ModelError(f"{role}.lora.targets = {lora.targets}: peft cannot adapt them ({error})") from error
     finally:
         torch.set_rng_state(random_state)
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info("%s.lora: adapters on %d linear layers, %.2f M parameters", role, len(trained), size / 1e6)
+
+
+@contextmanager
+def _layers_as_named(model: PreTrainedModel) -> Iterator[None]:
+    """Within this context peft adapts the layers that it is given the names of.
+
+    For some types of models it changes the names first, from those that experts had in transformers 4. There every
+    `gate_proj` was of an expert; where another layer has this name, peft would leave it out and adapt the experts in its
+    stead. So it is not told the type.
+    """
+    settings = vars(model.config)
+    before = {name: settings[name] for name in ("model_type",) if name in settings}  # usually the class alone has it
+    settings["model_type"] = ""
+    try:
+        yield
+    finally:
+        del settings["model_type"]
+        settings |= before
+
+
+def _taken_for_experts(config: Any, model: PreTrainedModel) -> bool:
+    """Whether peft, which will know the type of the model, would load these adapters onto experts."""
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    read = copy.deepcopy(config)
+    try:
+        convert_peft_config_for_transformers(read, model, None)
+    except ValueError:  # it would not load them at all
+        return True
+    return bool(read.target_parameters)
 
 
 def _targets(model: PreTrainedModel, role: str, targets: str) -> dict[str, nn.Linear | Conv1D]:

@@ -76,6 +76,34 @@ def test_fresh_adapters_change_no_bit_and_learned_ones_can_be_turned_off(family)
     assert torch.equal(policy(PACKED, objective), changed)
 
 
+SHARED_EXPERTS = {
+    **{"family": "dots1", "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1},
+    **{"topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 32, "num_key_value_heads": 2},
+}
+
+
+def test_dense_layers_and_shared_experts_get_adapters_and_experts_none(tmp_path):
+    """peft, told the type of the model, takes their names for those of the experts."""
+    policy = adapted(**SHARED_EXPERTS)
+    assert {name for name in layers(policy) if "experts" in name} == {
+        f"model.layers.{i}.mlp.shared_experts.{name}_proj" for i in (1, 2) for name in ("down", "gate", "up")
+    }
+    assert "model.layers.0.mlp.gate_proj" in layers(policy) and policy.model.config.model_type == "dots1"
+    again = AutoModelForCausalLM.from_pretrained(exported(policy, tmp_path, "merged"))
+    torch.testing.assert_close(Policy(fuse_head(again))(PACKED, objective), policy(PACKED, objective))
+
+
+@pytest.mark.parametrize(("targets", "read"), [("all-linear", False), ("gate_proj", False), ("q_proj,v_proj", True)])
+def test_adapters_that_peft_would_load_onto_experts_are_not_exported_alone(targets, read):
+    lora = ActorLoraConfig(rank=4, targets=targets, export="adapters")
+    if read:
+        assert len(layers(adapted(lora=lora, **SHARED_EXPERTS))) == 2 * tiny.LAYERS
+        return
+    words = "actor.lora.export is adapters, but peft would load adapters of Dots1ForCausalLM onto other weights"
+    with pytest.raises(ModelError, match=words):
+        adapted(lora=lora, **SHARED_EXPERTS)
+
+
 def test_adapters_are_the_same_in_every_process_and_leave_other_random_numbers_alone():
     torch.manual_seed(1)
     one = adapted(learned=False)
