@@ -59,7 +59,7 @@ def train(config: Config, world: World) -> bool:
                     with tracker.profile(run.step + 1):
                         done = ppo_step(setup, prompts)
                     log_step(setup, done, tracker)
-                    run.kl_coef = next_kl_coef(run.kl_coef, mean_kl(done.experience), config.ppo)
+                    run.kl_coef = next_kl_coef(run.kl_coef, mean_kl(done.experience), config, run.step)
                     match act_on_alarms(done.alarms, run, checkpoints, tracker, config, world):
                         case "rolled back":
                             prompts = setup.go_on()  # from an earlier step on

@@ -271,6 +271,6 @@ class Update:
     actor_grad_norm: float  # before clipping; of both if actor and critic share a backbone
     critic_grad_norm: float
     ptx_loss: float = 0.0  # of the PPO-ptx text, before its coefficient, nats a token; 0 without such text
-    nll_loss: float = 0.0  # of good responses, before its coefficient, nats a token; 0 without `ppo.nll_coef`
+    nll_loss: float = 0.0  # of good responses, before its coefficient, nats a token; 0 where there are none
     skipped: int = 0  # consecutive updates, up to this one, that were not applied: loss or gradient was not finite
     stopped: bool = False  # not applied, and the last of its batch: its approx_kl exceeds `health.kl_limit`

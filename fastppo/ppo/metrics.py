@@ -50,8 +50,8 @@ def step_metrics(
     of_critic = () if experience.values is None else ("value_loss", "value_clip_fraction", "critic_grad_norm")
     for name in ("actor_grad_norm", *of_critic):
         metrics[name] = fmean(getattr(u, name) for u in updates)
-    if any(u.nll_loss for u in updates):
-        metrics["nll_loss"] = fmean(u.nll_loss for u in updates)
+    if nll_losses := [u.nll_loss for u in updates if u.nll_loss]:  # 0: no response of the minibatch was good
+        metrics["nll_loss"] = fmean(nll_losses)
     if any(u.ptx_loss for u in updates):  # else no text is mixed in
         metrics["ptx_loss"] = fmean(u.ptx_loss for u in updates)
     metrics["ratio_max"] = max(u.ratio_max for u in updates)

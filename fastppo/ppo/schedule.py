@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from fastppo.config import Config, PPOConfig
+from fastppo.config import Config
 from fastppo.ops import eager
 
 KLKind = Literal["k1", "k2", "k3", "exact"]
@@ -41,14 +41,16 @@ def token_rewards(
     return rewards if turn_rewards is None else rewards + turn_rewards
 
 
-def next_kl_coef(beta: float, kl: float, ppo: PPOConfig) -> float:
-    """The coefficient of the KL penalty after a batch, steered to a target (Ziegler et al., 2019, section 2.2).
+def next_kl_coef(beta: float, kl: float, config: Config, step: int) -> float:
+    """The coefficient of the KL penalty after a step's batch, steered to a target (Ziegler et al., 2019, section 2.2).
 
     e = clip((KL - target) / target, -0.2, 0.2); beta <- beta * (1 + e * n / horizon), n responses at a time.
 
-    kl: the batch's mean k1 KL, summed over each response, in nats. Without `ppo.kl_target` beta stays as it is.
+    kl: the batch's mean k1 KL, summed over each response, in nats; step: counted from 0. Without `ppo.kl_target` beta
+    stays as it is, and so it does while the critic learns alone: the policy stands still, whatever beta is.
     """
-    if ppo.kl_target is None:
+    ppo = config.ppo
+    if ppo.kl_target is None or step < config.critic_steps:
         return beta
     error = min(max(kl / ppo.kl_target - 1.0, -0.2), 0.2)
     return beta * (1.0 + error * ppo.batch_size / ppo.kl_horizon)

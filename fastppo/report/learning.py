@@ -24,6 +24,7 @@ SMALL = (
     "ended",
     "reward",
     "explained_variance",
+    "advantage_share",
     "clip_fraction",
     "approx_kl",
     "ratio_max",

@@ -44,16 +44,23 @@ def test_exact_kl_is_no_estimate_from_samples():
 
 
 def test_adaptive_kl_known_answer():
-    assert next_kl_coef(0.2, 0.2, PPOConfig(kl_target=0.1, kl_horizon=100, batch_size=10)) == pytest.approx(0.204)
+    config = Config(ppo=PPOConfig(kl_target=0.1, kl_horizon=100, batch_size=10))
+    assert next_kl_coef(0.2, 0.2, config, step=0) == pytest.approx(0.204)
 
 
 def test_adaptive_kl_falls_below_its_target_and_its_error_is_clipped():
-    ppo = PPOConfig(kl_target=10.0, kl_horizon=100, batch_size=10)
-    assert next_kl_coef(0.2, 0.0, ppo) == pytest.approx(0.2 * (1 - 0.2 * 0.1))
+    config = Config(ppo=PPOConfig(kl_target=10.0, kl_horizon=100, batch_size=10))
+    assert next_kl_coef(0.2, 0.0, config, step=0) == pytest.approx(0.2 * (1 - 0.2 * 0.1))
+
+
+def test_adaptive_kl_waits_for_the_policy_to_learn():
+    """While the critic learns alone the KL is 0 whatever beta is, and beta would fall in each of these steps."""
+    config = Config(critic=CriticConfig(warmup_steps=2), ppo=PPOConfig(kl_target=10.0, kl_horizon=100, batch_size=10))
+    assert [next_kl_coef(0.2, 0.0, config, step) for step in range(3)] == [0.2, 0.2, pytest.approx(0.196)]
 
 
 def test_a_fixed_coefficient_stays():
-    assert next_kl_coef(0.2, 100.0, PPOConfig()) == 0.2
+    assert next_kl_coef(0.2, 100.0, Config(), step=0) == 0.2
 
 
 def test_learning_rate_rises_then_falls_to_zero():

@@ -298,6 +298,9 @@ def test_good_responses_become_likelier(model, world):
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.1
     none_good = step(config_of(model, *settings[:4], "--ppo.nll_above", "5"), world).updates[0]
     assert none_good.nll_loss == 0.0 and none_good.skipped == 0
+    one_of_two = dataclasses.replace(done, updates=[none_good, done.updates[0]])
+    assert metrics_of(one_of_two, config_of(model, *settings))["nll_loss"] == losses[0]  # of the tokens that there are
+    assert "nll_loss" not in metrics_of(dataclasses.replace(done, updates=[none_good]), config_of(model, *settings))
 
 
 def test_actor_and_critic_learn_at_rates_of_their_own(model, world):
