@@ -67,9 +67,10 @@ def add_adapters(
     )
     if lora.exports_adapters and _taken_for_experts(config, model):
         raise ModelError(
-            f"{role}.lora.export is adapters, but peft would load adapters of {type(model).__name__} onto other weights:"
-            " it takes dense layers and shared experts for the experts beside them, which have layers of these names in"
-            f" older checkpoints. Set {role}.lora.export to merged, or {role}.lora.targets to q_proj,k_proj,v_proj,o_proj."
+            f"{role}.lora.export is adapters, but peft would load adapters of {type(model).__name__} onto other"
+            " weights: it takes dense layers and shared experts for the experts beside them, which have layers of these"
+            f" names in older checkpoints. Set {role}.lora.export to merged, or {role}.lora.targets to"
+            " q_proj,k_proj,v_proj,o_proj."
         )
     random_state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
@@ -89,8 +90,8 @@ def _layers_as_named(model: PreTrainedModel) -> Iterator[None]:
     """Within this context peft adapts the layers that it is given the names of.
 
     For some types of models it changes the names first, from those that experts had in transformers 4. There every
-    `gate_proj` was of an expert; where another layer has this name, peft would leave it out and adapt the experts in its
-    stead. So it is not told the type.
+    `gate_proj` was of an expert; where another layer has this name, peft would leave it out and adapt the experts in
+    its stead. So it is not told the type.
     """
     settings = vars(model.config)
     before = {name: settings[name] for name in ("model_type",) if name in settings}  # usually the class alone has it

@@ -213,6 +213,18 @@ def test_a_value_head_that_is_not_there_is_an_error(tmp_path, spoil, words):
         load(path, "--critic.model", str(tmp_path / "critic"))
 
 
+@pytest.mark.parametrize("start", ["tied", "opt"])
+@pytest.mark.parametrize("setting", ["actor", "reference"])
+def test_a_critic_is_no_language_model(start, setting, tmp_path):
+    """Its files have all weights of one where the vocabulary head is the embeddings."""
+    path = STARTS[start](tmp_path / "start")
+    export(trained(load(path)), tmp_path / "critic")
+    with pytest.raises(
+        ModelError, match=rf"{setting}.model = {tmp_path}/critic is a \w+ and no language model.*actor/"
+    ):
+        load(path, f"--{setting}.model", str(tmp_path / "critic"))
+
+
 @pytest.mark.parametrize("start", ["qwen2", "opt"])
 def test_a_run_that_starts_from_an_exported_critic_is_planned_as_one_that_starts_from_its_actor(start, tmp_path):
     path = STARTS[start](tmp_path / "start")

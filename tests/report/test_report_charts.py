@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from made_up_batches import healthy, update
-from report_page import charts, shown
+from report_page import charts, page, runs, shown
 
 from fastppo.config import Importance
 from fastppo.config.health import FIGURES
@@ -128,11 +128,15 @@ def test_the_critics_quality_is_drawn_by_the_position_in_a_response(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     rows = [
-        {"step": step, "score": 0.1} | {f"value_bias/{q}": (step >= 3) * q / 10 for q in (1, 2, 3, 4)}
+        {"step": step, "score": 0.1}
+        | {f"value_bias/{q}": (step >= 3) * q / 10 for q in (1, 2, 3, 4)}
+        | {"advantage_share": 0.5}
         for step in range(1, 5)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    chart = charts(shown(folder))["Calibration of the critic"]
+    found = charts(shown(folder))
+    chart = found["Calibration of the critic"]
     [line] = chart["lines"]
     assert chart["x"] == "quarter of a response" and chart["range"] == [1.0, 4.0]
     assert line["x"] == [1, 2, 3, 4] and line["y"] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert "Variance of advantages" in found and "More metrics" not in page(runs(folder))  # in sight, in no closed list

@@ -24,10 +24,9 @@ from transformers import (
 )
 
 from fastppo.models.loading.miniature import MINIATURE_ERRORS, miniature
-from fastppo.models.loading.weights import is_classifier, is_token_classifier
+from fastppo.models.loading.weights import HEAD_SETTING, is_classifier, is_token_classifier
 
 HEAD_FILE = "value_head.safetensors"  # `weight` (1, H) and `bias` (1,), in the dtype of the backbone
-HEAD_SETTING = "value_head"  # in the config of a backbone that has a head beside it: the name of that file
 LABEL = "value"  # of the classifier's one logit
 
 

@@ -13,11 +13,11 @@ from transformers import AutoModel, AutoModelForTokenClassification, PreTrainedC
 from fastppo.errors import ModelError
 from fastppo.models.critics.form import (
     HEAD_FILE,
-    HEAD_SETTING,
     classifier_config,
     classifies_last_states,
     linear_head,
 )
+from fastppo.models.loading.weights import HEAD_SETTING
 from fastppo.models.lora import merged_state
 from fastppo.models.roles import Critic, Policy
 

@@ -26,6 +26,7 @@ from fastppo.models.loading.weights import (
     DTYPES,
     Partitions,
     check_embedded,
+    check_language_model,
     context_of,
     load_classifier_config,
     load_config,
@@ -105,9 +106,11 @@ def check_models(config: OnlineConfig, tokenizer: PreTrainedTokenizerBase) -> No
     tokenizer: of the actor. Raises ModelError.
     """
     critic, reference, texts = config.value_function, config.reference, _actor_texts(config, tokenizer)
+    check_language_model(_actor_source(config))
     check_switch(_actor_source(config), config)
     if reference.model is not None:
         source = Source("reference.model", reference.model, reference.gguf_file)
+        check_language_model(source)
         reason = "the KL between the two has no meaning"
         way = "Use a reference with the actor's tokenizer; usually the SFT model that the actor starts from."
         check_reader(source, texts, reason, way)
@@ -283,6 +286,7 @@ def load_causal(
 
 
 def _load_causal(source: Source, dtype: torch.dtype, device: torch.device, partitions: Partitions) -> PreTrainedModel:
+    check_language_model(source)
     return fuse_head(load_model(AutoModelForCausalLM, source, dtype, device, partitions))
 
 

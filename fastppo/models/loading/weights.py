@@ -34,6 +34,7 @@ from fastppo.models.roles import ModelError
 
 log = logging.getLogger("fastppo")
 
+HEAD_SETTING = "value_head"  # in the config of a backbone with a value head beside it: the name of that file
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # Exceptions of transformers for a model that it cannot make or read; torch asserts that padding has an embedding.
@@ -135,6 +136,17 @@ def is_classifier(config: PreTrainedConfig) -> bool:
 
 def is_token_classifier(config: PreTrainedConfig) -> bool:
     return (config.architectures or [""])[0].endswith("ForTokenClassification")
+
+
+def check_language_model(source: Source) -> None:
+    """Raises ModelError for a classifier or a critic: they have all weights of a language model with a tied head."""
+    config = load_config(source)
+    if is_classifier(config) or is_token_classifier(config) or hasattr(config, HEAD_SETTING):
+        name = (config.architectures or [type(config).__name__])[0]
+        raise ModelError(
+            f"{source} is a {name} and no language model: it was trained to give numbers, as a reward model or the"
+            " critic/ of a run is. Give the language model that it was made from, or the actor/ of that run."
+        )
 
 
 def check_one_label(source: Source, config: PreTrainedConfig, way: str) -> None:
