@@ -16,6 +16,7 @@ from fastppo.report.titles import Quantity, quantity
 
 MAIN = ("score", "judge", "kl", "loss", "accuracy")
 SMALL = (
+    "score_drawn",
     "entropy",
     "response_length",
     "turns",
