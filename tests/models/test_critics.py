@@ -18,7 +18,7 @@ from fastppo.config.command_line import parse
 from fastppo.data.packed import pack
 from fastppo.distributed.world import start_world
 from fastppo.models.critics import write
-from fastppo.models.loading.policies import check_models, load_actor_tokenizer, load_policies
+from fastppo.models.loading.policies import check_models, load_actor_tokenizer, load_policies, load_reward
 from fastppo.models.roles import Critic, ModelError, Policy
 from fastppo.online.progress import Progress
 from fastppo.planner.machine import Machine
@@ -214,15 +214,16 @@ def test_a_value_head_that_is_not_there_is_an_error(tmp_path, spoil, words):
 
 
 @pytest.mark.parametrize("start", ["tied", "opt"])
-@pytest.mark.parametrize("setting", ["actor", "reference"])
-def test_a_critic_is_no_language_model(start, setting, tmp_path):
-    """Its files have all weights of one where the vocabulary head is the embeddings."""
+def test_a_critic_is_no_language_model_and_no_reward_model(start, tmp_path):
+    """Its files have all weights of a language model where the vocabulary head is the embeddings."""
     path = STARTS[start](tmp_path / "start")
     export(trained(load(path)), tmp_path / "critic")
-    with pytest.raises(
-        ModelError, match=rf"{setting}.model = {tmp_path}/critic is a \w+ and no language model.*actor/"
-    ):
-        load(path, f"--{setting}.model", str(tmp_path / "critic"))
+    for setting in ("actor", "reference"):
+        words = rf"{setting}.model = {tmp_path}/critic is a \w+ and no language model.*actor/"
+        with pytest.raises(ModelError, match=words):
+            load(path, f"--{setting}.model", str(tmp_path / "critic"))
+    with pytest.raises(ModelError, match=r"rewards.model = .*critic gives a number to each token.* is no reward model"):
+        load_reward(str(tmp_path / "critic"), torch.float32, CPU)
 
 
 @pytest.mark.parametrize("start", ["qwen2", "opt"])

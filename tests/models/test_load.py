@@ -171,9 +171,9 @@ def test_what_a_run_of_the_quickstart_exports_is_missed_with_the_command_that_ex
 
 
 def test_weights_that_files_lack_are_not_made_up(tmp_path):
-    """Transformers would begin the vocabulary head of a reward model's backbone at random."""
+    """Transformers would begin the vocabulary head of a backbone at random."""
     with pytest.raises(ModelError, match=r"actor.model = .*: 1 weights of LlamaForCausalLM .* \(lm_head.weight\)"):
-        load(tiny.saved(tmp_path, tiny.classifier()))
+        load(tiny.saved(tmp_path, tiny.causal().base_model))
 
 
 def test_more_upper_layers_than_there_are_is_an_error(model):

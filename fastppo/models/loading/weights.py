@@ -119,6 +119,11 @@ def _gguf_config(place: str, file: str, revision: str | None) -> PreTrainedConfi
 def load_classifier_config(source: Source) -> PreTrainedConfig:
     """The config of a reward model: a sequence classifier with one label. Raises ModelError for any other model."""
     config = load_config(source)
+    if is_token_classifier(config) or hasattr(config, HEAD_SETTING):
+        raise ModelError(
+            f"{source} gives a number to each token, as the critic/ of a run does, and is no reward model, which scores"
+            " a whole text. Give a sequence classifier with one label."
+        )
     if config.architectures and not is_classifier(config):
         raise ModelError(
             f"{source} is a {config.architectures[0]} and no reward model: it has no score head, and a random head"
