@@ -76,6 +76,22 @@ RIGHT = [
     (r"\boxed{\text{evelyn}}", r"\text{Evelyn}"),
     (r"The correct answer is (B).", r"\textbf{(B)}"),
     (r"First \boxed{1}. No: \boxed{2}", "2"),
+    (r"\boxed{0.00001}", 1e-5),
+    (r"\boxed{10^{-5}}", 1e-5),
+    (r"\boxed{1.7\cdot 10^{-19}}", 1.7e-19),
+    (r"\boxed{10^{16}}", 1e16),
+    (r"\boxed{6.02\times10^{23}}", 6.02e23),
+    (r"\boxed{1.5e3}", "1500"),
+    (r"\boxed{121}", 121.00000000000001),
+    (r"\boxed{121}", 120.99999999999999),
+    (r"\boxed{0.03333333}", r"\frac{1}{30}"),
+    (r"\boxed{0.05}", r"5\%"),
+    (r"\boxed{12.5}", r"12.5\%"),
+    (r"\boxed{12.5\%}", "0.125"),
+    ("#### 12.5%", "#### 12.5"),
+    ("It is 12.5 per cent.", "12.5%"),
+    ("\\boxed{90\u00b0}", r"90^\circ"),
+    ("The answer is 5 \u20ac.", "5"),
 ]
 WRONG = [
     ("#### 73", "#### 72"),
@@ -97,6 +113,16 @@ WRONG = [
     (r"\boxed{\frac{1}{}}", "1"),
     (r"\boxed{2^{100}}", "2^{100}+1"),
     (r"\boxed{???}", "5"),
+    ("The answer is (A) and (B).", r"\text{(A)}"),
+    (r"\boxed{1.6\times 10^{-19}}", r"1.7\times 10^{-19}"),
+    (r"\boxed{0.0000004}", "0.0000003"),
+    (r"\boxed{0.0000104}", 1e-5),
+    (r"\boxed{0.033333}", r"\frac{1}{30}"),
+    (r"\boxed{120}", 120.99999999999999),
+    (r"\boxed{2.9999999}", "3"),
+    (r"\boxed{0.0000001}", "0"),
+    (r"\boxed{6.03\times10^{23}}", 6.02e23),
+    (r"\boxed{12.5\%}", "1250"),
 ]
 
 
@@ -277,6 +303,7 @@ def test_references_that_can_be_read_pass(tmp_path):
     [
         (["", 5], r"data.jsonl, line 15: ''"),
         ([None], r"data.jsonl, line 15: 'None'"),
+        ([["5"]], r"data.jsonl, line 15: \"\['5'\]\""),
         (["48/2\n####"], r"data.jsonl, line 15: '48/2\\n####'"),
         ([r"so \boxed{\frac{1}{}}."], r"data.jsonl, line 15: .*boxed"),
         ([5, "???", "???", "!", "#### ?", r"\frac"], r"line 17: '\?\?\?'; .*, line 21: '!'; .* and 1 more"),

@@ -6,6 +6,8 @@ Every search takes a time linear in the text, whatever a response holds: it runs
 from __future__ import annotations
 
 import re
+from decimal import Decimal
+from numbers import Number
 from typing import NamedTuple
 
 # A box, an escaped character, or a brace of a group.
@@ -28,15 +30,17 @@ FORMULA = re.compile(
 )
 DISPLAYED = re.compile(r"\$\$(?P<dollars>.+?)\$\$|\\\[(?P<square>.+?)\\\]", re.DOTALL)
 
-CURRENCY = re.compile(r"^([-+]?) ?(?:\\\$|\$(?=[^$]*$)|[€£¥₹]) ?(?=[-+]?\.?\d)")
+CURRENCY = re.compile(r"^([-+]?) ?(?:\\\$|\$(?=[^$]*$)|[€£¥₹]) ?(?=[-+]?\.?\d)|(?<=\d) ?[€£¥₹]$")
 GROUPED = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\[,!; ])(?=\d{3}(?!\d))")  # 10{,}000 and 10,\!000
 SPACED = re.compile(r"[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?")
+# As programs write numbers, and a column of them becomes text. 2e-1 may be twice Euler's number less 1, and stays.
+SCIENTIFIC = re.compile(r"[-+]?(?:(?:\d*\.\d+|1\.?)[eE][-+]?\d{1,3}|\d+(?:e(?:[-+]\d{2,3}|\d{1,3})|E[-+]?\d{1,3}))")
 MIXED = re.compile(r"(?P<whole>-?\d+) (?P<part>\d+) ?/ ?(?P<of>\d+)")
 AROUND = " *`"  # Markdown around an answer
 DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
-CHARACTERS = str.maketrans({"−": "-", "–": "-"})
+CHARACTERS = str.maketrans({"−": "-", "–": "-", "°": r"^\circ", "²": "^2", "³": "^3", "·": r"\cdot ", "∞": r"\infty"})
 TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf|textrm|textit)\s*\{(?P<inner>[^{}\\]*)\}")
-CHOICE = re.compile(r"\(?([A-Z])\)?|\(([A-Z])\) \w.*")  # of several answers: A, (A), (A) 12
+CHOICE = re.compile(r"\(?([A-Z])\)?|\(([A-Z])\) (?!(?:and|or)\b|.*\([A-Z]\))\w.*")  # of several answers: A, (A), (A) 12
 WORDS = re.compile(r"[^\W\d_]{3,}(?:[ '-][^\W\d_]+)*|no|No|NO")  # shorter ones are products of variables
 
 
@@ -61,8 +65,8 @@ def response_answer(text: str) -> Answer:
 
 def reference_answer(value: object) -> str:
     """The final answer in a column's value: a number, a worked solution that ends with `#### 72`, one with a
-    `\\boxed{...}`, or the answer alone. Empty for a missing value."""
-    if value is None or value != value:  # NaN is a missing value too
+    `\\boxed{...}`, or the answer alone. Empty for a missing value, and for one that is neither text nor a number."""
+    if not isinstance(value, str | Number) or value != value:  # NaN is a missing value
         return ""
     text = str(value)
     if HASHES in text:
@@ -122,6 +126,8 @@ def cleaned(text: str) -> str:
         text = unit["number"]
     if PLAIN.fullmatch(text) or SPACED.fullmatch(text):
         return text.replace(",", "").replace(" ", "").removeprefix("+")
+    if SCIENTIFIC.fullmatch(text):
+        return f"{Decimal(text):f}"
     if mixed := MIXED.fullmatch(text):
         return f"{mixed['whole']}\\frac{{{mixed['part']}}}{{{mixed['of']}}}"
     if choice := CHOICE.fullmatch(text):

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import re
 import resource
 import signal
 import sys
@@ -21,6 +23,9 @@ from typing import Any, BinaryIO
 
 MEMORY = 1 << 30  # bytes that tasks may add to those of the process at its start
 GROWN = MEMORY // 4  # a process that has kept more than this of them is replaced, so that the next task has its share
+PLACES, PRECISION = 6, 15  # digits behind the point: of decimals, and of expressions with irrational numbers
+PERCENT = re.compile(r" ?\\?%$")
+ROUNDING = 2**-52  # relative, of a float
 # The run's own process decides what a signal to all processes of a job means; this one ends when its stdin does.
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -61,12 +66,61 @@ def _verdict(task: dict[str, Any]) -> bool:
 def is_equal(answer: str, found: bool, reference: str) -> bool:
     """Whether a final answer equals the reference. found: False if the answer is still to be found in the text, by
     math-verify's own rules."""
+    if _is_equal(answer, found, reference):
+        return True
+    # 12.5% is 0.125, and it is also 12.5, which math-verify says of whole numbers alone.
+    bare = PERCENT.sub("", answer) if found else answer
+    without = PERCENT.sub("", reference)
+    return (bare == answer) != (without == reference) and _is_equal(bare, found, without)
+
+
+def _is_equal(answer: str, found: bool, reference: str) -> bool:
     from math_verify import parse, verify
 
     expected = _reference(reference)
     given = _parsed(answer) if found else parse(answer, parsing_timeout=None)
-    # Decimals are compared after rounding to 6 places.
-    return bool(expected and given and verify(expected, given, float_rounding=6, timeout_seconds=None))
+    if not (expected and given):
+        return False
+    zeros = _leading_zeros(reference)
+    if _rounds_to(expected[0], given[0], PLACES + zeros):
+        return True
+    digits = {"float_rounding": PLACES + zeros, "numeric_precision": PRECISION + zeros}
+    return bool(verify(expected, given, timeout_seconds=None, **digits))
+
+
+def _rounds_to(expected: Any, given: Any, places: int) -> bool:
+    """Whether a decimal and a whole number are the same after rounding, which SymPy never says of the two kinds:
+    120.99999999999999 as a reference and 121, or 6.02e23 and the number with all its digits."""
+    from sympy import Float, Integer
+
+    a, b = _evaluated(expected), _evaluated(given)
+    if isinstance(a, Float) and isinstance(b, Integer):
+        return bool(abs(a - b) < max(10**-places / 2, ROUNDING * abs(a)))
+    # A whole number as a reference is met by itself alone, as far as a float can say.
+    return isinstance(a, Integer) and isinstance(b, Float) and bool(abs(a - b) <= ROUNDING * abs(a))
+
+
+def _evaluated(expression: Any) -> Any:
+    """A number in an expression without variables; the expression where there is none."""
+    if not getattr(expression, "is_number", False):
+        return expression
+    try:
+        return expression.doit()
+    except Exception:  # of SymPy, for what has no value; so do the comparisons of math-verify
+        return expression
+
+
+@lru_cache(4096)
+def _leading_zeros(reference: str) -> int:
+    """The zeros of a reference behind the decimal point: 3 of 0.0001, and 0 of what is no number.
+
+    math-verify counts places from the point, also where that leaves nothing of a number.
+    """
+    try:
+        size = abs(float(_evaluated(_reference(reference)[0])))
+    except (TypeError, OverflowError, ValueError):  # no real number, or not one of this range
+        return 0
+    return -math.floor(math.log10(size)) - 1 if 0 < size < 0.1 else 0
 
 
 @lru_cache(4096)
