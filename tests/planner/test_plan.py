@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from architectures import preset
+from architectures import RECIPES, preset
 
 from fastppo import plan
 from fastppo.config import Config
@@ -20,6 +21,7 @@ from fastppo.planner.machine import Machine, parse_bytes
 from fastppo.planner.plan import make_plan, measured_roles
 
 REWARDS = '[{"function": "a:b"}]'
+PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 ALONE = World(0, 1, torch.device("cpu"))
 
 
@@ -87,7 +89,14 @@ def test_gathered_weights_that_are_too_large_for_a_gpu_are_named(tmp_path, capsy
 )
 def test_a_preset_fits_the_machine_it_is_for(tmp_path, name, gpus, gpu, host):
     config = parse(preset(tmp_path, name), ranks=gpus)
-    assert make_plan(config, Machine(gpus, 1, gpu * 10**9, host * 10**9)).fits
+    made = make_plan(config, Machine(gpus, 1, gpu * 10**9, host * 10**9))
+    assert made.fits
+    if name in RECIPES:
+        needed, there = (f"{size / 1e9:.1f}" for size in made.needs["GPU"])
+        again = next(line for line in made.choices if "activation_checkpointing" in line).split(": ")[1].split(",")[0]
+        [row] = [line for line in PAGE.read_text().splitlines() if line.startswith(f"| `{name}` | {gpu} GB | ")]
+        assert f"| {needed} of {there} GB | {made.peak[0]} | {again} |" in row
+        assert ("reference" in row) == ("reference during feedback" in "".join(made.choices))
 
 
 @pytest.mark.slow
