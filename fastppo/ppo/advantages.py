@@ -27,8 +27,9 @@ class Advantages(NamedTuple):
 
 # (rewards, values, groups, cu_seqlens, ppo) -> Advantages:
 # rewards (M,) fp32, the KL penalty on each token where it is in the reward, the score on a response's last token;
-# values (M,) fp32 of the critic, None without one; groups (B,) int64 from 0 on, equal for responses to the same prompt;
-# cu_seqlens (B+1,) int32, where each response starts in an (M,) tensor, the last entry M; ppo: the settings `ppo.*`.
+# values (M,) fp32 of the critic, None without one; groups (B,) int64 from 0 on, equal for the responses drawn together
+# to one prompt, `sampling.samples_per_prompt`; cu_seqlens (B+1,) int32, where each response starts in an (M,) tensor,
+# the last entry M; ppo: the settings `ppo.*`.
 Estimator = Callable[[Tensor, Tensor | None, Tensor, Tensor, PPOConfig], Advantages]
 
 

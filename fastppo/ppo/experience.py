@@ -68,7 +68,8 @@ def compute_experience(
     shaped = shape(scored, moments, ppo)
     turn_rewards = scored.rollout.turn_rewards
     rewards = token_rewards(measured["kl"], shaped, packed.last_response_tokens, kl_coef, turn_rewards)
-    groups = scored.rollout.sources.unique(return_inverse=True)[1]  # (B,), from 0 on
+    # by where they are in the batch, not by their prompt, which a batch has twice where a pass over the data ends
+    groups = torch.arange(len(packed)) // config.sampling.samples_per_prompt  # (B,), from 0 on
     if context.step < config.critic_steps:  # the critic learns alone, from what did follow: it knows nothing yet
         ppo = replace(ppo, lam_critic=1.0)
     estimated = estimate_advantages(context.estimator, rewards, values, groups, packed.response_cu_seqlens, ppo)

@@ -210,7 +210,7 @@ def test_the_mean_gradient_of_a_bandit_is_the_expected_one(name):
 
 
 def test_the_biased_estimators_are_off_by_what_the_docs_say():
-    """docs/methods.md: of those that divide by a spread, for this bandit and groups of 4."""
+    """docs/estimators.md: of those that divide by a spread, for this bandit and groups of 4."""
     shares = {name: EXPECTED[name]() / EXACT for name in EXPECTED}
     assert shares["dr_grpo"] == pytest.approx(0.75)
     assert shares["grpo"] == pytest.approx(1.75, abs=0.005)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from ppo_step import config_of, context_of, responses, roles_of, step
+from ppo_step import config_of, context_of, learn, responses, roles_of, step
 
 from fastppo.data.batch import Moments
 from fastppo.data.microbatches import Minibatch, plan_step
@@ -277,6 +277,17 @@ def test_two_lambdas_are_two_runs_of_one_each(model, world):
         other = of_actor if name.startswith("actor.") else of_critic
         assert torch.equal(parameter, other.parameters[name]), name
     assert difference(of_actor.parameters, of_critic.parameters) > 1e-4
+
+
+def test_a_prompt_that_a_batch_has_twice_makes_two_groups(model, world):
+    """As where a pass over the data ends. A group is what was drawn together, as for `sampling.until_informative`."""
+    config = config_of(model, "--ppo.estimator", "rloo", *GROUPS)
+    scored = responses(roles_of(config, world), samples=4)
+    twice = dataclasses.replace(scored.rollout, sources=torch.zeros(8, dtype=torch.int64))
+    apart, same = (learn(config, world, s) for s in (scored, dataclasses.replace(scored, rollout=twice)))
+    assert torch.equal(apart.experience.advantages, same.experience.advantages)
+    first = apart.experience.packed.response_cu_seqlens[:4].long()
+    assert float(apart.experience.advantages[first].sum()) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_without_a_critic_there_is_none_to_train_or_save(model, world):
