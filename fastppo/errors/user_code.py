@@ -53,16 +53,11 @@ class UserFunction:
 def named_function(name: str, setting: str, table: Mapping[str, F]) -> F | UserFunction:
     """The entry `name` of a table, or the user's function `module:function` or `file.py:function`.
 
-    setting: the setting that has the name. Raises FunctionError; for an unknown name it lists those of the table.
+    setting: the setting that has the name. Raises FunctionError.
     """
     if name in table:
         return table[name]
     setting = f"{setting} = {name}"
-    if ":" not in name:
-        raise FunctionError(
-            f"{setting}: there is no such name. Use one of {', '.join(table)}, or your own function as"
-            " module:function or file.py:function."
-        )
     return UserFunction(setting, *import_user_code(name, setting, error=FunctionError))
 
 

@@ -41,6 +41,21 @@ SAMPLES = ("--sampling.samples_per_prompt", "4")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (
+            ("--ppo.estimator", "GRPO"),
+            "ppo.estimator is GRPO, .* no such estimator; did you mean grpo\\? Use one of gae, g",
+        ),
+        (
+            ("--ppo.estimator", "gspo"),
+            "ppo.estimator is gspo, .* no such estimator; gspo is a ppo.loss. Use one of gae",
+        ),
+        (
+            ("--ppo.loss", "grpo"),
+            "ppo.loss is grpo, .*; grpo is a ppo.estimator. Use one of clip, gspo, cispo, or your",
+        ),
+        (("--ppo.loss", "mine.py"), "ppo.loss is mine.py, and there is no such loss. .* as module:function or file.py"),
+        (("--ppo.lam_alpha", "0.1"), "ppo.lam_alpha is 0.1 and ppo.lam 0.95, .* no effect. Set ppo.lam to adaptive"),
+        (("--ppo.estimator", "reinforce++", "--ppo.lam_alpha", "0.1"), "ppo.lam_alpha is 0.1 .* which has no lambda"),
         (("--ppo.estimator", "grpo"), "samples_per_prompt 1: grpo compares the responses.*Set samples_per_prompt to 2"),
         (("--ppo.estimator", "dr_grpo"), "one response has nothing to be compared with"),
         (("--ppo.estimator", "rloo"), "one response has nothing to be compared with"),
@@ -81,6 +96,8 @@ def test_what_cannot_work_or_would_have_no_effect_is_refused_with_the_reason(cap
         ("--ppo.estimator", "grpo", *SAMPLES, "--ppo.loss", "gspo", "--ppo.gspo_clip_high", "1e-3"),
         ("--ppo.loss", "cispo", "--ppo.clip_high", "4"),
         ("--ppo.estimator", "mine.py:f", "--ppo.lam", "adaptive", "--ppo.gamma", "0.9"),
+        ("--ppo.estimator", "mine.py:f", "--ppo.lam_alpha", "0.1"),
+        ("--ppo.lam", "adaptive", "--ppo.lam_alpha", "0.1"),
         ("--config", "quickstart", "--ppo.estimator", "reinforce++", "--critic.kind", "none"),
     ],
 )

@@ -13,7 +13,6 @@ from fastppo.config.command_line import parse
 from fastppo.distributed.world import start_world
 from fastppo.errors import FunctionError
 from fastppo.ppo.advantages import (
-    ESTIMATORS,
     Advantages,
     adaptive_lambda,
     estimate_advantages,
@@ -169,10 +168,6 @@ def test_an_estimator_is_one_file_of_the_users(world, folder, tmp_path, critic):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        (
-            "gea",
-            f"ppo.estimator = gea: there is no such name. Use one of {re.escape(', '.join(ESTIMATORS))}, or your own",
-        ),
         ("nowhere.py:f", r"ppo.estimator = nowhere.py:f: nowhere.py could not be imported \(FileNotFoundError"),
         ("fastppo.ppo.advantages:nothing", "has no function nothing; it has: .*gae"),
     ],

@@ -14,6 +14,7 @@ from fastppo.config.validation.estimators import (
     check_critic_kind,
     check_estimator,
     check_loss,
+    check_names,
     check_partial,
     check_steps_ahead,
     check_until_informative,
@@ -67,6 +68,7 @@ def validate(config: Config, ranks: int = 1) -> None:
     check_train("actor.train", config.actor.train)
     check_train("critic.train", config.critic.train)
     check_models(config)
+    check_names(config.ppo)
     check_critic_kind(config.critic, config.ppo)
     check_critic(config.critic)
     check_rewards(config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 from fastppo.config.commands.ppo import Config
 from fastppo.config.learning import ESTIMATOR_RULES, PPOConfig
 from fastppo.config.models import CriticConfig
@@ -11,12 +13,35 @@ WITHOUT_CRITIC = ", ".join(name for name, rule in ESTIMATOR_RULES.items() if not
 BUILT_IN_LOSSES = ("clip", "gspo", "cispo")  # others are the user's, and may read any setting
 
 
+def check_names(ppo: PPOConfig) -> None:
+    """Refuse an estimator or a loss that is neither one of fastppo's nor written as a function of the user's."""
+    tables = {"estimator": tuple(ESTIMATOR_RULES), "loss": BUILT_IN_LOSSES}
+    for setting, other in (("estimator", "loss"), ("loss", "estimator")):
+        name, known = getattr(ppo, setting), tables[setting]
+        if name in known or ":" in name:
+            continue
+        near = difflib.get_close_matches(name.lower(), known, n=1)
+        if name.lower() in tables[other]:
+            hint = f"; {name.lower()} is a ppo.{other}."
+        else:
+            hint = f"; did you mean {near[0]}?" if near else "."
+        raise ConfigError(
+            f"ppo.{setting} is {name}, and there is no such {setting}{hint} Use one of {', '.join(known)}, or your own"
+            " function as module:function or file.py:function."
+        )
+
+
 def check_estimator(config: Config) -> None:
     """Refuse an estimator without what it compares responses by, and settings that would have no effect with it."""
     ppo, samples = config.ppo, config.sampling.samples_per_prompt
     name, rule = ppo.estimator, ppo.rule
     if name not in ESTIMATOR_RULES:
         return
+    if rule.critic and ppo.lam != "adaptive" and ppo.lam_alpha != PPOConfig().lam_alpha:
+        raise ConfigError(
+            f"ppo.lam_alpha is {ppo.lam_alpha} and ppo.lam {ppo.lam}, which does not depend on the length of a response:"
+            " it would have no effect. Set ppo.lam to adaptive, or leave out ppo.lam_alpha."
+        )
     if rule.group and samples < 2:
         raise ConfigError(
             f"ppo.estimator is {name} and sampling.samples_per_prompt {samples}: {name} compares the responses to one"
@@ -28,7 +53,11 @@ def check_estimator(config: Config) -> None:
             f"ppo.gamma is {ppo.gamma} and ppo.estimator {name}, which sees the sum of a response's rewards, so that"
             " nothing would be discounted. Set gamma to 1, or ppo.estimator to gae or reinforce++."
         )
-    lambdas = {"lam": ("adaptive", ppo.lam == "adaptive"), "lam_critic": (ppo.lam_critic, ppo.lam_critic is not None)}
+    lambdas = {
+        "lam": ("adaptive", ppo.lam == "adaptive"),
+        "lam_alpha": (ppo.lam_alpha, ppo.lam_alpha != PPOConfig().lam_alpha),
+        "lam_critic": (ppo.lam_critic, ppo.lam_critic is not None),
+    }
     for setting, (value, is_set) in lambdas.items():
         if is_set and not rule.critic:
             raise ConfigError(
