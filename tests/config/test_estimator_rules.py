@@ -8,7 +8,9 @@ from fastppo.checkpoint.resume import settings
 from fastppo.config import Config, validate
 from fastppo.config.command_line import parse
 from fastppo.config.learning import ESTIMATOR_RULES
+from fastppo.config.validation.estimators import BUILT_IN_LOSSES
 from fastppo.ppo.advantages import ESTIMATORS
+from fastppo.ppo.losses import LOSSES
 
 NEEDED = ["--actor.model", "m", "--data.path", "p", "--rewards", '[{"function": "m:f"}]']
 
@@ -17,8 +19,9 @@ def made(*arguments):
     return parse([*NEEDED, *arguments])
 
 
-def test_every_estimator_has_a_rule():
+def test_the_names_that_settings_know_are_those_of_the_tables():
     assert list(ESTIMATOR_RULES) == list(ESTIMATORS)
+    assert list(BUILT_IN_LOSSES) == list(LOSSES)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
