@@ -20,6 +20,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from fastppo.config import COMMANDS
+
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(
     r"^(?:<!-- not in CI: (?P<reason>.+?) -->\n)?```(?P<language>[\w{}-]*)[^\n]*\n(?P<code>.*?)^```$", re.M | re.S
@@ -117,13 +119,19 @@ def main(pages: Sequence[Path]) -> None:
 
 
 def lane(folder: Path, core: int, env: Mapping[str, str]) -> tuple[int, dict[str, str]]:
-    """A core for blocks that run beside others, and their environment, whose `deepspeed` has a port of its own."""
-    own, deepspeed = folder / str(core), shutil.which("deepspeed", path=env["PATH"])
+    """A core for blocks that run beside others, and their environment, in which runs meet at a port of their own."""
+    own, flag = folder / str(core), f"--master_port {29600 + core}"
     own.mkdir()
-    command = own / "deepspeed"
-    command.write_text(f'#!/bin/sh\nexec {deepspeed} --master_port {29600 + core} "$@"\n', encoding="utf-8")
-    command.chmod(0o755)
+    deepspeed, fastppo = (shutil.which(name, path=env["PATH"]) for name in ("deepspeed", "fastppo"))
+    _write_command(own / "deepspeed", f'exec {deepspeed} {flag} "$@"')
+    training = f'{"|".join(COMMANDS)}) name=$1; shift; exec {fastppo} $name {flag} "$@"'
+    _write_command(own / "fastppo", f'case $1 in {training};; esac\nexec {fastppo} "$@"')
     return core, {**env, "PATH": f"{own}:{env['PATH']}"}
+
+
+def _write_command(path: Path, line: str) -> None:
+    path.write_text(f"#!/bin/sh\n{line}\n", encoding="utf-8")
+    path.chmod(0o755)
 
 
 if __name__ == "__main__":
