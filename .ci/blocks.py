@@ -97,7 +97,6 @@ def run_page(path: Path, env: Mapping[str, str], failed: threading.Event) -> Non
         result = f"--- {where}: {how} {time.monotonic() - start:.0f} s"
         print(f"--- {where} ({language})\n{run[-1].strip()}\n---\n{done.stdout}\n{result}", flush=True)
         if done.returncode:
-            failed.set()
             raise BlockFailed(result)
 
 
@@ -111,7 +110,11 @@ def main(pages: Sequence[Path]) -> None:
         def run(page: Path) -> None:
             core, own = lanes.pop()  # there are as many as threads
             os.sched_setaffinity(0, {core})  # of this thread, and of what it starts
-            run_page(page, own, failed)
+            try:
+                run_page(page, own, failed)
+            except Exception:
+                failed.set()  # the other page ends after its block
+                raise
             lanes.append((core, own))
 
         for done in [pool.submit(run, page) for page in pages[1:]]:

@@ -94,13 +94,13 @@ def _layers_as_named(model: PreTrainedModel) -> Iterator[None]:
     its stead. So it is not told the type.
     """
     settings = vars(model.config)
-    before = {name: settings[name] for name in ("model_type",) if name in settings}  # usually the class alone has it
+    before = settings.copy()  # which usually has no type: the class of the config has it
     settings["model_type"] = ""
     try:
         yield
     finally:
-        del settings["model_type"]
-        settings |= before
+        settings.pop("model_type")
+        settings.update(before)
 
 
 def _taken_for_experts(config: Any, model: PreTrainedModel) -> bool:

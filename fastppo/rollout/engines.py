@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -56,12 +55,6 @@ def find_engine(config: ResponseSettings) -> ChosenEngine:
         if engine.check is not None:
             engine.check(config)
         return ChosenEngine(setting, engine.make)
-    if ":" not in name:
-        near = difflib.get_close_matches(name, ENGINES, n=1)
-        raise SamplerError(
-            f"rollout.engine is {name or 'empty'}; it must be {' or '.join(ENGINES)}, or a class of yours as"
-            f" module:Class or file.py:Class.{f' Did you mean {near[0]}?' if near else ''}"
-        )
     make, folder = import_user_code(name, setting, "class", SamplerError)
     if isinstance(make, type):
         _check_methods(setting, make)

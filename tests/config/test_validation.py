@@ -153,6 +153,12 @@ def test_the_defaults_and_the_quickstart_are_allowed():
             ["until_informative is 4", "samples_per_prompt 1", "one response differs from none", "to 2 or more"],
         ),
         (dict(sampling__samples_per_prompt=8, sampling__until_informative=1), ["informative is 1", "2 or more"]),
+        (
+            dict(rollout__engine="vlm"),
+            ["engine is vlm", "inprocess or vllm, or a class of yours", "Did you mean vllm?"],
+        ),
+        (dict(rollout__engine="in_process"), ["engine is in_process", "Did you mean inprocess?"]),
+        (dict(rollout__engine=""), ["rollout.engine is empty", "inprocess or vllm"]),
         (dict(rollout__partial_tokens=0), ["partial_tokens is 0", "1 or more"]),
         (dict(rollout__partial_tokens=128), ["partial_tokens is 128", "max_new_tokens 128", "below max_new_tokens"]),
         (

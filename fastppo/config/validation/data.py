@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from typing import Any
 
@@ -147,11 +148,14 @@ def check_sampling(config: OnlineConfig | GenerateConfig) -> None:
 COLDEST, HOTTEST = 0.01, 2.0  # the temperatures that vLLM computes with; below it uses 0.01 and says so in its log only
 
 
+ENGINES = ("inprocess", "vllm")  # fastppo's own
+
 # Settings of `rollout` that belong to `rollout.environment`.
 OF_ENVIRONMENT = ("max_turns", "turn_tokens", "time_limit", "concurrency")
 
 
 def check_rollout(config: OnlineConfig | GenerateConfig, ranks: int) -> None:
+    check_engine(config.rollout.engine)
     check_conversations(config, ranks)
     vllm, engine = config.rollout.vllm, config.rollout.engine
     if engine != "vllm":
@@ -180,6 +184,16 @@ def check_rollout(config: OnlineConfig | GenerateConfig, ranks: int) -> None:
             )
 
 
+def check_engine(name: str) -> None:
+    """Refuse an engine that is neither one of fastppo's nor written as a class of the user's."""
+    if name not in ENGINES and ":" not in name:
+        near = difflib.get_close_matches(name, ENGINES, n=1)
+        raise ConfigError(
+            f"rollout.engine is {name or 'empty'}; it must be {' or '.join(ENGINES)}, or a class of yours as"
+            f" module:Class or file.py:Class.{f' Did you mean {near[0]}?' if near else ''}"
+        )
+
+
 def check_conversations(config: OnlineConfig | GenerateConfig, ranks: int) -> None:
     rollout, sampling = config.rollout, config.sampling
     if rollout.environment is None:
@@ -191,7 +205,7 @@ def check_conversations(config: OnlineConfig | GenerateConfig, ranks: int) -> No
                 )
         return
     environment = f"rollout.environment is {rollout.environment}"
-    if rollout.engine not in ("inprocess", "vllm"):
+    if rollout.engine not in ENGINES:
         raise ConfigError(
             f"{environment} and rollout.engine {rollout.engine}: only fastppo's own engines write conversations. Set"
             " rollout.engine to inprocess or vllm, or leave out rollout.environment."

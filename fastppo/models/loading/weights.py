@@ -149,8 +149,8 @@ def check_language_model(source: Source) -> None:
     if is_classifier(config) or is_token_classifier(config) or hasattr(config, HEAD_SETTING):
         name = (config.architectures or [type(config).__name__])[0]
         raise ModelError(
-            f"{source} is a {name} and no language model: it was trained to give numbers, as a reward model or the"
-            " critic/ of a run is. Give the language model that it was made from, or the actor/ of that run."
+            f"{source} is a {name} and no language model: it gives numbers, as a reward model or the critic/ of a run"
+            " does. Give the language model that it was made from, or the actor/ of that run."
         )
 
 
