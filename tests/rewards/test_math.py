@@ -277,6 +277,31 @@ def test_a_process_that_cannot_start_is_an_error_with_its_reason(pool, monkeypat
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RewardError, match=r"could not be started: it ended with status 1"):
         pool(1).run(TASKS[:1], 5.0)
+    monkeypatch.setattr(workers, "STARTING", 0.2)
+    (tmp_path / "hangs").write_text("#!/bin/sh\nexec sleep 30\n")
+    (tmp_path / "hangs").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "hangs"))
+    with pytest.raises(RewardError, match=r"could not be started: it did not answer in 0 s"):
+        pool(1).run(TASKS[:1], 5.0)
+
+
+@pytest.mark.parametrize("kills", [1, 2])
+def test_a_process_that_is_killed_while_it_starts_is_started_once_more(pool, monkeypatch, tmp_path, caplog, kills):
+    killed = tmp_path / "killed"
+    program = tmp_path / "python"
+    program.write_text(
+        f'#!/bin/sh\necho >>{killed}\n[ $(wc -l <{killed}) -gt {kills} ] || kill -9 $$\nexec {sys.executable} "$@"\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    if kills == 1:
+        assert pool(1).run(TASKS[:1], 5.0) == [True]
+    else:
+        with pytest.raises(RewardError, match=r"could not be started: it ended with status -9"):
+            pool(1).run(TASKS[:1], 5.0)
+    assert [record.getMessage() for record in caplog.records] == [
+        "a process that verifies answers got signal 9 while it started: started again"
+    ]
 
 
 # What is wrong before a run

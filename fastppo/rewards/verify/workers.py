@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import os
 import select
 import signal
@@ -28,7 +29,9 @@ from fastppo.config import MOST_VERIFIERS
 from fastppo.rewards.responses import RewardError
 
 STARTING = 300.0  # seconds in which a process imports SymPy, on a machine that has much else to do
-TRIES = 2  # of a task whose process ends by something else than the limit, such as another program's signal
+TRIES = 2  # of a task or a start whose process ends by something else than the limit, such as another program's signal
+
+log = logging.getLogger("fastppo")
 
 
 class Task(NamedTuple):
@@ -92,7 +95,7 @@ class Pool:
 
 
 class _EndedError(Exception):
-    """The process has ended, or does not answer."""
+    """The process has ended."""
 
 
 class _OverLimitError(Exception):
@@ -138,7 +141,7 @@ class _Worker:
         process.stdout.close()
         return status
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self, tries: int = TRIES) -> subprocess.Popen[bytes]:
         here = os.pathsep.join(path for path in sys.path if path)
         # Hashes decide in which order SymPy takes the parts of a set: with the same ones, all processes do the same.
         environment = {**os.environ, "PYTHONPATH": here, "PYTHONSAFEPATH": "1", "PYTHONHASHSEED": "0"}
@@ -148,8 +151,12 @@ class _Worker:
             self._process = subprocess.Popen(command, env=environment, **pipes)
             said = _line(self._process, STARTING)
         except (_EndedError, OSError) as error:
-            status = self.stop()
-            what = f"it ended with status {status}" if status is not None else str(error)
+            status = self.stop() or 0
+            ended = isinstance(error, _EndedError)
+            if ended and status < 0 and tries > 1:
+                log.warning("a process that verifies answers got signal %d while it started: started again", -status)
+                return self._start(tries - 1)
+            what = f"it ended with status {status}" if ended else str(error)
             raise RewardError(f"a process that verifies answers could not be started: {what}") from error
         if "error" in said:
             self.stop()
@@ -159,12 +166,14 @@ class _Worker:
 
 
 def _line(process: subprocess.Popen[bytes], seconds: float) -> dict[str, Any]:
-    """The next line that a process writes. Raises _EndedError without one, or after `seconds`."""
+    """The next line that a process writes. Raises _EndedError without one, TimeoutError after `seconds`."""
     assert process.stdout is not None
     handle, end, text = process.stdout.fileno(), time.monotonic() + seconds, b""
     while not text.endswith(b"\n"):
         ready, _, _ = select.select([handle], [], [], max(end - time.monotonic(), 0))
-        part = os.read(handle, 4096) if ready else b""
+        if not ready:
+            raise TimeoutError(f"it did not answer in {seconds:.0f} s")
+        part = os.read(handle, 4096)
         if not part:
             raise _EndedError
         text += part
