@@ -14,7 +14,7 @@ export PYTHONMALLOC ?= malloc
 unexport PYTHONDONTWRITEBYTECODE
 
 pip   := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-short := $(if $(STEPS),--steps $(STEPS))
+short  = $(if $(STEPS),--steps $(STEPS) --eval.$(1) 16)
 ready := .venv/ready-$(shell cat constraints.txt pyproject.toml setup.py csrc/* | sha256sum | cut -c1-16)
 
 vllm_pip   := .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt
@@ -26,14 +26,15 @@ first_use := 'import fastppo.distributed.engine; from deepspeed.comm.torch impor
 
 .PHONY: demo test quick vllm setup lint types format docs build bench cuda clean
 
-# SFT, a reward model and PPO on film reviews, and a report; `make demo STEPS=2` makes each run 2 steps long.
+# SFT, a reward model and PPO on film reviews, and a report. `make demo STEPS=2` makes each run 2 steps long, and measures
+# it on 16 examples or prompts.
 demo: setup
 	@echo '== 1 of 3, SFT: a language model learns to write the beginnings of film reviews'
-	deepspeed fastppo/train_sft.py --config quickstart-sft $(short)
+	deepspeed fastppo/train_sft.py --config quickstart-sft $(call short,examples)
 	@echo '== 2 of 3, reward model: it learns which of two film reviews is favourable'
-	deepspeed fastppo/train_reward.py --config quickstart-reward $(short)
+	deepspeed fastppo/train_reward.py --config quickstart-reward $(call short,examples)
 	@echo '== 3 of 3, PPO: the language model learns to write reviews that the reward model scores high'
-	deepspeed fastppo/train.py --config quickstart $(short)
+	deepspeed fastppo/train.py --config quickstart $(call short,prompts)
 	@echo '== The report of the PPO run; open it in a browser:'
 	@python -m fastppo.report runs/quickstart
 

@@ -32,23 +32,25 @@ OFFLINE = re.compile(r"fastppo/train_(dpo|reward|sft)\.py|\bfastppo (dpo|reward|
 GENERATE = re.compile(r"\bfastppo generate\b")
 
 
+SHORT = (  # what a command gets, unless it has that setting itself
+    (TRAINING, ("--steps 2", "--eval.prompts 4", "--ppo.batch_size 8")),
+    (REST, ("--steps 1", "--eval.prompts 4", "--grow.prompts 4")),
+    (OFFLINE, ("--steps 2", "--eval.examples 8", "--batch_size 8")),
+    (GENERATE, ("--data.limit 8",)),
+    (re.compile(r"^python bench/estimators\.py"), ("--short", "--seeds 1", "--estimators rloo")),
+    (re.compile(r"^python bench/conversations\.py.* --waiting"), ("--short",)),
+    (re.compile(r"^python bench/conversations\.py(?!.* --waiting)"), ("--short", "--seeds 1")),
+    (re.compile(r"^make demo\b"), ("STEPS=2",)),
+)
+
+
 def shorten(command: str) -> str:
     """The same command with little to do."""
-    if re.fullmatch(r"make demo\b.*", command) and "STEPS=" not in command:
-        return f"{command} STEPS=2"
-    if TRAINING.search(command) and "--steps" not in command and "--help" not in command:
-        return f"{command} --steps 2 --eval.prompts 4"
-    if REST.search(command) and "--steps" not in command and "--help" not in command:
-        return f"{command} --steps 1 --grow.prompts 4 --eval.prompts 4"
-    if command.startswith("python bench/estimators.py"):
-        return f"{command} --short --seeds 1 --estimators rloo"
-    if command.startswith("python bench/conversations.py"):
-        return f"{command} --short" if "--waiting" in command else f"{command} --short --seeds 1"
-    if GENERATE.search(command) and "--data.limit" not in command and "--help" not in command:
-        return f"{command} --data.limit 8"
-    if OFFLINE.search(command) and "--steps" not in command and "--help" not in command:
-        return f"{command} --steps 2 --eval.examples 8"
-    return command
+    if "--help" in command:
+        return command
+    settings = [each for what, settings in SHORT if what.search(command) for each in settings]
+    missing = [each for each in settings if not re.search(rf"(^|\s){re.split('[ =]', each)[0]}\b", command)]
+    return " ".join([command, *missing])
 
 
 def script(language: str, code: str) -> str:
