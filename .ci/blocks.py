@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(
     r"^(?:<!-- not in CI: (?P<reason>.+?) -->\n)?```(?P<language>[\w{}-]*)[^\n]*\n(?P<code>.*?)^```$", re.M | re.S
 )
-TRAINING = re.compile(r"fastppo/train\.py|-m fastppo\.train\b|\bfastppo train\b")
+TRAINING = re.compile(r"fastppo/train\.py|node\.sbatch|-m fastppo\.train\b|\bfastppo train\b")
 REST = re.compile(r"fastppo/train_rest\.py|\bfastppo rest\b")
 OFFLINE = re.compile(r"fastppo/train_(dpo|reward|sft)\.py|\bfastppo (dpo|reward|sft)\b")
 GENERATE = re.compile(r"\bfastppo generate\b")

@@ -9,8 +9,8 @@ estimators of groups draw four responses to each of 8 prompts instead of one to 
 the other task, whose answers are right or wrong. Of each run: score, judge or accuracy, and KL on held-out prompts, the
 seconds of all steps without loading and evaluation, and the most memory that a process of it held.
 
---table prints the table of the runs in a folder once more. --short runs few steps, to see that it runs; its figures say
-nothing.
+--table prints the table of the runs in a folder once more. --short runs few steps of few responses, to see that it
+runs; its figures say nothing.
 """
 
 import argparse
@@ -149,7 +149,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     few = ["--steps", 2, "--optim.warmup_steps", 0]
     further = (
-        Further(few, [*settings, *few, "--eval.prompts", 8], ["--data.limit", 8])
+        Further(few, [*settings, *few, "--eval.prompts", 8, "--ppo.batch_size", 16], ["--data.limit", 8])
         if options.short
         else Further(rl=settings)
     )
