@@ -28,7 +28,7 @@ BLOCK = re.compile(
 )
 TRAINING = re.compile(r"fastppo/train\.py|node\.sbatch|-m fastppo\.train\b|\bfastppo train\b")
 REST = re.compile(r"fastppo/train_rest\.py|\bfastppo rest\b")
-OFFLINE = re.compile(r"fastppo/train_(dpo|reward|sft)\.py|\bfastppo (dpo|reward|sft)\b")
+OFFLINE = re.compile(r"fastppo/train_(dpo|reward|sft)\.py|simpo\.py|\bfastppo (dpo|reward|sft)\b")
 DPO = re.compile(r"fastppo/train_dpo\.py|\bfastppo dpo\b")
 GENERATE = re.compile(r"\bfastppo generate\b")
 
