@@ -4,6 +4,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 JOBS   ?= 2
 STEPS  ?=
+SHARE  ?=
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -39,8 +40,9 @@ demo: setup
 	@echo '== The report of the PPO run; open it in a browser:'
 	@python -m fastppo.report runs/quickstart
 
+# All tests; with `make test SHARE=3` about a third of the cases of each.
 test: setup
-	OMP_NUM_THREADS=1 pytest --quiet --numprocesses $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 pytest --quiet $(if $(SHARE),--share $(SHARE)) --numprocesses $(JOBS) --dist loadfile
 
 # The tests that are not marked slow, in about two minutes.
 quick: setup

@@ -3,7 +3,8 @@
 import gc
 import os
 import sys
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 # Before torch is imported. Workers of pytest-xdist share the cores.
@@ -26,6 +27,35 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 settings.register_profile("fastppo", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("fastppo")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--share", type=int, default=1, metavar="N", help="run about every N-th case of each test")
+
+
+def share_of(names: Sequence[str], every: int) -> list[str]:
+    """Of each test its first case, and of its others about one in `every`: the same ones on each machine.
+
+    Names are pytest's, with a case in brackets. They are chosen by their checksum: every N-th one of a table could have
+    the same value of a setting.
+    """
+    firsts = {*{name.partition("[")[0]: name for name in reversed(names)}.values()}
+    return [name for name in names if name in firsts or zlib.crc32(name.encode()) % every == 0]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("share") > 1:
+        config.pluginmanager.register(ShareOfCases(config.getoption("share")))
+
+
+class ShareOfCases:
+    def __init__(self, every: int):
+        self._every = every
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        kept = set(share_of([item.nodeid for item in items], self._every))
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in kept])
+        items[:] = [item for item in items if item.nodeid in kept]
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import conftest
@@ -10,6 +12,7 @@ import torch
 
 TESTS = Path(__file__).parent
 MAKEFILE = (TESTS.parent / "Makefile").read_text()
+SIZES = {"one": 1, "few": 4, "large": 1000}  # of tables of cases
 SKIPS = {"skip", "skipif", "importorskip", "skipTest"}
 
 
@@ -20,7 +23,34 @@ def recipe(target: str) -> str:
 
 def test_quick_leaves_out_what_is_slow_and_test_leaves_out_nothing():
     assert "-m 'not slow'" in recipe("quick")
-    assert recipe("test").split() == [word for word in recipe("quick").replace("-m 'not slow'", "").split()]
+    assert (
+        recipe("test").replace("$(if $(SHARE),--share $(SHARE))", "").split()
+        == recipe("quick").replace("-m 'not slow'", "").split()
+    )
+
+
+def test_a_share_has_the_first_case_of_each_test_and_about_as_many_of_the_others():
+    tables = {name: [f"tests/{name}.py::test[{case}]" for case in range(size)] for name, size in SIZES.items()}
+    names = ["tests/alone.py::test", *(case for table in tables.values() for case in table)]
+    assert conftest.share_of(names, 1) == names
+    kept = conftest.share_of(names, 3)
+    assert kept == [name for name in names if name in {*kept}] and kept[0] == names[0]
+    for table in tables.values():
+        assert table[0] in kept
+    large = [int(re.search(r"\[(\d+)\]", name)[1]) for name in kept if "large" in name]
+    assert 250 < len(large) < 420
+    assert all({case % 3 for case in large if case // 100 == part} == {0, 1, 2} for part in range(10))
+
+
+def test_pytest_runs_the_share_it_is_asked_for():
+    def count(*options: str) -> int:
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *options]
+        listed = subprocess.run(
+            [*command, "tests/rewards/test_final_answers.py"], cwd=TESTS.parent, stdout=-1, text=True
+        )
+        return listed.stdout.count("::")
+
+    assert 0 < count("--share", "4") < count()
 
 
 def test_what_is_marked_gpu_is_skipped_where_there_is_none(request):
