@@ -5,7 +5,7 @@ shell or an interpreter of its own, with .venv/bin on PATH. Training is shortene
 out (CI calls them itself), and so is a block with `<!-- not in CI: reason -->` on the line before it.
 
 The first page runs alone: the others read what it makes. Then two pages run side by side, each on a core of its own:
-half of a short run is its start, which has one thread anyway.
+half of a short run is its start, which has one thread anyway. With --first only the first block of these pages runs.
 """
 
 import os
@@ -69,8 +69,9 @@ class BlockFailed(Exception):
     pass
 
 
-def run_page(path: Path, env: Mapping[str, str], failed: threading.Event) -> None:
-    """Run the page's blocks one after the other; what a block prints is printed when it has ended."""
+def run_page(path: Path, env: Mapping[str, str], failed: threading.Event, most: int | None = None) -> None:
+    """Run the page's blocks, or the first `most`, one after the other; what one prints is printed when it has ended."""
+    ran = 0
     text = path.read_text(encoding="utf-8")
     for block in BLOCK.finditer(text):
         language, code = block["language"], block["code"]
@@ -102,9 +103,12 @@ def run_page(path: Path, env: Mapping[str, str], failed: threading.Event) -> Non
         print(f"--- {where} ({language})\n{run[-1].strip()}\n---\n{done.stdout}\n{result}", flush=True)
         if done.returncode:
             raise BlockFailed(result)
+        ran += 1
+        if ran == most:
+            return
 
 
-def main(pages: Sequence[Path]) -> None:
+def main(pages: Sequence[Path], most: int | None) -> None:
     failed, cores = threading.Event(), sorted(os.sched_getaffinity(0))
     env = {**os.environ, "PATH": f"{ROOT / '.venv/bin'}:{os.environ['PATH']}"}
     run_page(pages[0], env, failed)
@@ -115,7 +119,7 @@ def main(pages: Sequence[Path]) -> None:
             core, own = lanes.pop()  # there are as many as threads
             os.sched_setaffinity(0, {core})  # of this thread, and of what it starts
             try:
-                run_page(page, own, failed)
+                run_page(page, own, failed, most)
             except Exception:
                 failed.set()  # the other page ends after its block
                 raise
@@ -143,6 +147,6 @@ def _write_command(path: Path, line: str) -> None:
 
 if __name__ == "__main__":
     try:
-        main([Path(page) for page in sys.argv[1:]])
+        main([Path(page) for page in sys.argv[1:] if page != "--first"], 1 if "--first" in sys.argv else None)
     except BlockFailed as failure:
         sys.exit(str(failure))
