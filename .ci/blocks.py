@@ -31,8 +31,6 @@ REST = re.compile(r"fastppo/train_rest\.py|\bfastppo rest\b")
 OFFLINE = re.compile(r"fastppo/train_(dpo|reward|sft)\.py|simpo\.py|\bfastppo (dpo|reward|sft)\b")
 DPO = re.compile(r"fastppo/train_dpo\.py|\bfastppo dpo\b")
 GENERATE = re.compile(r"\bfastppo generate\b")
-
-
 SHORT = (  # what a command gets, unless it has that setting itself
     (TRAINING, ("--steps 2", "--eval.prompts 4", "--ppo.batch_size 8")),
     (REST, ("--steps 1", "--eval.prompts 4", "--grow.prompts 4")),
@@ -40,8 +38,7 @@ SHORT = (  # what a command gets, unless it has that setting itself
     (OFFLINE, ("--steps 2", "--eval.examples 8", "--batch_size 8")),
     (GENERATE, ("--data.limit 8",)),
     (re.compile(r"^python bench/estimators\.py"), ("--short", "--seeds 1", "--estimators rloo")),
-    (re.compile(r"^python bench/conversations\.py.* --waiting"), ("--short",)),
-    (re.compile(r"^python bench/conversations\.py(?!.* --waiting)"), ("--short", "--seeds 1")),
+    (re.compile(r"^python bench/conversations\.py"), ("--short", "--seeds 1")),
     (re.compile(r"^make demo\b"), ("STEPS=2",)),
 )
 
@@ -50,9 +47,9 @@ def shorten(command: str) -> str:
     """The same command with little to do."""
     if "--help" in command:
         return command
+    given = command.replace("=", " ").split()
     settings = [each for what, settings in SHORT if what.search(command) for each in settings]
-    missing = [each for each in settings if not re.search(rf"(^|\s){re.split('[ =]', each)[0]}\b", command)]
-    return " ".join([command, *missing])
+    return " ".join([command, *(each for each in settings if re.split("[ =]", each)[0] not in given)])
 
 
 def script(language: str, code: str) -> str:

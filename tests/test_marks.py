@@ -45,10 +45,8 @@ def test_a_share_has_the_first_case_of_each_test_and_about_as_many_of_the_others
 def test_pytest_runs_the_share_it_is_asked_for():
     def count(*options: str) -> int:
         command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *options]
-        listed = subprocess.run(
-            [*command, "tests/rewards/test_final_answers.py"], cwd=TESTS.parent, stdout=-1, text=True
-        )
-        return listed.stdout.count("::")
+        command += ["tests/rewards/test_final_answers.py"]
+        return subprocess.run(command, cwd=TESTS.parent, stdout=subprocess.PIPE, text=True).stdout.count("::")
 
     assert 0 < count("--share", "4") < count()
 
