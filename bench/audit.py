@@ -1,8 +1,9 @@
-"""Two audits of the Triton kernels without a GPU: `python bench/audit.py [bytes|code]`.
+"""Two audits of the Triton kernels without a GPU: `python bench/audit.py [bytes|code [80] [90] [100]]`.
 
 bytes: counts every load and store in Triton's interpreter, and compares the sum with the least possible traffic.
-code: compiles each kernel for sm_80, sm_90 and sm_100, with arguments specialised as its launcher passes them, and
-reads the machine code: registers, spills, shared memory, occupancy, instructions and loads of the main loops.
+code: compiles each kernel for sm_80, sm_90 and sm_100, or for those named, with arguments specialised as its launcher
+passes them, and reads the machine code: registers, spills, shared memory, occupancy, instructions and loads of the
+main loops.
 
 Rows have GPT-2's vocabulary of 50,257 tokens, padded to start at multiples of 16 bytes. Attention is over a row of
 8,192 positions with the heads of widely used models. The last line of each audit is JSON. Time, bandwidth and cache
@@ -19,7 +20,8 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from audit_calls import (
     row_calls,
     token_calls,
 )
+from interpreted import replace_the_language_once_a_launch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
@@ -84,6 +87,7 @@ class Traffic:
 def bytes_moved() -> list[dict[str, Any]]:
     """One entry per call: bytes moved, least possible, and their ratio. Needs TRITON_INTERPRET=1."""
     made = []
+    replace_the_language_once_a_launch()
     for dtype in (torch.bfloat16, torch.float32):
         calls = row_calls(dtype) + gradient_calls(dtype) + (token_calls() if dtype == torch.float32 else [])
         of_layers = layer_calls(dtype) + glu_calls(dtype) + rotary_calls(dtype)
@@ -158,11 +162,8 @@ def disassembled(cubins: list[bytes], architecture: int) -> list[Program]:
         sass = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
     lines = re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?([^;]+);", sass)
     whole = [(int(address, 16), text) for address, text in lines]
-    ends = list(itertools.accumulate(map(len, codes)))
-    return [
-        [(address, text) for address, text in whole if end - len(code) <= address < end]
-        for code, end in zip(codes, ends, strict=True)
-    ]
+    starts = [bisect_left(whole, (end,)) for end in itertools.accumulate(map(len, codes), initial=0)]
+    return [whole[first:last] for first, last in itertools.pairwise(starts)]
 
 
 def loops(program: Program) -> list[list[str]]:
@@ -212,10 +213,10 @@ def inspect(kernel: Any, program: Program, architecture: int) -> dict[str, Any]:
     }
 
 
-def machine_code() -> list[dict[str, Any]]:
+def machine_code(architectures: Sequence[int]) -> list[dict[str, Any]]:
     """One entry per kernel, dtype and architecture. Needs a process without TRITON_INTERPRET."""
     made = []
-    for architecture in ARCHITECTURES:
+    for architecture in architectures:
         groups = [("bfloat16", row_calls(torch.bfloat16)), ("float32", row_calls(torch.float32))]
         groups += [("bfloat16, softcap", row_calls(torch.bfloat16, 30.0)[:6]), ("float32", token_calls())]
         groups += [("bfloat16", gradient_calls(torch.bfloat16)[:1]), ("float32", gradient_calls(torch.float32)[:1])]
@@ -261,11 +262,11 @@ def main() -> None:
         for e in made:
             print(f"{e['op']:24} {e['dtype']:9} {e['bytes']:>11,} {e['least']:>11,} {e['ratio']:>7.4f}")
         print(json.dumps(made))
-    elif sys.argv[1:] == ["code"]:
+    elif sys.argv[1:2] == ["code"]:
         print(
             f"{'':7} {'op':24} {'dtype':18} registers spills shared warps occupancy  instructions of each loop: memory"
         )
-        made = machine_code()
+        made = machine_code([int(name) for name in sys.argv[2:]] or ARCHITECTURES)
         for entry in made:
             print_code(entry)
         print(json.dumps(made))

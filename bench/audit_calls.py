@@ -29,6 +29,7 @@ from fastppo.kernels.vocabulary_forward import vocabulary_forward
 ROWS, VOCABULARY, TOKENS = 2, 50_257, 8192
 POSITIONS, WINDOW = 8192, 4096  # of a row of the cache
 LAYER_TOKENS = 256  # on two multiprocessors, as 16,384 tokens are on those of an H100
+GLU_TOKENS = ROTARY_TOKENS = 32  # of kernels in which no program knows how many there are
 # Queries a kv head and their width, as in SmolLM2-135M, Llama-3 8B, Llama-3 70B, Gemma-2 9B, Phi-2, Qwen3 235B.
 HEADS = ((3, 64), (4, 128), (8, 128), (2, 256), (1, 80), (16, 128))
 GLU_WIDTH = 1536  # of SmolLM2-135M
@@ -156,8 +157,8 @@ def layer_calls(dtype: torch.dtype, width: int = 2048) -> list[Call]:
 
 def glu_calls(dtype: torch.dtype, activations: tuple[str, ...] = ("silu", "gelu", "gelu_tanh")) -> list[Call]:
     """The gated activations, of gate and up apart and joined. least: as of `layer_calls`."""
-    gate, up, grad = (torch.randn(LAYER_TOKENS, GLU_WIDTH).to(dtype) for _ in range(3))
-    joined = torch.randn(LAYER_TOKENS, 2 * GLU_WIDTH).to(dtype)
+    gate, up, grad = (torch.randn(GLU_TOKENS, GLU_WIDTH).to(dtype) for _ in range(3))
+    joined = torch.randn(GLU_TOKENS, 2 * GLU_WIDTH).to(dtype)
     inputs = {"glu": (gate, up), "glu joined": (joined, None)}
     calls = []
     for activation, (name, given) in itertools.product(activations, inputs.items()):
@@ -171,8 +172,8 @@ def rotary_calls(dtype: torch.dtype) -> list[Call]:
     """Rotations of queries and keys, as the layers of a model hold them. least: as of `layer_calls`."""
     calls = []
     for heads, kv_heads, size, turned, interleaved in ROTARY:
-        q, k = (torch.randn(1, LAYER_TOKENS // 8, h, size).to(dtype).transpose(1, 2) for h in (heads, kv_heads))
-        cos, sin = (torch.randn(1, LAYER_TOKENS // 8, turned).to(dtype) for _ in range(2))
+        q, k = (torch.randn(1, ROTARY_TOKENS, h, size).to(dtype).transpose(1, 2) for h in (heads, kv_heads))
+        cos, sin = (torch.randn(1, ROTARY_TOKENS, turned).to(dtype) for _ in range(2))
         name = f"rotary, {heads}+{kv_heads} x {size}" + ", interleaved" * interleaved
         least = 2 * (q.nbytes + k.nbytes) + cos.nbytes + sin.nbytes
         for transposed in (False, True):
