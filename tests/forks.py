@@ -158,6 +158,11 @@ def _wait(pids: list[int], seconds: float) -> dict[str, Any]:
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
+    from deepspeed.comm.torch import build_shm_op
+    from transformers import conversion_mapping
+
+    from fastppo.config import command_line
+
     # the seconds that forks save; DeepSpeed imports torch's compiler where it makes an engine
     for name in (
         "fastppo.generate",
@@ -165,11 +170,17 @@ def main() -> None:
         "fastppo.train_dpo",
         "fastppo.train_reward",
         "fastppo.train_sft",
+        "deepspeed.module_inject.auto_ep_layer",
         "deepspeed.runtime.zero.muon.muon_optimizer",
         "peft",
+        "torch.utils.cpp_extension",
         "transformers.models.llama.modeling_llama",
     ):
         importlib.import_module(name)
+    for command in command_line.COMMANDS.values():
+        command_line._parser(command, command.call)
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")
+    build_shm_op()
     if importlib.util.find_spec("vllm") is not None:
         importlib.import_module("fastppo.rollout.vllm.check").import_vllm()
         for name in ("vllm.entrypoints.llm", "vllm.model_executor.models.llama", "vllm.v1.worker.cpu_worker"):
