@@ -36,14 +36,13 @@ demo: setup
 	@echo '== The report of the PPO run; open it in a browser:'
 	@python -m fastppo.report runs/quickstart
 
-# All tests; with `make test SHARE=3` about a third of the cases of each. Reordered, the files with the fewest and longest
-# tests would come last, and one core would wait for them.
+# All tests; with `make test SHARE=3` about a third of the cases of each.
 test: setup
-	OMP_NUM_THREADS=1 pytest --quiet $(share) --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 pytest --quiet $(share) --numprocesses $(JOBS) --dist loadfile
 
 # The tests that are not marked slow, in about two minutes.
 quick: setup
-	OMP_NUM_THREADS=1 pytest --quiet -m 'not slow' --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 pytest --quiet -m 'not slow' --numprocesses $(JOBS) --dist loadfile
 
 setup: $(ready)
 
