@@ -61,7 +61,8 @@ $(ready): | .venv
 	@test -n "$(PYTHON)" || { echo 'fastppo needs Python 3.11; say where: make PYTHON=/path/to/python3.11'; exit 1; }
 	$(PYTHON) -m venv $@
 
-# The tests of `rollout.engine: vllm`, on vLLM for the CPU; with SHARE as in `make test`.
+# The tests of `rollout.engine: vllm`, on vLLM for the CPU; with SHARE as in `make test`. What DeepSpeed compiles has a
+# folder of its own, since two environments with one would each compile it anew after the other.
 vllm: setup $(vllm_ready)
 	OMP_NUM_THREADS=1 TORCH_EXTENSIONS_DIR=$(CURDIR)/.venv-vllm/extensions .venv-vllm/bin/python -m pytest --quiet \
 		$(share) --numprocesses $(JOBS) --dist loadfile --durations 5 tests/rollout/test_vllm.py tests/rollout/test_vllm_runs.py

@@ -177,6 +177,7 @@ def main() -> None:
         "transformers.models.llama.modeling_llama",
     ):
         importlib.import_module(name)
+    # what each run would otherwise make for itself, and keep
     for command in command_line.COMMANDS.values():
         command_line._parser(command, command.call)
     conversion_mapping.get_checkpoint_conversion_mapping("llama")
